@@ -1,0 +1,29 @@
+"""Shapes that drive the tests and the benchmark of grouped_matmul."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+  """Rows that each expert has, D and F, rows per block."""
+
+  counts: tuple[int, ...]
+  dim: int
+  out: int
+  block: int
+
+
+TEST = {
+  'ragged': Shape((5, 0, 17, 8), 12, 20, 8),
+  'last_empty': Shape((3, 9, 0), 16, 8, 4),
+  'one_row': Shape((0, 1, 0), 8, 16, 4),
+  'one_expert': Shape((40,), 8, 24, 8),
+  'decode': Shape((1, 0, 0, 2, 0, 1), 16, 24, 1),
+}
+
+# The (n, k) of DeepSeek-V3 experts; groups from training down to decoding.
+BENCH = {
+  'g8_m4096_up': Shape((4096,) * 8, 7168, 4096, 128),
+  'g8_m4096_down': Shape((4096,) * 8, 2048, 7168, 128),
+  'g32_m1024_up': Shape((1024,) * 32, 7168, 4096, 128),
+  'g256_m128_up': Shape((128,) * 256, 7168, 4096, 128),
+}

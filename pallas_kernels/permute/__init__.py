@@ -1,0 +1,89 @@
+"""Tokens to expert-contiguous rows and back (permute and combine).
+
+Each expert's rows start on a block boundary, so a grouped matmul sees blocks
+that belong to one expert each. Nothing is dropped, order is stable, and both
+directions and their gradients are gathers: no atomics, same bits every run.
+Legend: N tokens, K choices per token, E experts, M rows, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.permute import reference
+from pallas_kernels.permute.reference import Plan
+
+__all__ = ['Plan', 'combine', 'permute', 'plan']
+
+
+def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
+  """Lays the (token, choice) pairs out by expert, in blocks of one expert.
+
+  Args:
+    experts: [N K] int32. `num_experts` (or anything outside 0..E-1) means
+      that the choice goes nowhere: padding, or a dropped token.
+    num_experts: E.
+    block: rows per block; None picks 128 for training sizes and down to 1
+      for decoding, where most experts get no row at all.
+
+  Returns:
+    Plan of int32 arrays: `slot` [N K], `source` [M], `block_expert`
+    [M // block], `counts` [E]. M depends on the shapes alone.
+
+  Raises:
+    ValueError: `experts` is not [N K] of integers, or N*K*(E+1) overflows.
+  """
+  if experts.ndim != 2 or not jnp.issubdtype(experts.dtype, jnp.integer):
+    raise ValueError(
+      f'experts is {experts.dtype}{list(experts.shape)}; give int32 [N K]'
+    )
+  if experts.size * (num_experts + 1) >= 2**31:
+    raise ValueError(
+      f'experts has {experts.size} choices among {num_experts} experts: '
+      'their product must stay under 2**31; split the batch'
+    )
+  if block is None:
+    block = reference.pick_block(experts.size, num_experts)
+  return reference.plan(experts, num_experts, block)
+
+
+@jax.custom_vjp
+def _permute(x, plan):
+  return reference.permute(x, plan)
+
+
+_permute.defvjp(
+  lambda x, plan: (reference.permute(x, plan), plan),
+  lambda plan, grad: (reference.permute_bwd(grad, plan), None),
+)
+
+
+def permute(x, plan: Plan, *, impl: str | None = None):
+  """x [N D] -> rows [M D]; filler rows are zero. Differentiable in x."""
+  return _permute(x, plan)
+
+
+@jax.custom_vjp
+def _combine(rows, weights, plan):
+  return reference.combine(rows, weights, plan)
+
+
+def _combine_bwd(saved, grad):
+  return *reference.combine_bwd(*saved, grad), None
+
+
+_combine.defvjp(lambda *args: (reference.combine(*args), args), _combine_bwd)
+
+
+def combine(rows, weights, plan: Plan, *, impl: str | None = None):
+  """y[n] = sum_k weights[n, k] * rows[slot[n, k]], summed in float32.
+
+  Args:
+    rows: [M D], any float dtype.
+    weights: [N K] float. Choices that go nowhere count as zero.
+    plan: from `plan`.
+    impl: None, 'reference' or 'gpu'.
+
+  Returns:
+    [N D] of rows.dtype. Differentiable in rows and weights.
+  """
+  return _combine(rows, weights, plan)

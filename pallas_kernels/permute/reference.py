@@ -1,0 +1,85 @@
+"""The expert-contiguous layout in XLA: gathers in both directions."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+  """Where each (token, choice) goes; see `plan`. N K E M as there."""
+
+  slot: jax.Array  # [N K] row of the choice; M for one that goes nowhere
+  source: jax.Array  # [M] flat choice n*K + k of each row; N*K for filler
+  block_expert: jax.Array  # [M // block] expert of each block of rows
+  counts: jax.Array  # [E] rows that each expert got
+
+
+def num_blocks(choices: int, num_experts: int, block: int) -> int:
+  """The least number of blocks that holds every way to spread the choices."""
+  # An expert wastes at most block - 1 rows, and only if it got a choice.
+  active = min(choices, num_experts)
+  return max((choices + active * (block - 1)) // block, 1)
+
+
+def pick_block(choices: int, num_experts: int) -> int:
+  """Rows per block: about a quarter of an expert's share, 1 for decoding."""
+  share = choices // (4 * num_experts)
+  return 1 if share < 8 else min(1 << (share.bit_length() - 1), 128)
+
+
+def plan(experts, num_experts, block) -> Plan:
+  N, K = experts.shape
+  E, C = num_experts, N * K
+  M = num_blocks(C, E, block) * block
+  flat = experts.reshape(C).astype(jnp.int32)
+  flat = jnp.where((flat < 0) | (flat >= E), E, flat)
+  # One operand to sort, and the order among equals is the index: stable.
+  keys = jnp.sort(flat * C + jnp.arange(C, dtype=jnp.int32))
+  order = keys % C
+  bounds = jnp.arange(E + 1, dtype=jnp.int32) * C
+  first = jnp.searchsorted(keys, bounds).astype(jnp.int32)
+  counts = first[1:] - first[:-1]
+  ends = jnp.cumsum((counts + block - 1) // block)  # in blocks
+  starts = ends - (counts + block - 1) // block
+  blocks = jnp.arange(M // block, dtype=jnp.int32)
+  expert = jnp.searchsorted(ends, blocks, side='right').astype(jnp.int32)
+  expert = jnp.minimum(expert, E - 1)
+  row = (blocks - starts[expert])[:, None] * block + jnp.arange(block)
+  real = row < counts[expert][:, None]
+  place = jnp.where(real, first[expert][:, None] + row, C).reshape(M)
+  source = order.at[place].get(mode='fill', fill_value=C)
+  rows = jnp.arange(M, dtype=jnp.int32)
+  slot = jnp.full(C, M, jnp.int32).at[source].set(rows, mode='drop')
+  return Plan(slot.reshape(N, K), source, expert, counts)
+
+
+def _take(x, index):
+  """Rows of x; an index past the end gives zeros."""
+  return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
+
+
+def permute(x, plan: Plan):
+  return _take(x, plan.source // plan.slot.shape[1])
+
+
+def permute_bwd(grad, plan: Plan):
+  picked = [_take(grad, s) for s in plan.slot.T]  # K times [N D]
+  return sum(p.astype(jnp.float32) for p in picked).astype(grad.dtype)
+
+
+def combine(rows, weights, plan: Plan):
+  w = weights.astype(jnp.float32).T[..., None]  # [K N 1]
+  picked = (_take(rows, s).astype(jnp.float32) for s in plan.slot.T)
+  return sum(w[k] * p for k, p in enumerate(picked)).astype(rows.dtype)
+
+
+def combine_bwd(rows, weights, plan: Plan, grad):
+  """grad [N D] -> gradients of rows [M D] and weights [N K]."""
+  K = plan.slot.shape[1]
+  g = grad.astype(jnp.float32)
+  scale = _take(weights.astype(jnp.float32).reshape(-1), plan.source)
+  drows = scale[:, None] * _take(g, plan.source // K)
+  dots = [(g * _take(rows, s)).sum(-1) for s in plan.slot.T]
+  dweights = jnp.stack(dots, axis=1).astype(weights.dtype)
+  return drows.astype(rows.dtype), dweights

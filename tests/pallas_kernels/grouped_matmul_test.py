@@ -1,0 +1,88 @@
+"""grouped_matmul against a loop over experts in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from pallas_kernels.grouped_matmul import grouped_matmul, shapes
+
+CASES = [(name, shape) for name, shape in shapes.TEST.items()]
+
+
+def draw(shape, dtype=np.float32, extra_blocks=2):
+  """Rows, weights and the expert of each block; filler rows are zero."""
+  rng = np.random.default_rng(0)
+  blocks = [-(-c // shape.block) for c in shape.counts]
+  expert = np.repeat(np.arange(len(shape.counts)), blocks)
+  total = (len(expert) + extra_blocks) * shape.block
+  rows = np.zeros((total, shape.dim))
+  starts = np.concatenate([[0], np.cumsum(blocks)]) * shape.block
+  for start, count in zip(starts, shape.counts):
+    rows[start : start + count] = rng.normal(size=(count, shape.dim))
+  weights = rng.normal(size=(len(shape.counts), shape.dim, shape.out))
+  expert = np.concatenate([expert, [len(shape.counts) - 1] * extra_blocks])
+  return rows.astype(dtype), weights.astype(dtype), expert.astype(np.int32)
+
+
+def loop(rows, weights, expert):
+  """The product row by row, in float64, and its gradients for ones."""
+  rows, weights = rows.astype(np.float64), weights.astype(np.float64)
+  per_row = np.repeat(expert, len(rows) // len(expert))
+  out = np.stack([x @ weights[e] for x, e in zip(rows, per_row)])
+  g = np.cos(np.arange(out.size).reshape(out.shape))
+  drows = np.stack([d @ weights[e].T for d, e in zip(g, per_row)])
+  dweights = np.zeros_like(weights)
+  for x, d, e in zip(rows, g, per_row):
+    dweights[e] += np.outer(x, d)
+  return out, g, drows, dweights
+
+
+class GroupedMatmulTest(parameterized.TestCase):
+  @parameterized.named_parameters(CASES)
+  def test_value_and_gradients_equal_a_loop_in_float64(self, shape):
+    rows, weights, expert = draw(shape)
+    want, g, drows, dweights = loop(rows, weights, expert)
+    got, pull = jax.vjp(
+      lambda r, w: grouped_matmul(r, w, jnp.asarray(expert)), rows, weights
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+    dr, dw = pull(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(dr, drows, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(dw, dweights, rtol=1e-5, atol=2e-5)
+
+  @parameterized.named_parameters(CASES)
+  def test_transpose_equals_transposed_weights(self, shape):
+    rows, weights, expert = draw(shape)
+    turned = np.ascontiguousarray(weights.swapaxes(1, 2))
+    want, g, drows, dweights = loop(rows, weights, expert)
+    got, pull = jax.vjp(
+      lambda r, w: grouped_matmul(r, w, jnp.asarray(expert), transpose=True),
+      rows,
+      turned,
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+    dr, dw = pull(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(dr, drows, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(
+      dw, dweights.swapaxes(1, 2), rtol=1e-5, atol=2e-5
+    )
+
+  def test_bfloat16_weight_gradient_sums_in_float32(self):
+    # 512 blocks of one row: a bfloat16 sum of ones would stop at 256.
+    rows = jnp.ones((512, 1), jnp.bfloat16)
+    weights = jnp.ones((1, 1, 1), jnp.bfloat16)
+    expert = jnp.zeros(512, jnp.int32)
+    dw = jax.grad(lambda w: grouped_matmul(rows, w, expert).sum())(weights)
+    self.assertEqual(float(dw[0, 0, 0]), 512)
+
+  def test_bad_shapes_name_the_field(self):
+    rows, weights = jnp.zeros((8, 4)), jnp.zeros((2, 5, 3))
+    with self.assertRaisesRegex(ValueError, 'disagree on the width: 4 and 5'):
+      grouped_matmul(rows, weights, jnp.zeros(2, jnp.int32))
+    with self.assertRaisesRegex(ValueError, '8 rows are no multiple of the 3'):
+      grouped_matmul(rows, weights[:, :4], jnp.zeros(3, jnp.int32))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,305 @@
+"""Flight recorder of the routing: what each expert got, over a whole run.
+
+Arrays of one step (load, bias, ...) are reduced over intervals of steps. When
+the intervals exceed the capacity, neighbours are merged in pairs and intervals
+become twice as long: a run of any length leaves one small file, in which all
+intervals but the last hold the same number of records.
+
+MaxVio is from Wang et al. 2024, arXiv:2408.15664, section 4.1.
+Legend: N intervals, L MoE layers, E experts.
+"""
+
+import json
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_ACCUMULATE = {
+  'sum': np.add,
+  'mean': np.add,  # divided by the records when read
+  'max': np.maximum,
+  'min': np.minimum,
+  'last': lambda old, new: new,
+}
+
+
+class Flight(NamedTuple):
+  """A recorded run, oldest interval first."""
+
+  first: np.ndarray  # [N] i64, first recorded step of the interval
+  last: np.ndarray  # [N] i64, last recorded step
+  records: np.ndarray  # [N] i64, records reduced into the interval
+  layers: np.ndarray  # [L] i64, what the layers are called
+  arrays: dict[str, np.ndarray]  # name -> [N ...], reduced
+
+
+class FlightRecorder:
+  """Records routing arrays into one bounded file.
+
+  Args:
+    path: the .npz file; written by `save` alone.
+    reduce: array name -> how steps of an interval combine: 'sum' (counts),
+      'mean', 'max', 'min', or 'last' (state).
+    capacity: most intervals kept; even.
+    layers: numbers of the recorded layers; None counts from 0.
+    resume_step: the step that the run continues from: intervals that reach
+      beyond it are dropped (-1 drops all). None continues what is there. Save
+      at each checkpoint, and a resumed run's file equals the straight run's.
+
+  Raises:
+    ValueError: a wrong argument, or the file was recorded with other settings.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    reduce: Mapping[str, str],
+    *,
+    capacity: int = 256,
+    layers: Sequence[int] | None = None,
+    resume_step: int | None = None,
+  ):
+    _check(reduce, capacity)
+    self._path = Path(path)
+    self._reduce = dict(reduce)
+    self._capacity = capacity
+    self._layers = None if layers is None else [int(l) for l in layers]
+    self._width = 1  # records per interval
+    self._intervals: list[_Interval] = []
+    if self._path.exists() and resume_step != -1:
+      self._restore(resume_step)
+
+  def record(self, step: int, **arrays: Any):
+    """Adds one step, or the steps since the last record, already reduced.
+
+    Args:
+      step: completed steps, more than in the call before.
+      **arrays: every name of `reduce`, each of constant shape. The first axis
+        is layers and the second experts: [L E], [L], [] or [L E ...].
+
+    Raises:
+      ValueError: names or shapes differ from before, or the step goes back.
+    """
+    step = operator.index(step)
+    new = _Interval(step, step, 1, self._checked(step, arrays))
+    if self._intervals and self._intervals[-1].records < self._width:
+      self._intervals[-1] = _merge(self._intervals[-1], new, self._reduce)
+      return
+    if len(self._intervals) == self._capacity:
+      halves = zip(self._intervals[::2], self._intervals[1::2])
+      self._intervals = [_merge(a, b, self._reduce) for a, b in halves]
+      self._width *= 2
+    self._intervals.append(new)
+
+  def save(self):
+    """Writes the file; a crash meanwhile leaves the old one whole."""
+    intervals = self._intervals
+    if not intervals:
+      return
+    settings = {
+      'reduce': self._reduce,
+      'capacity': self._capacity,
+      'layers': self._layers,
+      'width': self._width,
+    }
+    columns = {
+      '_settings': np.frombuffer(json.dumps(settings).encode(), np.uint8),
+      '_first': np.array([i.first for i in intervals], np.int64),
+      '_last': np.array([i.last for i in intervals], np.int64),
+      '_records': np.array([i.records for i in intervals], np.int64),
+    }
+    for name in self._reduce:
+      columns[name] = np.stack([i.arrays[name] for i in intervals])
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = self._path.with_name(self._path.name + '.tmp')
+    with scratch.open('wb') as file:
+      np.savez_compressed(file, **columns)
+      file.flush()
+      os.fsync(file.fileno())
+    scratch.replace(self._path)
+
+  def _checked(self, step: int, arrays: dict[str, Any]):
+    if arrays.keys() != self._reduce.keys():
+      raise ValueError(
+        f'record got arrays {sorted(arrays)}: pass {sorted(self._reduce)},'
+        ' the names in reduce'
+      )
+    arrays = {
+      name: _widen(np.asarray(arrays[name]), how)
+      for name, how in self._reduce.items()
+    }
+    before = self._intervals[-1] if self._intervals else None
+    if before and step <= before.last:
+      raise ValueError(
+        f'step={step} comes after step {before.last}: pass'
+        f' resume_step={step - 1} to FlightRecorder to drop what is later'
+      )
+    for name, array in arrays.items():
+      shape = before.arrays[name].shape if before else array.shape
+      if array.shape != shape:
+        raise ValueError(
+          f'{name} has shape {array.shape}: it was recorded as {shape},'
+          ' and must stay so'
+        )
+      named = self._layers is not None and array.ndim
+      if named and array.shape[0] != len(self._layers):
+        raise ValueError(
+          f'{name} has {array.shape[0]} layers, but layers={self._layers}:'
+          ' name every recorded layer'
+        )
+    return arrays
+
+  def _restore(self, resume_step: int | None):
+    settings, columns = _load(self._path)
+    wanted = {
+      'reduce': self._reduce,
+      'capacity': self._capacity,
+      'layers': self._layers,
+    }
+    for name, value in wanted.items():
+      if settings[name] != value:
+        raise ValueError(
+          f'{self._path} was recorded with {name}={settings[name]}, not'
+          f' {value}: keep it, or record to another file'
+        )
+    self._width = settings['width']
+    for n, last in enumerate(columns['_last']):
+      if resume_step is None or last <= resume_step:
+        arrays = {name: columns[name][n] for name in self._reduce}
+        first, records = int(columns['_first'][n]), int(columns['_records'][n])
+        self._intervals.append(_Interval(first, int(last), records, arrays))
+
+
+class _Interval(NamedTuple):
+  first: int
+  last: int
+  records: int
+  arrays: dict[str, np.ndarray]
+
+
+def _merge(a: _Interval, b: _Interval, reduce: Mapping[str, str]) -> _Interval:
+  arrays = {
+    name: _ACCUMULATE[how](a.arrays[name], b.arrays[name])
+    for name, how in reduce.items()
+  }
+  return _Interval(a.first, b.last, a.records + b.records, arrays)
+
+
+def _widen(array: np.ndarray, how: str) -> np.ndarray:
+  """Sums stay exact: counts in 64-bit integers, the rest in float64."""
+  if how == 'sum' and array.dtype.kind in 'biu':
+    return array.astype(np.int64)
+  if how in ('sum', 'mean'):
+    return array.astype(np.float64)
+  # A copy, for the caller may reuse the buffer; bfloat16 has no npz type.
+  return array.astype(array.dtype if array.dtype.kind in 'biuf' else np.float32)
+
+
+def _check(reduce: Mapping[str, str], capacity: int):
+  for name, how in reduce.items():
+    if how not in _ACCUMULATE:
+      raise ValueError(
+        f'reduce[{name!r}]={how!r}: choose one of {sorted(_ACCUMULATE)}'
+      )
+    if name.startswith('_'):
+      raise ValueError(f'reduce[{name!r}]: a name may not start with _')
+  if not reduce:
+    raise ValueError('reduce={} records nothing: name at least one array')
+  if capacity < 2 or capacity % 2:
+    raise ValueError(
+      f'capacity={capacity}: intervals merge in pairs, choose an even number'
+    )
+
+
+def _load(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
+  with np.load(path, allow_pickle=False) as file:
+    columns = {name: file[name] for name in file.files}
+  return json.loads(columns.pop('_settings').tobytes()), columns
+
+
+def load(path: str | os.PathLike) -> Flight:
+  """Reads a recorded file; means are float64, sums of counts int64."""
+  settings, columns = _load(path)
+  first, last, records = (
+    columns.pop(name) for name in ('_first', '_last', '_records')
+  )
+  for name, how in settings['reduce'].items():
+    if how == 'mean':
+      array = columns[name]
+      columns[name] = array / records.reshape(-1, *[1] * (array.ndim - 1))
+  layers = settings['layers']
+  if layers is None:
+    counts = [a.shape[1] for a in columns.values() if a.ndim > 1]
+    layers = range(max(counts, default=0))
+  layers = np.array(layers, np.int64)
+  return Flight(first, last, records, layers, columns)
+
+
+def table(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """A recorded file as columns of one length, one row per N, L and E.
+
+  Columns: first_step, last_step, records, layer, expert, then every array. An
+  array without an expert or layer axis is repeated; one with further axes
+  (pairs of experts) has no place in the table: see `load`.
+  """
+  flight = load(path)
+  flat = {k: a for k, a in flight.arrays.items() if a.ndim <= 3}
+  E = max((a.shape[2] for a in flat.values() if a.ndim == 3), default=1)
+  shape = len(flight.last), max(len(flight.layers), 1), E
+  layers = flight.layers if len(flight.layers) else np.zeros(1, np.int64)
+  columns = {
+    'first_step': flight.first,
+    'last_step': flight.last,
+    'records': flight.records,
+    'layer': layers[None],
+    'expert': np.arange(E)[None, None],
+    **flat,
+  }
+  return {k: _spread(column, shape) for k, column in columns.items()}
+
+
+def _spread(column: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+  column = column.reshape(column.shape + (1,) * (3 - column.ndim))
+  return np.broadcast_to(column, shape).reshape(-1).copy()
+
+
+def max_violation(load: Any) -> np.ndarray:
+  """MaxVio: how far the busiest expert exceeds an even share.
+
+  max_e load_e / mean_e load_e - 1; 0 is balance, E - 1 is one expert for all.
+
+  Args:
+    load: tokens per expert, [... E].
+
+  Returns:
+    [...] float64; NaN where no token was routed.
+  """
+  load = np.asarray(load, np.float64)
+  # E max / total, not max / mean: exactly 0 when the shares are equal.
+  return _over_total(load.max(-1) * load.shape[-1], load.sum(-1)) - 1
+
+
+def load_entropy(load: Any) -> np.ndarray:
+  """Entropy of the load over its largest value log E: 1 is balance.
+
+  Args:
+    load: tokens per expert, [... E].
+
+  Returns:
+    [...] float64 in [0, 1]; NaN where no token was routed; 1 for E = 1.
+  """
+  load = np.asarray(load, np.float64)
+  share = _over_total(load, load.sum(-1, keepdims=True))
+  if load.shape[-1] == 1:
+    return share[..., 0]
+  terms = share * np.log(np.where(share > 0, share, 1))
+  # The clip takes away rounding alone.
+  return np.clip(-terms.sum(-1) / np.log(load.shape[-1]), 0, 1)
+
+
+def _over_total(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+  return np.divide(part, total, out=np.full_like(part, np.nan), where=total > 0)

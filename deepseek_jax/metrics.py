@@ -1,0 +1,321 @@
+"""What a run tells of itself: one progress line, JSON lines, TensorBoard.
+
+`metrics.jsonl` holds what the mathematics gives and `timings.jsonl` what the
+clock gives, so two runs of one seed write the same bytes to the first, and a
+resumed run writes what the uninterrupted one would have written.
+
+One line is `{"step": 12, "loss": 2.5, ...}`. JSON has no number for what is not
+finite; it is written as the string "NaN", "Infinity" or "-Infinity", and `read`
+gives the float back. Nothing is rounded.
+"""
+
+import json
+import math
+import operator
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
+
+_NOT_FINITE = {
+  'NaN': math.nan,
+  'Infinity': math.inf,
+  '-Infinity': -math.inf,
+}
+_SHOWN = 5  # values on the progress line
+_SECONDS_BETWEEN_LINES = 10.0  # plain lines, where no line can be redrawn
+
+
+class MetricsWriter:
+  """Appends scalars of a run to its folder and shows its progress.
+
+  In a run of several processes, one of them writes.
+
+  Args:
+    workdir: the run's folder; made if absent.
+    total_steps: the last step, for the bar and the time left; None if open.
+    tensorboard: also write event files to `workdir/tensorboard`.
+    console: show progress on stdout: one line, redrawn, on a terminal; a plain
+      line every ten seconds elsewhere.
+    resume_step: the step that the run continues from: lines of later steps are
+      dropped (-1 drops all). None appends to what is there. Write a step's
+      lines before saving its checkpoint, or a resumed run lacks them.
+
+  Raises:
+    ValueError: a line in a file is not JSON, or a step goes backwards.
+    ImportError: `tensorboard=True` without tensorboardX.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    total_steps: int | None = None,
+    tensorboard: bool = False,
+    console: bool = True,
+    resume_step: int | None = None,
+  ):
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._events = _event_writer(workdir, resume_step) if tensorboard else None
+    paths = {kind: workdir / name for kind, name in FILES.items()}
+    last = [_prune(path, resume_step) for path in paths.values()]
+    self._last_step = max(last)
+    self._files = {k: p.open('a', encoding='utf-8') for k, p in paths.items()}
+    self._progress = (
+      _progress(total_steps, self._last_step) if console else None
+    )
+    self._shown: dict[str, float] = {}
+
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, *error):
+    self.close()
+
+  def write(
+    self,
+    step: int,
+    scalars: Mapping[str, Any],
+    timings: Mapping[str, Any] | None = None,
+  ):
+    """Writes one step's numbers; a step may have several lines.
+
+    Args:
+      step: completed steps, never less than in the call before.
+      scalars: numbers that the seed determines, to `metrics.jsonl`.
+      timings: numbers that depend on the clock, to `timings.jsonl`.
+    """
+    step = operator.index(step)
+    if step < self._last_step:
+      raise ValueError(
+        f'step={step} comes after step {self._last_step}: pass'
+        f' resume_step={step - 1} to MetricsWriter to drop the later lines'
+      )
+    rows = {
+      'metrics': _numbers('scalars', scalars),
+      'timings': _numbers('timings', timings or {}),
+    }
+    self._last_step = step
+    for kind, row in rows.items():
+      if row:
+        self._files[kind].write(_encode({'step': step, **row}) + '\n')
+        self._files[kind].flush()
+    if self._events:
+      for kind, row in rows.items():
+        prefix = '' if kind == 'metrics' else 'timings/'
+        for name, value in row.items():
+          self._events.add_scalar(prefix + name, value, step)
+    if self._progress:
+      self._shown |= rows['metrics'] | rows['timings']
+      self._progress.update(step, _text(self._shown))
+
+  def log(self, text: str):
+    """Prints a line above the progress line; nothing with `console=False`."""
+    if self._progress:
+      self._progress.log(text)
+
+  def close(self):
+    """Ends the progress line and closes the files; may be called twice."""
+    if self._progress:
+      self._progress.close()
+    if self._events:
+      self._events.close()
+    for file in self._files.values():
+      file.close()
+
+
+def read(
+  workdir: str | os.PathLike, kind: str = 'metrics'
+) -> list[dict[str, float]]:
+  """Lines of a run as dicts, oldest first; empty if the run wrote none.
+
+  Args:
+    workdir: the run's folder.
+    kind: 'metrics' or 'timings'.
+
+  Raises:
+    ValueError: a line is not JSON. A last line cut short by a crash is skipped.
+  """
+  if kind not in FILES:
+    raise ValueError(f'kind={kind!r}: choose one of {sorted(FILES)}')
+  return [row for _, row in _lines(Path(workdir) / FILES[kind])]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+  """Complete lines of a file: their bytes and what they say."""
+  if not path.exists():
+    return []
+  *complete, _ = path.read_bytes().split(b'\n')  # the rest was cut short
+  result = []
+  for number, line in enumerate(complete, 1):
+    try:
+      row = json.loads(line)
+      row = {
+        k: _NOT_FINITE[v] if isinstance(v, str) else v for k, v in row.items()
+      }
+      operator.index(row['step'])
+    except (ValueError, KeyError, AttributeError, TypeError):
+      raise ValueError(
+        f'{path}, line {number} is not a line of metrics: {line[:60]!r};'
+        ' remove the line or start in an empty folder'
+      ) from None
+    result.append((line, row))
+  return result
+
+
+def _decode(value: str | float) -> float:
+  return _NOT_FINITE[value] if isinstance(value, str) else value
+
+
+def _prune(path: Path, resume_step: int | None) -> int:
+  """Drops later steps and a line cut short; returns the last step or -1."""
+  rows = _lines(path)
+  if resume_step is not None:
+    rows = [(line, row) for line, row in rows if row['step'] <= resume_step]
+  kept = b''.join(line + b'\n' for line, _ in rows)
+  if path.exists() and path.stat().st_size != len(kept):
+    scratch = path.with_suffix('.tmp')
+    scratch.write_bytes(kept)
+    scratch.replace(path)  # a crash leaves the old file or the new one
+  return rows[-1][1]['step'] if rows else -1
+
+
+def _numbers(field: str, row: Mapping[str, Any]) -> dict[str, float]:
+  if 'step' in row:
+    raise ValueError(f"{field}['step'] is taken: rename the scalar")
+  return {name: _number(field, name, value) for name, value in row.items()}
+
+
+def _number(field: str, name: str, value: Any) -> int | float:
+  array = np.asarray(value)
+  if array.size != 1 or array.dtype.kind in 'OUSmMc':
+    raise ValueError(
+      f'{field}[{name!r}] must be one number, not {array.dtype} of shape'
+      f' {array.shape}: reduce it or drop it'
+    )
+  array = array.reshape(())
+  return int(array) if array.dtype.kind in 'iu' else float(array)
+
+
+def _encode(row: Mapping[str, float]) -> str:
+  names = {math.inf: 'Infinity', -math.inf: '-Infinity'}
+  finite = {
+    k: v if math.isfinite(v) else names.get(v, 'NaN') for k, v in row.items()
+  }
+  return json.dumps(finite, allow_nan=False)
+
+
+def _text(row: Mapping[str, float]) -> str:
+  return '  '.join(f'{k} {_short(v)}' for k, v in [*row.items()][:_SHOWN])
+
+
+def _short(value: float) -> str:
+  size = abs(value)
+  if not math.isfinite(value):
+    return str(value)
+  if size >= 1e4 or isinstance(value, int):
+    return f'{value:,.0f}'
+  return f'{value:.4g}' if size >= 1e-3 or not size else f'{value:.2e}'
+
+
+def _event_writer(workdir: Path, resume_step: int | None):
+  try:
+    import tensorboardX
+  except ImportError:
+    raise ImportError(
+      'tensorboard=True needs tensorboardX: pip install tensorboardX, or set'
+      ' tensorboard=False'
+    ) from None
+  purge = None if resume_step is None else resume_step + 1
+  return tensorboardX.SummaryWriter(
+    str(workdir / 'tensorboard'), purge_step=purge
+  )
+
+
+def _progress(total: int | None, last_step: int):
+  kind = _LiveLine if sys.stdout.isatty() else _PlainLines
+  return kind(total, max(last_step, 0))
+
+
+class _LiveLine:
+  """One line at the foot of a terminal, redrawn in place."""
+
+  def __init__(self, total: int | None, start: int):
+    from rich.progress import (
+      BarColumn,
+      MofNCompleteColumn,
+      Progress,
+      TextColumn,
+      TimeElapsedColumn,
+      TimeRemainingColumn,
+    )
+    from rich.table import Column
+
+    text = Column(no_wrap=True, overflow='ellipsis')
+    self._bar = Progress(
+      MofNCompleteColumn(),
+      BarColumn(bar_width=16),
+      TimeElapsedColumn(),
+      TimeRemainingColumn(),
+      TextColumn('{task.description}', markup=False, table_column=text),
+    )
+    self._task = self._bar.add_task('', total=total, completed=start)
+    self._bar.start()
+
+  def update(self, step: int, text: str):
+    self._bar.update(self._task, completed=step, description=text)
+
+  def log(self, text: str):
+    self._bar.console.print(text, markup=False, highlight=False)
+
+  def close(self):
+    self._bar.stop()
+
+
+class _PlainLines:
+  """Lines for a log file: the first, the last, and one every ten seconds."""
+
+  def __init__(self, total: int | None, start: int):
+    self._total, self._start = total, start
+    self._begun = time.monotonic()
+    self._printed: tuple[float, int] | None = None
+    self._newest = (start, '')
+
+  def update(self, step: int, text: str):
+    self._newest = (step, text)
+    now = time.monotonic()
+    due = self._printed is None or (
+      now - self._printed[0] >= _SECONDS_BETWEEN_LINES
+    )
+    if due or step == self._total:
+      self._printed = (now, step)
+      print(self._line(step, text, now - self._begun), flush=True)
+
+  def _line(self, step: int, text: str, seconds: float) -> str:
+    of = '' if self._total is None else f'/{self._total}'
+    left = ''
+    if self._total is not None and self._start < step < self._total:
+      rate = seconds / (step - self._start)
+      left = f'  left {_clock(rate * (self._total - step))}'
+    return f'step {step}{of}  {text}{left}'
+
+  def log(self, text: str):
+    print(text, flush=True)
+
+  def close(self):
+    step, text = self._newest
+    if self._printed and self._printed[1] != step:
+      print(self._line(step, text, time.monotonic() - self._begun), flush=True)
+
+
+def _clock(seconds: float) -> str:
+  minutes, second = divmod(round(seconds), 60)
+  hour, minute = divmod(minutes, 60)
+  return f'{hour}:{minute:02}:{second:02}'

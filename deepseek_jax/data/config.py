@@ -1,0 +1,75 @@
+"""What the data of a run are: a corpus, a tokenizer and how both are cut."""
+
+import dataclasses
+import os
+
+from deepseek_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text -> tokens -> windows; every field changes what the model reads.
+
+  path: 'stdlib' (the source of the running interpreter's standard library), a
+    text file, or a directory of .txt, .py, .md, .jsonl and .parquet files.
+  tokenizer: 'bpe' (byte-level BPE trained on the training documents), 'bytes',
+    or the path of a Hugging Face tokenizer.json.
+  vocab_size: 'bpe' trains exactly so many tokens; otherwise it is the model's
+    vocabulary, which has to hold the tokenizer's.
+  seq_len: T, the tokens that the model reads at once; windows hold T + 1.
+  fim_rate: share of the training documents in fill-in-the-middle form; 0.1 in
+    DeepSeek-V3 (arXiv:2412.19437, section 4.1).
+  heldout_fraction: share of the documents that is never trained on.
+  cross_document: whether a token may attend to an earlier document of its
+    window; True in DeepSeek-V3's pre-training.
+  seed: decides the order of the windows and the fill-in-the-middle splits.
+  cache_dir: where token windows are kept; None is ~/.cache/deepseek_jax.
+  """
+
+  path: str = 'stdlib'
+  tokenizer: str = 'bpe'
+  vocab_size: int = 4096
+  seq_len: int = 256
+  fim_rate: float = 0.1
+  heldout_fraction: float = 0.03
+  cross_document: bool = True
+  seed: int = 0
+  cache_dir: str | None = None
+
+  def __post_init__(self):
+    self._expect(
+      'path', str(self.path) != '', "'stdlib', a file or a directory"
+    )
+    self._expect(
+      'tokenizer',
+      str(self.tokenizer) != '',
+      "'bpe', 'bytes' or the path of a tokenizer.json",
+    )
+    self._expect(
+      'vocab_size', _is_int(self.vocab_size, 1), 'a whole number >= 1'
+    )
+    self._expect('seq_len', _is_int(self.seq_len, 1), 'a whole number >= 1')
+    self._expect('fim_rate', 0 <= self.fim_rate <= 1, 'a share from 0 to 1')
+    self._expect(
+      'heldout_fraction', 0 <= self.heldout_fraction < 1, 'a share, 0 <= it < 1'
+    )
+    in_range = _is_int(self.seed, 0) and self.seed < 2**32
+    self._expect('seed', in_range, 'a whole number from 0 to 2**32 - 1')
+
+  def _expect(self, field, holds, what):
+    if not holds:
+      value = getattr(self, field)
+      raise InputError(f'data.{field}={value!r}: set it to {what}')
+
+  def cache(self) -> str:
+    """The directory of the cache, `~` expanded."""
+    if self.cache_dir:
+      return os.path.expanduser(self.cache_dir)
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return os.path.join(home, 'deepseek_jax')
+
+
+def _is_int(value, least):
+  return (
+    isinstance(value, int) and not isinstance(value, bool) and value >= least
+  )

@@ -1,0 +1,125 @@
+"""Batches of token windows in one seeded order that any process can resume.
+
+Example i is tokens [i T, i T + T], so a window is found by its number alone.
+Grain shuffles the numbers, anew in each epoch; the state of the stream is how
+many examples it has given. A global batch is the next B of them, whatever the
+number of processes, and B may change at every step.
+Legend: B batch, T tokens that the model reads, S = T + 1.
+"""
+
+import hashlib
+
+import numpy as np
+
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.store import TRAIN, Store
+from deepseek_jax.errors import InputError
+
+
+class Windows:
+  """Random access to windows of T + 1 tokens; neighbours share one token.
+
+  The up to T tokens at the end that fill no window are left out.
+  """
+
+  def __init__(self, tokens: np.ndarray, seq_len: int):
+    self._tokens, self._seq_len = tokens, seq_len
+
+  def __len__(self) -> int:
+    return max(len(self._tokens) - 1, 0) // self._seq_len
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    start = i * self._seq_len
+    return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+
+
+def dataset(store: Store, config: DataConfig):
+  """An endless `grain.MapDataset` of windows [S] int32, shuffled each epoch."""
+  import grain
+
+  windows = Windows(store.train, config.seq_len)
+  if not len(windows):
+    raise InputError(
+      f'data.seq_len={config.seq_len}: {store.path}/{TRAIN} has only '
+      f'{len(store.train)} tokens; set it below that or add text'
+    )
+  # Grain shuffles epoch e with seed + e: hashed, so that the second epoch of
+  # one seed isn't the first of the next.
+  digest = hashlib.sha256(f'order {config.seed}'.encode()).digest()
+  seed = int.from_bytes(digest[:4], 'big')
+  return grain.MapDataset.source(windows).shuffle(seed=seed).repeat()
+
+
+def segment(tokens, eos_id: int):
+  """Numbers the documents of windows by the EOS tokens that end them.
+
+  tokens [B S] -> segments [B S] from 1, positions [B S] from the start of the
+  document or of the window; int32. An EOS belongs to the document it ends.
+  """
+  starts = np.ones(tokens.shape, bool)
+  starts[:, 1:] = tokens[:, :-1] == eos_id
+  starts[:, 0] = True
+  index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+  first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+  segments = np.cumsum(starts, axis=1)
+  return segments.astype(np.int32), (index - first).astype(np.int32)
+
+
+class Batches:
+  """The training stream of a store; `next` gives and `get_state` remembers."""
+
+  def __init__(self, store: Store, config: DataConfig):
+    self._dataset = dataset(store, config)
+    self._eos_id = store.eos_id
+    self._cross_document = config.cross_document
+    self.windows = len(Windows(store.train, config.seq_len))  # in an epoch
+    self._stream = {
+      'train_sha256': store.train_sha256,
+      'seq_len': config.seq_len,
+      'seed': config.seed,
+      'cross_document': config.cross_document,
+    }
+    self._next = 0
+
+  def next(
+    self, batch_size: int, process_index: int = 0, process_count: int = 1
+  ) -> dict[str, np.ndarray]:
+    """This process's rows of the next global batch of `batch_size` windows.
+
+    Processes hold equal blocks, in order. Returns int32 arrays
+    [batch_size / process_count, T + 1]: tokens; segments, the number of the
+    document in the window from 1 (all 1 if documents may attend to each other;
+    0 is for padding); positions, from the start of the segment.
+    """
+    if batch_size < 1 or batch_size % process_count:
+      raise InputError(
+        f'batch_size={batch_size}: set it to a multiple of the '
+        f'{process_count} processes'
+      )
+    rows = batch_size // process_count
+    start = self._next + process_index * rows
+    tokens = np.stack([self._dataset[i] for i in range(start, start + rows)])
+    self._next += batch_size
+    eos_id = None if self._cross_document else self._eos_id
+    segments, positions = segment(tokens, eos_id)
+    return {'tokens': tokens, 'segments': segments, 'positions': positions}
+
+  def get_state(self) -> dict:
+    """All that a resumed run needs; constant size, ready for JSON."""
+    return {'next_index': self._next, **self._stream}
+
+  def set_state(self, state: dict) -> None:
+    """Continues after `get_state`; InputError if it is of another stream."""
+    for name, value in self._stream.items():
+      if state.get(name) != value:
+        raise InputError(
+          f'data.{name}={value!r}: the saved run has {state.get(name)!r}; '
+          'resume with the data it started with'
+        )
+    index = state.get('next_index')
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+      raise InputError(
+        f'next_index={index!r} in the saved data state: it is damaged; '
+        'resume from another checkpoint'
+      )
+    self._next = index

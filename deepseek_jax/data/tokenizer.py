@@ -1,0 +1,253 @@
+"""Tokenizers: text to token ids and exactly back.
+
+Byte-level BPE (trained here, or a Hugging Face tokenizer.json) and plain bytes
+share one interface. Text never turns into a special token: a document that
+spells `<|eos|>` is read letter by letter, so only the packer ends documents.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from deepseek_jax.errors import InputError
+
+PAD, EOS = '<|pad|>', '<|eos|>'
+FIM = ('<|fim_begin|>', '<|fim_hole|>', '<|fim_end|>')
+SPECIAL = (PAD, EOS, *FIM)  # ids 0 to 4
+
+# Names that published tokenizers use, in prefix-suffix-middle order.
+_EOS_NAMES = (EOS, '<｜end▁of▁sentence｜>', '<|endoftext|>', '<|end_of_text|>')
+_FIM_NAMES = (
+  FIM,
+  ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>'),
+  ('<|fim_prefix|>', '<|fim_suffix|>', '<|fim_middle|>'),
+)
+
+# Words with one leading sign or space; digits in threes; signs with the line
+# ends after them; blank lines; runs of spaces, so an indentation is one token.
+# English contractions have no branch of their own: it would cut 'self' in two.
+_WORDS = (
+  r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+'
+  r'|\p{N}{1,3}'
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*'
+  r'|\s*[\r\n]+'
+  r'|\s+(?!\S)'
+  r'|\s+'
+)
+_PROBE = "def f(x):\n    return  x + 1234567\t# 'naïve' … 東京 🎉\r\n\n"
+
+
+class FimIds(NamedTuple):
+  begin: int
+  hole: int
+  end: int
+
+
+class ByteTokenizer:
+  """One token a byte, after the five special ones; depends on nothing."""
+
+  kind = 'bytes'
+  pad_id, eos_id = 0, 1
+  fim = FimIds(2, 3, 4)
+  vocab_size = len(SPECIAL) + 256
+
+  def encode(self, text: str) -> list[int]:
+    return [byte + len(SPECIAL) for byte in text.encode()]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Special tokens by name; bytes that aren't UTF-8 as U+FFFD."""
+    first = len(SPECIAL)
+    parts = (
+      bytes([i - first]) if i >= first else SPECIAL[i].encode() for i in ids
+    )
+    return b''.join(parts).decode('utf-8', 'replace')
+
+  @property
+  def sha256(self) -> str:
+    return hashlib.sha256(self._json().encode()).hexdigest()
+
+  def save(self, directory: str) -> None:
+    _write(directory, 'tokenizer.json', self._json())
+
+  def _json(self):
+    return json.dumps({'model': {'type': 'Bytes'}, 'special': SPECIAL})
+
+
+class Tokenizer:
+  """A `tokenizers` tokenizer that keeps text and special tokens apart.
+
+  Attributes: vocab_size (largest id + 1), eos_id, pad_id (eos_id if it has no
+  padding token), fim (FimIds, or None if it has no such tokens), sha256.
+  """
+
+  kind = 'bpe'
+
+  def __init__(self, text: str, *, eos: str, pad: str | None = None):
+    """text: contents of a tokenizer.json; eos, pad: names of two tokens."""
+    import tokenizers
+
+    spec = json.loads(text)
+    # A published file may carry a length limit, which would cut documents.
+    spec |= {'truncation': None, 'padding': None, 'post_processor': None}
+    self._spec, self._eos, self._pad = spec, eos, pad
+    self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    # Without its added tokens a tokenizer can't read them into a text.
+    plain = json.dumps(spec | {'added_tokens': []})
+    self._plain = tokenizers.Tokenizer.from_str(plain)
+    ids = self._full.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(ids.values()) + 1
+    self.eos_id = ids[eos]
+    self.pad_id = ids.get(pad, self.eos_id)
+    self.fim = next(
+      (FimIds(*map(ids.get, n)) for n in _FIM_NAMES if ids.keys() >= set(n)),
+      None,
+    )
+
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """special: read names of special tokens in the text as those tokens."""
+    model = self._full if special else self._plain
+    return model.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Encodes on all cores; the same ids as one by one."""
+    out = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in out]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Special tokens by name; bytes that aren't UTF-8 as U+FFFD."""
+    ids = [int(i) for i in ids]
+    return self._full.decode(ids, skip_special_tokens=False)
+
+  @property
+  def sha256(self) -> str:
+    """Hash of all that decides ids: the tokenizer and its two names."""
+    parts = json.dumps([self._spec, self._eos, self._pad], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+  def save(self, directory: str) -> None:
+    """Writes a folder that `from_file` and transformers both load."""
+    config = {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'clean_up_tokenization_spaces': False,
+      'eos_token': self._eos,
+      'pad_token': self._pad,
+    }
+    _write(directory, 'tokenizer.json', json.dumps(self._spec))
+    _write(directory, 'tokenizer_config.json', json.dumps(config))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+  """Byte-level BPE of exactly `vocab_size` tokens, a function of the texts.
+
+  Raises InputError if the vocabulary can't hold the 256 bytes and the special
+  tokens, or if the texts are too few to fill it.
+  """
+  from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+  from tokenizers import Tokenizer as Model
+
+  least = len(SPECIAL) + 256
+  if vocab_size < least:
+    raise InputError(
+      f'data.vocab_size={vocab_size}: a byte-level BPE needs at least {least}'
+    )
+  model = Model(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(_WORDS), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  model.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(SPECIAL),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  if model.get_vocab_size() != vocab_size:
+    raise InputError(
+      f'data.vocab_size={vocab_size}: the corpus gives only '
+      f"{model.get_vocab_size()} tokens; set it to that or to 'bytes'"
+    )
+  return Tokenizer(model.to_str(), eos=EOS, pad=PAD)
+
+
+def from_file(path: str) -> Tokenizer | ByteTokenizer:
+  """Loads a tokenizer.json, or the folder that holds one.
+
+  The end-of-text and padding tokens are those of the tokenizer_config.json
+  beside it, else the usual names. Raises InputError if the file is missing,
+  unreadable, without an end-of-text token, or doesn't give text back exactly.
+  """
+  path = os.path.expanduser(path)
+  if os.path.isdir(path):
+    path = os.path.join(path, 'tokenizer.json')
+  text = _read(path)
+  spec = _parse(text, path)
+  if spec.get('model', {}).get('type') == 'Bytes':
+    return ByteTokenizer()
+  config_path = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
+  config = {}
+  if os.path.exists(config_path):
+    config = _parse(_read(config_path), config_path)
+  names = {token['content'] for token in spec.get('added_tokens', ())}
+  eos = _token_name(config.get('eos_token'))
+  eos = eos or next((name for name in _EOS_NAMES if name in names), None)
+  if eos not in names:
+    raise InputError(
+      f'data.tokenizer={path!r} has no end-of-text token {eos or ""}: '
+      "name one as 'eos_token' in tokenizer_config.json"
+    )
+  pad = _token_name(config.get('pad_token'))
+  return _checked(text, path, eos, pad)
+
+
+def _checked(text, path, eos, pad):
+  try:
+    out = Tokenizer(text, eos=eos, pad=pad)
+  except Exception as error:  # the Rust parser raises bare Exception
+    raise InputError(
+      f'data.tokenizer={path!r} is not a tokenizer.json: {error}'
+    ) from error
+  if out.decode(out.encode(_PROBE)) != _PROBE:
+    raise InputError(
+      f'data.tokenizer={path!r} changes text when it decodes: '
+      'use a byte-level tokenizer'
+    )
+  return out
+
+
+def _token_name(token):
+  return token.get('content') if isinstance(token, dict) else token
+
+
+def _read(path):
+  try:
+    with open(path, encoding='utf-8') as file:
+      return file.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(
+      f"data.tokenizer: cannot read {path!r}; give 'bpe', 'bytes' or the path "
+      'of a tokenizer.json'
+    ) from error
+
+
+def _parse(text, path):
+  try:
+    spec = json.loads(text)
+  except ValueError as error:
+    raise InputError(f'data.tokenizer={path!r} is not JSON: {error}') from error
+  if not isinstance(spec, dict):
+    raise InputError(f'data.tokenizer={path!r} holds no JSON object')
+  return spec
+
+
+def _write(directory, name, text):
+  with open(os.path.join(directory, name), 'w', encoding='utf-8') as file:
+    file.write(text)

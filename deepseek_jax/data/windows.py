@@ -1,0 +1,253 @@
+"""Tokenise once: a corpus becomes a store of token windows on disk.
+
+The store's folder is named by a hash of all that decides its tokens, so runs
+that agree share it and a change of the text or of a setting makes a new one.
+"""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.data import corpus, infill, store
+from deepseek_jax.data import tokenizer as tokenizer_lib
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.errors import InputError
+
+_BPE_CHARACTERS = 1 << 26  # a larger corpus is sampled to train the BPE on
+_BATCH_CHARACTERS = 1 << 22  # encoded at once: bounds the memory
+
+
+def build(config: DataConfig) -> store.Store:
+  """The token windows of a config, from the cache if they are there.
+
+  Reads the corpus to hash it, tokenises it unless that was done before, and
+  verifies the store. Raises InputError if an input or the cached store is
+  wrong.
+  """
+  census = _census(config)
+  recipe = _recipe(config, census)
+  text = json.dumps(recipe, sort_keys=True)
+  key = hashlib.sha256(text.encode()).hexdigest()[:20]
+  path = os.path.join(config.cache(), 'tokens', key)
+  if not os.path.exists(path):
+    _write(path, config, census, recipe)
+  out = store.Store.open(path, config.vocab_size)
+  if out.index['recipe'] != recipe:
+    raise InputError(
+      f'{path} was built from another corpus or setting: '
+      'delete it and run again'
+    )
+  return out
+
+
+class _Census(NamedTuple):
+  """What one pass over the corpus finds."""
+
+  sha256: str
+  train: int  # documents
+  heldout: int
+  characters: int  # of the training documents
+  nearest: float  # the least fraction that holds out a document
+
+
+def _census(config):
+  digest = corpus.Digest()
+  train = heldout = characters = 0
+  nearest = 1.0
+  for doc in corpus.documents(config.path):
+    digest.add(doc)
+    nearest = min(nearest, corpus.held_out_hash(doc.name))
+    if corpus.is_held_out(doc.name, config.heldout_fraction):
+      heldout += 1
+    else:
+      train += 1
+      characters += len(doc.text)
+  census = _Census(digest.hexdigest(), train, heldout, characters, nearest)
+  _check_split(config, census)
+  return census
+
+
+def _check_split(config, census):
+  total = census.train + census.heldout
+  fraction = f'data.heldout_fraction={config.heldout_fraction}'
+  if not total:
+    kinds = ' '.join(corpus.TEXT + corpus.RECORDS)
+    raise InputError(
+      f'data.path={config.path!r} has no text: give files ({kinds}) with some'
+    )
+  if not census.train:
+    raise InputError(
+      f'{fraction} holds out all {total} documents: lower it or add documents'
+    )
+  if config.heldout_fraction and not census.heldout:
+    enough = math.floor(census.nearest * 100 + 1) / 100
+    fix = f'{enough:.2f} or more, or to 0' if enough < 1 else '0'
+    raise InputError(
+      f'{fraction} holds out none of {total} documents: set it to {fix}'
+    )
+
+
+def _recipe(config, census):
+  """All that decides the tokens of a store."""
+  tokenizer = config.tokenizer
+  if tokenizer == 'bpe':
+    tokenizer = f'bpe {config.vocab_size}'
+  elif tokenizer != 'bytes':
+    tokenizer = tokenizer_lib.from_file(tokenizer).sha256
+  return {
+    'format': store.FORMAT,
+    'corpus_sha256': census.sha256,
+    'tokenizer': tokenizer,
+    'heldout_fraction': config.heldout_fraction,
+    'fim_rate': config.fim_rate,
+    'fim_seed': config.seed if config.fim_rate else None,
+  }
+
+
+def _write(path, config, census, recipe):
+  """Builds in a folder beside `path` and renames it: all of it or nothing."""
+  tokenizer = _tokenizer(config, census)
+  folder = f'{path}.{secrets.token_hex(4)}.tmp'
+  try:
+    os.makedirs(folder)
+  except OSError as error:
+    raise InputError(
+      f'data.cache_dir={config.cache()!r}: cannot write there '
+      f'({error.strerror}); choose another'
+    ) from error
+  try:
+    index, sha256 = _write_tokens(folder, config, tokenizer)
+    if sha256 != census.sha256:
+      raise InputError(
+        f'data.path={config.path!r} changed while it was read: run again'
+      )
+    tokenizer.save(folder)
+    store.write_index(folder, index | {'recipe': recipe})
+    _publish(folder, path)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder, path):
+  try:
+    os.rename(folder, path)
+  except OSError:
+    if not os.path.exists(path):  # else another process was faster
+      raise
+
+
+def _tokenizer(config, census):
+  if config.tokenizer == 'bpe':
+    out = tokenizer_lib.train_bpe(_bpe_texts(config, census), config.vocab_size)
+  elif config.tokenizer == 'bytes':
+    out = tokenizer_lib.ByteTokenizer()
+  else:
+    out = tokenizer_lib.from_file(config.tokenizer)
+  if out.vocab_size > config.vocab_size:
+    raise InputError(
+      f'data.vocab_size={config.vocab_size}: the tokenizer '
+      f'{config.tokenizer!r} has {out.vocab_size} tokens; set it to that or more'
+    )
+  if config.fim_rate and out.fim is None:
+    raise InputError(
+      f'data.fim_rate={config.fim_rate}: the tokenizer {config.tokenizer!r} '
+      'has no fill-in-the-middle tokens; set it to 0'
+    )
+  return out
+
+
+def _bpe_texts(config, census):
+  """The training documents, or a sample of them if they are very many."""
+  share = _BPE_CHARACTERS / max(census.characters, 1)
+  for doc in corpus.documents(config.path):
+    held = corpus.is_held_out(doc.name, config.heldout_fraction)
+    if not held and corpus.unit_hash('bpe', doc.name) < share:
+      yield doc.text
+
+
+def _write_tokens(folder, config, tokenizer):
+  """Writes both token files; returns the index's counts and the corpus hash."""
+  dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
+  digest = corpus.Digest()
+  train = {'documents': 0, 'tokens': 0, 'bytes': 0, 'fim_documents': 0}
+  heldout = []
+  with (
+    open(os.path.join(folder, store.TRAIN), 'wb') as train_file,
+    open(os.path.join(folder, store.HELDOUT), 'wb') as heldout_file,
+  ):
+    for doc, held, cut, ids in _encoded(config, tokenizer):
+      digest.add(doc)
+      ids = np.asarray([*ids, tokenizer.eos_id], dtype)
+      size = len(doc.text.encode())
+      (heldout_file if held else train_file).write(ids.tobytes())
+      if held:
+        heldout.append((doc.name, len(ids), size))
+      else:
+        train['documents'] += 1
+        train['tokens'] += len(ids)
+        train['bytes'] += size
+        train['fim_documents'] += cut
+  index = {
+    'corpus': config.path,
+    'dtype': dtype.str,
+    'tokenizer': {
+      name: getattr(tokenizer, name)
+      for name in ('kind', 'sha256', 'vocab_size', 'eos_id', 'pad_id')
+    },
+    'train': train,
+    'heldout': {
+      'documents': len(heldout),
+      'tokens': sum(tokens for _, tokens, _ in heldout),
+      'bytes': sum(size for _, _, size in heldout),
+      'list': heldout,
+    },
+  }
+  return index, digest.hexdigest()
+
+
+def _encoded(config, tokenizer):
+  """Yields (document, held out, whether cut, ids without EOS), in order."""
+  for docs in _batched(corpus.documents(config.path)):
+    plans = []
+    for doc in docs:
+      held = corpus.is_held_out(doc.name, config.heldout_fraction)
+      cut = None if held else infill.fim(doc, config.fim_rate, config.seed)
+      plans.append((doc, held, cut))
+    texts = [text for doc, _, cut in plans for text in cut or (doc.text,)]
+    ids = iter(tokenizer.encode_batch(texts))
+    for doc, held, cut in plans:
+      parts = [next(ids) for _ in cut or (doc.text,)]
+      _check_ids(doc, held, parts, tokenizer)
+      body = infill.arrange(parts, tokenizer.fim) if cut else parts[0]
+      yield doc, held, cut is not None, body
+
+
+def _check_ids(doc, held, parts, tokenizer):
+  if any(tokenizer.eos_id in ids for ids in parts):
+    raise InputError(
+      f'data.tokenizer reads an end of text inside {doc.name}: take that out'
+    )
+  # Bits per byte count bytes of the text, so its tokens have to mean them all.
+  if held and tokenizer.decode(parts[0]) != doc.text:
+    raise InputError(
+      f'data.tokenizer does not give {doc.name} back exactly: '
+      'use a byte-level tokenizer'
+    )
+
+
+def _batched(docs):
+  batch, characters = [], 0
+  for doc in docs:
+    batch.append(doc)
+    characters += len(doc.text)
+    if characters >= _BATCH_CHARACTERS:
+      yield batch
+      batch, characters = [], 0
+  if batch:
+    yield batch

@@ -1,0 +1,9 @@
+"""The error that a user can mend.
+
+Launchers print its one line and exit with status 2; anything else is a defect
+and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+  """What the user gave is wrong: names the field, the value and the fix."""

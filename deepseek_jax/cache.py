@@ -1,0 +1,41 @@
+"""The decoding state: what each layer remembers of the tokens before.
+
+A slot of a preallocated buffer is a position: token p of a row lies at slot p.
+So causality alone (slot <= position) hides slots that hold nothing yet, and
+rows of different length share one buffer.
+Legend: B batch, S slots, T new tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """State of all layers; `fresh` (static) while no token was written."""
+
+  layers: Any  # per segment, per block of its pattern: stacked [repeat B S ...]
+  length: jax.Array  # [B] int32, tokens written per row
+  slots: int = dataclasses.field(metadata={'static': True})
+  fresh: bool = dataclasses.field(default=True, metadata={'static': True})
+
+
+def write(
+  buffer: jax.Array,
+  new: jax.Array,
+  positions: jax.Array,
+  valid: jax.Array | None = None,
+) -> jax.Array:
+  """Puts new [B T ...] into buffer [B S ...] at positions [B T].
+
+  Tokens that aren't `valid` [B T], or lie past the last slot, are not written.
+  """
+  slots = positions
+  if valid is not None:
+    slots = jnp.where(valid, positions, buffer.shape[1])
+  rows = jnp.arange(buffer.shape[0])[:, None]
+  return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode='drop')

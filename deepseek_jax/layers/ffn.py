@@ -1,0 +1,49 @@
+"""SwiGLU feed-forward network (arXiv:2002.05202): down(silu(gate x) * up x).
+
+Legend: B batch, T tokens, D model, F hidden.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.context import Context
+from deepseek_jax.sharding import param, shard
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNConfig:
+  width: int
+
+  def __post_init__(self):
+    if self.width < 1:
+      raise InputError(f'width = {self.width}: must be at least 1')
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'FFN':
+    return FFN(self, dim, std=std, rngs=rngs)
+
+
+def swiglu(gate_up: jax.Array) -> jax.Array:
+  """[... 2F], gate half then up half -> [... F]."""
+  gate, up = jnp.split(gate_up, 2, axis=-1)
+  return jax.nn.silu(gate) * up
+
+
+class FFN(nnx.Module):
+  """The dense FFN, and the shared experts of a MoE layer (one wide SwiGLU)."""
+
+  def __init__(self, cfg: FFNConfig, dim: int, *, std, rngs: nnx.Rngs):
+    init = nnx.initializers.normal(std)
+    D, F = dim, cfg.width
+    # gate and up side by side: one matmul instead of two.
+    self.gate_up = param(rngs, init, (D, 2, F), ('embed', None, 'mlp'))
+    self.down = param(rngs, init, (F, D), ('mlp', 'embed'))
+
+  def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
+    """x [B T D] -> (y [B T D], no statistics)."""
+    D, _, F = self.gate_up.shape
+    h = swiglu(x @ self.gate_up[...].reshape(D, 2 * F))
+    return shard(h, 'batch', 'seq', 'mlp') @ self.down[...], {}

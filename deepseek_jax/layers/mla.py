@@ -1,0 +1,167 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Keys and values of all heads are up-projections of one latent `c`; only `c`
+(after its norm) and one shared rotary key (after rope) are cached.
+Legend: B batch, T queries, S cache slots, D model, H heads, Q query latent,
+C key-value latent, N no-rope dim, R rope dim, V value dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax import cache as caching
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.attention import cached_attention, causal_attention
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
+from deepseek_jax.sharding import param, shard
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Shapes of latent attention; `q_rank` None leaves queries uncompressed."""
+
+  heads: int
+  q_rank: int | None
+  kv_rank: int
+  nope_dim: int
+  rope_dim: int
+  v_dim: int
+  rope: RopeConfig = RopeConfig()
+  norm_eps: float = 1e-6
+
+  def __post_init__(self):
+    for name in ('heads', 'kv_rank', 'nope_dim', 'rope_dim', 'v_dim'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    if self.rope_dim % 2:
+      raise InputError(f'rope_dim = {self.rope_dim}: must be even')
+
+  @property
+  def scale(self) -> float:
+    """Softmax scale over all N + R dims, YaRN's mscale squared included."""
+    return (self.nope_dim + self.rope_dim) ** -0.5 * softmax_multiplier(
+      self.rope
+    )
+
+  def cache(self, batch: int, slots: int, dtype) -> 'Latent':
+    """An empty cache: C + R numbers per slot."""
+    return Latent(
+      jnp.zeros((batch, slots, self.kv_rank), dtype),
+      jnp.zeros((batch, slots, self.rope_dim), dtype),
+    )
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MLA':
+    return MLA(self, dim, std=std, rngs=rngs)
+
+
+class Latent(NamedTuple):
+  """All that MLA remembers of a token; also its cache."""
+
+  c: jax.Array  # [B S C], normed
+  kr: jax.Array  # [B S R], turned
+
+
+class MLA(nnx.Module):
+  """Latent attention with expanded and absorbed forms of one computation."""
+
+  def __init__(self, cfg: MLAConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, H, Q, C = dim, cfg.heads, cfg.q_rank, cfg.kv_rank
+    N, R, V = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
+    init = nnx.initializers.normal(std)
+    if Q is not None:
+      self.q_down = param(rngs, init, (D, Q), ('embed', 'q_latent'))
+      self.q_norm = RMSNorm(Q, eps=cfg.norm_eps, rngs=rngs)
+    self.q_up = param(
+      rngs,
+      init,
+      (Q or D, H, N + R),
+      ('q_latent' if Q else 'embed', 'heads', None),
+    )
+    self.kv_down = param(rngs, init, (D, C + R), ('embed', None))
+    self.kv_norm = RMSNorm(C, eps=cfg.norm_eps, rngs=rngs)
+    self.kv_up = param(rngs, init, (C, H, N + V), ('kv_latent', 'heads', None))
+    self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
+
+  def query_latent(self, x: jax.Array) -> jax.Array:
+    """The normed query latent [B T Q], or x itself when uncompressed."""
+    return x if self.cfg.q_rank is None else self.q_norm(x @ self.q_down[...])
+
+  def query(self, x: jax.Array, positions: jax.Array):
+    """x [B T D] -> no-rope part [B T H N] and turned rope part [B T H R]."""
+    q = jnp.einsum('BTQ,QHK->BTHK', self.query_latent(x), self.q_up[...])
+    q = shard(q, 'batch', 'seq', 'heads', None)
+    qn, qr = jnp.split(q, [self.cfg.nope_dim], axis=-1)
+    return qn, rope(qr, positions, self.cfg.rope)
+
+  def latent(self, x: jax.Array, positions: jax.Array) -> Latent:
+    """What is cached of x [B T D]: normed latent, turned rope key (no norm)."""
+    c, kr = jnp.split(x @ self.kv_down[...], [self.cfg.kv_rank], axis=-1)
+    return Latent(self.kv_norm(c), rope(kr, positions, self.cfg.rope))
+
+  def keys_values(self, latent: Latent):
+    """Every head's keys [B S H N+R] and values [B S H V]."""
+    kv = jnp.einsum('BSC,CHK->BSHK', latent.c, self.kv_up[...])
+    kv = shard(kv, 'batch', 'seq', 'heads', None)
+    kn, v = jnp.split(kv, [self.cfg.nope_dim], axis=-1)
+    kr = latent.kr[:, :, None]
+    kr = jnp.broadcast_to(kr, (*kn.shape[:3], self.cfg.rope_dim))
+    return jnp.concatenate([kn, kr], axis=-1), v
+
+  def absorbed(self, qn, qr, latent: Latent, positions) -> jax.Array:
+    """Attention on the latents themselves (V2 section 2.1.2) -> [B T H V].
+
+    k_up goes into the query and v_up into the output, so all heads share one
+    key and value of C + R numbers: cheap where queries are few.
+    """
+    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+    f32 = {'preferred_element_type': jnp.float32}
+    scores = jnp.einsum('BTHC,BSC->BHTS', qc, latent.c, **f32)
+    scores += jnp.einsum('BTHR,BSR->BHTS', qr, latent.kr, **f32)
+    visible = positions[..., None] >= jnp.arange(latent.c.shape[1])  # [B T S]
+    scores = jnp.where(visible[:, None], scores * self.cfg.scale, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latent.c.dtype)
+    mixed = jnp.einsum('BHTS,BSC->BTHC', weights, latent.c)
+    return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+
+  def absorbing_pays(self, queries: int) -> bool:
+    """Whether the absorbed form costs less than expanding the cached keys.
+
+    Per key and head: `queries` wider products against one up-projection.
+    """
+    cfg = self.cfg
+    wider = 2 * cfg.kv_rank - cfg.nope_dim - cfg.v_dim
+    return queries * wider < cfg.kv_rank * (cfg.nope_dim + cfg.v_dim)
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: Latent | None = None
+  ) -> tuple[jax.Array, Latent | None, dict]:
+    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
+    qn, qr = self.query(x, ctx.positions)
+    latent = self.latent(x, ctx.positions)
+    if past is not None:
+      past = Latent(
+        *(
+          caching.write(b, n, ctx.positions, ctx.valid)
+          for b, n in zip(past, latent)
+        )
+      )
+    if past is None or ctx.fresh:
+      q = jnp.concatenate([qn, qr], axis=-1)
+      k, v = self.keys_values(latent)
+      y = causal_attention(q, k, v, scale=self.cfg.scale, segments=ctx.segments)
+    elif self.absorbing_pays(x.shape[1]):
+      y = self.absorbed(qn, qr, past, ctx.positions)
+    else:
+      q = jnp.concatenate([qn, qr], axis=-1)
+      k, v = self.keys_values(past)
+      y = cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
+    y = shard(y, 'batch', 'seq', 'heads', None)
+    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}

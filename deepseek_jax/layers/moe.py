@@ -1,0 +1,183 @@
+"""DeepSeekMoE (arXiv:2401.06066): shared experts, fine-grained routed experts.
+
+y = shared(x) + sum of the chosen experts' outputs times their weights.
+Dropless: each expert takes as many tokens as choose it. V2's capacity factor
+(arXiv:2405.04434 section 2.2.4) is an option of training.
+Legend: B batch, T tokens, D model, E experts, K chosen, F expert hidden.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers import balance
+from deepseek_jax.layers.balance import BalanceConfig
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.ffn import FFN, FFNConfig, swiglu
+from deepseek_jax.layers.router import Router, RouterConfig, Routing
+from deepseek_jax.sharding import param
+from pallas_kernels import grouped_matmul as gmm
+from pallas_kernels import permute
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityConfig:
+  """V2's token dropping: a device takes `factor` times its average load.
+
+  Attributes:
+    factor: budget of a device, in average loads.
+    devices: device groups of neighbouring experts.
+    exempt: share of the sequences that lose nothing.
+  """
+
+  factor: float = 1.0
+  devices: int = 1
+  exempt: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Shapes of a MoE layer.
+
+  Attributes:
+    experts: routed experts E.
+    top_k: experts per token K.
+    width: hidden size of one expert F.
+    shared: shared experts; they form one SwiGLU of shared * width.
+    router: how experts are chosen and weighted.
+    balance: losses that keep them evenly used.
+    capacity: None never drops a token.
+  """
+
+  experts: int
+  top_k: int
+  width: int
+  shared: int = 1
+  router: RouterConfig = RouterConfig()
+  balance: BalanceConfig = BalanceConfig()
+  capacity: CapacityConfig | None = None
+
+  def __post_init__(self):
+    if self.experts < 1 or self.width < 1 or self.shared < 0:
+      raise InputError(
+        f'experts = {self.experts}, width = {self.width}, shared ='
+        f' {self.shared}: experts and width must be at least 1, shared 0'
+      )
+    if not 1 <= self.top_k <= self.experts:
+      raise InputError(
+        f'top_k = {self.top_k}: must lie in 1..experts = {self.experts}'
+      )
+    self.router.check(self.experts, self.top_k)
+    self.balance.check(self.experts)
+    if self.capacity and self.experts % self.capacity.devices:
+      raise InputError(
+        f'capacity.devices = {self.capacity.devices}: must divide experts ='
+        f' {self.experts}'
+      )
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MoE':
+    return MoE(self, dim, std=std, rngs=rngs)
+
+
+def drop(
+  routing: Routing, experts: int, cfg: CapacityConfig
+) -> tuple[Routing, jax.Array]:
+  """Keeps each device within its budget, lowest affinity dropped first.
+
+  Returns the routing with dropped choices sent nowhere, and their number.
+  """
+  B, T, K = routing.experts.shape
+  flat = routing.experts.reshape(-1)
+  device = flat // (experts // cfg.devices)  # `devices` for padding
+  every = jnp.arange(1, B + 1) * cfg.exempt
+  exempt = jnp.floor(every) > jnp.floor(every - cfg.exempt)  # [B]
+  affinity = jnp.where(exempt[:, None, None], jnp.inf, routing.weights)
+  order = jnp.lexsort((-affinity.reshape(-1), device))
+  counts = jnp.bincount(device, length=cfg.devices + 1)
+  start = jnp.cumsum(counts) - counts
+  rank = (
+    jnp.zeros_like(flat)
+    .at[order]
+    .set(jnp.arange(flat.size, dtype=flat.dtype) - start[device[order]])
+  )
+  budget = cfg.factor * counts[: cfg.devices].sum() / cfg.devices
+  kept = (rank < budget) | jnp.repeat(exempt, T * K)
+  dropped = ~kept & (flat < experts)
+  kept = (~dropped).reshape(B, T, K)
+  return (
+    routing._replace(
+      experts=jnp.where(kept, routing.experts, experts),
+      weights=jnp.where(kept, routing.weights, 0.0),
+    ),
+    dropped.sum(),
+  )
+
+
+def apply_experts(x, experts, weights, gate_up, down) -> jax.Array:
+  """Routed experts on one device.
+
+  Args:
+    x: [N D] tokens.
+    experts: [N K] int32, E for nowhere.
+    weights: [N K] float32.
+    gate_up: [E D 2 F]; down: [E F D].
+
+  Returns:
+    [N D], the weighted sum of the chosen experts' outputs.
+  """
+  E, D, _, F = gate_up.shape
+  plan = permute.plan(experts, E)
+  rows = permute.permute(x, plan)
+  h = gmm.grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), plan.block_expert)
+  y = gmm.grouped_matmul(swiglu(h), down, plan.block_expert)
+  return permute.combine(y, weights, plan)
+
+
+class MoE(nnx.Module):
+  def __init__(self, cfg: MoEConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    E, D, F = cfg.experts, dim, cfg.width
+    init = nnx.initializers.normal(std)
+    self.router = Router(cfg.router, D, E, cfg.top_k, std=std, rngs=rngs)
+    self.gate_up = param(
+      rngs, init, (E, D, 2, F), ('experts', 'embed', None, 'mlp')
+    )
+    self.down = param(rngs, init, (E, F, D), ('experts', 'mlp', 'embed'))
+    if cfg.shared:
+      shared = FFNConfig(cfg.shared * F)
+      self.shared = FFN(shared, D, std=std, rngs=rngs)
+
+  def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
+    """x [B T D] -> (y [B T D], statistics).
+
+    Statistics: 'load' [E] int32, tokens that chose each expert; 'experts'
+    [B T K] int32; 'dropped' int32, choices over capacity; 'losses', the
+    balance losses without their weights; 'loss', their weighted sum.
+    """
+    B, T, D = x.shape
+    cfg = self.cfg
+    routing = self.router(x, ctx)
+    values = balance.losses(cfg.balance, routing, ctx.valid)
+    load = jnp.bincount(routing.experts.reshape(-1), length=cfg.experts)
+    stats = {
+      'load': load,
+      'experts': routing.experts,
+      'dropped': jnp.int32(0),
+      'losses': values,
+      'loss': balance.weighted(cfg.balance, values),
+    }
+    if cfg.capacity and ctx.train:
+      routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity)
+    y = apply_experts(
+      x.reshape(B * T, D),
+      routing.experts.reshape(B * T, -1),
+      routing.weights.reshape(B * T, -1),
+      self.gate_up[...],
+      self.down[...],
+    ).reshape(B, T, D)
+    if cfg.shared:
+      y = y + self.shared(x, ctx)[0]
+    return y, stats

@@ -1,0 +1,71 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+Depth k predicts token i+k+1 from the state of depth k-1 at i and the embedding
+of token i+k, through one more block; embedding and head are the main model's.
+The released checkpoints concatenate [embedding; hidden] where the paper writes
+[hidden; embedding]; the checkpoints' order is kept. The paper leaves open on
+which side of the final norm the state is taken; like transformers, after it.
+Legend: B batch, T tokens, D model.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.block import Block, BlockConfig
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.sharding import param
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+  """depth: tokens predicted beyond the next; block: kind of their blocks."""
+
+  depth: int = 1
+  block: str = 'moe'
+
+  def __post_init__(self):
+    if self.depth < 1:
+      raise InputError(
+        f'mtp.depth = {self.depth}: must be at least 1; mtp = None for none'
+      )
+
+
+class MTP(nnx.Module):
+  """One depth."""
+
+  def __init__(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+    norm = lambda: RMSNorm(dim, eps=block.norm_eps, rngs=rngs)
+    init = nnx.initializers.normal(std)
+    self.embed_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
+    self.merge = param(rngs, init, (2 * dim, dim), (None, 'embed'))
+    self.block = Block(block, dim, std=std, rngs=rngs)
+
+  def __call__(self, hidden: jax.Array, embedded: jax.Array, ctx: Context):
+    """States and embeddings [B T D] -> (states [B T D], statistics)."""
+    x = [self.embed_norm(embedded), self.hidden_norm(hidden)]
+    x = jnp.concatenate(x, axis=-1) @ self.merge[...]
+    x, _, stats = self.block(x, ctx)
+    return self.norm(x), stats
+
+
+def shifted(ctx: Context, depth: int) -> Context:
+  """The context in which `depth` runs: token i+depth takes the place of i.
+
+  Places with no such token in their document become padding, so they enter no
+  load and no loss. Positions stay those of i.
+  """
+  T = ctx.tokens.shape[1]
+  segments = ctx.segments
+  if segments is None:
+    segments = jnp.ones_like(ctx.tokens)
+  same = jnp.roll(segments, -depth, axis=1) == segments
+  inside = jnp.arange(T) < T - depth
+  return ctx._replace(
+    tokens=jnp.roll(ctx.tokens, -depth, axis=1),
+    segments=jnp.where(same & inside, segments, 0),
+  )

@@ -1,0 +1,135 @@
+"""Rotary positions (arXiv:2104.09864) with YaRN and Llama 3 length extension.
+
+Channel pair i turns by position * frequency[i]. `interleaved` pairs channels
+(2i, 2i+1), the layout of the released DeepSeek attention weights; otherwise
+channel i pairs with i + R/2 (Llama, the V3.2 indexer).
+YaRN: arXiv:2309.00071; DeepSeek's mscale: V2 section 3.1.4.
+Legend: B batch, T tokens, R rope dim.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig:
+  """Slows low frequencies by `factor`; `mscale_all_dim` sharpens the softmax.
+
+  With `attention_factor` None the cos/sin multiplier is
+  mscale(factor, mscale) / mscale(factor, mscale_all_dim), or 0.1 ln(factor) + 1
+  when either is absent (the reading of transformers).
+  """
+
+  factor: float = 40.0
+  original_length: int = 4096
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float | None = 1.0
+  mscale_all_dim: float | None = 1.0
+  attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Config:
+  """Llama 3.1's length extension: long wavelengths are slowed by `factor`."""
+
+  factor: float = 8.0
+  low_factor: float = 1.0
+  high_factor: float = 4.0
+  original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  theta: float = 10000.0
+  interleaved: bool = True
+  scaling: YarnConfig | Llama3Config | None = None
+
+  def __post_init__(self):
+    if self.theta <= 1:
+      raise InputError(f'rope.theta = {self.theta}: must be above 1')
+
+
+def mscale(factor: float, weight: float | None) -> float:
+  """YaRN's temperature 0.1 * weight * ln(factor) + 1 (1 when not extended)."""
+  if factor <= 1 or not weight:
+    return 1.0
+  return 0.1 * weight * math.log(factor) + 1.0
+
+
+def softmax_multiplier(cfg: RopeConfig) -> float:
+  """What YaRN multiplies the softmax scale with: mscale(mscale_all_dim)^2."""
+  if isinstance(cfg.scaling, YarnConfig):
+    return mscale(cfg.scaling.factor, cfg.scaling.mscale_all_dim) ** 2
+  return 1.0
+
+
+def table_multiplier(cfg: RopeConfig) -> float:
+  """What YaRN multiplies cos and sin with; 1 for every released DeepSeek."""
+  yarn = cfg.scaling
+  if not isinstance(yarn, YarnConfig):
+    return 1.0
+  if yarn.attention_factor is not None:
+    return yarn.attention_factor
+  if yarn.mscale and yarn.mscale_all_dim:
+    return mscale(yarn.factor, yarn.mscale) / mscale(
+      yarn.factor, yarn.mscale_all_dim
+    )
+  return mscale(yarn.factor, 1.0)
+
+
+def frequencies(cfg: RopeConfig, dim: int) -> np.ndarray:
+  """Angles per position, [R/2] float64."""
+  if dim % 2:
+    raise InputError(f'rope_dim = {dim}: must be even')
+  base = cfg.theta ** (-np.arange(0, dim, 2) / dim)
+  if isinstance(cfg.scaling, YarnConfig):
+    return _yarn(cfg.scaling, base, cfg.theta, dim)
+  if isinstance(cfg.scaling, Llama3Config):
+    return _llama3(cfg.scaling, base)
+  return base
+
+
+def _yarn(yarn, base, theta, dim):
+  def turns(n):  # the channel that turns n times within the original length
+    ratio = yarn.original_length / (n * 2 * math.pi)
+    return dim * math.log(ratio) / (2 * math.log(theta))
+
+  low = max(math.floor(turns(yarn.beta_fast)), 0)
+  high = min(math.ceil(turns(yarn.beta_slow)), dim - 1)
+  # transformers widens an empty ramp by the same 0.001.
+  width = (high - low) or 0.001
+  ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
+  return base * (1 - ramp) + base / yarn.factor * ramp
+
+
+def _llama3(llama, base):
+  turns = llama.original_length * base / (2 * math.pi)
+  share = (turns - llama.low_factor) / (llama.high_factor - llama.low_factor)
+  keep = np.clip(share, 0, 1)
+  return base * keep + base / llama.factor * (1 - keep)
+
+
+def rope(x: jax.Array, positions: jax.Array, cfg: RopeConfig) -> jax.Array:
+  """Turns x [B T ... R] to its positions [B T]; float32 inside, dtype kept."""
+  freqs = jnp.asarray(frequencies(cfg, x.shape[-1]), jnp.float32)
+  angles = positions[..., None].astype(jnp.float32) * freqs  # [B T R/2]
+  angles = angles.reshape(
+    *positions.shape, *(1,) * (x.ndim - positions.ndim - 1), freqs.size
+  )
+  multiplier = table_multiplier(cfg)
+  cos, sin = jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
+  y = x.astype(jnp.float32)
+  if cfg.interleaved:
+    a, b = y[..., 0::2], y[..., 1::2]
+    out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return out.reshape(x.shape).astype(x.dtype)
+  a, b = jnp.split(y, 2, axis=-1)
+  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return out.astype(x.dtype)

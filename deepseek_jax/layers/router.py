@@ -1,0 +1,146 @@
+"""Token-to-expert routing: scores, groups, bias, top-k, weights.
+
+The released algorithms are settings of one computation: V2-Lite's greedy
+softmax, V2's group-limited softmax (arXiv:2405.04434 section 2.2.2) and V3's
+sigmoid with a selection bias (arXiv:2412.19437 section 2.1.2). The bias moves
+the choice of experts and never their weight.
+Legend: B batch, T tokens, D model, E experts, K chosen, G groups.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.context import Context
+from deepseek_jax.sharding import Buffer, param
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+  """How experts are chosen and weighted.
+
+  Attributes:
+    scoring: affinity of a token to an expert.
+    groups: experts lie in this many groups of neighbours (V3: nodes) ...
+    top_groups: ... of which a token may use this many.
+    group_score: a group counts by its best expert (V2) or its best two (V3).
+    bias: a selection bias per expert, moved by load and by no gradient (V3).
+    normalize: the chosen weights are divided by their sum (V3).
+    scale: multiplies the weights (routed_scaling_factor).
+  """
+
+  scoring: Literal['softmax', 'sigmoid'] = 'sigmoid'
+  groups: int = 1
+  top_groups: int = 1
+  group_score: Literal['max', 'top2'] = 'top2'
+  bias: bool = True
+  normalize: bool = True
+  scale: float = 1.0
+
+  def check(self, experts: int, top_k: int) -> None:
+    """Raises InputError where groups, experts and top_k don't fit."""
+    if self.groups < 1 or experts % self.groups:
+      raise InputError(
+        f'router.groups = {self.groups}: must divide experts = {experts}'
+      )
+    if not 1 <= self.top_groups <= self.groups:
+      raise InputError(
+        f'router.top_groups = {self.top_groups}: must lie in 1..groups ='
+        f' {self.groups}'
+      )
+    reach = experts // self.groups * self.top_groups
+    if top_k > reach:
+      raise InputError(
+        f'top_k = {top_k}: more than the {reach} experts of'
+        f' {self.top_groups} groups; lower top_k or raise router.top_groups'
+      )
+    if self.group_score == 'top2' and self.groups > 1:
+      if experts // self.groups < 2:
+        raise InputError(
+          "router.group_score = 'top2': needs groups of at least 2 experts;"
+          " lower router.groups or use 'max'"
+        )
+
+
+class Routing(NamedTuple):
+  """Where tokens go. An expert number E means nowhere (padding, dropped)."""
+
+  experts: jax.Array  # [B T K] int32
+  weights: jax.Array  # [B T K] float32
+  scores: jax.Array  # [B T E] float32, affinities without bias
+
+
+def score(logits: jax.Array, scoring: str) -> jax.Array:
+  """Affinities [... E] of float32 router logits [... E]."""
+  if scoring == 'softmax':
+    return jax.nn.softmax(logits, axis=-1)
+  return jax.nn.sigmoid(logits)
+
+
+def limit_groups(choice: jax.Array, cfg: RouterConfig) -> jax.Array:
+  """choice [... E] with all but the best groups at -inf.
+
+  Not 0: a biased score can be negative, and a 0 would then win against it.
+  """
+  if cfg.groups == 1:
+    return choice
+  E = choice.shape[-1]
+  grouped = choice.reshape(*choice.shape[:-1], cfg.groups, E // cfg.groups)
+  if cfg.group_score == 'max':
+    rank = grouped.max(axis=-1)
+  else:
+    rank = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)  # [... G]
+  _, best = jax.lax.top_k(rank, cfg.top_groups)
+  keep = jnp.any(best[..., None] == jnp.arange(cfg.groups), axis=-2)
+  return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def choose(
+  scores: jax.Array, bias: jax.Array | None, top_k: int, cfg: RouterConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Scores [... E], bias [E] -> experts [... K] int32, weights [... K].
+
+  Equal scores favour the lower expert number.
+  """
+  choice = jax.lax.stop_gradient(scores)
+  if bias is not None:
+    choice = choice + jax.lax.stop_gradient(bias)
+  _, experts = jax.lax.top_k(limit_groups(choice, cfg), top_k)
+  weights = jnp.take_along_axis(scores, experts, axis=-1)
+  if cfg.normalize:
+    weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+  return experts, weights * cfg.scale
+
+
+class Router(nnx.Module):
+  def __init__(
+    self, cfg: RouterConfig, dim: int, experts: int, top_k: int, *, std, rngs
+  ):
+    self.cfg, self.top_k = cfg, top_k
+    init = nnx.initializers.normal(std)
+    self.weight = param(
+      rngs, init, (dim, experts), ('embed', None), full_precision=True
+    )
+    if cfg.bias:
+      self.bias = Buffer(jnp.zeros(experts, jnp.float32), axes=(None,))
+
+  def __call__(self, x: jax.Array, ctx: Context) -> Routing:
+    """x [B T D] -> the routing of every valid token; padding goes nowhere."""
+    # float32: with many experts bfloat16 scores tie, and low numbers would win.
+    logits = jnp.einsum(
+      'BTD,DE->BTE',
+      x.astype(jnp.float32),
+      self.weight[...].astype(jnp.float32),
+      precision='highest',
+    )
+    scores = score(logits, self.cfg.scoring)
+    bias = self.bias[...] if self.cfg.bias else None
+    experts, weights = choose(scores, bias, self.top_k, self.cfg)
+    if ctx.valid is not None:
+      experts = jnp.where(ctx.valid[..., None], experts, scores.shape[-1])
+      weights = jnp.where(ctx.valid[..., None], weights, 0.0)
+    return Routing(experts, weights, scores)

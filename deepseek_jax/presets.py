@@ -1,0 +1,200 @@
+"""Published models as configurations, and tiny twins of them.
+
+Shapes: DeepSeekMoE arXiv:2401.06066, V2 arXiv:2405.04434, V3 arXiv:2412.19437
+and the configurations released with them; Llama 3.1 arXiv:2407.21783.
+"""
+
+from deepseek_jax.layers.balance import BalanceConfig
+from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.mla import MLAConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.layers.mtp import MTPConfig
+from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
+from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.transformer import TransformerConfig
+
+
+def layout(dense: int, moe: int) -> tuple:
+  """Leading dense blocks, then MoE blocks."""
+  runs = ((('dense',), dense), (('moe',), moe))
+  return tuple(run for run in runs if run[1])
+
+
+def _softmax_router(**fields) -> RouterConfig:
+  return RouterConfig(scoring='softmax', bias=False, normalize=False, **fields)
+
+
+def _yarn(mscale: float) -> RopeConfig:
+  return RopeConfig(scaling=YarnConfig(mscale=mscale, mscale_all_dim=mscale))
+
+
+def moe_16b() -> TransformerConfig:
+  """DeepSeekMoE 16B: multi-head attention, 64 experts, greedy softmax."""
+  return TransformerConfig(
+    vocab_size=102400,
+    dim=2048,
+    layout=layout(1, 27),
+    attention=GQAConfig(heads=16, kv_heads=16, head_dim=128),
+    ffn=FFNConfig(10944),
+    moe=MoEConfig(
+      experts=64,
+      top_k=6,
+      width=1408,
+      shared=2,
+      router=_softmax_router(),
+      balance=BalanceConfig(expert=0.001),
+    ),
+  )
+
+
+def v2_lite() -> TransformerConfig:
+  """DeepSeek-V2-Lite: MLA without query compression."""
+  return TransformerConfig(
+    vocab_size=102400,
+    dim=2048,
+    layout=layout(1, 26),
+    attention=MLAConfig(
+      heads=16,
+      q_rank=None,
+      kv_rank=512,
+      nope_dim=128,
+      rope_dim=64,
+      v_dim=128,
+      rope=_yarn(0.707),
+    ),
+    ffn=FFNConfig(10944),
+    moe=MoEConfig(
+      experts=64,
+      top_k=6,
+      width=1408,
+      shared=2,
+      router=_softmax_router(),
+      balance=BalanceConfig(expert=0.001),
+    ),
+  )
+
+
+def v2() -> TransformerConfig:
+  """DeepSeek-V2: group-limited softmax over 8 devices, gates times 16."""
+  return TransformerConfig(
+    vocab_size=102400,
+    dim=5120,
+    layout=layout(1, 59),
+    attention=MLAConfig(
+      heads=128,
+      q_rank=1536,
+      kv_rank=512,
+      nope_dim=128,
+      rope_dim=64,
+      v_dim=128,
+      rope=_yarn(0.707),
+    ),
+    ffn=FFNConfig(12288),
+    moe=MoEConfig(
+      experts=160,
+      top_k=6,
+      width=1536,
+      shared=2,
+      router=_softmax_router(
+        groups=8, top_groups=3, group_score='max', scale=16.0
+      ),
+      balance=BalanceConfig(
+        expert=0.003,
+        device=0.05,
+        communication=0.02,
+        devices=8,
+        device_limit=3,
+      ),
+    ),
+  )
+
+
+def v3() -> TransformerConfig:
+  """DeepSeek-V3 and R1: sigmoid gates with a selection bias, one MTP depth."""
+  return TransformerConfig(
+    vocab_size=129280,
+    dim=7168,
+    layout=layout(3, 58),
+    attention=MLAConfig(
+      heads=128,
+      q_rank=1536,
+      kv_rank=512,
+      nope_dim=128,
+      rope_dim=64,
+      v_dim=128,
+      rope=_yarn(1.0),
+    ),
+    ffn=FFNConfig(18432),
+    moe=MoEConfig(
+      experts=256,
+      top_k=8,
+      width=2048,
+      shared=1,
+      router=RouterConfig(groups=8, top_groups=4, scale=2.5),
+      balance=BalanceConfig(sequence=1e-4),
+    ),
+    mtp=MTPConfig(depth=1),
+  )
+
+
+def v3_tiny() -> TransformerConfig:
+  """V3 in every idea, small enough to train on a laptop in minutes.
+
+  Plain rope, as V3 had before its length extension.
+  """
+  return TransformerConfig(
+    vocab_size=4096,
+    dim=256,
+    layout=layout(1, 3),
+    attention=MLAConfig(
+      heads=4,
+      q_rank=128,
+      kv_rank=64,
+      nope_dim=32,
+      rope_dim=16,
+      v_dim=32,
+    ),
+    ffn=FFNConfig(512),
+    moe=MoEConfig(
+      experts=16,
+      top_k=4,
+      width=96,
+      shared=1,
+      router=RouterConfig(groups=4, top_groups=2, scale=2.5),
+      balance=BalanceConfig(sequence=1e-4),
+    ),
+    mtp=MTPConfig(depth=1),
+    init_std=0.02,
+  )
+
+
+def _llama31(layers, dim, heads, width) -> TransformerConfig:
+  return TransformerConfig(
+    vocab_size=128256,
+    dim=dim,
+    layout=layout(layers, 0),
+    attention=GQAConfig(
+      heads=heads,
+      kv_heads=8,
+      head_dim=128,
+      rope=RopeConfig(
+        theta=500000.0, interleaved=False, scaling=Llama3Config()
+      ),
+    ),
+    ffn=FFNConfig(width),
+    norm_eps=1e-5,
+    init_std=0.02,
+  )
+
+
+def llama31_8b() -> TransformerConfig:
+  return _llama31(32, 4096, 32, 14336)
+
+
+def llama31_70b() -> TransformerConfig:
+  return _llama31(80, 8192, 64, 28672)
+
+
+def llama31_405b() -> TransformerConfig:
+  return _llama31(126, 16384, 128, 53248)

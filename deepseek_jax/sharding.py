@@ -1,0 +1,74 @@
+"""Named axes: parameters and activations say what an axis is, a mesh rule says where it goes.
+
+A parameter carries one logical name per axis ('embed', 'heads', 'experts' ...;
+leading axes without a name are layer stacks). `use(mesh, rules)` maps names to
+mesh axes while a step is traced; outside of it `shard` is the identity, so
+notebooks and tests need no mesh.
+"""
+
+import contextlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+_current: list[tuple[Mesh, Rules]] = []
+
+
+class Buffer(nnx.Variable):
+  """State that no gradient reaches: router biases, hash tables."""
+
+
+def param(rngs, init, shape, axes, *, full_precision: bool = False):
+  """Makes a float32 parameter whose axes are named.
+
+  `full_precision` keeps it in float32 when the model computes in bfloat16
+  (norm weights, the router).
+  """
+  if len(shape) != len(axes):
+    raise ValueError(f'shape {shape} and axes {axes} differ in length')
+  value = init(rngs.params(), shape, jnp.float32)
+  return nnx.Param(value, axes=axes, full_precision=full_precision)
+
+
+def spec(axes, rules: Rules, ndim: int | None = None) -> PartitionSpec:
+  """The PartitionSpec of logical `axes`; unnamed leading axes are unsharded."""
+  stack = (ndim or len(axes)) - len(axes)
+  return PartitionSpec(*(None,) * stack, *(rules.get(a) for a in axes))
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules):
+  """Applies `rules` to every `shard` traced inside.
+
+  The rules are no part of jit's cache key: trace each step inside one `use`.
+  """
+  _current.append((mesh, rules))
+  try:
+    yield
+  finally:
+    _current.pop()
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Constrains activation `x` to the mesh axes of its logical `axes`."""
+  if not _current:
+    return x
+  mesh, rules = _current[-1]
+  sharding = NamedSharding(mesh, spec(axes, rules, x.ndim))
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def shardings(abstract, mesh: Mesh, rules: Rules):
+  """NamedShardings for a tree of abstract variables (nnx.State leaves)."""
+
+  def one(variable):
+    axes = variable.get_metadata().get('axes') or ()
+    return NamedSharding(mesh, spec(axes, rules, len(variable.shape)))
+
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  return jax.tree.map(one, abstract, is_leaf=leaf)

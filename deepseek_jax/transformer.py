@@ -1,0 +1,409 @@
+"""The transformer: the only place that knows the order of layers.
+
+A model is data: `TransformerConfig` holds one sub-config per idea and a layout
+that names kinds of blocks; it expands into segments, short patterns of blocks
+that repeat and are scanned over. `build` turns it into pure functions.
+Legend: B batch, T tokens, D model, V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.cache import Cache
+from deepseek_jax.config import changed
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.block import AttentionConfig, Block, BlockConfig
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.layers.mtp import MTP, MTPConfig, shifted
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.residual import ResidualConfig
+from deepseek_jax.sharding import Buffer, param, shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of block that a layout can name.
+
+  Attributes:
+    ffn: which sub-config is its FFN, 'ffn' (dense) or 'moe'.
+    change: where it departs from the model's sub-configs, as pairs of a
+      dotted field and a value: (('attention.rope.theta', 160000.0),).
+  """
+
+  ffn: Literal['ffn', 'moe'] = 'moe'
+  change: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How the same numbers are computed.
+
+  Attributes:
+    dtype: of activations and matmuls; norms, router and softmax stay float32.
+    scan: layers of a segment are scanned over (else unrolled).
+    remat: what the backward pass recomputes: nothing, all but matmul
+      outputs, or whole layers.
+  """
+
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  scan: bool = True
+  remat: Literal['none', 'dots', 'full'] = 'none'
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A pattern of blocks, applied `repeat` times."""
+
+  blocks: tuple[BlockConfig, ...]
+  repeat: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Everything about a model.
+
+  Attributes:
+    vocab_size: V.
+    dim: D.
+    layout: pairs (names of kinds, repeat), e.g.
+      ((('dense',), 3), (('moe',), 58)).
+    attention, ffn, moe, residual: the shared sub-configs, one per idea.
+    kinds: what the layout's names mean.
+    mtp: multi-token prediction, or None.
+    norm_eps: of the block norms and the final norm.
+    init_std: of every weight matrix at initialisation.
+    tied: embedding and head are one matrix.
+    compute: how, not what, is computed.
+  """
+
+  vocab_size: int
+  dim: int
+  layout: tuple
+  attention: AttentionConfig
+  ffn: FFNConfig | None = None
+  moe: MoEConfig | None = None
+  residual: ResidualConfig = ResidualConfig()
+  kinds: dict[str, Kind] = dataclasses.field(
+    default_factory=lambda: {'dense': Kind('ffn'), 'moe': Kind('moe')}
+  )
+  mtp: MTPConfig | None = None
+  norm_eps: float = 1e-6
+  init_std: float = 0.006
+  tied: bool = False
+  compute: ComputeConfig = ComputeConfig()
+
+  def __post_init__(self):
+    if self.vocab_size < 1 or self.dim < 1:
+      raise InputError(
+        f'vocab_size = {self.vocab_size}, dim = {self.dim}: must be positive'
+      )
+    if not self.layout:
+      raise InputError('layout = (): name at least one block')
+    self.segments()
+
+  @property
+  def layers(self) -> int:
+    return sum(len(s.blocks) * s.repeat for s in self.segments())
+
+  def block(self, name: str) -> BlockConfig:
+    """The block that the layout calls `name`."""
+    if name not in self.kinds:
+      raise InputError(
+        f'layout names {name!r}: not one of kinds = {sorted(self.kinds)}'
+      )
+    kind = self.kinds[name]
+    parts = {
+      'attention': self.attention,
+      'ffn': self.ffn,
+      'moe': self.moe,
+      'residual': self.residual,
+    }
+    for path, value in kind.change:
+      top, _, rest = path.partition('.')
+      if top not in parts:
+        raise InputError(f'kinds.{name}.change: no sub-config {top!r}')
+      parts[top] = changed(parts[top], {rest: value}) if rest else value
+    ffn = parts[kind.ffn]
+    if ffn is None:
+      raise InputError(
+        f'layout names {name!r}, which needs {kind.ffn} = ...: it is None'
+      )
+    return BlockConfig(
+      parts['attention'], ffn, parts['residual'], self.norm_eps
+    )
+
+  def segments(self) -> tuple[Segment, ...]:
+    """The layout with its names looked up."""
+    out = []
+    for entry in self.layout:
+      try:
+        names, repeat = entry
+        ok = not isinstance(names, str) and int(repeat) == repeat > 0
+      except (TypeError, ValueError):
+        ok = False
+      if not ok:
+        raise InputError(
+          f"layout entry {entry!r}: write (('kind', ...), repeat)"
+        )
+      out.append(Segment(tuple(self.block(n) for n in names), int(repeat)))
+    return tuple(out)
+
+
+class Output(NamedTuple):
+  """What a call of the model returns.
+
+  Attributes:
+    logits: [B T V] float32.
+    hidden: [B T D], the state that the head reads (after the final norm).
+    cache: the cache with these tokens, or None.
+    aux: {'segments': per segment, per block of its pattern, statistics
+      stacked over repeats; 'mtp': per depth, its statistics; 'mtp_hidden':
+      per depth, [B T D]}.
+  """
+
+  logits: jax.Array
+  hidden: jax.Array
+  cache: Cache | None
+  aux: dict[str, Any]
+
+
+def positions_in(segments: jax.Array) -> jax.Array:
+  """Position of each token within its run of equal segments [B T]."""
+  index = jnp.arange(segments.shape[1])
+  first = jnp.ones_like(segments[:, :1], bool)
+  new = jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
+  return index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+
+
+class Transformer(nnx.Module):
+  def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, V, std = cfg.dim, cfg.vocab_size, cfg.init_std
+    init = nnx.initializers.normal(std)
+    self.embed = param(rngs, init, (V, D), ('vocab', 'embed'))
+    self.segments = nnx.List(
+      [self._stack(segment, rngs) for segment in cfg.segments()]
+    )
+    self.residual = cfg.residual.build(D, rngs=rngs)
+    self.norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
+    if not cfg.tied:
+      self.head = param(rngs, init, (D, V), ('embed', 'vocab'))
+    if cfg.mtp:
+      block = cfg.block(cfg.mtp.block)
+      self.mtp = nnx.List(
+        [MTP(block, D, std=std, rngs=rngs) for _ in range(cfg.mtp.depth)]
+      )
+
+  def _stack(self, segment: Segment, rngs: nnx.Rngs):
+    D, std = self.cfg.dim, self.cfg.init_std
+
+    def pattern(key):
+      rngs = nnx.Rngs(key)
+      return nnx.List([Block(b, D, std=std, rngs=rngs) for b in segment.blocks])
+
+    return jax.vmap(pattern)(jax.random.split(rngs.params(), segment.repeat))
+
+  def head_weight(self) -> jax.Array:
+    """[D V]."""
+    return self.embed[...].T if self.cfg.tied else self.head[...]
+
+  def _remat(self, body):
+    policies = {
+      'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      'full': None,
+    }
+    if self.cfg.compute.remat == 'none':
+      return body
+    return jax.checkpoint(body, policy=policies[self.cfg.compute.remat])
+
+  def _segment(self, blocks, stream, ctx: Context, caches):
+    """Runs one segment's repeats -> (stream, caches, statistics)."""
+
+    def body(stream, layer):
+      out = []
+      for block, past in zip(*layer):
+        stream, past, stats = block(stream, ctx, past)
+        out.append((past, stats))
+      return stream, tuple(zip(*out))
+
+    body = self._remat(body)
+    repeat = jax.tree.leaves(blocks)[0].shape[0]
+    if self.cfg.compute.scan and repeat > 1:
+      stream, (caches, stats) = jax.lax.scan(body, stream, (blocks, caches))
+      return stream, caches, stats
+    each = []
+    for i in range(repeat):
+      layer = jax.tree.map(lambda a, i=i: a[i], (blocks, caches))
+      stream, out = body(stream, layer)
+      each.append(out)
+    caches, stats = jax.tree.map(lambda *a: jnp.stack(a), *each)
+    return stream, caches, stats
+
+  def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
+    stream = self.cfg.residual.expand(self.embed[...][ctx.tokens])
+    stream = shard(stream, 'batch', 'seq', None)
+    caches, aux = [], {'segments': []}
+    for i, blocks in enumerate(self.segments):
+      past = cache.layers[i] if cache else (None,) * len(blocks)
+      stream, past, stats = self._segment(blocks, stream, ctx, past)
+      caches.append(past)
+      aux['segments'].append(stats)
+    hidden = self.norm(self.residual.collapse(stream))
+    if mtp and self.cfg.mtp:
+      aux['mtp'], aux['mtp_hidden'] = self._mtp(hidden, ctx)
+    logits = jnp.einsum(
+      'BTD,DV->BTV',
+      hidden,
+      self.head_weight(),
+      preferred_element_type=jnp.float32,
+    )
+    if cache:
+      new = ctx.tokens.shape[1] if ctx.valid is None else ctx.valid.sum(axis=1)
+      cache = Cache(tuple(caches), cache.length + new, cache.slots, False)
+    return Output(logits, hidden, cache, aux)
+
+  def _mtp(self, hidden, ctx: Context):
+    statistics, states = [], []
+    for depth, module in enumerate(self.mtp, start=1):
+      at = shifted(ctx, depth)
+      hidden, stats = module(hidden, self.embed[...][at.tokens], at)
+      statistics.append(stats)
+      states.append(hidden)
+    return statistics, states
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A transformer as pure functions over plain nested dicts.
+
+  Attributes:
+    config: the model's configuration.
+    init: key -> {'params': {...}, 'buffers': {...}}, float32.
+    apply: see `build`.
+    init_cache: (batch, slots) -> empty Cache in the compute dtype.
+    head: variables -> [D V], what turns `hidden` into logits.
+    cast: variables -> the same in the compute dtype, but for the parameters
+      that stay float32; apply does it too, so do it once before a loop.
+    abstract: key-free nnx.State of shapes, dtypes and axis names.
+  """
+
+  config: TransformerConfig
+  init: Callable[[jax.Array], dict]
+  apply: Callable[..., Output]
+  init_cache: Callable[[int, int], Cache]
+  head: Callable[[dict], jax.Array]
+  cast: Callable[[dict], dict]
+  abstract: dict[str, nnx.State]
+
+
+def build(config: TransformerConfig) -> Model:
+  """Makes the pure functions of a model; allocates no array.
+
+  apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
+  train=False, mtp=False) -> Output, with
+    tokens: [B T] int32.
+    positions: [B T] int32; by default those after the cached tokens, or from 0
+      within each segment.
+    segment_ids: [B T] int32, the document of each token: it sees no other. 0
+      is padding, which is cached, routed and counted nowhere. None: all of a
+      row is one document.
+    cache: from `init_cache` or an earlier Output.
+    train: applies what is for training only (capacity).
+    mtp: runs the multi-token prediction blocks too.
+  """
+  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
+  abstract = jax.eval_shape(make, jax.random.key(0))
+  graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)
+  dtype = jnp.dtype(config.compute.dtype)
+
+  def init(key):
+    _, params, buffers = nnx.split(make(key), nnx.Param, Buffer)
+    return {
+      'params': nnx.to_pure_dict(params),
+      'buffers': nnx.to_pure_dict(buffers),
+    }
+
+  is_variable = lambda v: isinstance(v, nnx.Variable)
+  kept = nnx.to_pure_dict(
+    jax.tree.map(
+      lambda v: v.replace(v.get_metadata().get('full_precision', False)),
+      params,
+      is_leaf=is_variable,
+    )
+  )
+
+  def cast(variables):
+    one = lambda p, keep: p.astype(jnp.float32 if keep else dtype)
+    return {**variables, 'params': jax.tree.map(one, variables['params'], kept)}
+
+  def merge(variables):
+    return nnx.merge(graphdef, variables['params'], variables['buffers'])
+
+  def apply(
+    variables,
+    tokens,
+    *,
+    positions=None,
+    segment_ids=None,
+    cache=None,
+    train=False,
+    mtp=False,
+  ):
+    _check_tokens(tokens, cache)
+    if positions is None:
+      positions = _default_positions(tokens, segment_ids, cache)
+    fresh = cache is None or cache.fresh
+    ctx = Context(tokens, positions, segment_ids, train, fresh)
+    return merge(cast(variables))(ctx, cache, mtp)
+
+  def init_cache(batch, slots):
+    layers = []
+    for segment in config.segments():
+      one = lambda b: b.attention.cache(batch, slots, dtype)
+      empty = [one(b) for b in segment.blocks]
+      stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
+      layers.append(tuple(jax.tree.map(stack, empty)))
+    return Cache(tuple(layers), jnp.zeros(batch, jnp.int32), slots)
+
+  head = lambda variables: merge(cast(variables)).head_weight()
+  state = {'params': params, 'buffers': buffers}
+  return Model(config, init, apply, init_cache, head, cast, state)
+
+
+def _default_positions(tokens, segment_ids, cache):
+  B, T = tokens.shape
+  if cache is not None and not cache.fresh:
+    return cache.length[:, None] + jnp.arange(T)
+  if segment_ids is not None:
+    return positions_in(segment_ids)
+  return jnp.broadcast_to(jnp.arange(T), (B, T))
+
+
+def _check_tokens(tokens, cache):
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise InputError(
+      f'tokens: {tokens.dtype}{list(tokens.shape)}; must be integers [B T]'
+    )
+  if cache is not None and tokens.shape[1] > cache.slots:
+    raise InputError(
+      f'{tokens.shape[1]} tokens do not fit a cache of {cache.slots} slots;'
+      ' make it longer with init_cache(batch, slots)'
+    )
+
+
+def moe_statistics(aux: dict, name: str) -> jax.Array | None:
+  """One MoE statistic of all layers in order, [L_moe, ...]; None if dense."""
+  out = []
+  for patterns in aux['segments']:
+    picked = [s['ffn'][name] for s in patterns if name in s['ffn']]
+    if picked:
+      stacked = jnp.stack(picked, axis=1)  # [repeat, blocks, ...]
+      out.append(stacked.reshape(-1, *stacked.shape[2:]))
+  return jnp.concatenate(out) if out else None

@@ -1,4 +1,4 @@
-"""Named axes: parameters and activations say what an axis is, a mesh rule says where it goes.
+"""Named axes: arrays say what an axis is, rules say which mesh axis it takes.
 
 A parameter carries one logical name per axis ('embed', 'heads', 'experts' ...;
 leading axes without a name are layer stacks). `use(mesh, rules)` maps names to

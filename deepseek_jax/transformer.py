@@ -76,7 +76,7 @@ class TransformerConfig:
       ((('dense',), 3), (('moe',), 58)).
     attention, ffn, moe, residual: the shared sub-configs, one per idea.
     kinds: what the layout's names mean.
-    mtp: multi-token prediction, or None.
+    mtp: multi-token prediction.
     norm_eps: of the block norms and the final norm.
     init_std: of every weight matrix at initialisation.
     tied: embedding and head are one matrix.
@@ -93,7 +93,7 @@ class TransformerConfig:
   kinds: dict[str, Kind] = dataclasses.field(
     default_factory=lambda: {'dense': Kind('ffn'), 'moe': Kind('moe')}
   )
-  mtp: MTPConfig | None = None
+  mtp: MTPConfig = MTPConfig(depth=0)
   norm_eps: float = 1e-6
   init_std: float = 0.006
   tied: bool = False
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
     self.norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
     if not cfg.tied:
       self.head = param(rngs, init, (D, V), ('embed', 'vocab'))
-    if cfg.mtp:
+    if cfg.mtp.depth:
       block = cfg.block(cfg.mtp.block)
       self.mtp = nnx.List(
         [MTP(block, D, std=std, rngs=rngs) for _ in range(cfg.mtp.depth)]
@@ -256,7 +256,7 @@ class Transformer(nnx.Module):
       caches.append(past)
       aux['segments'].append(stats)
     hidden = self.norm(self.residual.collapse(stream))
-    if mtp and self.cfg.mtp:
+    if mtp and self.cfg.mtp.depth:
       aux['mtp'], aux['mtp_hidden'] = self._mtp(hidden, ctx)
     logits = jnp.einsum(
       'BTD,DV->BTV',

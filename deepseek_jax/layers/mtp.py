@@ -23,16 +23,14 @@ from deepseek_jax.sharding import param
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig:
-  """depth: tokens predicted beyond the next; block: kind of their blocks."""
+  """depth: tokens predicted beyond the next (0: none); block: their kind."""
 
   depth: int = 1
   block: str = 'moe'
 
   def __post_init__(self):
-    if self.depth < 1:
-      raise InputError(
-        f'mtp.depth = {self.depth}: must be at least 1; mtp = None for none'
-      )
+    if self.depth < 0:
+      raise InputError(f'mtp.depth = {self.depth}: must be 0 or more')
 
 
 class MTP(nnx.Module):

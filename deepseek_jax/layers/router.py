@@ -58,12 +58,12 @@ class RouterConfig:
         f'top_k = {top_k}: more than the {reach} experts of'
         f' {self.top_groups} groups; lower top_k or raise router.top_groups'
       )
-    if self.group_score == 'top2' and self.groups > 1:
-      if experts // self.groups < 2:
-        raise InputError(
-          "router.group_score = 'top2': needs groups of at least 2 experts;"
-          " lower router.groups or use 'max'"
-        )
+    two = self.group_score == 'top2' and self.groups > 1
+    if two and experts // self.groups < 2:
+      raise InputError(
+        "router.group_score = 'top2': needs groups of at least 2 experts;"
+        " lower router.groups or use 'max'"
+      )
 
 
 class Routing(NamedTuple):

@@ -1,0 +1,86 @@
+"""A gate before the update: skips what is not finite or far out of line.
+
+It keeps running means of the loss and the gradient norm over accepted steps
+only, so a bad batch never moves what it is judged by. (optax.apply_if_finite
+applies the non-finite update once its limit is passed.)
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+  """When an update is skipped, and when a run gives up.
+
+  Attributes:
+    sigma: a loss or gradient norm this many deviations above its mean is an
+      explosion; 0 judges finiteness only.
+    warmup: accepted steps before explosions are judged.
+    decay: of the running means.
+    patience: skips in a row after which the run stops with status 78.
+  """
+
+  sigma: float = 6.0
+  warmup: int = 50
+  decay: float = 0.98
+  patience: int = 10
+
+  def __post_init__(self):
+    if not 0 < self.decay < 1 or self.patience < 1:
+      raise InputError(
+        f'decay = {self.decay}, patience = {self.patience}: decay must lie'
+        ' between 0 and 1, patience must be at least 1'
+      )
+
+
+class GateState(NamedTuple):
+  mean: jax.Array  # [2] of loss and gradient norm
+  square: jax.Array  # [2] mean squared deviation
+  accepted: jax.Array  # int32
+  skipped: jax.Array  # int32
+  streak: jax.Array  # int32, skips in a row
+
+
+def initial_gate() -> GateState:
+  zero = jnp.int32(0)
+  # Distinct buffers: the state is donated, and no buffer may be twice.
+  return GateState(
+    jnp.zeros(2), jnp.zeros(2), zero, jnp.int32(0) + 0, jnp.int32(0) + 0
+  )
+
+
+# A deviation is never taken as smaller than this share of the mean: steady
+# runs have tiny ones, and an ordinary batch must not look like an explosion.
+_LEAST_DEVIATION = 0.05
+
+
+def judge(cfg: GateConfig, state: GateState, loss, grad_norm):
+  """Whether to apply the update -> (bool scalar, the next GateState)."""
+  seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+  ok = jnp.isfinite(seen).all()
+  if cfg.sigma:
+    deviation = jnp.maximum(
+      jnp.sqrt(state.square), _LEAST_DEVIATION * jnp.abs(state.mean)
+    )
+    calm = (seen <= state.mean + cfg.sigma * deviation).all()
+    ok = ok & (calm | (state.accepted < cfg.warmup))
+  seen = jnp.where(ok, seen, state.mean)
+  # Averages plainly at first, then with the decay.
+  rate = jnp.maximum(1 - cfg.decay, 1 / (state.accepted + 1))
+  error = seen - state.mean
+  mean = state.mean + rate * error
+  square = state.square + rate * (error * (seen - mean) - state.square)
+  keep = lambda new, old: jnp.where(ok, new, old)
+  return ok, GateState(
+    keep(mean, state.mean),
+    keep(square, state.square),
+    state.accepted + ok,
+    state.skipped + ~ok,
+    jnp.where(ok, 0, state.streak + 1),
+  )

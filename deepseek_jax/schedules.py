@@ -1,0 +1,137 @@
+"""What changes over a run: learning rate, batch size, MTP weight, bias rate.
+
+Schedules count tokens, as the papers do; phase borders are shares of the run,
+so that a tiny run has the shape of the published one (V3 section 4.2: 14.8T
+tokens, phases at 10T, 14.3T and 14.633T).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from deepseek_jax.errors import InputError
+
+_V3_TOKENS = 14.8e12
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+  """Learning rate over a run.
+
+  Attributes:
+    kind: 'v3' (constant, cosine to 1/10, constant, then 1/30 of the peak),
+      'v2' (times 0.316 at two borders), 'cosine', 'wsd' (linear decay at the
+      end) or 'constant'.
+    peak: highest learning rate.
+    warmup: steps of linear warm-up.
+    end: last learning rate of 'cosine' and 'wsd', as a share of the peak.
+    borders: of 'v2': where it drops, as shares of the run; of 'wsd': where the
+      decay starts (first value).
+  """
+
+  kind: Literal['v3', 'v2', 'cosine', 'wsd', 'constant'] = 'v3'
+  peak: float = 2.2e-4
+  warmup: int = 2000
+  end: float = 0.1
+  borders: tuple = (0.6, 0.9)
+
+  def __post_init__(self):
+    if self.peak <= 0 or self.warmup < 0:
+      raise InputError(
+        f'peak = {self.peak}, warmup = {self.warmup}: peak must be above 0,'
+        ' warmup 0 or more'
+      )
+
+
+def _cosine(share):
+  return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
+
+
+def _shape(cfg: ScheduleConfig, share):
+  """Learning rate over peak, at a share of the run."""
+  if cfg.kind == 'v3':
+    trillion = share * _V3_TOKENS / 1e12
+    decayed = 0.1 + 0.9 * _cosine((trillion - 10) / 4.3)
+    return jnp.where(trillion < 14.633, decayed, 7.3e-6 / 2.2e-4)
+  if cfg.kind == 'v2':
+    return 0.316 ** sum((share >= b).astype(jnp.float32) for b in cfg.borders)
+  if cfg.kind == 'cosine':
+    return cfg.end + (1 - cfg.end) * _cosine(share)
+  if cfg.kind == 'wsd':
+    start = cfg.borders[0]
+    left = jnp.clip((1 - share) / (1 - start), 0, 1)
+    return cfg.end + (1 - cfg.end) * left
+  return jnp.ones_like(share)
+
+
+def learning_rate(cfg: ScheduleConfig, step, tokens, total_tokens: float):
+  """float32 learning rate of 0-based `step`, after `tokens` of the run."""
+  share = jnp.asarray(tokens, jnp.float32) / total_tokens
+  warm = (jnp.asarray(step, jnp.float32) + 1) / max(cfg.warmup, 1)
+  return cfg.peak * _shape(cfg, share) * jnp.minimum(warm, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchConfig:
+  """A value that changes once: `first` until `until` (share), then `last`."""
+
+  first: float
+  last: float
+  until: float
+
+  def at(self, tokens, total_tokens: float):
+    share = jnp.asarray(tokens, jnp.float32) / total_tokens
+    return jnp.where(share < self.until, self.first, self.last)
+
+
+def v3_mtp_weight() -> SwitchConfig:
+  """0.3 for the first 10T of 14.8T tokens, then 0.1."""
+  return SwitchConfig(0.3, 0.1, 10e12 / _V3_TOKENS)
+
+
+def v3_bias_rate() -> SwitchConfig:
+  """0.001 for the first 14.3T of 14.8T tokens, then frozen."""
+  return SwitchConfig(0.001, 0.0, 14.3e12 / _V3_TOKENS)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+  """Sequences per step, ramped from `start` to `size` over `ramp_tokens`.
+
+  Attributes:
+    size: sequences per step after the ramp.
+    start: sequences per step at first.
+    ramp_tokens: length of the ramp (0: none). The papers leave its shape open;
+      here it is linear, in steps of `increment`.
+    increment: sequences added at a time; each size compiles once.
+    accumulate: micro-batches that a step is split into.
+  """
+
+  size: int
+  start: int = 0
+  ramp_tokens: float = 0.0
+  increment: int = 1
+  accumulate: int = 1
+
+  def __post_init__(self):
+    if self.size < 1 or self.accumulate < 1 or self.increment < 1:
+      raise InputError(
+        f'size = {self.size}, accumulate = {self.accumulate}, increment ='
+        f' {self.increment}: all must be at least 1'
+      )
+    for n in {self.size, self.start or self.size, self.increment}:
+      if self.ramp_tokens and n % self.accumulate or self.size % self.accumulate:
+        raise InputError(
+          f'accumulate = {self.accumulate}: must divide size, start and'
+          f' increment; it does not divide {n}'
+        )
+    if self.ramp_tokens and not 0 < self.start <= self.size:
+      raise InputError(f'start = {self.start}: must lie in 1..{self.size}')
+
+  def at(self, tokens: int) -> int:
+    """Sequences in the step that begins after `tokens`."""
+    if tokens >= self.ramp_tokens:
+      return self.size
+    grown = (self.size - self.start) * tokens / self.ramp_tokens
+    return self.start + int(grown // self.increment) * self.increment

@@ -37,24 +37,18 @@ class DataConfig:
   cache_dir: str | None = None
 
   def __post_init__(self):
-    self._expect(
-      'path', str(self.path) != '', "'stdlib', a file or a directory"
-    )
-    self._expect(
-      'tokenizer',
-      str(self.tokenizer) != '',
-      "'bpe', 'bytes' or the path of a tokenizer.json",
-    )
-    self._expect(
-      'vocab_size', _is_int(self.vocab_size, 1), 'a whole number >= 1'
-    )
-    self._expect('seq_len', _is_int(self.seq_len, 1), 'a whole number >= 1')
-    self._expect('fim_rate', 0 <= self.fim_rate <= 1, 'a share from 0 to 1')
-    self._expect(
-      'heldout_fraction', 0 <= self.heldout_fraction < 1, 'a share, 0 <= it < 1'
-    )
+    text, number = "'stdlib', a file or a directory", 'a whole number >= 1'
+    model = "'bpe', 'bytes' or the path of a tokenizer.json"
+    seed = 'a whole number from 0 to 2**32 - 1'
+    self._expect('path', _is_name(self.path), text)
+    self._expect('tokenizer', _is_name(self.tokenizer), model)
+    self._expect('vocab_size', _is_int(self.vocab_size, 1), number)
+    self._expect('seq_len', _is_int(self.seq_len, 1), number)
+    self._expect('fim_rate', _is_share(self.fim_rate), 'a share from 0 to 1')
+    held = _is_share(self.heldout_fraction) and self.heldout_fraction < 1
+    self._expect('heldout_fraction', held, 'a share from 0 to below 1')
     in_range = _is_int(self.seed, 0) and self.seed < 2**32
-    self._expect('seed', in_range, 'a whole number from 0 to 2**32 - 1')
+    self._expect('seed', in_range, seed)
 
   def _expect(self, field, holds, what):
     if not holds:
@@ -69,7 +63,14 @@ class DataConfig:
     return os.path.join(home, 'deepseek_jax')
 
 
+def _is_name(value):
+  return isinstance(value, str) and value != ''
+
+
 def _is_int(value, least):
-  return (
-    isinstance(value, int) and not isinstance(value, bool) and value >= least
-  )
+  number = isinstance(value, int) and not isinstance(value, bool)
+  return number and value >= least
+
+
+def _is_share(value):
+  return isinstance(value, int | float) and 0 <= value <= 1

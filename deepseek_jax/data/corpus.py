@@ -112,8 +112,13 @@ def _directory(root, suffixes, skip):
 
 def _files(root, suffixes, skip):
   """Paths of the files under `root` as tuples, which sort as trees do."""
-  for folder, folders, names in os.walk(root):
-    folders[:] = [name for name in folders if _wanted(name, skip)]
+  seen = set()  # links to folders are followed, but no folder is read twice
+  for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+    if os.path.realpath(folder) in seen:
+      folders[:] = []
+      continue
+    seen.add(os.path.realpath(folder))
+    folders[:] = sorted(name for name in folders if _wanted(name, skip))
     parts = os.path.relpath(folder, root).split(os.sep)
     parts = () if parts == ['.'] else tuple(parts)
     for name in names:
@@ -151,18 +156,22 @@ def _pieces(name, text):
 
 def _text(path):
   """Exactly the file's characters: line ends are not translated."""
-  return _utf8(_bytes(path), path)
+  with _opened(path) as file:
+    return _utf8(file.read(), path)
 
 
-def _bytes(path):
+def _opened(path):
   try:
-    with open(path, 'rb') as file:
-      return file.read()
+    return open(path, 'rb')
   except OSError as error:
-    raise InputError(
-      f'data.path: cannot read {path} ({error.strerror}): '
-      'make it readable or take it away'
-    ) from error
+    _raise(error)
+
+
+def _raise(error):
+  raise InputError(
+    f'data.path: cannot read {error.filename} ({error.strerror}): '
+    'make it readable or take it away'
+  ) from error
 
 
 def _utf8(data, where):
@@ -176,10 +185,11 @@ def _utf8(data, where):
 
 
 def _jsonl(path, name):
-  for number, line in enumerate(_bytes(path).split(b'\n'), 1):
-    where = f'{path} line {number}'
-    if line.strip():
-      yield Document(f'{name}:{number}', _record(_utf8(line, where), where))
+  with _opened(path) as file:
+    for number, line in enumerate(file, 1):
+      where = f'{path} line {number}'
+      if line.strip():
+        yield Document(f'{name}:{number}', _record(_utf8(line, where), where))
 
 
 def _record(line, where):

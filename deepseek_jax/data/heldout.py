@@ -7,6 +7,7 @@ tokens have at least that much context. Legend: B batch, T tokens read.
 """
 
 import dataclasses
+import functools
 import lzma
 import math
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ class Heldout:
   process_count: int = 1
 
   def __post_init__(self):
+    if self.limit is not None and self.limit < 1:
+      raise InputError(f'limit={self.limit}: set it to at least 1, or to None')
     if not self.documents:
       raise InputError(
         f'{self.store.path} holds out no document: '
@@ -52,7 +55,7 @@ class Heldout:
         f'{self.process_count} processes'
       )
 
-  @property
+  @functools.cached_property
   def documents(self):
     """The documents that are read: list of HeldoutDocument."""
     docs = self.store.heldout_documents()

@@ -30,7 +30,7 @@ class Windows:
 
   def __getitem__(self, i: int) -> np.ndarray:
     start = i * self._seq_len
-    return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+    return np.array(self._tokens[start : start + self._seq_len + 1], np.int32)
 
 
 def dataset(store: Store, config: DataConfig):

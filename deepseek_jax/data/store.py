@@ -117,12 +117,10 @@ def read_index(path: str) -> dict:
     ) from error
   except (ValueError, LookupError, AttributeError, TypeError) as error:
     raise _damaged(path, INDEX, 'not the JSON that was written') from error
+  if version != FORMAT:
+    raise _damaged(path, INDEX, f'format {version}, not {FORMAT}')
   if sha != _index_sha256(index):
     raise _damaged(path, INDEX, 'its sha256 differs')
-  if version != FORMAT:
-    raise _damaged(
-      path, INDEX, f'format {version}, this version reads {FORMAT}'
-    )
   return index
 
 

@@ -1,6 +1,6 @@
 """Tokenizers: text to token ids and exactly back.
 
-Byte-level BPE (trained here, or a Hugging Face tokenizer.json) and plain bytes
+Byte-level BPE (trained here or a Hugging Face tokenizer.json) and plain bytes
 share one interface. Text never turns into a special token: a document that
 spells `<|eos|>` is read letter by letter, so only the packer ends documents.
 """
@@ -8,7 +8,8 @@ spells `<|eos|>` is read letter by letter, so only the packer ends documents.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from deepseek_jax.errors import InputError
@@ -25,18 +26,7 @@ _FIM_NAMES = (
   ('<|fim_prefix|>', '<|fim_suffix|>', '<|fim_middle|>'),
 )
 
-# Words with one leading sign or space; digits in threes; signs with the line
-# ends after them; blank lines; runs of spaces, so an indentation is one token.
-# English contractions have no branch of their own: it would cut 'self' in two.
-_WORDS = (
-  r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+'
-  r'|\p{N}{1,3}'
-  r'| ?[^\s\p{L}\p{N}]+[\r\n]*'
-  r'|\s*[\r\n]+'
-  r'|\s+(?!\S)'
-  r'|\s+'
-)
-_PROBE = "def f(x):\n    return  x + 1234567\t# 'naïve' … 東京 🎉\r\n\n"
+_PROBE = "class F(X):\n    return  x + 1234567\t# 'naïve' … 東京 🎉\r\n\n"
 
 
 class FimIds(NamedTuple):
@@ -53,17 +43,29 @@ class ByteTokenizer:
   fim = FimIds(2, 3, 4)
   vocab_size = len(SPECIAL) + 256
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, *, special: bool = False) -> list[int]:
+    """special: read names of special tokens in the text as those tokens."""
+    if special:
+      names = '|'.join(map(re.escape, SPECIAL))
+      parts = re.split(f'({names})', text)  # names at the odd places
+      ids = [self.encode(part) for part in parts]
+      ids[1::2] = [[SPECIAL.index(name)] for name in parts[1::2]]
+      return [i for part in ids for i in part]
     return [byte + len(SPECIAL) for byte in text.encode()]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Special tokens by name; bytes that aren't UTF-8 as U+FFFD."""
+    """Special tokens by name, bytes that aren't UTF-8 as U+FFFD.
+
+    Leaves out ids past the vocabulary: a model's may be larger.
+    """
     first = len(SPECIAL)
     parts = (
-      bytes([i - first]) if i >= first else SPECIAL[i].encode() for i in ids
+      bytes([i - first]) if i >= first else SPECIAL[i].encode()
+      for i in ids
+      if i < self.vocab_size
     )
     return b''.join(parts).decode('utf-8', 'replace')
 
@@ -96,9 +98,8 @@ class Tokenizer:
     spec |= {'truncation': None, 'padding': None, 'post_processor': None}
     self._spec, self._eos, self._pad = spec, eos, pad
     self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    # Without its added tokens a tokenizer can't read them into a text.
-    plain = json.dumps(spec | {'added_tokens': []})
-    self._plain = tokenizers.Tokenizer.from_str(plain)
+    self._plain = tokenizers.Tokenizer.from_str(json.dumps(_all_special(spec)))
+    self._plain.encode_special_tokens = True  # as the text that they are
     ids = self._full.get_vocab(with_added_tokens=True)
     self.vocab_size = max(ids.values()) + 1
     self.eos_id = ids[eos]
@@ -119,7 +120,10 @@ class Tokenizer:
     return [encoding.ids for encoding in out]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Special tokens by name; bytes that aren't UTF-8 as U+FFFD."""
+    """Special tokens by name, bytes that aren't UTF-8 as U+FFFD.
+
+    Leaves out ids past the vocabulary: a model's may be larger.
+    """
     ids = [int(i) for i in ids]
     return self._full.decode(ids, skip_special_tokens=False)
 
@@ -141,41 +145,20 @@ class Tokenizer:
     _write(directory, 'tokenizer_config.json', json.dumps(config))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-  """Byte-level BPE of exactly `vocab_size` tokens, a function of the texts.
+def _all_special(spec):
+  """Marks every <…> token special: some files leave that out for a few.
 
-  Raises InputError if the vocabulary can't hold the 256 bytes and the special
-  tokens, or if the texts are too few to fill it.
+  Other added tokens, such as runs of spaces, are text and stay in use.
   """
-  from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-  from tokenizers import Tokenizer as Model
+  added = [
+    token | {'special': token['special'] or _is_mark(token['content'])}
+    for token in spec.get('added_tokens', ())
+  ]
+  return spec | {'added_tokens': added}
 
-  least = len(SPECIAL) + 256
-  if vocab_size < least:
-    raise InputError(
-      f'data.vocab_size={vocab_size}: a byte-level BPE needs at least {least}'
-    )
-  model = Model(models.BPE())
-  model.pre_tokenizer = pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(Regex(_WORDS), 'isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-  model.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    special_tokens=list(SPECIAL),
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    show_progress=False,
-  )
-  model.train_from_iterator(texts, trainer)
-  if model.get_vocab_size() != vocab_size:
-    raise InputError(
-      f'data.vocab_size={vocab_size}: the corpus gives only '
-      f"{model.get_vocab_size()} tokens; set it to that or to 'bytes'"
-    )
-  return Tokenizer(model.to_str(), eos=EOS, pad=PAD)
+
+def _is_mark(name):
+  return len(name) > 2 and name[0] == '<' and name[-1] == '>'
 
 
 def from_file(path: str) -> Tokenizer | ByteTokenizer:
@@ -190,37 +173,40 @@ def from_file(path: str) -> Tokenizer | ByteTokenizer:
     path = os.path.join(path, 'tokenizer.json')
   text = _read(path)
   spec = _parse(text, path)
-  if spec.get('model', {}).get('type') == 'Bytes':
+  if spec.get('model') == {'type': 'Bytes'}:
     return ByteTokenizer()
   config_path = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
   config = {}
   if os.path.exists(config_path):
     config = _parse(_read(config_path), config_path)
-  names = {token['content'] for token in spec.get('added_tokens', ())}
-  eos = _token_name(config.get('eos_token'))
-  eos = eos or next((name for name in _EOS_NAMES if name in names), None)
-  if eos not in names:
+  try:
+    names = {token['content'] for token in spec.get('added_tokens', ())}
+    eos = _token_name(config.get('eos_token')) or _first(_EOS_NAMES, names)
+    pad = _token_name(config.get('pad_token')) or _first((PAD,), names)
+    out = Tokenizer(text, eos=eos, pad=pad) if eos in names else None
+  except Exception as error:  # the parser in Rust raises no narrower class
+    raise InputError(
+      f'data.tokenizer={path!r} is not a tokenizer.json: {error}'
+    ) from error
+  _check(out, path, eos)
+  return out
+
+
+def _check(tokenizer, path, eos):
+  if tokenizer is None:
     raise InputError(
       f'data.tokenizer={path!r} has no end-of-text token {eos or ""}: '
       "name one as 'eos_token' in tokenizer_config.json"
     )
-  pad = _token_name(config.get('pad_token'))
-  return _checked(text, path, eos, pad)
-
-
-def _checked(text, path, eos, pad):
-  try:
-    out = Tokenizer(text, eos=eos, pad=pad)
-  except Exception as error:  # the Rust parser raises bare Exception
-    raise InputError(
-      f'data.tokenizer={path!r} is not a tokenizer.json: {error}'
-    ) from error
-  if out.decode(out.encode(_PROBE)) != _PROBE:
+  if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
     raise InputError(
       f'data.tokenizer={path!r} changes text when it decodes: '
       'use a byte-level tokenizer'
     )
-  return out
+
+
+def _first(wanted, names):
+  return next((name for name in wanted if name in names), None)
 
 
 def _token_name(token):

@@ -6,16 +6,16 @@ that agree share it and a change of the text or of a setting makes a new one.
 
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
-from typing import NamedTuple
 
 import numpy as np
 
 from deepseek_jax.data import corpus, infill, store
 from deepseek_jax.data import tokenizer as tokenizer_lib
+from deepseek_jax.data.bpe import train_bpe
+from deepseek_jax.data.census import census_of
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError
 
@@ -30,7 +30,7 @@ def build(config: DataConfig) -> store.Store:
   verifies the store. Raises InputError if an input or the cached store is
   wrong.
   """
-  census = _census(config)
+  census = census_of(config)
   recipe = _recipe(config, census)
   text = json.dumps(recipe, sort_keys=True)
   key = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -44,53 +44,6 @@ def build(config: DataConfig) -> store.Store:
       'delete it and run again'
     )
   return out
-
-
-class _Census(NamedTuple):
-  """What one pass over the corpus finds."""
-
-  sha256: str
-  train: int  # documents
-  heldout: int
-  characters: int  # of the training documents
-  nearest: float  # the least fraction that holds out a document
-
-
-def _census(config):
-  digest = corpus.Digest()
-  train = heldout = characters = 0
-  nearest = 1.0
-  for doc in corpus.documents(config.path):
-    digest.add(doc)
-    nearest = min(nearest, corpus.held_out_hash(doc.name))
-    if corpus.is_held_out(doc.name, config.heldout_fraction):
-      heldout += 1
-    else:
-      train += 1
-      characters += len(doc.text)
-  census = _Census(digest.hexdigest(), train, heldout, characters, nearest)
-  _check_split(config, census)
-  return census
-
-
-def _check_split(config, census):
-  total = census.train + census.heldout
-  fraction = f'data.heldout_fraction={config.heldout_fraction}'
-  if not total:
-    kinds = ' '.join(corpus.TEXT + corpus.RECORDS)
-    raise InputError(
-      f'data.path={config.path!r} has no text: give files ({kinds}) with some'
-    )
-  if not census.train:
-    raise InputError(
-      f'{fraction} holds out all {total} documents: lower it or add documents'
-    )
-  if config.heldout_fraction and not census.heldout:
-    enough = math.floor(census.nearest * 100 + 1) / 100
-    fix = f'{enough:.2f} or more, or to 0' if enough < 1 else '0'
-    raise InputError(
-      f'{fraction} holds out none of {total} documents: set it to {fix}'
-    )
 
 
 def _recipe(config, census):
@@ -116,12 +69,6 @@ def _write(path, config, census, recipe):
   folder = f'{path}.{secrets.token_hex(4)}.tmp'
   try:
     os.makedirs(folder)
-  except OSError as error:
-    raise InputError(
-      f'data.cache_dir={config.cache()!r}: cannot write there '
-      f'({error.strerror}); choose another'
-    ) from error
-  try:
     index, sha256 = _write_tokens(folder, config, tokenizer)
     if sha256 != census.sha256:
       raise InputError(
@@ -130,6 +77,11 @@ def _write(path, config, census, recipe):
     tokenizer.save(folder)
     store.write_index(folder, index | {'recipe': recipe})
     _publish(folder, path)
+  except OSError as error:
+    raise InputError(
+      f'data.cache_dir={config.cache()!r}: cannot write there '
+      f'({error.strerror}); choose another'
+    ) from error
   finally:
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -144,7 +96,7 @@ def _publish(folder, path):
 
 def _tokenizer(config, census):
   if config.tokenizer == 'bpe':
-    out = tokenizer_lib.train_bpe(_bpe_texts(config, census), config.vocab_size)
+    out = train_bpe(_bpe_texts(config, census), config.vocab_size)
   elif config.tokenizer == 'bytes':
     out = tokenizer_lib.ByteTokenizer()
   else:
@@ -152,7 +104,7 @@ def _tokenizer(config, census):
   if out.vocab_size > config.vocab_size:
     raise InputError(
       f'data.vocab_size={config.vocab_size}: the tokenizer '
-      f'{config.tokenizer!r} has {out.vocab_size} tokens; set it to that or more'
+      f'{config.tokenizer!r} has {out.vocab_size} tokens; set it to that'
     )
   if config.fim_rate and out.fim is None:
     raise InputError(

@@ -1,0 +1,56 @@
+"""One pass over a corpus: its hash, and how it splits into two parts."""
+
+import math
+from typing import NamedTuple
+
+from deepseek_jax.data import corpus
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.errors import InputError
+
+
+class Census(NamedTuple):
+  """What one pass over the corpus finds."""
+
+  sha256: str
+  train: int  # documents
+  heldout: int
+  characters: int  # of the training documents
+  nearest: float  # the least fraction that holds out a document
+
+
+def census_of(config: DataConfig) -> Census:
+  """Reads the corpus once; InputError if its split leaves a part empty."""
+  digest = corpus.Digest()
+  train = heldout = characters = 0
+  nearest = 1.0
+  for doc in corpus.documents(config.path):
+    digest.add(doc)
+    nearest = min(nearest, corpus.held_out_hash(doc.name))
+    if corpus.is_held_out(doc.name, config.heldout_fraction):
+      heldout += 1
+    else:
+      train += 1
+      characters += len(doc.text)
+  census = Census(digest.hexdigest(), train, heldout, characters, nearest)
+  _check_split(config, census)
+  return census
+
+
+def _check_split(config, census):
+  total = census.train + census.heldout
+  fraction = f'data.heldout_fraction={config.heldout_fraction}'
+  if not total:
+    kinds = ' '.join(corpus.TEXT + corpus.RECORDS)
+    raise InputError(
+      f'data.path={config.path!r} has no text: give files ({kinds}) with some'
+    )
+  if not census.train:
+    raise InputError(
+      f'{fraction} holds out all {total} documents: lower it or add documents'
+    )
+  if config.heldout_fraction and not census.heldout:
+    enough = math.floor(census.nearest * 100 + 1) / 100
+    fix = f'{enough:.2f} or more, or to 0' if enough < 1 else '0'
+    raise InputError(
+      f'{fraction} holds out none of {total} documents: set it to {fix}'
+    )

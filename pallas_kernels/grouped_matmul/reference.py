@@ -1,40 +1,95 @@
-"""Grouped matmul in XLA: a loop over blocks, each times its expert."""
+"""Grouped matmul in XLA: runs of blocks of one expert, in few large products.
 
-import jax
+XLA:CPU packs both operands for every product, so a run is cut into chunks of
+512, 256, ... rows rather than into blocks, and one expert's weight gradient
+is summed before it is stored: within 20 % of one dense matmul of that size.
+"""
+
 import jax.numpy as jnp
+from jax import lax
+
+_CHUNK = 512  # rows of the largest product
+# Up to here a copy of each row's matrix costs less than a loop (measured).
+_GATHER = 16
 
 
-def blocks_of(rows, block_expert):
-  return rows.reshape(block_expert.shape[0], -1, rows.shape[-1])
+def _dot(x, y, contract):
+  return lax.dot_general(
+    x, y, (contract, ((), ())), preferred_element_type=jnp.float32
+  )
 
 
-def forward(rows, weights, block_expert, transpose):
+def _run_ends(block_expert):
+  """For each block the first later block of another expert."""
+  n = block_expert.shape[0]
+  changes = block_expert[1:] != block_expert[:-1]
+  ends = jnp.append(jnp.where(changes, jnp.arange(1, n), n), n)
+  return lax.cummin(ends.astype(jnp.int32), reverse=True)
+
+
+def _over_runs(step, carry, block_expert, used):
+  """carry = step(carry, expert, first block, blocks) for every run."""
+  ends = jnp.minimum(_run_ends(block_expert), used)
+
+  def body(state):
+    at, carry = state
+    carry = step(carry, block_expert[at], at, ends[at] - at)
+    return ends[at], carry
+
+  start = (jnp.int32(0), carry)
+  return lax.while_loop(lambda state: state[0] < used, body, start)[1]
+
+
+def _over_chunks(step, carry, at, blocks, rows, block):
+  """carry = step(carry, first row, static rows), largest chunks first."""
+  top = max(min(_CHUNK, rows) // block, 1)
+  top = 1 << (top.bit_length() - 1)  # then each smaller size comes 0 or 1 times
+  levels = [top >> i for i in range(top.bit_length())]
+  for level in levels:
+    times = blocks // level if level == top else (blocks // level) % 2
+
+    def body(i, carry, at=at, level=level):
+      return step(carry, (at + i * level) * block, level * block)
+
+    carry = lax.fori_loop(0, times, body, carry)
+    at = at + times * level
+  return carry
+
+
+def forward(rows, weights, block_expert, used, transpose):
   """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
-  F = weights.shape[1 if transpose else 2]
-  contract = ((1,), (1 if transpose else 0,))
+  M, F = rows.shape[0], weights.shape[1 if transpose else 2]
+  if M <= _GATHER:
+    picked = jnp.repeat(weights[block_expert], M // len(block_expert), axis=0)
+    form = 'MD,MFD->MF' if transpose else 'MD,MDF->MF'
+    out = jnp.einsum(form, rows, picked, preferred_element_type=jnp.float32)
+    return out.astype(rows.dtype)
 
-  def block(args):
-    x, e = args
-    w = jax.lax.dynamic_index_in_dim(weights, e, keepdims=False)
-    y = jax.lax.dot_general(
-      x, w, (contract, ((), ())), preferred_element_type=jnp.float32
-    )
-    return y.astype(rows.dtype)
+  def run(out, expert, at, blocks):
+    w = lax.dynamic_index_in_dim(weights, expert, keepdims=False)
 
-  out = jax.lax.map(block, (blocks_of(rows, block_expert), block_expert))
-  return out.reshape(rows.shape[0], F)
+    def chunk(out, row, size):
+      x = lax.dynamic_slice_in_dim(rows, row, size)
+      y = _dot(x, w, ((1,), (1 if transpose else 0,))).astype(out.dtype)
+      return lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+    return _over_chunks(chunk, out, at, blocks, M, M // len(block_expert))
+
+  return _over_runs(run, jnp.zeros((M, F), rows.dtype), block_expert, used)
 
 
-def outer(rows, grads, block_expert, num_experts):
+def outer(rows, grads, block_expert, used, num_experts):
   """Sum over each expert's rows of rows.T @ grads: [E D F], float32."""
+  M, D, F = *rows.shape, grads.shape[1]
 
-  def step(total, args):
-    x, g, e = args
-    part = jax.lax.dot_general(
-      x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return total.at[e].add(part), None
+  def run(total, expert, at, blocks):
+    def chunk(part, row, size):
+      x, g = (lax.dynamic_slice_in_dim(a, row, size) for a in (rows, grads))
+      return part + _dot(x, g, ((0,), (0,)))
 
-  zero = jnp.zeros((num_experts, rows.shape[1], grads.shape[1]), jnp.float32)
-  blocks = (blocks_of(rows, block_expert), blocks_of(grads, block_expert))
-  return jax.lax.scan(step, zero, (*blocks, block_expert))[0]
+    part = jnp.zeros((D, F), jnp.float32)
+    part = _over_chunks(chunk, part, at, blocks, M, M // len(block_expert))
+    return total.at[expert].add(part)
+
+  zero = jnp.zeros((num_experts, D, F), jnp.float32)
+  return _over_runs(run, zero, block_expert, used)

@@ -9,6 +9,7 @@ Legend: N tokens, K choices per token, E experts, M rows, D width.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.permute import reference
 from pallas_kernels.permute.reference import Plan
 
@@ -22,12 +23,13 @@ def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
     experts: [N K] int32. `num_experts` (or anything outside 0..E-1) means
       that the choice goes nowhere: padding, or a dropped token.
     num_experts: E.
-    block: rows per block; None picks 128 for training sizes and down to 1
-      for decoding, where most experts get no row at all.
+    block: rows per block; None picks by size and device: on Hopper 64 or
+      128, elsewhere 32 down to 1 for decoding.
 
   Returns:
     Plan of int32 arrays: `slot` [N K], `source` [M], `block_expert`
-    [M // block], `counts` [E]. M depends on the shapes alone.
+    [M // block], `counts` [E], and a property, `used` []. M depends on the
+    shapes alone.
 
   Raises:
     ValueError: `experts` is not [N K] of integers, or N*K*(E+1) overflows.
@@ -42,7 +44,9 @@ def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
       'their product must stay under 2**31; split the batch'
     )
   if block is None:
-    block = reference.pick_block(experts.size, num_experts)
+    block = reference.pick_block(
+      experts.size, num_experts, dispatch.on_hopper()
+    )
   return reference.plan(experts, num_experts, block)
 
 

@@ -14,6 +14,12 @@ class Plan(NamedTuple):
   block_expert: jax.Array  # [M // block] expert of each block of rows
   counts: jax.Array  # [E] rows that each expert got
 
+  @property
+  def used(self):
+    """[] int32: leading blocks that hold rows; the rest are filler."""
+    block = self.source.shape[0] // self.block_expert.shape[0]
+    return ((self.counts + block - 1) // block).sum()
+
 
 def num_blocks(choices: int, num_experts: int, block: int) -> int:
   """The least number of blocks that holds every way to spread the choices."""
@@ -22,10 +28,16 @@ def num_blocks(choices: int, num_experts: int, block: int) -> int:
   return max((choices + active * (block - 1)) // block, 1)
 
 
-def pick_block(choices: int, num_experts: int) -> int:
-  """Rows per block: about a quarter of an expert's share, 1 for decoding."""
-  share = choices // (4 * num_experts)
-  return 1 if share < 8 else min(1 << (share.bit_length() - 1), 128)
+def pick_block(choices: int, num_experts: int, on_hopper: bool) -> int:
+  """Rows per block: an eighth of an expert's share, so that little is filler.
+
+  XLA merges adjoining blocks, so small ones cost it nothing; the GPU multiplies
+  tiles of 64 or 128 rows.
+  """
+  share = choices // num_experts
+  if on_hopper:
+    return 64 if share < 256 else 128
+  return min(1 << max(share // 8, 1).bit_length() - 1, 32)
 
 
 def plan(experts, num_experts, block) -> Plan:

@@ -76,6 +76,29 @@ class GroupedMatmulTest(parameterized.TestCase):
     dw = jax.grad(lambda w: grouped_matmul(rows, w, expert).sum())(weights)
     self.assertEqual(float(dw[0, 0, 0]), 512)
 
+  def test_blocks_after_used_are_skipped(self):
+    rows, weights, expert = draw(shapes.TEST['ragged'], extra_blocks=4)
+    full = grouped_matmul(rows, weights, expert)
+    some = grouped_matmul(rows, weights, expert, used=len(expert) - 4)
+    np.testing.assert_array_equal(full, some)
+    none = grouped_matmul(rows, weights, expert, used=1)
+    np.testing.assert_array_equal(full[:8], none[:8])
+    self.assertFalse(np.asarray(none)[8:].any())
+
+  def test_experts_in_any_order_and_runs_longer_than_a_chunk(self):
+    rng = np.random.default_rng(0)
+    expert = np.repeat([2, 0, 2, 1], [41, 3, 70, 1]).astype(np.int32)
+    rows = rng.normal(size=(len(expert) * 16, 4)).astype(np.float32)
+    weights = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    want, g, drows, dweights = loop(rows, weights, expert)
+    got, pull = jax.vjp(
+      lambda r, w: grouped_matmul(r, w, jnp.asarray(expert)), rows, weights
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+    dr, dw = pull(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(dr, drows, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(dw, dweights, rtol=1e-5, atol=1e-4)
+
   def test_bad_shapes_name_the_field(self):
     rows, weights = jnp.zeros((8, 4)), jnp.zeros((2, 5, 3))
     with self.assertRaisesRegex(ValueError, 'disagree on the width: 4 and 5'):

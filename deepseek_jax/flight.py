@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax.errors import InputError
+
 _ACCUMULATE = {
   'sum': np.add,
   'mean': np.add,  # divided by the records when read
@@ -51,7 +53,7 @@ class FlightRecorder:
       at each checkpoint, and a resumed run's file equals the straight run's.
 
   Raises:
-    ValueError: a wrong argument, or the file was recorded with other settings.
+    InputError: a wrong argument, or the file was recorded with other settings.
   """
 
   def __init__(
@@ -82,7 +84,7 @@ class FlightRecorder:
         is layers and the second experts: [L E], [L], [] or [L E ...].
 
     Raises:
-      ValueError: names or shapes differ from before, or the step goes back.
+      InputError: names or shapes differ from before, or the step goes back.
     """
     step = operator.index(step)
     new = _Interval(step, step, 1, self._checked(step, arrays))
@@ -124,7 +126,7 @@ class FlightRecorder:
 
   def _checked(self, step: int, arrays: dict[str, Any]):
     if arrays.keys() != self._reduce.keys():
-      raise ValueError(
+      raise InputError(
         f'record got arrays {sorted(arrays)}: pass {sorted(self._reduce)},'
         ' the names in reduce'
       )
@@ -134,20 +136,20 @@ class FlightRecorder:
     }
     before = self._intervals[-1] if self._intervals else None
     if before and step <= before.last:
-      raise ValueError(
+      raise InputError(
         f'step={step} comes after step {before.last}: pass'
         f' resume_step={step - 1} to FlightRecorder to drop what is later'
       )
     for name, array in arrays.items():
       shape = before.arrays[name].shape if before else array.shape
       if array.shape != shape:
-        raise ValueError(
+        raise InputError(
           f'{name} has shape {array.shape}: it was recorded as {shape},'
           ' and must stay so'
         )
       named = self._layers is not None and array.ndim
       if named and array.shape[0] != len(self._layers):
-        raise ValueError(
+        raise InputError(
           f'{name} has {array.shape[0]} layers, but layers={self._layers}:'
           ' name every recorded layer'
         )
@@ -162,7 +164,7 @@ class FlightRecorder:
     }
     for name, value in wanted.items():
       if settings[name] != value:
-        raise ValueError(
+        raise InputError(
           f'{self._path} was recorded with {name}={settings[name]}, not'
           f' {value}: keep it, or record to another file'
         )
@@ -202,15 +204,15 @@ def _widen(array: np.ndarray, how: str) -> np.ndarray:
 def _check(reduce: Mapping[str, str], capacity: int):
   for name, how in reduce.items():
     if how not in _ACCUMULATE:
-      raise ValueError(
+      raise InputError(
         f'reduce[{name!r}]={how!r}: choose one of {sorted(_ACCUMULATE)}'
       )
     if name.startswith('_'):
-      raise ValueError(f'reduce[{name!r}]: a name may not start with _')
+      raise InputError(f'reduce[{name!r}]: a name may not start with _')
   if not reduce:
-    raise ValueError('reduce={} records nothing: name at least one array')
+    raise InputError('reduce={} records nothing: name at least one array')
   if capacity < 2 or capacity % 2:
-    raise ValueError(
+    raise InputError(
       f'capacity={capacity}: intervals merge in pairs, choose an even number'
     )
 

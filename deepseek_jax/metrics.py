@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.errors import InputError
+
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
 
 _NOT_FINITE = {
@@ -48,8 +50,8 @@ class MetricsWriter:
       lines before saving its checkpoint, or a resumed run lacks them.
 
   Raises:
-    ValueError: a line in a file is not JSON, or a step goes backwards.
-    ImportError: `tensorboard=True` without tensorboardX.
+    InputError: a line in a file is not JSON, or tensorboardX is asked for but
+      not installed.
   """
 
   def __init__(
@@ -91,10 +93,13 @@ class MetricsWriter:
       step: completed steps, never less than in the call before.
       scalars: numbers that the seed determines, to `metrics.jsonl`.
       timings: numbers that depend on the clock, to `timings.jsonl`.
+
+    Raises:
+      InputError: the step goes back, or a value is not one number.
     """
     step = operator.index(step)
     if step < self._last_step:
-      raise ValueError(
+      raise InputError(
         f'step={step} comes after step {self._last_step}: pass'
         f' resume_step={step - 1} to MetricsWriter to drop the later lines'
       )
@@ -141,10 +146,10 @@ def read(
     kind: 'metrics' or 'timings'.
 
   Raises:
-    ValueError: a line is not JSON. A last line cut short by a crash is skipped.
+    InputError: a line is not JSON. A last line cut short by a crash is skipped.
   """
   if kind not in FILES:
-    raise ValueError(f'kind={kind!r}: choose one of {sorted(FILES)}')
+    raise InputError(f'kind={kind!r}: choose one of {sorted(FILES)}')
   return [row for _, row in _lines(Path(workdir) / FILES[kind])]
 
 
@@ -162,7 +167,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
       }
       operator.index(row['step'])
     except (ValueError, KeyError, AttributeError, TypeError):
-      raise ValueError(
+      raise InputError(
         f'{path}, line {number} is not a line of metrics: {line[:60]!r};'
         ' remove the line or start in an empty folder'
       ) from None
@@ -189,14 +194,14 @@ def _prune(path: Path, resume_step: int | None) -> int:
 
 def _numbers(field: str, row: Mapping[str, Any]) -> dict[str, float]:
   if 'step' in row:
-    raise ValueError(f"{field}['step'] is taken: rename the scalar")
+    raise InputError(f"{field}['step'] is taken: rename the scalar")
   return {name: _number(field, name, value) for name, value in row.items()}
 
 
 def _number(field: str, name: str, value: Any) -> int | float:
   array = np.asarray(value)
   if array.size != 1 or array.dtype.kind in 'OUSmMc':
-    raise ValueError(
+    raise InputError(
       f'{field}[{name!r}] must be one number, not {array.dtype} of shape'
       f' {array.shape}: reduce it or drop it'
     )
@@ -213,10 +218,11 @@ def _encode(row: Mapping[str, float]) -> str:
 
 
 def _text(row: Mapping[str, float]) -> str:
-  return '  '.join(f'{k} {_short(v)}' for k, v in [*row.items()][:_SHOWN])
+  return '  '.join(f'{k} {short(v)}' for k, v in [*row.items()][:_SHOWN])
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+  """A number for people: four digits, whole from ten thousand on."""
   size = abs(value)
   if not math.isfinite(value):
     return str(value)
@@ -229,7 +235,7 @@ def _event_writer(workdir: Path, resume_step: int | None):
   try:
     import tensorboardX
   except ImportError:
-    raise ImportError(
+    raise InputError(
       'tensorboard=True needs tensorboardX: pip install tensorboardX, or set'
       ' tensorboard=False'
     ) from None

@@ -10,6 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax import flight
+from deepseek_jax.errors import InputError
 
 _REDUCE = {
   'load': 'sum',
@@ -108,7 +109,7 @@ class FlightTest(parameterized.TestCase):
     got = flight.load(self.path)
     np.testing.assert_array_equal(got.last, [2, 4, 6, 8, 11])
     np.testing.assert_array_equal(got.first, [1, 3, 5, 7, 10])
-    with self.assertRaisesRegex(ValueError, 'step=11 .* resume_step=10'):
+    with self.assertRaisesRegex(InputError, 'step=11 .* resume_step=10'):
       recorder.record(11, **_arrays(11))
     _record(self.path, [1], resume_step=-1)
     np.testing.assert_array_equal(flight.load(self.path).last, [1])
@@ -164,24 +165,24 @@ class FlightTest(parameterized.TestCase):
 
   def test_bad_input_is_named(self):
     new = flight.FlightRecorder
-    with self.assertRaisesRegex(ValueError, r"reduce\['x'\]='median'"):
+    with self.assertRaisesRegex(InputError, r"reduce\['x'\]='median'"):
       new(self.path, {'x': 'median'})
-    with self.assertRaisesRegex(ValueError, 'capacity=3'):
+    with self.assertRaisesRegex(InputError, 'capacity=3'):
       new(self.path, {'x': 'sum'}, capacity=3)
-    with self.assertRaisesRegex(ValueError, 'name at least one'):
+    with self.assertRaisesRegex(InputError, 'name at least one'):
       new(self.path, {})
-    with self.assertRaisesRegex(ValueError, 'may not start with _'):
+    with self.assertRaisesRegex(InputError, 'may not start with _'):
       new(self.path, {'_first': 'sum'})
     recorder = new(self.path, {'load': 'sum'}, layers=(1, 2))
-    with self.assertRaisesRegex(ValueError, r"arrays \['lod'\]: pass \['load'"):
+    with self.assertRaisesRegex(InputError, r"arrays \['lod'\]: pass \['load'"):
       recorder.record(1, lod=np.zeros((2, 3)))
-    with self.assertRaisesRegex(ValueError, 'load has 3 layers'):
+    with self.assertRaisesRegex(InputError, 'load has 3 layers'):
       recorder.record(1, load=np.zeros((3, 3)))
     recorder.record(1, load=np.zeros((2, 3)))
-    with self.assertRaisesRegex(ValueError, r'load has shape \(2, 4\)'):
+    with self.assertRaisesRegex(InputError, r'load has shape \(2, 4\)'):
       recorder.record(2, load=np.zeros((2, 4)))
     recorder.save()
-    with self.assertRaisesRegex(ValueError, 'was recorded with capacity=256'):
+    with self.assertRaisesRegex(InputError, 'was recorded with capacity=256'):
       new(self.path, {'load': 'sum'}, layers=(1, 2), capacity=8)
 
 

@@ -1,0 +1,323 @@
+"""The report of a run: one HTML file that needs nothing else.
+
+`write_report` reads what the run left in its folder and draws it: scalars
+(`metrics.jsonl`, `timings.jsonl`), routing (`routing.npz`), time by phase
+(`timeline.jsonl`, lines `{"phase": "step", "seconds": 1.5}`) and the resolved
+configuration (`config.json`). Each is optional. The page loads nothing from
+anywhere, prints in full, and shows text that the model wrote as text only.
+
+Legend: N intervals, L MoE layers, E experts.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax import figures, flight, metrics
+from deepseek_jax.errors import InputError
+
+# Scalar -> its title and unit, in the order of the page; the others follow.
+_SCALARS = {
+  'loss': ('Loss', 'nats per token'),
+  'bits_per_byte': ('Bits per byte', ''),
+  'mtp_loss': ('MTP loss', 'nats per token'),
+  'grad_norm': ('Gradient norm', ''),
+  'learning_rate': ('Learning rate', ''),
+}
+_SPLITS = {
+  'train': 'training',
+  'validation': 'validation',
+  'val': 'validation',
+  'eval': 'validation',
+}
+# Values sent to the page's own script, per array: 16 bits each.
+_INSPECTED = 300_000
+
+
+@dataclass(frozen=True)
+class Sample:
+  """A text of the model: it wrote `text` after `prompt`."""
+
+  prompt: str
+  text: str
+  kind: str = 'sample'
+
+
+def write_report(
+  workdir: str | os.PathLike,
+  *,
+  title: str,
+  facts: Mapping[str, str | int | float],
+  samples: Sequence[Sample] = (),
+  notes: Sequence[str] = (),
+) -> Path:
+  """Writes `workdir/report.html` and returns its path.
+
+  Args:
+    workdir: the run's folder.
+    title: headline of the page.
+    facts: what to know first, in order: name -> value, such as bits per byte,
+      that of `xz -9` beside it, tokens per second, parameters.
+    samples: texts by the model; untrusted, escaped.
+    notes: paragraphs under the headline.
+
+  Raises:
+    InputError: a file in the folder is not what its name promises.
+  """
+  import jinja2
+
+  workdir = Path(workdir)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  page = environment.get_template('report.html.jinja').render(
+    title=title,
+    facts=[(name, *_fact(value)) for name, value in facts.items()],
+    notes=notes,
+    curves=_curves(workdir),
+    routing=_routing(workdir / 'routing.npz'),
+    timeline=_timeline(workdir / 'timeline.jsonl'),
+    samples=[_visible(sample) for sample in samples],
+    config=_config(workdir / 'config.json'),
+  )
+  path = workdir / 'report.html'
+  scratch = path.with_suffix('.tmp')
+  # A lone surrogate, which a byte-level sampler can give, has no UTF-8.
+  scratch.write_bytes(page.encode('utf-8', 'backslashreplace'))
+  scratch.replace(path)
+  return path
+
+
+def _fact(value: str | int | float) -> tuple[str, str]:
+  """A headline value in short, and exactly where that says less."""
+  if isinstance(value, str):
+    return value, ''
+  if isinstance(value, (int, np.integer)):
+    return _count(int(value))
+  return metrics.short(float(value)), ''
+
+
+def _count(value: int) -> tuple[str, str]:
+  for unit, size in (('T', 10**12), ('B', 10**9), ('M', 10**6)):
+    if abs(value) >= size:
+      return f'{value / size:.4g} {unit}', f'{value:,}'
+  return f'{value:,}', ''
+
+
+def _curves(workdir: Path) -> dict[str, Any] | None:
+  """Figures of all scalars, and the numbers behind them."""
+  rows = metrics.read(workdir), metrics.read(workdir, 'timings')
+  named = [_by_name(r) for r in rows]
+  panels = _panels(named[0]) + _panels(named[1])
+  if not panels:
+    return None
+  steps = [row['step'] for row in rows[0] + rows[1]]
+  broken = [
+    (name, int(s[~np.isfinite(v)][0]), int((~np.isfinite(v)).sum()))
+    for name, (s, v) in named[0].items()
+    if not np.isfinite(v).all()
+  ]
+  return {
+    'linear': figures.curves(panels),
+    'log': figures.curves(panels, log_x=True) if max(steps) >= 10 else '',
+    'averaged': max(len(s.steps) for p in panels for s in p.series)
+    > figures.POINTS,
+    'broken': broken,
+    'table': [_summary(n, *c) for n, c in (named[0] | named[1]).items()],
+  }
+
+
+def _by_name(rows: Sequence[Mapping[str, float]]):
+  """Scalar -> (steps, values), in the order in which names appeared."""
+  points: dict[str, list] = {}
+  for row in rows:
+    for name, value in row.items():
+      if name != 'step':
+        points.setdefault(name, []).append((row['step'], value))
+  return {
+    name: (np.array([s for s, _ in p]), np.array([v for _, v in p], float))
+    for name, p in points.items()
+  }
+
+
+def _panels(curves: Mapping[str, tuple]) -> list[figures.Panel]:
+  """One panel per scalar, its training and validation curves together."""
+  panels: dict[str, list] = {}
+  for name, (steps, values) in curves.items():
+    first, _, rest = re.sub('[/.]', '_', name).partition('_')
+    split, base = 'training', name
+    if first in _SPLITS and rest:
+      split, base = _SPLITS[first], rest
+    series = figures.Series(split, steps, values)
+    panels.setdefault(base, []).append(series)
+  order = [*_SCALARS, *(name for name in panels if name not in _SCALARS)]
+  return [
+    figures.Panel(*_SCALARS.get(name, (_title(name), '')), panels[name])
+    for name in order
+    if name in panels
+  ]
+
+
+def _title(name: str) -> str:
+  text = re.sub('[_/]', ' ', name)
+  return text[:1].upper() + text[1:]
+
+
+def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
+  finite = np.isfinite(values)
+  best = (
+    f'{metrics.short(values[finite].min())} at step'
+    f' {steps[finite][values[finite].argmin()]}'
+    if finite.any()
+    else '—'
+  )
+  return (
+    name,
+    len(values),
+    metrics.short(values[0]),
+    metrics.short(values[-1]),
+    best,
+  )
+
+
+def _routing(path: Path) -> dict[str, Any] | None:
+  """Figures of the experts' load, bias and balance; None if dense."""
+  if not path.exists():
+    return None
+  run = flight.load(path)
+  layers = run.layers.tolist()
+  edges = _edges(run)
+  experts = {k: a for k, a in run.arrays.items() if a.ndim == 3}
+  by_layer = {_title(k): a for k, a in run.arrays.items() if a.ndim == 2}
+  result: dict[str, Any] = {'load': None, 'layers': [], 'lines': []}
+  if 'load' in experts:
+    load = experts['load']
+    share = _share(load)
+    result['load'] = figures.load_by_layer(share[-1], layers)
+    result['layers'] = figures.load_over_time(share, edges, layers)
+    result['facts'] = _load_facts(run, load)
+    by_layer = {
+      'MaxVio': flight.max_violation(load),
+      'Entropy of the load / log E': flight.load_entropy(load),
+    } | by_layer
+    experts = {'load': share} | {
+      k: a for k, a in experts.items() if k != 'load'
+    }
+  result['lines'] = [
+    (name, figures.lines_over_time(values, run.last, layers, name))
+    for name, values in experts.items()
+    if name != 'load'
+  ]
+  result['balance'] = (
+    figures.layer_curves(by_layer, run.last, layers) if by_layer else ''
+  )
+  result['inspector'] = _inspector(experts, run, edges)
+  return result
+
+
+def _share(load: np.ndarray) -> np.ndarray:
+  """Load over an even share of its layer's tokens; 1 is balance."""
+  mean = load.mean(-1, keepdims=True)
+  return np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
+
+
+def _edges(run: flight.Flight) -> np.ndarray:
+  """Steps at which intervals begin and end, [N + 1]."""
+  gaps = np.diff(run.last) / run.records[1:]  # steps per record
+  gap = gaps[0] if len(gaps) else max(1, run.last[0] - run.first[0])
+  start = max(0.0, run.first[0] - gap)
+  return np.concatenate([[start], run.last])
+
+
+def _load_facts(run: flight.Flight, load: np.ndarray) -> dict[str, Any]:
+  violation = flight.max_violation(load[-1])
+  worst = int(np.nanargmax(violation)) if np.isfinite(violation).any() else 0
+  return {
+    'first': int(run.first[-1]),
+    'last': int(run.last[-1]),
+    'worst': f'{violation[worst]:.3g}',
+    'layer': int(run.layers[worst]),
+    'idle': int((load[-1] == 0).sum()),
+    'experts': load[-1].size,
+  }
+
+
+def _inspector(
+  experts: Mapping[str, np.ndarray], run: flight.Flight, edges: np.ndarray
+) -> dict[str, Any] | None:
+  """What the page's script draws: arrays [cells L E] in 16 bits."""
+  if not experts:
+    return None
+  _, L, E = next(iter(experts.values())).shape
+  cells = int(np.clip(_INSPECTED // (L * E), 16, 160))
+  pick = figures.sample(edges, cells)
+  arrays = [
+    {'name': name, **_quantised(values[pick])}
+    for name, values in experts.items()
+  ]
+  return {
+    'layers': run.layers.tolist(),
+    'experts': E,
+    'first': run.first[pick].tolist(),
+    'last': run.last[pick].tolist(),
+    'edges': [float(edges[0]), float(edges[-1])],
+    'arrays': arrays,
+  }
+
+
+def _quantised(values: np.ndarray) -> dict[str, Any]:
+  """Numbers as low + scale x 16-bit little-endian integers, in base64."""
+  values = np.nan_to_num(values.astype(np.float64))
+  low, high = float(values.min()), float(values.max())
+  scale = (high - low) / 65535 or 1.0
+  codes = np.round((values - low) / scale).astype('<u2')
+  data = base64.b64encode(codes.tobytes()).decode()
+  return {'low': low, 'scale': scale, 'data': data}
+
+
+def _timeline(path: Path) -> list[tuple[str, float, float]]:
+  """Phases with their seconds and percent of all, the longest first."""
+  if not path.exists():
+    return []
+  seconds: dict[str, float] = {}
+  for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
+    try:
+      row = json.loads(line)
+      seconds.setdefault(row['phase'], 0.0)
+      seconds[row['phase']] += float(row['seconds'])
+    except (ValueError, KeyError, TypeError):
+      raise InputError(
+        f'{path}, line {number}: {line[:60]!r} is not'
+        ' {"phase": name, "seconds": number}; remove the line'
+      ) from None
+  total = math.fsum(seconds.values())
+  rows = sorted(seconds.items(), key=lambda item: -item[1])
+  return [(p, s, 100 * s / total if total else 0.0) for p, s in rows]
+
+
+def _visible(sample: Sample) -> Sample:
+  """Control characters as pictures of themselves; nothing vanishes."""
+  picture = lambda match: chr(0x2400 + ord(match[0]))
+  shown = lambda text: re.sub(r'[\x00-\x08\x0b-\x1f]', picture, text)
+  return Sample(shown(sample.prompt), shown(sample.text), shown(sample.kind))
+
+
+def _config(path: Path) -> str:
+  if not path.exists():
+    return ''
+  try:
+    return json.dumps(json.loads(path.read_text('utf-8')), indent=2)
+  except ValueError as error:
+    raise InputError(f'{path} is not JSON ({error}): write it anew') from None

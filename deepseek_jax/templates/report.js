@@ -1,0 +1,205 @@
+'use strict';
+// Without this script the page shows everything but the inspector.
+const find = (id) => document.getElementById(id);
+for (const node of document.querySelectorAll('[data-needs-script]')) {
+  node.hidden = false;
+}
+
+// Print what is folded.
+addEventListener('beforeprint', () => {
+  for (const node of document.querySelectorAll('details')) node.open = true;
+});
+
+if (find('log-x')) {
+  find('log-x').addEventListener('change', (event) => {
+    find('log').hidden = !event.target.checked;
+    find('linear').hidden = event.target.checked;
+  });
+}
+
+function inspect(run) {
+  const cells = run.first.length;
+  const experts = run.experts;
+  const layers = run.layers.length;
+  const arrays = run.arrays.map((array) => ({...array, codes: decode(array.data)}));
+  const at = (array, cell, layer, expert) =>
+      array.low + array.scale * array.codes[(cell * layers + layer) * experts + expert];
+  const state = {layer: 0, expert: busiest(), cell: cells - 1};
+
+  const layerBox = find('layer');
+  const expertBox = find('expert');
+  run.layers.forEach((name, n) => layerBox.add(new Option(name, n)));
+  for (let n = 0; n < experts; n++) expertBox.add(new Option(n, n));
+  expertBox.value = state.expert;
+
+  const map = plot('map', 'load / even share, one row per expert');
+  const lines = arrays.map((array) => plot(array.name,
+      array.name === 'load' ? 'load / even share' : array.name));
+
+  layerBox.addEventListener('change', () => {
+    state.layer = Number(layerBox.value);
+    draw();
+  });
+  expertBox.addEventListener('change', () => {
+    state.expert = Number(expertBox.value);
+    draw();
+  });
+  const point = (event, box) => {
+    const x = (event.offsetX - box.left) / box.width;
+    const y = (event.offsetY - box.top) / box.height;
+    state.cell = clamp(Math.floor(x * cells), cells);
+    return clamp(Math.floor(y * experts), experts);
+  };
+  map.canvas.addEventListener('mousemove', (event) => read(point(event, map.box)));
+  map.canvas.addEventListener('mouseleave', () => {
+    state.cell = cells - 1;
+    read(state.expert);
+  });
+  map.canvas.addEventListener('click', (event) => {
+    state.expert = point(event, map.box);
+    expertBox.value = state.expert;
+    draw();
+  });
+  addEventListener('resize', draw);
+  draw();
+
+  function busiest() {
+    const last = (expert) => at(arrays[0], cells - 1, 0, expert);
+    let best = 0;
+    for (let n = 1; n < experts; n++) if (last(n) > last(best)) best = n;
+    return best;
+  }
+
+  function read(expert) {
+    const values = arrays.map((array) => `${array.name} ${
+        at(array, state.cell, state.layer, expert).toPrecision(4)}`);
+    const steps = `steps ${run.first[state.cell]}–${run.last[state.cell]}`;
+    find('reading').textContent =
+        [`expert ${expert}`, steps, ...values].join(' · ');
+  }
+
+  function draw() {
+    drawMap();
+    lines.forEach((target, n) => drawLines(target, arrays[n]));
+    read(state.expert);
+  }
+
+  function drawMap() {
+    const array = arrays.find((a) => a.name === 'load') || arrays[0];
+    const shade = array.name === 'load' ? [0, 2] : range(array);
+    const context = start(map, [0, experts - 1], run.edges);
+    const {left, top, width, height} = map.box;
+    // One pixel per cell, enlarged: no seams.
+    const small = document.createElement('canvas');
+    small.width = cells;
+    small.height = experts;
+    const pixels = new ImageData(cells, experts);
+    for (let cell = 0; cell < cells; cell++) {
+      for (let expert = 0; expert < experts; expert++) {
+        const value = at(array, cell, state.layer, expert);
+        const color = viridis((value - shade[0]) / (shade[1] - shade[0] || 1));
+        pixels.data.set([...color, 255], 4 * (expert * cells + cell));
+      }
+    }
+    small.getContext('2d').putImageData(pixels, 0, 0);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(small, left, top, width, height);
+    context.strokeStyle = '#c4512d';
+    context.lineWidth = 1.5;
+    context.strokeRect(left, top + height * state.expert / experts, width,
+        Math.max(height / experts, 3));
+  }
+
+  function drawLines(target, array) {
+    const [low, high] = range(array);
+    const context = start(target, [high, low], run.edges);
+    const {left, top, width, height} = target.box;
+    const trace = (expert) => {
+      context.beginPath();
+      for (let cell = 0; cell < cells; cell++) {
+        const share = (at(array, cell, state.layer, expert) - low) / (high - low || 1);
+        context.lineTo(left + width * (cell + .5) / cells, top + height * (1 - share));
+      }
+      context.stroke();
+    };
+    context.strokeStyle = 'rgb(110 120 135 / 22%)';
+    context.lineWidth = 1;
+    for (let expert = 0; expert < experts; expert++) trace(expert);
+    context.strokeStyle = '#c4512d';
+    context.lineWidth = 2;
+    trace(state.expert);
+  }
+
+  function range(array) {
+    let low = Infinity, high = -Infinity;
+    for (let cell = 0; cell < cells; cell++) {
+      for (let expert = 0; expert < experts; expert++) {
+        const value = at(array, cell, state.layer, expert);
+        low = Math.min(low, value);
+        high = Math.max(high, value);
+      }
+    }
+    return [low, high];
+  }
+}
+
+// One canvas with room for its title and ends of both axes.
+function plot(name, title) {
+  const canvas = document.createElement('canvas');
+  canvas.setAttribute('role', 'img');
+  canvas.setAttribute('aria-label', title);
+  find('plots').append(canvas);
+  return {canvas, title, box: null};
+}
+
+function start(target, vertical, steps) {
+  const {canvas} = target;
+  const size = canvas.getBoundingClientRect();
+  const dense = devicePixelRatio || 1;
+  canvas.width = size.width * dense;
+  canvas.height = size.height * dense;
+  target.box = {left: 46, top: 24, width: size.width - 52, height: size.height - 46};
+  const {left, top, width, height} = target.box;
+  const context = canvas.getContext('2d');
+  context.scale(dense, dense);
+  context.font = '12px ' + getComputedStyle(document.body).getPropertyValue('--sans');
+  context.fillStyle = '#26292e';
+  context.fillText(target.title, left, 14);
+  context.fillStyle = '#565c66';
+  context.fillText(brief(steps[0]), left, top + height + 16);
+  context.textAlign = 'right';
+  context.fillText(`step ${brief(steps[1])}`, left + width, top + height + 16);
+  context.fillText(brief(vertical[0]), left - 6, top + 9);
+  context.fillText(brief(vertical[1]), left - 6, top + height);
+  context.strokeStyle = '#9aa0a8';
+  context.lineWidth = .7;
+  context.strokeRect(left, top, width, height);
+  return context;
+}
+
+function decode(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  return Uint16Array.from({length: bytes.length / 2}, (_, n) => view.getUint16(2 * n, true));
+}
+
+function clamp(n, count) {
+  return Math.max(0, Math.min(count - 1, n));
+}
+
+function brief(value) {
+  return Number(value.toPrecision(3)).toString();
+}
+
+// Nine points of matplotlib's viridis, straight lines between.
+const VIRIDIS = [[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142],
+  [33, 145, 140], [40, 174, 128], [94, 201, 98], [173, 220, 48], [253, 231, 37]];
+
+function viridis(share) {
+  const place = Math.max(0, Math.min(1, share)) * (VIRIDIS.length - 1);
+  const n = Math.min(Math.floor(place), VIRIDIS.length - 2);
+  const [low, high] = [VIRIDIS[n], VIRIDIS[n + 1]];
+  return low.map((a, i) => Math.round(a + (place - n) * (high[i] - a)));
+}
+
+if (find('routing')) inspect(JSON.parse(find('routing').textContent));

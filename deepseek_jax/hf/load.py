@@ -1,0 +1,127 @@
+"""A Hugging Face folder -> configuration and variables."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from deepseek_jax import sharding
+from deepseek_jax.hf.names import Leaf
+from deepseek_jax.hf.source import Read, Source
+from deepseek_jax.sharding import Rules
+from deepseek_jax.transformer import TransformerConfig
+
+CHUNK = 1 << 26  # bytes handled at once
+
+
+def load(
+  path: str,
+  *,
+  dtype: str = 'float32',
+  mtp: bool = False,
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+) -> tuple[TransformerConfig, dict]:
+  """Loads a checkpoint of DeepSeek-V2, V3, R1, V3.1 or Llama 3.
+
+  Args:
+    path: folder with config.json and safetensors.
+    dtype: of the weights and the computation, 'float32' or 'bfloat16'; norms,
+      routers and biases stay float32.
+    mtp: keep the multi-token prediction layers.
+    mesh, rules: where the arrays go; each process reads only what it holds.
+
+  Returns:
+    The configuration, and {'params': ..., 'buffers': ...}.
+
+  Raises:
+    InputError: a field, tensor or file that is wrong or not understood.
+  """
+  source = Source(path, mtp=mtp)
+  for name, why in source.unused.items():
+    logging.info('%s: %s is not used: it %s', path, name, why)
+  compute = dataclasses.replace(source.config.compute, dtype=dtype)
+  config = dataclasses.replace(source.config, compute=compute)
+  return config, variables(source.leaves, source.read, dtype, mesh, rules)
+
+
+def variables(
+  leaves: list[Leaf],
+  read: Read,
+  dtype: str | None,
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+) -> dict:
+  """The arrays of `leaves` as nested dicts; dtype None keeps what is read."""
+  out: dict = {'params': {}, 'buffers': {}}
+  for leaf in leaves:
+    wanted = jnp.float32 if leaf.full_precision else dtype
+    array = _array(leaf, read, wanted, mesh, rules)
+    *above, last = leaf.path
+    inner = out
+    for key in above:
+      inner = inner.setdefault(key, {})
+    inner[last] = array
+  return out
+
+
+def _array(leaf, read, dtype, mesh, rules):
+  if mesh is None:
+    region = tuple(slice(0, n) for n in leaf.shape)
+    return jnp.asarray(filled(leaf, read, region, dtype))
+  place = jax.sharding.NamedSharding(
+    mesh, sharding.spec(leaf.axes, rules or {}, len(leaf.shape))
+  )
+
+  def held(index):
+    region = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape)]
+    return filled(leaf, read, tuple(region), dtype)
+
+  return jax.make_array_from_callback(leaf.shape, place, held)
+
+
+def filled(leaf: Leaf, read: Read, region, dtype) -> np.ndarray:
+  """A region of a leaf in `dtype`, read in pieces of about CHUNK bytes."""
+  out = None
+  for piece in pieces(leaf, region):
+    block = read(leaf, piece)
+    if out is None:
+      shape = [s.stop - s.start for s in region]
+      out = np.empty(shape, dtype or block.dtype)
+    at = [
+      slice(p.start - s.start, p.stop - s.start) for p, s in _zip(piece, region)
+    ]
+    out[tuple(at)] = block
+  return out
+
+
+def _zip(a, b):
+  return zip(a, b, strict=True)
+
+
+def pieces(leaf: Leaf, region, limit: int = CHUNK):
+  """Cuts a region: one tensor's rows at a time, at most `limit` bytes."""
+  starts = [
+    range(s.start, s.stop, n) for s, n in _zip(region, steps(leaf, limit))
+  ]
+  sizes = steps(leaf, limit)
+  for corner in np.ndindex(*map(len, starts)):
+    begin = [r[i] for r, i in zip(starts, corner)]
+    yield tuple(
+      slice(b, min(b + n, s.stop)) for b, n, s in zip(begin, sizes, region)
+    )
+
+
+def steps(leaf: Leaf, limit: int) -> list[int]:
+  """Size of a piece along every axis of a leaf."""
+  sizes = [1] * leaf.lead + list(leaf.shape[leaf.lead :])
+  row = leaf.rows[0]
+  axis = leaf.lead + row.inputs + (row.half is not None)
+  if axis < len(sizes):
+    rest = math.prod(sizes) // max(sizes[axis], 1) * 4
+    sizes[axis] = max(1, min(sizes[axis], limit // max(rest, 1)))
+  return sizes

@@ -1,0 +1,281 @@
+"""Which tensor of a Hugging Face file is which slice of our variables.
+
+Every tensor of a file is one slice of one of our arrays: a layer of a stack,
+an expert of its slab, the gate or the up half. So one table of names serves
+both directions, loading and saving. The families differ in the attention and
+FFN that their configuration chooses, not in a table of their own.
+Legend: D model, H heads, K head dim, F hidden, E experts, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.block import BlockConfig
+from deepseek_jax.layers.mla import MLAConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.transformer import TransformerConfig, build
+
+Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
+
+
+class Row(NamedTuple):
+  """One line of a name table.
+
+  Attributes:
+    ours: path below the block (or the root), with dots.
+    theirs: name below the layer; '{e}' runs over the leading experts axis.
+    inputs: how many axes of ours are the inputs of a matmul. Theirs is then
+      [outputs, inputs] with each group of axes merged; 0: theirs is as ours.
+    half: which entry of the axis after the inputs (gate 0, up 1), or None.
+    fp8: V3 stores it quantised.
+  """
+
+  ours: str
+  theirs: str
+  inputs: int = 0
+  half: int | None = None
+  fp8: bool = True
+
+
+def _swiglu(ours: str, theirs: str) -> tuple[Row, ...]:
+  return (
+    Row(f'{ours}gate_up', f'{theirs}gate_proj.weight', 1, half=0),
+    Row(f'{ours}gate_up', f'{theirs}up_proj.weight', 1, half=1),
+    Row(f'{ours}down', f'{theirs}down_proj.weight', 1),
+  )
+
+
+ROOT = (
+  Row('embed', 'model.embed_tokens.weight'),
+  Row('norm.scale', 'model.norm.weight'),
+  Row('head', 'lm_head.weight', 1, fp8=False),
+)
+NORMS = (
+  Row('attention_norm.scale', 'input_layernorm.weight'),
+  Row('ffn_norm.scale', 'post_attention_layernorm.weight'),
+)
+MLA = (
+  Row('attention.kv_down', 'self_attn.kv_a_proj_with_mqa.weight', 1),
+  Row('attention.kv_norm.scale', 'self_attn.kv_a_layernorm.weight'),
+  Row('attention.kv_up', 'self_attn.kv_b_proj.weight', 1),
+  Row('attention.out', 'self_attn.o_proj.weight', 2),
+)
+QUERY = (Row('attention.q_up', 'self_attn.q_proj.weight', 1),)
+COMPRESSED_QUERY = (
+  Row('attention.q_down', 'self_attn.q_a_proj.weight', 1),
+  Row('attention.q_norm.scale', 'self_attn.q_a_layernorm.weight'),
+  Row('attention.q_up', 'self_attn.q_b_proj.weight', 1),
+)
+GQA = (
+  Row('attention.q', 'self_attn.q_proj.weight', 1),
+  Row('attention.k', 'self_attn.k_proj.weight', 1),
+  Row('attention.v', 'self_attn.v_proj.weight', 1),
+  Row('attention.out', 'self_attn.o_proj.weight', 2),
+)
+DENSE = _swiglu('ffn.', 'mlp.')
+MOE = (
+  Row('ffn.router.weight', 'mlp.gate.weight', 1, fp8=False),
+  Row('ffn.router.bias', 'mlp.gate.e_score_correction_bias'),
+  *_swiglu('ffn.', 'mlp.experts.{e}.'),
+  *_swiglu('ffn.shared.', 'mlp.shared_experts.'),
+)
+# eh_proj takes [embedding; hidden], which is also the order of `merge`.
+MTP = (
+  Row('embed_norm.scale', 'enorm.weight'),
+  Row('hidden_norm.scale', 'hnorm.weight'),
+  Row('merge', 'eh_proj.weight', 1, fp8=False),
+  Row('norm.scale', 'shared_head.norm.weight'),
+)
+# Repeated in every MTP layer of a file; ours are shared with the main model.
+MTP_COPIES = {
+  'embed_tokens.weight': 'model.embed_tokens.weight',
+  'shared_head.head.weight': 'lm_head.weight',
+}
+# Tables that old files carry; they follow from the configuration.
+DERIVED = ('self_attn.rotary_emb.inv_freq',)
+
+
+def block_rows(block: BlockConfig) -> tuple[Row, ...]:
+  """The table of one layer."""
+  if isinstance(block.attention, MLAConfig):
+    plain = block.attention.q_rank is None
+    attention = (*(QUERY if plain else COMPRESSED_QUERY), *MLA)
+  else:
+    attention = GQA
+  ffn = MOE if isinstance(block.ffn, MoEConfig) else DENSE
+  return (*NORMS, *attention, *ffn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One array of our variables and the tensors that it is made of.
+
+  Attributes:
+    path: keys from the root of the variables.
+    shape: of ours, stacked layers first.
+    axes: logical axis names of all of `shape` (None for the stack).
+    full_precision: stays float32 whatever the model's dtype.
+    rows: the table lines of its parts: one, or gate and up.
+    prefixes: per stacked layer its name in the file; one for no stack.
+    stacked: whether `shape` starts with the layers.
+  """
+
+  path: Path
+  shape: tuple[int, ...]
+  axes: tuple
+  full_precision: bool
+  rows: tuple[Row, ...]
+  prefixes: tuple[str, ...]
+  stacked: bool
+
+  @property
+  def name(self) -> str:
+    return '.'.join(map(str, self.path))
+
+  @property
+  def experts(self) -> int | None:
+    """E if the leaf has an experts axis of separate tensors."""
+    return self.shape[self.stacked] if '{e}' in self.rows[0].theirs else None
+
+  @property
+  def lead(self) -> int:
+    """Number of leading axes whose entries are tensors of their own."""
+    return self.stacked + (self.experts is not None)
+
+  @property
+  def inner(self) -> tuple[int, ...]:
+    """Shape of one tensor in our axes, the half axis left out."""
+    inner = self.shape[self.lead :]
+    if self.rows[0].half is None:
+      return inner
+    at = self.rows[0].inputs
+    return inner[:at] + inner[at + 1 :]
+
+  @property
+  def theirs(self) -> tuple[int, ...]:
+    """Shape of one tensor in the file."""
+    k, inner = self.rows[0].inputs, self.inner
+    return (math.prod(inner[k:]), math.prod(inner[:k])) if k else inner
+
+  @property
+  def row_multiple(self) -> int:
+    """Rows of the file's tensor per entry of our first output axis."""
+    k, inner = self.rows[0].inputs, self.inner
+    return math.prod(inner[k + 1 :]) if k else 1
+
+
+class Part(NamedTuple):
+  """One tensor of a file and where it goes."""
+
+  name: str
+  leaf: Leaf
+  at: tuple[int, ...]  # indices of the leading axes (layer, expert)
+  half: int | None
+  row: Row
+
+
+def parts(leaf: Leaf, lead=None, halves=None) -> Iterator[Part]:
+  """The tensors of a leaf, or those in ranges of its leading axes."""
+  full = [range(n) for n in leaf.shape[: leaf.lead]]
+  lead = full if lead is None else list(lead)
+  layers = lead.pop(0) if leaf.stacked else (None,)
+  experts = lead.pop(0) if leaf.experts is not None else (None,)
+  for layer in layers:
+    for expert in experts:
+      for row in leaf.rows:
+        if row.half is not None and halves is not None:
+          if row.half not in halves:
+            continue
+        at = tuple(i for i in (layer, expert) if i is not None)
+        name = leaf.prefixes[layer or 0] + row.theirs.format(e=expert)
+        yield Part(name, leaf, at, row.half, row)
+
+
+def to_theirs(leaf: Leaf, block: np.ndarray) -> np.ndarray:
+  """A block of our inner axes -> [rows, columns] of the file."""
+  k = leaf.rows[0].inputs
+  if not k:
+    return block
+  n = block.ndim
+  block = block.transpose(*range(k, n), *range(k))
+  return block.reshape(math.prod(block.shape[: n - k]), -1)
+
+
+def from_theirs(leaf: Leaf, rows: np.ndarray, region) -> np.ndarray:
+  """The file's rows of `region`'s first output range -> our block.
+
+  rows: theirs[region[k].start * m : region[k].stop * m], m = row_multiple.
+  region: slices of our inner axes.
+  """
+  k, inner = leaf.rows[0].inputs, leaf.inner
+  if not k:
+    return rows[(slice(None), *region[1:])] if region else rows
+  rows = rows.reshape(-1, *inner[k + 1 :], *inner[:k])
+  block = rows[(slice(None), *region[k + 1 :], *region[:k])]
+  outputs = len(inner) - k
+  return block.transpose(*range(outputs, len(inner)), *range(outputs))
+
+
+def layer_prefix(index: int) -> str:
+  return f'model.layers.{index}.'
+
+
+def order(name: str) -> tuple:
+  """Sorts names of a file: by layer, numbers by value."""
+  return tuple(
+    (0, int(p), '') if p.isdigit() else (1, 0, p) for p in name.split('.')
+  )
+
+
+def leaves(config: TransformerConfig) -> list[Leaf]:
+  """Every array of a model with its tensors, in a fixed order.
+
+  Raises InputError for an array that the family has no name for.
+  """
+  out = []
+  for kind, state in build(config).abstract.items():
+    for path, variable in nnx.to_flat_state(state):
+      out.append(_leaf(config, (kind, *path), variable))
+  return out
+
+
+def _leaf(config, path, variable) -> Leaf:
+  below, rows, prefixes, stacked = _place(config, path[1:])
+  name = '.'.join(map(str, below))
+  found = tuple(r for r in rows if r.ours == name)
+  if not found:
+    shown = '.'.join(map(str, path))
+    raise InputError(
+      f'{shown}: has no name in Hugging Face files of this family; it can be'
+      ' saved only as a checkpoint of this library'
+    )
+  axes = tuple(variable.get_metadata().get('axes'))
+  axes = (None,) * (len(variable.shape) - len(axes)) + axes
+  full = variable.get_metadata().get('full_precision') or path[0] == 'buffers'
+  shape = tuple(variable.shape)
+  return Leaf(path, shape, axes, bool(full), found, prefixes, stacked)
+
+
+def _place(config: TransformerConfig, path):
+  """path below the kind -> (path below the block, table, layers, stacked)."""
+  if path[0] == 'segments':
+    i, j = path[1:3]
+    segments = config.segments()
+    first = sum(len(s.blocks) * s.repeat for s in segments[:i]) + j
+    width = len(segments[i].blocks)
+    layers = range(first, first + width * segments[i].repeat, width)
+    prefixes = tuple(map(layer_prefix, layers))
+    return path[3:], block_rows(segments[i].blocks[j]), prefixes, True
+  if path[0] == 'mtp':
+    prefix = (layer_prefix(config.layers + path[1]),)
+    if path[2] == 'block':
+      rows = block_rows(config.block(config.mtp.block))
+      return path[3:], rows, prefix, False
+    return path[2:], MTP, prefix, False
+  return path, ROOT, ('',), False

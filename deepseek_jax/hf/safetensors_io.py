@@ -1,0 +1,279 @@
+"""Reads and writes safetensors, piece by piece, trusting no file.
+
+A file is 8 bytes of header length, a JSON header (name -> dtype, shape, byte
+range) and the bytes. Every field of the header is checked before a byte is
+read: a hostile or damaged file gives an InputError, never a wrong array.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.errors import InputError
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+
+DTYPES = {
+  'F64': np.dtype('<f8'),
+  'F32': np.dtype('<f4'),
+  'F16': np.dtype('<f2'),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+  'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
+  'I64': np.dtype('<i8'),
+  'I32': np.dtype('<i4'),
+  'I16': np.dtype('<i2'),
+  'I8': np.dtype('i1'),
+  'U8': np.dtype('u1'),
+  'BOOL': np.dtype('?'),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+  """Where a tensor lies."""
+
+  file: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int  # byte offset in the file
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def load_json(path: str, limit: int = MAX_HEADER) -> dict:
+  """A JSON object from a file of at most `limit` bytes."""
+  try:
+    size = os.path.getsize(path)
+    if size > limit:
+      raise InputError(f'{path}: {size} bytes; at most {limit} are read')
+    with open(path, 'rb') as file:
+      return parse_json(file.read(), path)
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read: {error.strerror}') from None
+
+
+def parse_json(data: bytes, where: str) -> dict:
+  """A JSON object without repeated keys."""
+
+  def unique(pairs):
+    out = dict(pairs)
+    if len(out) != len(pairs):
+      raise ValueError('a key occurs twice')
+    return out
+
+  try:
+    out = json.loads(data.decode(), object_pairs_hook=unique)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{where}: not valid JSON: {error}') from None
+  if not isinstance(out, dict):
+    raise InputError(f'{where}: holds no JSON object')
+  return out
+
+
+def read_header(path: str) -> dict[str, Entry]:
+  """The checked tensors of one file."""
+  try:
+    size = os.path.getsize(path)
+    with open(path, 'rb') as file:
+      prefix = file.read(8)
+      length = struct.unpack('<Q', prefix)[0] if len(prefix) == 8 else -1
+      if length > MAX_HEADER:
+        raise InputError(
+          f'{path}: header of {length} bytes; at most {MAX_HEADER} are read'
+        )
+      if length < 2 or 8 + length > size:
+        raise InputError(f'{path}: truncated, or not a safetensors file')
+      header = parse_json(file.read(length), f'{path}: header')
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read: {error.strerror}') from None
+  header.pop('__metadata__', None)
+  first = 8 + length
+  entries = {
+    name: _entry(path, name, fields, first, size)
+    for name, fields in header.items()
+  }
+  _check_cover(path, entries, first, size)
+  return entries
+
+
+def _entry(path, name, fields, first, size) -> Entry:
+  where = f'{path}: tensor {name!r}'
+  if not isinstance(fields, dict) or set(fields) != {
+    'dtype',
+    'shape',
+    'data_offsets',
+  }:
+    raise InputError(f'{where}: must have dtype, shape and data_offsets')
+  dtype, shape = fields['dtype'], fields['shape']
+  if not isinstance(dtype, str) or dtype not in DTYPES:
+    raise InputError(f'{where}: unknown dtype {dtype!r}; known: {[*DTYPES]}')
+  offsets = fields['data_offsets']
+  if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
+    raise InputError(f'{where}: shape {shape!r}, data_offsets {offsets!r}')
+  start, end = offsets
+  entry = Entry(path, DTYPES[dtype], tuple(shape), first + start)
+  if start > end or first + end > size:
+    raise InputError(
+      f'{where}: data_offsets {offsets} lie outside of its {size - first}'
+      ' bytes of data; the file is truncated or damaged'
+    )
+  if entry.nbytes != end - start:
+    raise InputError(
+      f'{where}: {end - start} bytes; {dtype}{shape} takes {entry.nbytes}'
+    )
+  return entry
+
+
+def _naturals(values) -> bool:
+  return isinstance(values, list) and all(
+    type(v) is int and v >= 0 for v in values
+  )
+
+
+def _check_cover(path, entries, first, size):
+  """Tensors must follow each other and fill the file."""
+  end = first
+  for name, entry in sorted(entries.items(), key=lambda e: e[1].start):
+    if not entry.nbytes:
+      continue
+    if entry.start != end:
+      what = 'overlaps another' if entry.start < end else 'leaves a hole before'
+      raise InputError(f'{path}: tensor {name!r} {what}; the file is damaged')
+    end = entry.start + entry.nbytes
+  if end != size:
+    raise InputError(
+      f'{path}: {size - end} bytes belong to no tensor; the file is damaged'
+    )
+
+
+def read_folder(folder: str) -> dict[str, Entry]:
+  """All tensors of a checkpoint folder, by its index or its single file."""
+  index = os.path.join(folder, INDEX)
+  if not os.path.exists(index):
+    single = os.path.join(folder, SINGLE)
+    if not os.path.exists(single):
+      raise InputError(
+        f'{folder}: holds neither {SINGLE} nor {INDEX}; other formats are not'
+        ' read'
+      )
+    return read_header(single)
+  listed = load_json(index).get('weight_map')
+  if not isinstance(listed, dict) or not listed:
+    raise InputError(f'{index}: has no weight_map')
+  entries = {}
+  for file in sorted(set(map(_shard_name, listed.values()))):
+    path = os.path.join(folder, file)
+    if not os.path.isfile(path):
+      raise InputError(f'{index}: names {file}, which is missing')
+    for name, entry in read_header(path).items():
+      if listed.get(name) != file:
+        raise InputError(f'{path}: tensor {name!r}: {INDEX} does not list it')
+      entries[name] = entry
+  lacking = sorted(set(listed) - set(entries))
+  if lacking:
+    name = lacking[0]
+    raise InputError(f'{index}: tensor {name!r} is not in {listed[name]}')
+  return entries
+
+
+def _shard_name(name) -> str:
+  if (
+    not isinstance(name, str)
+    or not name.endswith('.safetensors')
+    or name != os.path.basename(name)
+    or '\\' in name
+    or '\0' in name
+  ):
+    raise InputError(
+      f'{INDEX}: {name!r}: a shard must be a .safetensors file in this folder'
+    )
+  return name
+
+
+def read(entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
+  """A tensor, or its rows start:stop; reads no other bytes."""
+  shape = entry.shape
+  if shape:
+    stop = shape[0] if stop is None else stop
+    row = math.prod(shape[1:]) * entry.dtype.itemsize
+    shape, skip = (stop - start, *shape[1:]), start * row
+  else:
+    skip = 0
+  out = np.empty(shape, entry.dtype)
+  view = memoryview(out.reshape(-1).view(np.uint8))
+  with open(entry.file, 'rb', buffering=0) as file:
+    file.seek(entry.start + skip)
+    done = 0
+    while done < len(view):
+      got = file.readinto(view[done:])
+      if not got:
+        raise InputError(f'{entry.file}: truncated while it was read')
+      done += got
+  return out
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+  """The bytes before the data, for tensors in this order."""
+  fields, start = {}, 0
+  for name, (dtype, shape) in tensors.items():
+    dtype = np.dtype(dtype)
+    end = start + math.prod(shape) * dtype.itemsize
+    fields[name] = {
+      'dtype': _NAMES[dtype],
+      'shape': list(shape),
+      'data_offsets': [start, end],
+    }
+    start = end
+  text = json.dumps({'__metadata__': {'format': 'pt'}, **fields}).encode()
+  text += b' ' * (-len(text) % 8)  # aligned data, as the reference writes it
+  return struct.pack('<Q', len(text)) + text
+
+
+class Writer:
+  """One file whose tensors are written row by row, in any order.
+
+  It takes its name when `close` is called, complete and on disk.
+  """
+
+  def __init__(
+    self, path: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+  ):
+    self._path, self._part = path, f'{path}.part'
+    head = header(tensors)
+    self._entries, end = {}, len(head)
+    for name, (dtype, shape) in tensors.items():
+      entry = Entry(self._part, np.dtype(dtype), tuple(shape), end)
+      self._entries[name] = entry
+      end += entry.nbytes
+    self._file = open(self._part, 'wb')  # noqa: SIM115: closed by close
+    self._file.write(head)
+    self._file.truncate(end)
+
+  def write(self, name: str, rows: np.ndarray, start: int = 0) -> None:
+    """Puts `rows` [n ...] of a tensor at its row `start`."""
+    entry = self._entries[name]
+    if rows.dtype != entry.dtype or rows.shape[1:] != entry.shape[1:]:
+      raise ValueError(
+        f'{name}: {rows.dtype}{rows.shape} into {entry.dtype}{entry.shape}'
+      )
+    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    self._file.seek(entry.start + start * row)
+    self._file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+
+  def close(self) -> None:
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._file.close()
+    os.replace(self._part, self._path)

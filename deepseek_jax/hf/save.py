@@ -1,0 +1,330 @@
+"""Configuration and variables -> a Hugging Face folder.
+
+Tensor by tensor and row by row, so a model never has to fit in memory twice,
+or at all (`write` takes any source of regions). A shard file appears complete
+under its name or not at all; what a killed run finished is not done again.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.hf import config_json, fp8, names, safetensors_io
+from deepseek_jax.hf.names import Leaf, Part
+from deepseek_jax.hf.source import Read
+from deepseek_jax.transformer import TransformerConfig
+
+_SCALE = '_scale_inv'
+STEP = 1 << 24  # numbers handled at once
+
+
+class Format(NamedTuple):
+  """How a folder is written.
+
+  Attributes:
+    dtype: of the tensors, 'float32', 'bfloat16' or 'float16'; selection biases
+      stay float32, as released.
+    quantize: None; 'fp8' for V3's block-quantised matrices; 'fp8_ue8m0' for
+      V3.1's, whose scales are powers of two.
+    shard_bytes: a file is closed when it would grow beyond.
+  """
+
+  dtype: str
+  quantize: str | None = None
+  shard_bytes: int = 5 << 30
+
+
+class Stored(NamedTuple):
+  """One tensor of the folder to be."""
+
+  name: str
+  part: Part
+  dtype: np.dtype
+  quantize: str | None
+
+  def tensors(self) -> dict[str, tuple]:
+    """Its entries in a file's header."""
+    shape = self.part.leaf.theirs
+    if not self.quantize:
+      return {self.name: (self.dtype, shape)}
+    scale = (np.dtype(np.float32), fp8.scale_shape(shape))
+    return {self.name: (fp8.E4M3, shape), self.name + _SCALE: scale}
+
+  @property
+  def nbytes(self) -> int:
+    return sum(
+      int(np.prod(shape)) * dtype.itemsize
+      for dtype, shape in self.tensors().values()
+    )
+
+
+def save(
+  path: str,
+  config: TransformerConfig,
+  variables: Mapping[str, Any],
+  *,
+  dtype: str | None = None,
+  quantize: str | None = None,
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a folder that transformers, vLLM and SGLang read.
+
+  Args:
+    path: folder; made if missing, files of the same names are replaced.
+    config: of the model.
+    variables: {'params': ..., 'buffers': ...}; MTP layers are written too.
+    dtype: of the file, by default that of the embedding.
+    quantize: see Format.
+    extra: fields of config.json that don't change the model: eos_token_id,
+      bos_token_id, pad_token_id, max_position_embeddings ...
+
+  Raises:
+    InputError: the family of the model can't express it, or an array has
+      another shape than the configuration says.
+  """
+  arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
+  dtype = dtype or str(arrays['params', 'embed'].dtype)
+  target = Format(dtype, quantize)
+  write(path, config, _reader(arrays), target, extra=extra, replace=True)
+
+
+def _reader(arrays) -> Read:
+  """Regions of arrays; from a device come only single layers and experts."""
+  # Traced indices: one small program per array, not one per layer.
+  pick = jax.jit(lambda array, at: array[tuple(at)])
+  host = {
+    path: np.asarray(array)
+    for path, array in arrays.items()
+    if not isinstance(array, jax.Array) or _on_host(array)
+  }
+
+  def read(leaf, region):
+    if leaf.path in host:
+      return host[leaf.path][region]
+    at = [s.start for s in region[: leaf.lead]]
+    one = np.asarray(pick(arrays[leaf.path], at))[region[leaf.lead :]]
+    return one.reshape((1,) * leaf.lead + one.shape)
+
+  return read
+
+
+def _on_host(array: jax.Array) -> bool:
+  devices = array.devices()
+  return len(devices) == 1 and next(iter(devices)).platform == 'cpu'
+
+
+def _array(variables, leaf: Leaf):
+  found = variables
+  for key in leaf.path:
+    try:
+      found = found[key]
+    except (KeyError, IndexError, TypeError):
+      raise InputError(f'variables: {leaf.name} is missing') from None
+  if isinstance(found, jax.Array) and not found.is_fully_addressable:
+    raise InputError(
+      f'variables: {leaf.name} is spread over processes; save a checkpoint and'
+      ' convert it with experiments.convert'
+    )
+  if tuple(found.shape) != leaf.shape:
+    raise InputError(
+      f'variables: {leaf.name} is {list(found.shape)}; config makes it'
+      f' {list(leaf.shape)}'
+    )
+  return found
+
+
+def write(
+  path: str,
+  config: TransformerConfig,
+  read: Read,
+  target: Format,
+  *,
+  extra: Mapping[str, Any] | None = None,
+  replace: bool = False,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+  """Writes a folder from any source of regions.
+
+  Args:
+    path, config, extra: as for `save`.
+    read: (leaf, region) -> array.
+    target: how.
+    replace: write files anew that are already there; otherwise they are taken
+      for the finished work of an earlier run with the same arguments.
+    progress: called with the bytes written so far and in all.
+  """
+  fields = config_json.render(config, extra) | _header_fields(target)
+  path = os.path.expanduser(path)
+  os.makedirs(path, exist_ok=True)
+  shards = _shards(stored(config, target), target.shard_bytes)
+  total = sum(s.nbytes for shard in shards for s in shard)
+  done = 0
+  for i, shard in enumerate(shards):
+    file = os.path.join(path, _file_name(i, len(shards)))
+    if replace or not _finished(file, shard):
+      _write_shard(
+        file, shard, read, lambda n, at=done: progress(at + n, total)
+      )
+    done += sum(s.nbytes for s in shard)
+    progress(done, total)
+  _write_index(path, shards, total)
+  _write_json(path, 'config.json', fields)
+
+
+def _header_fields(target: Format) -> dict:
+  dtypes = ('float32', 'bfloat16', 'float16')
+  if target.dtype not in dtypes:
+    raise InputError(f'dtype = {target.dtype!r}: must be one of {dtypes}')
+  if target.quantize not in (None, 'fp8', 'fp8_ue8m0'):
+    raise InputError(
+      f'quantize = {target.quantize!r}: must be fp8, fp8_ue8m0 or None'
+    )
+  out = {'torch_dtype': target.dtype}
+  if target.quantize:
+    out['quantization_config'] = {
+      'quant_method': 'fp8',
+      'fmt': 'e4m3',
+      'activation_scheme': 'dynamic',
+      'weight_block_size': list(fp8.BLOCK),
+    }
+    if target.quantize == 'fp8_ue8m0':
+      out['quantization_config']['scale_fmt'] = 'ue8m0'
+  return out
+
+
+def stored(config: TransformerConfig, target: Format) -> list[Stored]:
+  """Every tensor of the folder, layer by layer."""
+  dtype = safetensors_io.DTYPES[
+    {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}[target.dtype]
+  ]
+  out = []
+  for leaf in names.leaves(config):
+    one = np.dtype(np.float32) if leaf.path[0] == 'buffers' else dtype
+    for part in names.parts(leaf):
+      matrix = part.row.inputs > 0 and part.row.fp8
+      how = target.quantize if matrix else None
+      out.append(Stored(part.name, part, one, how))
+  out += _copies(config, out)
+  return sorted(out, key=lambda s: names.order(s.name))
+
+
+def _copies(config, listed: list[Stored]) -> list[Stored]:
+  """The embedding and head that every MTP layer repeats."""
+  by_name = {s.name: s for s in listed}
+  if config.tied:
+    by_name['lm_head.weight'] = by_name['model.embed_tokens.weight']
+  return [
+    by_name[original]._replace(
+      name=names.layer_prefix(config.layers + depth) + copy
+    )
+    for depth in range(config.mtp.depth)
+    for copy, original in names.MTP_COPIES.items()
+  ]
+
+
+def _shards(listed: list[Stored], limit: int) -> list[list[Stored]]:
+  shards, size = [[]], 0
+  for one in listed:
+    if shards[-1] and size + one.nbytes > limit:
+      shards.append([])
+      size = 0
+    shards[-1].append(one)
+    size += one.nbytes
+  return shards
+
+
+def _file_name(i: int, count: int) -> str:
+  if count == 1:
+    return safetensors_io.SINGLE
+  return f'model-{i + 1:05d}-of-{count:05d}.safetensors'
+
+
+def _header_of(shard: list[Stored]) -> dict:
+  return {k: v for one in shard for k, v in one.tensors().items()}
+
+
+def _finished(file: str, shard: list[Stored]) -> bool:
+  if not os.path.exists(file):
+    return False
+  wanted = {k: (d, tuple(s)) for k, (d, s) in _header_of(shard).items()}
+  there = safetensors_io.read_header(file)
+  if {k: (e.dtype, e.shape) for k, e in there.items()} != wanted:
+    raise InputError(
+      f'{file}: is there and holds other tensors; remove it, or write to'
+      ' another folder'
+    )
+  return True
+
+
+def _write_shard(file, shard, read, progress):
+  writer = safetensors_io.Writer(file, _header_of(shard))
+  done = 0
+  for one in shard:
+    for start, block in _rows(one, read):
+      if one.quantize:
+        weight, scale = block
+        writer.write(one.name, weight, start)
+        writer.write(one.name + _SCALE, scale, start // fp8.BLOCK[0])
+      else:
+        writer.write(one.name, block, start)
+    done += one.nbytes
+    progress(done)
+  writer.close()
+
+
+def _rows(one: Stored, read):
+  """(first row, block) of a tensor in the file's layout, a part at a time."""
+  part, leaf = one.part, one.part.leaf
+  shape, inner, m = leaf.theirs, leaf.inner, leaf.row_multiple
+  k = part.row.inputs
+  columns = int(np.prod(shape[1:]))
+  if one.quantize:
+    step = fp8.rows_per_step(m, columns, STEP)
+  else:
+    step = m * max(1, STEP // max(m * columns, 1))
+  for start in range(0, shape[0], step):
+    stop = min(start + step, shape[0])
+    region = [slice(0, n) for n in inner]
+    region[k] = slice(start // m, stop // m)
+    if part.half is not None:
+      region.insert(k, slice(part.half, part.half + 1))
+    region = (*(slice(i, i + 1) for i in part.at), *region)
+    block = read(leaf, region)
+    block = block.reshape(block.shape[leaf.lead :])
+    if part.half is not None:
+      block = block.squeeze(k)
+    rows = names.to_theirs(leaf, block)
+    if one.quantize:
+      ue8m0 = one.quantize == 'fp8_ue8m0'
+      yield start, fp8.quantize(rows, ue8m0=ue8m0, name=one.name)
+    else:
+      yield start, rows.astype(one.dtype)
+
+
+def _write_index(path, shards, total):
+  if len(shards) == 1:
+    # A folder with an index is read by it: one of an older save must go.
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(path, safetensors_io.INDEX))
+    return
+  where = {
+    name: _file_name(i, len(shards))
+    for i, shard in enumerate(shards)
+    for name in _header_of(shard)
+  }
+  index = {'metadata': {'total_size': total}, 'weight_map': where}
+  _write_json(path, safetensors_io.INDEX, index)
+
+
+def _write_json(path, name, fields):
+  part = os.path.join(path, name + '.part')
+  with open(part, 'w', encoding='utf-8') as file:
+    json.dump(fields, file, indent=2)
+    file.write('\n')
+  os.replace(part, os.path.join(path, name))

@@ -1,0 +1,181 @@
+"""A Hugging Face folder as our arrays, any region of them, read when asked.
+
+Only the bytes of the rows that a region needs are read; float8 weights are
+dequantised on the way. So whoever holds a shard reads a shard.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.hf import config_json, fp8, names, safetensors_io
+from deepseek_jax.hf.names import Leaf
+
+_SCALE = '_scale_inv'
+_FLOATS = ('F64', 'F32', 'F16', 'BF16', 'F8_E4M3')
+_PLAIN = frozenset(safetensors_io.DTYPES[n] for n in _FLOATS)
+
+# (leaf, region of its shape) -> array; what saving and converting read from.
+Read = Callable[[Leaf, tuple[slice, ...]], np.ndarray]
+
+
+class Source:
+  """An opened folder whose every tensor is accounted for.
+
+  Attributes:
+    config: the model.
+    carried: fields of config.json that don't change the model.
+    leaves: the arrays of its variables.
+    unused: names of the file's tensors that are not read, each with why.
+  """
+
+  def __init__(self, folder: str, *, mtp: bool = False):
+    """Checks all names and shapes; reads no weights.
+
+    mtp: keep the multi-token prediction layers, if the file has them.
+    Raises InputError for whatever is missing, damaged or not understood.
+    """
+    self.folder = folder = os.path.expanduser(folder)
+    fields = safetensors_io.load_json(os.path.join(folder, 'config.json'))
+    parsed = config_json.parse(fields)
+    self.carried = parsed.carried
+    self._block = tuple(
+      (parsed.quantization or {}).get('weight_block_size', ())
+    )
+    self.config = parsed.config
+    depth = parsed.config.mtp.depth
+    if not mtp:
+      self.config = config_json.without_mtp(parsed.config)
+    self.entries = safetensors_io.read_folder(folder)
+    self.leaves = names.leaves(self.config)
+    used = {p.name for leaf in self.leaves for p in names.parts(leaf)}
+    for leaf in self.leaves:
+      for part in names.parts(leaf):
+        self._check(part)
+    used |= {n + _SCALE for n in used if n + _SCALE in self.entries}
+    left = sorted(set(self.entries) - used)
+    self.unused = {n: self._why_unused(n, depth) for n in left}
+
+  def _check(self, part):
+    entry = self.entries.get(part.name)
+    if entry is None:
+      raise InputError(
+        f'{self.folder}: tensor {part.name!r} is missing; {part.leaf.name}'
+        ' needs it'
+      )
+    if entry.shape != part.leaf.theirs:
+      raise InputError(
+        f'{self.folder}: tensor {part.name!r} is {list(entry.shape)}; config'
+        f'.json makes it {list(part.leaf.theirs)} ({part.leaf.name})'
+      )
+    if entry.dtype not in _PLAIN:
+      raise InputError(
+        f'{self.folder}: tensor {part.name!r} is {entry.dtype}: not supported'
+      )
+    scale = self.entries.get(part.name + _SCALE)
+    if (entry.dtype == fp8.E4M3) != (scale is not None):
+      raise InputError(
+        f'{self.folder}: tensor {part.name!r} is {entry.dtype} with'
+        f' {"a" if scale else "no"} {_SCALE[1:]}; float8 needs one, and only it'
+      )
+    if scale is not None:
+      self._check_scale(part.name, entry, scale)
+
+  def _check_scale(self, name, entry, scale):
+    if not self._block:
+      raise InputError(
+        f'config.json: quantization_config: missing; {name!r} is quantised'
+      )
+    wanted = fp8.scale_shape(entry.shape, self._block)
+    if scale.shape != wanted:
+      raise InputError(
+        f'{self.folder}: tensor {name + _SCALE!r} is {list(scale.shape)};'
+        f' blocks of {list(self._block)} make it {list(wanted)}'
+      )
+
+  def _why_unused(self, name, depth) -> str:
+    if any(name.endswith(d) for d in names.DERIVED):
+      return 'follows from config.json'
+    match = re.fullmatch(r'model\.layers\.(\d+)\.(.+)', name)
+    layers = self.config.layers
+    if match and layers <= int(match[1]) < layers + depth:
+      if not self.config.mtp.depth:
+        return 'multi-token prediction, not asked for'
+      if match[2] in names.MTP_COPIES:
+        self._check_copy(name, names.MTP_COPIES[match[2]])
+        return f'equals {names.MTP_COPIES[match[2]]}'
+    if name == 'lm_head.weight' and self.config.tied:
+      self._check_copy(name, 'model.embed_tokens.weight')
+      return 'equals model.embed_tokens.weight'
+    entry = self.entries[name]
+    if not entry.nbytes:
+      return 'is empty'
+    raise InputError(
+      f'{self.folder}: tensor {name!r} {list(entry.shape)} belongs to nothing'
+      ' that config.json names'
+    )
+
+  def _check_copy(self, name, original):
+    """A repeated tensor must be the one that it repeats."""
+    if original == 'lm_head.weight' and self.config.tied:
+      original = 'model.embed_tokens.weight'
+    a, b = self.entries[name], self.entries[original]
+    if a.shape != b.shape:
+      raise InputError(f'{self.folder}: {name!r} differs from {original!r}')
+    step = max(1, (1 << 26) * a.shape[0] // max(a.nbytes, 1))
+    for start in range(0, a.shape[0], step):
+      stop = min(start + step, a.shape[0])
+      x, y = (safetensors_io.read(e, start, stop) for e in (a, b))
+      if not np.array_equal(x.astype(np.float32), y.astype(np.float32)):
+        raise InputError(
+          f'{self.folder}: {name!r} differs from {original!r}; the model has'
+          ' one matrix for both'
+        )
+
+  def read(self, leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
+    """A region of one of our arrays, in the file's dtype or float32."""
+    lead = [range(s.start, s.stop) for s in region[: leaf.lead]]
+    inner = list(region[leaf.lead :])
+    k, halves = leaf.rows[0].inputs, None
+    if leaf.rows[0].half is not None:
+      cut = inner.pop(k)
+      halves = range(cut.start, cut.stop)
+    out = None
+    for part in names.parts(leaf, lead, halves):
+      block = self._block_of(part, inner)
+      if out is None:
+        out = np.empty([s.stop - s.start for s in region], block.dtype)
+      at = [i - r.start for i, r in zip(part.at, lead)]
+      if part.half is not None:
+        at += [slice(None)] * k + [part.half - halves.start]
+      out[tuple(at)] = block
+    return out
+
+  def _block_of(self, part, inner):
+    leaf = part.leaf
+    k, m = leaf.rows[0].inputs, leaf.row_multiple
+    first = inner[k] if inner else slice(0, 1)
+    rows = self._rows(part.name, first.start * m, first.stop * m)
+    return names.from_theirs(leaf, rows, tuple(inner))
+
+  def _rows(self, name, start, stop):
+    rows = safetensors_io.read(self.entries[name], start, stop)
+    scale = self.entries.get(name + _SCALE)
+    if scale is None:
+      return rows
+    block = self._block
+    scales = safetensors_io.read(scale, start // block[0], -(-stop // block[0]))
+    return fp8.dequantize(rows, scales, block, start)
+
+
+def fingerprint(folder: str) -> dict[str, Any]:
+  """What identifies a folder's content without reading its weights."""
+  out = {}
+  for file in sorted(os.listdir(folder)):
+    if file.endswith(('.safetensors', '.json')):
+      out[file] = os.path.getsize(os.path.join(folder, file))
+  return out

@@ -1,0 +1,103 @@
+"""One spelling of Pallas Mosaic GPU for jax 0.10.2 to 0.12.0.1.
+
+Also the switch that runs kernels in the Mosaic interpreter (with its race
+detector) instead of on a GPU: `with compat.interpreted(): ...`.
+"""
+
+import contextlib
+import contextvars
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+_BEFORE_0_11 = jax.__version_info__ < (0, 11)
+_interpret = contextvars.ContextVar('pallas_kernels_interpret', default=None)
+
+# Layout of wgmma operands in shared memory: 8 rows by 128 bytes, swizzled.
+TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def _interpret_params():
+  if _BEFORE_0_11:
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    return params.InterpretGPUParams(detect_races=True)
+  return plgpu.InterpretGPUParams(detect_races=True)
+
+
+@contextlib.contextmanager
+def interpreted():
+  """Kernels traced inside run in the interpreter, races reported."""
+  token = _interpret.set(_interpret_params())
+  try:
+    yield
+  finally:
+    _interpret.reset(token)
+
+
+def is_interpreted() -> bool:
+  return _interpret.get() is not None
+
+
+def kernel(body, out, *, grid: dict[str, int], scratch=(), threads=1):
+  """plgpu.kernel with warpgroup semantics; grid maps axis names to sizes.
+
+  With `threads` > 1 the body runs in that many warpgroups, on the axis 'wg'.
+  """
+  several = {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
+  return plgpu.kernel(
+    body,
+    out_type=out,
+    scratch_types=scratch,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    interpret=_interpret.get(),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    **several,
+  )
+
+
+def transposed(ref):
+  """The [n m] view of an [m n] ref in shared memory."""
+  if _BEFORE_0_11:
+    return plgpu.transpose_ref(ref, (1, 0))
+  return ref.transpose((1, 0))
+
+
+def load(ref, index, layout, *, optimized=True):
+  """ref[index] into registers; optimized=False for a ref in global memory."""
+  index = index if isinstance(index, tuple) else (index,)
+  if _BEFORE_0_11:
+    return plgpu.load(ref, index, layout=layout, optimized=optimized)
+  return plgpu.load(ref.at[index], layout=layout, optimized=optimized)
+
+
+def full(shape, value, layout, dtype=jnp.float32):
+  return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def accumulate(acc, fn):
+  """Runs fn(ref) on an accumulator that starts as `acc`; returns it."""
+  if not is_interpreted():
+    return pl.run_state(fn)(plgpu.ACC.init(acc))
+
+  # The interpreter has no rule for run_state: the same sum in two parts.
+  def from_zero(ref):
+    fn(ref)
+    return ref[...]
+
+  return acc + pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def num_sms() -> int:
+  """Multiprocessors of the target, also when compiling without a device."""
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  if target is not None:
+    return target.num_cores
+  device = jax.devices()[0]
+  return getattr(device, 'core_count', None) or 132

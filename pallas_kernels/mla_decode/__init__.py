@@ -1,0 +1,67 @@
+"""Latent attention of a few new tokens over a paged cache (absorbed MLA).
+
+DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) with k_up absorbed into the query
+and v_up left to the caller: every head attends to one shared 'head' of keys
+[c, k_r] and values c. Legend: B requests, T new tokens (the last T of each
+request, causal among themselves), H heads, C latent, R rope dim, P pages,
+G tokens per page, J pages per request.
+"""
+
+from pallas_kernels import dispatch
+from pallas_kernels.mla_decode import reference
+
+__all__ = ['mla_decode']
+
+
+def mla_decode(
+  q_c, q_r, c, k_r, table, lengths, *, scale: float, splits=None, impl=None
+):
+  """o[b, t, h] = softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
+
+  Args:
+    q_c: [B T H C] queries times k_up.
+    q_r: [B T H R] rotary part of the queries.
+    c: [P G C] pages of latents, the T new tokens included.
+    k_r: [P G R] pages of shared rotary keys.
+    table: [B J] int32, the pages of each request in order. A cache [B S .]
+      without pages is one page per request: G = S, table = arange(B)[:, None].
+    lengths: [B] int32, cached tokens of each request, new ones included.
+      Query t sees the first lengths - (T - 1 - t); one that sees none gives 0.
+    scale: of the scores, usually (nope + rope dims of the expanded head)**-.5.
+    splits: parts that a request's tokens are cut into on the GPU, merged at
+      the end; None picks enough to fill the device.
+    impl: None, 'reference' or 'gpu' (bfloat16, C=512, R=64, G a multiple of
+      64; partial sums of several splits are rounded to bfloat16 once).
+
+  Returns:
+    [B T H C] of q_c.dtype. Scores, softmax and sums are float32.
+
+  Raises:
+    ValueError: shapes that don't fit each other.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  _check(q_c, q_r, c, k_r, table, lengths)
+
+  def gpu(*args):
+    from pallas_kernels.mla_decode import gpu
+
+    return gpu.mla_decode(*args, splits)
+
+  args = (q_c, q_r, c, k_r, table, lengths, scale)
+  return dispatch.run('mla_decode', impl, gpu, reference.mla_decode, *args)
+
+
+def _check(q_c, q_r, c, k_r, table, lengths):
+  B, T, H, C = q_c.shape
+  wanted = {
+    'q_r': (q_r, (B, T, H, k_r.shape[-1])),
+    'c': (c, (*k_r.shape[:2], C)),
+    'table': (table, (B, table.shape[-1])),
+    'lengths': (lengths, (B,)),
+  }
+  for name, (array, shape) in wanted.items():
+    if array.shape != shape:
+      raise ValueError(
+        f'{name} is {list(array.shape)}, but q_c {list(q_c.shape)} and k_r '
+        f'{list(k_r.shape)} ask for {list(shape)}'
+      )

@@ -1,0 +1,30 @@
+"""Absorbed latent attention over a paged cache in XLA."""
+
+import jax.numpy as jnp
+
+
+def gather_pages(pages, table):
+  """pages [P G D], table [B J] -> [B J*G D]."""
+  B = table.shape[0]
+  return pages[table].reshape(B, -1, pages.shape[-1])
+
+
+def mla_decode(q_c, q_r, c, k_r, table, lengths, scale):
+  T = q_c.shape[1]
+  keys = gather_pages(c, table).astype(jnp.float32)
+  shared = gather_pages(k_r, table).astype(jnp.float32)
+  scores = jnp.einsum('BTHC,BSC->BTHS', q_c.astype(jnp.float32), keys)
+  scores += jnp.einsum('BTHR,BSR->BTHS', q_r.astype(jnp.float32), shared)
+  # Query t of T sees all but the T - 1 - t newest tokens.
+  seen = lengths[:, None] - (T - 1) + jnp.arange(T)  # [B T]
+  mask = jnp.arange(keys.shape[1]) < seen[..., None]  # [B T S]
+  mask = mask[:, :, None]
+  scores = jnp.where(mask, scores, -1e30)
+  top = scores.max(-1, keepdims=True)
+  weights = jnp.where(mask, jnp.exp((scores - top) * scale), 0)
+  total = weights.sum(-1, keepdims=True)
+  weights = weights / jnp.where(total > 0, total, 1)
+  # What lies behind the length is arbitrary, and 0 * nan is nan.
+  behind = jnp.arange(keys.shape[1]) < lengths[:, None]
+  keys = jnp.where(behind[..., None], keys, 0)
+  return jnp.einsum('BTHS,BSC->BTHC', weights, keys).astype(q_c.dtype)

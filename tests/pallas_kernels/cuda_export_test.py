@@ -1,0 +1,40 @@
+"""Every kernel lowers for CUDA on an installation without a GPU."""
+
+import jax
+import pytest
+from absl.testing import absltest, parameterized
+
+from pallas_kernels import aot_cases
+
+# One small case per operation runs in the fast part.
+FAST = ('mla_decode_h16',)
+
+
+def export(case):
+  device = jax.sharding.AbstractDevice('NVIDIA H200', 132, 'cuda')
+  mesh = jax.sharding.AbstractMesh(
+    (1,), ('x',), (jax.sharding.AxisType.Explicit,), abstract_device=device
+  )
+  args = [jax.ShapeDtypeStruct(*arg) for arg in case.args]
+  allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.export.export(
+      jax.jit(case.fn), platforms=['cuda'], disabled_checks=allowed
+    )(*args)
+
+
+class CudaExportTest(parameterized.TestCase):
+  @parameterized.product(name=FAST)
+  def test_kernel_lowers(self, name):
+    text = export(aot_cases.CASES[name]).mlir_module()
+    self.assertIn('mosaic_gpu_v2', text)
+
+  @pytest.mark.slow
+  @parameterized.product(name=sorted(set(aot_cases.CASES) - set(FAST)))
+  def test_every_other_case_lowers(self, name):
+    text = export(aot_cases.CASES[name]).mlir_module()
+    self.assertIn('mosaic_gpu_v2', text)
+
+
+if __name__ == '__main__':
+  absltest.main()

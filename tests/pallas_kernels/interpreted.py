@@ -1,0 +1,85 @@
+"""Runs one operation's kernel in the Mosaic interpreter against its reference.
+
+  python tests/pallas_kernels/interpreted.py OP
+
+A process of its own: the interpreter keeps state after a failure. It exits
+with an error if a value is off, and prints RACE DETECTED (or raises) on a race.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import compat
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import shapes as mla_decode_shapes
+
+BF16 = 2.0**-8  # half a step of bfloat16 either side, twice: input and output
+
+
+def compare(name, op, args, tolerance):
+  """op(*args, impl=...) of both kinds; tolerance relative to the largest."""
+  want = jax.tree.map(np.asarray, op(*args, impl='reference'))
+  with compat.interpreted():
+    got = jax.tree.map(np.asarray, op(*args, impl='gpu'))
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    g, w = g.astype(np.float64), w.astype(np.float64)
+    error = np.abs(g - w).max(initial=0) / max(np.abs(w).max(initial=0), 1e-30)
+    print(f'{name}: relative error {error:.1e}', flush=True)
+    if not error <= tolerance:  # nan too
+      sys.exit(f'{name}: relative error {error} > {tolerance}')
+
+
+def draw_mla_decode(shape, seed=0):
+  """Queries, pages in random order with rubbish in the unused ones."""
+  rng = np.random.default_rng(seed)
+  B, J = len(shape.lengths), -(-max(shape.lengths) // shape.page)
+  pages = B * J + 2
+  normal = lambda *size: jnp.asarray(rng.normal(size=size), jnp.bfloat16)
+  table = rng.permutation(pages)[: B * J].reshape(B, J)
+  return (
+    normal(B, shape.new, shape.heads, 512),
+    normal(B, shape.new, shape.heads, 64),
+    normal(pages, shape.page, 512),
+    normal(pages, shape.page, 64),
+    jnp.asarray(table, jnp.int32),
+    jnp.asarray(shape.lengths, jnp.int32),
+  )
+
+
+def check_mla_decode():
+  for name, shape in mla_decode_shapes.TEST.items():
+    op = functools.partial(mla_decode, scale=0.05, splits=shape.splits or 1)
+    # Probabilities and, with splits, partial sums are rounded to bfloat16.
+    compare(name, op, draw_mla_decode(shape), 2 * BF16)
+
+
+def check_race():
+  """A kernel that reads what a copy has not delivered: must be caught."""
+
+  def body(x, y, tile, here, done):
+    plgpu.copy_gmem_to_smem(x, tile, here)
+    y[...] = tile[...]
+    plgpu.barrier_wait(here)
+    del done
+
+  x = jnp.ones((64, 64), jnp.float32)
+  with compat.interpreted():
+    compat.kernel(
+      body,
+      jax.ShapeDtypeStruct(x.shape, x.dtype),
+      grid={'one': 1},
+      scratch=[
+        plgpu.SMEM(x.shape, x.dtype),
+        plgpu.Barrier(),
+        plgpu.Barrier(),
+      ],
+    )(x)
+
+
+if __name__ == '__main__':
+  globals()['check_' + sys.argv[1]]()

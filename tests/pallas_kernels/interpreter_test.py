@@ -1,0 +1,48 @@
+"""Every kernel in the Mosaic interpreter: values, gradients and races."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl.testing import absltest, parameterized
+
+HERE = pathlib.Path(__file__).parent
+OPS = ('mla_decode',)
+
+
+def interpret(op: str) -> subprocess.CompletedProcess:
+  root = str(HERE.parents[1])
+  return subprocess.run(
+    [sys.executable, str(HERE / 'interpreted.py'), op],
+    env={**os.environ, 'PYTHONPATH': root, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=1200,
+  )
+
+
+@pytest.mark.slow
+@absltest.skipIf(
+  jax.__version_info__ < (0, 11),
+  'the interpreter of jax 0.10 cannot load with a layout; use 0.11 or later',
+)
+class InterpreterTest(parameterized.TestCase):
+  @parameterized.product(op=OPS)
+  def test_kernel_equals_reference_without_races(self, op):
+    done = interpret(op)
+    output = done.stdout + done.stderr
+    self.assertEqual(done.returncode, 0, output[-3000:])
+    self.assertNotIn('RACE DETECTED', output)
+    self.assertIn('relative error', output)
+
+  def test_a_missing_wait_is_caught(self):
+    done = interpret('race')
+    output = done.stdout + done.stderr
+    self.assertRegex(output, '(?i)race detected')
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,90 @@
+"""mla_decode against loops in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode.shapes import TEST, Shape
+
+SMALL = {
+  **{name: shape._replace(heads=2, page=4) for name, shape in TEST.items()},
+  'empty': Shape((0, 5), 1, 2, 4),
+}
+C, R, SCALE = 16, 8, 0.3
+jitted = jax.jit(functools.partial(mla_decode, scale=SCALE, impl='reference'))
+
+
+def draw(shape, seed=0):
+  rng = np.random.default_rng(seed)
+  B, J = len(shape.lengths), -(-max(shape.lengths) // shape.page)
+  pages = B * J + 2
+  table = rng.permutation(pages)[: B * J].reshape(B, J).astype(np.int32)
+  normal = lambda *size: rng.normal(size=size).astype(np.float32)
+  arrays = [
+    normal(B, shape.new, shape.heads, C),
+    normal(B, shape.new, shape.heads, R),
+    normal(pages, shape.page, C),
+    normal(pages, shape.page, R),
+  ]
+  return [*arrays, table, np.asarray(shape.lengths, np.int32)]
+
+
+def loop(q_c, q_r, c, k_r, table, lengths):
+  """One query at a time, keys found by page and offset, in float64."""
+  out = np.zeros(q_c.shape)
+  for b, t, h in np.ndindex(q_c.shape[:3]):
+    seen = lengths[b] - (q_c.shape[1] - 1 - t)
+    if seen <= 0:
+      continue
+    where = [(table[b, i // c.shape[1]], i % c.shape[1]) for i in range(seen)]
+    keys = np.stack([c[p] for p in where]).astype(np.float64)
+    shared = np.stack([k_r[p] for p in where]).astype(np.float64)
+    scores = SCALE * (keys @ q_c[b, t, h] + shared @ q_r[b, t, h])
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights @ keys / weights.sum()
+  return out
+
+
+class MlaDecodeTest(parameterized.TestCase):
+  @parameterized.named_parameters(SMALL.items())
+  def test_reference_equals_a_loop_in_float64(self, shape):
+    args = draw(shape)
+    got = jitted(*args)
+    np.testing.assert_allclose(got, loop(*args), rtol=2e-5, atol=2e-5)
+
+  def test_tokens_behind_the_length_do_not_count_even_if_nan(self):
+    args = draw(Shape((5, 9), 2, 2, 4))
+    want = jitted(*args)
+    c, k_r, table, lengths = args[2:]
+    for b, length in enumerate(lengths):
+      for i in range(length, table.shape[1] * 4):
+        c[table[b, i // 4], i % 4] = np.nan
+        k_r[table[b, i // 4], i % 4] = np.nan
+    got = jitted(*args)
+    np.testing.assert_array_equal(got, want)
+
+  @parameterized.parameters(
+    ({}, 'dtype float32'),
+    ({'dtype': jnp.bfloat16}, 'latent 16 and rope 8'),
+  )
+  def test_unsupported_kernel_shape_says_why(self, change, reason):
+    args = draw(TEST['one_token'])
+    floats = [jnp.asarray(a, change.get('dtype')) for a in args[:4]]
+    with self.assertRaisesRegex(NotImplementedError, reason):
+      mla_decode(*floats, *args[4:], scale=SCALE, impl='gpu')
+
+  def test_bad_shapes_name_the_field(self):
+    args = draw(TEST['one_token'])
+    args[5] = np.zeros(7, np.int32)
+    with self.assertRaisesRegex(ValueError, r'lengths is \[7\].*ask for \[1\]'):
+      mla_decode(*args, scale=SCALE)
+    with self.assertRaisesRegex(ValueError, "impl='fast'"):
+      mla_decode(*draw(TEST['one_token']), scale=SCALE, impl='fast')
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -21,10 +21,11 @@ INK = '#26292e'
 COLORS = ('#2f6db5', '#c4512d', '#3a8f6b', '#8a5aa8', '#a67c1a', '#5b6470')
 _INCHES = 10.0  # the page's width, 960 px
 _COLUMNS = 4  # small multiples in a row
-_ROWS = 4  # rows in one figure, so that a printed page holds it
+_ROWS = 6  # rows in one figure, so that a printed page holds it
 _CELLS = 160  # columns of a heatmap over time
 POINTS = 400  # of a curve; more are averaged
 _MARKS = 20  # of values that are not finite, per curve
+_FINE = 16  # layers; of more, pictures are coarser, or the file grows
 _VECTOR_POINTS = 40_000  # lines with more points in all become pixels
 _STYLE = {
   'svg.fonttype': 'none',
@@ -46,7 +47,7 @@ _STYLE = {
   'ytick.color': '#9aa0a8',
   'xtick.labelcolor': '#565c66',
   'ytick.labelcolor': '#565c66',
-  'savefig.dpi': 200,
+  'savefig.dpi': 'figure',
 }
 
 
@@ -81,15 +82,14 @@ def _drawn(draw: Callable) -> Callable[..., str]:
 
 @_drawn
 def curves(panels: Sequence[Panel], log_x: bool = False) -> str:
-  """The first panel across the page, the others in rows of three."""
-  rows = math.ceil((len(panels) - 1) / 3)
-  figure, grid = _grid([2.3] + [1.5] * rows, 3)
-  for n, panel in enumerate(panels):
-    cell = grid[0, :] if n == 0 else grid[1 + (n - 1) // 3, (n - 1) % 3]
+  """One panel across the page, or several in rows of three."""
+  columns = 3 if len(panels) > 1 else 1
+  rows = math.ceil(len(panels) / columns)
+  figure, grid = _grid([1.5 if columns > 1 else 2.6] * rows, columns)
+  for cell, panel in zip(grid, panels):
     axes = figure.add_subplot(cell)
     _draw_panel(axes, panel, log_x)
-    if n == 0 or n + 3 >= len(panels):
-      axes.set_xlabel('step')
+    axes.set_xlabel('step')
   return figure
 
 
@@ -97,7 +97,7 @@ def curves(panels: Sequence[Panel], log_x: bool = False) -> str:
 def load_by_layer(share: np.ndarray, layers: Sequence[int]) -> str:
   """Heatmap of one interval: share [L E] in units of an even share."""
   L, E = share.shape
-  figure, grid = _grid([float(np.clip(0.23 * L, 0.5, 5.5))], 1, bar=True)
+  figure, grid = _grid([float(np.clip(0.23 * L, 1, 5.5))], 1, bar=True)
   axes = figure.add_subplot(grid[0])
   image = axes.imshow(share, **_heat(), extent=(-0.5, E - 0.5, L - 0.5, -0.5))
   shown = range(0, L, math.ceil(L / 16))
@@ -112,7 +112,7 @@ def load_over_time(
   share: np.ndarray, edges: np.ndarray, layers: Sequence[int]
 ) -> list[str]:
   """Heatmaps of each layer: share [N L E], edges [N + 1] in steps."""
-  pick = sample(edges, _CELLS if len(layers) <= 16 else _CELLS // 2)
+  pick = sample(edges, _CELLS if len(layers) <= _FINE else _CELLS // 4)
 
   def heat(axes, n):
     extent = (edges[0], edges[-1], share.shape[2] - 0.5, -0.5)
@@ -125,7 +125,8 @@ def lines_over_time(
   values: np.ndarray, steps: np.ndarray, layers: Sequence[int], name: str
 ) -> list[str]:
   """A line per expert in a panel per layer: values [N L E], steps [N]."""
-  low, high = np.nanmin(values), np.nanmax(values)
+  finite = values[np.isfinite(values)]
+  low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
   pad = 0.04 * (high - low) or 1e-3
 
   def lines(axes, n):
@@ -143,6 +144,7 @@ def lines_over_time(
       )
     axes.set_ylim(low - pad, high + pad)
     axes.grid(axis='y')
+    axes.yaxis.set_major_formatter(_ticker().FuncFormatter(_brief))
 
   return _multiples(layers, name, lines)
 
@@ -151,16 +153,16 @@ def lines_over_time(
 def layer_curves(
   panels: dict[str, np.ndarray], steps: np.ndarray, layers: Sequence[int]
 ) -> str:
-  """Panels with one line a layer: name -> [N L]; hue tells the layer."""
+  """Panels with one line a layer: name -> [N L] or [N 1]; hue is the layer."""
   columns = min(len(panels), 3)
   rows = math.ceil(len(panels) / columns)
   figure, grid = _grid([1.5] * rows, columns, bar=len(layers) > 1)
   cells = grid.subplots(squeeze=False)
   hues = _colormap('viridis')(np.linspace(0, 0.9, len(layers)))
   for axes, (name, values) in zip(cells.flat, panels.items()):
-    for n, hue in enumerate(hues):
+    for line, hue in zip(values.T, hues):
       marker = 'o' if len(steps) == 1 else ''
-      axes.plot(steps, values[:, n], color=hue, marker=marker, markersize=3)
+      axes.plot(steps, line, color=hue, marker=marker, markersize=3)
     axes.set_title(name)
     _value_axis(axes, values)
     _step_axis(axes)
@@ -173,11 +175,14 @@ def layer_curves(
 
 
 def sample(edges: np.ndarray, cells: int) -> np.ndarray:
-  """Which interval lies under each of equally wide cells: [cells] i64.
+  """Which interval lies under the centre of each of equally wide cells.
 
   Args:
-    edges: [N + 1] steps where intervals begin and end.
-    cells: number of cells; fewer when no interval needs so many.
+    edges: [N + 1] steps at which intervals begin and end.
+    cells: number of cells from the first edge to the last.
+
+  Returns:
+    [cells] int64.
   """
   centres = np.linspace(edges[0], edges[-1], 2 * cells + 1)[1::2]
   found = np.searchsorted(edges, centres, side='left') - 1
@@ -187,7 +192,7 @@ def sample(edges: np.ndarray, cells: int) -> np.ndarray:
 def _grid(
   rows: Sequence[float],
   columns: int,
-  gaps: tuple[float, float] = (0.62, 0.62),
+  gaps: tuple[float, float] = (0.62, 0.74),
   bar: bool = False,
 ):
   """A figure as wide as the page and its grid; rows and gaps in inches.
@@ -196,7 +201,7 @@ def _grid(
   """
   from matplotlib.figure import Figure
 
-  left, right, top, bottom = 0.62, 0.85 if bar else 0.1, 0.28, 0.46
+  left, right, top, bottom = 0.72, 0.85 if bar else 0.1, 0.28, 0.46
   height = top + sum(rows) + gaps[1] * (len(rows) - 1) + bottom
   width = (_INCHES - left - right - gaps[0] * (columns - 1)) / columns
   figure = Figure((_INCHES, height))
@@ -287,17 +292,18 @@ def _multiples(layers, name: str, draw: Callable, bar=False) -> list[str]:
 def _multiple(pick: range, layers, name: str, draw: Callable, bar: bool):
   columns = min(len(pick), _COLUMNS)
   rows = math.ceil(len(pick) / columns)
-  figure, grid = _grid([1.25] * rows, columns, (0.2, 0.34), bar)
+  figure, grid = _grid([1.25] * rows, columns, (0.3, 0.34), bar)
+  figure.set_dpi(200 if len(layers) <= _FINE else 110)
   cells = grid.subplots(squeeze=False, sharex=True, sharey=True)
   for axes, n in zip(cells.flat, pick):
     image = draw(axes, n)
     axes.set_title(f'layer {layers[n]}')
-    _step_axis(axes)
+    _step_axis(axes, bins=4)
   for axes in cells.flat[len(pick) :]:
     axes.set_axis_off()
   for axes in cells[-1]:
     axes.set_xlabel('step')
-  figure.supylabel(name, x=0.012, fontsize=9, color='#565c66')
+  figure.supylabel(name, x=0.008, fontsize=9, color='#565c66')
   if bar:
     _load_bar(figure, grid, image)
   return figure
@@ -317,11 +323,11 @@ def _value_axis(axes, values: np.ndarray):
     axes.yaxis.set_major_formatter(_ticker().FuncFormatter(_brief))
 
 
-def _step_axis(axes):
+def _step_axis(axes, bins: int = 5):
   ticker = _ticker()
   axes.margins(x=0.02)
   axes.xaxis.set_major_locator(
-    ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+    ticker.MaxNLocator(4, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
   )
   axes.xaxis.set_major_formatter(ticker.FuncFormatter(_brief))
 

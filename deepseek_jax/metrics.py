@@ -254,6 +254,7 @@ class _LiveLine:
   """One line at the foot of a terminal, redrawn in place."""
 
   def __init__(self, total: int | None, start: int):
+    from rich.console import Console
     from rich.progress import (
       BarColumn,
       MofNCompleteColumn,
@@ -264,13 +265,16 @@ class _LiveLine:
     )
     from rich.table import Column
 
-    text = Column(no_wrap=True, overflow='ellipsis')
+    # Takes what the counters leave, and is cut where the terminal ends.
+    text = Column(ratio=1, no_wrap=True, overflow='ellipsis')
     self._bar = Progress(
       MofNCompleteColumn(),
       BarColumn(bar_width=16),
       TimeElapsedColumn(),
       TimeRemainingColumn(),
       TextColumn('{task.description}', markup=False, table_column=text),
+      console=Console(),
+      expand=True,
     )
     self._task = self._bar.add_task('', total=total, completed=start)
     self._bar.start()

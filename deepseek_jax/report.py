@@ -123,15 +123,19 @@ def _curves(workdir: Path) -> dict[str, Any] | None:
   panels = _panels(named[0]) + _panels(named[1])
   if not panels:
     return None
-  steps = [row['step'] for row in rows[0] + rows[1]]
   broken = [
     (name, int(s[~np.isfinite(v)][0]), int((~np.isfinite(v)).sum()))
     for name, (s, v) in named[0].items()
     if not np.isfinite(v).all()
   ]
+  steps = [row['step'] for row in rows[0] + rows[1]]
+  parts = [part for part in (panels[:1], panels[1:]) if part]
   return {
-    'linear': figures.curves(panels),
-    'log': figures.curves(panels, log_x=True) if max(steps) >= 10 else '',
+    'title': panels[0].title,
+    'linear': [figures.curves(part) for part in parts],
+    'log': [
+      figures.curves(part, log_x=True) for part in parts if max(steps) >= 10
+    ],
     'averaged': max(len(s.steps) for p in panels for s in p.series)
     > figures.POINTS,
     'broken': broken,
@@ -200,7 +204,11 @@ def _routing(path: Path) -> dict[str, Any] | None:
   layers = run.layers.tolist()
   edges = _edges(run)
   experts = {k: a for k, a in run.arrays.items() if a.ndim == 3}
-  by_layer = {_title(k): a for k, a in run.arrays.items() if a.ndim == 2}
+  by_layer = {
+    _title(k): a.reshape(len(a), -1)
+    for k, a in run.arrays.items()
+    if a.ndim <= 2
+  }
   result: dict[str, Any] = {'load': None, 'layers': [], 'lines': []}
   if 'load' in experts:
     load = experts['load']
@@ -260,29 +268,38 @@ def _inspector(
   """What the page's script draws: arrays [cells L E] in 16 bits."""
   if not experts:
     return None
-  _, L, E = next(iter(experts.values())).shape
+  _, L, E = shape = next(iter(experts.values())).shape
   cells = int(np.clip(_INSPECTED // (L * E), 16, 160))
-  pick = figures.sample(edges, cells)
+  pick = np.arange(len(run.last))
+  if len(pick) > cells:
+    pick = np.unique(np.append(figures.sample(edges, cells), pick[-1]))
   arrays = [
     {'name': name, **_quantised(values[pick])}
     for name, values in experts.items()
+    if values.shape == shape
   ]
   return {
     'layers': run.layers.tolist(),
     'experts': E,
     'first': run.first[pick].tolist(),
     'last': run.last[pick].tolist(),
-    'edges': [float(edges[0]), float(edges[-1])],
+    'start': float(edges[0]),
     'arrays': arrays,
   }
 
 
 def _quantised(values: np.ndarray) -> dict[str, Any]:
-  """Numbers as low + scale x 16-bit little-endian integers, in base64."""
-  values = np.nan_to_num(values.astype(np.float64))
-  low, high = float(values.min()), float(values.max())
-  scale = (high - low) / 65535 or 1.0
-  codes = np.round((values - low) / scale).astype('<u2')
+  """Numbers as low + scale x 16-bit little-endian integers, in base64.
+
+  The last code, 65535, stands for what is not finite.
+  """
+  values = values.astype(np.float64)
+  finite = np.isfinite(values)
+  kept = values[finite] if finite.any() else np.zeros(1)
+  low, high = float(kept.min()), float(kept.max())
+  scale = (high - low) / 65534 or 1.0
+  codes = np.round((np.where(finite, values, low) - low) / scale)
+  codes = np.where(finite, codes, 65535).astype('<u2')
   data = base64.b64encode(codes.tobytes()).decode()
   return {'low': low, 'scale': scale, 'data': data}
 

@@ -5,12 +5,9 @@ import io
 import json
 import math
 import os
-import pty
-import select
 import subprocess
 import sys
 import tempfile
-import textwrap
 import unittest.mock
 from pathlib import Path
 
@@ -201,18 +198,26 @@ class ProgressTest(_Case):
     self.assertEqual(out.getvalue(), '')
 
   def test_one_line_is_redrawn_on_a_terminal(self):
-    program = textwrap.dedent(f"""
-      from deepseek_jax import metrics
-      with metrics.MetricsWriter({str(self.workdir)!r}, total_steps=3) as w:
-        for step in 1, 2, 3:
-          w.write(step, {{'loss': 1 / step, '[red]': 2}})
-          w.log(f'a [bold] note {{step}}')
-    """)
-    screen = _screen(program)
-    rows = [row for row in screen if row.strip()]
-    self.assertLen(rows, 4, screen)
-    self.assertEqual(rows[:3], [f'a [bold] note {i}' for i in (1, 2, 3)])
-    self.assertRegex(rows[3], r'^3/3 .* loss 0\.3333  \[red\] 2$')
+    with (
+      _terminal(100) as screen,
+      metrics.MetricsWriter(self.workdir, total_steps=3) as writer,
+    ):
+      for step in 1, 2, 3:
+        writer.write(step, {'loss': 1 / step, '[red]': 2})
+        writer.log(f'a [bold] note {step}')
+    *notes, last = _rows(screen)
+    self.assertEqual(notes, [f'a [bold] note {i}' for i in (1, 2, 3)])
+    self.assertRegex(last, r'^3/3 .* loss 0\.3333  \[red\] 2$')
+
+  def test_a_narrow_terminal_cuts_the_values_not_the_count(self):
+    with (
+      _terminal(72) as screen,
+      metrics.MetricsWriter(self.workdir, total_steps=2000) as writer,
+    ):
+      writer.write(1800, {f'scalar_{n}': 1.2345 for n in range(5)})
+    [row] = _rows(screen)
+    self.assertRegex(row, r'^1800/2000 .* scalar_0 1\.23.*…$')
+    self.assertLessEqual(len(row), 72)
 
 
 class TensorBoardTest(_Case):
@@ -244,23 +249,26 @@ class TensorBoardTest(_Case):
     self.assertEmpty(heavy & set(out.stdout.decode().split()))
 
 
-def _screen(program: str, columns: int = 100) -> list[str]:
-  """Runs a program on a pseudo-terminal; returns what the screen shows."""
-  ours, theirs = pty.openpty()
-  env = os.environ | {'TERM': 'xterm', 'COLUMNS': str(columns), 'LINES': '40'}
-  with subprocess.Popen(
-    [sys.executable, '-c', program], stdout=theirs, stderr=theirs, env=env
-  ) as process:
-    os.close(theirs)
-    output = b''
-    while select.select([ours], [], [], 30)[0]:
-      try:
-        output += os.read(ours, 65536)
-      except OSError:  # Linux's way to say that the other end closed
-        break
-  os.close(ours)
-  assert process.returncode == 0, output.decode()
-  return _replay(output.decode())
+class _Screen(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@contextlib.contextmanager
+def _terminal(columns: int):
+  """What a program prints to a terminal of so many columns."""
+  screen = _Screen()
+  env = {'TERM': 'xterm', 'COLUMNS': str(columns), 'LINES': '40'}
+  with (
+    unittest.mock.patch.dict(os.environ, env),
+    contextlib.redirect_stdout(screen),
+  ):
+    yield screen
+
+
+def _rows(screen: io.StringIO) -> list[str]:
+  """The rows that the terminal shows in the end."""
+  return [row for row in _replay(screen.getvalue()) if row]
 
 
 def _replay(text: str) -> list[str]:

@@ -12,8 +12,9 @@ addEventListener('beforeprint', () => {
 
 if (find('log-x')) {
   find('log-x').addEventListener('change', (event) => {
-    find('log').hidden = !event.target.checked;
-    find('linear').hidden = event.target.checked;
+    for (const node of document.querySelectorAll('.log, .linear')) {
+      node.hidden = node.className === 'log' !== event.target.checked;
+    }
   });
 }
 
@@ -22,8 +23,13 @@ function inspect(run) {
   const experts = run.experts;
   const layers = run.layers.length;
   const arrays = run.arrays.map((array) => ({...array, codes: decode(array.data)}));
-  const at = (array, cell, layer, expert) =>
-      array.low + array.scale * array.codes[(cell * layers + layer) * experts + expert];
+  const at = (array, cell, layer, expert) => {
+    const code = array.codes[(cell * layers + layer) * experts + expert];
+    return code === 65535 ? NaN : array.low + array.scale * code;
+  };
+  // Where each cell begins and ends, as shares of the width.
+  const span = run.last[cells - 1] - run.start;
+  const bounds = [run.start, ...run.last].map((step) => (step - run.start) / span);
   const state = {layer: 0, expert: busiest(), cell: cells - 1};
 
   const layerBox = find('layer');
@@ -47,7 +53,7 @@ function inspect(run) {
   const point = (event, box) => {
     const x = (event.offsetX - box.left) / box.width;
     const y = (event.offsetY - box.top) / box.height;
-    state.cell = clamp(Math.floor(x * cells), cells);
+    state.cell = clamp(bounds.findIndex((bound) => bound > x) - 1, cells);
     return clamp(Math.floor(y * experts), experts);
   };
   map.canvas.addEventListener('mousemove', (event) => read(point(event, map.box)));
@@ -73,7 +79,8 @@ function inspect(run) {
   function read(expert) {
     const values = arrays.map((array) => `${array.name} ${
         at(array, state.cell, state.layer, expert).toPrecision(4)}`);
-    const steps = `steps ${run.first[state.cell]}–${run.last[state.cell]}`;
+    const [first, last] = [run.first[state.cell], run.last[state.cell]];
+    const steps = first === last ? `step ${last}` : `steps ${first}–${last}`;
     find('reading').textContent =
         [`expert ${expert}`, steps, ...values].join(' · ');
   }
@@ -87,7 +94,7 @@ function inspect(run) {
   function drawMap() {
     const array = arrays.find((a) => a.name === 'load') || arrays[0];
     const shade = array.name === 'load' ? [0, 2] : range(array);
-    const context = start(map, [0, experts - 1], run.edges);
+    const context = start(map, [0, experts - 1], [run.start, run.last[cells - 1]]);
     const {left, top, width, height} = map.box;
     // One pixel per cell, enlarged: no seams.
     const small = document.createElement('canvas');
@@ -103,23 +110,37 @@ function inspect(run) {
     }
     small.getContext('2d').putImageData(pixels, 0, 0);
     context.imageSmoothingEnabled = false;
-    context.drawImage(small, left, top, width, height);
-    context.strokeStyle = '#c4512d';
+    for (let cell = 0; cell < cells; cell++) {
+      const [from, to] = [bounds[cell], bounds[cell + 1]].map((share) =>
+          Math.round(left + width * share));
+      context.drawImage(small, cell, 0, 1, experts, from, top, to - from, height);
+    }
+    const row = height / experts;
+    context.strokeStyle = '#fff';
     context.lineWidth = 1.5;
-    context.strokeRect(left, top + height * state.expert / experts, width,
-        Math.max(height / experts, 3));
+    context.strokeRect(left, top + row * state.expert, width, Math.max(row, 3));
+    context.fillStyle = '#c4512d';
+    const middle = top + row * (state.expert + .5);
+    context.beginPath();
+    context.moveTo(left - 1, middle);
+    context.lineTo(left - 9, middle - 5);
+    context.lineTo(left - 9, middle + 5);
+    context.fill();
   }
 
   function drawLines(target, array) {
     const [low, high] = range(array);
-    const context = start(target, [high, low], run.edges);
+    const context = start(target, [high, low], [run.start, run.last[cells - 1]]);
     const {left, top, width, height} = target.box;
+    // A value stands at its interval's end; a single one is a level.
+    const xs = cells > 1 ? bounds.slice(1) : bounds;
     const trace = (expert) => {
       context.beginPath();
-      for (let cell = 0; cell < cells; cell++) {
-        const share = (at(array, cell, state.layer, expert) - low) / (high - low || 1);
-        context.lineTo(left + width * (cell + .5) / cells, top + height * (1 - share));
-      }
+      xs.forEach((x, n) => {
+        const value = at(array, Math.min(n, cells - 1), state.layer, expert);
+        const share = high > low ? (value - low) / (high - low) : .5;
+        context.lineTo(left + width * x, top + height * (1 - share));
+      });
       context.stroke();
     };
     context.strokeStyle = 'rgb(110 120 135 / 22%)';
@@ -135,11 +156,11 @@ function inspect(run) {
     for (let cell = 0; cell < cells; cell++) {
       for (let expert = 0; expert < experts; expert++) {
         const value = at(array, cell, state.layer, expert);
-        low = Math.min(low, value);
-        high = Math.max(high, value);
+        if (value < low) low = value;
+        if (value > high) high = value;
       }
     }
-    return [low, high];
+    return low <= high ? [low, high] : [0, 0];
   }
 }
 
@@ -196,6 +217,7 @@ const VIRIDIS = [[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142],
   [33, 145, 140], [40, 174, 128], [94, 201, 98], [173, 220, 48], [253, 231, 37]];
 
 function viridis(share) {
+  if (Number.isNaN(share)) return [176, 180, 186];
   const place = Math.max(0, Math.min(1, share)) * (VIRIDIS.length - 1);
   const n = Math.min(Math.floor(place), VIRIDIS.length - 2);
   const [low, high] = [VIRIDIS[n], VIRIDIS[n + 1]];

@@ -1,4 +1,5 @@
 """Hugging Face checkpoints <-> configuration and variables."""
 
-from deepseek_jax.hf.load import load
-from deepseek_jax.hf.save import save
+from deepseek_jax.hf.loading import load
+from deepseek_jax.hf.saving import save
+from deepseek_jax.hf.store import restore

@@ -189,9 +189,8 @@ def parts(leaf: Leaf, lead=None, halves=None) -> Iterator[Part]:
   for layer in layers:
     for expert in experts:
       for row in leaf.rows:
-        if row.half is not None and halves is not None:
-          if row.half not in halves:
-            continue
+        if None not in (row.half, halves) and row.half not in halves:
+          continue
         at = tuple(i for i in (layer, expert) if i is not None)
         name = leaf.prefixes[layer or 0] + row.theirs.format(e=expert)
         yield Part(name, leaf, at, row.half, row)

@@ -257,7 +257,7 @@ class Writer:
       entry = Entry(self._part, np.dtype(dtype), tuple(shape), end)
       self._entries[name] = entry
       end += entry.nbytes
-    self._file = open(self._part, 'wb')  # noqa: SIM115: closed by close
+    self._file = open(self._part, 'wb')  # noqa: SIM115
     self._file.write(head)
     self._file.truncate(end)
 

@@ -33,10 +33,10 @@ class Source:
     unused: names of the file's tensors that are not read, each with why.
   """
 
-  def __init__(self, folder: str, *, mtp: bool = False):
+  def __init__(self, folder: str, *, mtp: bool | None = False):
     """Checks all names and shapes; reads no weights.
 
-    mtp: keep the multi-token prediction layers, if the file has them.
+    mtp: keep the multi-token prediction layers; None: if the file has them.
     Raises InputError for whatever is missing, damaged or not understood.
     """
     self.folder = folder = os.path.expanduser(folder)
@@ -47,10 +47,13 @@ class Source:
       (parsed.quantization or {}).get('weight_block_size', ())
     )
     self.config = parsed.config
+    self.entries = safetensors_io.read_folder(folder)
     depth = parsed.config.mtp.depth
+    first = names.layer_prefix(parsed.config.layers)
+    if mtp is None:
+      mtp = any(name.startswith(first) for name in self.entries)
     if not mtp:
       self.config = config_json.without_mtp(parsed.config)
-    self.entries = safetensors_io.read_folder(folder)
     self.leaves = names.leaves(self.config)
     used = {p.name for leaf in self.leaves for p in names.parts(leaf)}
     for leaf in self.leaves:

@@ -1,0 +1,319 @@
+"""An orbax checkpoint of variables that is written and read by regions.
+
+orbax itself writes what describes the tree, for arrays of one number each; the
+zarr arrays beside it are then replaced by ones of the true shape and filled
+chunk by chunk. So a model of any size is converted in little memory, and
+`orbax.checkpoint.StandardCheckpointer().restore` reads the result.
+
+A folder holds `variables` (the checkpoint) and `model.json` (configuration,
+dtype, carried fields of config.json). A chunk is one layer, one expert, some
+rows; a chunk file that exists is complete, which makes filling resumable.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jax.sharding import Mesh
+
+from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.errors import InputError
+from deepseek_jax.hf import loading, names, safetensors_io
+from deepseek_jax.hf.names import Leaf
+from deepseek_jax.hf.source import Read
+from deepseek_jax.sharding import Rules
+from deepseek_jax.transformer import TransformerConfig
+
+MODEL = 'model.json'
+VARIABLES = 'variables'
+CHUNK = 1 << 26  # bytes of a chunk, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part of the work that a process of several does.
+
+  Attributes:
+    mesh: sizes of the mesh axes by name, in the mesh's order.
+    rules: which mesh axis a logical axis takes.
+    process: this process's number ...
+    processes: ... of how many; each holds as many neighbouring devices.
+  """
+
+  mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  rules: Rules = dataclasses.field(default_factory=dict)
+  process: int = 0
+  processes: int = 1
+
+
+ALONE = Share()
+
+
+def shard_counts(leaf: Leaf, share: Share) -> list[int]:
+  """Into how many shards each axis of a leaf is cut."""
+  out = []
+  for size, axis in zip(leaf.shape, leaf.axes):
+    count = math.prod(share.mesh[a] for a in _mesh_axes(axis, share))
+    if size % count:
+      raise InputError(
+        f'{leaf.name}: axis {axis!r} of {size} is not divisible by the {count}'
+        ' shards of the mesh'
+      )
+    out.append(count)
+  return out
+
+
+def _mesh_axes(axis, share):
+  over = share.rules.get(axis) if axis else None
+  over = (over,) if isinstance(over, str) else over or ()
+  return [a for a in over if a in share.mesh]
+
+
+def owner(leaf: Leaf, shard: tuple[int, ...], share: Share) -> int:
+  """The first process that holds a shard, given its index on every axis."""
+  at = dict.fromkeys(share.mesh, 0)
+  for axis, index in zip(leaf.axes, shard):
+    for name in reversed(_mesh_axes(axis, share)):
+      index, at[name] = divmod(index, share.mesh[name])
+  device = 0
+  for name, size in share.mesh.items():
+    device = device * size + at[name]
+  return device * share.processes // math.prod(share.mesh.values())
+
+
+def chunk_shape(leaf: Leaf, share: Share, itemsize: int) -> list[int]:
+  """Chunks that no shard's border crosses and no read wastes."""
+  limit = CHUNK * 4 // itemsize  # `steps` counts four bytes a number
+  shards = shard_counts(leaf, share)
+  held = [n // c for n, c in zip(leaf.shape, shards)]
+  sizes = [min(s, h) for s, h in zip(loading.steps(leaf, limit), held)]
+  if math.prod(shards) > 1:
+    for i, size in enumerate(sizes):
+      while held[i] % size:
+        size -= 1
+      sizes[i] = size
+  return sizes
+
+
+def create(
+  folder: str,
+  config: TransformerConfig,
+  dtype: str,
+  *,
+  share: Share = ALONE,
+  notes: Mapping[str, Any] | None = None,
+) -> None:
+  """Makes an empty store, or checks that the one there is of the same work.
+
+  Args:
+    folder: where; made by whichever process comes first.
+    config, dtype: of the variables; norms, routers and biases are float32.
+    share: the mesh decides the chunks.
+    notes: JSON values kept in model.json.
+  """
+  about = {
+    'config': to_dict(config),
+    'dtype': dtype,
+    'mesh': dict(share.mesh),
+    'notes': dict(notes or {}),
+  }
+  about = json.loads(json.dumps(about))
+  if not os.path.exists(os.path.join(folder, MODEL)):
+    _create(folder, config, dtype, share, about)
+  there = safetensors_io.load_json(os.path.join(folder, MODEL))
+  for key, value in about.items():
+    if there.get(key) != value:
+      raise InputError(
+        f'{folder}: was begun with another {key}; remove it, or convert to'
+        ' another folder'
+      )
+
+
+def _create(folder, config, dtype, share, about):
+  leaves = names.leaves(config)
+  above = os.path.dirname(os.path.abspath(folder))
+  os.makedirs(above, exist_ok=True)
+  temporary = tempfile.mkdtemp(dir=above, prefix='.convert-')
+  _skeleton(os.path.join(temporary, VARIABLES), leaves)
+  for leaf in leaves:
+    _declare(os.path.join(temporary, VARIABLES), leaf, dtype, share)
+  with open(os.path.join(temporary, MODEL), 'w', encoding='utf-8') as file:
+    json.dump(about, file, indent=2)
+  os.chmod(temporary, 0o755)
+  try:
+    os.rename(temporary, folder)
+  except OSError:  # another process was first, or the folder holds other files
+    shutil.rmtree(temporary)
+    if not os.path.exists(os.path.join(folder, MODEL)):
+      raise InputError(f'{folder}: is there and not empty') from None
+
+
+def _skeleton(path, leaves):
+  """Lets orbax write a tree of arrays of one number each."""
+  import orbax.checkpoint as ocp
+
+  tree: dict = {}
+  for leaf in leaves:
+    *above, last = leaf.path
+    inner = tree
+    for key in above:
+      inner = inner.setdefault(key, {})
+    inner[last] = np.zeros((1,) * len(leaf.shape), np.float32)
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(os.path.abspath(path), tree)
+
+
+def _declare(path, leaf: Leaf, dtype: str, share: Share):
+  """Replaces an array of one number by an empty one of the true shape."""
+  folder = os.path.join(path, leaf.name)
+  declared = os.path.join(folder, '.zarray')
+  fields = safetensors_io.load_json(declared)
+  shutil.rmtree(folder)
+  os.makedirs(folder)
+  one = np.dtype('float32') if leaf.full_precision else None
+  name = '<f4' if one or dtype == 'float32' else dtype
+  itemsize = 4 if name == '<f4' else 2
+  fields |= {
+    'shape': list(leaf.shape),
+    'chunks': chunk_shape(leaf, share, itemsize),
+    'dtype': name,
+    'compressor': None,  # weights hardly shrink
+  }
+  with open(declared, 'w', encoding='utf-8') as file:
+    json.dump(fields, file)
+
+
+class Store:
+  """An opened store.
+
+  Attributes: config, dtype, notes, leaves.
+  """
+
+  def __init__(self, folder: str):
+    self.folder = folder = os.path.expanduser(folder)
+    about = safetensors_io.load_json(os.path.join(folder, MODEL))
+    self.config = from_dict(TransformerConfig, about['config'])
+    self.dtype, self.notes = about['dtype'], about['notes']
+    self.leaves = names.leaves(self.config)
+    self._arrays: dict = {}
+
+  def _array(self, leaf: Leaf):
+    if leaf.path not in self._arrays:
+      path = os.path.join(self.folder, VARIABLES, leaf.name)
+      spec = {
+        'driver': 'zarr',
+        'kvstore': {'driver': 'file', 'path': os.path.abspath(path)},
+        # A chunk of zeros is stored too: its file says that it is done.
+        'store_data_equal_to_fill_value': True,
+      }
+      self._arrays[leaf.path] = ts.open(spec, open=True).result()
+    return self._arrays[leaf.path]
+
+  def read(self, leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
+    """A region of an array; raises InputError if it was never filled."""
+    for cell, _ in self._cells(leaf, region):
+      if not os.path.exists(self._chunk(leaf, cell)):
+        raise InputError(
+          f'{self.folder}: {leaf.name} is incomplete; run the conversion again'
+          ' to finish it'
+        )
+    return self._array(leaf)[region].read().result()
+
+  def _cells(self, leaf, region):
+    """(chunk number, its region) of the chunks that a region meets."""
+    size = self._array(leaf).chunk_layout.read_chunk.shape
+    ranges = [
+      range(s.start // n, -(-s.stop // n)) for s, n in zip(region, size)
+    ]
+    for corner in np.ndindex(*map(len, ranges)):
+      cell = tuple(r[i] for r, i in zip(ranges, corner))
+      yield (
+        cell,
+        tuple(
+          slice(c * n, min((c + 1) * n, stop))
+          for c, n, stop in zip(cell, size, leaf.shape)
+        ),
+      )
+
+  def _chunk(self, leaf, cell) -> str:
+    number = '.'.join(map(str, cell))
+    return os.path.join(self.folder, VARIABLES, leaf.name, number)
+
+  def fill(
+    self,
+    read: Read,
+    share: Share = ALONE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+  ) -> None:
+    """Writes every chunk of this process that isn't there yet.
+
+    Args:
+      read: (leaf, region) -> array.
+      share: which chunks are this process's.
+      progress: called with the bytes done and in all, of this process.
+    """
+    work = [
+      (leaf, cell, region)
+      for leaf in self.leaves
+      for cell, region in self._cells(leaf, _whole(leaf))
+      if self._owner(leaf, region, share) == share.process
+    ]
+    sizes = [_nbytes(self._array(leaf), region) for leaf, _, region in work]
+    done, total = 0, sum(sizes)
+    for (leaf, cell, region), size in zip(work, sizes):
+      if not os.path.exists(self._chunk(leaf, cell)):
+        array = self._array(leaf)
+        block = loading.filled(leaf, read, region, array.dtype.numpy_dtype)
+        array[region].write(block).result()
+      done += size
+      progress(done, total)
+
+  def _owner(self, leaf, region, share):
+    counts = shard_counts(leaf, share)
+    shard = [s.start // (n // c) for s, n, c in zip(region, leaf.shape, counts)]
+    return owner(leaf, tuple(shard), share)
+
+
+def _whole(leaf):
+  return tuple(slice(0, n) for n in leaf.shape)
+
+
+def _nbytes(array, region):
+  size = math.prod(s.stop - s.start for s in region)
+  return size * array.dtype.numpy_dtype.itemsize
+
+
+def restore(
+  folder: str, *, mesh: Mesh | None = None, rules: Rules | None = None
+) -> tuple[TransformerConfig, dict]:
+  """Loads a converted store: (config, {'params': ..., 'buffers': ...}).
+
+  With a mesh, each process reads only what it holds. Raises InputError if the
+  conversion was not finished.
+  """
+  store = Store(folder)
+  arrays = loading.variables(store.leaves, store.read, None, mesh, rules)
+  return store.config, arrays
+
+
+def abstract(folder: str) -> dict:
+  """ShapeDtypeStructs of a store: what orbax's restore takes as its target."""
+  store = Store(folder)
+  out: dict = {}
+  for leaf in store.leaves:
+    *above, last = leaf.path
+    inner = out
+    for key in above:
+      inner = inner.setdefault(key, {})
+    dtype = store._array(leaf).dtype.numpy_dtype
+    inner[last] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+  return out

@@ -11,6 +11,7 @@ from deepseek_jax import presets
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import changed, from_dict, to_dict
 from deepseek_jax.errors import InputError
+from deepseek_jax.sample import SampleConfig, generate, stream
 from deepseek_jax.transformer import (
   Model,
   Output,

@@ -7,3 +7,9 @@ and keeps its traceback.
 
 class InputError(ValueError):
   """What the user gave is wrong: names the field, the value and the fix."""
+
+
+class RunAborted(RuntimeError):
+  """A run gave up; launchers print the one line and exit with `status`."""
+
+  status = 78

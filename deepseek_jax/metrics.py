@@ -13,8 +13,6 @@ import json
 import math
 import operator
 import os
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.progress import progress
 
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
 
@@ -30,8 +29,6 @@ _NOT_FINITE = {
   'Infinity': math.inf,
   '-Infinity': -math.inf,
 }
-_SHOWN = 5  # values on the progress line
-_SECONDS_BETWEEN_LINES = 10.0  # plain lines, where no line can be redrawn
 
 
 class MetricsWriter:
@@ -70,9 +67,7 @@ class MetricsWriter:
     last = [_prune(path, resume_step) for path in paths.values()]
     self._last_step = max(last)
     self._files = {k: p.open('a', encoding='utf-8') for k, p in paths.items()}
-    self._progress = (
-      _progress(total_steps, self._last_step) if console else None
-    )
+    self._progress = progress(total_steps, self._last_step) if console else None
     self._shown: dict[str, float] = {}
 
   def __enter__(self) -> 'MetricsWriter':
@@ -119,7 +114,7 @@ class MetricsWriter:
           self._events.add_scalar(prefix + name, value, step)
     if self._progress:
       self._shown |= rows['metrics'] | rows['timings']
-      self._progress.update(step, _text(self._shown))
+      self._progress.update(step, self._shown)
 
   def log(self, text: str):
     """Prints a line above the progress line; nothing with `console=False`."""
@@ -217,20 +212,6 @@ def _encode(row: Mapping[str, float]) -> str:
   return json.dumps(finite, allow_nan=False)
 
 
-def _text(row: Mapping[str, float]) -> str:
-  return '  '.join(f'{k} {short(v)}' for k, v in [*row.items()][:_SHOWN])
-
-
-def short(value: float) -> str:
-  """A number for people: four digits, whole from ten thousand on."""
-  size = abs(value)
-  if not math.isfinite(value):
-    return str(value)
-  if size >= 1e4 or isinstance(value, int):
-    return f'{value:,.0f}'
-  return f'{value:.4g}' if size >= 1e-3 or not size else f'{value:.2e}'
-
-
 def _event_writer(workdir: Path, resume_step: int | None):
   try:
     import tensorboardX
@@ -243,89 +224,3 @@ def _event_writer(workdir: Path, resume_step: int | None):
   return tensorboardX.SummaryWriter(
     str(workdir / 'tensorboard'), purge_step=purge
   )
-
-
-def _progress(total: int | None, last_step: int):
-  kind = _LiveLine if sys.stdout.isatty() else _PlainLines
-  return kind(total, max(last_step, 0))
-
-
-class _LiveLine:
-  """One line at the foot of a terminal, redrawn in place."""
-
-  def __init__(self, total: int | None, start: int):
-    from rich.console import Console
-    from rich.progress import (
-      BarColumn,
-      MofNCompleteColumn,
-      Progress,
-      TextColumn,
-      TimeElapsedColumn,
-      TimeRemainingColumn,
-    )
-    from rich.table import Column
-
-    # Takes what the counters leave, and is cut where the terminal ends.
-    text = Column(ratio=1, no_wrap=True, overflow='ellipsis')
-    self._bar = Progress(
-      MofNCompleteColumn(),
-      BarColumn(bar_width=16),
-      TimeElapsedColumn(),
-      TimeRemainingColumn(),
-      TextColumn('{task.description}', markup=False, table_column=text),
-      console=Console(),
-      expand=True,
-    )
-    self._task = self._bar.add_task('', total=total, completed=start)
-    self._bar.start()
-
-  def update(self, step: int, text: str):
-    self._bar.update(self._task, completed=step, description=text)
-
-  def log(self, text: str):
-    self._bar.console.print(text, markup=False, highlight=False)
-
-  def close(self):
-    self._bar.stop()
-
-
-class _PlainLines:
-  """Lines for a log file: the first, the last, and one every ten seconds."""
-
-  def __init__(self, total: int | None, start: int):
-    self._total, self._start = total, start
-    self._begun = time.monotonic()
-    self._printed: tuple[float, int] | None = None
-    self._newest = (start, '')
-
-  def update(self, step: int, text: str):
-    self._newest = (step, text)
-    now = time.monotonic()
-    due = self._printed is None or (
-      now - self._printed[0] >= _SECONDS_BETWEEN_LINES
-    )
-    if due or step == self._total:
-      self._printed = (now, step)
-      print(self._line(step, text, now - self._begun), flush=True)
-
-  def _line(self, step: int, text: str, seconds: float) -> str:
-    of = '' if self._total is None else f'/{self._total}'
-    left = ''
-    if self._total is not None and self._start < step < self._total:
-      rate = seconds / (step - self._start)
-      left = f'  left {_clock(rate * (self._total - step))}'
-    return f'step {step}{of}  {text}{left}'
-
-  def log(self, text: str):
-    print(text, flush=True)
-
-  def close(self):
-    step, text = self._newest
-    if self._printed and self._printed[1] != step:
-      print(self._line(step, text, time.monotonic() - self._begun), flush=True)
-
-
-def _clock(seconds: float) -> str:
-  minutes, second = divmod(round(seconds), 60)
-  hour, minute = divmod(minutes, 60)
-  return f'{hour}:{minute:02}:{second:02}'

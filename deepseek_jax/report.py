@@ -9,7 +9,6 @@ anywhere, prints in full, and shows text that the model wrote as text only.
 Legend: N intervals, L MoE layers, E experts.
 """
 
-import base64
 import json
 import math
 import os
@@ -21,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax import figures, flight, metrics
+from deepseek_jax import figures, metrics
 from deepseek_jax.errors import InputError
+from deepseek_jax.progress import short
+from deepseek_jax.routing_section import routing_section
 
 # Scalar -> its title and unit, in the order of the page; the others follow.
 _SCALARS = {
@@ -38,8 +39,6 @@ _SPLITS = {
   'val': 'validation',
   'eval': 'validation',
 }
-# Values sent to the page's own script, per array: 16 bits each.
-_INSPECTED = 300_000
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def write_report(
     facts=[(name, *_fact(value)) for name, value in facts.items()],
     notes=notes,
     curves=_curves(workdir),
-    routing=_routing(workdir / 'routing.npz'),
+    routing=routing_section(workdir / 'routing.npz'),
     timeline=_timeline(workdir / 'timeline.jsonl'),
     samples=[_visible(sample) for sample in samples],
     config=_config(workdir / 'config.json'),
@@ -106,7 +105,7 @@ def _fact(value: str | int | float) -> tuple[str, str]:
     return value, ''
   if isinstance(value, (int, np.integer)):
     return _count(int(value))
-  return metrics.short(float(value)), ''
+  return short(float(value)), ''
 
 
 def _count(value: int) -> tuple[str, str]:
@@ -168,21 +167,16 @@ def _panels(curves: Mapping[str, tuple]) -> list[figures.Panel]:
     panels.setdefault(base, []).append(series)
   order = [*_SCALARS, *(name for name in panels if name not in _SCALARS)]
   return [
-    figures.Panel(*_SCALARS.get(name, (_title(name), '')), panels[name])
+    figures.Panel(*_SCALARS.get(name, (figures.title(name), '')), panels[name])
     for name in order
     if name in panels
   ]
 
 
-def _title(name: str) -> str:
-  text = re.sub('[_/]', ' ', name)
-  return text[:1].upper() + text[1:]
-
-
 def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
   finite = np.isfinite(values)
   best = (
-    f'{metrics.short(values[finite].min())} at step'
+    f'{short(values[finite].min())} at step'
     f' {steps[finite][values[finite].argmin()]}'
     if finite.any()
     else '—'
@@ -190,118 +184,10 @@ def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
   return (
     name,
     len(values),
-    metrics.short(values[0]),
-    metrics.short(values[-1]),
+    short(values[0]),
+    short(values[-1]),
     best,
   )
-
-
-def _routing(path: Path) -> dict[str, Any] | None:
-  """Figures of the experts' load, bias and balance; None if dense."""
-  if not path.exists():
-    return None
-  run = flight.load(path)
-  layers = run.layers.tolist()
-  edges = _edges(run)
-  experts = {k: a for k, a in run.arrays.items() if a.ndim == 3}
-  by_layer = {
-    _title(k): a.reshape(len(a), -1)
-    for k, a in run.arrays.items()
-    if a.ndim <= 2
-  }
-  result: dict[str, Any] = {'load': None, 'layers': [], 'lines': []}
-  if 'load' in experts:
-    load = experts['load']
-    share = _share(load)
-    result['load'] = figures.load_by_layer(share[-1], layers)
-    result['layers'] = figures.load_over_time(share, edges, layers)
-    result['facts'] = _load_facts(run, load)
-    by_layer = {
-      'MaxVio': flight.max_violation(load),
-      'Entropy of the load / log E': flight.load_entropy(load),
-    } | by_layer
-    experts = {'load': share} | {
-      k: a for k, a in experts.items() if k != 'load'
-    }
-  result['lines'] = [
-    (name, figures.lines_over_time(values, run.last, layers, name))
-    for name, values in experts.items()
-    if name != 'load'
-  ]
-  result['balance'] = (
-    figures.layer_curves(by_layer, run.last, layers) if by_layer else ''
-  )
-  result['inspector'] = _inspector(experts, run, edges)
-  return result
-
-
-def _share(load: np.ndarray) -> np.ndarray:
-  """Load over an even share of its layer's tokens; 1 is balance."""
-  mean = load.mean(-1, keepdims=True)
-  return np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
-
-
-def _edges(run: flight.Flight) -> np.ndarray:
-  """Steps at which intervals begin and end, [N + 1]."""
-  gaps = np.diff(run.last) / run.records[1:]  # steps per record
-  gap = gaps[0] if len(gaps) else max(1, run.last[0] - run.first[0])
-  start = max(0.0, run.first[0] - gap)
-  return np.concatenate([[start], run.last])
-
-
-def _load_facts(run: flight.Flight, load: np.ndarray) -> dict[str, Any]:
-  violation = flight.max_violation(load[-1])
-  worst = int(np.nanargmax(violation)) if np.isfinite(violation).any() else 0
-  return {
-    'first': int(run.first[-1]),
-    'last': int(run.last[-1]),
-    'worst': f'{violation[worst]:.3g}',
-    'layer': int(run.layers[worst]),
-    'idle': int((load[-1] == 0).sum()),
-    'experts': load[-1].size,
-  }
-
-
-def _inspector(
-  experts: Mapping[str, np.ndarray], run: flight.Flight, edges: np.ndarray
-) -> dict[str, Any] | None:
-  """What the page's script draws: arrays [cells L E] in 16 bits."""
-  if not experts:
-    return None
-  _, L, E = shape = next(iter(experts.values())).shape
-  cells = int(np.clip(_INSPECTED // (L * E), 16, 160))
-  pick = np.arange(len(run.last))
-  if len(pick) > cells:
-    pick = np.unique(np.append(figures.sample(edges, cells), pick[-1]))
-  arrays = [
-    {'name': name, **_quantised(values[pick])}
-    for name, values in experts.items()
-    if values.shape == shape
-  ]
-  return {
-    'layers': run.layers.tolist(),
-    'experts': E,
-    'first': run.first[pick].tolist(),
-    'last': run.last[pick].tolist(),
-    'start': float(edges[0]),
-    'arrays': arrays,
-  }
-
-
-def _quantised(values: np.ndarray) -> dict[str, Any]:
-  """Numbers as low + scale x 16-bit little-endian integers, in base64.
-
-  The last code, 65535, stands for what is not finite.
-  """
-  values = values.astype(np.float64)
-  finite = np.isfinite(values)
-  kept = values[finite] if finite.any() else np.zeros(1)
-  low, high = float(kept.min()), float(kept.max())
-  scale = (high - low) / 65534 or 1.0
-  codes = np.round((np.where(finite, values, low) - low) / scale)
-  codes = np.where(finite, codes, 65535).astype('<u2')
-  data = base64.b64encode(codes.tobytes()).decode()
-  return {'low': low, 'scale': scale, 'data': data}
 
 
 def _timeline(path: Path) -> list[tuple[str, float, float]]:

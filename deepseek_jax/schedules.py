@@ -121,7 +121,9 @@ class BatchConfig:
         f' {self.increment}: all must be at least 1'
       )
     for n in {self.size, self.start or self.size, self.increment}:
-      if self.ramp_tokens and n % self.accumulate or self.size % self.accumulate:
+      if (
+        self.ramp_tokens and n % self.accumulate
+      ) or self.size % self.accumulate:
         raise InputError(
           f'accumulate = {self.accumulate}: must divide size, start and'
           f' increment; it does not divide {n}'

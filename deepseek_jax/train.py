@@ -31,7 +31,6 @@ class TrainConfig:
     optimizer, schedule, gate: see there.
     mtp_weight: lambda of the MTP loss.
     bias_rate: step of the router bias (gamma), frozen by its schedule.
-    cross_document: documents of a window see each other (V3 pre-training).
   """
 
   tokens: float
@@ -41,7 +40,6 @@ class TrainConfig:
   gate: GateConfig = GateConfig()
   mtp_weight: schedules.SwitchConfig = schedules.v3_mtp_weight()
   bias_rate: schedules.SwitchConfig = schedules.v3_bias_rate()
-  cross_document: bool = True
 
 
 class TrainState(NamedTuple):
@@ -103,29 +101,32 @@ def _mtp_loss(states, head, labels, weights):
   return total / max(len(states), 1)
 
 
-def loss_and_metrics(model: Model, params, buffers, batch, *, mtp_weight,
-                     denominator, micro_batches, cross_document):
+class Shares(NamedTuple):
+  """How a micro-batch's loss counts in that of its global batch."""
+
+  denominator: jax.Array  # tokens predicted in the global batch
+  micro_batches: int  # in the global batch; all of one size
+  mtp_weight: jax.Array  # lambda
+
+
+def loss_and_metrics(
+  model: Model, variables, batch, shares: Shares, *, cross_document: bool
+):
   """This micro-batch's share of the loss of its global batch.
 
   Args:
     model: whose loss.
-    params, buffers: its variables.
+    variables: its parameters and buffers.
     batch: 'tokens', 'segments', 'positions', each [B T+1] int32.
-    mtp_weight: lambda.
-    denominator: tokens predicted in the global batch (V3 divides MTP's loss
-      by it too).
-    micro_batches: in the global batch; all of the same B.
+    shares: how it counts. V3 divides the MTP loss by all tokens, too.
     cross_document: documents see each other.
 
   Returns:
     The loss, and metrics that add up over micro-batches: 'loss' (cross
-    entropy), 'mtp_loss', 'balance_loss', 'statistics' (expert loads,
-    structured like the buffers' layers) and 'load' [L E].
+    entropy), 'mtp_loss', 'balance_loss', 'load' [L E], 'dropped' [L] and
+    'loads', by the block's place (MTP's too).
   """
-  tokens, segments, positions, labels, weights = _targets(
-    batch, cross_document
-  )
-  variables = {'params': params, 'buffers': buffers}
+  tokens, segments, positions, labels, weights = _targets(batch, cross_document)
   mtp = model.config.mtp.depth > 0
   out = model.apply(
     variables,
@@ -140,15 +141,15 @@ def loss_and_metrics(model: Model, params, buffers, batch, *, mtp_weight,
   main = linear_cross_entropy(
     flat, head, labels.reshape(-1), weights.reshape(-1)
   )
-  metrics = {'loss': main / denominator}
+  metrics = {'loss': main / shares.denominator}
   loss = metrics['loss']
   if mtp:
     extra = _mtp_loss(out.aux['mtp_hidden'], head, labels, weights)
-    metrics['mtp_loss'] = extra / denominator
-    loss += mtp_weight * metrics['mtp_loss']
+    metrics['mtp_loss'] = extra / shares.denominator
+    loss += shares.mtp_weight * metrics['mtp_loss']
   balance = _balance_loss(out.aux)
   if balance is not None:
-    metrics['balance_loss'] = balance / micro_batches
+    metrics['balance_loss'] = balance / shares.micro_batches
     loss += metrics['balance_loss']
   metrics['loads'] = _loads(out.aux)
   load = moe_statistics(out.aux, 'load')
@@ -207,8 +208,11 @@ def move_biases(buffers, loads, rate):
   return moved
 
 
-def train_step(model: Model, cfg: TrainConfig):
+def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
   """Makes the step: (TrainState, batch) -> (TrainState, metrics).
+
+  With `cross_document` the documents of a window see each other (V3's
+  pre-training); else segments and positions of the batch keep them apart.
 
   batch: 'tokens', 'segments', 'positions', each [B T+1] int32, B divisible by
   cfg.batch.accumulate. metrics: scalars 'loss', 'mtp_loss', 'balance_loss',
@@ -219,16 +223,16 @@ def train_step(model: Model, cfg: TrainConfig):
   optimizer = adamw(cfg.optimizer, model.abstract['params'])
 
   def gradients(state, batch, mtp_weight):
-    weights = _targets(batch, cfg.cross_document)[-1]
-    fixed = {
-      'mtp_weight': mtp_weight,
-      'denominator': jnp.maximum(weights.sum(), 1.0),
-      'micro_batches': cfg.batch.accumulate,
-      'cross_document': cfg.cross_document,
-    }
+    weights = _targets(batch, cross_document)[-1]
+    shares = Shares(
+      jnp.maximum(weights.sum(), 1.0), cfg.batch.accumulate, mtp_weight
+    )
 
     def loss(params, micro):
-      return loss_and_metrics(model, params, state.buffers, micro, **fixed)
+      variables = {'params': params, 'buffers': state.buffers}
+      return loss_and_metrics(
+        model, variables, micro, shares, cross_document=cross_document
+      )
 
     grad = jax.grad(loss, has_aux=True)
     if cfg.batch.accumulate == 1:
@@ -239,7 +243,9 @@ def train_step(model: Model, cfg: TrainConfig):
 
     split = lambda a: a.reshape(cfg.batch.accumulate, -1, *a.shape[1:])
     micros = jax.tree.map(split, batch)
-    shape = jax.eval_shape(grad, state.params, jax.tree.map(lambda a: a[0], micros))
+    shape = jax.eval_shape(
+      grad, state.params, jax.tree.map(lambda a: a[0], micros)
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     return jax.lax.scan(one, zeros, micros)[0]
 
@@ -250,9 +256,7 @@ def train_step(model: Model, cfg: TrainConfig):
     grads, metrics = gradients(state, batch, mtp_weight)
     norm = optax.global_norm(grads)
     applied, gated = judge(cfg.gate, state.gate, metrics['loss'], norm)
-    rate = schedules.learning_rate(
-      cfg.schedule, state.step, tokens, cfg.tokens
-    )
+    rate = schedules.learning_rate(cfg.schedule, state.step, tokens, cfg.tokens)
     updates, moments = optimizer.update(grads, state.moments, state.params)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
     buffers = move_biases(

@@ -279,7 +279,7 @@ class Transformer(nnx.Module):
     return statistics, states
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
   """A transformer as pure functions over plain nested dicts.
 
@@ -396,6 +396,40 @@ def _check_tokens(tokens, cache):
       f'{tokens.shape[1]} tokens do not fit a cache of {cache.slots} slots;'
       ' make it longer with init_cache(batch, slots)'
     )
+
+
+def unstack(config: TransformerConfig, variables: dict | None = None):
+  """The same model with every layer a segment of its own.
+
+  Decoding wants it: taking a layer out of a stack copies its weights.
+
+  Args:
+    config: a model's configuration.
+    variables: its variables, to be taken apart too.
+
+  Returns:
+    The new configuration, or the new variables if `variables` are given.
+  """
+  if variables is None:
+    names = [n for names, repeat in config.layout for n in names * repeat]
+    layout = tuple(((name,), 1) for name in names)
+    return dataclasses.replace(config, layout=layout)
+
+  def apart(tree):
+    if 'segments' not in tree:
+      return tree
+    layers, number = {}, 0
+    for i, segment in enumerate(config.segments()):
+      for r in range(segment.repeat):
+        for j in range(len(segment.blocks)):
+          stack = tree['segments'].get(i, {}).get(j)
+          if stack is not None:  # a dense block has no buffers
+            one = jax.tree.map(lambda a, r=r: a[r : r + 1], stack)
+            layers[number] = {0: one}
+          number += 1
+    return {**tree, 'segments': layers}
+
+  return {kind: apart(tree) for kind, tree in variables.items()}
 
 
 def moe_statistics(aux: dict, name: str) -> jax.Array | None:

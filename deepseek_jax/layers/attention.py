@@ -1,9 +1,11 @@
 """Softmax attention cores: causal within a batch, and over a cache.
 
 Everything that differs between MHA, GQA and expanded MLA is in the shapes.
-Legend: B batch, T queries, S keys, G key heads, J queries per key head,
-K query/key dim, V value dim.
+Legend: B batch, T queries, S keys, H heads, G key heads, K query/key dim,
+V value dim, N = B * H.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +13,82 @@ import jax.numpy as jnp
 _NEG = -1e30  # finite: a fully masked row gives a mean of values, never NaN
 
 
-def _softmax_weighted(q, k, v, mask, scale):
-  """q [B G J T K], k [B G S K], v [B G S V], mask [B|1 1 1 T S] -> like q."""
-  scores = jnp.einsum(
-    'BGJTK,BGSK->BGJTS', q, k, preferred_element_type=jnp.float32
+def _dot(a, b, contract_a, contract_b):
+  """Batched over the first axis, accumulated in float32."""
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((contract_a,), (contract_b,)), ((0,), (0,))),
+    preferred_element_type=jnp.float32,
   )
-  scores = jnp.where(mask, scores * scale, _NEG)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('BGJTS,BGSV->BGJTV', weights, v)
 
 
-def _heads_first(q, k, v):
-  B, T, H, K = q.shape
-  G = k.shape[2]
-  q = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-  return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+def _blocks(length, most):
+  """Borders of at most `most` blocks of queries, each of at least 128."""
+  size = max(128, -(-length // most))
+  return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def _tokens_first(y):
-  B, G, J, T, V = y.shape
-  return y.transpose(0, 3, 1, 2, 4).reshape(B, T, G * J, V)
+def _mask(segments, start, end):
+  """[1|N, T of the block, S before its end] bool."""
+  index = jnp.arange(end)
+  mask = (index[start:, None] >= index)[None]
+  if segments is None:
+    return mask
+  same = segments[:, start:end, None] == segments[:, None, :end]
+  return mask & same
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _causal(q, k, v, segments, scale, most):
+  """q k [N T K], v [N T V], segments [N T] or None -> [N T V]."""
+  return _causal_fwd(q, k, v, segments, scale, most)[0]
+
+
+def _causal_fwd(q, k, v, segments, scale, most):
+  outs, normalizers = [], []
+  for start, end in _blocks(q.shape[1], most):
+    scores = _dot(q[:, start:end], k[:, :end], 2, 2) * scale
+    scores = jnp.where(_mask(segments, start, end), scores, _NEG)
+    top = scores.max(axis=-1, keepdims=True)
+    p = jnp.exp(scores - top)
+    total = p.sum(axis=-1, keepdims=True)
+    outs.append(_dot(p.astype(v.dtype), v[:, :end], 2, 1) / total)
+    normalizers.append(top + jnp.log(total))
+  out = jnp.concatenate(outs, axis=1).astype(v.dtype)
+  return out, (q, k, v, segments, out, jnp.concatenate(normalizers, axis=1))
+
+
+def _causal_bwd(scale, most, saved, grad):
+  """Scores are made again, keys first: then just one product is transposed."""
+  q, k, v, segments, out, normalizer = saved
+  f32 = jnp.float32
+  delta = (grad.astype(f32) * out.astype(f32)).sum(axis=-1)  # [N T]
+  dk, dv = jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
+  dq = []
+  for start, end in _blocks(q.shape[1], most):
+    q_block, g_block = q[:, start:end], grad[:, start:end]
+    scores = _dot(k[:, :end], q_block, 2, 2) * scale  # [N S T]
+    mask = _mask(segments, start, end).swapaxes(1, 2)
+    norm = normalizer[:, start:end].swapaxes(1, 2)
+    p = jnp.where(mask, jnp.exp(scores - norm), 0.0)
+    dv = dv.at[:, :end].add(_dot(p.astype(v.dtype), g_block, 2, 1))
+    dp = _dot(v[:, :end], g_block, 2, 2)
+    ds = (p * (dp - delta[:, None, start:end]) * scale).astype(q.dtype)
+    dk = dk.at[:, :end].add(_dot(ds, q_block, 2, 1))
+    dq.append(_dot(ds, k[:, :end], 1, 1))
+  dq = jnp.concatenate(dq, axis=1).astype(q.dtype)
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)
+
+
+def _heads_first(x, heads):
+  """[B T G K] -> [B * heads, T, K], each of G repeated to make up heads."""
+  B, T, G, K = x.shape
+  x = jnp.repeat(x.transpose(0, 2, 1, 3), heads // G, axis=1)
+  return x.reshape(B * heads, T, K)
 
 
 def causal_attention(
@@ -45,7 +103,8 @@ def causal_attention(
   """Attention of a batch to itself: a token sees its segment up to itself.
 
   Queries go in up to `blocks` unrolled blocks, each against just the keys
-  before its end, so close to half of the square is never computed.
+  before its end, so close to half of the square is never computed; the
+  backward pass makes the scores again instead of storing them.
 
   Args:
     q: [B T H K]; k: [B T G K], G divides H; v: [B T G V].
@@ -54,29 +113,14 @@ def causal_attention(
     blocks: how many blocks of queries at most; each has at least 128.
 
   Returns:
-    [B T H V] in v's dtype; the softmax is float32.
+    [B T H V] in v's dtype; the softmax is float32. First derivatives only.
   """
-  T = q.shape[1]
-  size = max(128, -(-T // blocks))
-  q, k, v = _heads_first(q, k, v)
-  index = jnp.arange(T)
-  out = []
-  for start in range(0, T, size):
-    end = min(start + size, T)
-    mask = (index[start:end, None] >= index[:end])[None]
-    if segments is not None:
-      same = segments[:, start:end, None] == segments[:, None, :end]
-      mask = mask & same
-    out.append(
-      _softmax_weighted(
-        q[..., start:end, :],
-        k[..., :end, :],
-        v[..., :end, :],
-        mask[:, None, None],
-        scale,
-      )
-    )
-  return _tokens_first(jnp.concatenate(out, axis=3))
+  B, T, H, _ = q.shape
+  q, k, v = (_heads_first(x, H) for x in (q, k, v))
+  if segments is not None:
+    segments = jnp.repeat(segments, H, axis=0)
+  y = _causal(q, k, v, segments, scale, blocks)
+  return y.reshape(B, H, T, -1).transpose(0, 2, 1, 3)
 
 
 def cached_attention(
@@ -97,6 +141,14 @@ def cached_attention(
   Returns:
     [B T H V] in v's dtype.
   """
+  B, T, H, K = q.shape
+  G = k.shape[2]
+  q = q.reshape(B, T, G, H // G, K)
   mask = positions[..., None] >= jnp.arange(k.shape[1])  # [B T S]
-  q, k, v = _heads_first(q, k, v)
-  return _tokens_first(_softmax_weighted(q, k, v, mask[:, None, None], scale))
+  scores = jnp.einsum(
+    'BTGJK,BSGK->BGJTS', q, k, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(mask[:, None, None], scores * scale, _NEG)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  y = jnp.einsum('BGJTS,BSGV->BTGJV', weights, v)
+  return y.reshape(B, T, H, -1)

@@ -1,0 +1,146 @@
+"""Checkpoints: the training state, the place in the data, the configuration.
+
+A thin layer over orbax. Arrays are stored under dotted names
+('params.segments.0.0.attention.q_down'), so that a stored tree can be compared
+with the wanted one by name before anything is read: orbax itself casts a
+differing dtype silently and does not name an array of another shape.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from deepseek_jax.errors import InputError
+
+
+class Restored(NamedTuple):
+  state: Any
+  data: dict
+  config: dict
+
+
+def flatten(tree) -> dict[str, Any]:
+  """A tree as {dotted name: leaf}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in leaves
+  }
+
+
+def differences(stored: dict, wanted: dict) -> list[str]:
+  """One line per array that is missing, extra, or of other shape or dtype.
+
+  Both map names to something with a shape and a dtype.
+  """
+  kind = lambda a: f'{a.dtype}{list(a.shape)}'
+  lines = [
+    f'{name}: missing, expected {kind(wanted[name])}'
+    for name in wanted
+    if name not in stored
+  ]
+  lines += [
+    f'{name}: {kind(stored[name])} is stored, the model has none'
+    for name in stored
+    if name not in wanted
+  ]
+  lines += [
+    f'{name}: {kind(stored[name])} is stored, expected {kind(wanted[name])}'
+    for name in wanted
+    if name in stored and kind(stored[name]) != kind(wanted[name])
+  ]
+  return lines
+
+
+class Checkpoints:
+  """The checkpoints of one run, saved asynchronously. Close it at the end."""
+
+  def __init__(self, directory: str | Path, *, keep: int = 2):
+    """directory: made when needed; keep: how many steps stay."""
+    import orbax.checkpoint as ocp
+
+    self._ocp = ocp
+    self.directory = Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, cleanup_tmp_directories=True
+    )
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *error):
+    self.close()
+
+  def close(self) -> None:
+    """Waits for a save under way."""
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state, data: dict, config: dict) -> None:
+    """Starts saving; arrays are copied before it returns.
+
+    Args:
+      step: completed steps.
+      state: a tree of arrays.
+      data: the data stream's state, JSON values.
+      config: the resolved configuration, JSON values.
+    """
+    args = self._ocp.args
+    self._manager.save(
+      step,
+      args=args.Composite(
+        state=args.StandardSave(flatten(state)),
+        data=args.JsonSave(data),
+        config=args.JsonSave(config),
+      ),
+    )
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk."""
+    self._manager.wait_until_finished()
+
+  def restore(self, step: int, like) -> Restored:
+    """The checkpoint of `step`.
+
+    Args:
+      step: one of `steps()`.
+      like: a tree of arrays or jax.ShapeDtypeStructs (with shardings, when
+        they matter) that the stored state must equal in names, shapes, dtypes.
+
+    Raises:
+      InputError: a difference, each named.
+    """
+    args = self._ocp.args
+    wanted = flatten(like)
+    stored = self._manager.item_metadata(step)['state']
+    stored = {k: v for k, v in dict(stored).items()}
+    lines = differences(stored, wanted)
+    if lines:
+      shown = '; '.join(lines[:4]) + (' ...' if len(lines) > 4 else '')
+      raise InputError(
+        f'{self.directory}/{step} is of another model ({len(lines)}'
+        f' differences): {shown}'
+      )
+    abstract = jax.tree.map(_abstract, wanted)
+    restored = self._manager.restore(
+      step,
+      args=args.Composite(
+        state=args.StandardRestore(abstract),
+        data=args.JsonRestore(),
+        config=args.JsonRestore(),
+      ),
+    )
+    leaves = [restored['state'][name] for name in wanted]
+    tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Restored(tree, restored['data'], restored['config'])
+
+
+def _abstract(array):
+  return jax.ShapeDtypeStruct(
+    array.shape, array.dtype, sharding=getattr(array, 'sharding', None)
+  )

@@ -1,0 +1,371 @@
+"""A training run: data, steps, metrics, checkpoints, resumption.
+
+The run's folder holds config.json, metrics.jsonl, timings.jsonl, routing.npz
+and checkpoints/. Started again with the same configuration, a run goes on from
+its last checkpoint and sees the batches that it would have seen.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from deepseek_jax import config as configs
+from deepseek_jax import data as datalib
+from deepseek_jax import evaluate
+from deepseek_jax.checkpoint import Checkpoints, flatten
+from deepseek_jax.errors import InputError, RunAborted
+from deepseek_jax.flight import FlightRecorder, max_violation
+from deepseek_jax.metrics import MetricsWriter
+from deepseek_jax.train import (
+  TrainConfig,
+  TrainState,
+  initial_state,
+  train_step,
+)
+from deepseek_jax.transformer import Model, TransformerConfig, build
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """Validation while training, on some held-out documents.
+
+  Attributes:
+    every: steps between validations (0: none).
+    documents: how many at most while training; the end reads all.
+    batch: rows at a time.
+    stride: tokens between the starts of overlapping windows; None is half.
+  """
+
+  every: int = 0
+  documents: int = 8
+  batch: int = 8
+  stride: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """One run, whole.
+
+  Attributes:
+    model, data, train, evaluate: see there.
+    seed: of the initialisation; the data have their own.
+    checkpoint_every: steps between checkpoints (0: only at the end).
+    keep: checkpoints that stay.
+    tensorboard: also write event files.
+  """
+
+  model: TransformerConfig
+  data: datalib.DataConfig
+  train: TrainConfig
+  evaluate: EvaluateConfig = EvaluateConfig()
+  seed: int = 0
+  checkpoint_every: int = 0
+  keep: int = 2
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    if self.data.vocab_size > self.model.vocab_size:
+      raise InputError(
+        f'data.vocab_size = {self.data.vocab_size}: more than'
+        f' model.vocab_size = {self.model.vocab_size}; raise the latter'
+      )
+
+  @property
+  def steps(self) -> int:
+    """Steps of the run, with the batch ramp."""
+    per_sequence, tokens, steps = self.data.seq_len, 0, 0
+    batch = self.train.batch
+    while tokens < min(batch.ramp_tokens, self.train.tokens):
+      tokens += batch.at(tokens) * per_sequence
+      steps += 1
+    left = max(self.train.tokens - tokens, 0)
+    return steps + int(-(-left // (batch.size * per_sequence)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a finished run leaves in memory."""
+
+  config: RunConfig
+  model: Model
+  store: datalib.Store
+  state: TrainState
+  tokens_per_second: float | None  # median of this launch; None without steps
+
+  @property
+  def variables(self) -> dict:
+    return {'params': self.state.params, 'buffers': self.state.buffers}
+
+
+def _json(config: RunConfig) -> dict:
+  return json.loads(json.dumps(configs.to_dict(config)))
+
+
+def claim(workdir: Path, config: RunConfig) -> None:
+  """Writes config.json, or checks that it is this run's.
+
+  Raises:
+    InputError: the folder is another run's; names the first fields that differ.
+  """
+  path = workdir / 'config.json'
+  mine = _json(config)
+  if path.exists():
+    try:
+      theirs = json.loads(path.read_text())
+    except ValueError:
+      raise InputError(
+        f'{path} is not JSON: mend it, or choose another --workdir'
+      ) from None
+    lines = _differences(theirs, mine)
+    if lines:
+      raise InputError(
+        f'workdir {workdir} holds another run ({"; ".join(lines[:3])}):'
+        ' choose another --workdir or the same configuration'
+      )
+    return
+  if workdir.exists() and any(workdir.iterdir()):
+    raise InputError(
+      f'workdir {workdir} is not empty and holds no run: choose another'
+      ' --workdir'
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_suffix('.tmp')
+  scratch.write_text(json.dumps(mine, indent=2) + '\n')
+  os.replace(scratch, path)
+
+
+def _differences(theirs: dict, mine: dict) -> list[str]:
+  theirs, mine = flatten(theirs), flatten(mine)
+  names = dict.fromkeys([*theirs, *mine])
+  absent = 'absent'
+  return [
+    f'{n}: {theirs.get(n, absent)!r} there, {mine.get(n, absent)!r} here'
+    for n in names
+    if theirs.get(n, absent) != mine.get(n, absent)
+  ]
+
+
+_SCALARS = (
+  'loss',
+  'mtp_loss',
+  'balance_loss',
+  'grad_norm',
+  'learning_rate',
+  'skipped',
+)
+
+
+class _Steps:
+  """Compiled train steps, one per batch size, and what compiling cost."""
+
+  def __init__(self, model: Model, config: RunConfig):
+    step = train_step(
+      model, config.train, cross_document=config.data.cross_document
+    )
+    self._step = jax.jit(step, donate_argnums=0)
+    self._compiled = {}
+
+  def __call__(self, state, batch, writer):
+    rows = batch['tokens'].shape[0]
+    if rows not in self._compiled:
+      start, hits = time.perf_counter(), _cache_hits[0]
+      self._compiled[rows] = self._step.lower(state, batch).compile()
+      source = 'from the cache' if _cache_hits[0] > hits else 'anew'
+      writer.log(
+        f'compiled the step for {rows} sequences in'
+        f' {time.perf_counter() - start:.1f} s, {source}'
+      )
+    return self._compiled[rows](state, batch)
+
+
+_cache_hits = [0]
+
+
+def _count_hits(event: str, **_) -> None:
+  _cache_hits[0] += event == '/jax/compilation_cache/cache_hits'
+
+
+jax.monitoring.register_event_listener(_count_hits)
+
+
+def _recorder(workdir, model, resume) -> FlightRecorder | None:
+  layers, number = [], 0
+  for segment in model.config.segments():
+    for _ in range(segment.repeat):
+      for block in segment.blocks:
+        if hasattr(block.ffn, 'experts'):
+          layers.append(number)
+        number += 1
+  if not layers:
+    return None
+  reduce = {'load': 'sum', 'dropped': 'sum', 'bias': 'last'}
+  return FlightRecorder(
+    workdir / 'routing.npz', reduce, layers=layers, resume_step=resume
+  )
+
+
+def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
+  """[L E] in layer order; None without biases."""
+  out = []
+  for i, segment in enumerate(model.config.segments()):
+    stacks = []
+    for j in range(len(segment.blocks)):
+      block = buffers.get('segments', {}).get(i, {}).get(j, {})
+      bias = block.get('ffn', {}).get('router', {}).get('bias')
+      if bias is not None:
+        stacks.append(np.asarray(bias))
+    if stacks:
+      stacked = np.stack(stacks, axis=1)
+      out.append(stacked.reshape(-1, stacked.shape[-1]))
+  return np.concatenate(out) if out else None
+
+
+def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
+  """Trains from the last checkpoint, or from the start, to the end.
+
+  Args:
+    config: the run.
+    workdir: its folder; must be new, or this run's.
+    console: shows progress.
+
+  Raises:
+    InputError: the configuration, the data or the folder are wrong.
+    RunAborted: too many updates in a row were not fit to be applied.
+  """
+  workdir = Path(workdir)
+  store = datalib.build(config.data)
+  batches = datalib.Batches(store, config.data)
+  claim(workdir, config)
+  model = build(config.model)
+  with Checkpoints(workdir / 'checkpoints', keep=config.keep) as checkpoints:
+    state, resumed = _start(config, model, checkpoints, batches)
+    with MetricsWriter(
+      workdir,
+      total_steps=config.steps,
+      tensorboard=config.tensorboard,
+      console=console,
+      resume_step=resumed or -1,
+    ) as writer:
+      if resumed:
+        writer.log(f'resumed from step {resumed}')
+      recorder = _recorder(workdir, model, resumed or -1)
+      trainer = _Trainer(
+        config, model, store, batches, checkpoints, writer, recorder
+      )
+      state = trainer.run(state)
+  return Run(config, model, store, state, trainer.tokens_per_second)
+
+
+def _start(config, model, checkpoints, batches):
+  """The state to begin with, and the step it was saved at (0: new)."""
+
+  def fresh():
+    variables = model.init(jax.random.key(config.seed))
+    return initial_state(model, config.train, variables)
+
+  steps = checkpoints.steps()
+  if not steps:
+    return jax.jit(fresh)(), 0
+  restored = checkpoints.restore(steps[-1], jax.eval_shape(fresh))
+  batches.set_state(restored.data)
+  return restored.state, steps[-1]
+
+
+@dataclasses.dataclass
+class _Trainer:
+  """The loop around the step."""
+
+  config: RunConfig
+  model: Model
+  store: datalib.Store
+  batches: datalib.Batches
+  checkpoints: Checkpoints
+  writer: MetricsWriter
+  recorder: FlightRecorder | None
+
+  def __post_init__(self):
+    self._steps = _Steps(self.model, self.config)
+    self._speeds: list[float] = []
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """Median over the steps but the first, which waits for the compiler."""
+    speeds = self._speeds[1:] or self._speeds
+    return float(np.median(speeds)) if speeds else None
+
+  def run(self, state: TrainState) -> TrainState:
+    config, length = self.config, self.config.data.seq_len
+    number, tokens = int(state.step), int(state.sequences) * length
+    while tokens < config.train.tokens:
+      start = time.perf_counter()
+      size = config.train.batch.at(tokens)
+      batch = self.batches.next(size)
+      state, metrics = self._steps(state, batch, self.writer)
+      metrics = jax.device_get(metrics)
+      number, tokens = number + 1, tokens + size * length
+      seconds = time.perf_counter() - start
+      self._report(number, metrics, state, size * length, seconds)
+      self._give_up_if_stuck(number, metrics)
+      last = tokens >= config.train.tokens
+      if _due(config.evaluate.every, number) and not last:
+        self._validate(number, state)
+      if _due(config.checkpoint_every, number) or last:
+        self._save(number, state)
+    return state
+
+  def _report(self, number, metrics, state, tokens, seconds):
+    scalars = {k: float(metrics[k]) for k in _SCALARS if k in metrics}
+    speed = tokens / seconds
+    self._speeds.append(speed)
+    if self.recorder:
+      load = np.asarray(metrics['load'])
+      scalars['max_violation'] = float(max_violation(load).mean())
+      biases = router_biases(self.model, state.buffers)
+      if biases is None:
+        biases = np.zeros(load.shape, np.float32)
+      self.recorder.record(
+        number, load=load, dropped=metrics['dropped'], bias=biases
+      )
+    timings = {'tokens_per_second': speed, 'seconds': seconds}
+    self.writer.write(number, scalars, timings)
+
+  def _give_up_if_stuck(self, number, metrics):
+    streak = int(metrics['streak'])
+    if streak < self.config.train.gate.patience:
+      return
+    if self.recorder:
+      self.recorder.save()
+    raise RunAborted(
+      f'{streak} updates in a row were not finite or exploded, the last at'
+      f' step {number} (loss {float(metrics["loss"]):.4g}, gradient norm'
+      f' {float(metrics["grad_norm"]):.4g}); checkpoints are from before'
+    )
+
+  def _validate(self, number, state):
+    cfg = self.config.evaluate
+    heldout = datalib.Heldout(
+      self.store,
+      self.config.data.seq_len,
+      cfg.batch,
+      stride=cfg.stride,
+      limit=cfg.documents,
+    )
+    variables = {'params': state.params, 'buffers': state.buffers}
+    bits = evaluate.bits_per_byte(self.model, variables, heldout)
+    self.writer.write(number, {'validation_bits_per_byte': bits})
+
+  def _save(self, number, state):
+    if self.recorder:
+      self.recorder.save()
+    self.checkpoints.save(
+      number, state, self.batches.get_state(), _json(self.config)
+    )
+
+
+def _due(every: int, number: int) -> bool:
+  return every > 0 and number % every == 0

@@ -1,0 +1,110 @@
+"""How far a run is: one line redrawn on a terminal, plain lines elsewhere."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+
+_SHOWN = 5  # values on the line
+_SECONDS_BETWEEN_LINES = 10.0  # where no line can be redrawn
+
+
+def progress(total: int | None, last_step: int):
+  """The kind of progress that stdout can show, from a step to a last one."""
+  kind = _LiveLine if sys.stdout.isatty() else _PlainLines
+  return kind(total, max(last_step, 0))
+
+
+class _LiveLine:
+  """One line at the foot of a terminal, redrawn in place."""
+
+  def __init__(self, total: int | None, start: int):
+    from rich.console import Console
+    from rich.progress import (
+      BarColumn,
+      MofNCompleteColumn,
+      Progress,
+      TextColumn,
+      TimeElapsedColumn,
+      TimeRemainingColumn,
+    )
+    from rich.table import Column
+
+    # Takes what the counters leave, and is cut where the terminal ends.
+    text = Column(ratio=1, no_wrap=True, overflow='ellipsis')
+    self._bar = Progress(
+      MofNCompleteColumn(),
+      BarColumn(bar_width=16),
+      TimeElapsedColumn(),
+      TimeRemainingColumn(),
+      TextColumn('{task.description}', markup=False, table_column=text),
+      console=Console(),
+      expand=True,
+    )
+    self._task = self._bar.add_task('', total=total, completed=start)
+    self._bar.start()
+
+  def update(self, step: int, row: Mapping[str, float]):
+    self._bar.update(self._task, completed=step, description=_text(row))
+
+  def log(self, text: str):
+    self._bar.console.print(text, markup=False, highlight=False)
+
+  def close(self):
+    self._bar.stop()
+
+
+class _PlainLines:
+  """Lines for a log file: the first, the last, and one every ten seconds."""
+
+  def __init__(self, total: int | None, start: int):
+    self._total, self._start = total, start
+    self._begun = time.monotonic()
+    self._printed: tuple[float, int] | None = None
+    self._newest = (start, '')
+
+  def update(self, step: int, row: Mapping[str, float]):
+    self._newest = (step, text)
+    now = time.monotonic()
+    due = self._printed is None or (
+      now - self._printed[0] >= _SECONDS_BETWEEN_LINES
+    )
+    if due or step == self._total:
+      self._printed = (now, step)
+      print(self._line(step, text, now - self._begun), flush=True)
+
+  def _line(self, step: int, text: str, seconds: float) -> str:
+    of = '' if self._total is None else f'/{self._total}'
+    left = ''
+    if self._total is not None and self._start < step < self._total:
+      rate = seconds / (step - self._start)
+      left = f'  left {_clock(rate * (self._total - step))}'
+    return f'step {step}{of}  {text}{left}'
+
+  def log(self, text: str):
+    print(text, flush=True)
+
+  def close(self):
+    step, text = self._newest
+    if self._printed and self._printed[1] != step:
+      print(self._line(step, text, time.monotonic() - self._begun), flush=True)
+
+
+def _clock(seconds: float) -> str:
+  minutes, second = divmod(round(seconds), 60)
+  hour, minute = divmod(minutes, 60)
+  return f'{hour}:{minute:02}:{second:02}'
+
+
+def _text(row: Mapping[str, float]) -> str:
+  return '  '.join(f'{k} {short(v)}' for k, v in [*row.items()][:_SHOWN])
+
+
+def short(value: float) -> str:
+  """A number for people: four digits, whole from ten thousand on."""
+  size = abs(value)
+  if not math.isfinite(value):
+    return str(value)
+  if size >= 1e4 or isinstance(value, int):
+    return f'{value:,.0f}'
+  return f'{value:.4g}' if size >= 1e-3 or not size else f'{value:.2e}'

@@ -1,0 +1,1 @@
+"""Launchers: one module per verb, absl flags, one configuration file per run."""

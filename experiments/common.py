@@ -1,0 +1,106 @@
+"""What every launcher shares: the process, the flags, clean errors.
+
+Exit codes: 0 done, 2 bad input, 78 the run gave up (see RunAborted).
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def _keep_freed_pages():
+  """Stops glibc from handing big freed buffers back to the kernel.
+
+  XLA on CPU allocates its temporaries anew in every step; mapping them in
+  again can take up to half of the step. Other C libraries have no mallopt.
+  """
+  try:
+    libc = ctypes.CDLL('libc.so.6')
+  except OSError:
+    return
+  trim_threshold, mmap_max = -1, -4
+  libc.mallopt(mmap_max, 0)
+  libc.mallopt(trim_threshold, -1)
+
+
+_keep_freed_pages()  # before jax allocates
+
+import jax  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_dict, config_flags  # noqa: E402
+
+from deepseek_jax import config as configs  # noqa: E402
+from deepseek_jax.errors import InputError, RunAborted  # noqa: E402
+
+
+def cache_dir() -> Path:
+  """Where compiled programs and tokens are kept between runs."""
+  home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+  return Path(home) / 'deepseek_jax'
+
+
+def editable(config) -> config_dict.ConfigDict:
+  """A dataclass tree as a ConfigDict for flags to edit, typed and locked."""
+  return _editable(configs.to_dict(config))
+
+
+def _editable(value):
+  if not isinstance(value, dict):
+    return value
+  out = config_dict.ConfigDict(
+    {k: _editable(v) for k, v in value.items()}, convert_dict=False
+  )
+  return out.lock()
+
+
+def frozen(cls: type, config: config_dict.ConfigDict):
+  """The dataclass `cls` of a ConfigDict; InputError names a wrong field."""
+  return configs.from_dict(cls, config.to_dict())
+
+
+def define_config(default: str | None = None):
+  """Defines --config; returns the absl FlagHolder of a ConfigDict."""
+  return config_flags.DEFINE_config_file(
+    'config',
+    default,
+    'File with get_config(); change a field with --config.field=value.',
+  )
+
+
+def _fail(message, status: int):
+  print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
+  sys.exit(status)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's flag parsing, any mistake as one line and status 2."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(error, 2)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    # ml_collections' own errors name the field and its nearest match.
+    _fail(error.args[0] if error.args else error, 2)
+  except (OSError, ImportError) as error:
+    _fail(f'--config: {error}', 2)
+
+
+def launch(main: Callable[[list[str]], None]) -> None:
+  """Runs `main(argv)` as a program."""
+
+  def guarded(argv):
+    if len(argv) > 1:
+      _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
+    logging.set_verbosity(logging.ERROR)
+    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    try:
+      main(argv)
+    except InputError as error:
+      _fail(error, 2)
+    except RunAborted as error:
+      _fail(error, error.status)
+
+  app.run(guarded, flags_parser=_parse)

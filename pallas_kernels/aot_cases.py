@@ -4,9 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from pallas_kernels import permute
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.permute.reference import num_blocks
 
 
 class Case(NamedTuple):
@@ -31,8 +34,49 @@ def _mla_decode(batch, new, heads, splits):
   return Case(fn, args, True)
 
 
+def _permute(name, tokens, choices, experts, dim):
+  """One direction of the layout of V3's experts."""
+  bf, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+  M = num_blocks(tokens * choices, experts, 128) * 128
+  plan = (
+    ((tokens, choices), i32),
+    ((M,), i32),
+    ((M // 128,), i32),
+    ((experts,), i32),
+  )
+  x, rows = ((tokens, dim), bf), ((M, dim), bf)
+  weights = ((tokens, choices), f32)
+  arrays = {
+    'permute': (x,),
+    'permute_bwd': (rows,),
+    'combine': (rows, weights),
+    'combine_bwd': (rows, weights, x),
+  }[name]
+
+  def fn(*args):
+    given, layout = args[: len(arrays)], permute.Plan(*args[len(arrays) :])
+    if name == 'permute':
+      return permute.permute(*given, layout, impl='gpu')
+    if name == 'combine':
+      return permute.combine(*given, layout, impl='gpu')
+    if name == 'permute_bwd':
+      x = jnp.zeros((tokens, dim), bf)
+      return jax.vjp(lambda x: permute.permute(x, layout, impl='gpu'), x)[1](
+        *given
+      )
+    return jax.vjp(
+      lambda r, w: permute.combine(r, w, layout, impl='gpu'), *given[:2]
+    )[1](given[2])
+
+  return Case(fn, (*arrays, *plan), False)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
   'mla_decode_h16': _mla_decode(128, 1, 16, 1),
+  'permute': _permute('permute', 4096, 8, 256, 7168),
+  'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),
+  'combine': _permute('combine', 4096, 8, 256, 7168),
+  'combine_bwd': _permute('combine_bwd', 4096, 8, 256, 7168),
 }

@@ -6,6 +6,8 @@ directions and their gradients are gathers: no atomics, same bits every run.
 Legend: N tokens, K choices per token, E experts, M rows, D width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -50,32 +52,47 @@ def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
   return reference.plan(experts, num_experts, block)
 
 
-@jax.custom_vjp
-def _permute(x, plan):
-  return reference.permute(x, plan)
+def _run(name, impl, *args):
+  """Kernel or reference function of that name."""
+
+  def gpu(*args):
+    from pallas_kernels.permute import gpu
+
+    return getattr(gpu, name)(*args)
+
+  return dispatch.run(name, impl, gpu, getattr(reference, name), *args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _permute(x, plan, impl):
+  return _run('permute', impl, x, plan)
 
 
 _permute.defvjp(
-  lambda x, plan: (reference.permute(x, plan), plan),
-  lambda plan, grad: (reference.permute_bwd(grad, plan), None),
+  lambda x, plan, impl: (_permute(x, plan, impl), plan),
+  lambda impl, plan, grad: (_run('permute_bwd', impl, grad, plan), None),
 )
 
 
 def permute(x, plan: Plan, *, impl: str | None = None):
-  """x [N D] -> rows [M D]; filler rows are zero. Differentiable in x."""
-  return _permute(x, plan)
+  """x [N D] -> rows [M D]; filler rows are zero. Differentiable in x.
+
+  impl='gpu' takes bfloat16 and float32 with D a multiple of 256, and raises
+  NotImplementedError for the rest; so does combine.
+  """
+  return _permute(x, plan, impl)
 
 
-@jax.custom_vjp
-def _combine(rows, weights, plan):
-  return reference.combine(rows, weights, plan)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(rows, weights, plan, impl):
+  return _run('combine', impl, rows, weights, plan)
 
 
-def _combine_bwd(saved, grad):
-  return *reference.combine_bwd(*saved, grad), None
+def _combine_bwd(impl, saved, grad):
+  return *_run('combine_bwd', impl, *saved, grad), None
 
 
-_combine.defvjp(lambda *args: (reference.combine(*args), args), _combine_bwd)
+_combine.defvjp(lambda *args: (_combine(*args), args[:3]), _combine_bwd)
 
 
 def combine(rows, weights, plan: Plan, *, impl: str | None = None):
@@ -90,4 +107,4 @@ def combine(rows, weights, plan: Plan, *, impl: str | None = None):
   Returns:
     [N D] of rows.dtype. Differentiable in rows and weights.
   """
-  return _combine(rows, weights, plan)
+  return _combine(rows, weights, plan, impl)

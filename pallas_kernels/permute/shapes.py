@@ -24,6 +24,13 @@ TEST = {
   'training': Shape(300, 2, 4, 24, None, nowhere=0.1),
 }
 
+# The kernel takes these, so the interpreter runs them.
+TEST_GPU = {
+  'plain': Shape(11, 3, 5, 256, 8, nowhere=0.3),
+  'one_token': Shape(1, 2, 32, 512, 4),
+  'all_nowhere': Shape(2, 2, 4, 256, 4, nowhere=1.0),
+}
+
 # DeepSeek-V3: 256 experts, 8 choices, width 7168; V2-Lite: 64, 6, 2048.
 BENCH = {
   'v3_t4096': Shape(4096, 8, 256, 7168, 128),

@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 from pallas_kernels import aot_cases
 
 # One small case per operation runs in the fast part.
-FAST = ('mla_decode_h16',)
+FAST = ('combine', 'mla_decode_h16', 'permute')
 
 
 def export(case):

@@ -14,9 +14,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compat
+from pallas_kernels import compat, permute
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as mla_decode_shapes
+from pallas_kernels.permute import shapes as permute_shapes
 
 BF16 = 2.0**-8  # half a step of bfloat16 either side, twice: input and output
 
@@ -56,6 +57,38 @@ def check_mla_decode():
     op = functools.partial(mla_decode, scale=0.05, splits=shape.splits or 1)
     # Probabilities and, with splits, partial sums are rounded to bfloat16.
     compare(name, op, draw_mla_decode(shape), 2 * BF16)
+
+
+def draw_permute(shape, dtype):
+  """Plan, x, rows and weights."""
+  rng = np.random.default_rng(0)
+  size = (shape.tokens, shape.choices)
+  experts = rng.integers(0, shape.experts, size)
+  experts[rng.random(size) < shape.nowhere] = shape.experts
+  plan = permute.plan(jnp.asarray(experts), shape.experts, block=shape.block)
+  x = jnp.asarray(rng.normal(size=(shape.tokens, shape.dim)), dtype)
+  M = plan.source.shape[0]
+  rows = jnp.asarray(rng.normal(size=(M, shape.dim)), dtype)
+  return plan, x, rows, jnp.asarray(rng.random(size), jnp.float32)
+
+
+def check_permute():
+  def there(x, grad, plan, impl):
+    fn = functools.partial(permute.permute, plan=plan, impl=impl)
+    out, pull = jax.vjp(fn, x)
+    return out, pull(grad)
+
+  def back(rows, weights, grad, plan, impl):
+    fn = functools.partial(permute.combine, plan=plan, impl=impl)
+    out, pull = jax.vjp(fn, rows, weights)
+    return out, pull(grad)
+
+  for name, shape in permute_shapes.TEST_GPU.items():
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, BF16)):
+      plan, x, rows, weights = draw_permute(shape, dtype)
+      label = f'{name} {dtype.__name__}'
+      compare(label, there, (x, rows, plan), tolerance)
+      compare(label, back, (rows, weights, x, plan), tolerance)
 
 
 def check_race():

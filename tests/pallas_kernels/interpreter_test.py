@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 HERE = pathlib.Path(__file__).parent
-OPS = ('mla_decode',)
+OPS = ('mla_decode', 'permute')
 
 
 def interpret(op: str) -> subprocess.CompletedProcess:

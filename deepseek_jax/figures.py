@@ -16,7 +16,6 @@ import numpy as np
 
 from deepseek_jax.progress import short
 
-INK = '#26292e'
 COLORS = ('#2f6db5', '#c4512d', '#3a8f6b', '#8a5aa8', '#a67c1a', '#5b6470')
 INCHES = 10.0  # the page's width, 960 px
 POINTS = 400  # of a curve; more are averaged
@@ -35,7 +34,7 @@ _STYLE = {
   'axes.axisbelow': True,
   'grid.color': '#e7e9ec',
   'grid.linewidth': 0.7,
-  'text.color': INK,
+  'text.color': '#26292e',
   'text.parse_math': False,  # a $ in a scalar's name is a $
   'xtick.color': '#9aa0a8',
   'ytick.color': '#9aa0a8',
@@ -66,9 +65,10 @@ def drawn(draw: Callable) -> Callable[..., str]:
 
   @functools.wraps(draw)
   def wrapper(*args, **kwargs) -> str:
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context(_STYLE):
+    # Whatever style a notebook has set stays outside.
+    with style.context(_STYLE, after_reset=True):
       return _svg(draw(*args, **kwargs))
 
   return wrapper
@@ -118,18 +118,21 @@ def grid(
 
 
 def ticker():
+  """The module matplotlib.ticker."""
   from matplotlib import ticker
 
   return ticker
 
 
 def colormap(name: str):
+  """One of matplotlib's colour maps."""
   from matplotlib import colormaps
 
   return colormaps[name]
 
 
 def value_axis(axes, values: np.ndarray):
+  """Linear, or logarithmic where the values of one axis span too much."""
   axes.grid(axis='y')
   axes.yaxis.set_major_locator(
     ticker().MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
@@ -144,15 +147,15 @@ def value_axis(axes, values: np.ndarray):
 
 
 def step_axis(axes, bins: int = 5):
-  ticker = ticker()
+  """At most so many whole steps as ticks; a single step gets the only one."""
+  steps = {'integer': True, 'min_n_ticks': 1, 'steps': [1, 2, 5, 10]}
   axes.margins(x=0.02)
-  axes.xaxis.set_major_locator(
-    ticker.MaxNLocator(4, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
-  )
-  axes.xaxis.set_major_formatter(ticker.FuncFormatter(brief))
+  axes.xaxis.set_major_locator(ticker().MaxNLocator(bins, **steps))
+  axes.xaxis.set_major_formatter(ticker().FuncFormatter(brief))
 
 
 def brief(value: float, _=None) -> str:
+  """A number beside a tick."""
   for unit, size in (('M', 1e6), ('k', 1e3)):
     if abs(value) >= size:
       return f'{value / size:.4g}{unit}'
@@ -231,5 +234,5 @@ def _svg(figure) -> str:
   mark = 'f' + hashlib.sha256(svg.encode()).hexdigest()[:8]
   svg = re.sub(r'( id="| href="#|url\(#)', rf'\g<1>{mark}-', svg)
   # Hundredths of a point are enough for a path.
-  short = lambda match: re.sub(r'(\.\d\d)\d+', r'\1', match[0])
-  return re.sub(r' d="[^"]*"', short, svg)
+  rounded = lambda match: re.sub(r'(\.\d\d)\d+', r'\1', match[0])
+  return re.sub(r' d="[^"]*"', rounded, svg)

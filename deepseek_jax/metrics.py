@@ -14,6 +14,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.progress import progress
 
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
+_SHOWN = {'metrics': 4, 'timings': 1}  # values on the progress line
 
 _NOT_FINITE = {
   'NaN': math.nan,
@@ -68,7 +70,7 @@ class MetricsWriter:
     self._last_step = max(last)
     self._files = {k: p.open('a', encoding='utf-8') for k, p in paths.items()}
     self._progress = progress(total_steps, self._last_step) if console else None
-    self._shown: dict[str, float] = {}
+    self._newest: dict[str, dict] = {kind: {} for kind in FILES}
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -113,8 +115,11 @@ class MetricsWriter:
         for name, value in row.items():
           self._events.add_scalar(prefix + name, value, step)
     if self._progress:
-      self._shown |= rows['metrics'] | rows['timings']
-      self._progress.update(step, self._shown)
+      shown = {}
+      for kind, row in rows.items():
+        self._newest[kind] |= row
+        shown |= dict(islice(self._newest[kind].items(), _SHOWN[kind]))
+      self._progress.update(step, shown)
 
   def log(self, text: str):
     """Prints a line above the progress line; nothing with `console=False`."""

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Mapping
 
-_SHOWN = 5  # values on the line
 _SECONDS_BETWEEN_LINES = 10.0  # where no line can be redrawn
 
 
@@ -55,39 +54,37 @@ class _LiveLine:
 
 
 class _PlainLines:
-  """Lines for a log file: the first, the last, and one every ten seconds."""
+  """Lines for a log file: the first, one every ten seconds, the last."""
 
   def __init__(self, total: int | None, start: int):
     self._total, self._start = total, start
     self._begun = time.monotonic()
-    self._printed: tuple[float, int] | None = None
-    self._newest = (start, '')
+    self._next = self._begun  # when the next line is due
+    self._waiting: tuple[int, Mapping[str, float]] | None = None
 
   def update(self, step: int, row: Mapping[str, float]):
-    self._newest = (step, text)
+    self._waiting = (step, row)
     now = time.monotonic()
-    due = self._printed is None or (
-      now - self._printed[0] >= _SECONDS_BETWEEN_LINES
-    )
-    if due or step == self._total:
-      self._printed = (now, step)
-      print(self._line(step, text, now - self._begun), flush=True)
+    if now >= self._next:
+      self._next = now + _SECONDS_BETWEEN_LINES
+      self._print()
 
-  def _line(self, step: int, text: str, seconds: float) -> str:
+  def _print(self):
+    step, row = self._waiting
+    self._waiting = None
     of = '' if self._total is None else f'/{self._total}'
     left = ''
     if self._total is not None and self._start < step < self._total:
-      rate = seconds / (step - self._start)
+      rate = (time.monotonic() - self._begun) / (step - self._start)
       left = f'  left {_clock(rate * (self._total - step))}'
-    return f'step {step}{of}  {text}{left}'
+    print(f'step {step}{of}  {_text(row)}{left}', flush=True)
 
   def log(self, text: str):
     print(text, flush=True)
 
   def close(self):
-    step, text = self._newest
-    if self._printed and self._printed[1] != step:
-      print(self._line(step, text, time.monotonic() - self._begun), flush=True)
+    if self._waiting:
+      self._print()
 
 
 def _clock(seconds: float) -> str:
@@ -97,7 +94,7 @@ def _clock(seconds: float) -> str:
 
 
 def _text(row: Mapping[str, float]) -> str:
-  return '  '.join(f'{k} {short(v)}' for k, v in [*row.items()][:_SHOWN])
+  return '  '.join(f'{name} {short(value)}' for name, value in row.items())
 
 
 def short(value: float) -> str:

@@ -166,11 +166,14 @@ def _panels(curves: Mapping[str, tuple]) -> list[figures.Panel]:
     series = figures.Series(split, steps, values)
     panels.setdefault(base, []).append(series)
   order = [*_SCALARS, *(name for name in panels if name not in _SCALARS)]
-  return [
-    figures.Panel(*_SCALARS.get(name, (figures.title(name), '')), panels[name])
-    for name in order
-    if name in panels
-  ]
+  return [_panel(name, panels[name]) for name in order if name in panels]
+
+
+def _panel(name: str, series: list[figures.Series]) -> figures.Panel:
+  title, unit = _SCALARS.get(name, (figures.title(name), ''))
+  if [s.label for s in series] == ['validation']:
+    title = f'Validation {title[:1].lower()}{title[1:]}'
+  return figures.Panel(title, unit, series)
 
 
 def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:

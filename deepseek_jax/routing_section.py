@@ -64,7 +64,8 @@ def _share(load: np.ndarray) -> np.ndarray:
 def _edges(run: flight.Flight) -> np.ndarray:
   """Steps at which intervals begin and end, [N + 1]."""
   gaps = np.diff(run.last) / run.records[1:]  # steps per record
-  gap = gaps[0] if len(gaps) else max(1, run.last[0] - run.first[0])
+  inside = (run.last[0] - run.first[0]) / max(1, run.records[0] - 1)
+  gap = gaps[0] if len(gaps) else max(1, inside)
   start = max(0.0, run.first[0] - gap)
   return np.concatenate([[start], run.last])
 

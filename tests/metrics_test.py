@@ -191,6 +191,23 @@ class ProgressTest(_Case):
       out.getvalue().splitlines(), ['step 1  loss nan', 'step 7  loss nan']
     )
 
+  def test_the_newest_of_every_value_is_shown_and_the_speed_always(self):
+    out = io.StringIO()
+    with (
+      contextlib.redirect_stdout(out),
+      metrics.MetricsWriter(self.workdir) as writer,
+    ):
+      writer.write(1, dict.fromkeys('abcdef', 1), {'tokens_per_second': 7})
+      writer.write(2, {'b': 2}, {'tokens_per_second': 8})
+      writer.write(2, {'d': 3})
+    self.assertEqual(
+      out.getvalue().splitlines(),
+      [
+        'step 1  a 1  b 1  c 1  d 1  tokens_per_second 7',
+        'step 2  a 1  b 2  c 1  d 3  tokens_per_second 8',
+      ],
+    )
+
   def test_console_off_prints_nothing(self):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

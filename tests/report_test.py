@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from matplotlib import colormaps
 from PIL import Image
 
-from deepseek_jax import figures, flight, metrics, report
+from deepseek_jax import figures, flight, metrics, report, routing_figures
 from deepseek_jax.errors import InputError
 
 _HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(2)>$x_$&'
@@ -200,6 +200,11 @@ class RunsTest(parameterized.TestCase):
     self.assertIn('<h2>Experts', page)
     self.assertLen(re.findall('<svg', page), 6)  # no logarithm of one step
 
+  def test_a_scalar_of_validation_alone_says_so(self):
+    with metrics.MetricsWriter(self.workdir, console=False) as writer:
+      writer.write(1, {'loss': 3.0, 'validation_bits_per_byte': 2.0})
+    self.assertIn('>Validation bits per byte<', _report(self.workdir))
+
   def test_an_empty_run(self):
     page = report.write_report(self.workdir, title='x', facts={}).read_text()
     self.assertIn('recorded no scalars', page)
@@ -242,7 +247,7 @@ class RunsTest(parameterized.TestCase):
 class FiguresTest(parameterized.TestCase):
   def test_heatmap_pixels_are_the_loads(self):
     share = np.array([[0, 0.5, 1], [1.5, 2, 9]])
-    svg = figures.load_by_layer(share, [0, 1])
+    svg = routing_figures.load_by_layer(share, [0, 1])
     # Drawn with positive scales: the first row of pixels is on top.
     image = r'<image [^>]*base64,\s*([^"]*)"[^>]*matrix\([\d.]+ 0 0 [\d.]+ '
     [data] = re.findall(image, svg)
@@ -256,7 +261,7 @@ class FiguresTest(parameterized.TestCase):
   )
   def test_each_cell_shows_the_interval_under_it(self, edges):
     for cells in (1, 4, 7):
-      picked = figures.sample(np.array(edges), cells)
+      picked = routing_figures.sample(np.array(edges), cells)
       self.assertLen(picked, cells)
       for n, interval in enumerate(picked):
         centre = edges[0] + (n + 0.5) * (edges[-1] - edges[0]) / cells

@@ -132,6 +132,14 @@ class WindowsTest(parameterized.TestCase):
     self.assertNotEqual(data.build(self.config(**change)).path, first.path)
     self.assertLen(self.stores(), 2)
 
+  def test_bpe_vocabularies_of_two_sizes_are_two_stores(self):
+    sizes = (280, 290)
+    built = [
+      data.build(self.config(tokenizer='bpe', vocab_size=size))
+      for size in sizes
+    ]
+    self.assertEqual(tuple(store.vocab_size for store in built), sizes)
+
   def test_a_change_of_the_text_makes_another_store(self):
     first = data.build(self.config())
     with open(os.path.join(self.root, 'part0', '0.txt'), 'a') as file:

@@ -54,6 +54,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   if model.get_vocab_size() != vocab_size:
     raise InputError(
       f'data.vocab_size={vocab_size}: the corpus gives only '
-      f"{model.get_vocab_size()} tokens; set it to that or data.tokenizer to bytes"
+      f'{model.get_vocab_size()} tokens; set it to that or add text'
     )
   return Tokenizer(model.to_str(), eos=EOS, pad=PAD)

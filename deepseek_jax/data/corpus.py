@@ -205,26 +205,29 @@ def _record(line, where):
 
 def _parquet(path, name):
   import pyarrow
-  import pyarrow.parquet
 
   try:
-    file = pyarrow.parquet.ParquetFile(path)
-  except (pyarrow.ArrowException, OSError) as error:
+    for number, text in enumerate(_column(path)):
+      yield Document(f'{name}:{number}', _checked(text, f'{path} row {number}'))
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     raise InputError(
-      f'data.path: {path} is not a parquet file: replace it or take it away'
+      f'data.path: {path} is not a sound parquet file of UTF-8 text: '
+      'write it again or take it away'
     ) from error
-  with file:
-    if 'text' not in file.schema_arrow.names:
-      names = ', '.join(file.schema_arrow.names)
+
+
+def _column(path):
+  import pyarrow.parquet
+
+  with pyarrow.parquet.ParquetFile(path) as file:
+    names = file.schema_arrow.names
+    if 'text' not in names:
       raise InputError(
-        f"data.path: {path} has no column 'text' but {names}: rename one"
+        f"data.path: {path} has no column 'text' but {', '.join(names)}: "
+        'rename one'
       )
-    number = 0
     for batch in file.iter_batches(columns=['text']):
-      for text in batch.column(0).to_pylist():
-        where = f'{path} row {number}'
-        yield Document(f'{name}:{number}', _checked(text, where))
-        number += 1
+      yield from batch.column(0).to_pylist()
 
 
 def _checked(text, where):

@@ -96,6 +96,11 @@ class Batches:
         f'batch_size={batch_size}: set it to a multiple of the '
         f'{process_count} processes'
       )
+    if not 0 <= process_index < process_count:
+      raise InputError(
+        f'process_index={process_index}: set it to one of 0 to '
+        f'{process_count - 1}'
+      )
     rows = batch_size // process_count
     start = self._next + process_index * rows
     tokens = np.stack([self._dataset[i] for i in range(start, start + rows)])

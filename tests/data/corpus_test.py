@@ -4,6 +4,7 @@ import sysconfig
 import tempfile
 from unittest import mock
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from absl.testing import absltest, parameterized
@@ -157,7 +158,7 @@ class CorpusTest(parameterized.TestCase):
   @parameterized.parameters(
     ('missing', None, 'does not exist'),
     ('page.html', '<p>', 'is not one of .txt'),
-    ('bad.parquet', 'no parquet', 'is not a parquet file'),
+    ('bad.parquet', 'no parquet', 'is not a sound parquet file'),
   )
   def test_a_bad_path_is_refused_by_name(self, name, content, what):
     path = os.path.join(self.root, name)
@@ -166,6 +167,21 @@ class CorpusTest(parameterized.TestCase):
         file.write(content)
     with self.assertRaisesRegex(InputError, f'data.path.*{name}.*{what}'):
       self.read(path)
+
+  def test_parquet_text_that_is_not_utf8_is_refused_by_name(self):
+    offsets = pyarrow.py_buffer(np.array([0, 2], np.int32))
+    parts = [None, offsets, pyarrow.py_buffer(b'\xff\xfe')]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, parts)
+    self.write('a.parquet', {'text': text})
+    with self.assertRaisesRegex(InputError, 'a.parquet .* UTF-8'):
+      self.read()
+
+  @parameterized.parameters(0.3, 0.6, 0.9)
+  def test_a_truncated_parquet_file_is_refused_by_name(self, part):
+    path = self.write('a.parquet', {'text': [str(i) for i in range(999)]})
+    os.truncate(path, int(os.path.getsize(path) * part))
+    with self.assertRaisesRegex(InputError, 'a.parquet is not a sound'):
+      self.read()
 
   def test_a_folder_that_cannot_be_listed_is_refused_by_name(self):
     self.write('open/a.txt', 'text')

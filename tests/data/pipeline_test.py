@@ -195,6 +195,11 @@ class PipelineTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, f'batch_size={size}'):
       self.batches().next(size, 0, count)
 
+  @parameterized.parameters(-1, 2)
+  def test_a_process_that_does_not_exist_is_refused(self, index):
+    with self.assertRaisesRegex(InputError, f'process_index={index}'):
+      self.batches().next(4, index, 2)
+
   def test_the_dataset_composes_with_grain(self):
     dataset = pipeline.dataset(self.store, self.config)
     batched = dataset.batch(4).to_iter_dataset()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import permute
+from pallas_kernels.grouped_matmul import gpu as grouped_gpu
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.permute.reference import num_blocks
 
@@ -71,10 +73,35 @@ def _permute(name, tokens, choices, experts, dim):
   return Case(fn, (*arrays, *plan), False)
 
 
+def _grouped(counts, dim, out, block, kind):
+  """One product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
+  bf, i32 = jnp.bfloat16, jnp.int32
+  E, M = len(counts), sum(counts)
+  layout = (((M // block,), i32), ((), i32))
+  rows, grads, weights = ((M, dim), bf), ((M, out), bf), ((E, dim, out), bf)
+  if kind == 'drhs':
+    fn = lambda x, g, be, used: grouped_gpu.outer(x, g, be, used, E)
+    return Case(fn, (rows, grads, *layout), True)
+  given = rows if kind == 'fwd' else grads
+  fn = lambda x, w, be, used: grouped_matmul(
+    x, w, be, used=used, transpose=kind == 'dlhs', impl='gpu'
+  )
+  return Case(fn, (given, weights, *layout), True)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
   'mla_decode_h16': _mla_decode(128, 1, 16, 1),
+  **{
+    f'grouped_matmul_{kind}_{name}': _grouped(*shape, kind)
+    for kind in ('fwd', 'dlhs', 'drhs')
+    for name, shape in {
+      'b128': ((1024,) * 32, 7168, 4096, 128),
+      'b64': ((64,) * 256, 7168, 4096, 64),
+      'f1408': ((768,) * 64, 2048, 1408, 128),
+    }.items()
+  },
   'permute': _permute('permute', 4096, 8, 256, 7168),
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),
   'combine': _permute('combine', 4096, 8, 256, 7168),

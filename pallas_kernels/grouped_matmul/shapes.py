@@ -20,6 +20,13 @@ TEST = {
   'decode': Shape((1, 0, 0, 2, 0, 1), 16, 24, 1),
 }
 
+# The kernel takes these, so the interpreter runs them.
+TEST_GPU = {
+  'rows_128': Shape((130, 0, 5), 128, 256, 128),
+  'rows_64': Shape((0, 3, 64), 256, 128, 64),
+  'more_steps_than_stages': Shape((1,), 384, 128, 64),
+}
+
 # The (n, k) of DeepSeek-V3 experts; groups from training down to decoding.
 BENCH = {
   'g8_m4096_up': Shape((4096,) * 8, 7168, 4096, 128),

@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 from pallas_kernels import aot_cases
 
 # One small case per operation runs in the fast part.
-FAST = ('combine', 'mla_decode_h16', 'permute')
+FAST = ('combine', 'grouped_matmul_fwd_b128', 'mla_decode_h16', 'permute')
 
 
 def export(case):

@@ -99,6 +99,21 @@ class GroupedMatmulTest(parameterized.TestCase):
     np.testing.assert_allclose(dr, drows, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(dw, dweights, rtol=1e-5, atol=1e-4)
 
+  @parameterized.parameters(
+    ((64, 128), (1, 128, 128), 1, jnp.float32, 'dtype float32'),
+    ((32, 128), (1, 128, 128), 1, jnp.bfloat16, 'rows in steps of 32'),
+    ((64, 96), (1, 96, 128), 1, jnp.bfloat16, 'width 96'),
+    ((64, 128), (1, 128, 100), 1, jnp.bfloat16, 'width 100'),
+  )
+  def test_unsupported_kernel_shape_says_why(
+    self, rows, weights, blocks, dtype, reason
+  ):
+    expert = jnp.zeros(blocks, jnp.int32)
+    with self.assertRaisesRegex(NotImplementedError, reason):
+      grouped_matmul(
+        jnp.zeros(rows, dtype), jnp.zeros(weights, dtype), expert, impl='gpu'
+      )
+
   def test_bad_shapes_name_the_field(self):
     rows, weights = jnp.zeros((8, 4)), jnp.zeros((2, 5, 3))
     with self.assertRaisesRegex(ValueError, 'disagree on the width: 4 and 5'):

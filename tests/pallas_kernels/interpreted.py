@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import compat, permute
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as mla_decode_shapes
 from pallas_kernels.permute import shapes as permute_shapes
@@ -89,6 +91,43 @@ def check_permute():
       label = f'{name} {dtype.__name__}'
       compare(label, there, (x, rows, plan), tolerance)
       compare(label, back, (rows, weights, x, plan), tolerance)
+
+
+def draw_grouped_matmul(shape):
+  """Rows with two blocks of filler, weights, expert of each block, used."""
+  rng = np.random.default_rng(0)
+  blocks = [-(-c // shape.block) for c in shape.counts]
+  E, used = len(blocks), sum(blocks)
+  expert = np.append(np.repeat(np.arange(E), blocks), [E - 1, E - 1])
+  rows = np.zeros((len(expert) * shape.block, shape.dim))
+  starts = (np.cumsum(blocks) - blocks) * shape.block
+  for start, count in zip(starts, shape.counts):
+    rows[start : start + count] = rng.normal(size=(count, shape.dim))
+  weights = rng.normal(size=(E, shape.dim, shape.out))
+  grad = rng.normal(size=(len(rows), shape.out))
+  floats = [jnp.asarray(a, jnp.bfloat16) for a in (rows, weights, grad)]
+  return *floats, jnp.asarray(expert, jnp.int32), jnp.asarray(used)
+
+
+def check_grouped_matmul():
+  def both(rows, weights, grad, expert, used, transpose, impl):
+    fn = functools.partial(
+      grouped_matmul,
+      block_expert=expert,
+      used=used,
+      transpose=transpose,
+      impl=impl,
+    )
+    out, pull = jax.vjp(fn, rows, weights)
+    return out, pull(grad)
+
+  for name, shape in grouped_shapes.TEST_GPU.items():
+    rows, weights, grad, expert, used = draw_grouped_matmul(shape)
+    for transpose in (False, True):
+      w = weights.swapaxes(1, 2) if transpose else weights
+      op = functools.partial(both, transpose=transpose)
+      label = f'{name} transpose={transpose}'
+      compare(label, op, (rows, w, grad, expert, used), BF16)
 
 
 def check_race():

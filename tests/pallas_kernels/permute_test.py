@@ -129,6 +129,14 @@ class PermuteTest(parameterized.TestCase):
     self.assertIn('gather', text)
     self.assertNotIn('scatter', text)
 
+  def test_unsupported_kernel_shape_says_why(self):
+    plan = op.plan(jnp.zeros((4, 1), jnp.int32), 1, block=4)
+    with self.assertRaisesRegex(NotImplementedError, 'width 100'):
+      op.permute(jnp.zeros((4, 100)), plan, impl='gpu')
+    with self.assertRaisesRegex(NotImplementedError, 'dtype float16'):
+      rows = jnp.zeros((4, 256), jnp.float16)
+      op.combine(rows, jnp.ones((4, 1)), plan, impl='gpu')
+
   def test_bad_input_names_the_field(self):
     with self.assertRaisesRegex(ValueError, 'experts is float32'):
       op.plan(jnp.zeros((2, 2)), 4)

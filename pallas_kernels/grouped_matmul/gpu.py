@@ -1,0 +1,262 @@
+"""Grouped matmul in bfloat16 on Hopper.
+
+A thread block owns one output tile of 128 (or 64) rows of one expert; its two
+warpgroups multiply 64 x 256 each out of a ring of tiles that warpgroup 0
+refills by TMA. Without a warpgroup for loading the kernel needs no setmaxnreg,
+which some compilers ignore: two warpgroups get 255 registers a thread.
+Legend: M rows, E experts, D width in, F width out.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+
+STEP = 64  # of the contracted dimension: 128 bytes, one swizzled row
+STAGES = 4
+STAGED = 128  # columns that leave through shared memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """An output tile: `rows` and `columns` cut among two warpgroups."""
+
+  rows: int  # 128: each warpgroup has 64 rows; 64: each has half the columns
+  columns: int
+
+  @property
+  def by_rows(self) -> bool:
+    return self.rows == 128
+
+  @property
+  def own_columns(self) -> int:
+    return self.columns if self.by_rows else self.columns // 2
+
+  @property
+  def parts(self) -> tuple[int, int]:
+    """Pieces of the left and of the right operand."""
+    return (2, 1) if self.by_rows else (1, 2)
+
+
+def _tile(rows_multiple, columns) -> Tile:
+  rows = 128 if rows_multiple % 128 == 0 else 64
+  if rows_multiple % 64:
+    raise NotImplementedError(f'rows in steps of {rows_multiple}, not 64 * n')
+  for width in (256, 128):
+    if columns % width == 0:
+      return Tile(rows, width)
+  raise NotImplementedError(f'width {columns}, not a multiple of 128')
+
+
+def _supported(*arrays):
+  for array in arrays:
+    if array.dtype != jnp.bfloat16:
+      raise NotImplementedError(f'dtype {array.dtype}, not bfloat16')
+
+
+def forward(rows, weights, block_expert, used, transpose):
+  """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
+  _supported(rows, weights)
+  (M, D), F = rows.shape, weights.shape[1 if transpose else 2]
+  block = M // block_expert.shape[0]
+  tile = _tile(block, F)
+  if D % STEP:
+    raise NotImplementedError(f'width {D}, not a multiple of {STEP}')
+  body = functools.partial(
+    _forward_body, tile=tile, transpose=transpose, block=block
+  )
+  b_shape = (tile.own_columns, STEP) if transpose else (STEP, tile.own_columns)
+  return compat.kernel(
+    body,
+    jax.ShapeDtypeStruct((M, F), rows.dtype),
+    grid={'m': M // tile.rows, 'n': F // tile.columns},
+    threads=2,
+    scratch=_scratch(tile, (64, STEP), b_shape),
+  )(rows, weights, block_expert, used[None])
+
+
+def outer(rows, grads, block_expert, used, num_experts):
+  """Sum over each expert's rows of rows.T @ grads: [E D F] bfloat16.
+
+  Blocks of one expert must adjoin, as they do in a plan.
+  """
+  _supported(rows, grads)
+  (M, D), F = rows.shape, grads.shape[1]
+  block = M // block_expert.shape[0]
+  if block % STEP:
+    raise NotImplementedError(f'blocks of {block} rows, not 64 * n')
+  tile = _tile(D, F)
+  index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
+  ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+  own = (block_expert == ids) & (index < used)  # [E blocks]
+  count = own.sum(1, dtype=jnp.int32)
+  first = jnp.argmax(own, axis=1).astype(jnp.int32)
+  body = functools.partial(_outer_body, tile=tile)
+  return compat.kernel(
+    body,
+    jax.ShapeDtypeStruct((num_experts, D, F), rows.dtype),
+    grid={'e': num_experts, 'm': D // tile.rows, 'n': F // tile.columns},
+    threads=2,
+    scratch=_scratch(tile, (STEP, 64), (STEP, tile.own_columns)),
+  )(rows, grads, first * (block // STEP), count * (block // STEP))
+
+
+def _scratch(tile, a_shape, b_shape):
+  memory = lambda *shape: plgpu.SMEM(
+    shape, jnp.bfloat16, transforms=compat.TILED_16BIT
+  )
+  parts_a, parts_b = tile.parts
+  return {
+    'a': memory(STAGES, parts_a, *a_shape),
+    'b': memory(STAGES, parts_b, *b_shape),
+    'staged': memory(2, 64, min(STAGED, tile.own_columns)),
+    'here': plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+    'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+  }
+
+
+def _ring(ref, steps, load, multiply, here, free):
+  """multiply(ref, stage) for every step, while later stages are loading."""
+  w = lax.axis_index('wg')
+
+  @pl.when(w == 0)
+  def _():
+    def fill(stage, _):
+      load(stage, stage)
+      return ()
+
+    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
+
+  def step(k, _):
+    stage = lax.rem(k, STAGES)
+    plgpu.barrier_wait(here.at[stage])
+    multiply(ref, stage)
+    plgpu.wgmma_wait(1)  # the previous step is done reading
+    last, again = lax.rem(k + (STAGES - 1), STAGES), k + (STAGES - 1)
+
+    @pl.when((k > 0) & (again < steps))
+    def _():
+      plgpu.barrier_arrive(free.at[last])
+
+      @pl.when(w == 0)
+      def _():
+        plgpu.barrier_wait(free.at[last])
+        load(again, last)
+
+    return ()
+
+  lax.fori_loop(0, steps, step, ())
+  return ref[...]
+
+
+def _store(acc, out_tile, staged, own_columns):
+  """Registers -> shared memory -> out_tile(columns), some columns at a time."""
+  w = lax.axis_index('wg')
+  width = min(STAGED, own_columns)
+  for start in range(0, own_columns, width):
+    if start:
+      plgpu.wait_smem_to_gmem(0)
+    piece = lax.slice(acc, (0, start), (64, start + width))
+    staged[w] = piece.astype(staged.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged.at[w], out_tile(pl.ds(start, width)))
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _part(tile):
+  """Which piece of a and of b this warpgroup multiplies."""
+  w = lax.axis_index('wg')
+  return (w, 0) if tile.by_rows else (0, w)
+
+
+def _forward_body(
+  rows, weights, block_expert, used, out, a, b, staged, here, free,
+  *, tile, transpose, block,
+):  # fmt: skip
+  m, n, w = (lax.axis_index(axis) for axis in ('m', 'n', 'wg'))
+  at = lax.div(m, block // tile.rows)
+  expert = block_expert[at]
+  part_a, part_b = _part(tile)
+  # Filler gets zeros: no step at all.
+  steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
+
+  def load(k, stage):
+    inner = pl.ds(k * STEP, STEP)
+    for i in range(tile.parts[0]):
+      where = pl.ds(m * tile.rows + i * 64, 64)
+      plgpu.copy_gmem_to_smem(
+        rows.at[where, inner], a.at[stage, i], here.at[stage]
+      )
+    for i in range(tile.parts[1]):
+      where = pl.ds(n * tile.columns + i * tile.own_columns, tile.own_columns)
+      source = (expert, where, inner) if transpose else (expert, inner, where)
+      plgpu.copy_gmem_to_smem(
+        weights.at[source], b.at[stage, i], here.at[stage]
+      )
+
+  def multiply(ref, stage):
+    right = b.at[stage, part_b]
+    right = compat.transposed(right) if transpose else right
+    plgpu.wgmma(ref, a.at[stage, part_a], right)
+
+  acc = pl.run_scoped(
+    lambda ref: _ring(ref, steps, load, multiply, here, free),
+    plgpu.ACC((64, tile.own_columns), jnp.float32),
+  )
+  top = m * tile.rows + part_a * 64
+  left = n * tile.columns + part_b * tile.own_columns
+  _store(
+    acc,
+    lambda columns: out.at[
+      pl.ds(top, 64), pl.ds(left + columns.start, columns.size)
+    ],
+    staged,
+    tile.own_columns,
+  )
+  del w
+
+
+def _outer_body(
+  rows, grads, first, count, out, a, b, staged, here, free, *, tile
+):
+  e, m, n = (lax.axis_index(axis) for axis in ('e', 'm', 'n'))
+  start = first[e]
+  part_a, part_b = _part(tile)
+
+  def load(k, stage):
+    inner = pl.ds((start + k) * STEP, STEP)
+    for i in range(tile.parts[0]):
+      where = pl.ds(m * tile.rows + i * 64, 64)
+      plgpu.copy_gmem_to_smem(
+        rows.at[inner, where], a.at[stage, i], here.at[stage]
+      )
+    for i in range(tile.parts[1]):
+      where = pl.ds(n * tile.columns + i * tile.own_columns, tile.own_columns)
+      plgpu.copy_gmem_to_smem(
+        grads.at[inner, where], b.at[stage, i], here.at[stage]
+      )
+
+  def multiply(ref, stage):
+    left = compat.transposed(a.at[stage, part_a])
+    plgpu.wgmma(ref, left, b.at[stage, part_b])
+
+  acc = pl.run_scoped(
+    lambda ref: _ring(ref, count[e], load, multiply, here, free),
+    plgpu.ACC((64, tile.own_columns), jnp.float32),
+  )
+  top = m * tile.rows + part_a * 64
+  left = n * tile.columns + part_b * tile.own_columns
+  _store(
+    acc,
+    lambda columns: out.at[
+      e, pl.ds(top, 64), pl.ds(left + columns.start, columns.size)
+    ],
+    staged,
+    tile.own_columns,
+  )

@@ -1,0 +1,52 @@
+"""Choosing between the reference and the kernel, and saying why."""
+
+import logging
+from unittest import mock
+
+from absl.testing import absltest
+
+from pallas_kernels import dispatch
+
+
+def refuse(x):
+  raise NotImplementedError(f'x={x} is odd')
+
+
+def double(x):
+  return 2 * x
+
+
+class DispatchTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    dispatch._say_once.cache_clear()
+
+  def test_without_a_hopper_gpu_the_reference_runs_and_says_so_once(self):
+    with self.assertLogs('pallas_kernels', logging.INFO) as logs:
+      for _ in range(3):
+        self.assertEqual(dispatch.run('op', None, refuse, double, 3), 6)
+    self.assertLen(logs.output, 1)
+    self.assertIn('op: reference in use: the default device', logs.output[0])
+
+  def test_an_unsupported_shape_falls_back_and_warns_once(self):
+    with (
+      mock.patch.object(dispatch, 'on_hopper', lambda: True),
+      self.assertLogs('pallas_kernels', logging.WARNING) as logs,
+    ):
+      for _ in range(3):
+        self.assertEqual(dispatch.run('op', None, refuse, double, 3), 6)
+    self.assertEqual(
+      logs.output,
+      ['WARNING:pallas_kernels:op: reference in use: x=3 is odd'],
+    )
+
+  def test_a_forced_choice_is_kept(self):
+    with mock.patch.object(dispatch, 'on_hopper', lambda: True):
+      self.assertEqual(dispatch.run('op', 'reference', refuse, double, 3), 6)
+      self.assertEqual(dispatch.run('op', None, double, refuse, 3), 6)
+    with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
+      dispatch.run('op', 'gpu', refuse, double, 3)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -10,6 +10,7 @@ import math
 
 import jax
 import numpy as np
+from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax.layers.balance import BalanceConfig
@@ -121,7 +122,7 @@ def fill(shapes, seed: int = 0):
 
 def draw(model: ds.Model, seed: int = 0) -> dict:
   """Variables of a model, every leaf random (fresh norms would be all ones)."""
-  shapes = {k: v.to_pure_dict() for k, v in model.abstract.items()}
+  shapes = {k: nnx.to_pure_dict(v) for k, v in model.abstract.items()}
   return fill(shapes, seed)
 
 

@@ -12,6 +12,8 @@ from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.permute.reference import num_blocks
+from pallas_kernels.router import router
+from pallas_kernels.router import shapes as router_shapes
 
 
 class Case(NamedTuple):
@@ -89,6 +91,15 @@ def _grouped(counts, dim, out, block, kind):
   return Case(fn, (given, weights, *layout), True)
 
 
+def _router(name):
+  shape = router_shapes.BENCH[name]
+  args = (((shape.tokens, shape.experts), jnp.float32),)
+  if shape.bias:
+    args += (((shape.experts,), jnp.float32),)
+  fn = functools.partial(router, top_k=shape.top_k, rule=shape.rule, impl='gpu')
+  return Case(fn, args, False)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
@@ -102,6 +113,7 @@ CASES = {
       'f1408': ((768,) * 64, 2048, 1408, 128),
     }.items()
   },
+  **{f'router_{n}': _router(n) for n in router_shapes.BENCH},
   'permute': _permute('permute', 4096, 8, 256, 7168),
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),
   'combine': _permute('combine', 4096, 8, 256, 7168),

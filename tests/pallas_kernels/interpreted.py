@@ -20,6 +20,8 @@ from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as mla_decode_shapes
 from pallas_kernels.permute import shapes as permute_shapes
+from pallas_kernels.router import router
+from pallas_kernels.router import shapes as router_shapes
 
 BF16 = 2.0**-8  # half a step of bfloat16 either side, twice: input and output
 
@@ -128,6 +130,17 @@ def check_grouped_matmul():
       op = functools.partial(both, transpose=transpose)
       label = f'{name} transpose={transpose}'
       compare(label, op, (rows, w, grad, expert, used), BF16)
+
+
+def check_router():
+  for name, shape in router_shapes.TEST.items():
+    rng = np.random.default_rng(0)
+    # Quarters tie often: the lower number must win.
+    draw = rng.normal(size=(shape.tokens, shape.experts)) * 2
+    logits = jnp.asarray(np.round(draw * 4) / 4, jnp.float32)
+    bias = jnp.asarray(rng.integers(-2, 3, shape.experts) / 2, jnp.float32)
+    op = functools.partial(router, top_k=shape.top_k, rule=shape.rule)
+    compare(name, op, (logits, bias if shape.bias else None), 1e-6)
 
 
 def check_race():

@@ -1,0 +1,116 @@
+"""From gate logits to the experts of each token and their weights.
+
+One computation with settings: DeepSeekMoE and V2-Lite (greedy softmax), V2
+(group-limited softmax, arXiv:2405.04434 section 2.2.2), V3 (sigmoid with a
+selection bias, arXiv:2412.19437 section 2.1.2), V4 (square root of softplus).
+The bias moves the choice and never the weight. Legend: N tokens, E experts,
+K chosen, G groups.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.router import reference
+
+__all__ = ['Rule', 'router']
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How experts are chosen and weighted.
+
+  Attributes:
+    scoring: affinity of a token to an expert.
+    groups: experts lie in this many groups of neighbours ...
+    top_groups: ... of which a token may use this many.
+    group_score: a group counts by its best expert or by its best two.
+    normalize: the chosen weights are divided by their sum + 1e-20.
+    scale: multiplies the weights.
+  """
+
+  scoring: Literal['softmax', 'sigmoid', 'sqrtsoftplus'] = 'sigmoid'
+  groups: int = 1
+  top_groups: int = 1
+  group_score: Literal['max', 'top2'] = 'top2'
+  normalize: bool = True
+  scale: float = 1.0
+
+
+def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
+  """Chooses top_k experts per token; equals favour the lower number.
+
+  Args:
+    logits: [N E] float32 gate logits.
+    bias: [E] float32 or None, added to the scores for the choice alone.
+    top_k: K.
+    rule: see Rule.
+    impl: None, 'reference' or 'gpu' (float32, E a multiple of 8 up to 256).
+
+  Returns:
+    experts [N K] int32, best first, and weights [N K] float32. The weights are
+    differentiable in logits; the choice and the bias have no gradient.
+
+  Raises:
+    ValueError: a rule that doesn't fit E and top_k.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  _check(logits, bias, top_k, rule)
+  if bias is not None:
+    bias = jax.lax.stop_gradient(jnp.asarray(bias, jnp.float32))
+  return _route(logits, bias, top_k, rule, impl)
+
+
+def _check(logits, bias, top_k, rule):
+  E = logits.shape[-1]
+  if rule.scoring not in ('softmax', 'sigmoid', 'sqrtsoftplus'):
+    raise ValueError(
+      f"scoring={rule.scoring!r}; use 'softmax', 'sigmoid' or 'sqrtsoftplus'"
+    )
+  if rule.group_score not in ('max', 'top2'):
+    raise ValueError(f"group_score={rule.group_score!r}; use 'max' or 'top2'")
+  if E % rule.groups or not 1 <= rule.top_groups <= rule.groups:
+    raise ValueError(
+      f'groups={rule.groups} with top_groups={rule.top_groups} do not fit '
+      f'{E} experts: groups divides E, and 1 <= top_groups <= groups'
+    )
+  size = E // rule.groups
+  if rule.groups > 1 and rule.group_score == 'top2' and size < 2:
+    raise ValueError(f"group_score='top2' needs groups of 2, not of {size}")
+  if not 1 <= top_k <= size * rule.top_groups:
+    raise ValueError(
+      f'top_k={top_k} is outside 1..{size * rule.top_groups}, the experts '
+      f'of {rule.top_groups} groups'
+    )
+  if bias is not None and bias.shape != (E,):
+    raise ValueError(f'bias is {list(bias.shape)}, not [{E}]')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _route(logits, bias, top_k, rule, impl):
+  def gpu(*args):
+    from pallas_kernels.router import gpu
+
+    return gpu.route(*args)
+
+  args = (logits, bias, top_k, rule)
+  return dispatch.run('router', impl, gpu, reference.route, *args)
+
+
+def _fwd(logits, bias, top_k, rule, impl):
+  experts, weights = _route(logits, bias, top_k, rule, impl)
+  return (experts, weights), (logits, experts, bias)
+
+
+def _bwd(top_k, rule, impl, saved, grads):
+  logits, experts, bias = saved
+  _, pull = jax.vjp(lambda x: reference.weigh(x, experts, rule), logits)
+  zero = None if bias is None else jnp.zeros_like(bias)
+  return *pull(grads[1]), zero
+
+
+_route.defvjp(_fwd, _bwd)

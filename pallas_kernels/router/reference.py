@@ -1,0 +1,48 @@
+"""Scores, groups, bias, top-k and weights in XLA."""
+
+import jax
+import jax.numpy as jnp
+
+
+def score(logits, scoring):
+  """Affinities [N E] of float32 logits [N E]."""
+  if scoring == 'softmax':
+    return jax.nn.softmax(logits, axis=-1)
+  if scoring == 'sigmoid':
+    return jax.nn.sigmoid(logits)
+  return jnp.sqrt(jax.nn.softplus(logits))
+
+
+def limit_groups(choice, rule):
+  """choice [N E] with all but the best groups at -inf."""
+  N, E = choice.shape
+  grouped = choice.reshape(N, rule.groups, E // rule.groups)
+  best = 1 if rule.group_score == 'max' else 2
+  rank = jax.lax.top_k(grouped, best)[0].sum(-1)  # [N G]
+  chosen = jax.lax.top_k(rank, rule.top_groups)[1]
+  keep = (chosen[..., None] == jnp.arange(rule.groups)).any(1)
+  return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(N, E)
+
+
+def choose(logits, bias, top_k, rule):
+  """[N K] int32; among equals the lower expert number wins."""
+  choice = score(logits.astype(jnp.float32), rule.scoring)
+  if bias is not None:
+    choice = choice + bias
+  if rule.groups > 1:
+    choice = limit_groups(choice, rule)
+  return jax.lax.top_k(choice, top_k)[1].astype(jnp.int32)
+
+
+def weigh(logits, experts, rule):
+  """[N K] float32 weights of chosen experts; differentiable in logits."""
+  scores = score(logits.astype(jnp.float32), rule.scoring)
+  weights = jnp.take_along_axis(scores, experts, axis=-1)
+  if rule.normalize:
+    weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+  return weights * rule.scale
+
+
+def route(logits, bias, top_k, rule):
+  experts = choose(logits, bias, top_k, rule)
+  return experts, weigh(logits, experts, rule)

@@ -1,0 +1,35 @@
+"""Shapes that drive the tests and the benchmark of router."""
+
+from typing import NamedTuple
+
+from pallas_kernels.router import Rule
+
+
+class Shape(NamedTuple):
+  """N tokens, E experts, K chosen."""
+
+  tokens: int
+  experts: int
+  top_k: int
+  rule: Rule
+  bias: bool
+
+
+# All are shapes that the kernel takes.
+TEST = {
+  'v2_lite': Shape(70, 64, 6, Rule('softmax', normalize=False), False),
+  'v2': Shape(5, 40, 3, Rule('softmax', 8, 3, 'max', False, 16.0), False),
+  'v3': Shape(64, 64, 8, Rule('sigmoid', 8, 4, 'top2', True, 2.5), True),
+  'v4': Shape(1, 48, 6, Rule('sqrtsoftplus', scale=1.5), True),
+  'all': Shape(3, 8, 8, Rule('sigmoid'), False),
+}
+
+BENCH = {
+  'v3_t4096': Shape(
+    4096, 256, 8, Rule('sigmoid', 8, 4, 'top2', True, 2.5), True
+  ),
+  'v3_decode_b128': Shape(
+    128, 256, 8, Rule('sigmoid', 8, 4, 'top2', True, 2.5), True
+  ),
+  'v2_lite_t8192': Shape(8192, 64, 6, Rule('softmax', normalize=False), False),
+}

@@ -12,6 +12,8 @@ from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.permute.reference import num_blocks
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 
@@ -100,6 +102,17 @@ def _router(name):
   return Case(fn, args, False)
 
 
+def _quantize(name):
+  shape = quantize_shapes.BENCH[name]
+  fn = functools.partial(
+    quantize,
+    block=shape.block,
+    power_of_two=shape.power_of_two,
+    impl='gpu',
+  )
+  return Case(fn, (((shape.rows, shape.columns), jnp.bfloat16),), False)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
@@ -113,6 +126,7 @@ CASES = {
       'f1408': ((768,) * 64, 2048, 1408, 128),
     }.items()
   },
+  **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
   **{f'router_{n}': _router(n) for n in router_shapes.BENCH},
   'permute': _permute('permute', 4096, 8, 256, 7168),
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),

@@ -20,6 +20,8 @@ from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as mla_decode_shapes
 from pallas_kernels.permute import shapes as permute_shapes
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 
@@ -141,6 +143,18 @@ def check_router():
     bias = jnp.asarray(rng.integers(-2, 3, shape.experts) / 2, jnp.float32)
     op = functools.partial(router, top_k=shape.top_k, rule=shape.rule)
     compare(name, op, (logits, bias if shape.bias else None), 1e-6)
+
+
+def check_quantize():
+  for name, shape in quantize_shapes.TEST.items():
+    for dtype in (jnp.float32, jnp.bfloat16):
+      rng = np.random.default_rng(0)
+      size = (shape.rows, shape.columns)
+      x = rng.normal(size=size) * 10.0 ** rng.integers(-8, 4, (size[0], 1))
+      op = functools.partial(
+        quantize, block=shape.block, power_of_two=shape.power_of_two
+      )
+      compare(f'{name} {dtype.__name__}', op, (jnp.asarray(x, dtype),), 1e-6)
 
 
 def check_race():

@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 HERE = pathlib.Path(__file__).parent
-OPS = ('mla_decode', 'permute', 'grouped_matmul', 'router')
+OPS = ('mla_decode', 'permute', 'grouped_matmul', 'router', 'quantize')
 
 
 def interpret(op: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,70 @@
+"""Block-scaled float8: a scale per 1 x 128 activations or 128 x 128 weights.
+
+DeepSeek-V3 (arXiv:2412.19437, section 3.3.2); scales that are powers of two
+(UE8M0) since V3.1. Legend: N rows, D columns.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.quantize import reference
+
+__all__ = ['dequantize', 'quantize']
+
+
+def quantize(
+  x, *, block: tuple[int, int] = (1, 128), power_of_two=False, impl=None
+):
+  """x [N D] -> (q [N D] float8_e4m3fn, scales [N/R D/C] float32).
+
+  x is about q * scale of its block. The scale is the largest magnitude of the
+  block over 448; with power_of_two the next power of two from there up, which
+  converts to float8_e8m0fnu without loss. No block's magnitude counts less
+  than 1e-4. It has no gradient: wrap it in a function with its own VJP.
+
+  Args:
+    x: [N D] bfloat16 or float32.
+    block: (R, C) that one scale covers; R divides N and C divides D.
+    power_of_two: UE8M0 scales.
+    impl: None, 'reference' or 'gpu' (blocks (1, 128) and (128, 128)).
+
+  Raises:
+    ValueError: x is not a matrix of whole blocks.
+    NotImplementedError: impl='gpu' for a block that the kernel can't take, or
+      differentiation.
+  """
+  if x.ndim != 2 or x.shape[0] % block[0] or x.shape[1] % block[1]:
+    raise ValueError(f'x is {list(x.shape)}: not a matrix of {block} blocks')
+  return _quantize(x, block, power_of_two, impl)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _quantize(x, block, power_of_two, impl):
+  def gpu(*args):
+    from pallas_kernels.quantize import gpu
+
+    return gpu.quantize(*args)
+
+  args = (x, block, power_of_two)
+  return dispatch.run('quantize', impl, gpu, reference.quantize, *args)
+
+
+def _no_gradient(*_):
+  raise NotImplementedError(
+    'quantize has no gradient: use it inside a function with its own VJP'
+  )
+
+
+_quantize.defvjp(lambda *args: (_quantize(*args), None), _no_gradient)
+
+
+def dequantize(q, scales, dtype=jnp.float32):
+  """q [N D] float8, scales [N/R D/C] -> [N D] of dtype."""
+  if q.shape[0] % scales.shape[0] or q.shape[1] % scales.shape[1]:
+    raise ValueError(
+      f'scales {list(scales.shape)} do not divide q {list(q.shape)}'
+    )
+  return reference.dequantize(q, scales, dtype)

@@ -1,9 +1,7 @@
-"""config.json <-> TransformerConfig, field by field, nothing ignored silently.
+"""config.json -> TransformerConfig, field by field, nothing ignored silently.
 
-Every field is mapped, or allowed one value, or known not to change what the
-model computes (and then carried, so that it can be written again). Any other
-field is an error. Meanings follow the code released with the checkpoints;
-where transformers departs from it, the field's comment says so.
+Meanings follow the code released with the checkpoints; where transformers
+departs from it, a comment says so.
 """
 
 import dataclasses
@@ -12,130 +10,11 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import from_dict
 from deepseek_jax.errors import InputError
+from deepseek_jax.hf import config_fields as fields_of
 from deepseek_jax.hf import rope_json
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.residual import ResidualConfig
 from deepseek_jax.presets import layout
 from deepseek_jax.transformer import TransformerConfig
-
-REQUIRED = object()
-
-
-class Field(NamedTuple):
-  """A field that says what the model computes."""
-
-  ours: str
-  kind: type
-  default: Any = REQUIRED
-
-
-_COMMON = {
-  'vocab_size': Field('vocab_size', int),
-  'hidden_size': Field('dim', int),
-  'intermediate_size': Field('ffn.width', int),
-  'num_attention_heads': Field('attention.heads', int),
-  'rms_norm_eps': Field('norm_eps', float),
-  'initializer_range': Field('init_std', float, 0.02),
-  'tie_word_embeddings': Field('tied', bool, False),
-}
-_LATENT = {
-  'q_lora_rank': Field('attention.q_rank', int | None),
-  'kv_lora_rank': Field('attention.kv_rank', int),
-  'qk_nope_head_dim': Field('attention.nope_dim', int),
-  'qk_rope_head_dim': Field('attention.rope_dim', int),
-  'v_head_dim': Field('attention.v_dim', int),
-}
-_EXPERTS = {
-  'n_routed_experts': Field('moe.experts', int),
-  'num_experts_per_tok': Field('moe.top_k', int),
-  'moe_intermediate_size': Field('moe.width', int),
-  'n_shared_experts': Field('moe.shared', int | None),
-  'routed_scaling_factor': Field('moe.router.scale', float),
-  'norm_topk_prob': Field('moe.router.normalize', bool),
-}
-_MAPPED = {
-  'llama': _COMMON,
-  'deepseek_v2': {**_COMMON, **_LATENT, **_EXPERTS},
-  'deepseek_v3': {**_COMMON, **_LATENT, **_EXPERTS},
-}
-
-# Read by the functions below, not one to one.
-_SPECIAL = {
-  'llama': {'num_key_value_heads', 'head_dim'},
-  'deepseek_v2': {'topk_method', 'n_group', 'topk_group'},
-  'deepseek_v3': {
-    'n_group',
-    'topk_group',
-    'num_nextn_predict_layers',
-    'num_mtp_layers',
-    'rope_interleave',
-  },
-}
-_ALWAYS = {
-  'model_type',
-  'architectures',
-  'quantization_config',
-  'num_hidden_layers',
-  'first_k_dense_replace',
-  'rope_theta',
-  'rope_scaling',
-  'rope_parameters',
-  'max_position_embeddings',
-}
-
-# Fields that may hold these values only: no other is implemented.
-_FIXED = {
-  'hidden_act': ('silu',),
-  'attention_bias': (False,),
-  'mlp_bias': (False,),
-  'attention_dropout': (0, None),
-  'pretraining_tp': (1, None),
-  'moe_layer_freq': (1,),
-  'partial_rotary_factor': (1, None),
-  'mtp_hidden_states_first': (False,),
-  'is_decoder': (False, True),
-  'is_encoder_decoder': (False,),
-  'add_cross_attention': (False,),
-}
-_FIXED_OF = {
-  'llama': {},
-  'deepseek_v2': {'scoring_func': ('softmax',)},
-  'deepseek_v3': {'scoring_func': ('sigmoid',), 'topk_method': ('noaux_tc',)},
-}
-
-# Fields that change no number that the model computes from given weights.
-CARRIED = frozenset(
-  {
-    'bos_token_id',
-    'eos_token_id',
-    'pad_token_id',
-    'use_cache',
-    'torch_dtype',
-    'dtype',
-    'transformers_version',
-    'auto_map',
-    'ep_size',
-    'aux_loss_alpha',  # weights of training losses: a recipe, not the model
-    'seq_aux',
-    'output_router_logits',
-    'output_attentions',
-    'output_hidden_states',
-    'return_dict',
-    'chunk_size_feed_forward',
-    'id2label',
-    'label2id',
-    'problem_type',
-    'unsloth_version',
-  }
-)
-_ARCHITECTURES = {
-  'llama': 'LlamaForCausalLM',
-  'deepseek_v2': 'DeepseekV2ForCausalLM',
-  'deepseek_v3': 'DeepseekV3ForCausalLM',
-}
 
 
 class Parsed(NamedTuple):
@@ -155,12 +34,14 @@ class Parsed(NamedTuple):
 def parse(fields: Mapping[str, Any]) -> Parsed:
   """Raises InputError for any field that is not understood."""
   family = fields.get('model_type')
-  if family not in _MAPPED:
-    raise _error('model_type', family, f'must be one of {list(_MAPPED)}')
+  if family not in fields_of.MAPPED:
+    raise _error(
+      'model_type', family, f'must be one of {list(fields_of.MAPPED)}'
+    )
   _check_names(fields, family)
   values = {
     field.ours: _typed(fields, name, field)
-    for name, field in _MAPPED[family].items()
+    for name, field in fields_of.MAPPED[family].items()
   }
   values['attention.rope'] = rope_json.parse(fields, family)
   if family == 'llama':
@@ -168,7 +49,7 @@ def parse(fields: Mapping[str, Any]) -> Parsed:
   else:
     values |= _latent(fields, values, family)
   config = _build(values)
-  carried = {k: v for k, v in fields.items() if _is_carried(k)}
+  carried = {k: v for k, v in fields.items() if fields_of.is_carried(k)}
   return Parsed(config, carried, _quantization(fields))
 
 
@@ -176,13 +57,15 @@ def _error(name, value, fix):
   return InputError(f'config.json: {name} = {value!r}: {fix}')
 
 
-def _is_carried(name):
-  return name in CARRIED or name == 'max_position_embeddings'
-
-
 def _check_names(fields, family):
-  fixed = _FIXED | _FIXED_OF[family]
-  known = {*_MAPPED[family], *_SPECIAL[family], *_ALWAYS, *CARRIED, *fixed}
+  fixed = fields_of.FIXED | fields_of.FIXED_OF[family]
+  known = {
+    *fields_of.MAPPED[family],
+    *fields_of.SPECIAL[family],
+    *fields_of.ALWAYS,
+    *fields_of.CARRIED,
+    *fixed,
+  }
   if family != 'llama':
     known |= {'head_dim', 'qk_head_dim', 'num_key_value_heads'}
   for name, value in fields.items():
@@ -193,15 +76,15 @@ def _check_names(fields, family):
     if name in fixed and value not in fixed[name]:
       raise _error(name, value, f'not supported; must be {fixed[name][0]!r}')
   named = fields.get('architectures')
-  if named not in (None, [_ARCHITECTURES[family]]):
+  if named not in (None, [fields_of.ARCHITECTURES[family]]):
     raise _error(
-      'architectures', named, f'must be [{_ARCHITECTURES[family]!r}]'
+      'architectures', named, f'must be [{fields_of.ARCHITECTURES[family]!r}]'
     )
 
 
-def _typed(fields, name, field: Field):
+def _typed(fields, name, field: fields_of.Field):
   value = fields.get(name, field.default)
-  if value is REQUIRED:
+  if value is fields_of.REQUIRED:
     raise InputError(f'config.json: {name}: missing')
   ok = isinstance(value, field.kind) and (
     field.kind is bool or not isinstance(value, bool)
@@ -214,8 +97,16 @@ def _typed(fields, name, field: Field):
   return value
 
 
-def _integer(fields, name, default=None):
-  value = fields.get(name, default)
+def _needed(fields, name) -> int:
+  """A number whose absence libraries would fill in differently."""
+  value = _integer(fields, name)
+  if value is None:
+    raise InputError(f'config.json: {name}: missing')
+  return value
+
+
+def _integer(fields, name):
+  value = fields.get(name)
   if value is not None and (type(value) is not int or value < 0):
     raise _error(name, value, 'must be a whole number')
   return value
@@ -252,7 +143,7 @@ def _latent(fields, values, family) -> dict:
     if fields.get(name) not in (None, value):
       raise _error(name, fields[name], f'not supported; must be {value}')
   layers = _layers(fields)
-  dense = min(_integer(fields, 'first_k_dense_replace', 0), layers)
+  dense = min(_needed(fields, 'first_k_dense_replace'), layers)
   mtp = _mtp_depth(fields, family)
   out = {
     'attention.kind': 'mla',
@@ -288,10 +179,8 @@ def _v2_router(fields, values) -> dict:
     'moe.router.scoring': 'softmax',
     'moe.router.bias': False,
     'moe.router.group_score': 'max',
-    'moe.router.groups': _integer(fields, 'n_group') or 1 if grouped else 1,
-    'moe.router.top_groups': (_integer(fields, 'topk_group') or 1)
-    if grouped
-    else 1,
+    'moe.router.groups': _needed(fields, 'n_group') if grouped else 1,
+    'moe.router.top_groups': _needed(fields, 'topk_group') if grouped else 1,
   }
   # V2's released code normalises in place of scaling, and only above one
   # expert; transformers reads the field and ignores it.
@@ -307,8 +196,8 @@ def _v3(fields) -> dict:
     'moe.router.scoring': 'sigmoid',
     'moe.router.bias': True,
     'moe.router.group_score': 'top2',
-    'moe.router.groups': _integer(fields, 'n_group') or 1,
-    'moe.router.top_groups': _integer(fields, 'topk_group') or 1,
+    'moe.router.groups': _needed(fields, 'n_group'),
+    'moe.router.top_groups': _needed(fields, 'topk_group'),
   }
 
 
@@ -358,151 +247,6 @@ def _quantization(fields):
       'quantization_config.weight_block_size', block, 'must be like [128, 128]'
     )
   return dict(found)
-
-
-def render(
-  config: TransformerConfig, carried: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-  """The config.json of a model; `carried` adds fields of CARRIED.
-
-  Raises InputError naming the field of ours that no family can express.
-  """
-  carried = dict(carried or {})
-  for name in carried:
-    if not _is_carried(name):
-      raise InputError(f'{name}: not one of the fields {sorted(CARRIED)}')
-  blocks = [b for s in config.segments() for b in s.blocks * s.repeat]
-  family = _family(config, blocks)
-  dense = _leading_dense(blocks)
-  at = {f.ours: name for name, f in _MAPPED[family].items()}
-  out = {'model_type': family, 'architectures': [_ARCHITECTURES[family]]}
-  for path, name in at.items():
-    value = _reach(config, path)
-    if value is not REQUIRED:
-      out[name] = value
-  out['num_hidden_layers'] = len(blocks)
-  out |= rope_json.render(config.attention.rope, family)
-  out |= {'hidden_act': 'silu', 'attention_bias': False}
-  if family == 'llama':
-    out['num_key_value_heads'] = config.attention.kv_heads
-    out['head_dim'] = config.attention.head_dim
-    out['mlp_bias'] = False
-  else:
-    out |= _latent_fields(config, family, dense)
-  return out | carried
-
-
-def _reach(config, path):
-  """The value at a dotted path, REQUIRED where a part is None."""
-  for key in path.split('.'):
-    if config is None:
-      return REQUIRED
-    config = getattr(config, key)
-  return config
-
-
-def _family(config, blocks) -> str:
-  for i, block in enumerate(blocks):
-    if block.attention != config.attention:
-      raise InputError(f'layer {i}: its attention differs; not in these files')
-    if block.residual != ResidualConfig():
-      raise InputError(f'layer {i}: residual: not in these files')
-    if block.norm_eps != config.norm_eps:
-      raise InputError(f'layer {i}: norm_eps differs; not in these files')
-  if not isinstance(config.attention, MLAConfig):
-    if any(isinstance(b.ffn, MoEConfig) for b in blocks) or config.mtp.depth:
-      raise InputError(
-        'attention = gqa with moe or mtp: no Hugging Face family supported here'
-        ' has both; use mla'
-      )
-    return 'llama'
-  if config.attention.norm_eps != 1e-6:
-    raise InputError(
-      f'attention.norm_eps = {config.attention.norm_eps}: the released models'
-      ' fix it to 1e-6'
-    )
-  softmax = config.moe and config.moe.router.scoring == 'softmax'
-  return 'deepseek_v2' if softmax else 'deepseek_v3'
-
-
-def _leading_dense(blocks) -> int:
-  dense = [isinstance(b.ffn, FFNConfig) for b in blocks]
-  count = dense.index(False) if False in dense else len(dense)
-  if any(dense[count:]):
-    raise InputError('layout: a dense layer follows a moe layer: not supported')
-  for kind in (blocks[:count], blocks[count:]):
-    if any(b.ffn != kind[0].ffn for b in kind):
-      raise InputError('layout: layers of one kind differ in their ffn')
-  return count
-
-
-def _latent_fields(config, family, dense) -> dict:
-  out = {
-    'num_key_value_heads': config.attention.heads,
-    'first_k_dense_replace': dense,
-    'moe_layer_freq': 1,
-  }
-  moe = config.moe
-  if config.ffn is None:
-    out['intermediate_size'] = moe.width  # of no layer, but a needed field
-  if family == 'deepseek_v2':
-    return out | _v2_fields(config)
-  interleaved = config.attention.rope.interleaved
-  out |= {
-    'scoring_func': 'sigmoid',
-    'topk_method': 'noaux_tc',
-    'rope_interleave': interleaved,
-    'num_nextn_predict_layers': config.mtp.depth,
-  }
-  if moe is None:
-    return out | _no_moe()
-  _require(moe.router.bias, 'moe.router.bias', True)
-  _require(moe.router.group_score, 'moe.router.group_score', 'top2')
-  groups = {'n_group': moe.router.groups, 'topk_group': moe.router.top_groups}
-  if moe.experts // moe.router.groups < 2:
-    raise InputError('moe.experts: deepseek_v3 needs two experts in a group')
-  return out | groups
-
-
-def _v2_fields(config) -> dict:
-  router = config.moe.router
-  _require(router.bias, 'moe.router.bias', False)
-  _require(config.mtp.depth, 'mtp.depth', 0)
-  _require(
-    config.attention.rope.interleaved, 'attention.rope.interleaved', True
-  )
-  if router.normalize and config.moe.top_k > 1:
-    _require(router.scale, 'moe.router.scale', 1.0)
-  grouped = router.groups > 1
-  if grouped:
-    _require(router.group_score, 'moe.router.group_score', 'max')
-  return {
-    'scoring_func': 'softmax',
-    'topk_method': 'group_limited_greedy' if grouped else 'greedy',
-    'n_group': router.groups,
-    'topk_group': router.top_groups,
-  }
-
-
-def _no_moe() -> dict:
-  """What a deepseek_v3 without MoE layers says of the MoE that it lacks."""
-  return {
-    'n_routed_experts': 2,
-    'num_experts_per_tok': 1,
-    'moe_intermediate_size': 1,
-    'n_shared_experts': 1,
-    'routed_scaling_factor': 1.0,
-    'norm_topk_prob': True,
-    'n_group': 1,
-    'topk_group': 1,
-  }
-
-
-def _require(value, name, wanted):
-  if value != wanted:
-    raise InputError(
-      f'{name} = {value!r}: files of this family know only {wanted!r}'
-    )
 
 
 def without_mtp(config: TransformerConfig) -> TransformerConfig:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_json, fp8, names, safetensors_io
+from deepseek_jax.hf import config_render, fp8, names, safetensors_io
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
 from deepseek_jax.transformer import TransformerConfig
@@ -94,6 +94,19 @@ def save(
   write(path, config, _reader(arrays), target, extra=extra, replace=True)
 
 
+def tensors(
+  config: TransformerConfig, variables: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """The tensors of a file, in memory: also of gradients or an optimizer."""
+  arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
+  target = Format('float32')
+  read = _reader(arrays)
+  return {
+    one.name: np.concatenate([rows for _, rows in _rows(one, read)])
+    for one in stored(config, target)
+  }
+
+
 def _reader(arrays) -> Read:
   """Regions of arrays; from a device come only single layers and experts."""
   # Traced indices: one small program per array, not one per layer.
@@ -159,7 +172,7 @@ def write(
       for the finished work of an earlier run with the same arguments.
     progress: called with the bytes written so far and in all.
   """
-  fields = config_json.render(config, extra) | _header_fields(target)
+  fields = config_render.render(config, extra) | _header_fields(target)
   path = os.path.expanduser(path)
   os.makedirs(path, exist_ok=True)
   shards = _shards(stored(config, target), target.shard_bytes)

@@ -1,0 +1,310 @@
+"""A certificate that a checkpoint computes here what it does in transformers.
+
+Both read the same folder, each with its own code, and see the same tokens in
+float32 with eager attention. Compared are the logits, also those that the head
+makes of every layer's output, so a fault shows in the layer that has it.
+Legend: B batch, T tokens, D model, V vocabulary, L layers.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.data import tokenizer as tokenizers
+from deepseek_jax.errors import InputError
+from deepseek_jax.hf import loading
+from deepseek_jax.layers.block import Block, BlockConfig
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.sharding import Buffer
+from deepseek_jax.transformer import build, positions_in
+
+LENGTHS = (1, 7, 64, 300)
+MAX_LOGIT = 1e-4
+MAX_KL = 1e-6
+
+_TEXT = (
+  'A mixture of experts keeps most of its parameters idle: a router sends each'
+  ' token to a few of them, and the rest cost memory but no time.\n'
+  'def route(scores, k):\n  best = sorted(range(len(scores)), key=lambda i:'
+  ' -scores[i])\n  return best[:k]\n'
+  'En 1905, trois articles ont changé la physique. 稀疏模型只计算需要的部分。'
+  ' 3.14159 * 2**10 = 3216.99\n'
+)
+
+
+class Case(NamedTuple):
+  """Tokens to compare on."""
+
+  name: str
+  ids: np.ndarray  # [B T]
+  valid: np.ndarray  # [B T] bool, False on padding
+  prompt: int | None = None  # tokens before cached decoding begins
+
+
+class Compared(NamedTuple):
+  """What a case gives on one side."""
+
+  logits: np.ndarray  # [B T V]
+  layers: list[np.ndarray]  # per layer [B T V], empty when decoding
+
+
+def cases(folder: str, vocab_size: int, lengths=LENGTHS) -> Iterator[Case]:
+  """Random ids and real text of each length, padding, cached decoding."""
+  text, _ = text_ids(folder, max(lengths), vocab_size)
+  noise = np.random.default_rng(0).integers(0, vocab_size, text.shape)
+  both = np.stack([noise, text]).astype(np.int32)
+  for n in lengths:
+    ids = both[:, :n]
+    yield Case(f'{n} tokens', ids, np.ones(ids.shape, bool))
+  n = min(30, max(lengths))
+  sizes = np.array([n, n // 2, 1])[:, None]
+  ids = both[[0, 1, 1], :n]
+  at = np.arange(n)
+  yield Case('padded right', ids, at < sizes)
+  yield Case('padded left', ids, at >= n - sizes)
+  ids = both[:, : min(40, max(lengths))]
+  valid = np.ones(ids.shape, bool)
+  yield Case('cached decoding', ids, valid, prompt=ids.shape[1] // 2)
+
+
+def text_ids(folder: str, length: int, vocab_size: int):
+  """`length` tokens of real text, and what made them."""
+  if os.path.exists(os.path.join(folder, 'tokenizer.json')):
+    made = 'tokenizer.json'
+    ids = tokenizers.from_file(folder).encode(_TEXT)
+  else:
+    made = 'bytes of UTF-8; the folder has no tokenizer.json'
+    ids = list(_TEXT.encode())
+  ids = np.resize(np.array(ids), length)
+  return ids % vocab_size, made
+
+
+class Ours:
+  """This library's side."""
+
+  def __init__(self, folder: str):
+    self.config, self.variables = loading.load(folder)
+    self.model = build(self.config)
+    self._apply = jax.jit(self.model.apply)
+    self._head = jax.jit(self._lens)
+
+  def _lens(self, stream):
+    params = self.variables['params']
+    norm = _pure(
+      lambda rngs: RMSNorm(self.config.dim, eps=self.config.norm_eps, rngs=rngs)
+    )
+    x = norm({'scale': params['norm']['scale']}, {}, stream)
+    return x @ self.model.head(self.variables)
+
+  def run(self, case: Case) -> Compared:
+    if case.prompt is not None:
+      return Compared(self._decode(case), [])
+    segments = jnp.asarray(case.valid, jnp.int32)
+    out = self._apply(self.variables, case.ids, segment_ids=segments)
+    layers = [np.asarray(self._head(x)) for x in self._streams(case, segments)]
+    return Compared(np.asarray(out.logits), layers)
+
+  def _streams(self, case, segments) -> Iterator[jax.Array]:
+    stream = self.variables['params']['embed'][case.ids]
+    positions = positions_in(segments)
+    for block, params, buffers in self._blocks():
+      run = _block(block, self.config.dim)
+      stream = run(params, buffers, stream, case.ids, positions, segments)
+      yield stream
+
+  def _blocks(self):
+    for i, segment in enumerate(self.config.segments()):
+      for repeat in range(segment.repeat):
+        for j, block in enumerate(segment.blocks):
+          one = lambda a, r=repeat: a[r]
+          params = self.variables['params']['segments'][i][j]
+          buffers = self.variables['buffers'].get('segments', {})
+          buffers = buffers.get(i, {}).get(j, {})
+          yield block, jax.tree.map(one, params), jax.tree.map(one, buffers)
+
+  def _decode(self, case):
+    out = self._apply(
+      self.variables,
+      case.ids[:, : case.prompt],
+      cache=self.model.init_cache(*case.ids.shape),
+    )
+    every = [out.logits]
+    for at in range(case.prompt, case.ids.shape[1]):
+      token = case.ids[:, at : at + 1]
+      out = self._apply(self.variables, token, cache=out.cache)
+      every.append(out.logits)
+    return np.concatenate(every, axis=1)
+
+
+def _pure(make):
+  """A module as a function of (params, buffers, *arguments)."""
+  built = jax.eval_shape(lambda key: make(nnx.Rngs(key)), jax.random.key(0))
+  graphdef, _, _ = nnx.split(built, nnx.Param, Buffer)
+  return lambda params, buffers, *args: nnx.merge(graphdef, params, buffers)(
+    *args
+  )
+
+
+@functools.lru_cache(maxsize=16)
+def _block(block: BlockConfig, dim: int):
+  run = _pure(lambda rngs: Block(block, dim, std=0.0, rngs=rngs))
+
+  def apply(params, buffers, stream, ids, positions, segments):
+    ctx = Context(ids, positions, segments)
+    return run(params, buffers, stream, ctx)[0]
+
+  return jax.jit(apply)
+
+
+class Theirs:
+  """transformers' side."""
+
+  def __init__(self, folder: str):
+    try:
+      import torch
+      import transformers
+    except ImportError:
+      raise InputError(
+        'torch and transformers are missing: pip install deepseek_jax[hf]'
+      ) from None
+    self._torch = torch
+    options: dict[str, Any] = {}
+    config = transformers.AutoConfig.from_pretrained(
+      folder, trust_remote_code=False
+    )
+    if getattr(config, 'quantization_config', None):
+      # Their own dequantisation, so that ours is checked as well.
+      options['quantization_config'] = transformers.FineGrainedFP8Config(
+        dequantize=True,
+        weight_block_size=tuple(
+          config.quantization_config['weight_block_size']
+        ),
+      )
+    self.model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder,
+      dtype=torch.float32,
+      attn_implementation='eager',
+      trust_remote_code=False,
+      **options,
+    ).eval()
+
+  def run(self, case: Case) -> Compared:
+    with self._torch.no_grad():
+      if case.prompt is not None:
+        return Compared(self._decode(case), [])
+      return self._forward(case)
+
+  def _forward(self, case):
+    torch, model, streams = self._torch, self.model, []
+    hooks = [
+      layer.register_forward_hook(lambda _, __, out: streams.append(out))
+      for layer in model.model.layers
+    ]
+    positions = np.maximum(np.cumsum(case.valid, axis=1) - 1, 0)
+    out = model(
+      torch.tensor(case.ids),
+      attention_mask=torch.tensor(case.valid).long(),
+      position_ids=torch.tensor(positions),
+    )
+    for hook in hooks:
+      hook.remove()
+    lens = lambda x: model.lm_head(model.model.norm(x)).numpy()
+    return Compared(out.logits.numpy(), [lens(x) for x in streams])
+
+  def _decode(self, case):
+    torch, every, past = self._torch, [], None
+    for start in (0, *range(case.prompt, case.ids.shape[1])):
+      stop = start + 1 if start else case.prompt
+      ids = torch.tensor(case.ids[:, start:stop])
+      out = self.model(ids, past_key_values=past, use_cache=True)
+      past = out.past_key_values
+      every.append(out.logits.numpy())
+    return np.concatenate(every, axis=1)
+
+
+def difference(case: Case, ours: Compared, theirs: Compared) -> dict[str, Any]:
+  """The numbers of one case, over its tokens that are not padding."""
+  a, b = ours.logits[case.valid], theirs.logits[case.valid]
+  layers = [
+    _gap(x[case.valid], y[case.valid])
+    for x, y in zip(ours.layers, theirs.layers, strict=True)
+  ]
+  p, q = _log_softmax(b), _log_softmax(a)
+  return {
+    'case': case.name,
+    'shape': list(case.ids.shape),
+    'tokens': int(case.valid.sum()),
+    **_gap(a, b),
+    'kl': float((np.exp(p) * (p - q)).sum(axis=-1).max()),
+    'top1': float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean()),
+    'layers': layers,
+  }
+
+
+def _gap(a, b):
+  gap = np.abs(a.astype(np.float64) - b)
+  return {'max': float(gap.max()), 'mean': float(gap.mean())}
+
+
+def _log_softmax(logits):
+  x = logits.astype(np.float64)
+  x = x - x.max(axis=-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def hashes(folder: str) -> dict[str, str]:
+  """sha256 of every file that the certificate speaks of."""
+  out = {}
+  for name in sorted(os.listdir(folder)):
+    if name.endswith(('.safetensors', '.json', '.jinja')):
+      with open(os.path.join(folder, name), 'rb') as file:
+        out[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+  return out
+
+
+def certify(
+  folder: str,
+  *,
+  max_logit: float = MAX_LOGIT,
+  max_kl: float = MAX_KL,
+  lengths=LENGTHS,
+) -> dict[str, Any]:
+  """Compares both implementations; the certificate is JSON.
+
+  Args:
+    folder: Hugging Face folder.
+    max_logit: most that a logit may differ.
+    max_kl: most KL(theirs, ours) of a token, in nats.
+    lengths: of the prompts.
+
+  Returns:
+    'passed', 'cases' (see `difference`), 'files' with their sha256, 'versions',
+    'limits'.
+  """
+  ours, theirs = Ours(folder), Theirs(folder)
+  rows = [
+    difference(case, ours.run(case), theirs.run(case))
+    for case in cases(folder, ours.config.vocab_size, lengths)
+  ]
+  # NaN compares false: a certificate never passes on it.
+  passed = all(r['max'] <= max_logit and r['kl'] <= max_kl for r in rows)
+  _, made = text_ids(folder, 1, ours.config.vocab_size)
+  packages = ('jax', 'jaxlib', 'flax', 'torch', 'transformers', 'deepseek_jax')
+  return {
+    'passed': passed,
+    'limits': {'max': max_logit, 'kl': max_kl},
+    'dtype': 'float32',
+    'text': made,
+    'cases': rows,
+    'files': hashes(folder),
+    'versions': {p: importlib.metadata.version(p) for p in packages},
+  }

@@ -114,11 +114,12 @@ class FlightTest(parameterized.TestCase):
     _record(self.path, [1], resume_step=-1)
     np.testing.assert_array_equal(flight.load(self.path).last, [1])
 
-  def test_a_crash_while_saving_leaves_the_old_file(self):
+  @parameterized.parameters('os.fsync', 'pathlib.Path.replace')
+  def test_a_crash_while_saving_leaves_the_old_file(self, call):
     recorder = _record(self.path, [1, 2])
     before = self.path.read_bytes()
     recorder.record(3, **_arrays(3))
-    crash = unittest.mock.patch('os.fsync', side_effect=OSError)
+    crash = unittest.mock.patch(call, side_effect=OSError)
     with crash, self.assertRaises(OSError):
       recorder.save()
     self.assertEqual(self.path.read_bytes(), before)

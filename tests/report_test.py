@@ -22,6 +22,19 @@ from deepseek_jax.errors import InputError
 _HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(2)>$x_$&'
 
 
+# A heatmap's image, scaled by positive factors: its first row is on top.
+_MAP = r'<image [^>]*base64,\s*([^"]*)"[^>]*matrix\([\d.]+ 0 0 [\d.]+ '
+
+
+def _pixels(data):
+  image = Image.open(io.BytesIO(base64.b64decode(data)))
+  return np.asarray(image).astype(int)
+
+
+def _viridis(share):
+  return colormaps['viridis'](np.clip(share / 2, 0, 1), bytes=True).astype(int)
+
+
 def _write_scalars(workdir, steps):
   with metrics.MetricsWriter(workdir, console=False) as writer:
     for step in range(1, steps + 1):
@@ -154,6 +167,13 @@ class PageTest(parameterized.TestCase):
   def test_idle_experts_are_counted(self):
     self.assertRegex(self.html, r'3 of 24\s+experts got no\s+token')
 
+  def test_the_heatmap_shows_the_last_interval(self):
+    load = flight.load(self.workdir / 'routing.npz').arrays['load'][-1]
+    first = re.search(_MAP, self.html)[1]
+    np.testing.assert_allclose(
+      _pixels(first), _viridis(8 * load / load.sum(-1, keepdims=True)), atol=1
+    )
+
   def test_phases_are_added_and_shared(self):
     row = r'step</td><td>7\.0</td><td>70\.0 %</td>'
     self.assertRegex(self.html, row)
@@ -175,9 +195,10 @@ class PageTest(parameterized.TestCase):
     for array in (load, bias):
       codes = np.frombuffer(base64.b64decode(array['data']), '<u2')
       got = array['low'] + array['scale'] * codes.reshape(-1, 3, 8)
+      exact = want[array['name']][rows]
       # Half a step of 16 bits.
-      error = np.abs(got - want[array['name']][rows]).max()
-      self.assertLessEqual(error, 0.5001 * array['scale'])
+      bound = 0.5001 * (exact.max() - exact.min()) / 65534
+      self.assertLessEqual(np.abs(got - exact).max(), bound)
 
 
 class RunsTest(parameterized.TestCase):
@@ -199,6 +220,11 @@ class RunsTest(parameterized.TestCase):
     self.assertEqual(_report(self.workdir), page)
     self.assertIn('<h2>Experts', page)
     self.assertLen(re.findall('<svg', page), 6)  # no logarithm of one step
+
+  def test_a_dollar_in_a_name_is_no_formula(self):
+    with metrics.MetricsWriter(self.workdir, console=False) as writer:
+      writer.write(1, {'cost_$^$': 3.0})
+    self.assertIn('>Cost $^$<', _report(self.workdir))
 
   def test_a_scalar_of_validation_alone_says_so(self):
     with metrics.MetricsWriter(self.workdir, console=False) as writer:
@@ -248,13 +274,16 @@ class FiguresTest(parameterized.TestCase):
   def test_heatmap_pixels_are_the_loads(self):
     share = np.array([[0, 0.5, 1], [1.5, 2, 9]])
     svg = routing_figures.load_by_layer(share, [0, 1])
-    # Drawn with positive scales: the first row of pixels is on top.
-    image = r'<image [^>]*base64,\s*([^"]*)"[^>]*matrix\([\d.]+ 0 0 [\d.]+ '
-    [data] = re.findall(image, svg)
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    want = colormaps['viridis'](np.clip(share / 2, 0, 1), bytes=True)
+    [data] = re.findall(_MAP, svg)
     # 1 of 255: a bright load is the map's last colour or the one above it.
-    np.testing.assert_allclose(pixels.astype(int), want, rtol=0, atol=1)
+    np.testing.assert_allclose(_pixels(data), _viridis(share), rtol=0, atol=1)
+
+  def test_many_lines_become_pixels_and_few_stay_lines(self):
+    for intervals, pixels in ((4, 0), (400, 2)):
+      values = np.random.default_rng(0).normal(size=(intervals, 2, 64))
+      steps = np.arange(intervals)
+      [svg] = routing_figures.lines_over_time(values, steps, [0, 1], 'bias')
+      self.assertEqual(svg.count('<image'), pixels)
 
   @parameterized.parameters(
     ([0, 1],), ([0, 10, 20, 25],), ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9],)

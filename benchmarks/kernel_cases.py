@@ -1,0 +1,199 @@
+"""Work for benchmarks.kernels: inputs, contenders, FLOPs and bytes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import permute
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import shapes as grouped_shapes
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.permute import shapes as permute_shapes
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import shapes as quantize_shapes
+from pallas_kernels.router import router
+from pallas_kernels.router import shapes as router_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One op on one shape.
+
+  Attributes:
+    op: called with the arrays and impl=...
+    args: the arrays.
+    exact: the same result in higher precision, from the arrays.
+    flops: useful floating-point operations.
+    moved: bytes that have to be read and written at least.
+    naive: other ways to compute it, by name; the plain XLA one is 'xla'.
+  """
+
+  op: Callable
+  args: tuple
+  exact: Callable
+  flops: float
+  moved: float
+  naive: dict[str, Callable]
+
+
+def _keys(count):
+  # Fresh numbers in every run.
+  return jax.random.split(
+    jax.random.key(np.random.SeedSequence().entropy % 2**31), count
+  )
+
+
+def _bf16(key, *shape):
+  return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def _size(*arrays):
+  return sum(a.size * a.dtype.itemsize for a in arrays)
+
+
+def _wide(op):
+  """The reference on inputs widened to float32, products in full precision."""
+
+  def run(*args):
+    up = lambda a: (
+      a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    )
+    with jax.default_matmul_precision('highest'):
+      return op(*jax.tree.map(up, args), impl='reference')
+
+  return run
+
+
+def decode(shape):
+  B, J = len(shape.lengths), -(-max(shape.lengths) // shape.page)
+  k = _keys(5)
+  args = (
+    _bf16(k[0], B, shape.new, shape.heads, 512),
+    _bf16(k[1], B, shape.new, shape.heads, 64),
+    _bf16(k[2], B * J, shape.page, 512),
+    _bf16(k[3], B * J, shape.page, 64),
+    jax.random.permutation(k[4], B * J).reshape(B, J).astype(jnp.int32),
+    jnp.asarray(shape.lengths, jnp.int32),
+  )
+  op = functools.partial(mla_decode, scale=192**-0.5, splits=shape.splits)
+  pairs = sum(shape.lengths) * shape.new * shape.heads
+  moved = _size(args[0], args[1], args[0]) + sum(shape.lengths) * 576 * 2
+  xla = functools.partial(op, impl='reference')
+  return Work(op, args, _wide(op), 2 * pairs * 1088, moved, {'xla': xla})
+
+
+def decode_small(shape):
+  return shape._replace(lengths=tuple(n % 1000 + 1 for n in shape.lengths[:3]))
+
+
+def _grouped(shape):
+  blocks = [c // shape.block for c in shape.counts]
+  E, k = len(blocks), _keys(3)
+  rows = _bf16(k[0], sum(shape.counts), shape.dim)
+  weights = _bf16(k[1], E, shape.dim, shape.out)
+  grad = _bf16(k[2], sum(shape.counts), shape.out)
+  expert = jnp.asarray(np.repeat(np.arange(E), blocks), jnp.int32)
+  flops = 2.0 * rows.shape[0] * shape.dim * shape.out
+  return rows, weights, grad, expert, jnp.asarray(shape.counts), flops
+
+
+def grouped_fwd(shape):
+  rows, weights, grad, expert, counts, flops = _grouped(shape)
+  op = lambda r, w, impl: grouped_matmul(r, w, expert, impl=impl)
+  ragged = lambda r, w: jax.lax.ragged_dot(r, w, counts)
+  moved = _size(rows, weights, grad)
+  return Work(op, (rows, weights), _wide(op), flops, moved, {'xla': ragged})
+
+
+def grouped_bwd(shape):
+  rows, weights, grad, expert, counts, flops = _grouped(shape)
+
+  def op(r, w, g, impl):
+    fn = lambda r, w: grouped_matmul(r, w, expert, impl=impl)
+    return jax.vjp(fn, r, w)[1](g)
+
+  def ragged(r, w, g):
+    return jax.vjp(lambda r, w: jax.lax.ragged_dot(r, w, counts), r, w)[1](g)
+
+  args, moved = (rows, weights, grad), 2 * _size(rows, weights, grad)
+  return Work(op, args, _wide(op), 2 * flops, moved, {'xla': ragged})
+
+
+def grouped_small(shape):
+  return shape._replace(
+    counts=(2 * shape.block, 0, shape.block), dim=512, out=512
+  )
+
+
+def _layout(shape):
+  k = _keys(4)
+  size = (shape.tokens, shape.choices)
+  experts = jax.random.randint(k[0], size, 0, shape.experts)
+  plan = permute.plan(experts, shape.experts, block=shape.block)
+  x = _bf16(k[1], shape.tokens, shape.dim)
+  rows = _bf16(k[2], plan.source.shape[0], shape.dim)
+  return plan, x, rows, jax.random.uniform(k[3], size)
+
+
+def gather(shape):
+  plan, x, rows, _ = _layout(shape)
+  op = lambda x, impl: permute.permute(x, plan, impl=impl)
+  naive = lambda x: jnp.take(
+    x, plan.source // shape.choices, axis=0, mode='fill', fill_value=0
+  )
+  return Work(op, (x,), _wide(op), 0, _size(x, rows), {'xla': naive})
+
+
+def combine(shape):
+  plan, x, rows, weights = _layout(shape)
+  op = lambda r, w, impl: permute.combine(r, w, plan, impl=impl)
+  naive = lambda r, w: jnp.einsum('NKD,NK->ND', r[plan.slot], w)
+  read = plan.slot.size * shape.dim * 2
+  moved = read + _size(x, weights)
+  return Work(op, (rows, weights), _wide(op), 0, moved, {'xla': naive})
+
+
+def permute_small(shape):
+  return shape._replace(tokens=97, experts=16, dim=1024)
+
+
+def route(shape):
+  k = _keys(2)
+  logits = jax.random.normal(k[0], (shape.tokens, shape.experts))
+  bias = jax.random.normal(k[1], (shape.experts,)) / 10 if shape.bias else None
+  op = lambda x, impl: router(
+    x, bias, top_k=shape.top_k, rule=shape.rule, impl=impl
+  )
+  xla = functools.partial(op, impl='reference')
+  moved = _size(logits) + shape.tokens * shape.top_k * 8
+  return Work(op, (logits,), xla, 0, moved, {'xla': xla})
+
+
+def scale_to_fp8(shape):
+  x = _bf16(_keys(1)[0], shape.rows, shape.columns)
+  op = functools.partial(
+    quantize, block=shape.block, power_of_two=shape.power_of_two
+  )
+  xla = functools.partial(op, impl='reference')
+  return Work(op, (x,), xla, 0, _size(x) * 1.5, {'xla': xla})
+
+
+# op: (shapes, work on a shape, a shape small enough to check).
+OPS = {
+  'mla_decode': (decode_shapes.BENCH, decode, decode_small),
+  'grouped_matmul': (grouped_shapes.BENCH, grouped_fwd, grouped_small),
+  'grouped_matmul_bwd': (grouped_shapes.BENCH, grouped_bwd, grouped_small),
+  'permute': (permute_shapes.BENCH, gather, permute_small),
+  'combine': (permute_shapes.BENCH, combine, permute_small),
+  'router': (router_shapes.BENCH, route, lambda s: s._replace(tokens=150)),
+  'quantize': (
+    quantize_shapes.BENCH,
+    scale_to_fp8,
+    lambda s: s._replace(rows=256, columns=256),
+  ),
+}

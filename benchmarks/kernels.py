@@ -1,0 +1,153 @@
+"""Every kernel over its shape table on one GPU: error, time, share of floor.
+
+  python -m benchmarks.kernels [--only=OP] [--out=benchmarks/results]
+
+Times are medians of device time (CUPTI) without gaps between kernels. The floor
+is the larger of useful FLOPs over the rate of a large bfloat16 matmul and bytes
+over the rate of a large copy, both measured in the same run. Errors are against
+float32 on fresh random inputs of a smaller shape. Without a GPU it says so and
+exits 2; --interpret then runs the small shapes in the interpreter to test
+itself, and times nothing.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import kernel_cases
+from pallas_kernels import compat
+
+_COLUMNS = (
+  ('op', 'op'),
+  ('shape', 'shape'),
+  ('error', 'error'),
+  ('us', 'us'),
+  ('tflops', 'TFLOP/s'),
+  ('tbytes', 'TB/s'),
+  ('of_floor', 'floor/time'),
+  ('over_xla', 'XLA/time'),
+  ('note', 'note'),
+)
+
+
+def device_us(fn, args, iterations=20) -> float:
+  """Median microseconds of device time of a compiled call."""
+  from jax.experimental.mosaic.gpu import profiler
+
+  fn = jax.jit(fn)
+  jax.block_until_ready(fn(*args))
+  _, times = profiler.measure(fn, iterations=iterations)(*args)
+  return 1e3 * statistics.median(times)
+
+
+def floors() -> dict[str, float]:
+  """Rates of this device: FLOP/s of a matmul, bytes/s of a copy."""
+  x = jnp.ones((8192, 8192), jnp.bfloat16)
+  matmul = device_us(lambda a, b: a @ b, (x, x)) * 1e-6
+  big = jnp.ones(2**31, jnp.bfloat16)
+  copy = device_us(lambda a: a + 1, (big,)) * 1e-6
+  return {'flops': 2 * 8192**3 / matmul, 'bytes': 2 * big.nbytes / copy}
+
+
+def relative_error(work) -> float:
+  """Largest error of any output over the largest exact value of it."""
+  got = jax.jit(lambda *a: work.op(*a, impl='gpu'))(*work.args)
+  want = jax.jit(work.exact)(*work.args)
+  worst = 0.0
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+    worst = max(worst, np.abs(g - w).max() / max(np.abs(w).max(), 1e-30))
+  return float(worst)
+
+
+def time_case(work, rates) -> dict:
+  us = device_us(lambda *a: work.op(*a, impl='gpu'), work.args)
+  floor = 1e6 * max(work.flops / rates['flops'], work.moved / rates['bytes'])
+  row = {
+    'us': us,
+    'tflops': work.flops / us * 1e-6,
+    'tbytes': work.moved / us * 1e-6,
+    'of_floor': floor / us,
+  }
+  for name, fn in work.naive.items():
+    try:
+      row[f'over_{name}'] = device_us(fn, work.args) / us
+    except jax.errors.JaxRuntimeError as error:  # often out of memory
+      row['note'] = f'{name}: {str(error).splitlines()[0][:60]}'
+  return row
+
+
+def run(only: str, interpret: bool) -> dict:
+  rates = {} if interpret else floors()
+  rows = []
+  for op, (shapes, make, small) in kernel_cases.OPS.items():
+    if not op.startswith(only):
+      continue
+    for name, shape in shapes.items():
+      row = {'op': op, 'shape': name}
+      row['error'] = relative_error(make(small(shape)))
+      if not interpret:
+        row |= time_case(make(shape), rates)
+      rows.append(row)
+      print(json.dumps(row), flush=True)
+      if interpret:
+        break  # one shape is enough to test the runner
+  device = jax.devices()[0]
+  return {
+    'device': device.device_kind,
+    'jax': jax.__version__,
+    'date': datetime.date.today().isoformat(),
+    'floors': rates,
+    'rows': rows,
+  }
+
+
+def table(report: dict) -> str:
+  def cell(value):
+    return f'{value:.3g}' if isinstance(value, float) else str(value)
+
+  lines = [
+    f'{report["device"]}, jax {report["jax"]}, {report["date"]}; floors: '
+    + ', '.join(f'{v:.3g} {k}/s' for k, v in report['floors'].items()),
+    '',
+    '| ' + ' | '.join(title for _, title in _COLUMNS) + ' |',
+    '|' + '---|' * len(_COLUMNS),
+  ]
+  for row in report['rows']:
+    cells = [cell(row.get(key, '')) for key, _ in _COLUMNS]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def main(argv) -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--only', default='', help='prefix of the ops')
+  parser.add_argument('--out', default='benchmarks/results')
+  parser.add_argument('--interpret', action='store_true')
+  flags = parser.parse_args(argv)
+  if flags.interpret:
+    with compat.interpreted():
+      print(table(run(flags.only, True)))
+    return 0
+  if jax.default_backend() != 'gpu':
+    print('benchmarks.kernels: no GPU here, nothing to time', file=sys.stderr)
+    return 2
+  report = run(flags.only, False)
+  out = pathlib.Path(flags.out)
+  out.mkdir(parents=True, exist_ok=True)
+  stem = f'kernels-{report["device"].replace(" ", "-")}-{report["jax"]}'
+  (out / f'{stem}.json').write_text(json.dumps(report, indent=1) + '\n')
+  (out / f'{stem}.md').write_text(table(report))
+  print(table(report))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Benchmarks: one runner per question; peers are measured in the same run."""

@@ -1,0 +1,89 @@
+"""This library's side of the contest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import deepseek_jax as ds
+from benchmarks import contest
+from deepseek_jax import sample, schedules, train
+from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.mla import MLAConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.layers.router import RouterConfig
+
+
+def config() -> ds.TransformerConfig:
+  """contest.SHAPES in our words; each layer apart, the fastest on a CPU."""
+  S = contest.SHAPES
+  return ds.TransformerConfig(
+    vocab_size=S['vocab_size'],
+    dim=S['hidden_size'],
+    layout=((('dense', *['moe'] * (S['num_hidden_layers'] - 1)), 1),),
+    attention=MLAConfig(
+      heads=S['num_attention_heads'],
+      q_rank=S['q_lora_rank'],
+      kv_rank=S['kv_lora_rank'],
+      nope_dim=S['qk_nope_head_dim'],
+      rope_dim=S['qk_rope_head_dim'],
+      v_dim=S['v_head_dim'],
+    ),
+    ffn=FFNConfig(S['intermediate_size']),
+    moe=MoEConfig(
+      experts=S['n_routed_experts'],
+      top_k=S['num_experts_per_tok'],
+      width=S['moe_intermediate_size'],
+      shared=S['n_shared_experts'],
+      router=RouterConfig(
+        groups=S['n_group'],
+        top_groups=S['topk_group'],
+        scale=S['routed_scaling_factor'],
+      ),
+    ),
+    init_std=S['initializer_range'],
+  )
+
+
+def make(task, batch):
+  model = ds.build(config())
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.integers(0, model.config.vocab_size, shape)
+  tokens = jnp.asarray(draw(batch, contest.LENGTH + 1), jnp.int32)
+  variables = jax.jit(model.init)(jax.random.key(0))
+  if task == 'train':
+    run = _train(model, variables, tokens)
+  elif task == 'prefill':
+    forward = jax.jit(lambda v, t: model.apply(v, t).logits)
+    run = lambda: forward(variables, tokens[:, :-1]).block_until_ready()
+  else:
+    variables = sample.prepare(model, variables)
+    prompt = draw(batch, contest.PROMPT)
+    run = lambda: sample.sample(
+      model,
+      variables,
+      prompt,
+      sample.SampleConfig(temperature=0),
+      max_new_tokens=contest.NEW,
+    )
+  return run, {'jax': jax.__version__}
+
+
+def _train(model, variables, tokens):
+  cfg = train.TrainConfig(
+    tokens=1e9,
+    batch=schedules.BatchConfig(tokens.shape[0]),
+    schedule=schedules.ScheduleConfig('constant', peak=1e-4, warmup=0),
+  )
+  batch = dict.fromkeys(('tokens', 'segments', 'positions'), tokens)
+  state = [train.initial_state(model, cfg, variables)]
+  step = jax.jit(train.train_step(model, cfg), donate_argnums=0)
+
+  def run():
+    state[0], metrics = step(state[0], batch)
+    return float(metrics['loss'])
+
+  return run
+
+
+if __name__ == '__main__':
+  contest.serve(make)

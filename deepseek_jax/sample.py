@@ -200,14 +200,14 @@ def prepare(model: Model, variables: dict) -> dict:
 
 
 def _is_prepared(model, variables):
-  layers = len(variables['params']['segments'])
-  return layers == model.config.layers and all(
-    a.dtype == b.dtype
-    for a, b in zip(
-      jax.tree.leaves(variables['params']),
-      jax.tree.leaves(jax.eval_shape(model.cast, variables)['params']),
-    )
-  )
+  flat = build_flat(model)
+  params = variables['params']
+  like = flat.abstract['params'].to_pure_dict()
+  if jax.tree.structure(params) != jax.tree.structure(like):
+    return False
+  cast = jax.eval_shape(flat.cast, variables)['params']
+  dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+  return dtypes(params) == dtypes(cast)
 
 
 @functools.lru_cache(maxsize=32)

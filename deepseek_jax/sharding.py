@@ -54,6 +54,11 @@ def use(mesh: Mesh, rules: Rules):
     _current.pop()
 
 
+def in_mesh() -> bool:
+  """Whether tracing happens inside `use`."""
+  return bool(_current)
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains activation `x` to the mesh axes of its logical `axes`."""
   if not _current:

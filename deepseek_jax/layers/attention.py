@@ -10,17 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.sharding import in_mesh
+
 _NEG = -1e30  # finite: a fully masked row gives a mean of values, never NaN
 
 
-def _dot(a, b, contract_a, contract_b):
-  """Batched over the first axis, accumulated in float32."""
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((contract_a,), (contract_b,)), ((0,), (0,))),
-    preferred_element_type=jnp.float32,
-  )
+def _dot(a, b):
+  """[M K] @ [K N], accumulated in float32."""
+  return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def _blocks(length, most):
@@ -30,13 +27,26 @@ def _blocks(length, most):
 
 
 def _mask(segments, start, end):
-  """[1|N, T of the block, S before its end] bool."""
+  """[T of the block, S before its end] bool."""
   index = jnp.arange(end)
-  mask = (index[start:, None] >= index)[None]
+  mask = index[start:, None] >= index
   if segments is None:
     return mask
-  same = segments[:, start:end, None] == segments[:, None, :end]
-  return mask & same
+  return mask & (segments[start:end, None] == segments[:end])
+
+
+def _over_heads(f, arrays):
+  """f of each entry of the first axis, stacked.
+
+  A CPU takes two heads at a time: their scores stay in its caches, which is
+  three times as fast as one batched product (measured). Accelerators, and
+  arrays sharded over a mesh, take all at once.
+  """
+  one_cpu = jax.default_backend() == 'cpu' and not in_mesh()
+  if one_cpu:
+    size = 2 - arrays[0].shape[0] % 2
+    return jax.lax.map(lambda a: f(*a), arrays, batch_size=size)
+  return jax.vmap(f)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -46,39 +56,45 @@ def _causal(q, k, v, segments, scale, most):
 
 
 def _causal_fwd(q, k, v, segments, scale, most):
-  outs, normalizers = [], []
-  for start, end in _blocks(q.shape[1], most):
-    scores = _dot(q[:, start:end], k[:, :end], 2, 2) * scale
-    scores = jnp.where(_mask(segments, start, end), scores, _NEG)
-    top = scores.max(axis=-1, keepdims=True)
-    p = jnp.exp(scores - top)
-    total = p.sum(axis=-1, keepdims=True)
-    outs.append(_dot(p.astype(v.dtype), v[:, :end], 2, 1) / total)
-    normalizers.append(top + jnp.log(total))
-  out = jnp.concatenate(outs, axis=1).astype(v.dtype)
-  return out, (q, k, v, segments, out, jnp.concatenate(normalizers, axis=1))
+  def head(q, k, v, segments):
+    outs, normalizers = [], []
+    for start, end in _blocks(q.shape[0], most):
+      scores = _dot(q[start:end], k[:end].T) * scale
+      scores = jnp.where(_mask(segments, start, end), scores, _NEG)
+      top = scores.max(axis=-1, keepdims=True)
+      p = jnp.exp(scores - top)
+      total = p.sum(axis=-1, keepdims=True)
+      outs.append(_dot(p.astype(v.dtype), v[:end]) / total)
+      normalizers.append((top + jnp.log(total))[:, 0])
+    out = jnp.concatenate(outs).astype(v.dtype)
+    return out, jnp.concatenate(normalizers)
+
+  out, normalizer = _over_heads(head, (q, k, v, segments))
+  return out, (q, k, v, segments, out, normalizer)
 
 
 def _causal_bwd(scale, most, saved, grad):
   """Scores are made again, keys first: then just one product is transposed."""
-  q, k, v, segments, out, normalizer = saved
   f32 = jnp.float32
-  delta = (grad.astype(f32) * out.astype(f32)).sum(axis=-1)  # [N T]
-  dk, dv = jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
-  dq = []
-  for start, end in _blocks(q.shape[1], most):
-    q_block, g_block = q[:, start:end], grad[:, start:end]
-    scores = _dot(k[:, :end], q_block, 2, 2) * scale  # [N S T]
-    mask = _mask(segments, start, end).swapaxes(1, 2)
-    norm = normalizer[:, start:end].swapaxes(1, 2)
-    p = jnp.where(mask, jnp.exp(scores - norm), 0.0)
-    dv = dv.at[:, :end].add(_dot(p.astype(v.dtype), g_block, 2, 1))
-    dp = _dot(v[:, :end], g_block, 2, 2)
-    ds = (p * (dp - delta[:, None, start:end]) * scale).astype(q.dtype)
-    dk = dk.at[:, :end].add(_dot(ds, q_block, 2, 1))
-    dq.append(_dot(ds, k[:, :end], 1, 1))
-  dq = jnp.concatenate(dq, axis=1).astype(q.dtype)
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+  def head(q, k, v, segments, out, normalizer, grad):
+    delta = (grad.astype(f32) * out.astype(f32)).sum(axis=-1)  # [T]
+    dk, dv = jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
+    dq = []
+    for start, end in _blocks(q.shape[0], most):
+      q_block, g_block = q[start:end], grad[start:end]
+      scores = _dot(k[:end], q_block.T) * scale  # [S T]
+      p = jnp.exp(scores - normalizer[start:end])
+      p = jnp.where(_mask(segments, start, end).T, p, 0.0)
+      dv = dv.at[:end].add(_dot(p.astype(v.dtype), g_block))
+      dp = _dot(v[:end], g_block.T)
+      ds = (p * (dp - delta[start:end]) * scale).astype(q.dtype)
+      dk = dk.at[:end].add(_dot(ds, q_block))
+      dq.append(_dot(ds.T, k[:end]))
+    dq = jnp.concatenate(dq).astype(q.dtype)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+  return *_over_heads(head, (*saved, grad)), None
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)

@@ -1,0 +1,69 @@
+"""Parameter counts, total and active per token, from abstract variables."""
+
+import dataclasses
+import math
+
+import jax
+from flax import nnx
+
+from deepseek_jax.transformer import TransformerConfig, build
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+  """Numbers of parameters; router biases count, multi-token prediction apart.
+
+  Attributes:
+    total: of the main model, embedding and head included.
+    active: what one token uses of it, embedding and head included.
+    embedding: of the embedding matrix.
+    head: of the head; 0 when it is the embedding.
+    mtp, mtp_active: unique to the multi-token prediction blocks.
+  """
+
+  total: int
+  active: int
+  embedding: int
+  head: int
+  mtp: int
+  mtp_active: int
+
+  @property
+  def active_without_embedding(self) -> int:
+    """The count that most papers quote as active."""
+    return self.active - self.embedding
+
+
+def count_parameters(config: TransformerConfig) -> ParameterCount:
+  """Counts without allocating anything."""
+  abstract = build(config).abstract
+  size = lambda tree: sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
+  params, buffers = (
+    nnx.to_pure_dict(abstract[k]) for k in ('params', 'buffers')
+  )
+  mtp = size(params.get('mtp', {})) + size(buffers.get('mtp', {}))
+  total = size(params) + size(buffers) - mtp
+  idle = sum(
+    segment.repeat * _idle(block.ffn, config.dim)
+    for segment in config.segments()
+    for block in segment.blocks
+  )
+  mtp_idle = 0
+  if config.mtp.depth:
+    block = config.block(config.mtp.block)
+    mtp_idle = config.mtp.depth * _idle(block.ffn, config.dim)
+  return ParameterCount(
+    total=total,
+    active=total - idle,
+    embedding=size(params['embed']),
+    head=size(params.get('head', {})),
+    mtp=mtp,
+    mtp_active=mtp - mtp_idle,
+  )
+
+
+def _idle(ffn, dim: int) -> int:
+  """Parameters of the routed experts that a token does not choose."""
+  if not hasattr(ffn, 'experts'):
+    return 0
+  return (ffn.experts - ffn.top_k) * 3 * dim * ffn.width

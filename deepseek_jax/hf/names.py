@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -238,9 +239,11 @@ def leaves(config: TransformerConfig) -> list[Leaf]:
   Raises InputError for an array that the family has no name for.
   """
   out = []
+  is_variable = lambda v: isinstance(v, nnx.Variable)
   for kind, state in build(config).abstract.items():
-    for path, variable in nnx.to_flat_state(state):
-      out.append(_leaf(config, (kind, *path), variable))
+    for path, variable in jax.tree.leaves_with_path(state, is_leaf=is_variable):
+      path = (kind, *(entry.key for entry in path))
+      out.append(_leaf(config, path, variable))
   return out
 
 

@@ -1,0 +1,57 @@
+"""Tiny models of every family, with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import deepseek_jax as ds
+from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.mla import MLAConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.layers.mtp import MTPConfig
+from deepseek_jax.layers.rope import RopeConfig, YarnConfig
+from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.presets import layout
+
+V3 = ds.TransformerConfig(
+  vocab_size=48,
+  dim=24,
+  layout=layout(1, 2),
+  attention=MLAConfig(
+    2, 12, 16, 6, 4, 8, RopeConfig(scaling=YarnConfig(factor=4.0))
+  ),
+  ffn=FFNConfig(20),
+  moe=MoEConfig(4, 2, 8, router=RouterConfig(groups=2, scale=2.5)),
+  mtp=MTPConfig(1),
+)
+V2 = ds.changed(
+  V3,
+  {
+    'attention.q_rank': None,
+    'moe.shared': 2,
+    'moe.router': RouterConfig(
+      'softmax', bias=False, normalize=False, group_score='max', scale=4.0
+    ),
+    'mtp.depth': 0,
+  },
+)
+LLAMA = ds.TransformerConfig(
+  vocab_size=48,
+  dim=24,
+  layout=layout(2, 0),
+  attention=GQAConfig(4, 2, 10),
+  ffn=FFNConfig(20),
+  norm_eps=1e-5,
+  tied=True,
+)
+FAMILIES = {'v3': V3, 'v2': V2, 'llama': LLAMA}
+
+
+def variables(config):
+  """Every number random: no norm of one, no bias of zero."""
+  shapes = jax.eval_shape(ds.build(config).init, jax.random.key(0))
+  draw = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda a: jnp.asarray(draw.standard_normal(a.shape, np.float32)), shapes
+  )

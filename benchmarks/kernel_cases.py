@@ -18,6 +18,8 @@ from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
+from pallas_kernels.sinkhorn import shapes as sinkhorn_shapes
+from pallas_kernels.sinkhorn import sinkhorn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,14 @@ def scale_to_fp8(shape):
   return Work(op, (x,), xla, 0, _size(x) * 1.5, {'xla': xla})
 
 
+def mix(shape):
+  size = (shape.tokens, shape.streams, shape.streams)
+  logits = jax.random.normal(_keys(1)[0], size)
+  op = functools.partial(sinkhorn, iterations=shape.iterations)
+  xla = functools.partial(op, impl='reference')
+  return Work(op, (logits,), xla, 0, 2 * _size(logits), {'xla': xla})
+
+
 # op: (shapes, work on a shape, a shape small enough to check).
 OPS = {
   'mla_decode': (decode_shapes.BENCH, decode, decode_small),
@@ -195,5 +205,10 @@ OPS = {
     quantize_shapes.BENCH,
     scale_to_fp8,
     lambda s: s._replace(rows=256, columns=256),
+  ),
+  'sinkhorn': (
+    sinkhorn_shapes.BENCH,
+    mix,
+    lambda s: s._replace(tokens=150),
   ),
 }

@@ -16,6 +16,7 @@ from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
+from pallas_kernels.sinkhorn import sinkhorn
 
 
 class Case(NamedTuple):
@@ -113,6 +114,14 @@ def _quantize(name):
   return Case(fn, (((shape.rows, shape.columns), jnp.bfloat16),), False)
 
 
+def _sinkhorn(tokens, backward):
+  logits = ((tokens, 4, 4), jnp.float32)
+  fn = functools.partial(sinkhorn, impl='gpu')
+  if not backward:
+    return Case(fn, (logits,), False)
+  return Case(lambda x, g: jax.vjp(fn, x)[1](g), (logits, logits), False)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
@@ -127,6 +136,8 @@ CASES = {
     }.items()
   },
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
+  'sinkhorn': _sinkhorn(8192, False),
+  'sinkhorn_bwd': _sinkhorn(8192, True),
   **{f'router_{n}': _router(n) for n in router_shapes.BENCH},
   'permute': _permute('permute', 4096, 8, 256, 7168),
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),

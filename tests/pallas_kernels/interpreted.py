@@ -24,6 +24,8 @@ from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
+from pallas_kernels.sinkhorn import shapes as sinkhorn_shapes
+from pallas_kernels.sinkhorn import sinkhorn
 
 BF16 = 2.0**-8  # half a step of bfloat16 either side, twice: input and output
 
@@ -155,6 +157,21 @@ def check_quantize():
         quantize, block=shape.block, power_of_two=shape.power_of_two
       )
       compare(f'{name} {dtype.__name__}', op, (jnp.asarray(x, dtype),), 1e-6)
+
+
+def check_sinkhorn():
+  def both(logits, grad, iterations, impl):
+    fn = functools.partial(sinkhorn, iterations=iterations, impl=impl)
+    out, pull = jax.vjp(fn, logits)
+    return out, pull(grad)
+
+  for name, shape in sinkhorn_shapes.TEST.items():
+    rng = np.random.default_rng(0)
+    size = (shape.tokens, shape.streams, shape.streams)
+    logits = jnp.asarray(2 * rng.normal(size=size), jnp.float32)
+    grad = jnp.asarray(rng.normal(size=size), jnp.float32)
+    op = functools.partial(both, iterations=shape.iterations)
+    compare(name, op, (logits, grad), 1e-5)
 
 
 def check_race():

@@ -10,7 +10,14 @@ import pytest
 from absl.testing import absltest, parameterized
 
 HERE = pathlib.Path(__file__).parent
-OPS = ('mla_decode', 'permute', 'grouped_matmul', 'router', 'quantize')
+OPS = (
+  'mla_decode',
+  'router',
+  'permute',
+  'grouped_matmul',
+  'quantize',
+  'sinkhorn',
+)
 
 
 def interpret(op: str) -> subprocess.CompletedProcess:

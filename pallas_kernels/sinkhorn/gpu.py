@@ -1,0 +1,152 @@
+"""Sinkhorn on Hopper: one token per thread, its matrix in registers.
+
+The matrices come as n * n planes [tokens], so that every sum is an addition of
+vectors and nothing is exchanged between threads. The backward kernel runs
+forward again, keeps the divisors in shared memory and walks back: with
+y = x / d, d = sum(x) + eps, the gradient is dx = (dy - sum(dy y)) / d and x is
+y d.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+
+TOKENS = 128
+_LAYOUT = plgpu.Layout.WG_STRIDED((TOKENS,), vec_size=1)
+
+
+def sinkhorn(logits, iterations, eps):
+  body = functools.partial(_forward_body, iterations=iterations, eps=eps)
+  return _call(body, {}, logits)
+
+
+def sinkhorn_bwd(logits, grad, iterations, eps):
+  n = logits.shape[-1]
+  body = functools.partial(_backward_body, iterations=iterations, eps=eps)
+  divisors = plgpu.SMEM(((2 * iterations - 1) * n, TOKENS), jnp.float32)
+  return _call(body, {'divisors': divisors}, logits, grad)
+
+
+def _call(body, scratch, *arrays):
+  """Runs body on planes of TOKENS tokens; arrays and result [N n n]."""
+  N, n, _ = arrays[0].shape
+  if n > 4:
+    raise NotImplementedError(f'{n} streams: more than 4 spill registers')
+  whole = -(-N // TOKENS) * TOKENS
+  planes = [
+    jnp.pad(a.astype(jnp.float32).reshape(N, n * n).T, ((0, 0), (0, whole - N)))
+    for a in arrays
+  ]
+  out = compat.kernel(
+    functools.partial(body, n=n),
+    jax.ShapeDtypeStruct((n * n, whole), jnp.float32),
+    grid={'block': whole // TOKENS},
+    scratch=scratch,
+  )(*planes)
+  return out[:, :N].T.reshape(N, n, n)
+
+
+def _tokens():
+  return pl.ds(lax.axis_index('block') * TOKENS, TOKENS)
+
+
+def _read(planes):
+  return tuple(
+    compat.load(planes, (i, _tokens()), _LAYOUT, optimized=False)
+    for i in range(planes.shape[0])
+  )
+
+
+def _write(planes, values):
+  for i, value in enumerate(values):
+    planes[i, _tokens()] = value
+
+
+def _lines(n, axis):
+  """Indices of the entries of each row (axis 1) or column (axis 0)."""
+  at = lambda i, j: i * n + j if axis else j * n + i
+  return [[at(i, j) for j in range(n)] for i in range(n)]
+
+
+def _sum(values):
+  return functools.reduce(lambda a, b: a + b, values)
+
+
+def _softmax(logits, n):
+  out = list(logits)
+  for line in _lines(n, 1):
+    top = functools.reduce(jnp.maximum, [logits[i] for i in line])
+    e = [jnp.exp(logits[i] - top) for i in line]
+    total = _sum(e)
+    for i, value in zip(line, e):
+      out[i] = value / total
+  return out
+
+
+def _divide(m, n, axis, eps, keep=lambda line, divisor: None):
+  """m with each line of that axis divided by its sum + eps."""
+  out = list(m)
+  for number, line in enumerate(_lines(n, axis)):
+    divisor = _sum([m[i] for i in line]) + eps
+    keep(number, divisor)
+    for i in line:
+      out[i] = m[i] / divisor
+  return tuple(out)
+
+
+def _forward_body(logits, out, *, n, iterations, eps):
+  m = [p + eps for p in _softmax(_read(logits), n)]
+  m = _divide(m, n, 0, eps)
+
+  def both(_, m):
+    return _divide(_divide(m, n, 1, eps), n, 0, eps)
+
+  _write(out, lax.fori_loop(0, iterations - 1, both, m))
+
+
+def _backward_body(logits, grad, out, divisors, *, n, iterations, eps):
+  def keep(step):
+    def store(number, divisor):
+      divisors[step * n + number] = divisor
+
+    return store
+
+  soft = _softmax(_read(logits), n)
+  m = _divide([p + eps for p in soft], n, 0, eps, keep(0))
+
+  def both(k, m):
+    m = _divide(m, n, 1, eps, keep(2 * k + 1))
+    return _divide(m, n, 0, eps, keep(2 * k + 2))
+
+  m = lax.fori_loop(0, iterations - 1, both, m)
+
+  def undo(step, axis, m, g):
+    m, g = list(m), list(g)
+    for number, line in enumerate(_lines(n, axis)):
+      divisor = compat.load(divisors, step * n + number, _LAYOUT)
+      common = _sum([g[i] * m[i] for i in line])
+      for i in line:
+        g[i] = (g[i] - common) / divisor
+        m[i] = m[i] * divisor
+    return tuple(m), tuple(g)
+
+  def both_back(i, state):
+    k = iterations - 2 - i
+    return undo(2 * k + 1, 1, *undo(2 * k + 2, 0, *state))
+
+  state = lax.fori_loop(0, iterations - 1, both_back, (m, _read(grad)))
+  _, g = undo(0, 0, *state)
+  # Of the softmax over rows: p (g - sum(g p)).
+  soft = _softmax(_read(logits), n)
+  result = list(g)
+  for line in _lines(n, 1):
+    common = _sum([g[i] * soft[i] for i in line])
+    for i in line:
+      result[i] = soft[i] * (g[i] - common)
+  _write(out, result)

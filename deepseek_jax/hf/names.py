@@ -207,17 +207,35 @@ def to_theirs(leaf: Leaf, block: np.ndarray) -> np.ndarray:
   return block.reshape(math.prod(block.shape[: n - k]), -1)
 
 
-def from_theirs(leaf: Leaf, rows: np.ndarray, region) -> np.ndarray:
-  """The file's rows of `region`'s first output range -> our block.
+def window(leaf: Leaf, region) -> tuple[slice, slice | None]:
+  """Rows and columns of the file's tensor that hold a region of our axes.
 
-  rows: theirs[region[k].start * m : region[k].stop * m], m = row_multiple.
-  region: slices of our inner axes.
+  Columns are None where the tensor is not a matrix of inputs and outputs.
   """
   k, inner = leaf.rows[0].inputs, leaf.inner
   if not k:
-    return rows[(slice(None), *region[1:])] if region else rows
-  rows = rows.reshape(-1, *inner[k + 1 :], *inner[:k])
-  block = rows[(slice(None), *region[k + 1 :], *region[:k])]
+    first = region[0] if region else slice(0, 1)
+    return first, None
+  rows, columns = (
+    slice(cut.start * rest, cut.stop * rest)
+    for cut, rest in (
+      (region[k], leaf.row_multiple),
+      (region[0], math.prod(inner[1:k])),
+    )
+  )
+  return rows, columns
+
+
+def from_theirs(leaf: Leaf, block: np.ndarray, region) -> np.ndarray:
+  """The `window` of a region, as our block of exactly this region."""
+  k, inner = leaf.rows[0].inputs, leaf.inner
+  if not k:
+    return block[(slice(None), *region[1:])] if region else block
+  block = block.reshape(
+    -1, *inner[k + 1 :], block.shape[1] // math.prod(inner[1:k]), *inner[1:k]
+  )
+  whole = slice(None)  # the first axes are cut already
+  block = block[(whole, *region[k + 1 :], whole, *region[1:k])]
   outputs = len(inner) - k
   return block.transpose(*range(outputs, len(inner)), *range(outputs))
 

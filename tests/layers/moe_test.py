@@ -1,0 +1,265 @@
+"""The MoE layer against a loop over tokens; capacity against a loop."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from flax import nnx
+
+import deepseek_jax as ds
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.moe import CapacityConfig, MoE, MoEConfig, drop
+from deepseek_jax.layers.router import RouterConfig, Routing
+from tests import reference, tiny
+
+DIM, B, T = 16, 2, 24
+CONFIGS = {
+  'v3': tiny.V3_MOE,
+  'v2': tiny.V2_MOE,
+  'greedy': tiny.GREEDY_MOE,
+  'routed_only': dataclasses.replace(tiny.V3_MOE, shared=0),
+}
+
+
+@functools.cache
+def built(name):
+  cfg = CONFIGS.get(name) or CAPACITY
+  graphdef, state = nnx.split(MoE(cfg, DIM, std=1.0, rngs=nnx.Rngs(0)))
+  return graphdef, tiny.fill(nnx.to_pure_dict(state))
+
+
+@functools.cache
+def jitted(name, train=False, padded=True):
+  graphdef, _ = built(name)
+
+  def run(weights, x, segments):
+    ctx = Context(None, None, segments if padded else None, train=train)
+    return nnx.merge(graphdef, weights)(x, ctx)
+
+  return jax.jit(run)
+
+
+def inputs(dtype=jnp.float32):
+  x = np.random.default_rng(3).normal(size=(B, T, DIM))
+  segments = np.ones((B, T), np.int32)
+  segments[1, 17:] = 0
+  return jnp.asarray(x, dtype), jnp.asarray(segments)
+
+
+def wanted(cfg, weights, x, segments):
+  """y [B T D], load [E], the weighted balance loss."""
+  weights = reference.to_float64(weights)
+  bias = weights['router'].get('bias')
+  ys, loads, losses = [], [], []
+  for row, valid in zip(np.asarray(x, np.float64), np.asarray(segments) > 0):
+    y, load, chosen, s = reference.moe(weights, bias, cfg, row, valid)
+    ys.append(y)
+    loads.append(load)
+    losses.append(reference.balance_loss(cfg, s, chosen, valid))
+  return np.stack(ys), sum(loads), np.mean(losses)
+
+
+class MoETest(parameterized.TestCase):
+  @parameterized.parameters(*CONFIGS)
+  def test_equals_a_loop_over_tokens_in_float64(self, name):
+    weights = built(name)[1]
+    x, segments = inputs()
+    y, stats = jitted(name)(weights, x, segments)
+    want, load, loss = wanted(CONFIGS[name], weights, x, segments)
+    # float32: three sums of up to 16 terms in a row.
+    self.assertLess(tiny.relative(y, want), 3e-6)
+    np.testing.assert_array_equal(stats['load'], load)
+    self.assertAlmostEqual(float(stats['loss']), loss, delta=1e-5 * loss)
+    self.assertEqual(int(stats['dropped']), 0)
+
+  @parameterized.parameters('v3', 'v2')
+  def test_few_tokens_equal_the_loop_too(self, name):
+    # A decoding batch; it may take another path to the same numbers.
+    weights = built(name)[1]
+    x, segments = inputs()
+    x, segments = x[:, 14:19], segments[:, 14:19]
+    y, stats = jitted(name)(weights, x, segments)
+    want, load, _ = wanted(CONFIGS[name], weights, x, segments)
+    self.assertLess(tiny.relative(y, want), 3e-6)
+    np.testing.assert_array_equal(stats['load'], load)
+
+  def test_bfloat16_routes_alike_and_differs_by_rounding(self):
+    x, segments = inputs(jnp.bfloat16)
+    weights = built('v3')[1]
+    low = {
+      k: jax.tree.map(lambda w: w.astype(jnp.bfloat16), v)
+      if k != 'router'
+      else v
+      for k, v in weights.items()
+    }
+    y, stats = jitted('v3')(low, x, segments)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+    want, load, _ = wanted(CONFIGS['v3'], low, x, segments)
+    np.testing.assert_array_equal(stats['load'], load)
+    # Three roundings to 8 bits in a row.
+    self.assertLess(tiny.relative(y, want), 1e-2)
+
+  @parameterized.parameters('v3', 'v2', 'greedy')
+  def test_dropless_loads_add_up_to_tokens_times_k(self, name):
+    x, segments = inputs()
+    one = x.at[:].set(x[0, 0])  # all choose the same experts
+    for batch in (x, one):
+      for train in (False, True):
+        _, stats = jitted(name, train)(built(name)[1], batch, segments)
+        tokens = int((segments > 0).sum())
+        self.assertEqual(int(stats['load'].sum()), tokens * 3)
+        self.assertEqual(int(stats['dropped']), 0)
+
+  def test_permuting_the_experts_changes_nothing(self):
+    name = 'greedy'  # one group, so any order keeps the choice
+    weights = built(name)[1]
+    x, segments = inputs()
+    order = np.random.default_rng(0).permutation(8)
+    router = jax.tree.map(lambda w: w[..., order], weights['router'])
+    other = {
+      **weights,
+      'router': router,
+      'gate_up': weights['gate_up'][order],
+      'down': weights['down'][order],
+    }
+    y, stats = jitted(name)(weights, x, segments)
+    z, moved = jitted(name)(other, x, segments)
+    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(moved['load'], stats['load'][order])
+    np.testing.assert_allclose(moved['loss'], stats['loss'], rtol=1e-6)
+
+  def test_permuting_whole_groups_changes_nothing(self):
+    weights = built('v3')[1]
+    x, segments = inputs()
+    order = np.array([6, 7, 1, 0, 4, 5, 3, 2])  # groups and within them
+    router = jax.tree.map(lambda w: w[..., order], weights['router'])
+    other = {
+      **weights,
+      'router': router,
+      'gate_up': weights['gate_up'][order],
+      'down': weights['down'][order],
+    }
+    y, _ = jitted('v3')(weights, x, segments)
+    z, _moved = jitted('v3')(other, x, segments)
+    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-5)
+
+  def test_a_common_bias_changes_nothing_and_a_single_one_the_choice(self):
+    weights = built('v3')[1]
+    x, segments = inputs()
+    moved = lambda by: {
+      **weights,
+      'router': {**weights['router'], 'bias': weights['router']['bias'] + by},
+    }
+    y, stats = jitted('v3')(weights, x, segments)
+    z, same = jitted('v3')(moved(5.0), x, segments)
+    np.testing.assert_array_equal(same['experts'], stats['experts'])
+    np.testing.assert_array_equal(z, y)
+    _, drawn = jitted('v3')(moved(jnp.eye(8)[2] * 9), x, segments)
+    self.assertEqual(int(drawn['load'][2]), int((segments > 0).sum()))
+
+  @parameterized.parameters(
+    ({'experts': 0}, 'experts = 0'),
+    ({'width': 0}, 'width = 0'),
+    ({'shared': -1}, 'shared = -1'),
+    (
+      {'capacity': CapacityConfig(devices=3)},
+      r'capacity\.devices = 3: must divide experts = 8',
+    ),
+  )
+  def test_shapes_that_do_not_fit_are_refused(self, fields, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      MoEConfig(**{'experts': 8, 'top_k': 2, 'width': 4, **fields})
+
+
+CAPACITY = dataclasses.replace(
+  tiny.GREEDY_MOE,
+  router=RouterConfig(bias=False, scale=1.0),
+  capacity=CapacityConfig(factor=0.75, devices=4, exempt=0.5),
+)
+
+
+_DROP = jax.jit(drop, static_argnums=(1, 2))
+
+
+def dropped_by_hand(experts, weights, cfg, num_experts):
+  """Which choices lose their place [B T K], one device at a time."""
+  B, T, K = experts.shape
+  size = num_experts // cfg.devices
+  exempt = [
+    int((b + 1) * cfg.exempt + 1e-6) > int(b * cfg.exempt + 1e-6)
+    for b in range(B)
+  ]
+  lost = np.zeros(experts.shape, bool)
+  everywhere = int((experts < num_experts).sum())
+  budget = cfg.factor * everywhere / cfg.devices
+  for d in range(cfg.devices):
+    here = [i for i in np.ndindex(B, T, K) if experts[i] // size == d]
+    ranked = sorted(
+      here, key=lambda i: -np.inf if exempt[i[0]] else -weights[i]
+    )
+    for rank, i in enumerate(ranked):
+      lost[i] = rank >= budget and not exempt[i[0]]
+  return lost, exempt
+
+
+class CapacityTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (0.5, 2, 0.25), (1.0, 8, 0.0), (1.0, 2, 0.5), (1.3, 1, 0.0), (0.5, 8, 1.0)
+  )
+  def test_drops_the_lowest_affinities_of_a_full_device(
+    self, factor, devices, exempt
+  ):
+    cfg = CapacityConfig(factor, devices, exempt)
+    rng = np.random.default_rng(0)
+    shares = np.arange(1, 9) / 36  # uneven, so that devices overflow
+    experts = np.stack(
+      [
+        [rng.choice(8, 3, replace=False, p=shares) for _ in range(10)]
+        for _ in range(8)
+      ]
+    ).astype(np.int32)
+    experts[3, 6:] = 8
+    weights = rng.permutation(240).reshape(8, 10, 3).astype(np.float32) + 1
+    weights[experts == 8] = 0
+    made = Routing(jnp.asarray(experts), jnp.asarray(weights), None)
+    got, count = _DROP(made, 8, cfg)
+    lost, exempted = dropped_by_hand(experts, weights, cfg, 8)
+    np.testing.assert_array_equal(got.experts, np.where(lost, 8, experts))
+    np.testing.assert_array_equal(got.weights, np.where(lost, 0, weights))
+    self.assertEqual(int(count), lost.sum())
+    self.assertEqual(sum(exempted), int(8 * exempt))
+    if factor < 1 and exempt < 1:
+      self.assertGreater(int(count), 0)
+
+  @parameterized.parameters(0.1, 0.35, 0.7)
+  def test_the_exempt_share_holds_for_any_batch(self, share):
+    # Everything is over a budget of 0, so only exempt sequences keep theirs.
+    cfg = CapacityConfig(0.0, 1, share)
+    rows = 200
+    made = Routing(
+      jnp.zeros((rows, 1, 1), jnp.int32), jnp.ones((rows, 1, 1)), None
+    )
+    got, _ = _DROP(made, 1, cfg)
+    kept = np.cumsum(np.asarray(got.experts)[:, 0, 0] == 0)
+    want = np.floor(np.arange(1, rows + 1) * share + 1e-6)
+    np.testing.assert_array_equal(kept, want)
+
+  def test_drops_in_training_and_never_in_evaluation(self):
+    weights = built('capacity')[1]
+    x, segments = inputs()
+    full = segments * 0 + 1
+    y, stats = jitted('capacity')(weights, x, full)
+    self.assertEqual(int(stats['dropped']), 0)
+    z, trained = jitted('capacity', train=True)(weights, x, full)
+    self.assertGreater(int(trained['dropped']), 0)
+    # Loads count what was asked for, so that balancing sees the overflow.
+    np.testing.assert_array_equal(trained['load'], stats['load'])
+    changed = np.abs(np.asarray(z - y)).max(axis=(1, 2)) > 1e-6
+    self.assertEqual(changed.tolist(), [True, False])  # the second is exempt
+
+
+if __name__ == '__main__':
+  absltest.main()

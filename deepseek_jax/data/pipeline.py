@@ -58,7 +58,6 @@ def segment(tokens, eos_id: int):
   """
   starts = np.ones(tokens.shape, bool)
   starts[:, 1:] = tokens[:, :-1] == eos_id
-  starts[:, 0] = True
   index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
   first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
   segments = np.cumsum(starts, axis=1)

@@ -160,6 +160,8 @@ class HeldoutTest(parameterized.TestCase):
     self.assertLen(held.documents, 5)
     self.assertContainsSubset(held.documents, everything)
     self.assertNotEqual(held.documents, everything[:5])
+    in_order = [doc for doc in everything if doc in held.documents]
+    self.assertEqual(held.documents, in_order)
     more = data.Heldout(self.store, 16, 4, limit=6).documents
     self.assertContainsSubset(held.documents, more)
     numbers = {n for rows in held for n in rows['document'].tolist()} - {-1}
@@ -184,7 +186,9 @@ class HeldoutTest(parameterized.TestCase):
   def test_xz_is_what_the_program_gives_file_by_file(self):
     if not shutil.which('xz'):
       self.skipTest('the xz program is not installed')
-    texts = ['', 'naïve ' * 50, 'x', *self.store.heldout_texts()]
+    # The last is long enough for the preset to matter.
+    long = [d.text for d in data.documents('stdlib') if 'json/' in d.name]
+    texts = ['', 'naïve ' * 50, 'x', *self.store.heldout_texts(), *long]
     packed = [
       subprocess.check_output(['xz', '-9', '-c'], input=text.encode())
       for text in texts

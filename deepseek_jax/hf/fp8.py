@@ -22,20 +22,22 @@ def scale_shape(shape, block=BLOCK) -> tuple[int, int]:
   return tuple(-(-n // b) for n, b in zip(shape, block))
 
 
-def _spread(scale, shape, block, start):
-  """Scales per number: [blocks] -> `shape`, whose first row is row `start`."""
-  rows = (start + np.arange(shape[0])) // block[0] - start // block[0]
-  columns = np.arange(shape[1]) // block[1]
+def _spread(scale, shape, block, start=(0, 0)):
+  """Scales per number: [blocks] -> `shape`, whose corner is at `start`."""
+  rows, columns = (
+    (first + np.arange(n)) // b - first // b
+    for first, n, b in zip(start, shape, block)
+  )
   return scale[rows][:, columns]
 
 
 def dequantize(
-  weight: np.ndarray, scale: np.ndarray, block=BLOCK, start: int = 0
+  weight: np.ndarray, scale: np.ndarray, block=BLOCK, start=(0, 0)
 ) -> np.ndarray:
   """e4m3 [R C] times its scales -> float32 [R C].
 
-  `weight` may be the rows from `start` on; `scale` then starts with the block
-  row that holds `start`.
+  `weight` may be a part whose corner lies at (row, column) `start`; `scale`
+  then begins with the block that holds the corner.
   """
   scale = scale.astype(np.float32)
   return weight.astype(np.float32) * _spread(scale, weight.shape, block, start)
@@ -62,7 +64,7 @@ def quantize(
     scale = _power_of_two_above(scale)
   scale = np.maximum(scale, np.float32(2.0**-126))
   # The division may round one above the maximum, which would become NaN.
-  scaled = weight / _spread(scale, weight.shape, block, 0)
+  scaled = weight / _spread(scale, weight.shape, block)
   return np.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3), scale
 
 

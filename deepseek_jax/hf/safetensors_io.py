@@ -202,26 +202,46 @@ def _shard_name(name) -> str:
   return name
 
 
-def read(entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
-  """A tensor, or its rows start:stop; reads no other bytes."""
-  shape = entry.shape
-  if shape:
-    stop = shape[0] if stop is None else stop
-    row = math.prod(shape[1:]) * entry.dtype.itemsize
-    shape, skip = (stop - start, *shape[1:]), start * row
-  else:
-    skip = 0
+def read(
+  entry: Entry,
+  start: int = 0,
+  stop: int | None = None,
+  columns: slice | None = None,
+) -> np.ndarray:
+  """A tensor, its rows start:stop, or of a matrix also just some columns.
+
+  Reads no other bytes.
+  """
+  if not entry.shape:
+    return _filled(entry, entry.start, ())
+  rows = (entry.shape[0] if stop is None else stop) - start
+  width = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+  begin = entry.start + start * width
+  if columns is None or columns.stop - columns.start == entry.shape[1]:
+    return _filled(entry, begin, (rows, *entry.shape[1:]))
+  count = columns.stop - columns.start
+  begin += columns.start * entry.dtype.itemsize
+  return _filled(entry, begin, (rows, count), width)
+
+
+def _filled(entry, begin, shape, stride=0):
+  """`shape` from byte `begin` on; with a stride, its rows lie so far apart."""
   out = np.empty(shape, entry.dtype)
-  view = memoryview(out.reshape(-1).view(np.uint8))
+  lines = out if stride else out.reshape(1, -1)
   with open(entry.file, 'rb', buffering=0) as file:
-    file.seek(entry.start + skip)
-    done = 0
-    while done < len(view):
-      got = file.readinto(view[done:])
-      if not got:
-        raise InputError(f'{entry.file}: truncated while it was read')
-      done += got
+    for i, line in enumerate(lines):
+      file.seek(begin + i * stride)
+      _fill(file, memoryview(line.view(np.uint8)), entry.file)
   return out
+
+
+def _fill(file, view, name):
+  done = 0
+  while done < len(view):
+    got = file.readinto(view[done:])
+    if not got:
+      raise InputError(f'{name}: truncated while it was read')
+    done += got
 
 
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:

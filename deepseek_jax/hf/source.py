@@ -160,19 +160,23 @@ class Source:
 
   def _block_of(self, part, inner):
     leaf = part.leaf
-    k, m = leaf.rows[0].inputs, leaf.row_multiple
-    first = inner[k] if inner else slice(0, 1)
-    rows = self._rows(part.name, first.start * m, first.stop * m)
-    return names.from_theirs(leaf, rows, tuple(inner))
+    rows, columns = names.window(leaf, inner)
+    block = self._window(part.name, rows, columns)
+    return names.from_theirs(leaf, block, tuple(inner))
 
-  def _rows(self, name, start, stop):
-    rows = safetensors_io.read(self.entries[name], start, stop)
-    scale = self.entries.get(name + _SCALE)
+  def _window(self, name, rows, columns):
+    """A part of a tensor of the file, dequantised if it is float8."""
+    entry, scale = (self.entries.get(n) for n in (name, name + _SCALE))
+    found = safetensors_io.read(entry, rows.start, rows.stop, columns)
     if scale is None:
-      return rows
-    block = self._block
-    scales = safetensors_io.read(scale, start // block[0], -(-stop // block[0]))
-    return fp8.dequantize(rows, scales, block, start)
+      return found
+    r, c = (
+      slice(s.start // b, -(-s.stop // b))
+      for s, b in zip((rows, columns), self._block)
+    )
+    scales = safetensors_io.read(scale, r.start, r.stop, c)
+    corner = (rows.start, columns.start)
+    return fp8.dequantize(found, scales, self._block, corner)
 
 
 def fingerprint(folder: str) -> dict[str, Any]:

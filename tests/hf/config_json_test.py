@@ -160,7 +160,9 @@ class PublishedTest(parameterized.TestCase):
     back = config_json.parse(fields).config
     if name == 'v2_lite':
       back = ds.changed(back, {'moe.router.group_score': 'top2'})
-    self.assertEqual(back, config)
+    blocks = lambda c: [b for s in c.segments() for b in s.blocks * s.repeat]
+    self.assertEqual(blocks(back), blocks(config))
+    self.assertEqual(back, ds.changed(config, {'layout': back.layout}))
 
   def test_what_does_not_change_the_model_is_carried(self):
     carried = config_json.parse(_LLAMA).carried

@@ -55,13 +55,16 @@ class Fp8Test(parameterized.TestCase):
     np.testing.assert_array_equal(back[:128], 0.25)
     np.testing.assert_array_equal(back[128:], 8.0)
 
-  def test_rows_from_the_middle_of_a_block(self):
+  def test_part_from_the_middle_of_a_block(self):
     draw = np.random.default_rng(1)
-    weight = draw.standard_normal((400, 150)).astype(np.float32)
+    weight = draw.standard_normal((400, 300)).astype(np.float32)
+    weight *= 1 + np.arange(300)
     quantized, scale = fp8.quantize(weight)
     whole = fp8.dequantize(quantized, scale)
-    part = fp8.dequantize(quantized[200:300], scale[1:3], start=200)
-    np.testing.assert_array_equal(part, whole[200:300])
+    part = fp8.dequantize(
+      quantized[200:300, 130:300], scale[1:3, 1:3], start=(200, 130)
+    )
+    np.testing.assert_array_equal(part, whole[200:300, 130:300])
 
   def test_zeros_stay_zeros_and_extremes_stay_finite(self):
     weight = np.zeros((128, 256), np.float32)

@@ -143,17 +143,33 @@ class RoundTripTest(FolderTest):
     whole = variables['params']['segments'][1][0]['ffn']['down']
     region = (slice(1, 2), slice(2, 4), slice(3, 7), slice(5, 11))
     seen = []
-    rows = source._rows
-    source._rows = lambda name, a, b: seen.append(name) or rows(name, a, b)
+    window = source._window
+    source._window = lambda name, *a: (
+      seen.append((name, *a)) or window(name, *a)
+    )
     np.testing.assert_array_equal(source.read(leaf, region), whole[region])
     self.assertEqual(
       seen,
-      [f'model.layers.2.mlp.experts.{e}.down_proj.weight' for e in (2, 3)],
+      [
+        (
+          f'model.layers.2.mlp.experts.{e}.down_proj.weight',
+          slice(5, 11),
+          slice(3, 7),
+        )
+        for e in (2, 3)
+      ],
     )
+
+  def test_any_region_of_float8_equals_the_slice_of_the_whole(self):
+    config = ds.changed(hf_models.V3, {'dim': 200, 'moe.width': 150})
+    self.saved(config, quantize='fp8')
+    self.assert_regions_equal(hf.load(self.folder, mtp=True)[1])
 
   @parameterized.parameters('v3', 'v2', 'llama')
   def test_any_region_equals_the_slice_of_the_whole(self, family):
-    variables = self.saved(hf_models.FAMILIES[family])
+    self.assert_regions_equal(self.saved(hf_models.FAMILIES[family]))
+
+  def assert_regions_equal(self, variables):
     source = Source(self.folder, mtp=True)
     draw = np.random.default_rng(0)
     for leaf in source.leaves:

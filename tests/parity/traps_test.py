@@ -143,7 +143,7 @@ def _mtp():
     out = mtp.forward_layer(
       0, hidden[:, :-1], positions, None, input_ids=t[:, 1:]
     )
-  return config, variables, hidden, out.numpy(), ids
+  return config, variables, out.numpy(), ids
 
 
 def _mtp_hidden(config, variables, ids):

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test lint
+.PHONY: demo test parity kernels aot bench lint clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,15 +16,43 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/pip install --quiet --editable '.[dev,hf]'
 	touch $@
 
-# Trains a V3-style model on the standard library's source; about 6 minutes.
+# Trains a V3-style model on the source of Python's standard library,
+# reports and samples. A second call goes on from where the first ended.
 demo: $(VENV)/.run
 	$(BIN)/python -m experiments.pretrain --workdir=runs/demo \
 	  --config=experiments/configs/v3_tiny.py
 
-# Everything but the sweeps marked slow.
+# All tests but the sweeps; two files at a time.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow' -n 2 --dist loadfile --durations=15
+
+# Both directions of Hugging Face checkpoints against transformers.
+parity: $(VENV)/.test
+	$(PYTEST) tests/hf tests/parity -n 2 --dist loadfile
+
+# The whole proof of every kernel: interpreter, race detector, CUDA export.
+kernels: $(VENV)/.test
+	$(PYTEST) tests/pallas_kernels
+
+# Ahead-of-time compilation of the kernels for an H200; needs no GPU.
+AOT_PYTHON ?= python3.12
+AOT_JAX ?= 0.11.2
+.venv-aot/.ready:
+	$(AOT_PYTHON) -m venv .venv-aot
+	.venv-aot/bin/pip install --quiet 'jax[cuda13]==$(AOT_JAX)' absl-py \
+	  nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
+	touch $@
+aot: .venv-aot/.ready
+	.venv-aot/bin/python -m pallas_kernels.aot
+
+# Against transformers, in one run each; results in benchmarks/results/.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.decode
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .venv-aot build *.egg-info

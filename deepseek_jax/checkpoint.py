@@ -118,8 +118,7 @@ class Checkpoints:
     args = self._ocp.args
     wanted = flatten(like)
     stored = self._manager.item_metadata(step)['state']
-    stored = {k: v for k, v in dict(stored).items()}
-    lines = differences(stored, wanted)
+    lines = differences(dict(stored), wanted)
     if lines:
       shown = '; '.join(lines[:4]) + (' ...' if len(lines) > 4 else '')
       raise InputError(

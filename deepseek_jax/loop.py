@@ -6,10 +6,12 @@ its last checkpoint and sees the batches that it would have seen.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -241,6 +243,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
   store = datalib.build(config.data)
   batches = datalib.Batches(store, config.data)
   claim(workdir, config)
+  store.tokenizer().save(str(workdir))
   model = build(config.model)
   with Checkpoints(workdir / 'checkpoints', keep=config.keep) as checkpoints:
     state, resumed = _start(config, model, checkpoints, batches)
@@ -261,13 +264,47 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
   return Run(config, model, store, state, trainer.tokens_per_second)
 
 
+class Loaded(NamedTuple):
+  """A run read back from its folder."""
+
+  config: RunConfig
+  model: Model
+  variables: dict
+  tokenizer: Any  # datalib.Tokenizer or ByteTokenizer
+  step: int
+
+
+def load(workdir: str | Path) -> Loaded:
+  """The newest checkpoint of a run; needs none of its data.
+
+  Raises:
+    InputError: the folder holds no run, or none with a checkpoint.
+  """
+  workdir = Path(workdir)
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise InputError(f'workdir {workdir}: holds no run (no config.json)')
+  config = configs.from_dict(RunConfig, json.loads(path.read_text()))
+  model = build(config.model)
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise InputError(f'workdir {workdir}: the run has saved no checkpoint')
+    fresh = functools.partial(_fresh, config, model)
+    state = checkpoints.restore(steps[-1], jax.eval_shape(fresh)).state
+  variables = {'params': state.params, 'buffers': state.buffers}
+  tokenizer = datalib.from_file(str(workdir / 'tokenizer.json'))
+  return Loaded(config, model, variables, tokenizer, steps[-1])
+
+
+def _fresh(config: RunConfig, model: Model) -> TrainState:
+  variables = model.init(jax.random.key(config.seed))
+  return initial_state(model, config.train, variables)
+
+
 def _start(config, model, checkpoints, batches):
   """The state to begin with, and the step it was saved at (0: new)."""
-
-  def fresh():
-    variables = model.init(jax.random.key(config.seed))
-    return initial_state(model, config.train, variables)
-
+  fresh = functools.partial(_fresh, config, model)
   steps = checkpoints.steps()
   if not steps:
     return jax.jit(fresh)(), 0

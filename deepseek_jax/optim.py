@@ -52,7 +52,7 @@ def stored_in(
 
 
 def matrices(abstract: nnx.State) -> dict:
-  """True for each parameter with two or more named axes (stacks don't count)."""
+  """True for each parameter of two or more axes; stacking adds none."""
   one = lambda v: v.replace(len(v.get_metadata()['axes']) > 1)
   leaf = lambda v: isinstance(v, nnx.Variable)
   return nnx.to_pure_dict(jax.tree.map(one, abstract, is_leaf=leaf))

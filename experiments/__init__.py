@@ -1,1 +1,1 @@
-"""Launchers: one module per verb, absl flags, one configuration file per run."""
+"""Launchers: a module per verb, absl flags, one configuration file per run."""

@@ -1,0 +1,170 @@
+"""The launchers as a user meets them: real processes, flags and exit codes."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from absl.testing import absltest, parameterized
+
+_ROOT = Path(__file__).parents[1]
+_TINY = [
+  '--config=experiments/configs/v3_tiny.py',
+  '--config.model.vocab_size=261',
+  '--config.model.dim=32',
+  '--config.model.ffn.width=32',
+  '--config.model.moe.width=16',
+  '--config.data.tokenizer=bytes',
+  '--config.data.vocab_size=261',
+  '--config.data.seq_len=64',
+  '--config.data.heldout_fraction=0.3',
+  '--config.train.tokens=768',
+  '--config.train.batch.size=4',
+  '--config.evaluate.every=0',
+]
+
+
+def _start(folder: Path, verb: str, *args: str) -> subprocess.Popen:
+  env = os.environ | {'XDG_CACHE_HOME': str(folder / 'cache')}
+  return subprocess.Popen(
+    [sys.executable, '-m', f'experiments.{verb}', *args],
+    cwd=_ROOT,
+    env=env | {'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _corpus(folder: Path) -> Path:
+  folder.mkdir()
+  for i in range(10):
+    body = ''.join(f'def f{j}(x):\n  return x + {i}\n\n' for j in range(30))
+    (folder / f'm{i}.py').write_text(body)
+  return folder
+
+
+# name -> (flags, what the one line must say)
+_MISTAKES = {
+  'unknown_field': (
+    ['--config.model.moe.topk=2'],
+    ['topk', 'top_k'],
+  ),
+  'ill_typed': (['--config.model.dim=wide'], ['dim', 'wide']),
+  'bad_choice': (
+    ['--config.model.moe.router.scoring=relu'],
+    ['model.moe.router.scoring', 'relu', 'sigmoid'],
+  ),
+  'top_k_over_experts': (
+    ['--config.model.moe.top_k=40'],
+    ['top_k = 40', '16'],
+  ),
+  'groups_do_not_divide': (
+    ['--config.model.moe.router.groups=5'],
+    ['router.groups = 5', 'experts = 16'],
+  ),
+  'missing_path': (['--config.data.path=/nowhere/at/all'], ['/nowhere/at/all']),
+  'empty_corpus': (['--config.data.path={empty}'], ['empty']),
+  'not_utf8': (['--config.data.path={latin}'], ['latin', 'UTF-8']),
+  'vocabulary_too_small': (
+    [
+      '--config.data.path={corpus}',
+      '--config.data.tokenizer=bpe',
+      '--config.data.vocab_size=40',
+    ],
+    ['vocab_size', '40'],
+  ),
+  'data_vocabulary_over_model': (
+    ['--config.data.vocab_size=300'],
+    ['data.vocab_size = 300', 'model.vocab_size = 261'],
+  ),
+  'unknown_flag': (['--steps=3'], ['steps']),
+  'no_such_config': (['--config=nothing.py'], ['nothing.py']),
+}
+
+
+class MistakesTest(parameterized.TestCase):
+  """Every mistake: exit code 2, one line that names it, nothing written."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    places = {'corpus': _corpus(cls.folder / 'corpus')}
+    for name in ('empty', 'latin'):
+      places[name] = cls.folder / name
+      places[name].mkdir()
+    (places['latin'] / 'old.txt').write_bytes('Grüße'.encode('latin-1') * 20)
+    cls.runs = {}
+    for name, (flags, _) in _MISTAKES.items():
+      workdir = f'--workdir={cls.folder / "runs" / name}'
+      flags = [f.format(**places) for f in flags]
+      cls.runs[name] = _start(cls.folder, 'pretrain', *_TINY, *flags, workdir)
+
+  @parameterized.parameters(*_MISTAKES)
+  def test_is_one_clear_line_and_status_2(self, name):
+    _, err = self.runs[name].communicate(timeout=300)
+    self.assertEqual(self.runs[name].returncode, 2, msg=err)
+    lines = [l for l in err.splitlines() if l.startswith('error: ')]
+    self.assertLen(lines, 1, msg=err)
+    self.assertNotIn('Traceback', err)
+    for words in _MISTAKES[name][1]:
+      self.assertIn(words, lines[0])
+    self.assertFalse((self.folder / 'runs' / name).exists())
+
+
+class RunTest(absltest.TestCase):
+  def test_pretrain_then_sample(self):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    corpus = _corpus(folder / 'corpus')
+    workdir = folder / 'run'
+    run = _start(
+      folder,
+      'pretrain',
+      *_TINY,
+      f'--config.data.path={corpus}',
+      f'--workdir={workdir}',
+    )
+    out, err = run.communicate(timeout=500)
+    self.assertEqual(run.returncode, 0, msg=err)
+    for words in (
+      'held-out bits per byte',
+      'xz -9 bits per byte',
+      'tokens per second',
+      'expert load',
+      'fill in the middle',
+      'report.html',
+    ):
+      self.assertIn(words, out)
+    page = (workdir / 'report.html').read_text()
+    self.assertIn('<svg', page)
+
+    draw = lambda *args: _start(
+      folder,
+      'sample',
+      f'--workdir={workdir}',
+      '--prompt=def f(',
+      '--max_new_tokens=12',
+      *args,
+    )
+    runs = [
+      draw('--seed=1'),
+      draw('--seed=1'),
+      draw('--seed=2'),
+      draw('--after=return x'),
+      draw('--top_p=7'),
+    ]
+    texts = [run.communicate(timeout=300) for run in runs]
+    codes = [run.returncode for run in runs]
+    self.assertEqual(codes, [0, 0, 0, 0, 2], msg=texts)
+    outs = [out for out, _ in texts]
+    self.assertTrue(outs[0].startswith('def f('))
+    self.assertEqual(outs[0], outs[1])
+    self.assertNotEqual(outs[0], outs[2])
+    self.assertTrue(outs[3].rstrip().endswith('return x'))
+    self.assertIn('top_p = 7', texts[4][1])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,233 @@
+"""A run as a whole: ends, resumes bit for bit, refuses what is not its own."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import deepseek_jax as ds
+from deepseek_jax import data as datalib
+from deepseek_jax import evaluate, flight, loop, metrics, schedules, train
+from deepseek_jax.checkpoint import flatten
+from deepseek_jax.errors import InputError, RunAborted
+
+
+def _write_corpus(folder: Path):
+  folder.mkdir()
+  for i in range(12):
+    lines = [f'def f{i}_{j}(x):\n  return x + {j}\n' for j in range(30)]
+    (folder / f'part{i}.py').write_text('\n'.join(lines))
+
+
+def _config(folder: Path, **changes) -> loop.RunConfig:
+  model = ds.changed(
+    ds.presets.v3_tiny(),
+    {
+      'vocab_size': 261,
+      'dim': 32,
+      'layout': ((('dense', 'moe'), 1),),
+      'attention.heads': 2,
+      'attention.q_rank': 16,
+      'attention.kv_rank': 16,
+      'attention.nope_dim': 8,
+      'attention.rope_dim': 4,
+      'attention.v_dim': 8,
+      'ffn.width': 48,
+      'moe.width': 16,
+      'moe.experts': 8,
+      'moe.top_k': 2,
+    },
+  )
+  config = loop.RunConfig(
+    model=model,
+    data=datalib.DataConfig(
+      path=str(folder / 'corpus'),
+      tokenizer='bytes',
+      vocab_size=261,
+      seq_len=32,
+      heldout_fraction=0.25,
+      cache_dir=str(folder / 'cache'),
+    ),
+    train=train.TrainConfig(
+      tokens=8 * 4 * 32,
+      batch=schedules.BatchConfig(4, accumulate=2),
+      schedule=schedules.ScheduleConfig('cosine', peak=3e-3, warmup=2),
+    ),
+    evaluate=loop.EvaluateConfig(every=4, batch=4, documents=2),
+    checkpoint_every=3,
+    keep=10,
+  )
+  return ds.changed(config, changes)
+
+
+class LoopTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    _write_corpus(self.folder / 'corpus')
+    self.config = _config(self.folder)
+
+  def _fit(self, name='run', config=None):
+    return loop.fit(config or self.config, self.folder / name, console=False)
+
+  def _interrupted(self, name, at):
+    """Runs until the batch of step `at` is asked for, then dies."""
+    original = datalib.Batches.next
+
+    def dying(batches, *args):
+      if batches.get_state()['next_index'] >= (at - 1) * 4:
+        raise KeyboardInterrupt
+      return original(batches, *args)
+
+    patched = mock.patch.object(datalib.Batches, 'next', dying)
+    with patched, self.assertRaises(KeyboardInterrupt):
+      self._fit(name)
+
+  def _assert_same_run(self, a: str, b: str, state_a, state_b):
+    left, right = flatten(state_a), flatten(state_b)
+    self.assertEqual(left.keys(), right.keys())
+    for name in left:
+      np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+    read = lambda name, file: (self.folder / name / file).read_bytes()
+    self.assertEqual(read(a, 'metrics.jsonl'), read(b, 'metrics.jsonl'))
+
+  def test_resumed_run_equals_straight_run_bit_for_bit(self):
+    straight = self._fit('straight')
+    # Killed twice: before the first checkpoint, and between two.
+    self._interrupted('resumed', 2)
+    self._interrupted('resumed', 6)
+    resumed = self._fit('resumed')
+    self._assert_same_run('straight', 'resumed', straight.state, resumed.state)
+    routing = [
+      flight.load(self.folder / name / 'routing.npz').arrays
+      for name in ('straight', 'resumed')
+    ]
+    for name in routing[0]:
+      np.testing.assert_array_equal(routing[0][name], routing[1][name])
+
+  def test_a_finished_run_started_again_is_left_as_it_is(self):
+    first = self._fit()
+    again = self._fit()
+    self._assert_same_run('run', 'run', first.state, again.state)
+    self.assertIsNone(again.tokens_per_second)
+
+  def test_loss_falls_and_every_step_is_logged(self):
+    long = ds.changed(self.config, {'train.tokens': 40 * 4 * 32.0})
+    self._fit(config=long)
+    rows = metrics.read(self.folder / 'run')
+    losses = [r['loss'] for r in rows if 'loss' in r]
+    self.assertLen(losses, 40)
+    self.assertLess(losses[-1], losses[0] - 1.5)
+    bits = [
+      r['validation_bits_per_byte']
+      for r in rows
+      if 'validation_bits_per_byte' in r
+    ]
+    self.assertLess(bits[-1], bits[0])
+
+  def test_expert_loads_count_every_choice(self):
+    self._fit()
+    load = flight.load(self.folder / 'run' / 'routing.npz').arrays['load']
+    np.testing.assert_array_equal(load.sum(axis=-1), 4 * 32 * 2)
+
+  def test_batch_ramp_is_part_of_the_step_count(self):
+    ramp = dataclasses.replace(
+      self.config.train,
+      batch=schedules.BatchConfig(
+        4, start=2, increment=2, ramp_tokens=4 * 32 * 2.0
+      ),
+    )
+    config = dataclasses.replace(self.config, train=ramp)
+    run = self._fit(config=config)
+    self.assertEqual(int(run.state.step), config.steps)
+    self.assertGreater(config.steps, self.config.steps)
+    self.assertGreaterEqual(int(run.state.sequences) * 32, ramp.tokens)
+
+  def test_another_configuration_is_refused_and_nothing_overwritten(self):
+    self._fit()
+    before = (self.folder / 'run' / 'config.json').read_bytes()
+    other = ds.changed(self.config, {'model.moe.top_k': 3})
+    with self.assertRaisesRegex(InputError, r'model\.moe\.top_k: 2 there, 3'):
+      self._fit(config=other)
+    self.assertEqual((self.folder / 'run' / 'config.json').read_bytes(), before)
+
+  def test_a_folder_with_other_files_is_refused(self):
+    (self.folder / 'run').mkdir()
+    (self.folder / 'run' / 'thesis.tex').write_text('precious')
+    with self.assertRaisesRegex(InputError, 'not empty and holds no run'):
+      self._fit()
+
+  def test_poisoned_run_gives_up_and_its_checkpoints_stay_finite(self):
+    poisoned = ds.changed(
+      self.config,
+      {
+        'train.gate': {'patience': 3, 'sigma': 0.0},
+        'train.schedule.kind': 'constant',
+        'train.tokens': 40 * 4 * 32.0,
+      },
+    )
+    original = loop._Steps.__call__
+
+    def poison(steps, state, batch, writer):
+      if int(state.step) >= 4:
+        nan = lambda a: a * np.nan if a.dtype == np.float32 else a
+        params = dict(state.params, embed=nan(state.params['embed']))
+        state = state._replace(params=params)
+      return original(steps, state, batch, writer)
+
+    patched = mock.patch.object(loop._Steps, '__call__', poison)
+    gives_up = self.assertRaisesRegex(RunAborted, '3 updates in a row')
+    with patched, gives_up:
+      self._fit(config=poisoned)
+    loaded = loop.load(self.folder / 'run')
+    self.assertEqual(loaded.step, 3)
+    for leaf in jax.tree.leaves(loaded.variables):
+      self.assertTrue(np.isfinite(leaf).all())
+
+  def test_load_needs_no_data(self):
+    run = self._fit()
+    for file in (self.folder / 'corpus').iterdir():
+      file.unlink()
+    loaded = loop.load(self.folder / 'run')
+    for a, b in zip(
+      jax.tree.leaves(run.variables), jax.tree.leaves(loaded.variables)
+    ):
+      np.testing.assert_array_equal(a, b)
+    text = 'def f(x): return ü'
+    self.assertEqual(
+      loaded.tokenizer.decode(loaded.tokenizer.encode(text)), text
+    )
+
+  def test_bits_per_byte_against_one_document_at_a_time(self):
+    run = self._fit()
+    heldout = datalib.Heldout(run.store, 32, batch=4)
+    bits = evaluate.bits_per_byte(run.model, run.variables, heldout)
+    total, size = 0.0, 0
+    # Windows of the whole length: every token has its full context or 16
+    # tokens of it, so the plain average must lie close above this bound.
+    for text in run.store.heldout_texts():
+      ids = run.store.tokenizer().encode(text)
+      ids = [run.store.eos_id, *ids, run.store.eos_id]
+      size += len(text.encode())
+      for start in range(0, len(ids) - 1, 16):
+        window = ids[max(start - 16, 0) : start + 17]
+        out = run.model.apply(run.variables, np.array([window[:-1]]))
+        probs = jax.nn.log_softmax(out.logits[0].astype(np.float64))
+        first = len(window) - 1 - min(16, len(ids) - 1 - start)
+        for t in range(first, len(window) - 1):
+          total -= float(probs[t, window[t + 1]])
+    self.assertAlmostEqual(bits, total / np.log(2) / size, delta=0.05)
+
+  def test_config_is_saved_resolved(self):
+    self._fit()
+    saved = json.loads((self.folder / 'run' / 'config.json').read_text())
+    self.assertEqual(ds.from_dict(loop.RunConfig, saved), self.config)
+
+
+if __name__ == '__main__':
+  absltest.main()

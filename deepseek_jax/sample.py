@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from deepseek_jax.cache import Cache
 from deepseek_jax.errors import InputError
@@ -172,9 +173,12 @@ def _padded(prompt) -> tuple[np.ndarray, np.ndarray]:
 
 def _started(model, variables, prompt, cfg, new, slots):
   tokens, lengths = _padded(prompt)
-  if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+  if new < 1:
+    raise InputError(f'max_new_tokens = {new}: must be at least 1')
+  unknown = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]
+  if unknown.size:
     raise InputError(
-      f'prompt: token {tokens.max()} is outside the vocabulary of'
+      f'prompt: token {unknown[0]} is outside the vocabulary of'
       f' {model.config.vocab_size}'
     )
   least = max(int(lengths.max()) + new, tokens.shape[1])
@@ -202,7 +206,7 @@ def prepare(model: Model, variables: dict) -> dict:
 def _is_prepared(model, variables):
   flat = build_flat(model)
   params = variables['params']
-  like = flat.abstract['params'].to_pure_dict()
+  like = nnx.to_pure_dict(flat.abstract['params'])
   if jax.tree.structure(params) != jax.tree.structure(like):
     return False
   cast = jax.eval_shape(flat.cast, variables)['params']

@@ -30,6 +30,7 @@ class Source:
     config: the model.
     carried: fields of config.json that don't change the model.
     leaves: the arrays of its variables.
+    quantized: whether any weight is float8.
     unused: names of the file's tensors that are not read, each with why.
   """
 
@@ -59,6 +60,7 @@ class Source:
     for leaf in self.leaves:
       for part in names.parts(leaf):
         self._check(part)
+    self.quantized = any(n + _SCALE in self.entries for n in used)
     used |= {n + _SCALE for n in used if n + _SCALE in self.entries}
     left = sorted(set(self.entries) - used)
     self.unused = {n: self._why_unused(n, depth) for n in left}

@@ -15,6 +15,7 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import hf
+from deepseek_jax.hf import fp8
 from deepseek_jax.layers import mla, router
 
 _CHOOSE, _LIMIT = router.choose, router.limit_groups
@@ -105,6 +106,32 @@ class DepartureTest(absltest.TestCase):
     np.testing.assert_allclose(
       ph.logits(as_theirs, ids), theirs, rtol=0, atol=ph.LOGITS_ATOL
     )
+
+  def test_ragged_float8_blocks_start_at_multiples_of_128(self):
+    """transformers takes the block size from the number of blocks.
+
+    Equal where 128 divides the shape. Else it reads other numbers than were
+    stored, or, as for V3's 576 rows, nothing; ours has no option for that.
+    """
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    read = Fp8Dequantize(None)._dequantize_one
+    draw = np.random.default_rng(0)
+    for rows, equal in ((256, True), (200, False)):
+      weight = draw.standard_normal((rows, 128)).astype(np.float32)
+      weight *= np.linspace(0.1, 10, rows)[:, None]
+      quantized, scale = fp8.quantize(weight)
+      ours = fp8.dequantize(quantized, scale)
+      np.testing.assert_allclose(ours, weight, rtol=0.07, atol=0.1)
+      bits = ph.torch.tensor(quantized.view(np.uint8))
+      theirs = read(
+        bits.view(ph.torch.float8_e4m3fn),
+        ph.torch.tensor(scale),
+        ph.torch.float32,
+      )
+      self.assertEqual(np.array_equal(theirs.numpy(), ours), equal)
+    with self.assertRaisesRegex(ValueError, 'not divisible'):
+      read(ph.torch.ones(576, 128), ph.torch.ones(5, 1))
 
   def test_mtp_order_follows_the_checkpoints_not_the_paper(self):
     """The paper writes [hidden; embedding], eh_proj takes the reverse.

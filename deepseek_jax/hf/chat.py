@@ -98,8 +98,6 @@ def render(
   Raises:
     InputError: the template is missing, wrong, forbidden or refuses.
   """
-  import jinja2
-
   known = {
     key: _token_name(value)
     for key, value in config.items()
@@ -113,9 +111,9 @@ def render(
       add_generation_prompt=add_generation_prompt,
       **variables,
     )
-  except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
-    if isinstance(error, InputError):
-      raise
+  except InputError:
+    raise
+  except Exception as error:  # a foreign program may fail in any way
     raise InputError(f'chat_template: {error}') from None
 
 

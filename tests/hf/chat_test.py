@@ -1,0 +1,176 @@
+import json
+import os
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from deepseek_jax.data import tokenizer as tokenizers
+from deepseek_jax.errors import InputError
+from deepseek_jax.hf import chat
+
+# In the manner of the released templates.
+_TEMPLATE = (
+  '{% if not add_generation_prompt is defined %}'
+  '{% set add_generation_prompt = false %}{% endif %}'
+  '{% set ns = namespace(system="") %}'
+  "{%- for m in messages %}{%- if m['role'] == 'system' %}"
+  "{%- set ns.system = m['content'] %}{%- endif %}{%- endfor %}"
+  '{{ bos_token }}{{ ns.system }}'
+  "{%- for m in messages %}{%- if m['role'] == 'user' %}"
+  "{{ '<|user|>' + m['content'] }}{%- endif %}"
+  "{%- if m['role'] == 'assistant' %}"
+  "{{ '<|assistant|>' + m['content'] + eos_token }}{%- endif %}{%- endfor %}"
+  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_CONFIG = {
+  'chat_template': _TEMPLATE,
+  'bos_token': {'content': '<s>', 'lstrip': False},
+  'eos_token': '<|eos|>',
+  'pad_token': None,
+}
+_TALK = [
+  {'role': 'system', 'content': 'Be brief.'},
+  {'role': 'user', 'content': 'Hi {{ 1 + 1 }}'},
+]
+
+
+def _config(template):
+  return {**_CONFIG, 'chat_template': template}
+
+
+class RenderTest(parameterized.TestCase):
+  def test_messages_become_the_text_of_the_template(self):
+    self.assertEqual(
+      chat.render(_CONFIG, _TALK),
+      '<s>Be brief.<|user|>Hi {{ 1 + 1 }}<|assistant|>',
+    )
+    self.assertEqual(
+      chat.render(
+        _CONFIG,
+        [*_TALK, {'role': 'assistant', 'content': 'Ho'}],
+        add_generation_prompt=False,
+      ),
+      '<s>Be brief.<|user|>Hi {{ 1 + 1 }}<|assistant|>Ho<|eos|>',
+    )
+
+  def test_transformers_renders_the_same(self):
+    try:
+      from transformers.utils import chat_template_utils
+    except ImportError:
+      self.skipTest('transformers is not installed')
+    theirs, _ = chat_template_utils.render_jinja_template(
+      conversations=[_TALK],
+      chat_template=_TEMPLATE,
+      add_generation_prompt=True,
+      bos_token='<s>',
+      eos_token='<|eos|>',
+    )
+    self.assertEqual(chat.render(_CONFIG, _TALK), theirs[0])
+
+  @parameterized.named_parameters(
+    ('classes', "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    ('globals', "{{ raise_exception.__globals__['os'] }}"),
+    ('import', "{% import 'os' as os %}{{ os }}"),
+    ('include', "{% include '/etc/passwd' %}"),
+    ('change', "{{ messages.append('x') }}"),
+    ('format', "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}"),
+    ('range', '{% for i in range(10 ** 9) %}{% endfor %}'),
+    ('syntax', '{% if %}'),
+    ('type', "{{ messages + 'x' }}"),
+  )
+  def test_template_cannot_leave_the_sandbox(self, template):
+    with self.assertRaisesRegex(InputError, 'chat_template: '):
+      chat.render(_config(template), _TALK)
+
+  def test_refusal_of_the_template_is_shown(self):
+    with self.assertRaisesRegex(InputError, 'no tools here'):
+      chat.render(_config("{{ raise_exception('no tools here') }}"), _TALK)
+
+  @parameterized.parameters(None, 7, [{'name': 'tools', 'template': 'x'}])
+  def test_missing_template_is_named(self, template):
+    with self.assertRaisesRegex(InputError, 'chat_template: missing'):
+      chat.render(_config(template), _TALK)
+
+  def test_template_too_long_is_refused(self):
+    with self.assertRaisesRegex(InputError, 'longer than'):
+      chat.render(_config('x' * (chat.MAX_TEMPLATE + 1)), _TALK)
+
+  def test_template_file_takes_precedence(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = os.path.join(folder, 'tokenizer_config.json')
+    with open(path, 'w') as file:
+      json.dump(_CONFIG, file)
+    self.assertEqual(chat.template_config(folder), _CONFIG)
+    with open(os.path.join(folder, 'chat_template.jinja'), 'w') as file:
+      file.write('{{ bos_token }}!')
+    self.assertEqual(chat.render(chat.template_config(folder), []), '<s>!')
+
+
+class ConverseTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.tokenizer = tokenizers.ByteTokenizer()
+
+  def converse(self, lines, answers, **options):
+    prompts, shown, lines = [], [], iter(lines)
+    answers = iter(answers)
+
+    def ask():
+      line = next(lines, None)
+      if line is None:
+        raise EOFError
+      return line
+
+    def generate(ids):
+      prompts.append(self.tokenizer.decode(ids))
+      yield from next(answers)
+
+    said = chat.converse(
+      generate, self.tokenizer, _CONFIG, ask=ask, show=shown.append, **options
+    )
+    return said, prompts, shown
+
+  def test_each_turn_is_prompted_with_all_before_it(self):
+    encode, eos = self.tokenizer.encode, self.tokenizer.eos_id
+    said, prompts, shown = self.converse(
+      ['Hi', 'Bye'],
+      [[*encode('Hé'), eos, *encode('never shown')], encode('Ciao')],
+      system='S.',
+    )
+    self.assertEqual(
+      [(m['role'], m['content']) for m in said],
+      [
+        ('system', 'S.'),
+        ('user', 'Hi'),
+        ('assistant', 'Hé'),
+        ('user', 'Bye'),
+        ('assistant', 'Ciao'),
+      ],
+    )
+    self.assertEqual(
+      prompts,
+      [
+        '<s>S.<|user|>Hi<|assistant|>',
+        '<s>S.<|user|>Hi<|assistant|>Hé<|eos|><|user|>Bye<|assistant|>',
+      ],
+    )
+    self.assertEqual(shown, ['H', 'é', '\n', *'Ciao', '\n'])
+
+  def test_quit_ends(self):
+    said, _, _ = self.converse(['/quit', 'Hi'], [])
+    self.assertEqual(said, [])
+
+  def test_stream_shows_whole_characters_and_survives_broken_ones(self):
+    text = 'a€🎉'
+    ids = self.tokenizer.encode(text)
+    self.assertEqual(
+      list(chat.decode_stream(self.tokenizer, ids)), ['a', '€', '🎉']
+    )
+    broken = ids[:-1]
+    joined = ''.join(chat.decode_stream(self.tokenizer, broken))
+    self.assertStartsWith(joined, 'a€')
+    self.assertLessEqual(len(joined), 5)
+
+
+if __name__ == '__main__':
+  absltest.main()

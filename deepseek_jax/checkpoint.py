@@ -65,7 +65,15 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, cleanup_tmp_directories=True
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    # Named, so that a manager that has saved nothing knows how to read, too.
+    handlers = {
+      'state': ocp.StandardCheckpointHandler(),
+      'data': ocp.JsonCheckpointHandler(),
+      'config': ocp.JsonCheckpointHandler(),
+    }
+    self._manager = ocp.CheckpointManager(
+      self.directory, options=options, item_handlers=handlers
+    )
 
   def __enter__(self) -> 'Checkpoints':
     return self

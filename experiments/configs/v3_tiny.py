@@ -19,7 +19,7 @@ def get_config():
       model=model,
       data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
       train=train.TrainConfig(
-        tokens=8e5,
+        tokens=6.4e5,
         batch=batch,
         optimizer=optim.OptimizerConfig(),
         schedule=schedules.ScheduleConfig(peak=3e-3, warmup=20),

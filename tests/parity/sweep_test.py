@@ -63,6 +63,9 @@ def _latent(family, fields, pick):
     out['rope_interleave'] = pick(False, True)
   else:
     out['topk_method'] = pick('greedy', 'group_limited_greedy')
+    # torch turns V2's rope channels as complex numbers: at even places only.
+    out['kv_lora_rank'] *= 2
+    out['qk_nope_head_dim'] *= 2
   return out
 
 

@@ -2,6 +2,7 @@
 
 python -m experiments.convert --from=HF_DIR --to=STORE_DIR --dtype=bfloat16
 python -m experiments.convert --from=STORE_DIR --to=HF_DIR [--quantize=fp8]
+python -m experiments.convert --from=runs/demo --to=HF_DIR
 
 Memory stays bounded whatever the size of the checkpoint. After a kill the same
 command goes on where it was. The store is an orbax checkpoint (STORE_DIR/
@@ -21,6 +22,7 @@ from rich.progress import (
   TransferSpeedColumn,
 )
 
+from deepseek_jax import hf, loop
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import saving, store
 from deepseek_jax.hf.source import Source, fingerprint
@@ -129,10 +131,35 @@ def to_hf(origin, target: str, carried: dict, dtype: str, progress) -> None:
   )
 
 
+def run_to_hf(workdir: str, target: str) -> None:
+  """Exports the newest checkpoint of a training run, and its tokenizer."""
+  run = loop.load(workdir)
+  tokenizer = run.tokenizer
+  extra = {
+    'eos_token_id': tokenizer.eos_id,
+    'bos_token_id': None,  # documents only end
+    'pad_token_id': tokenizer.pad_id,
+  }
+  if run.config.model.attention.rope.scaling is None:
+    extra['max_position_embeddings'] = run.config.data.seq_len
+  hf.save(
+    target,
+    run.config.model,
+    run.variables,
+    dtype=_DTYPE.value,
+    quantize=_QUANTIZE.value,
+    extra=extra,
+  )
+  tokenizer.save(target)
+
+
 def convert(source: str, target: str, progress) -> None:
   """Does what the flags say."""
   if not os.path.isdir(source):
     raise InputError(f'--from={source}: is no folder')
+  if os.path.isdir(os.path.join(source, 'checkpoints')):
+    run_to_hf(source, target)
+    return
   if os.path.exists(os.path.join(source, store.MODEL)):
     origin, kind = store.Store(source), 'hf'
     carried, dtype = origin.notes.get('carried', {}), origin.dtype

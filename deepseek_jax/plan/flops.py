@@ -1,0 +1,254 @@
+"""FLOPs of a configuration: per part, forward and backward, and by convention.
+
+A multiply-add is two FLOPs; only matmuls count, as in every published figure.
+Counts are of one sequence, so that they are whole numbers. The backward pass
+is twice the forward pass. Legend: D model, V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.block import BlockConfig
+from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.plan.attention import Term, attention_cost
+from deepseek_jax.transformer import TransformerConfig
+
+Seen = Literal['half', 'full', 'triangle', 'blocks']
+CONVENTIONS = {
+  'half': 'causal as papers count it: each query sees half of the sequence',
+  'full': 'not causal: each query sees the whole sequence',
+  'triangle': 'causal, exact: query t sees t keys',
+  'blocks': "what the XLA program computes: the triangle's blocks",
+}
+PROJECTIONS, CORE = 'attention projections', 'attention core'
+DENSE, ROUTER = 'dense FFN', 'router'
+SHARED, ROUTED = 'shared experts', 'routed experts'
+HEAD, MTP = 'head', 'multi-token prediction'
+PARTS = (PROJECTIONS, CORE, DENSE, ROUTER, SHARED, ROUTED, HEAD, MTP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """FLOPs of one sequence.
+
+  Attributes:
+    length: its tokens.
+    seen: the convention of the attention core, a key of CONVENTIONS.
+    forward: by part, of the forward pass.
+    repeated: by part, what the backward pass computes again.
+  """
+
+  length: int
+  seen: Seen
+  forward: dict[str, int]
+  repeated: dict[str, int]
+
+  @property
+  def training(self) -> int:
+    """Forward and backward, nothing recomputed: what papers call FLOPs."""
+    return 3 * sum(self.forward.values())
+
+  @property
+  def executed(self) -> int:
+    """Forward and backward as run, with what is computed again."""
+    return self.training + sum(self.repeated.values())
+
+  @property
+  def per_token(self) -> float:
+    """Training FLOPs per token."""
+    return self.training / self.length
+
+
+def blocks(config: TransformerConfig) -> Iterator[tuple[BlockConfig, int]]:
+  """Every block of every segment with its repeats, in order."""
+  for segment in config.segments():
+    for block in segment.blocks:
+      yield block, segment.repeat
+
+
+def _blocked(length: int, most: int = 8) -> int:
+  """Pairs that `causal_attention` computes: blocks of at least 128 queries."""
+  size = max(128, -(-length // most))
+  ends = (min(i + size, length) for i in range(0, length, size))
+  starts = range(0, length, size)
+  return sum((end - start) * end for start, end in zip(starts, ends))
+
+
+def _pairs(term: Term, length: int, seen: Seen) -> tuple[int, int]:
+  """Pairs of a sequence as a fraction (the halves of odd squares)."""
+  if seen == 'half' and term.most is None:
+    return length * term.keys(length), 2
+  if seen in ('half', 'triangle'):
+    return term.triangle(length), 1
+  if seen == 'full':
+    return length * term.keys(length), 1
+  if seen == 'blocks' and term.stride == 1 and term.most is None:
+    return _blocked(length), 1
+  raise InputError(f'seen = {seen!r}: must be one of {list(CONVENTIONS)}')
+
+
+def _core(terms, length: int, seen: Seen, scores: bool = False) -> int:
+  """FLOPs of the pairs of one sequence."""
+  total = 0
+  for term in terms:
+    pairs, over = _pairs(term, length, seen)
+    total += 2 * (term.scores if scores else term.macs) * pairs // over
+  return total
+
+
+def ffn_macs(ffn, dim: int) -> dict[str, int]:
+  """Multiply-adds per token of an FFN, by part."""
+  if isinstance(ffn, FFNConfig):
+    return {DENSE: 3 * dim * ffn.width}
+  if isinstance(ffn, MoEConfig):
+    expert = 3 * dim * ffn.width
+    return {
+      ROUTER: dim * ffn.experts,
+      SHARED: ffn.shared * expert,
+      ROUTED: ffn.top_k * expert,
+    }
+  raise InputError(f'ffn = {type(ffn).__name__}: the planner lacks its cost')
+
+
+def block_flops(
+  block: BlockConfig, dim: int, length: int, seen: Seen
+) -> dict[str, int]:
+  """Forward FLOPs of one block on one sequence, by part."""
+  cost = attention_cost(block.attention, dim)
+  out = {
+    PROJECTIONS: 2 * length * cost.fresh.query,
+    CORE: _core(cost.fresh.pairs, length, seen),
+  }
+  for part, macs in ffn_macs(block.ffn, dim).items():
+    out[part] = 2 * length * macs
+  return out
+
+
+def _repeated(block, dim, length, seen, remat) -> dict[str, int]:
+  """FLOPs of one block that its backward pass computes again.
+
+  The attention core always makes its scores again. 'dots' keeps plain
+  matmuls, but neither the core nor the routed experts; 'full' keeps nothing.
+  """
+  forward = block_flops(block, dim, length, seen)
+  pairs = attention_cost(block.attention, dim).fresh.pairs
+  scores = _core(pairs, length, seen, scores=True)
+  again = {
+    'none': (),
+    'dots': (CORE, ROUTED),
+    'full': tuple(forward),
+  }[remat]
+  out = {part: forward[part] for part in again if part in forward}
+  return {**out, CORE: out.get(CORE, 0) + scores}
+
+
+def _add(total: dict, more: dict, times: int = 1):
+  for part, value in more.items():
+    total[part] = total.get(part, 0) + times * value
+
+
+def count_flops(
+  config: TransformerConfig,
+  length: int,
+  *,
+  seen: Seen = 'half',
+  mtp: bool = False,
+  remat: Literal['none', 'dots', 'full'] | None = None,
+) -> Flops:
+  """FLOPs of training on one sequence.
+
+  Args:
+    config: a model.
+    length: tokens of the sequence.
+    seen: how the attention core counts, see CONVENTIONS.
+    mtp: count multi-token prediction too; published figures leave it out.
+    remat: what the backward pass recomputes; by default the model's policy.
+
+  Raises:
+    InputError: an unknown convention, policy or kind of layer.
+  """
+  if length < 1:
+    raise InputError(f'length = {length}: must be at least 1')
+  remat = config.compute.remat if remat is None else remat
+  if remat not in ('none', 'dots', 'full'):
+    raise InputError(f"remat = {remat!r}: must be 'none', 'dots' or 'full'")
+  D = config.dim
+  forward, repeated = {}, {}
+  for block, repeat in blocks(config):
+    _add(forward, block_flops(block, D, length, seen), repeat)
+    _add(repeated, _repeated(block, D, length, seen, remat), repeat)
+  head = 2 * length * D * config.vocab_size
+  forward[HEAD] = head
+  if mtp and config.mtp.depth:
+    block = config.block(config.mtp.block)
+    inner = sum(block_flops(block, D, length, seen).values())
+    once = 2 * length * 2 * D * D + inner + head
+    forward[MTP] = config.mtp.depth * once
+    _add(repeated, _repeated(block, D, length, seen, 'none'), config.mtp.depth)
+  in_order = {part: forward[part] for part in PARTS if part in forward}
+  return Flops(length, seen, in_order, repeated)
+
+
+def matmul_weights(config: TransformerConfig) -> int:
+  """Weights that multiply a token: with head and gates, no embedding, no MTP.
+
+  N_mm of training FLOPs = 6 N_mm + attention.
+  """
+  per_token = count_flops(config, 1).forward
+  return sum(v for part, v in per_token.items() if part != CORE) // 2
+
+
+def decode_flops(
+  config: TransformerConfig, length: int, queries: int = 1
+) -> dict[str, int]:
+  """FLOPs of `queries` new tokens that read a cache of `length` tokens.
+
+  The last of them sees `length` tokens, itself included; all count alike.
+
+  Returns:
+    By form ('absorbed' and 'expanded' for latent attention); an attention
+    that has just one form takes part in all.
+  """
+  names = {
+    name
+    for block, _ in blocks(config)
+    for name in attention_cost(block.attention, config.dim).cached
+  }
+  out = {}
+  for name in sorted(names):
+    macs = queries * config.dim * config.vocab_size
+    for block, repeat in blocks(config):
+      forms = attention_cost(block.attention, config.dim).cached
+      form = forms.get(name) or next(iter(forms.values()))
+      pairs = sum(t.macs * t.keys(length) for t in form.pairs)
+      ffn = sum(ffn_macs(block.ffn, config.dim).values())
+      each = queries * (form.query + pairs + ffn) + length * form.key
+      macs += repeat * each
+    out[name] = 2 * macs
+  return out
+
+
+def standard_flops(
+  layers: int,
+  dim: int,
+  vocab: int,
+  length: int | None = None,
+  *,
+  ffn_units: float = 1.0,
+) -> float:
+  """Training FLOPs per token as DeepSeek LLM counts (arXiv:2401.02954).
+
+  72 L D^2 + 12 L D s + 6 D V: a layer is 4 D^2 of attention and `ffn_units`
+  FFNs of 8 D^2, whatever its true widths; the embedding is not counted.
+
+  Args:
+    layers, dim, vocab: L, D, V.
+    length: s, non-causal; None leaves the attention core out.
+    ffn_units: active FFNs of 8 D^2 (DeepSeekMoE 16B: 8 experts of a quarter).
+  """
+  core = 0 if length is None else 12 * layers * dim * length
+  weights = (24 + 48 * ffn_units) * layers * dim**2
+  return weights + core + 6 * dim * vocab

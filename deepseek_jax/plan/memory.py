@@ -1,0 +1,270 @@
+"""Bytes on a device by class, KV cache, and checkpoint size.
+
+State follows the parameters' shares of a mesh exactly; activations follow the
+blocks' own programs. Legend: D model, V vocabulary, K experts per token.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.plan import mesh as meshes
+from deepseek_jax.plan.activations import Kept, kept_bytes
+from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
+from deepseek_jax.plan.flops import blocks
+from deepseek_jax.plan.mesh import Mesh, Share
+from deepseek_jax.transformer import TransformerConfig
+
+BYTES = {'float32': 4, 'bfloat16': 2, 'float8': 1}
+CLASSES = (
+  'weights',
+  'master weights',
+  'gradients',
+  'moments',
+  'activations',
+  'expert exchange',
+  'logits',
+)
+_LOGIT_CHUNK = 1024  # tokens at a time, see losses.linear_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What a training step keeps in memory, and how it is spread.
+
+  Attributes:
+    seq_len: tokens of a sequence.
+    micro_batch: sequences that a device works on at a time.
+    optimizer: decides the moments' dtype.
+    zero: 0: optimizer state lies as the parameters do; 1: moments and master
+      weights are split over every device that holds the same parameters.
+    dispatch: what tokens travel to experts as; float8 adds a float32 scale
+      per 128 numbers. They come back as bfloat16.
+    schedule: of the pipeline: '1f1b', 'zb1p', 'dualpipe' or 'dualpipev'.
+  """
+
+  seq_len: int = 4096
+  micro_batch: int = 1
+  optimizer: OptimizerConfig = OptimizerConfig()
+  zero: Literal[0, 1] = 0
+  dispatch: Literal['bfloat16', 'float8'] = 'bfloat16'
+  schedule: Literal['1f1b', 'zb1p', 'dualpipe', 'dualpipev'] = '1f1b'
+
+  def __post_init__(self):
+    if self.seq_len < 1 or self.micro_batch < 1:
+      raise InputError(
+        f'seq_len = {self.seq_len}, micro_batch = {self.micro_batch}: must be'
+        ' at least 1'
+      )
+
+  @property
+  def both_ends(self) -> bool:
+    """Whether a rank holds two stages."""
+    return self.schedule in ('dualpipe', 'dualpipev')
+
+
+def row_bytes(dim: int, dtype: str) -> int:
+  """Bytes of one token on its way to an expert."""
+  scales = 4 * -(-dim // 128) if dtype == 'float8' else 0
+  return dim * BYTES[dtype] + scales
+
+
+def replicas(share: Share, mesh: Mesh) -> int:
+  """Devices of one stage that hold the same part of a parameter and see
+  different tokens: those that add up its gradient."""
+  axes = ('data', 'fsdp', 'expert', 'context')
+  return math.prod(getattr(mesh, a) for a in axes if a not in share.over)
+
+
+def state_bytes(
+  config: TransformerConfig,
+  held: list[Share],
+  mesh: Mesh,
+  training: Training,
+  copies: int = 1,
+) -> dict[str, int]:
+  """Bytes of weights, master weights, gradients and moments of `held`.
+
+  Args:
+    config: its compute dtype decides whether weights are a copy.
+    held: what the device holds.
+    mesh: where.
+    training: optimizer and ZeRO stage.
+    copies: ranks that hold the same stage (DualPipe: 2).
+  """
+  compute = BYTES[config.compute.dtype]
+  moment = BYTES[training.optimizer.moments]
+  out = dict.fromkeys(CLASSES[:4], 0)
+  for share in held:
+    n = share.elements
+    if not share.trained:
+      out['weights'] += 4 * n
+      continue
+    split = copies * replicas(share, mesh) if training.zero else 1
+    width = compute if share.matrix else 4
+    if width == 4 and split == 1:
+      out['weights'] += 4 * n  # the master weights themselves
+    else:
+      out['weights'] += width * n
+      out['master weights'] += 4 * -(-n // split)
+    out['gradients'] += 4 * n
+    out['moments'] += 2 * moment * -(-n // split)
+  return out
+
+
+def _chunks_alive(mesh: Mesh, training: Training, rank: int) -> list[int]:
+  """Micro-batches alive per stage that `rank` holds, at its worst."""
+  P = mesh.stage
+  if P == 1:
+    return [1]
+  if training.both_ends:
+    # P + 1 chunks over both: V3, table 2; the early stage holds more.
+    early = P - min(rank, P - 1 - rank)
+    late = P + 1 - early
+    return [early, late] if rank < P // 2 else [late, early]
+  return [P - rank]
+
+
+def _saved(kept: Kept, policy: str) -> int:
+  return getattr(kept, policy)
+
+
+def activation_bytes(
+  config: TransformerConfig,
+  mesh: Mesh,
+  training: Training,
+  rank: int = 0,
+  policy: str | None = None,
+) -> int:
+  """Bytes that the blocks of a pipeline rank keep for their backward pass.
+
+  Every block keeps what its policy saves, for each micro-batch alive; the
+  block being differentiated needs all of its own. Context and tensor axes are
+  taken to divide it all, which leaves out what they repeat.
+  """
+  policy = config.compute.remat if policy is None else policy
+  runs = meshes.stages(config, mesh)
+  held = [rank]
+  if training.both_ends and mesh.stage > 1:
+    held = [rank, mesh.stage - 1 - rank]
+  layers = [b for s in config.segments() for b in s.blocks * s.repeat]
+  saved = most = 0
+  for stage, alive in zip(held, _chunks_alive(mesh, training, rank)):
+    for place in runs[stage]:
+      if place[0] not in ('block', 'mtp'):
+        continue
+      mtp = place[0] == 'mtp'
+      block = config.block(config.mtp.block) if mtp else layers[place[1]]
+      kept = kept_bytes(config, block, training.seq_len)
+      saved += alive * _saved(kept, policy)
+      most = max(most, kept.none - _saved(kept, policy))
+  split = mesh.context * mesh.tensor
+  return training.micro_batch * (saved + most) // split
+
+
+def exchange_bytes(
+  config: TransformerConfig, mesh: Mesh, training: Training
+) -> int:
+  """Buffers of one layer's dispatch and combine, evenly loaded experts."""
+  if mesh.expert == 1:
+    return 0
+  tokens = training.micro_batch * training.seq_len // mesh.context
+  rows = [
+    tokens * block.ffn.top_k
+    for block, _ in blocks(config)
+    if isinstance(block.ffn, MoEConfig)
+  ]
+  there = row_bytes(config.dim, training.dispatch)
+  return max(rows, default=0) * (there + row_bytes(config.dim, 'bfloat16'))
+
+
+def logit_bytes(
+  config: TransformerConfig, mesh: Mesh, training: Training
+) -> int:
+  """A chunk of float32 logits and of their gradient."""
+  tokens = training.micro_batch * training.seq_len // mesh.context
+  vocab = config.vocab_size // mesh.tensor
+  return 2 * 4 * min(tokens, _LOGIT_CHUNK) * vocab
+
+
+def device_bytes(
+  config: TransformerConfig,
+  mesh: Mesh,
+  training: Training = Training(),
+  *,
+  policy: str | None = None,
+  rules: Mapping | None = None,
+) -> tuple[dict[str, int], ...]:
+  """Bytes by class on a device of each pipeline rank.
+
+  Args:
+    config: a model.
+    mesh: axis sizes.
+    training: what is kept, and how.
+    policy: of recomputation; by default the model's.
+    rules: logical axis -> mesh axis; by default mesh.RULES.
+  """
+  held = meshes.shares(config, mesh, rules)
+  copies = 2 if training.both_ends and mesh.stage > 1 else 1
+  out = []
+  places = meshes.ranks(config, mesh, both_ends=training.both_ends)
+  for rank, mine in enumerate(places):
+    flat = [share for place in mine for share in held[place]]
+    classes = state_bytes(config, flat, mesh, training, copies)
+    classes['activations'] = activation_bytes(
+      config, mesh, training, rank, policy
+    )
+    classes['expert exchange'] = exchange_bytes(config, mesh, training)
+    end = ('end',) in mine
+    classes['logits'] = logit_bytes(config, mesh, training) if end else 0
+    out.append(classes)
+  return tuple(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """KV cache of one sequence.
+
+  Attributes:
+    length: its tokens.
+    elements: numbers in all layers.
+    bf16: their bytes as bfloat16.
+    fp8: bytes of 8-bit records; None if a layer has no such record.
+  """
+
+  length: int
+  elements: int
+  bf16: int
+  fp8: int | None
+
+
+def cache(config: TransformerConfig, length: int = 1) -> Cache:
+  """KV cache of `length` tokens; 1 gives the figure per token."""
+  if length < 1:
+    raise InputError(f'length = {length}: must be at least 1')
+  elements, fp8 = 0, 0
+  for block, repeat in blocks(config):
+    elements += repeat * cache_elements(block.attention, length)
+    record = cache_bytes_fp8(block.attention, length)
+    fp8 = None if fp8 is None or record is None else fp8 + repeat * record
+  return Cache(length, elements, 2 * elements, fp8)
+
+
+def checkpoint_bytes(
+  config: TransformerConfig, optimizer: OptimizerConfig = OptimizerConfig()
+) -> int:
+  """Master weights, buffers and both moments, as training saves them.
+
+  Scalars (step, gate, optimizer count: under 100 bytes) are left out.
+  """
+  moment = BYTES[optimizer.moments]
+  places = meshes.shares(config, Mesh()).values()
+  return sum(
+    s.whole * (4 + (2 * moment if s.trained else 0))
+    for found in places
+    for s in found
+  )

@@ -1,0 +1,125 @@
+"""Pipeline schedules as data: what each rank does, in order.
+
+1F1B (arXiv:2104.04473) and DualPipe (DeepSeek-V3, arXiv:2412.19437, section
+3.2): micro-batches enter a DualPipe from both ends, and a forward and a
+backward chunk run mutually overlapped. Legend: P ranks, M micro-batches.
+"""
+
+from typing import Literal, NamedTuple
+
+from deepseek_jax.errors import InputError
+
+
+class Chunk(NamedTuple):
+  """One pass of one micro-batch through one rank.
+
+  Attributes:
+    kind: F forward, B whole backward, I its input gradient, W its weight
+      gradient.
+    direction: 0 enters at rank 0, 1 at rank P - 1.
+    index: of the micro-batch within its direction.
+  """
+
+  kind: Literal['F', 'B', 'I', 'W']
+  direction: int
+  index: int
+
+
+Step = tuple[Chunk, ...]  # one chunk, or a forward and a backward overlapped
+Schedule = tuple[tuple[Step, ...], ...]  # per rank, its steps in order
+
+
+def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
+  """Each rank fills the pipe, then alternates forward and backward."""
+  _positive(ranks, micro_batches)
+  out = []
+  for rank in range(ranks):
+    ahead = min(ranks - rank - 1, micro_batches)
+    order = [('F', i) for i in range(ahead)]
+    for i in range(micro_batches - ahead):
+      order += [('F', ahead + i), ('B', i)]
+    order += [('B', i) for i in range(micro_batches - ahead, micro_batches)]
+    out.append(tuple((Chunk(kind, 0, i),) for kind, i in order))
+  return tuple(out)
+
+
+def dualpipe(ranks: int, micro_batches: int) -> Schedule:
+  """DualPipe; half of the micro-batches enters at each end.
+
+  Raises:
+    InputError: ranks or micro_batches odd, or fewer than 2 * ranks of these.
+  """
+  _positive(ranks, micro_batches)
+  if ranks % 2 or micro_batches % 2 or micro_batches < 2 * ranks:
+    raise InputError(
+      f'dualpipe with ranks = {ranks}, micro_batches = {micro_batches}: both'
+      ' must be even, and micro_batches at least 2 * ranks'
+    )
+  return tuple(_dualpipe_rank(ranks, micro_batches, r) for r in range(ranks))
+
+
+def _positive(ranks, micro_batches):
+  if ranks < 1 or micro_batches < 1:
+    raise InputError(
+      f'ranks = {ranks}, micro_batches = {micro_batches}: must be at least 1'
+    )
+
+
+class _Recorder:
+  """Numbers the chunks of a rank as it names them, near direction first."""
+
+  def __init__(self, far_side: bool):
+    self.far_side, self.steps = far_side, []
+    self.count, self.waiting = {}, []
+
+  def __call__(self, *chunks: str):
+    """'F0' is the forward of the next micro-batch of the near direction."""
+    step = []
+    for kind, near in (c for c in chunks):
+      direction = int(near) ^ self.far_side
+      key = ('B' if kind == 'I' else kind, direction)
+      index = self.count.get(key, 0)
+      self.count[key] = index + 1
+      step.append(Chunk(kind, direction, index))
+      if kind == 'I':
+        self.waiting.append(step[-1]._replace(kind='W'))
+    self.steps.append(tuple(step))
+
+  def weights(self):
+    """The oldest weight gradient that was put off."""
+    self.steps.append((self.waiting.pop(0),))
+
+
+def _dualpipe_rank(ranks, micro_batches, rank):
+  half, each = ranks // 2, micro_batches // 2
+  near = min(rank, ranks - 1 - rank)
+  outside = half - near - 1  # ranks between this one and the middle
+  run = _Recorder(far_side=rank >= half)
+  for _ in range(2 * outside):
+    run('F0')
+  for _ in range(near + 1):
+    run('F0')
+    run('F1')
+  for _ in range(outside):
+    run('I1')
+    run.weights()
+    run('F1')
+  for i in range(each - ranks + near + 1):
+    if i == 0 and outside == 0:  # in the middle nothing overlaps yet
+      run('F0')
+      run('B1')
+    else:
+      run('F0', 'B1')
+    run('F1', 'B0')
+  for _ in range(outside):
+    run('B1')
+    run('F1', 'B0')
+  # From halfway on weight gradients are put off, to fill the waits below.
+  for i in range(2 * (near + 1)):
+    run(('I' if i > near else 'B') + str(1 - i % 2))
+  for _ in range(outside):
+    run.weights()
+    run('I0')
+  while run.waiting:
+    run.weights()
+  return tuple(run.steps)

@@ -13,6 +13,8 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.mla_prefill import shapes as prefill_shapes
 from pallas_kernels.permute import shapes as permute_shapes
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
@@ -164,6 +166,59 @@ def permute_small(shape):
   return shape._replace(tokens=97, experts=16, dim=1024)
 
 
+def _prefill(shape):
+  """q, k, v, gradient, segments and scored pairs of one head."""
+  k = _keys(4)
+  rows = [np.repeat(np.arange(len(s)), s) for s in shape.segments]
+  segments = jnp.asarray(np.stack(rows), jnp.int32)
+  size = (*segments.shape, shape.heads)
+  wide, narrow = (*size, 192), (*size, 128)
+  arrays = (
+    _bf16(k[0], *wide),
+    _bf16(k[1], *wide),
+    _bf16(k[2], *narrow),
+    _bf16(k[3], *narrow),
+  )
+  pairs = sum(n * (n + 1) // 2 for row in shape.segments for n in row)
+  return arrays, segments, pairs * shape.heads
+
+
+def _cudnn(q, k, v):
+  """cuDNN's causal attention; it knows no packed segments."""
+  # Not public, so it may be gone: then the report says so.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  return cudnn.dot_product_attention(
+    q, k, v, scale=192**-0.5, mask_type=cudnn.MaskType.CAUSAL
+  )
+
+
+def prefill(shape):
+  (q, k, v, _), segments, pairs = _prefill(shape)
+  op = lambda *a, impl: mla_prefill(*a, segments, scale=192**-0.5, impl=impl)
+  naive = {'xla': functools.partial(op, impl='reference'), 'cudnn': _cudnn}
+  moved = _size(q, k, v, v)
+  return Work(op, (q, k, v), _wide(op), 2 * pairs * 320, moved, naive)
+
+
+def prefill_bwd(shape):
+  (q, k, v, g), segments, pairs = _prefill(shape)
+
+  def op(q, k, v, g, impl):
+    fn = lambda *a: mla_prefill(*a, segments, scale=192**-0.5, impl=impl)
+    return jax.vjp(fn, q, k, v)[1](g)
+
+  cudnn = lambda q, k, v, g: jax.vjp(_cudnn, q, k, v)[1](g)
+  naive = {'xla': functools.partial(op, impl='reference'), 'cudnn': cudnn}
+  # Forward 192 + 128; scores again, dv, dp, dq, dk: 3 * 192 + 2 * 128.
+  flops, moved = 2 * pairs * (320 + 832), 3 * _size(q, k, v)
+  return Work(op, (q, k, v, g), _wide(op), flops, moved, naive)
+
+
+def prefill_small(shape):
+  return shape._replace(segments=((70, 1, 129),), heads=1)
+
+
 def route(shape):
   k = _keys(2)
   logits = jax.random.normal(k[0], (shape.tokens, shape.experts))
@@ -196,6 +251,8 @@ def mix(shape):
 # op: (shapes, work on a shape, a shape small enough to check).
 OPS = {
   'mla_decode': (decode_shapes.BENCH, decode, decode_small),
+  'mla_prefill': (prefill_shapes.BENCH, prefill, prefill_small),
+  'mla_prefill_bwd': (prefill_shapes.BENCH, prefill_bwd, prefill_small),
   'grouped_matmul': (grouped_shapes.BENCH, grouped_fwd, grouped_small),
   'grouped_matmul_bwd': (grouped_shapes.BENCH, grouped_bwd, grouped_small),
   'permute': (permute_shapes.BENCH, gather, permute_small),

@@ -33,6 +33,7 @@ _COLUMNS = (
   ('tbytes', 'TB/s'),
   ('of_floor', 'floor/time'),
   ('over_xla', 'XLA/time'),
+  ('over_cudnn', 'cuDNN/time'),
   ('note', 'note'),
 )
 
@@ -58,7 +59,10 @@ def floors() -> dict[str, float]:
 
 def relative_error(work) -> float:
   """Largest error of any output over the largest exact value of it."""
-  got = jax.jit(lambda *a: work.op(*a, impl='gpu'))(*work.args)
+  run = lambda *a: work.op(*a, impl='gpu')
+  # The interpreter runs one kernel at a time; jit may start several.
+  run = run if compat.is_interpreted() else jax.jit(run)
+  got = run(*work.args)
   want = jax.jit(work.exact)(*work.args)
   worst = 0.0
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -79,7 +83,8 @@ def time_case(work, rates) -> dict:
   for name, fn in work.naive.items():
     try:
       row[f'over_{name}'] = device_us(fn, work.args) / us
-    except jax.errors.JaxRuntimeError as error:  # often out of memory
+    # Out of memory, or a library that is absent: no figure, but the reason.
+    except (jax.errors.JaxRuntimeError, ImportError, RuntimeError) as error:
       row['note'] = f'{name}: {str(error).splitlines()[0][:60]}'
   return row
 

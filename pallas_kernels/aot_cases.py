@@ -11,6 +11,7 @@ from pallas_kernels import permute
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.permute.reference import num_blocks
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
@@ -122,6 +123,20 @@ def _sinkhorn(tokens, backward):
   return Case(lambda x, g: jax.vjp(fn, x)[1](g), (logits, logits), False)
 
 
+def _mla_prefill(tokens, backward):
+  bf = jnp.bfloat16
+  wide, narrow = ((1, tokens, 128, 192), bf), ((1, tokens, 128, 128), bf)
+  segments = ((1, tokens), jnp.int32)
+  fn = functools.partial(mla_prefill, scale=0.07, impl='gpu')
+  if not backward:
+    return Case(fn, (wide, wide, narrow, segments), True)
+
+  def grads(q, k, v, segments, grad):
+    return jax.vjp(lambda *a: fn(*a, segments), q, k, v)[1](grad)
+
+  return Case(grads, (wide, wide, narrow, segments, narrow), True)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
@@ -136,6 +151,8 @@ CASES = {
     }.items()
   },
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
+  'mla_prefill': _mla_prefill(4096, False),
+  'mla_prefill_bwd': _mla_prefill(4096, True),
   'sinkhorn': _sinkhorn(8192, False),
   'sinkhorn_bwd': _sinkhorn(8192, True),
   **{f'router_{n}': _router(n) for n in router_shapes.BENCH},

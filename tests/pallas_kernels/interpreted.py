@@ -19,6 +19,8 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as mla_decode_shapes
+from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.mla_prefill import shapes as prefill_shapes
 from pallas_kernels.permute import shapes as permute_shapes
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
@@ -172,6 +174,26 @@ def check_sinkhorn():
     grad = jnp.asarray(rng.normal(size=size), jnp.float32)
     op = functools.partial(both, iterations=shape.iterations)
     compare(name, op, (logits, grad), 1e-5)
+
+
+def check_mla_prefill():
+  def both(q, k, v, segments, grad, impl):
+    fn = functools.partial(
+      mla_prefill, segments=segments, scale=192**-0.5, impl=impl
+    )
+    out, pull = jax.vjp(fn, q, k, v)
+    return out, pull(grad)
+
+  for name, shape in prefill_shapes.TEST_GPU.items():
+    rng = np.random.default_rng(0)
+    rows = [np.repeat(np.arange(len(s)), s) for s in shape.segments]
+    segments = jnp.asarray(np.stack(rows), jnp.int32)
+    draw = lambda dim, size=segments.shape, rng=rng, heads=shape.heads: (
+      jnp.asarray(rng.normal(size=(*size, heads, dim)), jnp.bfloat16)
+    )
+    args = (draw(192), draw(192), draw(128), segments, draw(128))
+    # Probabilities and their gradients are rounded to bfloat16.
+    compare(name, both, args, 2 * BF16)
 
 
 def check_race():

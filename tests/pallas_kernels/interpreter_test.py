@@ -17,6 +17,7 @@ OPS = (
   'grouped_matmul',
   'quantize',
   'sinkhorn',
+  'mla_prefill',
 )
 
 

@@ -1,0 +1,66 @@
+"""Causal attention with keys wider than values, within packed segments.
+
+DeepSeek-V2 (arXiv:2405.04434, section 2.1) in its expanded form, as used for
+training and prefill: 192 = 128 + 64 query and key dims, 128 value dims.
+Legend: B batch, T tokens, H heads, D query and key dims, V value dims.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.mla_prefill import reference
+
+__all__ = ['mla_prefill', 'segment_starts']
+
+
+def segment_starts(segments):
+  """segments [B T] int32 -> [B T] int32, where each token's segment starts.
+
+  A segment is a run of equal numbers: the same number further on is another.
+  """
+  at = jnp.arange(segments.shape[1], dtype=jnp.int32)
+  changes = segments[:, 1:] != segments[:, :-1]
+  firsts = jnp.pad(jnp.where(changes, at[1:], 0), ((0, 0), (1, 0)))
+  return jax.lax.cummax(firsts, axis=1)
+
+
+def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
+  """o[t] = softmax over s <= t of the same segment (scale q[t] k[s]) v[s].
+
+  Args:
+    q: [B T H D] queries.
+    k: [B T H D] keys, the shared rotary part repeated for every head.
+    v: [B T H V] values.
+    segments: [B T] int32 or None; tokens see their own run of equal numbers.
+    scale: of the scores.
+    impl: None, 'reference' or 'gpu' (bfloat16, D=192, V=128).
+
+  Returns:
+    [B T H V] of q.dtype, differentiable in q, k and v. Scores, softmax and
+    sums are float32; the kernel rounds probabilities to bfloat16.
+
+  Raises:
+    ValueError: shapes that don't fit each other.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  B, T, H, _ = q.shape
+  if k.shape != q.shape or v.shape[:3] != (B, T, H):
+    raise ValueError(
+      f'q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} differ '
+      'in B T H, or q and k in D'
+    )
+  if segments is None:
+    starts = jnp.zeros((B, T), jnp.int32)
+  elif segments.shape != (B, T):
+    raise ValueError(f'segments are {list(segments.shape)}, not {[B, T]}')
+  else:
+    starts = segment_starts(jnp.asarray(segments))
+
+  def gpu(*args):
+    from pallas_kernels.mla_prefill import gpu
+
+    return gpu.mla_prefill(*args)
+
+  args = (q, k, v, starts, scale)
+  return dispatch.run('mla_prefill', impl, gpu, reference.mla_prefill, *args)

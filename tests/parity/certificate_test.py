@@ -7,11 +7,13 @@ import sys
 import tempfile
 
 import jax
+import numpy as np
 import parity_harness as ph
 from absl.testing import absltest
 
 from deepseek_jax import hf
 from deepseek_jax.hf import verify
+from deepseek_jax.hf.source import Source
 
 
 class CertificateTest(absltest.TestCase):
@@ -88,13 +90,21 @@ class CertificateTest(absltest.TestCase):
     self.assertLess(row['layers'][0]['max'], 1e-4)
     self.assertGreater(row['layers'][1]['max'], 1e-2)
 
-  def test_float8_checkpoint_is_certified(self):
+  def test_float8_is_dequantized_for_transformers(self):
     pair = ph.pair('v3', num_hidden_layers=2)
-    with tempfile.TemporaryDirectory() as folder:
+    ids = ph.tokens(pair)
+    with tempfile.TemporaryDirectory() as root:
+      folder, readable = os.path.join(root, 'fp8'), os.path.join(root, 'f32')
       hf.save(folder, pair.config, pair.variables, quantize='fp8')
-      certificate = verify.certify(folder, lengths=(7,))
-    self.assertTrue(certificate['dequantized_here'])
-    self.assertTrue(certificate['passed'])
+      source = Source(folder)
+      self.assertTrue(source.quantized)
+      theirs = verify.Theirs(verify._readable(source, readable)).model
+      config, variables = hf.load(folder)
+    theirs = ph.their_logits(ph.Pair(theirs, config, variables), ids)
+    ours = ph.logits(ph.Pair(None, config, variables), ids)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=ph.LOGITS_ATOL)
+    exact = ph.their_logits(pair, ids)
+    self.assertGreater(np.abs(exact - theirs).max(), 1e-3)
 
 
 if __name__ == '__main__':

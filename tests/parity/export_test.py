@@ -22,7 +22,7 @@ _CONFIG = ds.changed(
     'ffn.width': 48,
     'moe.experts': 8,
     'moe.width': 16,
-    'layout': ((('dense',), 1), (('moe',), 2)),
+    'layout': ((('dense', 'moe'), 1),),
   },
 )
 
@@ -40,7 +40,7 @@ def _trained(config, ids, steps=30):
     )
     return losses.mean()
 
-  @ph.jit
+  @jax.jit
   def step(params, state):
     value, grads = jax.value_and_grad(loss)(params)
     updates, state = optimizer.update(grads, state)

@@ -1,3 +1,26 @@
 """What a configuration costs, from the configuration alone."""
 
+from deepseek_jax.plan.attention import (
+  AttentionCost,
+  Form,
+  Term,
+  attention_cost,
+)
+from deepseek_jax.plan.flops import (
+  CONVENTIONS,
+  count_flops,
+  decode_flops,
+  matmul_weights,
+  standard_flops,
+)
+from deepseek_jax.plan.hardware import ACCELERATORS, Cluster, cluster
+from deepseek_jax.plan.memory import (
+  Training,
+  cache,
+  checkpoint_bytes,
+  device_bytes,
+)
+from deepseek_jax.plan.mesh import RULES, Mesh, mesh_of
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
+from deepseek_jax.plan.report import Recipe, Report, estimate, v3_recipe
+from deepseek_jax.plan.wire import traffic

@@ -13,7 +13,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.optim import OptimizerConfig
 from deepseek_jax.plan import mesh as meshes
-from deepseek_jax.plan.activations import Kept, kept_bytes
+from deepseek_jax.plan.activations import kept_bytes
 from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
 from deepseek_jax.plan.flops import blocks
 from deepseek_jax.plan.mesh import Mesh, Share
@@ -29,6 +29,7 @@ CLASSES = (
   'expert exchange',
   'logits',
 )
+_ADAMW = OptimizerConfig()
 _LOGIT_CHUNK = 1024  # tokens at a time, see losses.linear_cross_entropy
 
 
@@ -129,10 +130,6 @@ def _chunks_alive(mesh: Mesh, training: Training, rank: int) -> list[int]:
   return [P - rank]
 
 
-def _saved(kept: Kept, policy: str) -> int:
-  return getattr(kept, policy)
-
-
 def activation_bytes(
   config: TransformerConfig,
   mesh: Mesh,
@@ -160,8 +157,8 @@ def activation_bytes(
       mtp = place[0] == 'mtp'
       block = config.block(config.mtp.block) if mtp else layers[place[1]]
       kept = kept_bytes(config, block, training.seq_len)
-      saved += alive * _saved(kept, policy)
-      most = max(most, kept.none - _saved(kept, policy))
+      saved += alive * getattr(kept, policy)
+      most = max(most, kept.none - getattr(kept, policy))
   split = mesh.context * mesh.tensor
   return training.micro_batch * (saved + most) // split
 
@@ -197,7 +194,7 @@ def device_bytes(
   training: Training = Training(),
   *,
   policy: str | None = None,
-  rules: Mapping | None = None,
+  held: Mapping | None = None,
 ) -> tuple[dict[str, int], ...]:
   """Bytes by class on a device of each pipeline rank.
 
@@ -206,9 +203,9 @@ def device_bytes(
     mesh: axis sizes.
     training: what is kept, and how.
     policy: of recomputation; by default the model's.
-    rules: logical axis -> mesh axis; by default mesh.RULES.
+    held: `mesh.shares` of other rules, or to save making them again.
   """
-  held = meshes.shares(config, mesh, rules)
+  held = meshes.shares(config, mesh) if held is None else held
   copies = 2 if training.both_ends and mesh.stage > 1 else 1
   out = []
   places = meshes.ranks(config, mesh, both_ends=training.both_ends)
@@ -241,6 +238,10 @@ class Cache:
   bf16: int
   fp8: int | None
 
+  def quantized(self, bits: int) -> float:
+    """Bytes at so many bits per number, scales not counted."""
+    return self.elements * bits / 8
+
 
 def cache(config: TransformerConfig, length: int = 1) -> Cache:
   """KV cache of `length` tokens; 1 gives the figure per token."""
@@ -255,16 +256,18 @@ def cache(config: TransformerConfig, length: int = 1) -> Cache:
 
 
 def checkpoint_bytes(
-  config: TransformerConfig, optimizer: OptimizerConfig = OptimizerConfig()
+  config: TransformerConfig,
+  optimizer: OptimizerConfig = _ADAMW,
+  held: Mapping | None = None,
 ) -> int:
   """Master weights, buffers and both moments, as training saves them.
 
   Scalars (step, gate, optimizer count: under 100 bytes) are left out.
   """
   moment = BYTES[optimizer.moments]
-  places = meshes.shares(config, Mesh()).values()
+  held = meshes.shares(config, Mesh()) if held is None else held
   return sum(
     s.whole * (4 + (2 * moment if s.trained else 0))
-    for found in places
+    for found in held.values()
     for s in found
   )

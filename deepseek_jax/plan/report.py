@@ -1,0 +1,367 @@
+"""A plan: everything that a configuration costs on a cluster, in one report.
+
+`estimate` is the entry. Nothing here is fitted: every number is a formula of
+the configuration, the cluster's stated figures and the recipe's assumptions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from deepseek_jax.config import to_dict
+from deepseek_jax.errors import InputError
+from deepseek_jax.plan import cost, hardware, memory, mesh, pipeline
+from deepseek_jax.plan import flops as flop
+from deepseek_jax.plan.hardware import Cluster
+from deepseek_jax.plan.mesh import Mesh
+from deepseek_jax.plan.parameters import ParameterCount, count_parameters
+from deepseek_jax.plan.wire import Traffic, traffic
+from deepseek_jax.transformer import TransformerConfig
+
+POLICIES = ('none', 'dots', 'full')
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a configuration of a model leaves open.
+
+  Attributes:
+    tokens: of the run.
+    batch: sequences per step, over all devices.
+    training: sequence length, micro-batch, optimizer, schedule.
+    mesh: axis sizes; their product must be the cluster's devices.
+    node_limited: tokens cross to each node at most once (V3).
+    utilization: share of the peak that model FLOPs (half convention) reach.
+    dollars: per device and hour.
+    cache_length: tokens at which the KV cache is also given.
+    grace: seconds between the notice of a preemption and the end.
+    storage: bytes/s that one node writes to storage.
+  """
+
+  tokens: float = 1e12
+  batch: int = 1024
+  training: memory.Training = memory.Training()
+  mesh: Mesh = Mesh()
+  node_limited: bool = True
+  utilization: float = 0.4
+  dollars: float = 2.0
+  cache_length: int = 131072
+  grace: float = 30.0
+  storage: float = 2e9
+
+  def __post_init__(self):
+    if self.tokens <= 0 or self.batch < 1 or self.dollars < 0:
+      raise InputError(
+        f'tokens = {self.tokens}, batch = {self.batch}, dollars ='
+        f' {self.dollars}: tokens and batch must be positive, dollars not'
+        ' negative'
+      )
+    if not 0 < self.utilization <= 1:
+      raise InputError(
+        f'utilization = {self.utilization}: must lie in 0..1, 0 excluded'
+      )
+    if self.grace <= 0 or self.storage <= 0:
+      raise InputError(
+        f'grace = {self.grace}, storage = {self.storage}: must be positive'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+  """Bounds of one training step, in seconds.
+
+  Attributes:
+    compute: executed FLOPs at the peak.
+    bubble: of the pipeline, with chunks at the peak.
+    update: optimizer state read and written once.
+    fast, slow: bytes over each link at its full rate.
+    planned: model FLOPs at the recipe's utilization.
+  """
+
+  compute: float
+  bubble: float
+  update: float
+  fast: float
+  slow: float
+  planned: float
+
+  @property
+  def least(self) -> float:
+    """All traffic hides behind compute, or compute behind traffic."""
+    return max(self.compute + self.bubble, self.fast, self.slow) + self.update
+
+  @property
+  def most(self) -> float:
+    """At full rates, but nothing overlaps."""
+    parts = (self.compute, self.bubble, self.update, self.fast, self.slow)
+    return sum(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """The whole run at the recipe's utilization."""
+
+  steps: int
+  device_hours: float
+  days: float
+  dollars: float
+  tokens_per_day: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """bytes on storage, seconds to write them, whether the grace is enough."""
+
+  bytes: int
+  seconds: float
+  in_time: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a configuration costs on a cluster.
+
+  Attributes:
+    config, cluster, recipe: what was asked.
+    parameters: exact counts.
+    flops: of one training sequence, by convention (see flops.CONVENTIONS).
+    standard_flops: per token by DeepSeek LLM's rule for dense models, without
+      and with attention; None for a MoE.
+    decode: FLOPs of a token at `recipe.cache_length`, by form.
+    cache, cache_at_length: KV cache per token, and of a long sequence.
+    memory: bytes by class of the fullest pipeline rank, by remat policy.
+    traffic: bytes that a device sends in a step.
+    method: bubble and memory multiples of the pipeline schedule.
+    time: bounds of a step.
+    cost: of the run.
+    checkpoint: its size and how long it takes.
+    assumptions: what all of this rests on, in words.
+  """
+
+  config: TransformerConfig
+  cluster: Cluster
+  recipe: Recipe
+  parameters: ParameterCount
+  flops: dict[str, flop.Flops]
+  standard_flops: tuple[float, float] | None
+  decode: dict[str, int]
+  cache: memory.Cache
+  cache_at_length: memory.Cache
+  memory: dict[str, dict[str, int]]
+  traffic: Traffic
+  method: pipeline.Method
+  time: StepTime
+  cost: Cost
+  checkpoint: Checkpoint
+  assumptions: tuple[str, ...]
+
+  @property
+  def policy(self) -> str:
+    """The model's own remat policy."""
+    return self.config.compute.remat
+
+  @property
+  def device_bytes(self) -> int:
+    """On the fullest device under the model's own policy."""
+    return sum(self.memory[self.policy].values())
+
+  @property
+  def fits(self) -> bool:
+    return self.device_bytes <= self.cluster.accelerator.memory.value
+
+  def to_dict(self) -> dict:
+    """JSON values only, exact integers kept."""
+    out = dataclasses.asdict(dataclasses.replace(self, config=None))
+    out['config'] = to_dict(self.config)
+    out['derived'] = {
+      'device_bytes': self.device_bytes,
+      'fits': self.fits,
+      'step_least': self.time.least,
+      'step_most': self.time.most,
+      'gflops_per_token': {k: f.per_token / 1e9 for k, f in self.flops.items()},
+    }
+    return out
+
+
+def _standard(config: TransformerConfig, length: int):
+  if any(hasattr(block.ffn, 'experts') for block, _ in flop.blocks(config)):
+    return None
+  args = (config.layers, config.dim, config.vocab_size)
+  return flop.standard_flops(*args), flop.standard_flops(*args, length)
+
+
+def _time(config, cluster, recipe, held, sent):
+  """Step-time bounds and the pipeline's row of the table."""
+  run, grid, device = recipe.training, recipe.mesh, cluster.accelerator
+  peak = device.bf16.value
+  count = flop.count_flops(config, run.seq_len, mtp=True)
+  paper = flop.count_flops(config, run.seq_len)
+  rate = peak * cluster.devices
+  parts = grid.stage * grid.tensor * grid.context
+  forward = sum(count.forward.values()) * run.micro_batch / parts / peak
+  again = sum(count.repeated.values()) * run.micro_batch / parts / peak
+  times = pipeline.Durations(forward, 2 * forward + again, forward)
+  method = pipeline.method(run.schedule, grid.stage, times)
+  bubble = method.bubble if grid.stage > 1 else 0.0
+  state = sum(held[name] for name in memory.CLASSES[:4])
+  step = StepTime(
+    compute=recipe.batch * count.executed / rate,
+    bubble=bubble,
+    update=2 * state / device.memory_bandwidth.value,
+    fast=sent.on('fast') / device.fast.value,
+    slow=sent.on('slow') / device.slow.value,
+    planned=recipe.batch * paper.training / (rate * recipe.utilization),
+  )
+  return step, method
+
+
+def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
+  tokens = recipe.batch * recipe.training.seq_len
+  daily = cost.tokens_per_day(tokens, step.planned)
+  hours = cost.device_hours(recipe.tokens, cluster.devices, daily)
+  return Cost(
+    steps=math.ceil(recipe.tokens / tokens),
+    device_hours=hours,
+    days=recipe.tokens / daily,
+    dollars=hours * recipe.dollars,
+    tokens_per_day=daily,
+  )
+
+
+def _check(config, cluster, recipe):
+  grid, run = recipe.mesh, recipe.training
+  if grid.devices != cluster.devices:
+    raise InputError(
+      f'mesh of {grid.devices} devices: the cluster has {cluster.devices};'
+      ' make the product of the axes equal'
+    )
+  each = grid.batch * run.micro_batch
+  if recipe.batch % each:
+    raise InputError(
+      f'batch = {recipe.batch}: must be a multiple of data * fsdp * expert *'
+      f' micro_batch = {each}'
+    )
+  if run.seq_len % grid.context:
+    raise InputError(
+      f'seq_len = {run.seq_len}: must divide by mesh.context = {grid.context}'
+    )
+  micro = recipe.batch // each
+  if run.both_ends and grid.stage > 1 and micro < 2 * grid.stage:
+    raise InputError(
+      f'batch = {recipe.batch}: gives {micro} micro-batches per device;'
+      f' {run.schedule} needs at least 2 * mesh.stage = {2 * grid.stage}'
+    )
+
+
+def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
+  a, run = cluster.accelerator, recipe.training
+  figures = {
+    'bf16 peak': (a.bf16, 1e12, 'TFLOP/s'),
+    'memory': (a.memory, 1e9, 'GB'),
+    'memory bandwidth': (a.memory_bandwidth, 1e12, 'TB/s'),
+    'fast link': (a.fast, 1e9, 'GB/s'),
+    'slow link': (a.slow, 1e9, 'GB/s'),
+  }
+  stated = tuple(
+    f'{a.name} {name} {f.value / scale:g} {unit} ({f.source})'
+    for name, (f, scale, unit) in figures.items()
+  )
+  return (
+    *stated,
+    'compute runs at the bf16 peak, whatever the dtype',
+    f'model FLOPs reach {recipe.utilization:.1%} of it; '
+    f'{flop.CONVENTIONS["half"]}; the backward pass is twice the forward',
+    'executed FLOPs add multi-token prediction and what the backward pass'
+    f' recomputes (remat = {config.compute.remat!r})',
+    'blocks are spread evenly over stages; transfers between them take no'
+    ' time in the bubble; an overlapped pair takes F + B',
+    'experts are evenly loaded; node-limited traffic is at its limit of nodes',
+    'activations are what the blocks keep before XLA fuses anything',
+    f'optimizer moments are {run.optimizer.moments}, ZeRO stage {run.zero}',
+    f'{recipe.dollars:g} dollars per device and hour',
+    f'a node writes {recipe.storage / 1e9:g} GB/s to storage',
+  )
+
+
+def estimate(
+  config: TransformerConfig,
+  *,
+  cluster: str | Cluster = 'h100',
+  recipe: Recipe = Recipe(),
+  rules: Mapping | None = None,
+) -> Report:
+  """Plans the training of a model; allocates and compiles nothing.
+
+  Args:
+    config: a model.
+    cluster: such as 'h800x2048', or a Cluster.
+    recipe: batch, mesh, schedule and assumptions; by default one device's.
+    rules: logical axis -> mesh axis, by default mesh.RULES.
+
+  Raises:
+    InputError: names the field whose value does not fit model or cluster.
+  """
+  if isinstance(cluster, str):
+    cluster = hardware.cluster(cluster)
+  _check(config, cluster, recipe)
+  run = recipe.training
+  held, fullest = mesh.shares(config, recipe.mesh, rules), {}
+  for policy in POLICIES:
+    each = memory.device_bytes(
+      config, recipe.mesh, run, policy=policy, held=held
+    )
+    fullest[policy] = max(each, key=lambda classes: sum(classes.values()))
+  sent = traffic(
+    config,
+    recipe.mesh,
+    run,
+    batch=recipe.batch,
+    node=int(cluster.accelerator.node.value),
+    node_limited=recipe.node_limited,
+    held=held,
+  )
+  mine = fullest[config.compute.remat]
+  step, method = _time(config, cluster, recipe, mine, sent)
+  size = memory.checkpoint_bytes(config, run.optimizer, held)
+  nodes = -(-cluster.devices // int(cluster.accelerator.node.value))
+  seconds = size / (nodes * recipe.storage)
+  count = lambda seen: flop.count_flops(config, run.seq_len, seen=seen)
+  return Report(
+    config=config,
+    cluster=cluster,
+    recipe=recipe,
+    parameters=count_parameters(config),
+    flops={seen: count(seen) for seen in ('half', 'full', 'triangle')},
+    standard_flops=_standard(config, run.seq_len),
+    decode=flop.decode_flops(config, recipe.cache_length),
+    cache=memory.cache(config),
+    cache_at_length=memory.cache(config, recipe.cache_length),
+    memory=fullest,
+    traffic=sent,
+    method=method,
+    time=step,
+    cost=_cost(recipe, cluster, step),
+    checkpoint=Checkpoint(size, seconds, seconds <= recipe.grace),
+    assumptions=_assumptions(config, cluster, recipe),
+  )
+
+
+def v3_recipe(utilization: float = 0.389) -> Recipe:
+  """DeepSeek-V3's own: 16 pipeline ranks of 64 experts' devices, ZeRO-1.
+
+  arXiv:2412.19437 sections 3.2, 3.3 and 4.2; batch after its ramp; the
+  utilization is that of arXiv:2505.09343, table 4.
+  """
+  return Recipe(
+    tokens=14.8e12,
+    batch=15360,
+    mesh=Mesh(data=2, expert=64, stage=16),
+    training=memory.Training(
+      seq_len=4096,
+      optimizer=memory.OptimizerConfig(moments='bfloat16'),
+      zero=1,
+      dispatch='float8',
+      schedule='dualpipe',
+    ),
+    utilization=utilization,
+  )

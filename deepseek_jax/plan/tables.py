@@ -1,0 +1,146 @@
+"""A plan as tables on the terminal; several plans side by side."""
+
+from collections.abc import Callable, Mapping
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from deepseek_jax.plan.flops import CONVENTIONS
+from deepseek_jax.plan.memory import CLASSES
+from deepseek_jax.plan.report import POLICIES, Report
+
+Row = tuple[str, Callable[[Report], str]]
+
+
+def gigabytes(n: float) -> str:
+  return f'{n / 1e9:,.2f} GB'
+
+
+def seconds(s: float) -> str:
+  return f'{s:#.3g} s' if s < 100 else f'{s:,.0f} s'
+
+
+def _table(title: str, rows: list[Row], reports: Mapping[str, Report]) -> Table:
+  table = Table(title=title, title_justify='left', title_style='bold')
+  table.add_column('')
+  for name in reports:
+    table.add_column(name, justify='right')
+  for label, show in rows:
+    table.add_row(label, *(show(r) for r in reports.values()))
+  return table
+
+
+def _model() -> list[Row]:
+  giga = lambda n: f'{n / 1e9:,.3f} G'
+  standard = lambda i: (
+    lambda r: giga(r.standard_flops[i]) if r.standard_flops else '-'
+  )
+  fp8 = lambda r: f'{r.cache.fp8:,}' if r.cache.fp8 is not None else '-'
+  p = lambda field: lambda r: f'{getattr(r.parameters, field):,}'
+  return [
+    ('parameters', p('total')),
+    ('active per token, with embedding and head', p('active')),
+    ('active per token, without embedding', p('active_without_embedding')),
+    ('multi-token prediction, its own', p('mtp')),
+    *(
+      (
+        f'training FLOPs per token: {CONVENTIONS[seen]}',
+        lambda r, seen=seen: giga(r.flops[seen].per_token),
+      )
+      for seen in ('half', 'full', 'triangle')
+    ),
+    ('  72 L D² + 6 D V (dense models)', standard(0)),
+    ('  72 L D² + 12 L D s + 6 D V', standard(1)),
+    ('KV cache per token: numbers', lambda r: f'{r.cache.elements:,}'),
+    ('KV cache per token: bytes, bfloat16', lambda r: f'{r.cache.bf16:,}'),
+    ('KV cache per token: bytes, 8-bit records', fp8),
+    (
+      'KV cache of a long sequence, bfloat16',
+      lambda r: (
+        f'{r.cache_at_length.length:,} tokens: '
+        + gigabytes(r.cache_at_length.bf16)
+      ),
+    ),
+    (
+      'decoding a token there, by form',
+      lambda r: ', '.join(f'{k} {giga(v)}' for k, v in r.decode.items()),
+    ),
+  ]
+
+
+def _device() -> list[Row]:
+  classes = [
+    (f'  {c}', lambda r, c=c: gigabytes(r.memory[r.policy][c])) for c in CLASSES
+  ]
+  total = lambda policy: lambda r: gigabytes(sum(r.memory[policy].values()))
+  limit = lambda r: (
+    gigabytes(r.cluster.accelerator.memory.value)
+    + (' (fits)' if r.fits else ' (too small)')
+  )
+  return [
+    *((f'remat {p}: all classes', total(p)) for p in POLICIES),
+    ('of these as configured', lambda r: f'remat {r.policy}'),
+    *classes,
+    ('memory of the device', limit),
+  ]
+
+
+def _step() -> list[Row]:
+  t = lambda field: lambda r: seconds(getattr(r.time, field))
+  return [
+    ('compute at the peak', t('compute')),
+    ('pipeline bubble', t('bubble')),
+    ('optimizer update', t('update')),
+    ('fast links', t('fast')),
+    ('slow links', t('slow')),
+    ('least: everything overlaps', t('least')),
+    ('most: nothing overlaps', t('most')),
+    (
+      'planned',
+      lambda r: f'{seconds(r.time.planned)} at {r.recipe.utilization:.1%}',
+    ),
+  ]
+
+
+def _run() -> list[Row]:
+  wait = lambda r: seconds(r.checkpoint.seconds)
+  return [
+    ('tokens', lambda r: f'{r.recipe.tokens:,.0f}'),
+    ('steps', lambda r: f'{r.cost.steps:,}'),
+    ('device-hours', lambda r: f'{r.cost.device_hours:,.0f}'),
+    ('days', lambda r: f'{r.cost.days:,.1f}'),
+    ('dollars', lambda r: f'{r.cost.dollars:,.0f}'),
+    ('checkpoint', lambda r: gigabytes(r.checkpoint.bytes)),
+    (
+      'writing it',
+      lambda r: (
+        f'{wait(r)} of {r.recipe.grace:g} s grace'
+        + ('' if r.checkpoint.in_time else ': too slow')
+      ),
+    ),
+  ]
+
+
+def _wires(report: Report) -> Table:
+  title = 'Sent by a device per step'
+  table = Table(title=title, title_justify='left', title_style='bold')
+  for name in ('purpose', 'link', 'bytes', 'how'):
+    table.add_column(name, justify='right' if name == 'bytes' else 'left')
+  for w in report.traffic.wires:
+    table.add_row(w.purpose, w.link, f'{w.bytes:,}', w.formula)
+  return table
+
+
+def render(reports: Mapping[str, Report]) -> Group:
+  """Plans by name as one rich renderable; assumptions are the first one's."""
+  first = next(iter(reports.values()))
+  parts = [
+    _table('Model', _model(), reports),
+    _table('Memory of the fullest device', _device(), reports),
+    *(_wires(r) for r in reports.values() if r.traffic.wires),
+    _table('Seconds of a step', _step(), reports),
+    _table('Run', _run(), reports),
+    Text('Assumptions\n' + '\n'.join(f'- {a}' for a in first.assumptions)),
+  ]
+  return Group(*parts)

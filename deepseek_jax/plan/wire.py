@@ -1,0 +1,257 @@
+"""Bytes that a device sends per training step, by purpose and by link.
+
+A ring over n devices sends (n-1)/n of the bytes per reduce-scatter or
+all-gather, twice that per all-reduce. Expert traffic is the mean under even
+loads. Each entry names its formula. Legend: K experts per token, D model.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.plan import mesh as meshes
+from deepseek_jax.plan.attention import cache_elements
+from deepseek_jax.plan.flops import blocks
+from deepseek_jax.plan.memory import BYTES, Training, replicas, row_bytes
+from deepseek_jax.plan.mesh import Mesh
+from deepseek_jax.transformer import TransformerConfig
+
+
+class Wire(NamedTuple):
+  """One kind of traffic.
+
+  Attributes:
+    purpose: what for.
+    link: 'fast' inside a node, 'slow' between nodes.
+    bytes: sent by one device in one step.
+    formula: how they were counted.
+  """
+
+  purpose: str
+  link: str
+  bytes: int
+  formula: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """What a device of the busiest pipeline rank sends in a step."""
+
+  wires: tuple[Wire, ...]
+
+  def on(self, link: str) -> int:
+    """Bytes over one kind of link."""
+    return sum(w.bytes for w in self.wires if w.link == link)
+
+
+class _Step(NamedTuple):
+  """What all formulas share.
+
+  Attributes:
+    tokens: that a device works on in a step (of its part of a sequence).
+    micro_batches: of a device in a step.
+    node: devices that fast links join.
+    layers: share of the blocks that pass through a device's stage.
+  """
+
+  config: TransformerConfig
+  mesh: Mesh
+  training: Training
+  tokens: int
+  micro_batches: int
+  node: int
+  layers: Fraction
+
+
+def _ring(n: int, size: int) -> int:
+  """Bytes that each of n devices sends to gather or scatter `size` bytes."""
+  return size * (n - 1) // n
+
+
+def _link(step: _Step, axes: tuple[str, ...]) -> str:
+  """Fast if the axes and all faster ones fit a node.
+
+  Devices are numbered with stage slowest, then data, fsdp, expert, context,
+  and tensor fastest.
+  """
+  order = ('tensor', 'context', 'expert', 'fsdp', 'data', 'stage')
+  upto = max(order.index(a) for a in axes if getattr(step.mesh, a) > 1)
+  span = math.prod(getattr(step.mesh, a) for a in order[: upto + 1])
+  return 'fast' if span <= step.node else 'slow'
+
+
+def _gradients(step: _Step, held) -> list[Wire]:
+  """Sum of gradients over the devices that hold the same weights."""
+  out, zero = {}, step.training.zero
+  # DualPipe: two ranks hold the same stages.
+  copies = 2 if step.training.both_ends and step.mesh.stage > 1 else 1
+  compute = BYTES[step.config.compute.dtype]
+  for share in held:
+    n = copies * replicas(share, step.mesh)
+    if n == 1 or not share.trained:
+      continue
+    over = ('data', 'fsdp', 'expert', 'context')
+    axes = tuple(
+      a for a in over if a not in share.over and getattr(step.mesh, a) > 1
+    ) + ('stage',) * (copies - 1)
+    sent = 2 * _ring(n, 4 * share.elements)
+    if zero:
+      width = compute if share.matrix else 4
+      sent = _ring(n, 4 * share.elements) + _ring(n, width * share.elements)
+    out[axes] = out.get(axes, 0) + sent
+  how = (
+    'reduce-scatter of float32 gradients, all-gather of weights: (n-1)/n each'
+    if zero
+    else 'ring all-reduce of float32 gradients: 2 (n-1)/n'
+  )
+  return [
+    Wire(f'gradients over {"+".join(axes)}', _link(step, axes), sent, how)
+    for axes, sent in out.items()
+  ]
+
+
+def _fsdp(step: _Step, held) -> list[Wire]:
+  """Weights gathered where they are used, gradients scattered."""
+  n = step.mesh.fsdp
+  if n == 1:
+    return []
+  compute, sent = BYTES[step.config.compute.dtype], 0
+  for share in held:
+    if 'fsdp' in share.over:
+      full = share.elements * n
+      gathered = 2 * _ring(n, compute * full) * step.micro_batches
+      sent += gathered + _ring(n, 4 * full)
+  how = (
+    'weights gathered twice per micro-batch (forward, backward), gradients'
+    ' scattered once per step: (n-1)/n each'
+  )
+  return [Wire('weights over fsdp', _link(step, ('fsdp',)), sent, how)]
+
+
+def rows_sent(
+  moe: MoEConfig, expert: int, node: int, node_limited: bool
+) -> dict[str, Fraction]:
+  """Copies of one token that cross each link on the way to its experts.
+
+  Flat: one copy per chosen expert of another device; of these, those of
+  other nodes cross the slow link. Node-limited (V3, section 3.2.2): one copy
+  per node at most, to the device of the same place, then over fast links to
+  the experts' devices. Mean over even loads; nodes at the router's limit.
+  """
+  inside = min(expert, node)
+  nodes = -(-expert // node)
+  K = Fraction(moe.top_k)
+  away = Fraction(nodes - 1, nodes)
+  if not node_limited or nodes == 1:
+    fast = K * Fraction(inside - 1, expert)
+    return {'fast': fast, 'slow': K * away}
+  limited = moe.router.groups > 1
+  most = min(moe.top_k, moe.router.top_groups if limited else nodes, nodes)
+  return {
+    'fast': K * Fraction(inside - 1, inside),
+    'slow': most * away,
+  }
+
+
+def _experts(step: _Step, node_limited: bool) -> list[Wire]:
+  if step.mesh.expert == 1:
+    return []
+  D, training = step.config.dim, step.training
+  there = row_bytes(D, training.dispatch)
+  back = row_bytes(D, 'bfloat16')
+  total = {'dispatch': {}, 'combine': {}}
+  blocks_ = [b for b in blocks(step.config) if isinstance(b[0].ffn, MoEConfig)]
+  if step.config.mtp.depth:
+    mtp = step.config.block(step.config.mtp.block)
+    if isinstance(mtp.ffn, MoEConfig):
+      blocks_.append((mtp, step.config.mtp.depth))
+  for block, repeat in blocks_:
+    rows = rows_sent(block.ffn, step.mesh.expert, step.node, node_limited)
+    for link, copies in rows.items():
+      often = 2 * copies * step.tokens * repeat * step.layers
+      for kind, size in (('dispatch', there), ('combine', back)):
+        sent = total[kind].get(link, 0) + often * size
+        total[kind][link] = sent
+  path = 'one copy per node' if node_limited else 'one copy per expert'
+  how = {
+    'dispatch': f'{path}, {training.dispatch}, forward and backward',
+    'combine': f'{path}, bfloat16, forward and backward',
+  }
+  return [
+    Wire(f'expert {kind}', link, int(sent), how[kind])
+    for kind, links in total.items()
+    for link, sent in links.items()
+    if sent
+  ]
+
+
+def _activations(step: _Step) -> list[Wire]:
+  """What tensor, context and stage axes send of activations."""
+  config, mesh = step.config, step.mesh
+  width = BYTES[config.compute.dtype]
+  row, out = config.dim * width, []
+  depth = config.layers * step.layers
+  if mesh.tensor > 1:
+    each = 2 * _ring(mesh.tensor, step.tokens * row)
+    how = 'two all-reduces per layer forward, two backward: 2 (n-1)/n each'
+    sent = int(4 * each * depth)
+    out.append(Wire('tensor', _link(step, ('tensor',)), sent, how))
+  if mesh.context > 1:
+    numbers = sum(
+      repeat * cache_elements(block.attention, 1)
+      for block, repeat in blocks(config)
+    )
+    whole = step.tokens * mesh.context * numbers * width
+    sent = int(3 * _ring(mesh.context, whole) * step.layers)
+    how = (
+      'keys and values as cached: gathered forward and backward, their'
+      ' gradients scattered: (n-1)/n each'
+    )
+    out.append(Wire('context', _link(step, ('context',)), sent, how))
+  if mesh.stage > 1:
+    how = 'one activation forward and one gradient backward per token'
+    sent = 2 * step.tokens * row
+    out.append(Wire('stages', _link(step, ('stage',)), sent, how))
+  return out
+
+
+def traffic(
+  config: TransformerConfig,
+  mesh: Mesh,
+  training: Training,
+  *,
+  batch: int,
+  node: int = 8,
+  node_limited: bool = True,
+  held: Mapping | None = None,
+) -> Traffic:
+  """Bytes that one device sends in one training step.
+
+  Args:
+    config: a model.
+    mesh: axis sizes.
+    training: sequence length, micro-batch, dtypes, ZeRO stage.
+    batch: sequences of the global batch.
+    node: devices joined by fast links.
+    node_limited: experts' tokens cross to each node at most once.
+    held: `mesh.shares` of other rules, or to save making them again.
+  """
+  held = meshes.shares(config, mesh) if held is None else held
+  places = meshes.ranks(config, mesh, both_ends=training.both_ends)
+  sizes = [sum(s.elements for p in mine for s in held[p]) for mine in places]
+  flat = [s for p in places[sizes.index(max(sizes))] for s in held[p]]
+  tokens = batch * training.seq_len // (mesh.batch * mesh.context)
+  micro = -(-batch // (mesh.batch * training.micro_batch))
+  share = Fraction(1, mesh.stage)
+  step = _Step(config, mesh, training, tokens, micro, node, share)
+  return Traffic(
+    (
+      *_gradients(step, flat),
+      *_fsdp(step, flat),
+      *_experts(step, node_limited),
+      *_activations(step),
+    )
+  )

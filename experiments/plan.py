@@ -1,0 +1,149 @@
+"""Plans a run: parameters, FLOPs, memory, traffic, time and money.
+
+python -m experiments.plan --config=v3 --cluster=h800x2048
+python -m experiments.plan --config=v2 --versus=llama31_70b --cluster=h100x64
+python -m experiments.plan --config=experiments/configs/v3_tiny.py \\
+  --config.model.moe.top_k=2 --json=plan.json --picture=plan.png
+
+--config takes a preset's name or a file with get_config(). A preset's plan has
+the fields `model` and `recipe` (--config.recipe.mesh.expert=64); v3 comes with
+its own recipe, the others are spread over all devices. Nothing is allocated or
+compiled.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from deepseek_jax import loop, plan
+from deepseek_jax.errors import InputError
+from deepseek_jax.plan import hardware, pictures, pipeline, schedules, tables
+from experiments import common
+from experiments.configs import preset
+from experiments.configs.preset import PRESETS, PlanConfig
+
+_CONFIG = common.define_config()
+_VERSUS = config_flags.DEFINE_config_file(
+  'versus', None, 'A second configuration, shown beside the first.'
+)
+_CLUSTER = flags.DEFINE_string('cluster', 'h100', 'NAMExCOUNT: h800x2048.')
+_JSON = flags.DEFINE_string('json', None, 'Where the plan goes as JSON.')
+_PICTURE = flags.DEFINE_string('picture', None, 'Where its picture goes.')
+_TITLE = flags.DEFINE_string('title', None, "The picture's title.")
+_TIMELINE = flags.DEFINE_string(
+  'timeline', None, "Where a picture of the pipeline's timeline goes."
+)
+
+
+def _as_files(argv: list[str]) -> list[str]:
+  """--config=v3 becomes --config=experiments/configs/preset.py:v3."""
+  out = []
+  for arg in argv:
+    flag, equals, value = arg.partition('=')
+    if flag.lstrip('-') in ('config', 'versus') and value in PRESETS:
+      arg = f'{flag}{equals}{preset.__file__}:{value}'
+    out.append(arg)
+  return out
+
+
+def _name(flag: str, argv: list[str]) -> str:
+  """What a configuration is called: its preset, or its file."""
+  for arg in argv:
+    key, _, value = arg.partition('=')
+    if key.lstrip('-') == flag:
+      return pathlib.Path(value.rpartition(':')[2]).stem
+  return flag
+
+
+def _of_run(run: loop.RunConfig) -> PlanConfig:
+  """The plan of a training run's configuration."""
+  batch = run.train.batch
+  training = plan.Training(
+    seq_len=run.data.seq_len,
+    micro_batch=max(batch.size // batch.accumulate, 1),
+    optimizer=run.train.optimizer,
+  )
+  recipe = plan.Recipe(run.train.tokens, batch.size, training)
+  return PlanConfig(run.model, recipe)
+
+
+def fitted(config: PlanConfig, cluster: plan.Cluster) -> PlanConfig:
+  """Spreads a plan that names no mesh over the cluster.
+
+  State is split over as many devices as divide the width (fsdp), the batch
+  over all; the batch grows to a sequence per device where it is smaller.
+  """
+  recipe = config.recipe
+  if recipe.mesh.devices > 1 or cluster.devices == 1:
+    return config
+  fsdp = math.gcd(config.model.dim, cluster.devices)
+  mesh = plan.Mesh(data=cluster.devices // fsdp, fsdp=fsdp)
+  batch = -(-recipe.batch // cluster.devices) * cluster.devices
+  micro = math.gcd(recipe.training.micro_batch, batch // cluster.devices)
+  training = dataclasses.replace(recipe.training, micro_batch=micro)
+  recipe = dataclasses.replace(
+    recipe, mesh=mesh, batch=batch, training=training
+  )
+  return dataclasses.replace(config, recipe=recipe)
+
+
+def report(config, cluster: plan.Cluster) -> plan.Report:
+  """The plan of an edited configuration, a preset's or a run's."""
+  if 'recipe' in config:
+    made = common.frozen(PlanConfig, config)
+  else:
+    made = _of_run(common.frozen(loop.RunConfig, config))
+  made = fitted(made, cluster)
+  return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
+
+
+def timeline(made: plan.Report) -> pipeline.Timeline:
+  """One training step of a plan's pipeline, simulated in units of F."""
+  run, grid = made.recipe.training, made.recipe.mesh
+  makers = {'1f1b': schedules.one_f_one_b, 'dualpipe': schedules.dualpipe}
+  if grid.stage == 1 or run.schedule not in makers:
+    raise InputError(
+      f'--timeline: needs recipe.mesh.stage > 1 and a schedule of'
+      f' {list(makers)}; got {grid.stage}, {run.schedule!r}'
+    )
+  micro = made.recipe.batch // (grid.batch * run.micro_batch)
+  shown = min(micro, 2 * grid.stage + 4)  # more of them repeat the middle
+  schedule = makers[run.schedule](grid.stage, shown)
+  return pipeline.simulate(schedule, pipeline.Durations())
+
+
+def main(argv):
+  del argv
+  if _CONFIG.value is None:
+    raise InputError(
+      f'give --config=FILE, or --config=NAME of {", ".join(PRESETS)}'
+    )
+  cluster = hardware.cluster(_CLUSTER.value)
+  names = {'config': _name('config', sys.argv)}
+  reports = {names['config']: report(_CONFIG.value, cluster)}
+  if _VERSUS.value is not None:
+    other = _name('versus', sys.argv)
+    if other in reports:
+      other += ' (versus)'
+    reports[other] = report(_VERSUS.value, cluster)
+  Console().print(tables.render(reports))
+  first = names['config']
+  if _JSON.value:
+    out = {name: made.to_dict() for name, made in reports.items()}
+    pathlib.Path(_JSON.value).write_text(json.dumps(out, indent=2) + '\n')
+  if _PICTURE.value:
+    pictures.draw_plan(reports[first], _PICTURE.value, _TITLE.value or first)
+  if _TIMELINE.value:
+    made = timeline(reports[first])
+    pictures.draw_timeline(made, _TIMELINE.value, first)
+
+
+if __name__ == '__main__':
+  sys.argv[1:] = _as_files(sys.argv[1:])
+  common.launch(main)

@@ -133,8 +133,9 @@ _HEAD = """# Kernels compiled for H200
 
 Written by `python -m pallas_kernels.aot` on a machine without a GPU: compiled
 to machine code, not run and not timed. Several kernels in one call are joined
-by +; smem is in bytes of 232448, None where that jax version doesn't say;
-wgmma and tma count instructions.
+by + (one that an earlier case compiled is left out); smem is in bytes of
+232448, None where that jax version doesn't say; wgmma and tma count
+instructions.
 
 """
 

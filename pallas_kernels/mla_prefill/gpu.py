@@ -124,7 +124,6 @@ def _product(a, b, columns):
   """a @ b.T of refs, a float32 [64, columns] in registers."""
 
   def run(ref):
-    # A loop, not two or three calls: unrolled, the descriptors spill.
     def part(i, _):
       inner = (slice(None), pl.ds(i * 64, 64))
       plgpu.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
@@ -308,17 +307,18 @@ def _keys(q, k, v, grad, lse, delta, ends, scale):
       'qs': _memory(STAGES, BLOCK, WIDE),
       'gs': _memory(STAGES, BLOCK, VALUE),
       'ps': _memory(2, ROWS, BLOCK),
-      'stats': plgpu.SMEM((STAGES, 2, BLOCK), jnp.float32),
+      'norms': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
+      'shifts': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
       'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      'here': plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+      'here': plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
       'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     },
-  )(q, k, v, grad, jnp.stack([lse, delta], axis=2), ends)
+  )(q, k, v, grad, lse, delta, ends)
 
 
 def _keys_body(
-  q, k, v, grad, stats_of, ends, dk, dv,
-  ks, vs, qs, gs, ps, stats, own_here, here, free, *, scale,
+  q, k, v, grad, lse, delta, ends, dk, dv,
+  ks, vs, qs, gs, ps, norms, shifts, own_here, here, free, *, scale,
 ):  # fmt: skip
   b, h, w = (lax.axis_index(a) for a in ('b', 'h', 'wg'))
   m = lax.axis_index('m')  # the first keys have the most queries
@@ -334,12 +334,13 @@ def _keys_body(
     where = pl.ds((first + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(q.at[b, where, h], qs.at[stage], here.at[stage])
     plgpu.copy_gmem_to_smem(grad.at[b, where, h], gs.at[stage], here.at[stage])
-    plgpu.copy_gmem_to_smem(
-      stats_of.at[b, h, :, where], stats.at[stage], here.at[stage]
-    )
+    for vector, copy in ((lse, norms), (delta, shifts)):
+      plgpu.copy_gmem_to_smem(
+        vector.at[b, h, where], copy.at[stage], here.at[stage]
+      )
 
-  def by_query(which, stage, shape):
-    return _wide(compat.load(stats, (stage, which), _BY_COLUMN), shape, 1)
+  def by_query(ref, stage, shape):
+    return _wide(compat.load(ref, stage, _BY_COLUMN), shape, 1)
 
   def use(i, stage, carry):
     acc_k, acc_v = carry
@@ -349,14 +350,14 @@ def _keys_body(
     seen = (query >= _iota(s.shape, 0, top_row)) & (
       query <= _wide(end, s.shape)
     )
-    p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(0, stage, s.shape))
+    p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(norms, stage, s.shape))
     ps[w] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
     acc_v = _add_product(acc_v, ps.at[w], gs.at[stage])
     dp = _product(vs.at[w], gs.at[stage], BLOCK)
     # Read back rather than kept: it would spill.
     p = compat.load(ps, w, _WGMMA).astype(jnp.float32)
-    d = p * (dp - by_query(1, stage, p.shape)) * scale
+    d = p * (dp - by_query(shifts, stage, p.shape)) * scale
     ps[w] = d.astype(jnp.bfloat16)
     plgpu.commit_smem()
     return _add_product(acc_k, ps.at[w], qs.at[stage]), acc_v

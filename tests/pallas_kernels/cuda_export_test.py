@@ -29,8 +29,8 @@ class CudaExportTest(parameterized.TestCase):
     text = export(aot_cases.CASES[name]).mlir_module()
     self.assertIn('mosaic_gpu_v2', text)
 
-  @pytest.mark.slow
   @parameterized.product(name=sorted(set(aot_cases.CASES) - set(FAST)))
+  @pytest.mark.slow  # under the parameters, or it is lost
   def test_every_other_case_lowers(self, name):
     text = export(aot_cases.CASES[name]).mlir_module()
     self.assertIn('mosaic_gpu_v2', text)

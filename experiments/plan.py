@@ -141,7 +141,8 @@ def main(argv):
     pictures.draw_plan(reports[first], _PICTURE.value, _TITLE.value or first)
   if _TIMELINE.value:
     made = timeline(reports[first])
-    pictures.draw_timeline(made, _TIMELINE.value, first)
+    title = f'{_TITLE.value or first}:'
+    pictures.draw_timeline(made, _TIMELINE.value, title)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,8 @@
 Tokens, seconds, devices and dollars go in as given by whoever measured them.
 """
 
+from collections.abc import Mapping
+
 HOUR, DAY = 3600.0, 86400.0
 
 
@@ -30,6 +32,12 @@ def planned_hours(
 ) -> float:
   """Device-hours at a share `utilization` of the peak FLOP/s."""
   return tokens * flops_per_token / (peak * utilization) / HOUR
+
+
+def bill(hours: Mapping[str, float], price: float) -> tuple[float, float]:
+  """All phases together: (device-hours, dollars at `price` per hour)."""
+  total = sum(hours.values())
+  return total, total * price
 
 
 def saved(now: float, before: float) -> float:

@@ -132,6 +132,8 @@ def _repeated(block, dim, length, seen, remat) -> dict[str, int]:
 
   The attention core always makes its scores again. 'dots' keeps plain
   matmuls, but neither the core nor the routed experts; 'full' keeps nothing.
+  An FFN's last matmul, a third of it, is never needed again; that of routed
+  experts is, for the gradient of their weights in the sum.
   """
   forward = block_flops(block, dim, length, seen)
   pairs = attention_cost(block.attention, dim).fresh.pairs
@@ -142,6 +144,9 @@ def _repeated(block, dim, length, seen, remat) -> dict[str, int]:
     'full': tuple(forward),
   }[remat]
   out = {part: forward[part] for part in again if part in forward}
+  for part in (DENSE, SHARED):
+    if part in out:
+      out[part] = 2 * out[part] // 3
   return {**out, CORE: out.get(CORE, 0) + scores}
 
 

@@ -72,7 +72,7 @@ def _memory(axes, report: Report):
     axes.text(end, row, text, va='center', ha='left')
   axes.axvline(limit, color='#26292e', linewidth=1, linestyle=(0, (4, 3)))
   name = report.cluster.accelerator.name.upper()
-  label = f'{limit:.0f} GB of a {name}'
+  label = f'{name}: {limit:.0f} GB'
   axes.text(limit, -0.62, f' {label}', va='center', fontsize=8)
   names = {'none': 'keep all', 'dots': 'keep matmuls', 'full': 'keep inputs'}
   own = {p: ' *' if p == report.policy else '' for p in POLICIES}
@@ -105,7 +105,7 @@ def _flops(axes, report: Report):
     ('causal', report.flops['half']),
     ('not causal', report.flops['full']),
   )
-  axes.set_xlim(0, 1.12 * max(f.per_token for _, f in rows) / 1e9)
+  axes.set_xlim(0, 1.16 * max(f.per_token for _, f in rows) / 1e9)
   for row, (_, count) in enumerate(rows):
     each = [3 * count.forward.get(p, 0) / count.length / 1e9 for p in PARTS]
     end = _stack(axes, row, [(v, f'{v:.0f}') for v in each], _COLORS)
@@ -134,24 +134,24 @@ def _time(axes, report: Report):
   labels = [name for name, _ in parts]
   for row, (_, value) in enumerate(parts):
     axes.barh(row, value, 0.62, color=_COLORS[row], linewidth=0)
-    axes.text(value, row, f' {value:.2g} s', va='center')
+    axes.text(value, row, f' {value:#.3g} s', va='center')
   row = len(parts)
   axes.barh(row, t.most, 0.62, color='#dfe3e8', linewidth=0)
   axes.barh(row, t.least, 0.62, color='#9aa3ad', linewidth=0)
-  axes.text(t.least / 2, row, f'{t.least:.3g} s', va='center', ha='center')
-  axes.text(
-    (t.least + t.most) / 2, row, f'{t.most:.3g} s', va='center', ha='center'
-  )
-  axes.plot([t.planned] * 2, [row - 0.45, row + 0.45], color='#c4512d', lw=2)
+  inside = {'y': row, 'va': 'center', 'ha': 'center'}
+  middle = (t.least + t.most) / 2
+  axes.text(t.least / 2, s=f'all overlaps: {t.least:#.3g} s', **inside)
+  axes.text(middle, s=f'nothing overlaps: {t.most:#.3g} s', **inside)
+  axes.plot([t.planned] * 2, [row - 0.45, row + 0.31], color='#c4512d', lw=2)
   axes.text(
     t.planned,
     row - 0.5,
-    f'planned {t.planned:.3g} s ({report.recipe.utilization:.1%} of peak) ',
+    f'planned: {t.planned:#.3g} s at {report.recipe.utilization:.1%} of peak',
     ha='right',
     va='bottom',
     color='#c4512d',
   )
-  axes.set_yticks(range(row + 1), [*labels, 'all overlaps | nothing overlaps'])
+  axes.set_yticks(range(row + 1), [*labels, 'whole step'])
   axes.set_ylim(row + 0.6, -0.6)
   axes.set_xlabel('seconds')
   axes.set_title('A training step at full rates')
@@ -223,7 +223,9 @@ def draw_timeline(timeline: Timeline, path: str | os.PathLike, title: str = ''):
     axes.set_xlabel('time')
     axes.set_ylabel('rank')
     share = timeline.bubble / timeline.length
-    axes.set_title(f'{title}  idle at most {share:.1%} of a rank'.strip())
+    axes.set_title(
+      f'{title} a rank idles at most {share:.1%} of a step'.strip()
+    )
     kinds = {len(s.step) == 2 or s.step[0].kind for s in timeline.spans}
     shown = [k for k in names if k in kinds]
     labels = [names[k] for k in shown]
@@ -231,5 +233,8 @@ def draw_timeline(timeline: Timeline, path: str | os.PathLike, title: str = ''):
     if True in kinds:
       labels.append('both, overlapped')
       used.append(both)
+    if any(s.step[0].direction for s in timeline.spans):
+      labels.append('from the far end')
+      used.append('#26292e')
     _legend(axes, labels, used)
     figure.savefig(path, dpi=130, bbox_inches='tight')

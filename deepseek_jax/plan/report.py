@@ -276,7 +276,8 @@ def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
     'blocks are spread evenly over stages; transfers between them take no'
     ' time in the bubble; an overlapped pair takes F + B',
     'experts are evenly loaded; node-limited traffic is at its limit of nodes',
-    'activations are what the blocks keep before XLA fuses anything',
+    'activations are what the blocks keep before XLA fuses anything; the copy'
+    ' of a block that fsdp gathers is left out',
     f'optimizer moments are {run.optimizer.moments}, ZeRO stage {run.zero}',
     f'{recipe.dollars:g} dollars per device and hour',
     f'a node writes {recipe.storage / 1e9:g} GB/s to storage',

@@ -7,7 +7,7 @@ variables = model.init(jax.random.key(0))
 out = model.apply(variables, tokens)
 """
 
-from deepseek_jax import hf, presets
+from deepseek_jax import hf, plan, presets
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import changed, from_dict, to_dict
 from deepseek_jax.errors import InputError

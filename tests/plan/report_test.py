@@ -1,0 +1,220 @@
+"""Plans as a whole: the report, its tables and pictures, the launcher."""
+
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest, parameterized
+from rich.console import Console
+
+import deepseek_jax as ds
+from deepseek_jax import plan
+from deepseek_jax.plan import hardware, pictures, pipeline, schedules, tables
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+@functools.cache
+def v3() -> plan.Report:
+  config = ds.changed(
+    ds.presets.v3(), {'compute.dtype': 'bfloat16', 'compute.remat': 'full'}
+  )
+  return plan.estimate(config, cluster='h800x2048', recipe=plan.v3_recipe())
+
+
+class Case(parameterized.TestCase):
+  def folder(self) -> pathlib.Path:
+    return pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+
+def launch(*flags):
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.plan', *flags],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    timeout=120,
+    env={'COLUMNS': '200', 'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu'},
+  )
+
+
+class ReportTest(parameterized.TestCase):
+  def test_v3_fits_2048_h800_only_when_it_recomputes(self):
+    report = v3()
+    total = {p: sum(m.values()) for p, m in report.memory.items()}
+    self.assertTrue(report.fits)
+    self.assertEqual(report.device_bytes, total['full'])
+    limit = report.cluster.accelerator.memory.value
+    self.assertGreater(total['none'], limit)
+
+  def test_bounds_hold_their_parts(self):
+    t = v3().time
+    self.assertEqual(t.least, t.compute + t.bubble + t.update)
+    parts = t.compute + t.bubble + t.update + t.fast + t.slow
+    self.assertAlmostEqual(t.most, parts)
+    slower = dataclasses.replace(t, slow=100.0)
+    self.assertEqual(slower.least, 100.0 + t.update)
+
+  def test_compute_is_executed_flops_over_the_clusters_peak(self):
+    report = v3()
+    count = plan.count_flops(report.config, 4096, mtp=True)
+    forward = sum(count.forward.values())
+    want = 15360 * count.executed / (2048 * 989.5e12)
+    self.assertAlmostEqual(report.time.compute, want)
+    # A device's chunk is one sequence through a 16th of the blocks.
+    chunk = forward / 16 / 989.5e12
+    again = sum(count.repeated.values()) / 16 / 989.5e12
+    bubble = 7 * (3 * chunk + again + 2 * chunk + again - 3 * chunk)
+    self.assertAlmostEqual(report.time.bubble, bubble)
+
+  def test_checkpoint_against_the_grace_period(self):
+    report = v3()
+    count = report.parameters
+    buffers = 59 * 256
+    trained = count.total + count.mtp - buffers
+    self.assertEqual(report.checkpoint.bytes, 8 * trained + 4 * buffers)
+    self.assertAlmostEqual(
+      report.checkpoint.seconds, report.checkpoint.bytes / (256 * 2e9)
+    )
+    self.assertTrue(report.checkpoint.in_time)
+    hurried = dataclasses.replace(report.recipe, grace=5.0)
+    report = plan.estimate(
+      report.config, cluster=report.cluster, recipe=hurried
+    )
+    self.assertFalse(report.checkpoint.in_time)
+
+  def test_json_keeps_exact_integers(self):
+    read = json.loads(json.dumps(v3().to_dict()))
+    self.assertEqual(read['parameters']['total'], 671_026_419_200)
+    self.assertEqual(read['cache']['bf16'], 70_272)
+    self.assertEqual(read['config']['attention']['kind'], 'mla')
+    self.assertEqual(
+      round(read['derived']['gflops_per_token']['half'], 2), 250.45
+    )
+
+  def test_assumptions_name_their_sources(self):
+    text = '\n'.join(v3().assumptions)
+    for word in ('H100 datasheet', '2412.19437', 'remat', 'ZeRO', 'dollars'):
+      self.assertIn(word, text)
+
+  def test_the_default_recipe_takes_one_device(self):
+    report = plan.estimate(ds.presets.v3_tiny())
+    self.assertEqual(report.traffic.wires, ())
+    self.assertEqual(report.time.bubble, 0.0)
+    self.assertTrue(report.fits)
+    self.assertIsNone(report.standard_flops)
+
+  @parameterized.parameters(
+    ({'batch': 1000}, 'batch = 1000: must be a multiple'),
+    ({'mesh': plan.Mesh(data=4)}, 'mesh of 4 devices'),
+    ({'batch': 128 * 31}, 'at least 2'),
+    ({'utilization': 1.2}, 'utilization = 1.2'),
+    ({'tokens': 0.0}, 'tokens = 0.0'),
+    ({'grace': 0.0}, 'grace = 0.0'),
+  )
+  def test_a_wrong_field_is_named(self, changes, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      recipe = dataclasses.replace(plan.v3_recipe(), **changes)
+      plan.estimate(ds.presets.v3(), cluster='h800x2048', recipe=recipe)
+
+
+class HardwareTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('h800x2048', 'h800', 2048),
+    ('v5px8', 'v5p', 8),
+    ('910cx384', '910c', 384),
+    ('B200', 'b200', 1),
+  )
+  def test_names(self, text, name, devices):
+    got = plan.cluster(text)
+    self.assertEqual((got.accelerator.name, got.devices), (name, devices))
+
+  @parameterized.parameters('a100x8', 'h100x0', 'h100 x 8', '', 'x8')
+  def test_unknown_names_are_refused(self, text):
+    with self.assertRaisesRegex(ds.InputError, 'h800x2048'):
+      plan.cluster(text)
+
+  @parameterized.parameters(*hardware.ACCELERATORS)
+  def test_every_figure_has_a_source(self, name):
+    device = plan.ACCELERATORS[name]
+    for field in dataclasses.fields(device)[1:]:
+      figure = getattr(device, field.name)
+      if figure is not None:
+        self.assertGreater(figure.value, 0)
+        self.assertGreater(len(figure.source), 10)
+    self.assertLess(device.slow.value, device.fast.value)
+    self.assertLess(device.fast.value, device.memory_bandwidth.value)
+
+
+class ShownTest(Case):
+  def test_tables_side_by_side(self):
+    tiny = plan.estimate(ds.presets.v3_tiny())
+    console = Console(width=200, file=io.StringIO())
+    console.print(tables.render({'large': v3(), 'small': tiny}))
+    text = console.file.getvalue()
+    for word in ('671,026,419,200', '70,272', 'small', 'fits', '250.450 G'):
+      self.assertIn(word, text)
+
+  def test_pictures(self):
+    from matplotlib import image
+
+    folder = self.folder()
+    pictures.draw_plan(v3(), folder / 'plan.png', 'DeepSeek-V3')
+    line = pipeline.simulate(schedules.dualpipe(4, 10), pipeline.Durations())
+    pictures.draw_timeline(line, folder / 'line.png', 'DualPipe:')
+    for name in ('plan.png', 'line.png'):
+      pixels = image.imread(folder / name)
+      self.assertGreater(pixels.shape[1], 1000)
+      self.assertGreater(pixels[..., :3].std(), 0.05)
+
+
+class LauncherTest(Case):
+  def test_two_plans_with_an_override(self):
+    folder = self.folder()
+    done = launch(
+      '--config=v2_lite',
+      '--versus=llama31_8b',
+      '--cluster=h100x8',
+      '--config.model.moe.top_k=4',
+      '--config.recipe.mesh.expert=8',
+      f'--json={folder}/plan.json',
+      f'--picture={folder}/plan.png',
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn('15,706,484,224', done.stdout)
+    read = json.loads((folder / 'plan.json').read_text())
+    ours, theirs = read['v2_lite'], read['llama31_8b']
+    self.assertEqual(ours['config']['moe']['top_k'], 4)
+    self.assertEqual(ours['recipe']['mesh']['expert'], 8)
+    self.assertEqual(theirs['recipe']['mesh']['fsdp'], 8)
+    self.assertEqual(theirs['parameters']['total'], 8_030_261_248)
+    self.assertTrue((folder / 'plan.png').exists())
+
+  def test_a_runs_file_and_its_tokens(self):
+    folder = self.folder()
+    done = launch(
+      '--config=experiments/configs/v3_tiny.py', f'--json={folder}/plan.json'
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    recipe = json.loads((folder / 'plan.json').read_text())['v3_tiny']['recipe']
+    self.assertEqual(recipe['training']['seq_len'], 256)
+
+  @parameterized.parameters(
+    (('--config=v3',), 'mesh of 2048 devices'),
+    (('--config=v3', '--cluster=cray'), "cluster = 'cray'"),
+    ((), '--config'),
+  )
+  def test_mistakes_are_one_line_and_status_2(self, flags, message):
+    done = launch(*flags)
+    self.assertEqual(done.returncode, 2)
+    self.assertIn(message, done.stderr)
+    self.assertNotIn('Traceback', done.stderr)
+
+
+if __name__ == '__main__':
+  absltest.main()

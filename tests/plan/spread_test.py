@@ -1,0 +1,277 @@
+"""Memory and traffic over a mesh: by hand, and against rings of devices."""
+
+import dataclasses
+import fractions
+
+from absl.testing import absltest, parameterized
+
+import deepseek_jax as ds
+from deepseek_jax import plan
+from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.layers.mtp import MTPConfig
+from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.plan import memory, mesh, wire
+from deepseek_jax.transformer import ComputeConfig
+
+D, F, V, E, K = 256, 128, 512, 8, 2
+EXPERTS = 3 * E * D * F  # of one layer
+BF16 = ComputeConfig('bfloat16', remat='full')
+
+
+def model(layers=4, depth=0, **fields):
+  return ds.TransformerConfig(
+    vocab_size=V,
+    dim=D,
+    layout=((('moe',), layers),),
+    attention=GQAConfig(2, 2, 128),
+    moe=MoEConfig(E, K, F, shared=0, router=RouterConfig(bias=False)),
+    mtp=MTPConfig(depth),
+    compute=BF16,
+    **fields,
+  )
+
+
+def state(config, grid, training=plan.Training(), rank=0):  # noqa: B008
+  return memory.device_bytes(config, grid, training)[rank]
+
+
+def sent(config, grid, training=plan.Training(), **fields):  # noqa: B008
+  fields = {'batch': 64, **fields}
+  return plan.traffic(config, grid, training, **fields)
+
+
+def ring(devices: int, size: int, gather_too: bool) -> int:
+  """Bytes that device 0 sends, by walking the steps of a ring."""
+  chunk, total = size // devices, 0
+  for _ in range(devices - 1):  # reduce-scatter: pass a partial sum on
+    total += chunk
+  for _ in range((devices - 1) * gather_too):  # all-gather: pass results on
+    total += chunk
+  return total
+
+
+class StagesTest(parameterized.TestCase):
+  @parameterized.product(stage=(1, 2, 3, 5), depth=(0, 1))
+  def test_every_parameter_lies_on_some_stage(self, stage, depth):
+    config = model(5, depth)
+    grid = plan.Mesh(stage=stage)
+    held = mesh.shares(config, grid)
+    runs = mesh.stages(config, grid)
+    self.assertEqual({p for run in runs for p in run}, set(held))
+    sizes = [sum(p[0] in ('block', 'mtp') for p in run) for run in runs]
+    self.assertEqual(sum(sizes), 5 + depth)
+    self.assertLessEqual(max(sizes) - min(sizes), 1)
+    self.assertIn(('end',), runs[-1])
+    self.assertEqual(('start',) in runs[-1], stage == 1 or depth > 0)
+
+  def test_a_dualpipe_rank_holds_a_stage_from_each_end(self):
+    config, grid = model(8), plan.Mesh(stage=4)
+    one = mesh.ranks(config, grid)
+    two = mesh.ranks(config, grid, both_ends=True)
+    self.assertEqual(two[1], one[1] + one[2])
+    self.assertEqual(set(two[0]), set(two[3]))
+
+  def test_more_stages_than_blocks(self):
+    with self.assertRaisesRegex(ds.InputError, 'mesh.stage = 9'):
+      mesh.stages(model(4), plan.Mesh(stage=9))
+
+  def test_wrong_axes_are_named(self):
+    with self.assertRaisesRegex(ds.InputError, 'mesh.model'):
+      plan.mesh_of({'model': 2})
+    with self.assertRaisesRegex(ds.InputError, 'mesh.data = 0'):
+      plan.Mesh(data=0)
+
+
+class StateTest(parameterized.TestCase):
+  def test_one_device_in_float32_holds_four_copies(self):
+    config = dataclasses.replace(model(), compute=ComputeConfig())
+    total = plan.count_parameters(config).total
+    got = state(config, plan.Mesh())
+    want = {'weights': 4, 'master weights': 0, 'gradients': 4, 'moments': 8}
+    self.assertEqual({k: got[k] / total for k in want}, want)
+
+  def test_bfloat16_adds_a_copy_of_all_but_norms_and_router(self):
+    config = model()
+    total = plan.count_parameters(config).total
+    float32 = 4 * (2 * D + D * E) + D
+    got = state(config, plan.Mesh())
+    self.assertEqual(got['weights'], 2 * (total - float32) + 4 * float32)
+    # Norms and router have no second copy.
+    self.assertEqual(got['master weights'], 4 * (total - float32))
+
+  def test_zero_splits_over_those_that_hold_the_same(self):
+    config, grid = model(), plan.Mesh(data=4, expert=8)
+    total = plan.count_parameters(config).total
+    experts = 4 * EXPERTS
+    got = state(config, grid, plan.Training(zero=1))
+    self.assertEqual(got['gradients'], 4 * (total - experts + experts // 8))
+    want = (total - experts) // 32 + experts // 8 // 4
+    self.assertEqual(got['moments'], 8 * want)
+    self.assertEqual(got['master weights'], 4 * want)
+
+  def test_moments_take_the_optimizers_dtype(self):
+    total = plan.count_parameters(model()).total
+    for dtype, width in (('float32', 8), ('bfloat16', 4)):
+      run = plan.Training(optimizer=OptimizerConfig(moments=dtype))
+      got = state(model(), plan.Mesh(), run)
+      self.assertEqual(got['moments'], width * total)
+
+  def test_dualpipe_doubles_weights_and_not_zeros_share(self):
+    config, run = model(8), plan.Training(zero=1)
+    pair = dataclasses.replace(run, schedule='dualpipe')
+    one = memory.device_bytes(config, plan.Mesh(stage=4, data=2), run)
+    two = memory.device_bytes(config, plan.Mesh(stage=4, data=2), pair)
+    self.assertEqual(two[1]['weights'], 2 * one[1]['weights'])
+    self.assertEqual(two[1]['gradients'], 2 * one[1]['gradients'])
+    self.assertEqual(two[1]['moments'], one[1]['moments'])
+
+
+class ActivationsTest(parameterized.TestCase):
+  T = 64
+
+  def kept(self, grid=None, schedule='1f1b', **fields):
+    run = plan.Training(self.T, schedule=schedule, **fields)
+    config, grid = model(8), grid or plan.Mesh()
+    ranks = range(grid.stage)
+    return [memory.activation_bytes(config, grid, run, r) for r in ranks]
+
+  def test_full_remat_keeps_inputs_and_one_block(self):
+    block = model().block('moe')
+    one = memory.kept_bytes(model(), block, self.T)
+    row = 2 * self.T * D
+    self.assertEqual(self.kept(), [8 * row + one.none - row])
+    self.assertEqual(self.kept(micro_batch=3), [3 * (7 * row + one.none)])
+
+  def test_1f1b_keeps_a_micro_batch_per_later_stage(self):
+    row = 2 * self.T * D
+    most = memory.kept_bytes(model(), model().block('moe'), self.T).none - row
+    got = self.kept(plan.Mesh(stage=4))
+    self.assertEqual([(g - most) // (2 * row) for g in got], [4, 3, 2, 1])
+
+  def test_dualpipe_keeps_one_chunk_more(self):
+    row = 2 * self.T * D
+    most = memory.kept_bytes(model(), model().block('moe'), self.T).none - row
+    got = self.kept(plan.Mesh(stage=4), 'dualpipe')
+    self.assertEqual([(g - most) // (2 * row) for g in got], [5] * 4)
+
+  def test_tensor_and_context_axes_divide_it(self):
+    grid = plan.Mesh(tensor=2, context=4)
+    self.assertEqual(self.kept(grid), [self.kept()[0] // 8])
+
+
+class TrafficTest(parameterized.TestCase):
+  @parameterized.parameters(2, 4, 8)
+  def test_gradients_of_data_parallelism(self, n):
+    config = model()
+    total = plan.count_parameters(config).total
+    got = sent(config, plan.Mesh(data=n)).wires
+    self.assertLen(got, 1)
+    # Parameters of odd sizes are rounded down one by one.
+    self.assertAlmostEqual(got[0].bytes, ring(n, 4 * total, True), delta=64)
+
+  def test_zero_gathers_weights_in_the_compute_dtype(self):
+    config, grid = model(), plan.Mesh(data=4)
+    plain = sent(config, grid).wires[0].bytes
+    zero = sent(config, grid, plan.Training(zero=1)).wires[0].bytes
+    self.assertAlmostEqual(zero / plain, 3 / 4, delta=0.01)
+
+  def test_fsdp_gathers_twice_and_scatters_once(self):
+    config, grid = model(), plan.Mesh(fsdp=4)
+    run = plan.Training(64)
+    held = mesh.shares(config, grid)
+    split = [s for found in held.values() for s in found if 'fsdp' in s.over]
+    want = 0
+    for s in split:
+      width = 2 if s.matrix else 4
+      want += 16 // 4 * 2 * ring(4, 2 * s.whole, False) + ring(
+        4, 4 * s.whole, False
+      )
+      self.assertIn(width, (2, 4))
+    got = {w.purpose: w.bytes for w in sent(config, grid, run, batch=16).wires}
+    self.assertEqual(got['weights over fsdp'], want)
+
+  @parameterized.parameters((2, 8), (8, 8), (8, 4), (8, 2))
+  def test_copies_of_tokens_by_sending_them(self, expert, node):
+    """Every choice of K experts by a token of every device, counted."""
+    moe = model().moe
+    devices = range(expert)
+    per = E // expert
+    fast = slow = 0
+    for home in devices:
+      for first in range(E):  # each expert is chosen first, then uniformly
+        to = first // per
+        if to == home:
+          continue
+        if to // node == home // node:
+          fast += 1
+        else:
+          slow += 1
+    scale = fractions.Fraction(K, expert * E)
+    got = wire.rows_sent(moe, expert, node, node_limited=False)
+    self.assertEqual(got, {'fast': fast * scale, 'slow': slow * scale})
+
+  def test_a_token_crosses_to_a_node_once(self):
+    v3 = ds.presets.v3().moe
+    flat = wire.rows_sent(v3, 64, 8, node_limited=False)
+    two_hops = wire.rows_sent(v3, 64, 8, node_limited=True)
+    self.assertEqual(flat['slow'], 7)  # 8 experts, 7 of 8 nodes are others
+    self.assertEqual(two_hops['slow'], fractions.Fraction(7, 2))  # 4 nodes
+    self.assertEqual(two_hops['fast'], 7)
+
+  @parameterized.parameters(('bfloat16', 2 * D), ('float8', D + 4 * D // 128))
+  def test_dispatch_and_combine(self, dtype, row):
+    config, grid = model(), plan.Mesh(expert=4)
+    run = plan.Training(64, dispatch=dtype)
+    got = {w.purpose: w for w in sent(config, grid, run, batch=8).wires}
+    tokens = 64 * 8 // 4
+    copies = 2 * 4 * tokens * K * 3 // 4  # both ways, 4 layers, 3 of 4 away
+    self.assertEqual(got['expert dispatch'].bytes, copies * row)
+    self.assertEqual(got['expert combine'].bytes, copies * 2 * D)
+    self.assertEqual(got['expert dispatch'].link, 'fast')
+
+  def test_tensor_context_and_stage(self):
+    config, run = model(), plan.Training(64)
+    at = lambda **sizes: {
+      w.purpose: w.bytes
+      for w in sent(config, plan.Mesh(**sizes), run, batch=8).wires
+    }
+    row = 2 * D
+    tokens = 64 * 8
+    tensor = 4 * 4 * ring(2, tokens * row, True)
+    self.assertEqual(at(tensor=2)['tensor'], tensor)
+    keys = 4 * 2 * 2 * 128 * 2  # layers, keys and values, heads, bfloat16
+    context = 3 * ring(4, tokens * keys, False)
+    self.assertEqual(at(context=4)['context'], context)
+    self.assertEqual(at(stage=4)['stages'], 2 * tokens * row)
+
+  def test_wide_axes_use_the_slow_link(self):
+    config = model()
+    for n, link in ((8, 'fast'), (16, 'slow')):
+      got = sent(config, plan.Mesh(data=n)).wires[0]
+      self.assertEqual(got.link, link)
+    both = sent(config, plan.Mesh(data=2, fsdp=8))
+    self.assertEqual(
+      {w.purpose: w.link for w in both.wires},
+      {
+        'gradients over data': 'slow',
+        'gradients over data+fsdp': 'slow',
+        'weights over fsdp': 'fast',
+      },
+    )
+
+  def test_one_device_sends_nothing(self):
+    self.assertEqual(sent(model(), plan.Mesh()).wires, ())
+
+  def test_dense_models_have_no_expert_traffic(self):
+    config = dataclasses.replace(
+      model(), layout=((('dense',), 2),), ffn=FFNConfig(512)
+    )
+    purposes = [w.purpose for w in sent(config, plan.Mesh(expert=4)).wires]
+    self.assertEqual(purposes, ['gradients over expert'])
+
+
+if __name__ == '__main__':
+  absltest.main()

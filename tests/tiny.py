@@ -80,7 +80,7 @@ def _config(attention, moe, layout, **fields):
 
 @functools.cache
 def config(name: str) -> ds.TransformerConfig:
-  """'v3', 'v2', 'lite', 'moe16b', 'llama', 'mixed', or an attention's name."""
+  """A family, an attention, or a mixture ('mixed', 'dense_mtp', 'step')."""
   first_dense = ((('dense',), 1), (('moe',), 2))
   pattern = ((('dense', 'moe'), 2),)
   if name in ATTENTIONS:
@@ -92,6 +92,16 @@ def config(name: str) -> ds.TransformerConfig:
     'moe16b': lambda: _config(ATTENTIONS['mha'], GREEDY_MOE, first_dense),
     'llama': lambda: _config(
       ATTENTIONS['gqa'], None, ((('dense',), 2),), norm_eps=1e-5
+    ),
+    'dense_mtp': lambda: _config(
+      ATTENTIONS['gqa'],
+      None,
+      ((('dense',), 1),),
+      mtp=MTPConfig(2, 'dense'),
+      tied=True,
+    ),
+    'step': lambda: _config(  # one MoE body: quick to compile
+      ATTENTIONS['gqa'], V3_MOE, ((('moe',), 2),), mtp=MTPConfig(1, 'dense')
     ),
     'mixed': lambda: _config(MLA, V3_MOE, pattern, mtp=MTPConfig(2), tied=True),
   }[name]()

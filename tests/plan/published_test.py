@@ -173,6 +173,16 @@ class FlopsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, field):
       plan.count_flops(preset('v3'), 8, **wrong)
 
+  def test_multi_token_prediction_of_v3(self):
+    config, count = preset('v3'), plan.count_parameters(preset('v3'))
+    length = 4096
+    forward = plan.count_flops(config, length, mtp=True).forward
+    # Active parameters but norms and router bias, the head, and the core.
+    vectors = 5 * 7168 + 1536 + 512 + 256
+    weights = count.mtp_active - vectors + count.head
+    core = 128 * (192 + 128) * length**2
+    self.assertEqual(forward[flops.MTP], 2 * length * weights + core)
+
   def test_what_is_computed_again(self):
     config = preset('v3')
     counts = {

@@ -3,14 +3,19 @@
 A thin layer over orbax. Arrays are stored under dotted names
 ('params.segments.0.0.attention.q_down'), so that a stored tree can be compared
 with the wanted one by name before anything is read: orbax itself casts a
-differing dtype silently and does not name an array of another shape.
+differing dtype silently and does not name an array of another shape. Every step
+holds a manifest, committed with it, by which damage is found (see integrity).
 """
 
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from deepseek_jax import integrity
 from deepseek_jax.errors import InputError
 
 
@@ -56,14 +61,25 @@ def differences(stored: dict, wanted: dict) -> list[str]:
 class Checkpoints:
   """The checkpoints of one run, saved asynchronously. Close it at the end."""
 
-  def __init__(self, directory: str | Path, *, keep: int = 2):
-    """directory: made when needed; keep: how many steps stay."""
+  def __init__(
+    self, directory: str | Path, *, keep: int = 2, verify: str = 'full'
+  ):
+    """Opens a folder of checkpoints.
+
+    Args:
+      directory: made when needed.
+      keep: how many steps stay.
+      verify: what `newest_whole` reads: 'full', 'sample' or 'off'.
+    """
     import orbax.checkpoint as ocp
 
-    self._ocp = ocp
+    integrity.check_choice(verify)
+    self._ocp, self._verify = ocp, verify
     self.directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True
+      max_to_keep=keep,
+      cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
     # Named, so that a manager that has saved nothing knows how to read, too.
     handlers = {
@@ -89,6 +105,51 @@ class Checkpoints:
     """Complete steps, oldest first."""
     return sorted(self._manager.all_steps())
 
+  def newest_whole(
+    self,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    before: float = math.inf,
+  ) -> int | None:
+    """The newest step that its manifest vouches for; None if none was saved.
+
+    Args:
+      say: takes one line for every step that is rejected.
+      before: looks at steps below this number only.
+
+    Raises:
+      InputError: there are steps, but every one is damaged.
+    """
+    wrong = []
+    for step in (s for s in reversed(self.steps()) if s < before):
+      reason = integrity.problem(self.directory / str(step), self._verify)
+      if reason is None:
+        return step
+      wrong.append(f'checkpoint {step} is rejected: {reason}')
+      say(wrong[-1])
+    if wrong:
+      raise InputError(
+        f'{self.directory}: no checkpoint is whole ({"; ".join(wrong)});'
+        ' restore the files from a backup, remove the folder to start anew, or'
+        ' set verify to off to read it as it is'
+      )
+    return None
+
+  def set_aside_after(self, step: int) -> None:
+    """Moves later steps to `<directory>-rejected`; they block their numbers."""
+    aside = self.directory.with_name(self.directory.name + '-rejected')
+    for later in (s for s in self.steps() if s > step):
+      aside.mkdir(exist_ok=True)
+      shutil.rmtree(aside / str(later), ignore_errors=True)
+      (self.directory / str(later)).rename(aside / str(later))
+    self._manager.reload()
+
+  def _seal(self) -> None:
+    """Called by orbax when all is written, before the rename that commits."""
+    unfinished = f'{self._saving}.orbax-checkpoint-tmp*'
+    for folder in self.directory.glob(unfinished):
+      integrity.write_manifest(folder)
+
   def save(self, step: int, state, data: dict, config: dict) -> None:
     """Starts saving; arrays are copied before it returns.
 
@@ -99,6 +160,8 @@ class Checkpoints:
       config: the resolved configuration, JSON values.
     """
     args = self._ocp.args
+    self._manager.wait_until_finished()
+    self._saving = step
     self._manager.save(
       step,
       args=args.Composite(

@@ -13,3 +13,9 @@ class RunAborted(RuntimeError):
   """A run gave up; launchers print the one line and exit with `status`."""
 
   status = 78
+
+
+class Preempted(RuntimeError):
+  """A run was asked to end and has saved; started again, it goes on."""
+
+  status = 77

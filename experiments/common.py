@@ -1,6 +1,8 @@
 """What every launcher shares: the process, the flags, clean errors.
 
-Exit codes: 0 done, 2 bad input, 78 the run gave up (see RunAborted).
+Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM and saved, start it
+again; 78 the run gave up, starting it again would repeat it (see RunAborted);
+79 a step hung, all stacks are on stderr (see watchdog), start it again.
 """
 
 import ctypes
@@ -32,7 +34,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
-from deepseek_jax.errors import InputError, RunAborted  # noqa: E402
+from deepseek_jax.errors import InputError, Preempted, RunAborted  # noqa: E402
 
 
 def cache_dir() -> Path:
@@ -87,11 +89,13 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'--config: {error}', 2)
 
 
-def launch(main: Callable[[list[str]], None]) -> None:
-  """Runs `main(argv)` as a program."""
+def launch(
+  main: Callable[[list[str]], None], *, arguments: bool = False
+) -> None:
+  """Runs `main(argv)` as a program; `arguments` allows others than flags."""
 
   def guarded(argv):
-    if len(argv) > 1:
+    if len(argv) > 1 and not arguments:
       _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
     logging.set_verbosity(logging.ERROR)
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
@@ -100,6 +104,9 @@ def launch(main: Callable[[list[str]], None]) -> None:
       main(argv)
     except InputError as error:
       _fail(error, 2)
+    except Preempted as error:
+      print(error, flush=True)
+      sys.exit(error.status)
     except RunAborted as error:
       _fail(error, error.status)
 

@@ -1,14 +1,16 @@
 """A training run: data, steps, metrics, checkpoints, resumption.
 
-The run's folder holds config.json, metrics.jsonl, timings.jsonl, routing.npz
-and checkpoints/. Started again with the same configuration, a run goes on from
-its last checkpoint and sees the batches that it would have seen.
+The run's folder holds config.json, metrics.jsonl, timings.jsonl,
+timeline.jsonl, routing.npz and checkpoints/, and abort.jsonl if it gave up.
+Started again with the same configuration, a run goes on from its last whole
+checkpoint and sees the batches that it would have seen.
 """
 
 import dataclasses
 import functools
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,14 @@ import numpy as np
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax import evaluate
+from deepseek_jax import evaluate, integrity
 from deepseek_jax.checkpoint import Checkpoints, flatten
-from deepseek_jax.errors import InputError, RunAborted
+from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.flight import FlightRecorder, max_violation
+from deepseek_jax.last_steps import LastSteps
 from deepseek_jax.metrics import MetricsWriter
+from deepseek_jax.preemption import Preemption
+from deepseek_jax.timeline import Timeline
 from deepseek_jax.train import (
   TrainConfig,
   TrainState,
@@ -30,6 +35,7 @@ from deepseek_jax.train import (
   train_step,
 )
 from deepseek_jax.transformer import Model, TransformerConfig, build
+from deepseek_jax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +56,38 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SafetyConfig:
+  """What a run does about faults. Changes no number, and may change at will.
+
+  Attributes:
+    verify: of a checkpoint before it is read: 'full' hashes all of it, 'sample'
+      compares sizes and hashes some, 'off' trusts it.
+    hang_factor: a step that takes this many medians of the steps before ends
+      the process with status 79; 0 lets it hang.
+    hang_seconds: that a step may take in any case.
+    last_steps: how many are written to abort.jsonl when the run gives up.
+  """
+
+  verify: str = 'full'
+  hang_factor: float = 30.0
+  hang_seconds: float = 120.0
+  last_steps: int = 20
+
+  def __post_init__(self):
+    integrity.check_choice(self.verify)
+    for name in ('hang_factor', 'hang_seconds', 'last_steps'):
+      if getattr(self, name) < 0:
+        raise InputError(
+          f'safety.{name} = {getattr(self, name)}: must not be negative'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """One run, whole.
 
   Attributes:
-    model, data, train, evaluate: see there.
+    model, data, train, evaluate, safety: see there.
     seed: of the initialisation; the data have their own.
     checkpoint_every: steps between checkpoints (0: only at the end).
     keep: checkpoints that stay.
@@ -65,6 +98,7 @@ class RunConfig:
   data: datalib.DataConfig
   train: TrainConfig
   evaluate: EvaluateConfig = EvaluateConfig()
+  safety: SafetyConfig = SafetyConfig()
   seed: int = 0
   checkpoint_every: int = 0
   keep: int = 2
@@ -149,6 +183,7 @@ def _differences(theirs: dict, mine: dict) -> list[str]:
     f'{n}: {theirs.get(n, absent)!r} there, {mine.get(n, absent)!r} here'
     for n in names
     if theirs.get(n, absent) != mine.get(n, absent)
+    and not n.startswith('safety.')
   ]
 
 
@@ -173,6 +208,10 @@ class _Steps:
     self._compiled = {}
 
   def __call__(self, state, batch, writer):
+    return self.compiled(state, batch, writer)(state, batch)
+
+  def compiled(self, state, batch, writer):
+    """The step for batches of this size."""
     rows = batch['tokens'].shape[0]
     if rows not in self._compiled:
       start, hits = time.perf_counter(), _cache_hits[0]
@@ -182,7 +221,7 @@ class _Steps:
         f'compiled the step for {rows} sequences in'
         f' {time.perf_counter() - start:.1f} s, {source}'
       )
-    return self._compiled[rows](state, batch)
+    return self._compiled[rows]
 
 
 _cache_hits = [0]
@@ -228,7 +267,7 @@ def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
 
 
 def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
-  """Trains from the last checkpoint, or from the start, to the end.
+  """Trains from the last whole checkpoint, or from the start, to the end.
 
   Args:
     config: the run.
@@ -238,29 +277,49 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
   Raises:
     InputError: the configuration, the data or the folder are wrong.
     RunAborted: too many updates in a row were not fit to be applied.
+    Preempted: SIGTERM came; the step that was under way is saved.
   """
   workdir = Path(workdir)
-  store = datalib.build(config.data)
-  batches = datalib.Batches(store, config.data)
-  claim(workdir, config)
-  store.tokenizer().save(str(workdir))
-  model = build(config.model)
-  with Checkpoints(workdir / 'checkpoints', keep=config.keep) as checkpoints:
-    state, resumed = _start(config, model, checkpoints, batches)
-    with MetricsWriter(
-      workdir,
-      total_steps=config.steps,
-      tensorboard=config.tensorboard,
-      console=console,
-      resume_step=resumed or -1,
-    ) as writer:
-      if resumed:
-        writer.log(f'resumed from step {resumed}')
-      recorder = _recorder(workdir, model, resumed or -1)
-      trainer = _Trainer(
-        config, model, store, batches, checkpoints, writer, recorder
-      )
-      state = trainer.run(state)
+  with Preemption() as preemption:
+    timeline = Timeline(workdir / 'timeline.jsonl')
+    with timeline.phase('init'):
+      store = datalib.build(config.data)
+      batches = datalib.Batches(store, config.data)
+      claim(workdir, config)
+      store.tokenizer().save(str(workdir))
+      model = build(config.model)
+    with Checkpoints(
+      workdir / 'checkpoints', keep=config.keep, verify=config.safety.verify
+    ) as checkpoints:
+      with timeline.phase('restore' if checkpoints.steps() else 'init'):
+        state, resumed = _start(config, model, checkpoints, batches)
+      timeline.begin(resumed)
+      with MetricsWriter(
+        workdir,
+        total_steps=config.steps,
+        tensorboard=config.tensorboard,
+        console=console,
+        resume_step=resumed or -1,
+      ) as writer:
+        if resumed:
+          writer.log(f'resumed from step {resumed}')
+        recorder = _recorder(workdir, model, resumed or -1)
+        last_steps = LastSteps(
+          workdir / 'abort.jsonl', config.safety.last_steps
+        )
+        trainer = _Trainer(
+          config,
+          model,
+          store,
+          batches,
+          checkpoints,
+          writer,
+          recorder,
+          preemption,
+          timeline,
+          last_steps,
+        )
+        state = trainer.run(state)
   return Run(config, model, store, state, trainer.tokens_per_second)
 
 
@@ -286,31 +345,39 @@ def load(workdir: str | Path) -> Loaded:
     raise InputError(f'workdir {workdir}: holds no run (no config.json)')
   config = configs.from_dict(RunConfig, json.loads(path.read_text()))
   model = build(config.model)
-  with Checkpoints(workdir / 'checkpoints') as checkpoints:
-    steps = checkpoints.steps()
-    if not steps:
+  with Checkpoints(
+    workdir / 'checkpoints', verify=config.safety.verify
+  ) as checkpoints:
+    step = checkpoints.newest_whole(_warn)
+    if step is None:
       raise InputError(f'workdir {workdir}: the run has saved no checkpoint')
-    fresh = functools.partial(_fresh, config, model)
-    state = checkpoints.restore(steps[-1], jax.eval_shape(fresh)).state
+    fresh = functools.partial(fresh_state, config, model)
+    state = checkpoints.restore(step, jax.eval_shape(fresh)).state
   variables = {'params': state.params, 'buffers': state.buffers}
   tokenizer = datalib.from_file(str(workdir / 'tokenizer.json'))
-  return Loaded(config, model, variables, tokenizer, steps[-1])
+  return Loaded(config, model, variables, tokenizer, step)
 
 
-def _fresh(config: RunConfig, model: Model) -> TrainState:
+def fresh_state(config: RunConfig, model: Model) -> TrainState:
+  """The state before the first step of a run."""
   variables = model.init(jax.random.key(config.seed))
   return initial_state(model, config.train, variables)
 
 
 def _start(config, model, checkpoints, batches):
   """The state to begin with, and the step it was saved at (0: new)."""
-  fresh = functools.partial(_fresh, config, model)
-  steps = checkpoints.steps()
-  if not steps:
+  fresh = functools.partial(fresh_state, config, model)
+  step = checkpoints.newest_whole(_warn)
+  if step is None:
     return jax.jit(fresh)(), 0
-  restored = checkpoints.restore(steps[-1], jax.eval_shape(fresh))
+  checkpoints.set_aside_after(step)
+  restored = checkpoints.restore(step, jax.eval_shape(fresh))
   batches.set_state(restored.data)
-  return restored.state, steps[-1]
+  return restored.state, step
+
+
+def _warn(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass
@@ -324,10 +391,19 @@ class _Trainer:
   checkpoints: Checkpoints
   writer: MetricsWriter
   recorder: FlightRecorder | None
+  preemption: Preemption
+  timeline: Timeline
+  last_steps: LastSteps
 
   def __post_init__(self):
     self._steps = _Steps(self.model, self.config)
     self._speeds: list[float] = []
+    safety = self.config.safety
+    self._watchdog = Watchdog(
+      safety.hang_factor,
+      safety.hang_seconds,
+      lambda seconds: self.last_steps.write(),
+    )
 
   @property
   def tokens_per_second(self) -> float | None:
@@ -336,24 +412,55 @@ class _Trainer:
     return float(np.median(speeds)) if speeds else None
 
   def run(self, state: TrainState) -> TrainState:
+    try:
+      return self._run(state)
+    except Preempted:
+      raise
+    except Exception:
+      self.last_steps.write()
+      raise
+    finally:
+      self._watchdog.close()
+      self.timeline.write()
+      self.writer.log(self.timeline.summary())
+
+  def _run(self, state):
     config, length = self.config, self.config.data.seq_len
     number, tokens = int(state.step), int(state.sequences) * length
     while tokens < config.train.tokens:
       start = time.perf_counter()
       size = config.train.batch.at(tokens)
-      batch = self.batches.next(size)
-      state, metrics = self._steps(state, batch, self.writer)
-      metrics = jax.device_get(metrics)
+      state, metrics = self._step(number + 1, state, size)
       number, tokens = number + 1, tokens + size * length
       seconds = time.perf_counter() - start
+      self.timeline.reached(number)
       self._report(number, metrics, state, size * length, seconds)
       self._give_up_if_stuck(number, metrics)
       last = tokens >= config.train.tokens
       if _due(config.evaluate.every, number) and not last:
-        self._validate(number, state)
-      if _due(config.checkpoint_every, number) or last:
-        self._save(number, state)
+        with self.timeline.phase('evaluate'):
+          self._validate(number, state)
+      stop = self.preemption.asked and not last
+      if _due(config.checkpoint_every, number) or last or stop:
+        with self.timeline.phase('checkpoint'):
+          self._save(number, state, wait=last or stop)
+        self.timeline.write()  # what follows is lost with another step
+      if stop:
+        raise Preempted(f'preempted: step {number} is saved')
     return state
+
+  def _step(self, number, state, size):
+    """The step that makes `number` complete -> state, metrics on the host."""
+    first = self.batches.get_state()['next_index']
+    with self.timeline.phase('data'):
+      batch = self.batches.next(size)
+    with self.timeline.phase('compile'):
+      self._steps.compiled(state, batch, self.writer)
+    with self.timeline.phase('step'), self._watchdog.step():
+      state, metrics = self._steps(state, batch, self.writer)
+      metrics = jax.device_get(metrics)
+    self.last_steps.add(number, first, batch, metrics)
+    return state, metrics
 
   def _report(self, number, metrics, state, tokens, seconds):
     scalars = {k: float(metrics[k]) for k in _SCALARS if k in metrics}
@@ -396,12 +503,14 @@ class _Trainer:
     bits = evaluate.bits_per_byte(self.model, variables, heldout)
     self.writer.write(number, {'validation_bits_per_byte': bits})
 
-  def _save(self, number, state):
+  def _save(self, number, state, *, wait: bool):
     if self.recorder:
       self.recorder.save()
     self.checkpoints.save(
       number, state, self.batches.get_state(), _json(self.config)
     )
+    if wait:
+      self.checkpoints.wait()
 
 
 def _due(every: int, number: int) -> bool:

@@ -1,0 +1,86 @@
+"""The last steps of a run, kept to be written when it gives up.
+
+`abort.jsonl` has one line per step: its scalars, the load of every expert, and
+which batch it was (the number of its first example, its size, its SHA-256), so
+that the batch can be built again and the step repeated.
+"""
+
+import collections
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.errors import InputError
+
+
+class LastSteps:
+  """The newest `count` rows."""
+
+  def __init__(self, path: Path, count: int):
+    self._path = path
+    self._rows: collections.deque[dict] = collections.deque(maxlen=count)
+
+  def add(self, step: int, first: int, batch: Mapping, metrics: Mapping):
+    """Keeps a step.
+
+    Args:
+      step: completed steps, this one too.
+      first: number of the batch's first example in the stream.
+      batch: what the step read.
+      metrics: what it returned: scalars, and 'load' [L E], 'dropped' [L].
+    """
+    tokens = batch['tokens']
+    place = {'index': first, 'size': len(tokens), 'sha256': digest(batch)}
+    self._rows.append({'step': step, 'batch': place, **metrics})
+
+  def write(self) -> None:
+    """Writes the rows, oldest first; nothing when there are none."""
+    if not self._rows:
+      return
+    lines = (json.dumps(_plain(r), allow_nan=False) for r in self._rows)
+    scratch = self._path.with_suffix('.tmp')
+    scratch.write_text(''.join(line + '\n' for line in lines))
+    scratch.replace(self._path)
+
+
+def digest(batch: Mapping[str, Any]) -> str:
+  """SHA-256 of the tokens of a batch, rows in order."""
+  tokens = np.ascontiguousarray(batch['tokens'], np.int32)
+  return hashlib.sha256(tokens.tobytes()).hexdigest()
+
+
+def _plain(value):
+  """As JSON has it; what is not finite as 'nan', 'inf' or '-inf'."""
+  if isinstance(value, Mapping):
+    return {name: _plain(v) for name, v in value.items()}
+  if isinstance(value, str | int):
+    return value
+  if isinstance(value, float):
+    return value if math.isfinite(value) else str(value)
+  listed = np.asarray(value).tolist()
+  if isinstance(listed, list):
+    return [_plain(v) for v in listed]
+  return _plain(listed)
+
+
+def read(workdir: str | os.PathLike) -> list[dict]:
+  """The rows of a run that gave up, oldest first, numbers as floats again.
+
+  Raises:
+    InputError: the run left none.
+  """
+  path = Path(workdir) / 'abort.jsonl'
+  if not path.exists():
+    raise InputError(f'{path} is missing: the run has not given up')
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  return [{k: _number(v) for k, v in row.items()} for row in rows]
+
+
+def _number(value):
+  return float(value) if value in ('nan', 'inf', '-inf') else value

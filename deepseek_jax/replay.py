@@ -1,0 +1,104 @@
+"""Repeats steps of a run from its checkpoint, to look at one of them."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from deepseek_jax import config as configs
+from deepseek_jax import data as datalib
+from deepseek_jax import last_steps, loop, metrics
+from deepseek_jax.checkpoint import Checkpoints
+from deepseek_jax.errors import InputError
+from deepseek_jax.train import train_step
+from deepseek_jax.transformer import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+  """One step, repeated.
+
+  Attributes:
+    step: completed steps, this one too.
+    loss, grad_norm: as they come now.
+    written: what the run wrote of them then; empty if that is lost.
+    batch: 'index' of its first example, 'size', 'sha256' of its tokens.
+  """
+
+  step: int
+  loss: float
+  grad_norm: float
+  written: dict[str, float]
+  batch: dict
+
+  @property
+  def same(self) -> bool:
+    """Whether every written number came back; True if none was written."""
+    return all(
+      value == getattr(self, name)
+      or (math.isnan(value) and math.isnan(getattr(self, name)))
+      for name, value in self.written.items()
+    )
+
+
+def replay(workdir: Path, step: int) -> Iterator[Replayed]:
+  """Repeats the steps from the newest whole checkpoint before `step` to it.
+
+  Raises:
+    InputError: the folder holds no run, or its data changed.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise InputError(f'workdir {workdir}: holds no run (no config.json)')
+  config = configs.from_dict(loop.RunConfig, json.loads(path.read_text()))
+  if step > config.steps:
+    raise InputError(f'step = {step}: the run has {config.steps} steps')
+  model = build(config.model)
+  batches = datalib.Batches(datalib.build(config.data), config.data)
+  state = _before(workdir, step, config, model, batches)
+  run = jax.jit(
+    train_step(model, config.train, cross_document=config.data.cross_document),
+    donate_argnums=0,
+  )
+  written = _written(workdir)
+  for number in range(int(state.step) + 1, step + 1):
+    tokens = int(state.sequences) * config.data.seq_len
+    first = batches.get_state()['next_index']
+    batch = batches.next(config.train.batch.at(tokens))
+    state, out = run(state, batch)
+    place = {
+      'index': first,
+      'size': len(batch['tokens']),
+      'sha256': last_steps.digest(batch),
+    }
+    yield Replayed(
+      number,
+      float(out['loss']),
+      float(out['grad_norm']),
+      written.get(number, {}),
+      place,
+    )
+
+
+def _before(workdir, step, config, model, batches):
+  """The state that is nearest before a step; moves `batches` there."""
+  fresh = functools.partial(loop.fresh_state, config, model)
+  with Checkpoints(
+    workdir / 'checkpoints', verify=config.safety.verify
+  ) as checkpoints:
+    found = checkpoints.newest_whole(before=step)
+    if found is None:
+      return jax.jit(fresh)()
+    restored = checkpoints.restore(found, jax.eval_shape(fresh))
+  batches.set_state(restored.data)
+  return restored.state
+
+
+def _written(workdir: Path) -> dict[int, dict[str, float]]:
+  rows = metrics.read(workdir)
+  names = ('loss', 'grad_norm')
+  return {r['step']: {n: r[n] for n in names} for r in rows if 'loss' in r}

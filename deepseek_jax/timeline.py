@@ -1,0 +1,92 @@
+"""Where the time of a run went, all its launches together.
+
+`timeline.jsonl` has lines `{"phase": "step", "seconds": 1.5, "step": 20}`: the
+seconds that a phase took since the line before, and the completed steps then.
+Phases: init, restore, compile, data, step, evaluate, checkpoint, and lost: what
+was computed after the checkpoint that a later launch went on from.
+"""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+_REDONE = ('data', 'step', 'evaluate', 'checkpoint')
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Timeline:
+  """Adds up the seconds of phases; a killed process loses the last ten."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._seconds: dict[str, float] = {}
+    self._written = time.monotonic()
+    self._step = 0
+
+  @contextlib.contextmanager
+  def phase(self, name: str):
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self.add(name, time.monotonic() - start)
+
+  def add(self, name: str, seconds: float) -> None:
+    self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+  def begin(self, step: int) -> None:
+    """Goes on from `step`: what earlier launches did beyond it is lost."""
+    self._step = step
+    if not self._path.exists():
+      return
+    rows = _read(self._path)
+    for row in rows:
+      if row.get('step', 0) > step and row['phase'] in _REDONE:
+        row['phase'] = 'lost'
+        row['step'] = step  # lost once
+    scratch = self._path.with_suffix('.tmp')
+    scratch.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    scratch.replace(self._path)
+
+  def reached(self, step: int) -> None:
+    """A step is complete; writes when some time has passed."""
+    self._step = step
+    if time.monotonic() - self._written > _SECONDS_BETWEEN_LINES:
+      self.write()
+
+  def write(self) -> None:
+    lines = (
+      json.dumps({'phase': name, 'seconds': seconds, 'step': self._step})
+      for name, seconds in self._seconds.items()
+    )
+    text = ''.join(line + '\n' for line in lines)
+    with self._path.open('a') as file:
+      file.write(text)
+    self._seconds.clear()
+    self._written = time.monotonic()
+
+  def summary(self) -> str:
+    """'time: step 81.0 %, compile 12.0 %, ...', the longest first."""
+    total = totals(self._path)
+    everything = math.fsum(total.values()) or 1.0
+    parts = (
+      f'{name} {100 * seconds / everything:.1f} %'
+      for name, seconds in sorted(total.items(), key=lambda item: -item[1])
+    )
+    return f'time: {", ".join(parts)}'
+
+
+def totals(path: Path) -> dict[str, float]:
+  """Seconds per phase; empty without a file."""
+  out: dict[str, float] = {}
+  for row in _read(path) if path.exists() else []:
+    out[row['phase']] = out.get(row['phase'], 0.0) + row['seconds']
+  return out
+
+
+def _read(path: Path) -> list[dict]:
+  """Complete lines: a kill may have cut the last."""
+  *complete, _ = path.read_text().split('\n')
+  return [json.loads(line) for line in complete]

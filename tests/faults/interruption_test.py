@@ -1,0 +1,222 @@
+"""Runs that end early: asked to, or in the middle of things."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest
+
+from deepseek_jax import data as datalib
+from deepseek_jax import last_steps, loop, replay, timeline
+from deepseek_jax.errors import InputError, Preempted, RunAborted
+from tests.faults import damage_test, runs
+
+
+def _terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+class PreemptionTest(runs.RunTest):
+  def test_preempted_run_saves_and_goes_on_bit_for_bit(self):
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+      self.before_step(5, _terminate),
+      self.assertRaisesRegex(Preempted, 'step 5 is saved') as caught,
+    ):
+      self.fit('resumed')
+    self.assertEqual(caught.exception.status, 77)
+    self.assertEqual(signal.getsignal(signal.SIGTERM), before)
+    self.assertEqual(loop.load(self.folder / 'resumed').step, 5)
+    resumed = self.fit('resumed')
+    self.assert_same_as_straight('resumed', resumed)
+    spent = timeline.totals(self.folder / 'resumed' / 'timeline.jsonl')
+    self.assertNotIn('lost', spent)
+
+  def test_term_in_the_last_step_ends_the_run_as_usual(self):
+    with self.before_step(8, _terminate):
+      run = self.fit('run')
+    self.assertEqual(int(run.state.step), 8)
+
+  def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(self):
+    with self.before_step(7, _terminate), self.assertRaises(Preempted):
+      self.fit('resumed')
+    folder = self.folder / 'resumed'
+    damage_test.flip(
+      max(
+        (folder / 'checkpoints' / '7' / 'state').rglob('d/*'),
+        key=lambda path: path.stat().st_size,
+      )
+    )
+    with mock.patch.object(loop, '_warn') as warned:
+      resumed = self.fit('resumed')
+    self.assertIn('checkpoint 7 is rejected', warned.call_args[0][0])
+    self.assert_same_as_straight('resumed', resumed)
+    spent = timeline.totals(folder / 'timeline.jsonl')
+    self.assertGreater(spent['lost'], 0)
+
+  def test_safety_may_change_between_launches(self):
+    self.fit('run')
+    again = self.fit('run', **{'safety.verify': 'sample'})
+    self.assertEqual(int(again.state.step), 8)
+    with self.assertRaisesRegex(InputError, r'safety.hang_factor = -1'):
+      self.fit('run', **{'safety.hang_factor': -1.0})
+
+
+class OrderTest(runs.RunTest):
+  def _batches(self, name, *, killed_at=None):
+    """Fingerprints of all batches that the run called `name` reads."""
+    seen, original = [], datalib.Batches.next
+
+    def noted(batches, *args):
+      at = batches.get_state()['next_index'] // runs.ROWS + 1
+      if at == killed_at:
+        raise KeyboardInterrupt
+      batch = original(batches, *args)
+      seen.append((at, last_steps.digest(batch)))
+      return batch
+
+    with mock.patch.object(datalib.Batches, 'next', noted):
+      if killed_at is None:
+        self.fit(name)
+      else:
+        with self.assertRaises(KeyboardInterrupt):
+          self.fit(name)
+    return seen
+
+  def test_batches_after_a_resumption_are_those_of_the_straight_run(self):
+    straight = self._batches('straight')
+    self.assertLen({sha for _, sha in straight}, 8)
+    begun = self._batches('resumed', killed_at=6)
+    rest = self._batches('resumed')
+    self.assertEqual(begun[:3] + rest, straight)
+    self.assertEqual(rest[0][0], 4)
+    for name in ('straight', 'resumed'):  # two runs of one seed, too
+      self.assert_same_metrics_as_straight(name)
+
+  def test_another_seed_writes_other_metrics(self):
+    self.fit('run', seed=1)
+    with self.assertRaises(AssertionError):
+      self.assert_same_metrics_as_straight('run')
+
+
+class AbortTest(runs.RunTest):
+  def test_the_last_steps_are_written_when_a_run_gives_up(self):
+    original = loop._Steps.__call__
+
+    def poison(steps, state, batch, writer):
+      state, out = original(steps, state, batch, writer)
+      bad = {'loss': np.float32('nan'), 'streak': np.int32(99)}
+      return state, out | (bad if int(state.step) == 5 else {})
+
+    patched = mock.patch.object(loop._Steps, '__call__', poison)
+    with patched, self.assertRaises(RunAborted):
+      self.fit('run', **{'safety.last_steps': 3})
+    rows = last_steps.read(self.folder / 'run')
+    self.assertEqual([row['step'] for row in rows], [3, 4, 5])
+    self.assertTrue(np.isnan(rows[-1]['loss']))
+    self.assertTrue(np.isfinite([row['grad_norm'] for row in rows]).all())
+    self.assertEqual(np.shape(rows[0]['load']), (1, 8))
+    self.assertEqual(np.sum(rows[0]['load']), runs.ROWS * runs.LENGTH * 2)
+    made = runs.config(runs.home())
+    batches = datalib.Batches(datalib.build(made.data), made.data)
+    batches.set_state(
+      batches.get_state() | {'next_index': rows[-1]['batch']['index']}
+    )
+    again = batches.next(rows[-1]['batch']['size'])
+    self.assertEqual(last_steps.digest(again), rows[-1]['batch']['sha256'])
+
+
+class ReplayTest(runs.RunTest):
+  def test_steps_repeat_to_the_last_bit_from_the_checkpoint_before(self):
+    runs.straight()
+    workdir = runs.home() / 'straight'
+    before = sorted(workdir.rglob('*'))
+    rows = list(replay.replay(workdir, 5))
+    self.assertEqual([row.step for row in rows], [4, 5])
+    self.assertTrue(all(row.same and row.written for row in rows))
+    self.assertEqual(rows[1].batch['index'], 4 * runs.ROWS)
+    self.assertEqual(sorted(workdir.rglob('*')), before)
+    self.assertEqual([r.step for r in replay.replay(workdir, 2)], [1, 2])
+
+  def test_a_number_that_does_not_come_back_is_seen(self):
+    row = replay.Replayed(1, 2.0, np.nan, {'loss': 2.0, 'grad_norm': 3.0}, {})
+    self.assertFalse(row.same)
+    row = replay.Replayed(1, 2.0, np.nan, {'grad_norm': np.nan}, {})
+    self.assertTrue(row.same)
+
+  def test_a_folder_without_a_run_is_refused(self):
+    with self.assertRaisesRegex(InputError, 'holds no run'):
+      next(replay.replay(self.folder, 1))
+    runs.straight()
+    with self.assertRaisesRegex(InputError, 'step = 9: the run has 8 steps'):
+      next(replay.replay(runs.home() / 'straight', 9))
+
+
+_HANG = """
+import sys, time
+from deepseek_jax.watchdog import Watchdog
+watchdog = Watchdog(5, 0.5, lambda seconds: print('hung', flush=True))
+for _ in range(4):
+  with watchdog.step():
+    time.sleep(0.01)
+time.sleep(1)  # outside of a step nothing is watched
+print('limit', watchdog.limit, flush=True)
+def stuck_in_a_collective():
+  time.sleep(60)
+with watchdog.step():
+  stuck_in_a_collective()
+"""
+
+
+class WatchdogTest(absltest.TestCase):
+  def test_a_hanging_step_dumps_all_stacks_and_exits_79(self):
+    done = subprocess.run(
+      [sys.executable, '-c', _HANG],
+      capture_output=True,
+      text=True,
+      cwd=damage_test.ROOT,
+      timeout=50,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 79, msg=done.stderr)
+    self.assertEqual(done.stdout, 'limit 0.5\nhung\n')
+    self.assertIn('a step takes more than 0.5 s', done.stderr)
+    self.assertIn('stuck_in_a_collective', done.stderr)
+
+
+class TimelineTest(absltest.TestCase):
+  def test_what_a_later_launch_repeats_is_lost_once(self):
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    path = Path(folder) / 'timeline.jsonl'
+    first = timeline.Timeline(path)
+    first.add('compile', 4.0)
+    first.begin(0)
+    first.add('step', 3.0)
+    first.reached(3)
+    first.write()
+    first.add('step', 2.0)
+    first.add('data', 0.5)
+    first.reached(5)
+    first.write()
+    with path.open('a') as file:
+      file.write('{"phase": "step", "sec')  # killed while it wrote
+    second = timeline.Timeline(path)
+    second.begin(3)
+    second.add('step', 2.25)
+    second.write()
+    want = {'compile': 4.0, 'step': 5.25, 'lost': 2.5}
+    self.assertEqual(timeline.totals(path), want)
+    timeline.Timeline(path).begin(3)
+    self.assertEqual(timeline.totals(path), want)
+    self.assertEqual(
+      second.summary(), 'time: step 44.7 %, compile 34.0 %, lost 21.3 %'
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 import deepseek_jax as ds
 from deepseek_jax import plan, sharding
+from deepseek_jax.layers import attention
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.gqa import GQAConfig
 from deepseek_jax.layers.mla import MLAConfig
@@ -150,6 +151,13 @@ class AuditTest(parameterized.TestCase):
     self.assertAlmostEqual(
       got / (2 * sum(want.forward.values())), 1, delta=0.03
     )
+
+  @parameterized.parameters(1, 127, 128, 129, 512, 1000, 1024, 4096, 5000)
+  def test_blocks_of_queries_are_the_librarys(self, length):
+    want = sum(
+      (end - start) * end for start, end in attention._blocks(length, 8)
+    )
+    self.assertEqual(flops._blocked(length), want)
 
   @parameterized.product(
     name=('mla', 'gqa'), remat=('none', 'dots', 'full'), length=(256,)

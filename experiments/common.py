@@ -98,8 +98,7 @@ def launch(
     if len(argv) > 1 and not arguments:
       _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
     logging.set_verbosity(logging.ERROR)
-    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    _keep_compiled_programs()
     try:
       main(argv)
     except InputError as error:

@@ -157,6 +157,12 @@ class ActivationsTest(parameterized.TestCase):
     got = self.kept(plan.Mesh(stage=4), 'dualpipe')
     self.assertEqual([(g - most) // (2 * row) for g in got], [5] * 4)
 
+  def test_dualpipe_keeps_more_of_the_earlier_stage(self):
+    grid = plan.Mesh(stage=4)
+    run = plan.Training(self.T, schedule='dualpipe')
+    alive = [memory._chunks_alive(grid, run, rank) for rank in range(4)]
+    self.assertEqual(alive, [[4, 1], [3, 2], [2, 3], [1, 4]])
+
   def test_tensor_and_context_axes_divide_it(self):
     grid = plan.Mesh(tensor=2, context=4)
     self.assertEqual(self.kept(grid), [self.kept()[0] // 8])
@@ -177,6 +183,16 @@ class TrafficTest(parameterized.TestCase):
     plain = sent(config, grid).wires[0].bytes
     zero = sent(config, grid, plan.Training(zero=1)).wires[0].bytes
     self.assertAlmostEqual(zero / plain, 3 / 4, delta=0.01)
+
+  def test_dualpipes_two_ranks_of_a_stage_add_up_their_gradients(self):
+    config, grid = model(8), plan.Mesh(stage=4, data=2)
+    run = plan.Training(64, schedule='dualpipe')
+    held = mesh.shares(config, grid)
+    ranks = mesh.ranks(config, grid, both_ends=True)
+    whole = max(sum(s.whole for p in r for s in held[p]) for r in ranks)
+    got = {w.purpose: w.bytes for w in sent(config, grid, run).wires}
+    want = ring(4, 4 * whole, True)
+    self.assertAlmostEqual(got['gradients over data+stage'], want, delta=64)
 
   def test_fsdp_gathers_twice_and_scatters_once(self):
     config, grid = model(), plan.Mesh(fsdp=4)

@@ -72,6 +72,11 @@ class ReportTest(parameterized.TestCase):
     bubble = 7 * (3 * chunk + again + 2 * chunk + again - 3 * chunk)
     self.assertAlmostEqual(report.time.bubble, bubble)
 
+  def test_an_update_reads_and_writes_the_state_once(self):
+    held = v3().memory['full']
+    state = sum(held[k] for k in list(held)[:4])
+    self.assertAlmostEqual(v3().time.update, 2 * state / 3.35e12)
+
   def test_checkpoint_against_the_grace_period(self):
     report = v3()
     count = report.parameters

@@ -89,6 +89,16 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'--config: {error}', 2)
 
 
+def _keep_compiled_programs():
+  """Turns the compilation cache on, but not for a CPU.
+
+  There, reading some programs back crashes the process (jax 0.10.2: a
+  segmentation fault in deserialize_executable).
+  """
+  if jax.default_backend() != 'cpu':
+    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
+
+
 def launch(
   main: Callable[[list[str]], None], *, arguments: bool = False
 ) -> None:

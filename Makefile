@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test parity kernels aot bench lint clean
+.PHONY: demo test faults parity kernels aot bench lint clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(VENV)/.run
 # All tests but the sweeps; two files at a time.
 test: $(VENV)/.test
 	$(PYTEST) -m 'not slow' -n 2 --dist loadfile --durations=15
+
+# Kills processes, damages files, fills disks; ends with a table.
+faults: $(VENV)/.test
+	$(PYTEST) tests/faults -s
 
 # Both directions of Hugging Face checkpoints against transformers.
 parity: $(VENV)/.test

@@ -114,6 +114,11 @@ class BatchTest(parameterized.TestCase):
     self.assertEqual(sizes, sorted(sizes))
     self.assertEqual({(s - 3072) % 512 for s in sizes}, {0})
 
+  def test_a_step_up_comes_only_once_its_tokens_are_seen(self):
+    ramp = BatchConfig(8, 2, 60.0, increment=2)
+    sizes = [ramp.at(t) for t in (0, 19, 20, 39, 40, 59, 60, 61)]
+    self.assertEqual(sizes, [2, 2, 4, 4, 6, 6, 8, 8])
+
   def test_without_a_ramp_the_size_is_constant(self):
     self.assertEqual({BatchConfig(8).at(t) for t in (0, 10, 10**12)}, {8})
 

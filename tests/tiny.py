@@ -103,7 +103,9 @@ def config(name: str) -> ds.TransformerConfig:
     'step': lambda: _config(  # one MoE body: quick to compile
       ATTENTIONS['gqa'], V3_MOE, ((('moe',), 2),), mtp=MTPConfig(1, 'dense')
     ),
-    'mixed': lambda: _config(MLA, V3_MOE, pattern, mtp=MTPConfig(2), tied=True),
+    'mixed': lambda: _config(
+      MLA, V3_MOE, pattern, mtp=MTPConfig(2, 'dense'), tied=True
+    ),
   }[name]()
 
 

@@ -55,7 +55,7 @@ def logits(name, out, depth=0):
 
 
 class ReferenceTest(parameterized.TestCase):
-  @parameterized.parameters('v3', 'v2', 'lite', 'moe16b', 'llama', 'mixed')
+  @parameterized.parameters('v3', 'v2', 'mixed', 'llama', 'mla_lite', 'mha')
   def test_equals_float64_with_documents_and_padding(self, name):
     cfg, batch = tiny.config(name), tiny.documents(2, T, padding=4)
     out = forward(
@@ -82,10 +82,12 @@ class ReferenceTest(parameterized.TestCase):
       loads = loads + np.array(trace.loads)
     load = ds.moe_statistics(out.aux, 'load')
     if load is None:
-      self.assertEqual(name, 'llama')
+      self.assertIsNone(tiny.config(name).moe)
       return
     np.testing.assert_array_equal(load, loads[: len(load)])
-    for depth, stats in enumerate(out.aux.get('mtp', [])):
+    mtp = [s for s in out.aux.get('mtp', []) if 'load' in s['ffn']]
+    self.assertLen(loads, len(load) + len(mtp))
+    for depth, stats in enumerate(mtp):
       np.testing.assert_array_equal(
         stats['ffn']['load'], loads[len(load) + depth]
       )
@@ -159,9 +161,7 @@ class CausalityTest(parameterized.TestCase):
 
 
 class DecodeTest(parameterized.TestCase):
-  @parameterized.parameters(
-    'mla', 'mla_lite', 'mha', 'gqa', 'mqa', 'v3', 'mixed'
-  )
+  @parameterized.parameters('mla', 'mla_lite', 'mha', 'gqa', 'mqa')
   def test_prefill_chunk_and_steps_equal_forward_for_ragged_rows(self, name):
     """Rows of 9 and 5 tokens, a padded chunk, then tokens one at a time."""
     want = forward(name, prompt()).logits
@@ -226,28 +226,30 @@ class DecodeTest(parameterized.TestCase):
 
 
 def gradient(model):
-  """Of a scalar that reads logits, MTP states and balance losses."""
+  """Of a scalar that reads the logits and the balance losses.
+
+  Few tokens: with them a MoE layer compiles fastest.
+  """
 
   def total(params):
-    variables = {**tiny.variables('v3'), 'params': params}
-    out = model.apply(variables, prompt(), mtp=True)
+    variables = {**tiny.variables('step'), 'params': params}
+    out = model.apply(variables, prompt()[:, :8])
     balance = sum(
       s['ffn']['loss'].sum()
       for patterns in out.aux['segments']
       for s in patterns
-      if 'loss' in s['ffn']
     )
     probs = jax.nn.log_softmax(out.logits)[..., 3].mean()
-    return probs + (out.aux['mtp_hidden'][0] ** 2).mean() + balance, out
+    return probs + balance, out
 
-  params = tiny.variables('v3')['params']
+  params = tiny.variables('step')['params']
   (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   return out, grads
 
 
 @functools.cache
 def scanned():
-  return gradient(tiny.model('v3'))
+  return gradient(tiny.model('step'))
 
 
 class FormsTest(parameterized.TestCase):
@@ -256,14 +258,14 @@ class FormsTest(parameterized.TestCase):
   )
   def test_scan_and_remat_change_no_number(self, **compute):
     want, want_grads = scanned()
-    out, grads = gradient(built('v3', **compute))
+    out, grads = gradient(built('step', **compute))
     close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
     jax.tree.map(close, out.logits, want.logits)
     jax.tree.map(close, out.aux, want.aux)
     jax.tree.map(close, grads, want_grads)
 
-  @parameterized.parameters('v3', 'mixed')
-  def test_unstacked_equals_stacked(self, name):
+  def test_unstacked_equals_stacked(self):
+    name = 'mixed'  # two blocks in a pattern that repeats
     cfg = unstack(tiny.config(name))
     self.assertEqual(cfg.layers, tiny.config(name).layers)
     self.assertEqual({s.repeat for s in cfg.segments()}, {1})
@@ -297,7 +299,7 @@ class FormsTest(parameterized.TestCase):
     )
 
   def test_init_makes_float32_normals_of_the_given_width(self):
-    cfg = dataclasses.replace(tiny.config('v3'), init_std=0.006, dim=64)
+    cfg = dataclasses.replace(tiny.config('step'), init_std=0.006, dim=64)
     variables = jax.jit(ds.build(cfg).init)(jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
       name = jax.tree_util.keystr(path, simple=True, separator='.')
@@ -309,15 +311,15 @@ class FormsTest(parameterized.TestCase):
       else:
         deviation = float(jnp.std(leaf)) / 0.006
         self.assertAlmostEqual(deviation, 1, delta=5 / leaf.size**0.5)
-    stack = variables['params']['segments'][1][0]['attention']['out']
+    stack = variables['params']['segments'][0][0]['attention']['out']
     self.assertGreater(float(jnp.abs(stack[0] - stack[1]).max()), 0)
 
 
 def modules():
   """Every module class of the library, made small, as (weights, x) -> out."""
   cfg = tiny.config('v3')
-  at = jnp.broadcast_to(jnp.arange(T), (2, T))
-  ctx = context.Context(prompt(), at, jnp.ones_like(at), train=True)
+  at = jnp.broadcast_to(jnp.arange(8), (2, 8))
+  ctx = context.Context(prompt()[:, :8], at, jnp.ones_like(at), train=True)
   make = {'std': 0.3, 'rngs': nnx.Rngs(0)}
   block = cfg.block('moe')
   cases = {
@@ -345,7 +347,7 @@ class PurityTest(parameterized.TestCase):
     self.assertEqual(found, {*modules(), residual.Residual})
 
   def test_calling_a_module_twice_gives_the_same_and_changes_nothing(self):
-    x = np.random.default_rng(0).normal(size=(2, T, 16))
+    x = np.random.default_rng(0).normal(size=(2, 8, 16))
     x = jnp.asarray(x, jnp.float32)
     for cls, (module, call) in modules().items():
       with self.subTest(cls.__name__):

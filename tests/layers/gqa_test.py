@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -35,7 +36,8 @@ class GQATest(parameterized.TestCase):
       jnp.asarray(batch['positions']),
       jnp.asarray(batch['segments']),
     )
-    got = nnx.merge(graphdef, weights)(jnp.asarray(x), ctx)[0]
+    run = jax.jit(lambda w, x: nnx.merge(graphdef, w)(x, ctx)[0])
+    got = run(weights, x)
     w = reference.to_float64(weights)
     for b in range(2):
       args = (np.float64(x[b]), batch['positions'][b], batch['segments'][b])
@@ -53,8 +55,8 @@ class GQATest(parameterized.TestCase):
     x, batch = inputs()
     positions = jnp.asarray(batch['positions'])
     ctx = Context(positions, positions, None)
-    few = nnx.merge(graphdef, weights)(jnp.asarray(x), ctx)[0]
-    many = nnx.merge(full, repeated)(jnp.asarray(x), ctx)[0]
+    call = lambda g, w: jax.jit(lambda w, x: nnx.merge(g, w)(x, ctx)[0])(w, x)
+    few, many = call(graphdef, weights), call(full, repeated)
     np.testing.assert_allclose(few, many, atol=1e-6)
 
   def test_cache_holds_two_vectors_a_key_head(self):

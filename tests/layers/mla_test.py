@@ -59,8 +59,9 @@ class MLATest(parameterized.TestCase):
     batch = tiny.documents(2, T)
     segments, positions = batch['segments'], batch['positions']
     ctx = context(jnp.asarray(positions), jnp.asarray(segments))
-    y = module(x, ctx)[0]
-    latent = module.latent(x, ctx.positions)
+    y, latent = jax.jit(
+      lambda x: (module(x, ctx)[0], module.latent(x, ctx.positions))
+    )(x)
     for b in range(2):
       want, c, kr = reference.mla(
         weights, cfg, np.float64(x[b]), positions[b], segments[b]
@@ -72,7 +73,7 @@ class MLATest(parameterized.TestCase):
 
   def test_bfloat16_equals_float64_of_the_rounded_weights(self):
     module, weights, x = built(tiny.MLA, jnp.bfloat16)
-    y = module(x, context())[0]
+    y = jax.jit(lambda x: module(x, context())[0])(x)
     self.assertEqual(y.dtype, jnp.bfloat16)
     for b in range(2):
       want = reference.mla(
@@ -84,22 +85,31 @@ class MLATest(parameterized.TestCase):
   @parameterized.named_parameters(CONFIGS[:2])
   def test_absorbed_equals_expanded(self, cfg):
     module, _, x = built(cfg)
-    want = module(x, context())[0]
-    qn, qr = module.query(x, context().positions)
-    past = filled(module, x, T + 5)
-    y = module.absorbed(qn, qr, past, context().positions)
-    got = jnp.einsum('BTHV,HVD->BTD', y, module.out[...])
+
+    @jax.jit
+    def both(x):
+      qn, qr = module.query(x, context().positions)
+      past = filled(module, x, T + 5)
+      y = module.absorbed(qn, qr, past, context().positions)
+      y = jnp.einsum('BTHV,HVD->BTD', y, module.out[...])
+      return y, module(x, context())[0]
+
+    got, want = both(x)
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
   def test_either_form_reads_the_cache_alike(self):
     module, _, x = built(tiny.MLA)
-    want = module(x, context())[0]
+    want, past = jax.jit(
+      lambda x: (module(x, context())[0], filled(module, x, T + 5))
+    )(x)
+    call = jax.jit(
+      lambda x, at, past: module(x, context(at, fresh=False), past)
+    )
     for queries in (1, 3, T - 1):  # one token, a draft, a chunk of a prompt
       new = x[:, -queries:]
       at = context().positions[:, -queries:]
-      past = filled(module, x, T + 5)
       blank = jax.tree.map(lambda a, n=queries: a.at[:, T - n : T].set(9), past)
-      got, cache, _ = module(new, context(at, fresh=False), blank)
+      got, cache, _ = call(new, at, blank)
       np.testing.assert_allclose(got, want[:, -queries:], atol=1e-5, rtol=1e-5)
       for a, b in zip(cache, past):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -110,7 +120,9 @@ class MLATest(parameterized.TestCase):
     module, _, x = built(tiny.MLA)
     segments = jnp.ones((2, T), jnp.int32).at[1, 12:].set(0)
     empty = tiny.MLA.cache(2, T + 2, jnp.float32)
-    cache = module(x, context(segments=segments), empty)[1]
+    cache = jax.jit(lambda x: module(x, context(segments=segments), empty)[1])(
+      x
+    )
     self.assertGreater(float(jnp.abs(cache.c[0, :T]).min(axis=-1).max()), 0)
     np.testing.assert_array_equal(cache.c[1, 12:], 0)
     np.testing.assert_array_equal(cache.kr[1, 12:], 0)

@@ -116,7 +116,7 @@ class RouterTest(parameterized.TestCase):
   def test_equals_a_loop_in_float64(self, router):
     cfg, module, weights = build(router)
     x = np.random.default_rng(2).normal(size=(2, 40, 16)).astype(np.float32)
-    got = module(jnp.asarray(x), Context(None, None, None))
+    got = jax.jit(lambda x: module(x, Context(None, None, None)))(x)
     scores = reference.scores_of(weights, cfg, x)
     np.testing.assert_allclose(got.scores, scores, rtol=1e-5)
     for b, t in np.ndindex(2, 40):

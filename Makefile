@@ -24,7 +24,8 @@ demo: $(VENV)/.run
 
 # All tests but the sweeps; two files at a time.
 test: $(VENV)/.test
-	$(PYTEST) -m 'not slow' -n 2 --dist loadfile --durations=15
+	$(PYTEST) -m 'not slow' -n 2 --dist loadfile \
+	  --max-worker-restart=0 --durations=25
 
 # Kills processes, damages files, fills disks; ends with a table.
 faults: $(VENV)/.test

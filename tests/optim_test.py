@@ -112,8 +112,9 @@ class AdamWTest(parameterized.TestCase):
     start = flat(params())
     first_low, _ = run(OptimizerConfig(moments='bfloat16'), 1, 1e-2)
     for name in exact:
-      # The first step uses moments that were never stored.
-      np.testing.assert_array_equal(first_low[name], first[name])
+      # The first step uses moments that were never stored: equal but for one
+      # float32 rounding; bfloat16 would move the update of 0.01 by 2e-5.
+      np.testing.assert_allclose(first_low[name], first[name], atol=1e-7)
       moved = np.abs(exact[name] - start[name]).max()
       error = np.abs(low[name] - exact[name]).max()
       self.assertLess(error, 2e-2 * moved, name)

@@ -20,8 +20,9 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.ffn import FFNConfig
+from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTP, MTPConfig, shifted
+from deepseek_jax.layers.mtp import MTPConfig, shifted
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import ResidualConfig
 from deepseek_jax.sharding import Buffer, param, shard
@@ -89,7 +90,7 @@ class TransformerConfig:
   attention: AttentionConfig
   ffn: FFNConfig | None = None
   moe: MoEConfig | None = None
-  residual: ResidualConfig = ResidualConfig()
+  residual: ResidualConfig | HyperConnectionsConfig = ResidualConfig()
   kinds: dict[str, Kind] = dataclasses.field(
     default_factory=lambda: {'dense': Kind('ffn'), 'moe': Kind('moe')}
   )
@@ -107,6 +108,12 @@ class TransformerConfig:
     if not self.layout:
       raise InputError('layout = (): name at least one block')
     self.segments()
+    flat = isinstance(self.residual, ResidualConfig)
+    if self.mtp.depth and self.mtp.streams and flat:
+      raise InputError(
+        'mtp.streams = True: the residual has one stream; use'
+        ' hyper-connections or mtp.streams = False'
+      )
 
   @property
   def layers(self) -> int:
@@ -191,14 +198,17 @@ class Transformer(nnx.Module):
     self.segments = nnx.List(
       [self._stack(segment, rngs) for segment in cfg.segments()]
     )
-    self.residual = cfg.residual.build(D, rngs=rngs)
+    self.residual = cfg.residual.head(D, std=std, rngs=rngs)
     self.norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
     if not cfg.tied:
       self.head = param(rngs, init, (D, V), ('embed', 'vocab'))
     if cfg.mtp.depth:
       block = cfg.block(cfg.mtp.block)
       self.mtp = nnx.List(
-        [MTP(block, D, std=std, rngs=rngs) for _ in range(cfg.mtp.depth)]
+        [
+          cfg.mtp.build(block, D, std=std, rngs=rngs)
+          for _ in range(cfg.mtp.depth)
+        ]
       )
 
   def _stack(self, segment: Segment, rngs: nnx.Rngs):
@@ -248,7 +258,7 @@ class Transformer(nnx.Module):
 
   def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
     stream = self.cfg.residual.expand(self.embed[...][ctx.tokens])
-    stream = shard(stream, 'batch', 'seq', None)
+    stream = shard(stream, 'batch', 'seq', *(None,) * (stream.ndim - 2))
     caches, aux = [], {'segments': []}
     for i, blocks in enumerate(self.segments):
       past = cache.layers[i] if cache else (None,) * len(blocks)
@@ -257,7 +267,8 @@ class Transformer(nnx.Module):
       aux['segments'].append(stats)
     hidden = self.norm(self.residual.collapse(stream))
     if mtp and self.cfg.mtp.depth:
-      aux['mtp'], aux['mtp_hidden'] = self._mtp(hidden, ctx)
+      state = stream if self.cfg.mtp.streams else hidden
+      aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx)
     logits = jnp.einsum(
       'BTD,DV->BTV',
       hidden,
@@ -269,13 +280,13 @@ class Transformer(nnx.Module):
       cache = Cache(tuple(caches), cache.length + new, cache.slots, False)
     return Output(logits, hidden, cache, aux)
 
-  def _mtp(self, hidden, ctx: Context):
+  def _mtp(self, state, ctx: Context):
     statistics, states = [], []
     for depth, module in enumerate(self.mtp, start=1):
       at = shifted(ctx, depth)
-      hidden, stats = module(hidden, self.embed[...][at.tokens], at)
+      state, stats = module(state, self.embed[...][at.tokens], at)
       statistics.append(stats)
-      states.append(hidden)
+      states.append(module.readout(state))
     return statistics, states
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.norm import RMSNorm
@@ -25,17 +26,18 @@ class BlockConfig:
 
   attention: AttentionConfig
   ffn: FFNConfig | MoEConfig
-  residual: ResidualConfig = ResidualConfig()
+  residual: ResidualConfig | HyperConnectionsConfig = ResidualConfig()
   norm_eps: float = 1e-6
 
 
 class Block(nnx.Module):
   def __init__(self, cfg: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(dim, eps=cfg.norm_eps, rngs=rngs)
-    self.attention_residual = cfg.residual.build(dim, rngs=rngs)
+    connect = lambda: cfg.residual.build(dim, std=std, rngs=rngs)
+    self.attention_residual = connect()
     self.attention = cfg.attention.build(dim, std=std, rngs=rngs)
     self.ffn_norm = RMSNorm(dim, eps=cfg.norm_eps, rngs=rngs)
-    self.ffn_residual = cfg.residual.build(dim, rngs=rngs)
+    self.ffn_residual = connect()
     self.ffn = cfg.ffn.build(dim, std=std, rngs=rngs)
 
   def __call__(self, stream: jax.Array, ctx: Context, past=None):

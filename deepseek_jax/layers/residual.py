@@ -15,9 +15,14 @@ from flax import nnx
 class ResidualConfig:
   """One stream, added to."""
 
-  def build(self, dim: int, *, rngs: nnx.Rngs) -> 'Residual':
-    del dim, rngs
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'Residual':
+    """The connection of one sublayer."""
+    del dim, std, rngs
     return Residual()
+
+  def head(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'Residual':
+    """What collapses the stream after the last block."""
+    return self.build(dim, std=std, rngs=rngs)
 
   def expand(self, x: jax.Array) -> jax.Array:
     """Embedding [B T D] -> the stream that blocks pass on."""

@@ -17,6 +17,7 @@ import jax
 
 from deepseek_jax import integrity
 from deepseek_jax.errors import InputError
+from deepseek_jax.parallel import distributed
 
 
 class Restored(NamedTuple):
@@ -120,6 +121,14 @@ class Checkpoints:
     Raises:
       InputError: there are steps, but every one is damaged.
     """
+    if not distributed.several():
+      return self._newest_whole(say, before)
+    # Process 0 reads for all of them. If it finds nothing whole, it ends.
+    found = self._newest_whole(say, before) if distributed.first() else None
+    found = distributed.from_first(-1 if found is None else found)
+    return None if found < 0 else found
+
+  def _newest_whole(self, say, before: float) -> int | None:
     wrong = []
     for step in (s for s in reversed(self.steps()) if s < before):
       reason = integrity.problem(self.directory / str(step), self._verify)
@@ -138,14 +147,19 @@ class Checkpoints:
   def set_aside_after(self, step: int) -> None:
     """Moves later steps to `<directory>-rejected`; they block their numbers."""
     aside = self.directory.with_name(self.directory.name + '-rejected')
-    for later in (s for s in self.steps() if s > step):
+    later = [s for s in self.steps() if s > step]
+    for number in map(str, later if distributed.first() else []):
       aside.mkdir(exist_ok=True)
-      shutil.rmtree(aside / str(later), ignore_errors=True)
-      (self.directory / str(later)).rename(aside / str(later))
+      shutil.rmtree(aside / number, ignore_errors=True)
+      (self.directory / number).rename(aside / number)
+    distributed.wait_for_all()
     self._manager.reload()
 
   def _seal(self) -> None:
-    """Called by orbax when all is written, before the rename that commits."""
+    """Called by orbax when all is written, before the rename that commits.
+
+    Of several processes by the first alone, when all have written.
+    """
     unfinished = f'{self._saving}.orbax-checkpoint-tmp*'
     for folder in self.directory.glob(unfinished):
       integrity.write_manifest(folder)
@@ -211,6 +225,8 @@ class Checkpoints:
 
 
 def _abstract(array):
-  return jax.ShapeDtypeStruct(
-    array.shape, array.dtype, sharding=getattr(array, 'sharding', None)
+  # Else orbax asks for the devices that the array was saved from.
+  place = getattr(array, 'sharding', None) or jax.sharding.SingleDeviceSharding(
+    jax.local_devices()[0]
   )
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)

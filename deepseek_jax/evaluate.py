@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.losses import linear_cross_entropy
 from deepseek_jax.transformer import Model
@@ -38,6 +37,7 @@ def bits_per_byte(model: Model, variables: dict, heldout) -> float:
   """
   total = 0.0
   for batch in heldout:
-    arrays = {k: jnp.asarray(v) for k, v in batch.items() if k != 'document'}
+    # NumPy's, which jit may place on as many devices as the variables are on.
+    arrays = {k: v for k, v in batch.items() if k != 'document'}
     total += float(_nll(model)(variables, arrays))
   return heldout.bits_per_byte(total)

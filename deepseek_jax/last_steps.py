@@ -1,8 +1,9 @@
 """The last steps of a run, kept to be written when it gives up.
 
 `abort.jsonl` has one line per step: its scalars, the load of every expert, and
-which batch it was (the number of its first example, its size, its SHA-256), so
-that the batch can be built again and the step repeated.
+which batch it was (the number of its first example, its size, the SHA-256 of
+its rows, or of those that the writing one of several processes read), so that
+the batch can be built again and the step repeated.
 """
 
 import collections
@@ -26,18 +27,15 @@ class LastSteps:
     self._path = path
     self._rows: collections.deque[dict] = collections.deque(maxlen=count)
 
-  def add(self, step: int, first: int, batch: Mapping, metrics: Mapping):
+  def add(self, step: int, batch: Mapping, metrics: Mapping):
     """Keeps a step.
 
     Args:
       step: completed steps, this one too.
-      first: number of the batch's first example in the stream.
-      batch: what the step read.
+      batch: which it read, as `identity` says it.
       metrics: what it returned: scalars, and 'load' [L E], 'dropped' [L].
     """
-    tokens = batch['tokens']
-    place = {'index': first, 'size': len(tokens), 'sha256': digest(batch)}
-    self._rows.append({'step': step, 'batch': place, **metrics})
+    self._rows.append({'step': step, 'batch': batch, **metrics})
 
   def write(self) -> None:
     """Writes the rows, oldest first; nothing when there are none."""
@@ -47,6 +45,25 @@ class LastSteps:
     scratch = self._path.with_suffix('.tmp')
     scratch.write_text(''.join(line + '\n' for line in lines))
     scratch.replace(self._path)
+
+
+def identity(
+  index: int, size: int, block: tuple[int, int], batch: Mapping[str, Any]
+) -> dict:
+  """Which batch this is, for JSON.
+
+  Args:
+    index: number of its first example in the stream.
+    size: its rows.
+    block: (i, n): `batch` is the i-th of n equal blocks of these rows.
+    batch: 'tokens' and the rest.
+
+  Returns:
+    'index', 'size', 'rows' (from, to; those at hand) and their 'sha256'.
+  """
+  length = len(batch['tokens'])
+  rows = [block[0] * length, block[0] * length + length]
+  return {'index': index, 'size': size, 'rows': rows, 'sha256': digest(batch)}
 
 
 def digest(batch: Mapping[str, Any]) -> str:

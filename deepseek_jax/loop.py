@@ -3,7 +3,8 @@
 The run's folder holds config.json, metrics.jsonl, timings.jsonl,
 timeline.jsonl, routing.npz and checkpoints/, and abort.jsonl if it gave up.
 Started again with the same configuration, a run goes on from its last whole
-checkpoint and sees the batches that it would have seen.
+checkpoint and sees the batches that it would have seen. Of several processes
+the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
 import dataclasses
@@ -20,12 +21,14 @@ import numpy as np
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax import evaluate, integrity
+from deepseek_jax import evaluate, integrity, last_steps
 from deepseek_jax.checkpoint import Checkpoints, flatten
 from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.flight import FlightRecorder, max_violation
 from deepseek_jax.last_steps import LastSteps
-from deepseek_jax.metrics import MetricsWriter
+from deepseek_jax.metrics import MetricsWriter, NoMetrics
+from deepseek_jax.parallel import distributed, placement
+from deepseek_jax.parallel.placement import Placement
 from deepseek_jax.preemption import Preemption
 from deepseek_jax.timeline import Timeline
 from deepseek_jax.train import (
@@ -147,9 +150,15 @@ def claim(workdir: Path, config: RunConfig) -> None:
 
   Raises:
     InputError: the folder is another run's; names the first fields that differ.
+      Or several processes do not share it.
   """
   path = workdir / 'config.json'
   mine = _json(config)
+  if not distributed.first() and not path.exists():
+    raise InputError(
+      f'workdir {workdir}: process {jax.process_index()} does not see what'
+      ' process 0 wrote there; choose a folder that all processes share'
+    )
   if path.exists():
     try:
       theirs = json.loads(path.read_text())
@@ -200,11 +209,11 @@ _SCALARS = (
 class _Steps:
   """Compiled train steps, one per batch size, and what compiling cost."""
 
-  def __init__(self, model: Model, config: RunConfig):
+  def __init__(self, model: Model, config: RunConfig, where: Placement):
     step = train_step(
       model, config.train, cross_document=config.data.cross_document
     )
-    self._step = jax.jit(step, donate_argnums=0)
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=where.copied)
     self._compiled = {}
 
   def __call__(self, state, batch, writer):
@@ -281,46 +290,54 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
   """
   workdir = Path(workdir)
   with Preemption() as preemption:
-    timeline = Timeline(workdir / 'timeline.jsonl')
+    first = distributed.first()
+    timeline = Timeline(workdir / 'timeline.jsonl' if first else None)
     with timeline.phase('init'):
-      store = datalib.build(config.data)
-      batches = datalib.Batches(store, config.data)
-      claim(workdir, config)
-      store.tokenizer().save(str(workdir))
-      model = build(config.model)
+      with distributed.first_goes_first():
+        store = datalib.build(config.data)
+        batches = datalib.Batches(store, config.data)
+        claim(workdir, config)
+      if first:
+        store.tokenizer().save(str(workdir))
+      model, where = build(config.model), placement.choose()
     with Checkpoints(
       workdir / 'checkpoints', keep=config.keep, verify=config.safety.verify
     ) as checkpoints:
       with timeline.phase('restore' if checkpoints.steps() else 'init'):
-        state, resumed = _start(config, model, checkpoints, batches)
+        state, resumed = _start(config, model, where, checkpoints, batches)
       timeline.begin(resumed)
-      with MetricsWriter(
-        workdir,
-        total_steps=config.steps,
-        tensorboard=config.tensorboard,
-        console=console,
-        resume_step=resumed or -1,
-      ) as writer:
+      with _writer(config, workdir, resumed, console) as writer:
         if resumed:
           writer.log(f'resumed from step {resumed}')
-        recorder = _recorder(workdir, model, resumed or -1)
-        last_steps = LastSteps(
-          workdir / 'abort.jsonl', config.safety.last_steps
-        )
         trainer = _Trainer(
           config,
           model,
           store,
+          where,
           batches,
           checkpoints,
           writer,
-          recorder,
+          _recorder(workdir, model, resumed or -1) if first else None,
           preemption,
           timeline,
-          last_steps,
+          LastSteps(
+            workdir / 'abort.jsonl', config.safety.last_steps if first else 0
+          ),
         )
         state = trainer.run(state)
   return Run(config, model, store, state, trainer.tokens_per_second)
+
+
+def _writer(config, workdir, resumed: int, console: bool):
+  if not distributed.first():
+    return NoMetrics()
+  return MetricsWriter(
+    workdir,
+    total_steps=config.steps,
+    tensorboard=config.tensorboard,
+    console=console,
+    resume_step=resumed or -1,
+  )
 
 
 class Loaded(NamedTuple):
@@ -364,14 +381,14 @@ def fresh_state(config: RunConfig, model: Model) -> TrainState:
   return initial_state(model, config.train, variables)
 
 
-def _start(config, model, checkpoints, batches):
+def _start(config, model, where, checkpoints, batches):
   """The state to begin with, and the step it was saved at (0: new)."""
   fresh = functools.partial(fresh_state, config, model)
   step = checkpoints.newest_whole(_warn)
   if step is None:
-    return jax.jit(fresh)(), 0
+    return jax.jit(fresh, out_shardings=where.copied)(), 0
   checkpoints.set_aside_after(step)
-  restored = checkpoints.restore(step, jax.eval_shape(fresh))
+  restored = checkpoints.restore(step, where.abstract(fresh))
   batches.set_state(restored.data)
   return restored.state, step
 
@@ -387,16 +404,17 @@ class _Trainer:
   config: RunConfig
   model: Model
   store: datalib.Store
+  where: Placement
   batches: datalib.Batches
   checkpoints: Checkpoints
-  writer: MetricsWriter
+  writer: MetricsWriter | NoMetrics
   recorder: FlightRecorder | None
   preemption: Preemption
   timeline: Timeline
   last_steps: LastSteps
 
   def __post_init__(self):
-    self._steps = _Steps(self.model, self.config)
+    self._steps = _Steps(self.model, self.config, self.where)
     self._speeds: list[float] = []
     safety = self.config.safety
     self._watchdog = Watchdog(
@@ -440,7 +458,7 @@ class _Trainer:
       if _due(config.evaluate.every, number) and not last:
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
-      stop = self.preemption.asked and not last
+      stop = self.preemption.asked(number) and not last
       if _due(config.checkpoint_every, number) or last or stop:
         with self.timeline.phase('checkpoint'):
           self._save(number, state, wait=last or stop)
@@ -452,14 +470,17 @@ class _Trainer:
   def _step(self, number, state, size):
     """The step that makes `number` complete -> state, metrics on the host."""
     first = self.batches.get_state()['next_index']
+    block = self.where.block(size)
     with self.timeline.phase('data'):
-      batch = self.batches.next(size)
+      rows = self.batches.next(size, *block)
+      batch = self.where.batch(rows, size)
     with self.timeline.phase('compile'):
       self._steps.compiled(state, batch, self.writer)
     with self.timeline.phase('step'), self._watchdog.step():
       state, metrics = self._steps(state, batch, self.writer)
       metrics = jax.device_get(metrics)
-    self.last_steps.add(number, first, batch, metrics)
+    identity = last_steps.identity(first, size, block, rows)
+    self.last_steps.add(number, identity, metrics)
     return state, metrics
 
   def _report(self, number, metrics, state, tokens, seconds):

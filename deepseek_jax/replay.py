@@ -26,7 +26,7 @@ class Replayed:
     step: completed steps, this one too.
     loss, grad_norm: as they come now.
     written: what the run wrote of them then; empty if that is lost.
-    batch: 'index' of its first example, 'size', 'sha256' of its tokens.
+    batch: what it read, see `last_steps.identity`.
   """
 
   step: int
@@ -68,13 +68,10 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   for number in range(int(state.step) + 1, step + 1):
     tokens = int(state.sequences) * config.data.seq_len
     first = batches.get_state()['next_index']
-    batch = batches.next(config.train.batch.at(tokens))
+    size = config.train.batch.at(tokens)
+    batch = batches.next(size)
     state, out = run(state, batch)
-    place = {
-      'index': first,
-      'size': len(batch['tokens']),
-      'sha256': last_steps.digest(batch),
-    }
+    place = last_steps.identity(first, size, (0, 1), batch)
     yield Replayed(
       number,
       float(out['loss']),

@@ -17,9 +17,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Timeline:
-  """Adds up the seconds of phases; a killed process loses the last ten."""
+  """Adds up the seconds of phases; a killed process loses the last ten.
 
-  def __init__(self, path: Path):
+  Args:
+    path: the file; None writes nothing, for all but one of several processes.
+  """
+
+  def __init__(self, path: Path | None):
     self._path = path
     self._seconds: dict[str, float] = {}
     self._written = time.monotonic()
@@ -39,7 +43,7 @@ class Timeline:
   def begin(self, step: int) -> None:
     """Goes on from `step`: what earlier launches did beyond it is lost."""
     self._step = step
-    if not self._path.exists():
+    if self._path is None or not self._path.exists():
       return
     rows = _read(self._path)
     for row in rows:
@@ -57,6 +61,8 @@ class Timeline:
       self.write()
 
   def write(self) -> None:
+    if self._path is None:
+      return
     lines = (
       json.dumps({'phase': name, 'seconds': seconds, 'step': self._step})
       for name, seconds in self._seconds.items()
@@ -69,7 +75,7 @@ class Timeline:
 
   def summary(self) -> str:
     """'time: step 81.0 %, compile 12.0 %, ...', the longest first."""
-    total = totals(self._path)
+    total = totals(self._path) if self._path else {}
     everything = math.fsum(total.values()) or 1.0
     parts = (
       f'{name} {100 * seconds / everything:.1f} %'

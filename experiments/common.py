@@ -2,12 +2,14 @@
 
 Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM and saved, start it
 again; 78 the run gave up, starting it again would repeat it (see RunAborted);
-79 a step hung, all stacks are on stderr (see watchdog), start it again.
+79 a step hung, all stacks are on stderr (see watchdog), start it again. Of
+several processes those that lost one end by SIGABRT (134): start all again.
 """
 
 import ctypes
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
 from deepseek_jax.errors import InputError, Preempted, RunAborted  # noqa: E402
+from deepseek_jax.parallel import distributed  # noqa: E402
 
 
 def cache_dir() -> Path:
@@ -73,7 +76,7 @@ def define_config(default: str | None = None):
 
 def _fail(message, status: int):
   print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
-  sys.exit(status)
+  distributed.leave(status)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -100,16 +103,26 @@ def _keep_compiled_programs():
 
 
 def launch(
-  main: Callable[[list[str]], None], *, arguments: bool = False
+  main: Callable[[list[str]], None],
+  *,
+  arguments: bool = False,
+  join: Callable[[], object] = lambda: None,
 ) -> None:
-  """Runs `main(argv)` as a program; `arguments` allows others than flags."""
+  """Runs `main(argv)` as a program.
+
+  Args:
+    main: the program.
+    arguments: allows others than flags.
+    join: joins several processes to one run, before JAX looks for devices.
+  """
 
   def guarded(argv):
     if len(argv) > 1 and not arguments:
       _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
     logging.set_verbosity(logging.ERROR)
-    _keep_compiled_programs()
     try:
+      join()
+      _keep_compiled_programs()
       main(argv)
     except InputError as error:
       _fail(error, 2)
@@ -118,5 +131,10 @@ def launch(
       sys.exit(error.status)
     except RunAborted as error:
       _fail(error, error.status)
+    except Exception:
+      if not distributed.several():
+        raise
+      traceback.print_exc()
+      distributed.leave(1)
 
   app.run(guarded, flags_parser=_parse)

@@ -2,14 +2,19 @@
 
     python -m experiments.pretrain --config=experiments/configs/v3_tiny.py \\
       --config.model.moe.top_k=2 --workdir=runs/top2
+
+Under SLURM, Open MPI or Kubernetes all processes of a job make one run (see
+launch/); elsewhere name them with --coordinator, --processes and --process.
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
 
 from deepseek_jax import loop
-from experiments import common, finish
+from deepseek_jax.parallel import distributed, placement
+from experiments import common, finish, processes
 
 _CONFIG = common.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -22,8 +27,11 @@ def main(argv):
   del argv
   config = common.frozen(loop.RunConfig, _CONFIG.value)
   run = loop.fit(config, _WORKDIR.value)
-  finish.finish(run, Path(_WORKDIR.value))
+  state = placement.to_first(run.state._replace(moments=None))
+  if distributed.first():
+    run = dataclasses.replace(run, state=state)
+    finish.finish(run, Path(_WORKDIR.value))
 
 
 if __name__ == '__main__':
-  common.launch(main)
+  common.launch(main, join=processes.join)

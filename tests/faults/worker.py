@@ -1,0 +1,65 @@
+"""A tiny run as a process of its own, for what only a process can suffer.
+
+    python -m tests.faults.worker --home=... --workdir=...
+
+Ends with one JSON line: the SHA-256 of the final state, and of every batch.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from absl import flags
+
+from deepseek_jax import data as datalib
+from deepseek_jax import last_steps, loop
+from deepseek_jax.checkpoint import flatten
+from deepseek_jax.parallel import distributed, placement
+from experiments import common, processes
+from tests.faults import runs
+
+_HOME = flags.DEFINE_string('home', None, 'Corpus and compiled programs.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_STEPS = flags.DEFINE_integer('steps', 8, 'Steps of the run.')
+_EVERY = flags.DEFINE_integer('every', 3, 'Steps between checkpoints.')
+_PAUSE = flags.DEFINE_float('pause', 0.0, 'Seconds before each step.')
+_ALL = flags.DEFINE_bool('all_devices', False, 'One process uses all, too.')
+
+
+def fingerprint(state) -> str:
+  """SHA-256 of all names and bits of a state."""
+  digest = hashlib.sha256()
+  for name, leaf in flatten(state).items():
+    digest.update(name.encode() + np.asarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+def main(argv):
+  del argv
+  home, seen = Path(_HOME.value), []
+  original = datalib.Batches.next
+
+  def noted(batches, *args):
+    time.sleep(_PAUSE.value)
+    batch = original(batches, *args)
+    seen.append(last_steps.digest(batch))
+    return batch
+
+  made = runs.config(home, _STEPS.value, checkpoint_every=_EVERY.value)
+  choose = placement.over_all_devices if _ALL.value else placement.choose
+  with (
+    mock.patch.object(datalib.Batches, 'next', noted),
+    mock.patch.object(placement, 'choose', choose),
+  ):
+    run = loop.fit(made, _WORKDIR.value)
+  state = placement.to_first(run.state)
+  if distributed.first():
+    done = {'state': fingerprint(state), 'batches': seen}
+    print(json.dumps(done), flush=True)
+
+
+if __name__ == '__main__':
+  common.launch(main, join=processes.join)

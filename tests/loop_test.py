@@ -54,7 +54,7 @@ def _config(folder: Path, **changes) -> loop.RunConfig:
       cache_dir=str(folder / 'cache'),
     ),
     train=train.TrainConfig(
-      tokens=8 * 4 * 32,
+      tokens=32 * 4 * 32,
       batch=schedules.BatchConfig(4, accumulate=2),
       schedule=schedules.ScheduleConfig('cosine', peak=3e-3, warmup=2),
     ),
@@ -65,15 +65,20 @@ def _config(folder: Path, **changes) -> loop.RunConfig:
   return ds.changed(config, changes)
 
 
-class LoopTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-    _write_corpus(self.folder / 'corpus')
-    self.config = _config(self.folder)
+class FinishedRunTest(parameterized.TestCase):
+  """What holds of one run, trained once."""
 
-  def _fit(self, name='run', config=None):
-    return loop.fit(config or self.config, self.folder / name, console=False)
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    _write_corpus(cls.folder / 'corpus')
+    cls.config = _config(cls.folder)
+    cls.trained = cls._fit()
+
+  @classmethod
+  def _fit(cls, name='run', config=None):
+    return loop.fit(config or cls.config, cls.folder / name, console=False)
 
   def _interrupted(self, name, at):
     """Runs until the batch of step `at` is asked for, then dies."""
@@ -97,31 +102,27 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(read(a, 'metrics.jsonl'), read(b, 'metrics.jsonl'))
 
   def test_resumed_run_equals_straight_run_bit_for_bit(self):
-    straight = self._fit('straight')
     # Killed twice: before the first checkpoint, and between two.
     self._interrupted('resumed', 2)
     self._interrupted('resumed', 6)
     resumed = self._fit('resumed')
-    self._assert_same_run('straight', 'resumed', straight.state, resumed.state)
+    self._assert_same_run('run', 'resumed', self.trained.state, resumed.state)
     routing = [
       flight.load(self.folder / name / 'routing.npz').arrays
-      for name in ('straight', 'resumed')
+      for name in ('run', 'resumed')
     ]
     for name in routing[0]:
       np.testing.assert_array_equal(routing[0][name], routing[1][name])
 
   def test_a_finished_run_started_again_is_left_as_it_is(self):
-    first = self._fit()
     again = self._fit()
-    self._assert_same_run('run', 'run', first.state, again.state)
+    self._assert_same_run('run', 'run', self.trained.state, again.state)
     self.assertIsNone(again.tokens_per_second)
 
   def test_loss_falls_and_every_step_is_logged(self):
-    long = ds.changed(self.config, {'train.tokens': 40 * 4 * 32.0})
-    self._fit(config=long)
     rows = metrics.read(self.folder / 'run')
     losses = [r['loss'] for r in rows if 'loss' in r]
-    self.assertLen(losses, 40)
+    self.assertLen(losses, 32)
     self.assertLess(losses[-1], losses[0] - 1.5)
     bits = [
       r['validation_bits_per_byte']
@@ -131,9 +132,69 @@ class LoopTest(parameterized.TestCase):
     self.assertLess(bits[-1], bits[0])
 
   def test_expert_loads_count_every_choice(self):
-    self._fit()
     load = flight.load(self.folder / 'run' / 'routing.npz').arrays['load']
     np.testing.assert_array_equal(load.sum(axis=-1), 4 * 32 * 2)
+
+  def test_another_configuration_is_refused_and_nothing_overwritten(self):
+    before = (self.folder / 'run' / 'config.json').read_bytes()
+    other = ds.changed(self.config, {'model.moe.top_k': 3})
+    with self.assertRaisesRegex(InputError, r'model\.moe\.top_k: 2 there, 3'):
+      self._fit(config=other)
+    self.assertEqual((self.folder / 'run' / 'config.json').read_bytes(), before)
+
+  def test_load_needs_no_data(self):
+    corpus = self.folder / 'corpus'
+    away = corpus.rename(self.folder / 'away')
+    loaded = loop.load(self.folder / 'run')
+    away.rename(corpus)
+    for a, b in zip(
+      jax.tree.leaves(self.trained.variables), jax.tree.leaves(loaded.variables)
+    ):
+      np.testing.assert_array_equal(a, b)
+    text = 'def f(x): return ü'
+    self.assertEqual(
+      loaded.tokenizer.decode(loaded.tokenizer.encode(text)), text
+    )
+
+  def test_bits_per_byte_against_one_document_at_a_time(self):
+    run = self.trained
+    heldout = datalib.Heldout(run.store, 32, batch=4)
+    bits = evaluate.bits_per_byte(run.model, run.variables, heldout)
+    total, size = 0.0, 0
+    # Compiled once, for padded windows: no logit sees what comes after it.
+    forward = jax.jit(run.model.apply)
+    # Windows of the whole length: every token has its full context or 16
+    # tokens of it, so the plain average must lie close above this bound.
+    for text in run.store.heldout_texts():
+      ids = run.store.tokenizer().encode(text)
+      ids = [run.store.eos_id, *ids, run.store.eos_id]
+      size += len(text.encode())
+      for start in range(0, len(ids) - 1, 16):
+        window = ids[max(start - 16, 0) : start + 17]
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(window) - 1] = window[:-1]
+        out = forward(run.variables, padded)
+        logits = np.asarray(out.logits[0], np.float64)
+        probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        first = len(window) - 1 - min(16, len(ids) - 1 - start)
+        for t in range(first, len(window) - 1):
+          total -= float(probs[t, window[t + 1]])
+    self.assertAlmostEqual(bits, total / np.log(2) / size, delta=0.05)
+
+  def test_config_is_saved_resolved(self):
+    saved = json.loads((self.folder / 'run' / 'config.json').read_text())
+    self.assertEqual(ds.from_dict(loop.RunConfig, saved), self.config)
+
+
+class LoopTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    _write_corpus(self.folder / 'corpus')
+    self.config = _config(self.folder)
+
+  def _fit(self, name='run', config=None):
+    return loop.fit(config or self.config, self.folder / name, console=False)
 
   def test_batch_ramp_is_part_of_the_step_count(self):
     ramp = dataclasses.replace(
@@ -147,14 +208,6 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(int(run.state.step), config.steps)
     self.assertGreater(config.steps, self.config.steps)
     self.assertGreaterEqual(int(run.state.sequences) * 32, ramp.tokens)
-
-  def test_another_configuration_is_refused_and_nothing_overwritten(self):
-    self._fit()
-    before = (self.folder / 'run' / 'config.json').read_bytes()
-    other = ds.changed(self.config, {'model.moe.top_k': 3})
-    with self.assertRaisesRegex(InputError, r'model\.moe\.top_k: 2 there, 3'):
-      self._fit(config=other)
-    self.assertEqual((self.folder / 'run' / 'config.json').read_bytes(), before)
 
   def test_a_folder_with_other_files_is_refused(self):
     (self.folder / 'run').mkdir()
@@ -192,50 +245,6 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(loaded.step, 6)
     for leaf in jax.tree.leaves(loaded.variables):
       self.assertTrue(np.isfinite(leaf).all())
-
-  def test_load_needs_no_data(self):
-    run = self._fit()
-    for file in (self.folder / 'corpus').iterdir():
-      file.unlink()
-    loaded = loop.load(self.folder / 'run')
-    for a, b in zip(
-      jax.tree.leaves(run.variables), jax.tree.leaves(loaded.variables)
-    ):
-      np.testing.assert_array_equal(a, b)
-    text = 'def f(x): return ü'
-    self.assertEqual(
-      loaded.tokenizer.decode(loaded.tokenizer.encode(text)), text
-    )
-
-  def test_bits_per_byte_against_one_document_at_a_time(self):
-    run = self._fit()
-    heldout = datalib.Heldout(run.store, 32, batch=4)
-    bits = evaluate.bits_per_byte(run.model, run.variables, heldout)
-    total, size = 0.0, 0
-    # Compiled once, for padded windows: no logit sees what comes after it.
-    forward = jax.jit(run.model.apply)
-    # Windows of the whole length: every token has its full context or 16
-    # tokens of it, so the plain average must lie close above this bound.
-    for text in run.store.heldout_texts():
-      ids = run.store.tokenizer().encode(text)
-      ids = [run.store.eos_id, *ids, run.store.eos_id]
-      size += len(text.encode())
-      for start in range(0, len(ids) - 1, 16):
-        window = ids[max(start - 16, 0) : start + 17]
-        padded = np.zeros((1, 32), np.int32)
-        padded[0, : len(window) - 1] = window[:-1]
-        out = forward(run.variables, padded)
-        logits = np.asarray(out.logits[0], np.float64)
-        probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        first = len(window) - 1 - min(16, len(ids) - 1 - start)
-        for t in range(first, len(window) - 1):
-          total -= float(probs[t, window[t + 1]])
-    self.assertAlmostEqual(bits, total / np.log(2) / size, delta=0.05)
-
-  def test_config_is_saved_resolved(self):
-    self._fit()
-    saved = json.loads((self.folder / 'run' / 'config.json').read_text())
-    self.assertEqual(ds.from_dict(loop.RunConfig, saved), self.config)
 
 
 if __name__ == '__main__':

@@ -1,12 +1,27 @@
-"""The error that a user can mend.
+"""The error that a user can mend, and what the status of a process means.
 
 Launchers print its one line and exit with status 2; anything else is a defect
 and keeps its traceback.
 """
 
+# The same command, started again, goes on from the last checkpoint: preempted
+# and saved; a step hung or lost a peer; ended by SIGABRT, as JAX does when a
+# peer is silent, by SIGKILL or by SIGTERM.
+START_AGAIN = (77, 79, 134, 137, 143)
+# It would fail again: a defect, bad input, a run that gave up.
+DO_NOT_START_AGAIN = (1, 2, 78)
+
 
 class InputError(ValueError):
   """What the user gave is wrong: names the field, the value and the fix."""
+
+  status = 2
+
+
+class PeerLost(RuntimeError):
+  """Another process of the run is gone, and with it a collective."""
+
+  status = 79
 
 
 class RunAborted(RuntimeError):

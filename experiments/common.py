@@ -2,8 +2,8 @@
 
 Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM and saved, start it
 again; 78 the run gave up, starting it again would repeat it (see RunAborted);
-79 a step hung, all stacks are on stderr (see watchdog), start it again. Of
-several processes those that lost one end by SIGABRT (134): start all again.
+79 a step hung, all stacks are on stderr (see watchdog), or lost another process
+of the run, start all again (JAX itself may end them by SIGABRT, 134).
 """
 
 import ctypes
@@ -125,16 +125,17 @@ def launch(
       _keep_compiled_programs()
       main(argv)
     except InputError as error:
-      _fail(error, 2)
+      _fail(error, error.status)
     except Preempted as error:
       print(error, flush=True)
       sys.exit(error.status)
     except RunAborted as error:
       _fail(error, error.status)
-    except Exception:
+    except Exception as error:
       if not distributed.several():
         raise
       traceback.print_exc()
-      distributed.leave(1)
+      lost = distributed.peer_lost(error)
+      _fail(lost or error, lost.status if lost else 1)
 
   app.run(guarded, flags_parser=_parse)

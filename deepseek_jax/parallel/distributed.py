@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, PeerLost
 
 _NAMES = ('DSJ_COORDINATOR', 'DSJ_PROCESSES', 'DSJ_PROCESS')
 _PATIENCE = 24 * 3600  # seconds that processes wait where one of them works
@@ -194,6 +194,22 @@ def from_first(number: int) -> int:
 
   wait_for_all()
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def peer_lost(error: Exception) -> PeerLost | None:
+  """The loss of another process that `error` tells of; None if it is another.
+
+  A collective fails with the words of its transport, which are many; what is
+  known not to be a loss is memory.
+  """
+  runtime = isinstance(error, jax.errors.JaxRuntimeError)
+  if not several() or not runtime or 'RESOURCE_EXHAUSTED' in str(error):
+    return None
+  what = str(error).splitlines()[0]
+  return PeerLost(
+    f'process {jax.process_index()}: another process seems to be gone ({what});'
+    ' start all of them again'
+  )
 
 
 def leave(status: int) -> None:

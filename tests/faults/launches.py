@@ -5,11 +5,10 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from tests.faults import runs
 
@@ -19,11 +18,10 @@ HEARTBEAT = 10  # seconds
 
 class Worker(NamedTuple):
   process: subprocess.Popen
-  output: IO[str]
+  output: Path
 
   def said(self) -> str:
-    self.output.seek(0)
-    return self.output.read()
+    return self.output.read_text()
 
 
 def free_port() -> int:
@@ -46,15 +44,19 @@ def start(
   command = [sys.executable, '-m', 'tests.faults.worker', *flags]
   command += [f'--home={runs.home()}', f'--workdir={workdir}']
   if count > 1:
-    command += [f'--coordinator=127.0.0.1:{free_port()}', f'--processes={count}']
+    command += [
+      f'--coordinator=127.0.0.1:{free_port()}',
+      f'--processes={count}',
+    ]
     command += [f'--heartbeat={HEARTBEAT}']
   workers = []
   for index in range(count):
-    output = tempfile.TemporaryFile('w+')
+    output = workdir.with_name(f'{workdir.name}.{index}.log')
     own = [f'--process={index}'] if count > 1 else []
-    process = subprocess.Popen(
-      command + own, cwd=ROOT, env=environment, stdout=output, stderr=output
-    )
+    with output.open('w') as log:
+      process = subprocess.Popen(
+        command + own, cwd=ROOT, env=environment, stdout=log, stderr=log
+      )
     workers.append(Worker(process, output))
   return workers
 
@@ -63,9 +65,7 @@ def end(workers: Sequence[Worker], seconds: float = 200) -> list[int]:
   """Exit codes, when all have ended; those that never end are killed."""
   until = time.monotonic() + seconds
   try:
-    return [
-      w.process.wait(max(until - time.monotonic(), 0.1)) for w in workers
-    ]
+    return [w.process.wait(max(until - time.monotonic(), 0.1)) for w in workers]
   finally:
     for worker in workers:
       if worker.process.poll() is None:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax import schedules
+from deepseek_jax import frozen, schedules
+from deepseek_jax.block_norms import block_norms
 from deepseek_jax.gate import GateConfig, GateState, initial_gate, judge
 from deepseek_jax.layers.balance import updated_bias
 from deepseek_jax.losses import linear_cross_entropy
-from deepseek_jax.optim import OptimizerConfig, adamw
+from deepseek_jax.optim import OptimizerConfig, update_rule
 from deepseek_jax.transformer import Model, moe_statistics
 
 
@@ -31,6 +32,10 @@ class TrainConfig:
     optimizer, schedule, gate: see there.
     mtp_weight: lambda of the MTP loss.
     bias_rate: step of the router bias (gamma), frozen by its schedule.
+    trainable: names; only parameters with one of them in their path are
+      trained ('indexer': the warm-up of sparse attention). (): all.
+    recall_goal: the run ends early, once the mean recall of its last ten
+      steps is this much; 0: never.
   """
 
   tokens: float
@@ -40,6 +45,8 @@ class TrainConfig:
   gate: GateConfig = GateConfig()
   mtp_weight: schedules.SwitchConfig = schedules.v3_mtp_weight()
   bias_rate: schedules.SwitchConfig = schedules.v3_bias_rate()
+  trainable: tuple = ()
+  recall_goal: float = 0.0
 
 
 class TrainState(NamedTuple):
@@ -53,9 +60,23 @@ class TrainState(NamedTuple):
   gate: GateState
 
 
+def _part(model: Model, cfg: TrainConfig) -> frozen.Part | None:
+  """What is trained; None is everything."""
+  if not cfg.trainable:
+    return None
+  return frozen.part(model.abstract['params'], cfg.trainable)
+
+
+def _optimizer(model: Model, cfg: TrainConfig):
+  part = _part(model, cfg)
+  if part is None:
+    return update_rule(cfg.optimizer, model.abstract['params'])
+  return part.only(update_rule(cfg.optimizer, part.abstract))
+
+
 def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
   """The state before the first step; `variables` as model.init makes them."""
-  optimizer = adamw(cfg.optimizer, model.abstract['params'])
+  optimizer = _optimizer(model, cfg)
   return TrainState(
     jnp.int32(0),
     jnp.uint32(0),
@@ -66,8 +87,13 @@ def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
   )
 
 
-def _targets(batch, cross_document: bool):
-  """tokens [B T+1] ... -> what the model reads, labels and weights [B T]."""
+def targets(batch, cross_document: bool):
+  """A batch as the model reads it, and what it should say.
+
+  Returns:
+    tokens, segments, positions (the last two None when documents see each
+    other), labels, and weights float32: each [B T].
+  """
   tokens, segments = batch['tokens'], batch['segments']
   weights = jnp.ones(tokens[:, 1:].shape, jnp.float32)
   if cross_document:
@@ -117,7 +143,8 @@ def loss_and_metrics(
   Args:
     model: whose loss.
     variables: its parameters and buffers.
-    batch: 'tokens', 'segments', 'positions', each [B T+1] int32.
+    batch: 'tokens', 'segments', 'positions', each [B T+1] int32, and maybe
+      'ngrams' [B T+1 L K] int32, see model.apply.
     shares: how it counts. V3 divides the MTP loss by all tokens, too.
     cross_document: documents see each other.
 
@@ -126,8 +153,9 @@ def loss_and_metrics(
     entropy), 'mtp_loss', 'balance_loss', 'load' [L E], 'dropped' [L] and
     'loads', by the block's place (MTP's too).
   """
-  tokens, segments, positions, labels, weights = _targets(batch, cross_document)
+  tokens, segments, positions, labels, weights = targets(batch, cross_document)
   mtp = model.config.mtp.depth > 0
+  ngrams = batch.get('ngrams')
   out = model.apply(
     variables,
     tokens,
@@ -135,27 +163,78 @@ def loss_and_metrics(
     segment_ids=segments,
     train=True,
     mtp=mtp,
+    ngrams=None if ngrams is None else ngrams[:, :-1],
   )
-  head = model.head(variables)
-  flat = out.hidden.reshape(-1, out.hidden.shape[-1])
+  loss, metrics = token_losses(
+    out.hidden, out.aux, model.head(variables), (labels, weights), shares
+  )
+  extra, more = routing_losses(out.aux, shares)
+  own, recall = attention_losses(out.aux, shares)
+  return loss + extra + own, metrics | more | recall
+
+
+def token_losses(hidden, aux: dict, head, wanted, shares: Shares):
+  """Cross entropies of the next token and, if predicted, of those after it.
+
+  Args:
+    hidden: [B T D].
+    aux: of an Output; its 'mtp_hidden' is read.
+    head: [D V].
+    wanted: labels and weights [B T].
+    shares: how they count.
+
+  Returns:
+    The loss, and the metrics 'loss' and 'mtp_loss'.
+  """
+  labels, weights = wanted
+  flat = hidden.reshape(-1, hidden.shape[-1])
   main = linear_cross_entropy(
     flat, head, labels.reshape(-1), weights.reshape(-1)
   )
   metrics = {'loss': main / shares.denominator}
   loss = metrics['loss']
-  if mtp:
-    extra = _mtp_loss(out.aux['mtp_hidden'], head, labels, weights)
+  if 'mtp_hidden' in aux:
+    extra = _mtp_loss(aux['mtp_hidden'], head, labels, weights)
     metrics['mtp_loss'] = extra / shares.denominator
     loss += shares.mtp_weight * metrics['mtp_loss']
-  balance = _balance_loss(out.aux)
+  return loss, metrics
+
+
+def routing_losses(aux: dict, shares: Shares):
+  """The balance losses of an Output's aux, and what its experts saw.
+
+  Returns:
+    The loss, and the metrics 'balance_loss', 'loads', 'load' and 'dropped',
+    as far as there are experts.
+  """
+  metrics, loss = {'loads': _loads(aux)}, jnp.float32(0)
+  balance = _balance_loss(aux)
   if balance is not None:
     metrics['balance_loss'] = balance / shares.micro_batches
     loss += metrics['balance_loss']
-  metrics['loads'] = _loads(out.aux)
-  load = moe_statistics(out.aux, 'load')
+  load = moe_statistics(aux, 'load')
   if load is not None:
     metrics['load'] = load
-    metrics['dropped'] = moe_statistics(out.aux, 'dropped')
+    metrics['dropped'] = moe_statistics(aux, 'dropped')
+  return loss, metrics
+
+
+def attention_losses(aux: dict, shares: Shares):
+  """What sparse attentions learn from, and how well they choose.
+
+  Returns:
+    The sum of the layers' losses, and the metrics 'attention_loss' and
+    'recall' (the layers' mean), as far as there are any.
+  """
+  layers = [stats['attention'] for stats in _every_block(aux).values()]
+  every = lambda name: [s[name].reshape(-1) for s in layers if name in s]
+  metrics, loss = {}, jnp.float32(0)
+  if every('loss'):
+    loss = jnp.concatenate(every('loss')).sum() / shares.micro_batches
+    metrics['attention_loss'] = loss
+  if every('recall'):
+    recall = jnp.concatenate(every('recall')).mean()
+    metrics['recall'] = recall / shares.micro_batches
   return loss, metrics
 
 
@@ -216,19 +295,24 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
 
   batch: 'tokens', 'segments', 'positions', each [B T+1] int32, B divisible by
   cfg.batch.accumulate. metrics: scalars 'loss', 'mtp_loss', 'balance_loss',
-  'grad_norm', 'learning_rate', 'applied', 'skipped', 'streak', and per MoE
-  layer 'load' [L E] (choices in the global batch) and 'dropped' [L].
+  'grad_norm', 'learning_rate', 'applied', 'skipped', 'streak', of sparse
+  attention 'attention_loss' and 'recall', and per MoE layer 'load' [L E]
+  (choices in the global batch) and 'dropped' [L]; 'block_norms' of the
+  gradient, by block.
   Jit it with the state donated.
   """
-  optimizer = adamw(cfg.optimizer, model.abstract['params'])
+  optimizer = _optimizer(model, cfg)
+  part = _part(model, cfg)
 
   def gradients(state, batch, mtp_weight):
-    weights = _targets(batch, cross_document)[-1]
+    weights = targets(batch, cross_document)[-1]
     shares = Shares(
       jnp.maximum(weights.sum(), 1.0), cfg.batch.accumulate, mtp_weight
     )
 
     def loss(params, micro):
+      if part is not None:
+        params = part.detached(params)
       variables = {'params': params, 'buffers': state.buffers}
       return loss_and_metrics(
         model, variables, micro, shares, cross_document=cross_document
@@ -269,6 +353,7 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
     )
     metrics |= {
       'grad_norm': norm,
+      'block_norms': block_norms(grads),
       'learning_rate': rate,
       'applied': applied,
       'skipped': gated.skipped,

@@ -19,10 +19,12 @@ from deepseek_jax.config import changed
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.engram import EngramConfig
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig, shifted
+from deepseek_jax.layers.ngram_hash import NGramHash
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import ResidualConfig
 from deepseek_jax.sharding import Buffer, param, shard
@@ -36,10 +38,12 @@ class Kind:
     ffn: which sub-config is its FFN, 'ffn' (dense) or 'moe'.
     change: where it departs from the model's sub-configs, as pairs of a
       dotted field and a value: (('attention.rope.theta', 160000.0),).
+    engram: whether it begins with a memory.
   """
 
   ffn: Literal['ffn', 'moe'] = 'moe'
   change: tuple = ()
+  engram: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class TransformerConfig:
     attention, ffn, moe, residual: the shared sub-configs, one per idea.
     kinds: what the layout's names mean.
     mtp: multi-token prediction.
+    engram: the memory of the kinds that have one.
     norm_eps: of the block norms and the final norm.
     init_std: of every weight matrix at initialisation.
     tied: embedding and head are one matrix.
@@ -95,6 +100,7 @@ class TransformerConfig:
     default_factory=lambda: {'dense': Kind('ffn'), 'moe': Kind('moe')}
   )
   mtp: MTPConfig = MTPConfig(depth=0)
+  engram: EngramConfig | None = None
   norm_eps: float = 1e-6
   init_std: float = 0.006
   tied: bool = False
@@ -107,13 +113,24 @@ class TransformerConfig:
       )
     if not self.layout:
       raise InputError('layout = (): name at least one block')
-    self.segments()
     flat = isinstance(self.residual, ResidualConfig)
     if self.mtp.depth and self.mtp.streams and flat:
       raise InputError(
         'mtp.streams = True: the residual has one stream; use'
         ' hyper-connections or mtp.streams = False'
       )
+    if self.mtp.depth and self.block(self.mtp.block).engram:
+      raise InputError(
+        f'mtp.block = {self.mtp.block!r}: has a memory, which prediction'
+        ' blocks cannot have; choose a kind with engram = False'
+      )
+    for block in [b for s in self.segments() for b in s.blocks]:
+      router = getattr(block.ffn, 'router', None)
+      if router and router.hash_vocab not in (0, self.vocab_size):
+        raise InputError(
+          f'router.hash_vocab = {router.hash_vocab}: must be vocab_size ='
+          f' {self.vocab_size}, or 0'
+        )
 
   @property
   def layers(self) -> int:
@@ -142,9 +159,28 @@ class TransformerConfig:
       raise InputError(
         f'layout names {name!r}, which needs {kind.ffn} = ...: it is None'
       )
+    if not kind.engram:
+      return BlockConfig(
+        parts['attention'], ffn, parts['residual'], self.norm_eps
+      )
+    if self.engram is None:
+      raise InputError(
+        f'kinds.{name}.engram = True: needs engram = ...: it is None'
+      )
     return BlockConfig(
-      parts['attention'], ffn, parts['residual'], self.norm_eps
+      parts['attention'],
+      ffn,
+      parts['residual'],
+      self.norm_eps,
+      self.engram,
+      self.engram.rows(len(self.engram_layers())),
     )
+
+  def engram_layers(self) -> tuple[int, ...]:
+    """Numbers of the layers with a memory, in order."""
+    names = [n for names, repeat in self.layout for n in names * repeat]
+    has = lambda name: name in self.kinds and self.kinds[name].engram
+    return tuple(i for i, name in enumerate(names) if has(name))
 
   def segments(self) -> tuple[Segment, ...]:
     """The layout with its names looked up."""
@@ -198,6 +234,9 @@ class Transformer(nnx.Module):
     self.segments = nnx.List(
       [self._stack(segment, rngs) for segment in cfg.segments()]
     )
+    self._number_engrams()
+    if cfg.engram_layers():
+      self.ngrams = NGramHash(cfg.engram, V, cfg.engram_layers())
     self.residual = cfg.residual.head(D, std=std, rngs=rngs)
     self.norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
     if not cfg.tied:
@@ -219,6 +258,23 @@ class Transformer(nnx.Module):
       return nnx.List([Block(b, D, std=std, rngs=rngs) for b in segment.blocks])
 
     return jax.vmap(pattern)(jax.random.split(rngs.params(), segment.repeat))
+
+  def _number_engrams(self):
+    """Tells each layer with a memory which of them it is."""
+    number = 0
+    for segment, blocks in zip(self.cfg.segments(), self.segments):
+      own = [i for i, b in enumerate(segment.blocks) if b.engram]
+      for place, i in enumerate(own):
+        each = number + place + len(own) * jnp.arange(segment.repeat)
+        blocks[i].engram.number = Buffer(each.astype(jnp.int32), axes=())
+      number += len(own) * segment.repeat
+
+  def hashed(self, ctx: Context, cache: Cache | None):
+    """ctx with the rows of its n-grams, if not given, and what is kept."""
+    if not self.cfg.engram_layers():
+      return ctx, None
+    rows, recent = self.ngrams(ctx, cache and cache.recent)
+    return (ctx if ctx.rows is not None else ctx._replace(rows=rows)), recent
 
   def head_weight(self) -> jax.Array:
     """[D V]."""
@@ -256,19 +312,34 @@ class Transformer(nnx.Module):
     caches, stats = jax.tree.map(lambda *a: jnp.stack(a), *each)
     return stream, caches, stats
 
-  def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
+  def enter(self, ctx: Context) -> jax.Array:
+    """The stream before the first block."""
     stream = self.cfg.residual.expand(self.embed[...][ctx.tokens])
-    stream = shard(stream, 'batch', 'seq', *(None,) * (stream.ndim - 2))
-    caches, aux = [], {'segments': []}
+    return shard(stream, 'batch', 'seq', *(None,) * (stream.ndim - 2))
+
+  def through(self, stream, ctx: Context, cache: Cache | None):
+    """All blocks -> (stream, caches and statistics per segment)."""
+    caches, statistics = [], []
     for i, blocks in enumerate(self.segments):
       past = cache.layers[i] if cache else (None,) * len(blocks)
       stream, past, stats = self._segment(blocks, stream, ctx, past)
       caches.append(past)
-      aux['segments'].append(stats)
-    hidden = self.norm(self.residual.collapse(stream))
+      statistics.append(stats)
+    return stream, caches, statistics
+
+  def leave(self, stream, ctx: Context, mtp: bool):
+    """The stream after the last block -> (hidden [B T D], MTP's aux)."""
+    hidden, aux = self.norm(self.residual.collapse(stream)), {}
     if mtp and self.cfg.mtp.depth:
       state = stream if self.cfg.mtp.streams else hidden
       aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx)
+    return hidden, aux
+
+  def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
+    ctx, recent = self.hashed(ctx, cache)
+    stream, caches, statistics = self.through(self.enter(ctx), ctx, cache)
+    hidden, aux = self.leave(stream, ctx, mtp)
+    aux = {'segments': statistics, **aux}
     logits = jnp.einsum(
       'BTD,DV->BTV',
       hidden,
@@ -277,7 +348,9 @@ class Transformer(nnx.Module):
     )
     if cache:
       new = ctx.tokens.shape[1] if ctx.valid is None else ctx.valid.sum(axis=1)
-      cache = Cache(tuple(caches), cache.length + new, cache.slots, False)
+      cache = Cache(
+        tuple(caches), cache.length + new, cache.slots, False, recent
+      )
     return Output(logits, hidden, cache, aux)
 
   def _mtp(self, state, ctx: Context):
@@ -314,25 +387,27 @@ class Model:
   abstract: dict[str, nnx.State]
 
 
-def build(config: TransformerConfig) -> Model:
-  """Makes the pure functions of a model; allocates no array.
+class Functional(NamedTuple):
+  """A module as pure functions, see `functional`."""
 
-  apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
-  train=False, mtp=False) -> Output, with
-    tokens: [B T] int32.
-    positions: [B T] int32; by default those after the cached tokens, or from 0
-      within each segment.
-    segment_ids: [B T] int32, the document of each token: it sees no other. 0
-      is padding, which is cached, routed and counted nowhere. None: all of a
-      row is one document.
-    cache: from `init_cache` or an earlier Output.
-    train: applies what is for training only (capacity).
-    mtp: runs the multi-token prediction blocks too.
+  abstract: dict[str, nnx.State]
+  init: Callable[[jax.Array], dict]
+  cast: Callable[[dict], dict]
+  merge: Callable[[dict], nnx.Module]
+
+
+def functional(make: Callable[[jax.Array], nnx.Module], dtype) -> Functional:
+  """Takes a module apart into functions of plain dicts; allocates no array.
+
+  Args:
+    make: key -> module.
+    dtype: of computing.
+
+  Returns:
+    abstract and init as in Model, cast likewise; merge: variables -> module.
   """
-  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   abstract = jax.eval_shape(make, jax.random.key(0))
   graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)
-  dtype = jnp.dtype(config.compute.dtype)
 
   def init(key):
     _, params, buffers = nnx.split(make(key), nnx.Param, Buffer)
@@ -357,6 +432,30 @@ def build(config: TransformerConfig) -> Model:
   def merge(variables):
     return nnx.merge(graphdef, variables['params'], variables['buffers'])
 
+  return Functional({'params': params, 'buffers': buffers}, init, cast, merge)
+
+
+def build(config: TransformerConfig) -> Model:
+  """Makes the pure functions of a model; allocates no array.
+
+  apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
+  train=False, mtp=False, ngrams=None) -> Output, with
+    tokens: [B T] int32.
+    positions: [B T] int32; by default those after the cached tokens, or from 0
+      within each segment.
+    segment_ids: [B T] int32, the document of each token: it sees no other. 0
+      is padding, which is cached, routed and counted nowhere. None: all of a
+      row is one document.
+    cache: from `init_cache` or an earlier Output.
+    train: applies what is for training only (capacity).
+    mtp: runs the multi-token prediction blocks too.
+    ngrams: [B T L K] int32, rows of the memories' tables that the data
+      pipeline has hashed; by default they are hashed here, to the same.
+  """
+  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
+  dtype = jnp.dtype(config.compute.dtype)
+  abstract, init, cast, merge = functional(make, dtype)
+
   def apply(
     variables,
     tokens,
@@ -366,26 +465,30 @@ def build(config: TransformerConfig) -> Model:
     cache=None,
     train=False,
     mtp=False,
+    ngrams=None,
   ):
     _check_tokens(tokens, cache)
     if positions is None:
       positions = _default_positions(tokens, segment_ids, cache)
     fresh = cache is None or cache.fresh
-    ctx = Context(tokens, positions, segment_ids, train, fresh)
+    ctx = Context(tokens, positions, segment_ids, train, fresh, ngrams)
     return merge(cast(variables))(ctx, cache, mtp)
 
   def init_cache(batch, slots):
     layers = []
     for segment in config.segments():
-      one = lambda b: b.attention.cache(batch, slots, dtype)
+      one = lambda b: b.cache(batch, slots, config.dim, dtype)
       empty = [one(b) for b in segment.blocks]
       stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
       layers.append(tuple(jax.tree.map(stack, empty)))
-    return Cache(tuple(layers), jnp.zeros(batch, jnp.int32), slots)
+    recent = None
+    if config.engram_layers():
+      recent = jnp.zeros((batch, config.engram.longest), jnp.int32)
+    length = jnp.zeros(batch, jnp.int32)
+    return Cache(tuple(layers), length, slots, recent=recent)
 
   head = lambda variables: merge(cast(variables)).head_weight()
-  state = {'params': params, 'buffers': buffers}
-  return Model(config, init, apply, init_cache, head, cast, state)
+  return Model(config, init, apply, init_cache, head, cast, abstract)
 
 
 def _default_positions(tokens, segment_ids, cache):

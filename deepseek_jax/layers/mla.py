@@ -19,6 +19,7 @@ from deepseek_jax.layers.attention import cached_attention, causal_attention
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
+from deepseek_jax.parallel import context
 from deepseek_jax.sharding import param, shard
 
 
@@ -140,6 +141,43 @@ class MLA(nnx.Module):
     wider = 2 * cfg.kv_rank - cfg.nope_dim - cfg.v_dim
     return queries * wider < cfg.kv_rank * (cfg.nope_dim + cfg.v_dim)
 
+  def attend(self, qn, qr, latent, past, ctx: Context) -> jax.Array:
+    """Attention to `latent`, these tokens, or to the cache `past`, dense.
+
+    Args:
+      qn, qr: as `query` returns them.
+      latent: of the same tokens.
+      past: the cache with these tokens written, or None.
+      ctx: of these tokens.
+
+    Returns:
+      [B T H V].
+    """
+    if past is None or ctx.fresh:
+      q = jnp.concatenate([qn, qr], axis=-1)
+      if context.mesh_axis(q.shape[1]):
+        return context.latent_attention(
+          q,
+          *latent,
+          self.kv_up[...],
+          scale=self.cfg.scale,
+          segments=ctx.segments,
+        )
+      k, v = self.keys_values(latent)
+      return causal_attention(
+        q, k, v, scale=self.cfg.scale, segments=ctx.segments
+      )
+    if self.absorbing_pays(qn.shape[1]):
+      return self.absorbed(qn, qr, past, ctx.positions)
+    q = jnp.concatenate([qn, qr], axis=-1)
+    k, v = self.keys_values(past)
+    return cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
+
+  def project(self, y: jax.Array) -> jax.Array:
+    """Heads' values [B T H V] -> [B T D]."""
+    y = shard(y, 'batch', 'seq', 'heads', None)
+    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...])
+
   def __call__(
     self, x: jax.Array, ctx: Context, past: Latent | None = None
   ) -> tuple[jax.Array, Latent | None, dict]:
@@ -153,15 +191,4 @@ class MLA(nnx.Module):
           for b, n in zip(past, latent)
         )
       )
-    if past is None or ctx.fresh:
-      q = jnp.concatenate([qn, qr], axis=-1)
-      k, v = self.keys_values(latent)
-      y = causal_attention(q, k, v, scale=self.cfg.scale, segments=ctx.segments)
-    elif self.absorbing_pays(x.shape[1]):
-      y = self.absorbed(qn, qr, past, ctx.positions)
-    else:
-      q = jnp.concatenate([qn, qr], axis=-1)
-      k, v = self.keys_values(past)
-      y = cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
-    y = shard(y, 'batch', 'seq', 'heads', None)
-    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}
+    return self.project(self.attend(qn, qr, latent, past, ctx)), past, {}

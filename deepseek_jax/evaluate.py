@@ -6,11 +6,14 @@ from collections.abc import Callable
 import jax
 
 from deepseek_jax.losses import linear_cross_entropy
+from deepseek_jax.sharding import Using, current
 from deepseek_jax.transformer import Model
 
 
 @functools.lru_cache(maxsize=8)
-def _nll(model: Model) -> Callable:
+def _nll(model: Model, using: Using | None) -> Callable:
+  del using  # what is traced depends on it, which jit does not know
+
   def nll(variables, batch):
     out = model.apply(
       variables,
@@ -39,5 +42,5 @@ def bits_per_byte(model: Model, variables: dict, heldout) -> float:
   for batch in heldout:
     # NumPy's, which jit may place on as many devices as the variables are on.
     arrays = {k: v for k, v in batch.items() if k != 'document'}
-    total += float(_nll(model)(variables, arrays))
+    total += float(_nll(model, current())(variables, arrays))
   return heldout.bits_per_byte(total)

@@ -21,13 +21,18 @@ import numpy as np
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax import evaluate, integrity, last_steps
+from deepseek_jax import evaluate, integrity, last_steps, warm_start
+from deepseek_jax import metrics as metric_files
 from deepseek_jax.checkpoint import Checkpoints, flatten
+from deepseek_jax.data.ngrams import token_classes
 from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.flight import FlightRecorder, max_violation
 from deepseek_jax.last_steps import LastSteps
+from deepseek_jax.layers import ngram_hash
 from deepseek_jax.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.parallel import distributed, placement
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.placement import Placement
 from deepseek_jax.preemption import Preemption
 from deepseek_jax.timeline import Timeline
@@ -90,11 +95,12 @@ class RunConfig:
   """One run, whole.
 
   Attributes:
-    model, data, train, evaluate, safety: see there.
+    model, data, train, evaluate, safety, mesh: see there.
     seed: of the initialisation; the data have their own.
     checkpoint_every: steps between checkpoints (0: only at the end).
     keep: checkpoints that stay.
     tensorboard: also write event files.
+    init_from: folder of a run to take the weights from; '': none.
   """
 
   model: TransformerConfig
@@ -102,10 +108,12 @@ class RunConfig:
   train: TrainConfig
   evaluate: EvaluateConfig = EvaluateConfig()
   safety: SafetyConfig = SafetyConfig()
+  mesh: MeshConfig = MeshConfig()
   seed: int = 0
   checkpoint_every: int = 0
   keep: int = 2
   tensorboard: bool = False
+  init_from: str = ''
 
   def __post_init__(self):
     if self.data.vocab_size > self.model.vocab_size:
@@ -166,7 +174,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
       raise InputError(
         f'{path} is not JSON: mend it, or choose another --workdir'
       ) from None
-    lines = _differences(theirs, mine)
+    lines = _differences(_filled(theirs), mine)
     if lines:
       raise InputError(
         f'workdir {workdir} holds another run ({"; ".join(lines[:3])}):'
@@ -184,6 +192,14 @@ def claim(workdir: Path, config: RunConfig) -> None:
   os.replace(scratch, path)
 
 
+def _filled(written: dict) -> dict:
+  """A config.json with the defaults of fields that came after it."""
+  try:
+    return _json(configs.from_dict(RunConfig, written))
+  except InputError:
+    return written
+
+
 def _differences(theirs: dict, mine: dict) -> list[str]:
   theirs, mine = flatten(theirs), flatten(mine)
   names = dict.fromkeys([*theirs, *mine])
@@ -192,7 +208,7 @@ def _differences(theirs: dict, mine: dict) -> list[str]:
     f'{n}: {theirs.get(n, absent)!r} there, {mine.get(n, absent)!r} here'
     for n in names
     if theirs.get(n, absent) != mine.get(n, absent)
-    and not n.startswith('safety.')
+    and not n.startswith(('safety.', 'mesh.'))
   ]
 
 
@@ -200,6 +216,8 @@ _SCALARS = (
   'loss',
   'mtp_loss',
   'balance_loss',
+  'attention_loss',
+  'recall',
   'grad_norm',
   'learning_rate',
   'skipped',
@@ -213,7 +231,10 @@ class _Steps:
     step = train_step(
       model, config.train, cross_document=config.data.cross_document
     )
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=where.copied)
+    state = jax.eval_shape(functools.partial(fresh_state, config, model))
+    places = where.shardings(state, model.abstract), where.copied
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
+    self._where = where
     self._compiled = {}
 
   def __call__(self, state, batch, writer):
@@ -224,7 +245,8 @@ class _Steps:
     rows = batch['tokens'].shape[0]
     if rows not in self._compiled:
       start, hits = time.perf_counter(), _cache_hits[0]
-      self._compiled[rows] = self._step.lower(state, batch).compile()
+      with self._where.use():
+        self._compiled[rows] = self._step.lower(state, batch).compile()
       source = 'from the cache' if _cache_hits[0] > hits else 'anew'
       writer.log(
         f'compiled the step for {rows} sequences in'
@@ -299,12 +321,18 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
         claim(workdir, config)
       if first:
         store.tokenizer().save(str(workdir))
-      model, where = build(config.model), placement.choose()
+        if config.init_from:
+          warm_start.check_tokenizer(workdir, Path(config.init_from))
+      model = build(config.model)
+      where = _placed(config, model)
     with Checkpoints(
       workdir / 'checkpoints', keep=config.keep, verify=config.safety.verify
     ) as checkpoints:
       with timeline.phase('restore' if checkpoints.steps() else 'init'):
         state, resumed = _start(config, model, where, checkpoints, batches)
+        if model.config.engram_layers():
+          state = _with_classes(state, resumed, model, store)
+          batches.ngrams = ngram_hash.host_hash(state.buffers)
       timeline.begin(resumed)
       with _writer(config, workdir, resumed, console) as writer:
         if resumed:
@@ -323,9 +351,30 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
           LastSteps(
             workdir / 'abort.jsonl', config.safety.last_steps if first else 0
           ),
+          _recalls(workdir, resumed),
         )
         state = trainer.run(state)
   return Run(config, model, store, state, trainer.tokens_per_second)
+
+
+def _placed(config: RunConfig, model: Model) -> Placement:
+  """Where the run lives; whatever does not fit is found here."""
+  if config.mesh.stage > 1:
+    raise InputError(
+      f'mesh.stage = {config.mesh.stage}: a training run has no pipeline; set'
+      ' it to 1 and another axis to that'
+    )
+  batch = config.train.batch
+  for rows in {batch.at(0), batch.size}:
+    length = config.data.seq_len
+    meshes.check_batch(config.mesh, rows, length, batch.accumulate)
+  return placement.choose(config.mesh, model.abstract)
+
+
+def _recalls(workdir: Path, resumed: int) -> list[float]:
+  """Those of the steps before, for a run that ends by them."""
+  rows = metric_files.read(workdir) if resumed else []
+  return [r['recall'] for r in rows if 'recall' in r and r['step'] <= resumed]
 
 
 def _writer(config, workdir, resumed: int, console: bool):
@@ -386,11 +435,35 @@ def _start(config, model, where, checkpoints, batches):
   fresh = functools.partial(fresh_state, config, model)
   step = checkpoints.newest_whole(_warn)
   if step is None:
-    return jax.jit(fresh, out_shardings=where.copied)(), 0
+    state = where.make(fresh, model.abstract)
+    if config.init_from:
+      state = _warm(config.init_from, state, model, where)
+    return state, 0
   checkpoints.set_aside_after(step)
-  restored = checkpoints.restore(step, where.abstract(fresh))
+  like = where.abstract(fresh, model.abstract)
+  restored = checkpoints.restore(step, like)
   batches.set_state(restored.data)
   return restored.state, step
+
+
+def _warm(source: str, state: TrainState, model, where) -> TrainState:
+  """The state with the weights of another run."""
+  fresh = {'params': state.params, 'buffers': state.buffers}
+  begun, new = warm_start.variables(fresh, load(source).variables, source)
+  if distributed.first():
+    _warn(f'weights are of {source}; fresh: {", ".join(new) or "none"}')
+  places = where.shardings(begun, model.abstract)
+  begun = jax.jit(lambda v: v, out_shardings=places)(begun)
+  return state._replace(**begun)
+
+
+def _with_classes(state, resumed, model, store):
+  """A new run's memory gets the classes of the tokenizer's tokens."""
+  if resumed:
+    return state
+  classes = token_classes(store.tokenizer(), model.config.vocab_size)
+  buffers = ngram_hash.with_classes(model.config.engram, state.buffers, classes)
+  return state._replace(buffers=buffers)
 
 
 def _warn(line: str) -> None:
@@ -412,6 +485,7 @@ class _Trainer:
   preemption: Preemption
   timeline: Timeline
   last_steps: LastSteps
+  recalls: list  # of the steps so far
 
   def __post_init__(self):
     self._steps = _Steps(self.model, self.config, self.where)
@@ -445,7 +519,7 @@ class _Trainer:
   def _run(self, state):
     config, length = self.config, self.config.data.seq_len
     number, tokens = int(state.step), int(state.sequences) * length
-    while tokens < config.train.tokens:
+    while tokens < config.train.tokens and not self._imitated():
       start = time.perf_counter()
       size = config.train.batch.at(tokens)
       state, metrics = self._step(number + 1, state, size)
@@ -454,7 +528,7 @@ class _Trainer:
       self.timeline.reached(number)
       self._report(number, metrics, state, size * length, seconds)
       self._give_up_if_stuck(number, metrics)
-      last = tokens >= config.train.tokens
+      last = tokens >= config.train.tokens or self._imitated()
       if _due(config.evaluate.every, number) and not last:
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
@@ -466,6 +540,11 @@ class _Trainer:
       if stop:
         raise Preempted(f'preempted: step {number} is saved')
     return state
+
+  def _imitated(self) -> bool:
+    """Whether the indexers have found what they were to find."""
+    goal, recent = self.config.train.recall_goal, self.recalls[-10:]
+    return bool(goal and len(recent) == 10 and np.mean(recent) >= goal)
 
   def _step(self, number, state, size):
     """The step that makes `number` complete -> state, metrics on the host."""
@@ -485,6 +564,8 @@ class _Trainer:
 
   def _report(self, number, metrics, state, tokens, seconds):
     scalars = {k: float(metrics[k]) for k in _SCALARS if k in metrics}
+    if 'recall' in scalars:
+      self.recalls.append(scalars['recall'])
     speed = tokens / seconds
     self._speeds.append(speed)
     if self.recorder:
@@ -521,7 +602,8 @@ class _Trainer:
       limit=cfg.documents,
     )
     variables = {'params': state.params, 'buffers': state.buffers}
-    bits = evaluate.bits_per_byte(self.model, variables, heldout)
+    with self.where.use():
+      bits = evaluate.bits_per_byte(self.model, variables, heldout)
     self.writer.write(number, {'validation_bits_per_byte': bits})
 
   def _save(self, number, state, *, wait: bool):

@@ -7,6 +7,8 @@ notebooks and tests need no mesh.
 """
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -14,9 +16,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.parallel.exchange import ExchangeConfig
+
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-_current: list[tuple[Mesh, Rules]] = []
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Using:
+  """What `use` makes known to layers."""
+
+  mesh: Mesh
+  rules: Rules
+  exchange: ExchangeConfig = ExchangeConfig()
+
+  def spec(self, axes, shape) -> PartitionSpec:
+    """The PartitionSpec of an activation of `shape` with logical `axes`.
+
+    Mesh axes that do not divide a size are left out, last ones first: one
+    token of a cache has nothing to split.
+    """
+    stack = len(shape) - len(axes)
+    parts = [None] * stack
+    for axis, size in zip(axes, shape[stack:]):
+      names = self.rules.get(axis) if axis else None
+      names = (names,) if isinstance(names, str) else tuple(names or ())
+      names = tuple(n for n in names if n in self.mesh.shape)
+      while names and size % math.prod(self.mesh.shape[n] for n in names):
+        names = names[:-1]
+      parts.append(names or None)
+    return PartitionSpec(*parts)
+
+
+_current: list[Using] = []
 
 
 class Buffer(nnx.Variable):
@@ -42,16 +73,31 @@ def spec(axes, rules: Rules, ndim: int | None = None) -> PartitionSpec:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules):
-  """Applies `rules` to every `shard` traced inside.
-
-  The rules are no part of jit's cache key: trace each step inside one `use`.
-  """
-  _current.append((mesh, rules))
+def under(using: Using):
+  """As `use`, with what is given together."""
+  _current.append(using)
   try:
     yield
   finally:
     _current.pop()
+
+
+def use(mesh: Mesh, rules: Rules, exchange: ExchangeConfig | None = None):
+  """Applies `rules` to every `shard` traced inside.
+
+  The rules are no part of jit's cache key: trace each step inside one `use`.
+
+  Args:
+    mesh: over which the step runs.
+    rules: logical axis -> mesh axes.
+    exchange: how tokens reach experts of other devices.
+  """
+  return under(Using(mesh, rules, exchange or ExchangeConfig()))
+
+
+def current() -> Using | None:
+  """What tracing happens under; None outside `use`."""
+  return _current[-1] if _current else None
 
 
 def in_mesh() -> bool:
@@ -63,8 +109,8 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains activation `x` to the mesh axes of its logical `axes`."""
   if not _current:
     return x
-  mesh, rules = _current[-1]
-  sharding = NamedSharding(mesh, spec(axes, rules, x.ndim))
+  using = _current[-1]
+  sharding = NamedSharding(using.mesh, using.spec(axes, x.shape))
   return jax.lax.with_sharding_constraint(x, sharding)
 
 

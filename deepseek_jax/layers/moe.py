@@ -7,6 +7,7 @@ Legend: B batch, T tokens, D model, E experts, K chosen, F expert hidden.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from deepseek_jax.layers.balance import BalanceConfig
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.ffn import FFN, FFNConfig, swiglu
 from deepseek_jax.layers.router import Router, RouterConfig, Routing
-from deepseek_jax.sharding import param
+from deepseek_jax.parallel import exchange
+from deepseek_jax.sharding import current, param
 from pallas_kernels import grouped_matmul as gmm
 from pallas_kernels import permute
 
@@ -51,6 +53,7 @@ class MoEConfig:
     router: how experts are chosen and weighted.
     balance: losses that keep them evenly used.
     capacity: None never drops a token.
+    limit: clamp inside every expert, the shared ones too (FFNConfig).
   """
 
   experts: int
@@ -60,6 +63,7 @@ class MoEConfig:
   router: RouterConfig = RouterConfig()
   balance: BalanceConfig = BalanceConfig()
   capacity: CapacityConfig | None = None
+  limit: float | None = None
 
   def __post_init__(self):
     if self.experts < 1 or self.width < 1 or self.shared < 0:
@@ -71,6 +75,7 @@ class MoEConfig:
       raise InputError(
         f'top_k = {self.top_k}: must lie in 1..experts = {self.experts}'
       )
+    FFNConfig(self.width, self.limit)  # checks both
     self.router.check(self.experts, self.top_k)
     self.balance.check(self.experts)
     if self.capacity and self.experts % self.capacity.devices:
@@ -117,7 +122,9 @@ def drop(
   )
 
 
-def apply_experts(x, experts, weights, gate_up, down) -> jax.Array:
+def apply_experts(
+  x, experts, weights, gate_up, down, *, limit: float | None = None
+) -> jax.Array:
   """Routed experts on one device.
 
   Args:
@@ -125,17 +132,18 @@ def apply_experts(x, experts, weights, gate_up, down) -> jax.Array:
     experts: [N K] int32, E for nowhere.
     weights: [N K] float32.
     gate_up: [E D 2 F]; down: [E F D].
+    limit: see `swiglu`.
 
   Returns:
     [N D], the weighted sum of the chosen experts' outputs.
   """
   E, D, _, F = gate_up.shape
   if _most_experts_chosen(*experts.shape, E):
-    return _apply_all(x, experts, weights, gate_up, down)
+    return _apply_all(x, experts, weights, gate_up, down, limit)
   plan = permute.plan(experts, E)
   rows = permute.permute(x, plan)
   h = gmm.grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), plan.block_expert)
-  y = gmm.grouped_matmul(swiglu(h), down, plan.block_expert)
+  y = gmm.grouped_matmul(swiglu(h, limit), down, plan.block_expert)
   return permute.combine(y, weights, plan)
 
 
@@ -147,14 +155,15 @@ def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
   return tokens <= 16 and 2 * tokens * top_k >= experts
 
 
-def _apply_all(x, experts, weights, gate_up, down):
+def _apply_all(x, experts, weights, gate_up, down, limit):
   """apply_experts with every expert run on every token: decoding batches."""
   E, D, _, F = gate_up.shape
   hit = experts[..., None] == jnp.arange(E)  # [N K E]
   share = (weights[..., None] * hit).sum(axis=1).astype(x.dtype)  # [N E]
   # Batched over experts: as one wide product it would transpose the weights.
   x = jnp.broadcast_to(x, (E, *x.shape))
-  h = swiglu(jnp.einsum('END,EDF->ENF', x, gate_up.reshape(E, D, 2 * F)))
+  h = jnp.einsum('END,EDF->ENF', x, gate_up.reshape(E, D, 2 * F))
+  h = swiglu(h, limit)
   return jnp.einsum('ENF,EFD->ND', h * share.T[..., None], down)
 
 
@@ -169,8 +178,24 @@ class MoE(nnx.Module):
     )
     self.down = param(rngs, init, (E, F, D), ('experts', 'mlp', 'embed'))
     if cfg.shared:
-      shared = FFNConfig(cfg.shared * F)
+      shared = FFNConfig(cfg.shared * F, cfg.limit)
       self.shared = FFN(shared, D, std=std, rngs=rngs)
+
+  def routed(self, x: jax.Array, routing: Routing):
+    """x [B T D] -> ([B T D], choices that no first buffer of a mesh held)."""
+    B, T, D = x.shape
+    compute = functools.partial(apply_experts, limit=self.cfg.limit)
+    weights = self.gate_up[...], self.down[...]
+    if current():
+      arrays = x, routing.experts, routing.weights
+      return exchange.run(compute, arrays, weights, current())
+    y = compute(
+      x.reshape(B * T, D),
+      routing.experts.reshape(B * T, -1),
+      routing.weights.reshape(B * T, -1),
+      *weights,
+    )
+    return y.reshape(B, T, D), jnp.int32(0)
 
   def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
     """x [B T D] -> (y [B T D], statistics).
@@ -179,7 +204,6 @@ class MoE(nnx.Module):
     [B T K] int32; 'dropped' int32, choices over capacity; 'losses', the
     balance losses without their weights; 'loss', their weighted sum.
     """
-    B, T, D = x.shape
     cfg = self.cfg
     routing = self.router(x, ctx)
     values = balance.losses(cfg.balance, routing, ctx.valid)
@@ -193,13 +217,10 @@ class MoE(nnx.Module):
     }
     if cfg.capacity and ctx.train:
       routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity)
-    y = apply_experts(
-      x.reshape(B * T, D),
-      routing.experts.reshape(B * T, -1),
-      routing.weights.reshape(B * T, -1),
-      self.gate_up[...],
-      self.down[...],
-    ).reshape(B, T, D)
+    y, missed = self.routed(x, routing)
+    using = current()
+    if using and not using.exchange.dropless:
+      stats['dropped'] += missed
     if cfg.shared:
       y = y + self.shared(x, ctx)[0]
     return y, stats

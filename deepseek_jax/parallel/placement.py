@@ -1,21 +1,29 @@
 """Where the arrays of a run live when it spans several devices.
 
-Parameters are copied to all devices unless told otherwise; a batch is cut along
-its rows. Every process reads the rows that its own devices need: the global
-batch is the same on any number of processes.
+Rules lay a state's parameters and moments on the mesh; without a mesh JAX
+decides. A batch is cut along its rows. Every process reads the rows that its
+own devices need: the global batch is the same on any number of processes.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax import sharding
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import distributed
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.exchange import ExchangeConfig
+from deepseek_jax.parallel.mesh import MeshConfig, Rules
+
+_DEFAULT = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +33,25 @@ class Placement:
   Attributes:
     mesh: over the devices of all processes.
     rows: the axes of the mesh along which a batch is cut.
+    rules: logical axis -> mesh axes.
+    exchange: how tokens reach experts of other devices.
   """
 
   mesh: Mesh | None = None
   rows: tuple[str, ...] = ('data',)
+  rules: Rules = dataclasses.field(default_factory=dict)
+  exchange: ExchangeConfig = ExchangeConfig()
+
+  @functools.cached_property
+  def using(self) -> sharding.Using:
+    """What layers are told; always the same, so that programs are kept."""
+    return sharding.Using(self.mesh, self.rules, self.exchange)
+
+  def use(self):
+    """The context in which to trace what works on these arrays."""
+    if self.mesh is None:
+      return contextlib.nullcontext()
+    return sharding.under(self.using)
 
   @property
   def copied(self) -> NamedSharding | None:
@@ -45,15 +68,32 @@ class Placement:
       return None
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-  def abstract(self, make: Callable[[], Any]):
-    """Shapes, dtypes and places of what `make` makes."""
+  def shardings(self, tree, variables):
+    """Where a tree that holds a model's variables lies; None without a mesh.
+
+    Args:
+      tree: arrays or shapes, e.g. a TrainState.
+      variables: `Model.abstract`.
+    """
+    if self.mesh is None:
+      return None
+    return meshes.shardings(self.mesh, self.rules, variables, tree)
+
+  def abstract(self, make: Callable[[], Any], variables):
+    """Shapes, dtypes and places of what `make` makes, as in `shardings`."""
     shapes = jax.eval_shape(make)
     if self.mesh is None:
       return shapes
-    place = lambda s: jax.ShapeDtypeStruct(
-      s.shape, s.dtype, sharding=self.copied
+    place = lambda s, where: jax.ShapeDtypeStruct(
+      s.shape, s.dtype, sharding=where
     )
-    return jax.tree.map(place, shapes)
+    return jax.tree.map(place, shapes, self.shardings(shapes, variables))
+
+  def make(self, make: Callable[[], Any], variables):
+    """What `make` makes, each part by the device that holds it."""
+    where = self.shardings(jax.eval_shape(make), variables)
+    with self.use():
+      return jax.jit(make, out_shardings=where)()
 
   def block(self, size: int) -> tuple[int, int]:
     """The rows of a global batch that this process reads: block i of n.
@@ -104,28 +144,59 @@ class Placement:
     return jax.tree.map(whole, rows)
 
 
-def over_all_devices() -> Placement:
+def over(
+  config: MeshConfig,
+  variables=None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Placement:
+  """What `config` describes, checked.
+
+  Args:
+    config: sizes, rules, exchange.
+    variables: `Model.abstract`, to be held against the rules.
+    devices: as for `mesh.make`.
+
+  Raises:
+    InputError: names the parameter, its axis and the sizes that do not fit.
+  """
+  if variables is not None:
+    meshes.check(config, variables)
+  rows = meshes.names(config.rules.get('batch'))
+  mesh = meshes.make(config, devices)
+  return Placement(mesh, rows, config.rules, config.exchange)
+
+
+def over_all_devices(
+  config: MeshConfig = _DEFAULT, variables=None
+) -> Placement:
   """Copies everywhere, batches cut over the devices of all processes."""
-  mesh = jax.make_mesh(
-    (jax.device_count(),),
-    ('data',),
-    axis_types=(jax.sharding.AxisType.Auto,),
-  )
-  return Placement(mesh)
+  config = dataclasses.replace(config, data=jax.device_count())
+  return over(config, variables)
 
 
-def choose() -> Placement:
-  """For several processes all of their devices, for one what JAX decides."""
-  return over_all_devices() if distributed.several() else Placement()
+def choose(config: MeshConfig = _DEFAULT, variables=None) -> Placement:
+  """As configured; by default one device, or all of several processes.
+
+  Raises:
+    InputError: the mesh fits neither the devices nor the model.
+  """
+  if config.devices > 1:
+    return over(config, variables)
+  if distributed.several():
+    return over_all_devices(config, variables)
+  return Placement()
 
 
 def to_first(tree):
   """The tree in the memory of process 0's host, None in the others.
 
-  Every process must ask. Parts of an array come together leaf by leaf.
+  Every process must ask. Parts of an array come together leaf by leaf. What a
+  process by itself has on one device stays there.
   """
   if not distributed.several():
-    return tree
+    spread = lambda a: len(a.sharding.device_set) > 1
+    one = lambda a: np.asarray(a) if spread(a) else a
+    return jax.tree.map(one, tree)
   from jax.experimental import multihost_utils
 
   def one(leaf):

@@ -1,0 +1,347 @@
+"""Expert parallelism: tokens travel to the devices that hold their experts.
+
+One interface, one meaning: `run` gives what all experts on one device would
+give, on any mesh and by any of four ways. Nothing is dropped unless asked for:
+what a buffer can't hold goes in a second round, or as many as it takes.
+Legend: B sequences, T tokens, N tokens of a device, D model, E experts, K
+chosen, F expert hidden, n devices that share the experts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.parallel import formats, queues, wires
+from deepseek_jax.parallel.wires import Wire
+from pallas_kernels import permute
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """How tokens reach experts on other devices. Changes no meaning.
+
+  Attributes:
+    kind: 'all_gather': every device sees all tokens of its group; few devices
+      or few tokens. 'all_to_all': a copy per chosen expert, in equal buffers.
+      'ragged_all_to_all': the same without filler; GPU and TPU only.
+      'two_hop': one copy per node to the device of the same place there, then
+      on inside the node; results are added up in the node first
+      (arXiv:2412.19437, section 3.2.2).
+    dispatch: format of tokens on the wire; 'compute' leaves them as they are.
+      'float8' has a float32 scale per 128 numbers.
+    combine: format of results on the wire.
+    factor: rows of a buffer, as a multiple of an even share.
+    dropless: what does not fit a buffer goes in a further round; else it is
+      dropped, and counted as dropped.
+    nodes: into which the devices of the expert axis fall, for 'two_hop'.
+  """
+
+  kind: Literal['all_gather', 'all_to_all', 'ragged_all_to_all', 'two_hop'] = (
+    'all_to_all'
+  )
+  dispatch: Literal['compute', 'bfloat16', 'float8'] = 'compute'
+  combine: Literal['compute', 'bfloat16'] = 'compute'
+  factor: float = 2.0
+  dropless: bool = True
+  nodes: int = 1
+
+  def __post_init__(self):
+    if self.factor <= 0:
+      raise InputError(f'factor = {self.factor}: must be above 0')
+    if self.nodes < 1:
+      raise InputError(f'nodes = {self.nodes}: must be at least 1')
+
+  def check(self, devices: int, dim: int) -> None:
+    """Raises InputError where `devices` can't exchange rows of `dim` so."""
+    if self.kind == 'two_hop' and devices % self.nodes:
+      raise InputError(
+        f'mesh.exchange.nodes = {self.nodes}: must divide mesh.expert ='
+        f' {devices}'
+      )
+    formats.check(dim, self.dispatch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """What every way needs to know; static.
+
+  Attributes:
+    cfg: how.
+    compute: (x [N D], experts [N K], weights [N K], gate_up, down) -> [N D].
+    axis: mesh axis of the experts.
+    size: devices of a group, n.
+    everyone: all mesh axes; rounds are begun by all devices or by none.
+    groups: of the axis, where only some of its devices exchange.
+  """
+
+  cfg: ExchangeConfig
+  compute: Callable
+  axis: str
+  size: int
+  everyone: tuple[str, ...]
+  groups: tuple[tuple[int, ...], ...] | None = None
+
+  def wire(self, dtype) -> Wire:
+    cfg = self.cfg
+    dtype = jnp.dtype(dtype).name
+    return Wire(
+      self.axis, self.size, self.groups, cfg.dispatch, cfg.combine, dtype
+    )
+
+
+def share(total: int, parts: int, longest: int, factor: float) -> int:
+  """Rows of a buffer: `factor` even shares of `total`, `longest` at most."""
+  return max(1, min(longest, math.ceil(factor * total / parts)))
+
+
+def _buffers(group: _Group, wire: Wire, choices: int, total, longest: int):
+  """The wire with its buffer sizes, and the rounds that carry everything."""
+  n = group.size
+  if group.cfg.kind == 'ragged_all_to_all':
+    rows = share(total, 1, n * longest, group.cfg.factor)
+    wire = wire._replace(ragged=True, sent=choices, received=rows)
+    return wire, queues.turns(n * longest, rows)
+  rows = share(total, n, longest, group.cfg.factor)
+  wire = wire._replace(sent=n * rows, received=n * rows)
+  return wire, queues.turns(longest, rows)
+
+
+class _Copies(NamedTuple):
+  """Of each token; P of them at most.
+
+  Attributes:
+    to: [N P] int32 destination, n for nowhere.
+    weights: [N P] float32 of what comes back.
+    choices: [N P] int32, how many choices of experts a copy stands for.
+    total: copies that a device sends under even loads.
+    longest: copies for one destination at most.
+  """
+
+  to: jax.Array
+  weights: jax.Array
+  choices: jax.Array
+  total: int
+  longest: int
+
+
+def _hop(group: _Group, x, copies: _Copies, load_of, work):
+  """Sends copies of tokens out, has them worked on, adds up what comes back.
+
+  Args:
+    group: who exchanges.
+    x: [N D].
+    copies: of each token.
+    load_of: source [M] -> (integers, floats) that travel with the rows; M of
+      the source means filler.
+    work: (rows, integers, floats) -> (results, what did not fit further on).
+      Integers of filler are -1.
+
+  Returns:
+    [N D], and how many choices did not fit their first round.
+  """
+  to, weights = copies.to, copies.weights
+  wire = group.wire(x.dtype)
+  wire, rounds = _buffers(group, wire, to.size, copies.total, copies.longest)
+  q = queues.queue(to, group.size)
+  counts = me = None
+  if wire.ragged:
+    counts = jax.lax.all_gather(q.count, group.axis)
+    me = jax.lax.axis_index(group.axis)
+
+  def one(turn, x, weights):
+    lane = queues.lane(q, wire, turn, counts, me)
+    rows = wires.there(permute.permute(x, lane.plan), lane.offsets, wire)
+    integers, floats = load_of(lane.plan.source)
+    move = lambda a: wires.move(a + 1, lane.offsets, wire) - 1
+    keep = lambda a: wires.there(a, lane.offsets, wire.plain())
+    work_on = jax.tree.map(move, integers), jax.tree.map(keep, floats)
+    y, missed = work(rows, *work_on)
+    y = wires.back(y, lane.offsets, wire)
+    here = lane.plan.slot < wire.sent
+    return permute.combine(y, weights, lane.plan), missed, here
+
+  y, missed, here = one(0, x, weights)
+  missed += jnp.where(here | (to == group.size), 0, copies.choices).sum()
+  if rounds == 1 or not group.cfg.dropless:
+    return y, missed
+
+  def further(carry, turn):
+    more = queues.waiting(q, wire, turn, counts)
+    more = jax.lax.pmax(more.astype(jnp.int32), group.everyone)
+    again = jax.checkpoint(lambda: one(turn, x, weights)[:2])
+    none = lambda: (jnp.zeros_like(y), jnp.zeros_like(missed))
+    added = jax.lax.cond(more > 0, again, none)
+    return jax.tree.map(jnp.add, carry, added), None
+
+  turns = jnp.arange(1, rounds)
+  return jax.lax.scan(further, (y, missed), turns)[0]
+
+
+def _flat(group: _Group, x, experts, weights, gate_up, down, total=None):
+  """A copy per chosen expert, straight to its device.
+
+  `total` says how many choices are real where x holds filler.
+  """
+  mine = gate_up.shape[0]
+  K = experts.shape[1]
+  to = jnp.minimum(experts // mine, group.size)
+
+  def load_of(source):
+    inside = source < experts.size
+    chosen = experts.reshape(-1)[jnp.minimum(source, experts.size - 1)]
+    return jnp.where(inside, chosen % mine, -1), ()
+
+  def work(rows, experts, _):
+    nowhere = jnp.where(experts < 0, mine, experts)[:, None]
+    ones = jnp.ones(nowhere.shape, jnp.float32)
+    y = group.compute(rows, nowhere, ones, gate_up, down)
+    return y, jnp.int32(0)
+
+  copies = _Copies(
+    to,
+    weights,
+    jnp.ones(to.shape, jnp.int32),
+    total or to.size,
+    x.shape[0] * min(K, mine),
+  )
+  return _hop(group, x, copies, load_of, work)
+
+
+def _two_hop(group: _Group, x, experts, weights, gate_up, down):
+  """A copy per node that holds chosen experts, then a flat exchange there."""
+  nodes = group.cfg.nodes
+  inner = group.size // nodes
+  mine = gate_up.shape[0] * inner  # experts of a node
+  inside = tuple(tuple(range(a * inner, (a + 1) * inner)) for a in range(nodes))
+  across = tuple(tuple(range(l, group.size, inner)) for l in range(inner))
+  node = experts[..., None] // mine == jnp.arange(nodes)  # [N K nodes]
+  visits = node.sum(axis=1, dtype=jnp.int32)
+  to = jnp.where(visits > 0, jnp.arange(nodes, dtype=jnp.int32), nodes)
+  near = dataclasses.replace(group, size=inner, groups=inside)
+
+  def load_of(source):
+    at = jnp.minimum(source, to.size - 1)
+    token, there = at // nodes, at % nodes
+    local = experts[token] - (there * mine)[:, None]
+    keep = (local >= 0) & (local < mine) & (source < to.size)[:, None]
+    return jnp.where(keep, local, -1), jnp.where(keep, weights[token], 0.0)
+
+  def work(rows, local, weights):
+    nowhere = jnp.where(local < 0, mine, local)
+    return _flat(
+      near, rows, nowhere, weights, gate_up, down, total=experts.size
+    )
+
+  far = dataclasses.replace(group, size=nodes, groups=across)
+  copies = _Copies(
+    to,
+    jnp.ones(to.shape, jnp.float32),
+    visits,
+    x.shape[0] * min(experts.shape[1], nodes),
+    x.shape[0],
+  )
+  return _hop(far, x, copies, load_of, work)
+
+
+def _localized(group: _Group, experts, mine: int):
+  """Expert numbers as this device counts them; `mine` for those elsewhere."""
+  local = experts - jax.lax.axis_index(group.axis) * mine
+  return jnp.where((local >= 0) & (local < mine), local, mine)
+
+
+def _all_gather(group: _Group, x, experts, weights, gate_up, down):
+  """Every device works on the tokens of all, for its own experts."""
+  wire = group.wire(x.dtype)
+  whole = lambda a: jax.lax.all_gather(a, group.axis, tiled=True)
+  local = _localized(group, whole(experts), gate_up.shape[0])
+  rows = wires.gather(x, wire)
+  y = group.compute(rows, local, whole(weights), gate_up, down)
+  return wires.scatter(y, wire), jnp.int32(0)
+
+
+def _shared_tokens(group: _Group, x, experts, weights, gate_up, down):
+  """All devices have the same tokens: each adds what its experts give."""
+  local = _localized(group, experts, gate_up.shape[0])
+  y = group.compute(x, local, weights, gate_up, down)
+  return jax.lax.psum(y, group.axis), jnp.int32(0)
+
+
+def _way(group: _Group, tokens_split: bool):
+  if group.size == 1:
+    return lambda group, *args: (group.compute(*args), jnp.int32(0))
+  if not tokens_split:
+    return _shared_tokens
+  return {
+    'all_gather': _all_gather,
+    'all_to_all': _flat,
+    'ragged_all_to_all': _flat,
+    'two_hop': _two_hop,
+  }[group.cfg.kind]
+
+
+def _names(axes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _on_one_device(compute, arrays, weights):
+  x = arrays[0]
+  flat = (a.reshape(-1, a.shape[-1]) for a in arrays)
+  return compute(*flat, *weights).reshape(x.shape), jnp.int32(0)
+
+
+def run(compute: Callable, arrays, weights, using) -> tuple:
+  """Routed experts over a mesh.
+
+  Args:
+    compute: routed experts of one device: (x [N D], experts [N K], weights
+      [N K], gate_up, down) -> [N D], where experts that are E mean nowhere.
+    arrays: x [B T D], experts [B T K] int32 with E for nowhere, weights
+      [B T K] float32.
+    weights: gate_up [E D 2 F], down [E F D].
+    using: sharding.Using.
+
+  Returns:
+    y [B T D]; int32, the choices that did not fit a first buffer: dropped,
+    unless the exchange is dropless.
+  """
+  rules, mesh = using.rules, using.mesh
+  if mesh.size == 1:
+    return _on_one_device(compute, arrays, weights)
+  axis = _names(rules.get('experts'))
+  if len(axis) > 1:
+    raise InputError(f'mesh.rules.experts = {axis}: must be one mesh axis')
+  axis = axis[0] if axis else mesh.axis_names[0]
+  size = mesh.shape[axis] if rules.get('experts') else 1
+  hidden = _names(rules.get('mlp'))
+  tokens = using.spec(('batch', 'seq'), arrays[0].shape[:2])
+  over = tuple(n for part in tokens for n in _names(part))
+  group = _Group(using.exchange, compute, axis, size, mesh.axis_names)
+  way = _way(group, axis in over)
+
+  def local(x, experts, weights, gate_up, down):
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    y, missed = way(group, flat(x), flat(experts), flat(weights), gate_up, down)
+    if any(mesh.shape[a] > 1 for a in hidden):
+      y = jax.lax.psum(y, hidden)
+    return y.reshape(x.shape), jax.lax.psum(missed, over) if over else missed
+
+  experts_axis = axis if size > 1 else None
+  rows = PartitionSpec(*tokens, None)
+  specs = (
+    PartitionSpec(experts_axis, None, None, hidden),
+    PartitionSpec(experts_axis, hidden, None),
+  )
+  mapped = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(rows, rows, rows, *specs),
+    out_specs=(rows, PartitionSpec()),
+    check_vma=False,
+  )
+  return mapped(*arrays, *weights)

@@ -1,0 +1,50 @@
+"""What a token's row looks like on its way to an expert, and back.
+
+DeepSeek-V3 (arXiv:2412.19437, section 3.3.3) sends tokens as float8 with a
+scale per 128 numbers and brings results back as bfloat16. Backward they change
+places: the gradient of a dispatch is a combine, that of a combine a dispatch.
+Legend: M rows, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import InputError
+from pallas_kernels import quantize
+
+FORMATS = ('compute', 'bfloat16', 'float8')
+_GROUP = 128  # numbers that one scale covers
+
+
+def check(dim: int, dispatch: str) -> None:
+  """Raises InputError where rows of `dim` numbers have no such format."""
+  if dispatch == 'float8' and dim % _GROUP:
+    raise InputError(
+      f"mesh.exchange.dispatch = 'float8': dim = {dim} is no multiple of"
+      f" {_GROUP}; use 'bfloat16'"
+    )
+
+
+def encode(x: jax.Array, form: str) -> tuple[jax.Array, ...]:
+  """x [M D] as the arrays that travel, each with M rows."""
+  if form == 'float8':
+    q, scales = quantize.quantize(x, block=(1, _GROUP))
+    # As bytes: not every backend's collectives know float8.
+    return jax.lax.bitcast_convert_type(q, jnp.uint8), scales
+  return (x if form == 'compute' else x.astype(form),)
+
+
+def decode(parts: tuple[jax.Array, ...], form: str, dtype) -> jax.Array:
+  """What `encode` made, as [M D] of `dtype`."""
+  if form == 'float8':
+    q, scales = parts
+    q = jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
+    return quantize.dequantize(q, scales, jnp.dtype(dtype))
+  return parts[0].astype(dtype)
+
+
+def row_bytes(dim: int, form: str, dtype) -> int:
+  """Bytes of one row in `form`, computed with in `dtype`."""
+  if form == 'float8':
+    return dim + 4 * (dim // _GROUP)
+  return dim * jnp.dtype(dtype if form == 'compute' else form).itemsize

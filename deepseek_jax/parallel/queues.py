@@ -1,0 +1,111 @@
+"""Who goes where in which round: copies of tokens in bounded buffers.
+
+Copies for one destination form a queue. A round carries the next rows of every
+queue, as many as its buffer holds; what is left waits for the next round, so a
+small buffer loses nothing and a token's place depends on its order alone.
+Legend: N tokens, P copies of a token at most, n destinations, C rows of a
+buffer per destination, R rows that a device receives in a ragged round.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.parallel.wires import Offsets, Wire
+from pallas_kernels.permute import Plan
+
+
+class Queue(NamedTuple):
+  """Copies by destination, in order of tokens."""
+
+  to: jax.Array  # [N P] destination; n for nowhere
+  rank: jax.Array  # [N P] place in the destination's queue
+  order: jax.Array  # [N * P] copies, sorted by destination
+  start: jax.Array  # [n] of each queue in `order`
+  count: jax.Array  # [n] its length
+
+
+class Lane(NamedTuple):
+  """One round: which copy lies in which row of the buffer."""
+
+  plan: Plan  # slot [N P], source [M]
+  offsets: Offsets | tuple  # () when blocks are equal
+
+
+def queue(to: jax.Array, destinations: int) -> Queue:
+  """to [N P] int32, n for nowhere -> the queues."""
+  n, C = destinations, to.size
+  flat = to.reshape(C)
+  # One operand to sort, and the order among equals is the index: stable.
+  keys = jnp.sort(flat * C + jnp.arange(C, dtype=jnp.int32))
+  order = keys % C
+  bounds = jnp.arange(n + 2, dtype=jnp.int32) * C
+  first = jnp.searchsorted(keys, bounds).astype(jnp.int32)
+  place = jnp.arange(C, dtype=jnp.int32) - first[flat[order]]
+  rank = jnp.zeros(C, jnp.int32).at[order].set(place)
+  start, count = first[:n], first[1 : n + 1] - first[:n]
+  return Queue(to, rank.reshape(to.shape), order, start, count)
+
+
+def _plan(slot, source, count) -> Plan:
+  return Plan(slot, source, jnp.zeros(1, jnp.int32), count)
+
+
+def blocks(q: Queue, turn, rows: int) -> Lane:
+  """Round `turn`: block d of the buffer holds `rows` copies for device d."""
+  n = q.count.shape[0]
+  place = q.rank - turn * rows
+  inside = (q.to < n) & (place >= 0) & (place < rows)
+  slot = jnp.where(inside, q.to * rows + place, n * rows)
+  at = turn * rows + jnp.arange(rows)  # [C]
+  index = jnp.minimum(q.start[:, None] + at, q.order.shape[0] - 1)
+  source = jnp.where(at < q.count[:, None], q.order[index], q.order.shape[0])
+  return Lane(_plan(slot, source.reshape(-1), q.count), ())
+
+
+def ragged(q: Queue, turn, counts: jax.Array, me, rows: int) -> Lane:
+  """Round `turn` of queues that end at their receivers.
+
+  The copies for a device, those of lower devices first, are one virtual queue;
+  a round carries `rows` of it. counts [n n] int32: of sender, receiver.
+  """
+  n, M = q.count.shape[0], q.order.shape[0]
+  begin = jnp.cumsum(counts, axis=0) - counts  # [sender receiver]
+  low = jnp.clip(turn * rows - begin, 0, counts)
+  high = jnp.clip((turn + 1) * rows - begin, 0, counts)
+  start = jnp.cumsum(counts, axis=1) - counts  # in the sender's order
+  there = begin + low - turn * rows
+  offsets = Offsets(
+    start=(start + low)[me],
+    size=(high - low)[me],
+    start_there=jnp.where(high > low, there, 0)[me],
+    got_start=jnp.where(high > low, there, 0)[:, me],
+    got_size=(high - low)[:, me],
+    got_start_there=(start + low)[:, me],
+  )
+  to = jnp.minimum(q.to, n - 1)
+  inside = (q.to < n) & (q.rank >= low[me][to]) & (q.rank < high[me][to])
+  slot = jnp.where(inside, q.start[to] + q.rank, M)
+  flat = inside.reshape(-1)[q.order]
+  source = jnp.where(flat, q.order, M)
+  return Lane(_plan(slot, source, q.count), offsets)
+
+
+def turns(longest: int, rows: int) -> int:
+  """Rounds after which nothing can be left."""
+  return -(-longest // rows)
+
+
+def lane(q: Queue, wire: Wire, turn, counts, me) -> Lane:
+  """The round `turn` of either kind of buffer."""
+  if wire.ragged:
+    return ragged(q, turn, counts, me, wire.received)
+  return blocks(q, turn, wire.sent // wire.size)
+
+
+def waiting(q: Queue, wire: Wire, turn, counts) -> jax.Array:
+  """[] bool: whether round `turn` still has rows to carry from here."""
+  if wire.ragged:
+    return counts.sum(axis=0).max() > turn * wire.received
+  return q.count.max() > turn * (wire.sent // wire.size)

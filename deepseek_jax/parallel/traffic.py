@@ -1,0 +1,95 @@
+"""Rows and bytes that an exchange of tokens puts on the wires.
+
+`crossing` counts what a routing really sends; `buffers` what the compiled
+program sends, filler included. Legend: N tokens of a device, K choices, E
+experts, D model.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.parallel import formats
+from deepseek_jax.parallel.exchange import ExchangeConfig, share
+
+
+class Crossing(NamedTuple):
+  """Copies of tokens that leave a device, all devices together.
+
+  Attributes:
+    fast: to another device of the same node.
+    slow: to another node.
+  """
+
+  fast: int
+  slow: int
+
+
+def crossing(
+  experts, num_experts: int, devices: int, *, node: int, two_hop: bool = False
+) -> Crossing:
+  """What one dispatch of a routing sends; a combine sends as much back.
+
+  Args:
+    experts: [devices N K] int, `num_experts` for nowhere: a device's choices.
+    num_experts: E, cut evenly over the devices.
+    devices: of the expert axis.
+    node: neighbouring devices that fast links join.
+    two_hop: one copy per node, then on inside it; else one per choice.
+  """
+  experts = np.asarray(experts).reshape(devices, -1, np.shape(experts)[-1])
+  real = experts < num_experts
+  to = np.where(real, experts // (num_experts // devices), -1)
+  here = np.arange(devices)[:, None, None]
+  away = real & (to // node != here // node)
+  if not two_hop:
+    return Crossing(int((real & ~away & (to != here)).sum()), int(away.sum()))
+  visited = [
+    (away & (to // node == a)).any(axis=-1) for a in range(-(-devices // node))
+  ]
+  # A copy arrives at the device of the sender's place in the other node.
+  landed = to // node * node + here % node
+  inside = real & (to != landed)
+  return Crossing(int(inside.sum()), int(np.sum(visited)))
+
+
+def row_bytes(cfg: ExchangeConfig, dim: int, dtype) -> int:
+  """Bytes that a row costs in a step: dispatch and combine, forward and back.
+
+  The gradient of a dispatch is a combine, and the other way round.
+  """
+  one = lambda form: formats.row_bytes(dim, form, dtype)
+  return 2 * (one(cfg.dispatch) + one(cfg.combine))
+
+
+def buffers(
+  cfg: ExchangeConfig, tokens: int, top_k: int, experts: int, devices: int
+) -> dict[str, int]:
+  """Rows that one device sends to others in the first round of one dispatch.
+
+  Args:
+    cfg: of equal buffers: 'all_gather', 'all_to_all' or 'two_hop'.
+    tokens: of a device, N.
+    top_k: K.
+    experts: E.
+    devices: n of the expert axis.
+
+  Returns:
+    {'fast': inside a node, 'slow': between nodes}; all are fast but for
+    'two_hop'.
+  """
+  mine = experts // devices
+  if cfg.kind == 'all_gather':
+    return {'fast': (devices - 1) * tokens, 'slow': 0}
+  if cfg.kind == 'all_to_all':
+    longest = tokens * min(top_k, mine)
+    rows = share(tokens * top_k, devices, longest, cfg.factor)
+    return {'fast': (devices - 1) * rows, 'slow': 0}
+  if cfg.kind != 'two_hop':
+    raise ValueError(f'{cfg.kind}: sends no filler; count with crossing')
+  inner = devices // cfg.nodes
+  total = tokens * min(top_k, cfg.nodes)
+  rows = share(total, cfg.nodes, tokens, cfg.factor)
+  longest = cfg.nodes * rows * min(top_k, mine)
+  near = share(tokens * top_k, inner, longest, cfg.factor)
+  return {'fast': (inner - 1) * near, 'slow': (cfg.nodes - 1) * rows}

@@ -1,0 +1,146 @@
+"""Collectives that carry rows to other devices and back, with their gradients.
+
+A `Wire` is static and says which devices and which formats; `there` carries
+rows to where they are computed on, `back` carries results to where they came
+from. Each is the other's transpose. Buffers are equal blocks per destination
+(all_to_all), or one queue per receiver (ragged_all_to_all).
+Legend: n devices of a group, M rows that a device sends, R that it receives.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.parallel import formats
+
+
+class Wire(NamedTuple):
+  """Who talks to whom, and in which formats.
+
+  Attributes:
+    axis: mesh axis over which rows travel.
+    size: devices of a group, n.
+    groups: places on the axis of each group's members; None: all are one.
+    dispatch, combine: formats of rows there and back.
+    dtype: of rows when they are computed on.
+    ragged: rows travel without filler.
+    sent, received: M and R.
+  """
+
+  axis: str
+  size: int
+  groups: tuple[tuple[int, ...], ...] | None
+  dispatch: str
+  combine: str
+  dtype: str
+  ragged: bool = False
+  sent: int = 0
+  received: int = 0
+
+  def plain(self) -> 'Wire':
+    """The same for float32 rows that nothing may round."""
+    return self._replace(dispatch='compute', combine='compute', dtype='float32')
+
+
+class Offsets(NamedTuple):
+  """Of a ragged exchange, as `jax.lax.ragged_all_to_all` takes them.
+
+  Each [n] int32. `*_there` are positions at the receiver, chosen by the sender.
+  """
+
+  start: jax.Array  # of the rows for each device, here
+  size: jax.Array  # how many
+  start_there: jax.Array  # where they go, there
+  got_start: jax.Array  # where rows of each device lie, here
+  got_size: jax.Array  # how many they are
+  got_start_there: jax.Array  # where they came from, there
+
+
+def _blocks(x, wire: Wire):
+  """Block d of x [n * C ...] goes to device d; the same both ways."""
+  groups = wire.groups and [list(g) for g in wire.groups]
+  blocks = x.reshape(wire.size, -1, *x.shape[1:])
+  moved = jax.lax.all_to_all(blocks, wire.axis, 0, 0, axis_index_groups=groups)
+  return moved.reshape(x.shape)
+
+
+def _ragged(x, o: Offsets, wire: Wire, back: bool):
+  rows = wire.sent if back else wire.received
+  out = jnp.zeros((rows, *x.shape[1:]), x.dtype)
+  order = (o.start, o.size, o.start_there, o.got_size)
+  if back:
+    order = (o.got_start, o.got_size, o.got_start_there, o.size)
+  return jax.lax.ragged_all_to_all(x, out, *order, axis_name=wire.axis)
+
+
+def move(x: jax.Array, offsets, wire: Wire, *, back: bool = False):
+  """x [M ...] -> [R ...], or back; what nobody sends is zero. No gradient."""
+  if wire.ragged:
+    return _ragged(x, offsets, wire, back)
+  return _blocks(x, wire)
+
+
+def _carried(x, offsets, wire, form, back):
+  parts = formats.encode(x, form)
+  moved = tuple(move(p, offsets, wire, back=back) for p in parts)
+  return formats.decode(moved, form, wire.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def there(x: jax.Array, offsets, wire: Wire) -> jax.Array:
+  """x [M D] -> the rows that come here [R D], in the format of dispatch."""
+  return _carried(x, offsets, wire, wire.dispatch, False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def back(x: jax.Array, offsets, wire: Wire) -> jax.Array:
+  """Results [R D] -> those of one's own rows [M D], in that of combine."""
+  return _carried(x, offsets, wire, wire.combine, True)
+
+
+there.defvjp(
+  lambda x, offsets, wire: (there(x, offsets, wire), offsets),
+  lambda wire, o, g: (_carried(g, o, wire, wire.combine, True), None),
+)
+back.defvjp(
+  lambda x, offsets, wire: (back(x, offsets, wire), offsets),
+  lambda wire, o, g: (_carried(g, o, wire, wire.dispatch, False), None),
+)
+
+
+def _gather(x, wire: Wire, form: str):
+  one = lambda p: jax.lax.all_gather(p, wire.axis, tiled=True)
+  parts = tuple(map(one, formats.encode(x, form)))
+  return formats.decode(parts, form, wire.dtype)
+
+
+def _scatter(x, wire: Wire, form: str):
+  # Not psum_scatter: it would add up in the format of the wire.
+  parts = tuple(_blocks(p, wire) for p in formats.encode(x, form))
+  moved = formats.decode(parts, form, jnp.float32)
+  summed = moved.reshape(wire.size, -1, *x.shape[1:]).sum(axis=0)
+  return summed.astype(wire.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, wire: Wire) -> jax.Array:
+  """x [N D] -> every device's [n N D], in the format of dispatch."""
+  return _gather(x, wire, wire.dispatch)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scatter(x: jax.Array, wire: Wire) -> jax.Array:
+  """Shares [n N D] -> their float32 sum [N D], in the format of combine."""
+  return _scatter(x, wire, wire.combine)
+
+
+gather.defvjp(
+  lambda x, wire: (gather(x, wire), None),
+  lambda wire, _, g: (_scatter(g, wire, wire.combine),),
+)
+scatter.defvjp(
+  lambda x, wire: (scatter(x, wire), None),
+  lambda wire, _, g: (_gather(g, wire, wire.dispatch),),
+)

@@ -1,7 +1,8 @@
-"""AdamW as in the V3 recipe (arXiv:2412.19437 sections 3.3 and 4.2).
+"""AdamW as in the V3 recipe (arXiv:2412.19437 sections 3.3 and 4.2), or Muon.
 
-Master weights are float32; the moments may be stored in bfloat16. Only
-matrices decay: norm weights do not (the papers do not say; it is the custom).
+Master weights are float32; the moments may be stored in bfloat16. Under AdamW
+only matrices decay: norm weights do not (the papers do not say; it is the
+custom). With `muon` it has the matrices, and AdamW the rest (see muon.py).
 """
 
 import dataclasses
@@ -12,12 +13,23 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from deepseek_jax import muon
 from deepseek_jax.errors import InputError
+from deepseek_jax.muon import MuonConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """beta1, beta2, eps, decay: AdamW's; clip: greatest global gradient norm."""
+  """What an update is made of.
+
+  Attributes:
+    beta1, beta2, eps, decay: AdamW's.
+    clip: greatest global gradient norm.
+    moments: dtype in which they are stored.
+    muon: what matrices get; None: AdamW.
+    table_rate: how much faster the rows of n-gram tables learn, of which a
+      step reads few (Engram, arXiv:2601.07372: 5, and no decay).
+  """
 
   beta1: float = 0.9
   beta2: float = 0.95
@@ -25,6 +37,8 @@ class OptimizerConfig:
   decay: float = 0.1
   clip: float = 1.0
   moments: Literal['float32', 'bfloat16'] = 'float32'
+  muon: MuonConfig | None = None
+  table_rate: float = 5.0
 
   def __post_init__(self):
     for name in ('beta1', 'beta2'):
@@ -52,10 +66,25 @@ def stored_in(
 
 
 def matrices(abstract: nnx.State) -> dict:
-  """True for each parameter of two or more axes; stacking adds none."""
-  one = lambda v: v.replace(len(v.get_metadata()['axes']) > 1)
+  """True for parameters of two or more axes; stacks and tables add none."""
+  one = lambda v: v.replace(
+    len(v.get_metadata()['axes']) > 1
+    and 'tables' not in v.get_metadata()['axes']
+  )
   leaf = lambda v: isinstance(v, nnx.Variable)
   return nnx.to_pure_dict(jax.tree.map(one, abstract, is_leaf=leaf))
+
+
+def faster_tables(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformation:
+  """Updates of n-gram tables times `table_rate`; nothing where none are."""
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  is_table = lambda v: 'tables' in v.get_metadata()['axes']
+  if not any(map(is_table, jax.tree.leaves(abstract, is_leaf=leaf))):
+    return optax.identity()
+  mask = jax.tree.map(lambda v: v.replace(is_table(v)), abstract, is_leaf=leaf)
+  return optax.masked(optax.scale(cfg.table_rate), nnx.to_pure_dict(mask))
 
 
 def adamw(
@@ -74,5 +103,39 @@ def adamw(
     optax.clip_by_global_norm(cfg.clip),
     moments,
     optax.add_decayed_weights(cfg.decay, mask=matrices(abstract)),
+    faster_tables(cfg, abstract),
     optax.scale(-1.0),
   )
+
+
+def with_muon(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformation:
+  """As `adamw`, with Muon for the matrices; `cfg.muon` is not None."""
+  how = muon.splits(abstract)
+  adam = (cfg.beta1, cfg.beta2, cfg.eps)
+  moments = muon.scale_by_muon(cfg.muon, adam, how)
+  if cfg.moments != 'float32':
+    moments = stored_in(jnp.dtype(cfg.moments), moments)
+  is_split = lambda s: s is None or isinstance(s, muon.Split)
+  mine = jax.tree.map(lambda s: s is not None, how, is_leaf=is_split)
+  others = jax.tree.map(
+    lambda split, matrix: not split and (matrix or cfg.muon.vectors),
+    mine,
+    matrices(abstract),
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(cfg.clip),
+    moments,
+    optax.add_decayed_weights(cfg.muon.decay, mask=mine),
+    optax.add_decayed_weights(cfg.decay, mask=others),
+    faster_tables(cfg, abstract),
+    optax.scale(-1.0),
+  )
+
+
+def update_rule(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformation:
+  """The update direction for a learning rate of 1, as `cfg` has it."""
+  return adamw(cfg, abstract) if cfg.muon is None else with_muon(cfg, abstract)

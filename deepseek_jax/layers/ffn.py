@@ -16,19 +16,29 @@ from deepseek_jax.sharding import param, shard
 
 @dataclasses.dataclass(frozen=True)
 class FFNConfig:
+  """width: F; limit: V4's clamp of gate (from above) and up (both sides)."""
+
   width: int
+  limit: float | None = None
 
   def __post_init__(self):
     if self.width < 1:
       raise InputError(f'width = {self.width}: must be at least 1')
+    if self.limit is not None and self.limit <= 0:
+      raise InputError(f'limit = {self.limit}: must be above 0, or None')
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'FFN':
     return FFN(self, dim, std=std, rngs=rngs)
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
-  """[... 2F], gate half then up half -> [... F]."""
+def swiglu(gate_up: jax.Array, limit: float | None = None) -> jax.Array:
+  """[... 2F], gate half then up half -> [... F].
+
+  With a limit, silu(min(gate, limit)) * clip(up, -limit, limit) (V4).
+  """
   gate, up = jnp.split(gate_up, 2, axis=-1)
+  if limit is not None:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
   return jax.nn.silu(gate) * up
 
 
@@ -36,6 +46,7 @@ class FFN(nnx.Module):
   """The dense FFN, and the shared experts of a MoE layer (one wide SwiGLU)."""
 
   def __init__(self, cfg: FFNConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.limit = cfg.limit
     init = nnx.initializers.normal(std)
     D, F = dim, cfg.width
     # gate and up side by side: one matmul instead of two.
@@ -45,5 +56,5 @@ class FFN(nnx.Module):
   def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
     """x [B T D] -> (y [B T D], no statistics)."""
     D, _, F = self.gate_up.shape
-    h = swiglu(x @ self.gate_up[...].reshape(D, 2 * F))
+    h = swiglu(x @ self.gate_up[...].reshape(D, 2 * F), self.limit)
     return shard(h, 'batch', 'seq', 'mlp') @ self.down[...], {}

@@ -3,8 +3,10 @@
 The released algorithms are settings of one computation: V2-Lite's greedy
 softmax, V2's group-limited softmax (arXiv:2405.04434 section 2.2.2) and V3's
 sigmoid with a selection bias (arXiv:2412.19437 section 2.1.2). The bias moves
-the choice of experts and never their weight.
-Legend: B batch, T tokens, D model, E experts, K chosen, G groups.
+the choice of experts and never their weight. V4 takes sqrt(softplus) for the
+sigmoid, and in its first layers the token itself decides, by a fixed table
+(hash routing); scores then give the weights alone.
+Legend: B batch, T tokens, D model, E experts, K chosen, G groups, V vocabulary.
 """
 
 import dataclasses
@@ -31,15 +33,18 @@ class RouterConfig:
     bias: a selection bias per expert, moved by load and by no gradient (V3).
     normalize: the chosen weights are divided by their sum (V3).
     scale: multiplies the weights (routed_scaling_factor).
+    hash_vocab: tokens of the table that chooses in place of the scores, which
+      is the model's vocabulary; 0 without one.
   """
 
-  scoring: Literal['softmax', 'sigmoid'] = 'sigmoid'
+  scoring: Literal['softmax', 'sigmoid', 'sqrtsoftplus'] = 'sigmoid'
   groups: int = 1
   top_groups: int = 1
   group_score: Literal['max', 'top2'] = 'top2'
   bias: bool = True
   normalize: bool = True
   scale: float = 1.0
+  hash_vocab: int = 0
 
   def check(self, experts: int, top_k: int) -> None:
     """Raises InputError where groups, experts and top_k don't fit."""
@@ -64,6 +69,13 @@ class RouterConfig:
         "router.group_score = 'top2': needs groups of at least 2 experts;"
         " lower router.groups or use 'max'"
       )
+    if self.hash_vocab < 0 or (
+      self.hash_vocab and (self.bias or self.groups > 1)
+    ):
+      raise InputError(
+        f'router.hash_vocab = {self.hash_vocab}: must be 0 or more, and a table'
+        ' that chooses needs router.bias = False and router.groups = 1'
+      )
 
 
 class Routing(NamedTuple):
@@ -78,6 +90,11 @@ def score(logits: jax.Array, scoring: str) -> jax.Array:
   """Affinities [... E] of float32 router logits [... E]."""
   if scoring == 'softmax':
     return jax.nn.softmax(logits, axis=-1)
+  if scoring == 'sqrtsoftplus':
+    # Far below 0 softplus is exp, whose root stays differentiable in float32.
+    low = logits < -20
+    root = jnp.sqrt(jax.nn.softplus(jnp.where(low, 0.0, logits)))
+    return jnp.where(low, jnp.exp(logits / 2), root)
   return jax.nn.sigmoid(logits)
 
 
@@ -110,10 +127,33 @@ def choose(
   if bias is not None:
     choice = choice + jax.lax.stop_gradient(bias)
   _, experts = jax.lax.top_k(limit_groups(choice, cfg), top_k)
+  return experts, weigh(scores, experts, cfg)
+
+
+def weigh(
+  scores: jax.Array, experts: jax.Array, cfg: RouterConfig
+) -> jax.Array:
+  """Weights [... K] of the chosen `experts` [... K] by their scores [... E]."""
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.normalize:
     weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-  return experts, weights * cfg.scale
+  return weights * cfg.scale
+
+
+def hash_table(key: jax.Array, vocab: int, experts: int, top_k: int):
+  """A random fixed map from tokens to distinct experts, [V K] int32.
+
+  Tokens are shuffled and taken E at a time; the n-th of them gets experts
+  n + o_1 ... n + o_K modulo E, with offsets o drawn anew for each E. So every E
+  tokens use each expert K times. How the released tables were made is unknown.
+  """
+  rounds = -(-vocab // experts)
+  shuffle, draw = jax.random.split(key)
+  place = jax.random.permutation(shuffle, vocab)  # [V]
+  noise = jax.random.uniform(draw, (rounds, experts))
+  offsets = jnp.argsort(noise, axis=1)[:, :top_k]
+  table = place[:, None] + offsets[place // experts]
+  return (table % experts).astype(jnp.int32)
 
 
 class Router(nnx.Module):
@@ -127,6 +167,9 @@ class Router(nnx.Module):
     )
     if cfg.bias:
       self.bias = Buffer(jnp.zeros(experts, jnp.float32), axes=(None,))
+    if cfg.hash_vocab:
+      table = hash_table(rngs.params(), cfg.hash_vocab, experts, top_k)
+      self.table = Buffer(table, axes=(None, None))
 
   def __call__(self, x: jax.Array, ctx: Context) -> Routing:
     """x [B T D] -> the routing of every valid token; padding goes nowhere."""
@@ -138,8 +181,12 @@ class Router(nnx.Module):
       precision='highest',
     )
     scores = score(logits, self.cfg.scoring)
-    bias = self.bias[...] if self.cfg.bias else None
-    experts, weights = choose(scores, bias, self.top_k, self.cfg)
+    if self.cfg.hash_vocab:
+      experts = self.table[...][ctx.tokens]
+      weights = weigh(scores, experts, self.cfg)
+    else:
+      bias = self.bias[...] if self.cfg.bias else None
+      experts, weights = choose(scores, bias, self.top_k, self.cfg)
     if ctx.valid is not None:
       experts = jnp.where(ctx.valid[..., None], experts, scores.shape[-1])
       weights = jnp.where(ctx.valid[..., None], weights, 0.0)

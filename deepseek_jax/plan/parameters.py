@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.transformer import TransformerConfig, build
@@ -37,7 +38,11 @@ class ParameterCount:
 def count_parameters(config: TransformerConfig) -> ParameterCount:
   """Counts without allocating anything."""
   abstract = build(config).abstract
-  size = lambda tree: sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
+  size = lambda tree: sum(
+    math.prod(a.shape)
+    for a in jax.tree.leaves(tree)
+    if jnp.issubdtype(a.dtype, jnp.floating)  # a hash table is no parameter
+  )
   params, buffers = (
     nnx.to_pure_dict(abstract[k]) for k in ('params', 'buffers')
   )

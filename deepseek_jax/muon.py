@@ -1,0 +1,182 @@
+"""Muon as in DeepSeek-V4 (algorithm 1, section 2.4).
+
+A matrix is updated by its momentum made orthogonal: M <- beta M + G,
+O <- NewtonSchulz(beta M + G), W <- W - rate (0.18 sqrt(max(n, m)) O + decay W),
+so that the update's root mean square is 0.18. Every logically independent
+matrix is taken by itself: each expert, gate and up, each series of a
+compressor, each group of the output projection. AdamW has the rest: embedding,
+head, norm weights, biases and scales, sinks, the compressors' position biases
+(the paper is silent on the last two; both are added, not multiplied).
+Legend: L stacked layers, n inputs, m outputs.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+
+# Eight rounds that drive all singular values near 1, two that settle there.
+COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
+# Axes along which matrices are independent of each other.
+_INDEPENDENT = ('experts', 'groups', 'series')
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig:
+  """The matrices' share of the optimizer.
+
+  Attributes:
+    momentum: beta.
+    rms: root mean square of an update at a learning rate of 1.
+    decay: of the matrices.
+    vectors: whether AdamW's decay takes in what is no matrix, as V4's text has
+      it; else only embedding and head decay.
+  """
+
+  momentum: float = 0.95
+  rms: float = 0.18
+  decay: float = 0.1
+  vectors: bool = True
+
+  def __post_init__(self):
+    if not 0 <= self.momentum < 1:
+      raise InputError(
+        f'muon.momentum = {self.momentum}: must lie in 0..1, 1 excluded'
+      )
+
+
+class Split(NamedTuple):
+  """A parameter as matrices: which of its named axes are what."""
+
+  independent: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+
+
+def split(axes: tuple) -> Split | None:
+  """How a parameter with these axis names is made of matrices; None: AdamW.
+
+  ('experts', 'embed', None, 'mlp') is gate and up of every expert: matrices
+  from embed to mlp.
+  """
+  named = [a for a in axes if a is not None]
+  if not named or 'vocab' in named or 'tables' in named:
+    return None
+  independent = [i for i, a in enumerate(axes) if a in _INDEPENDENT]
+  if axes[-1] == 'mlp' and axes[-3:-1] == ('embed', None):
+    independent.append(len(axes) - 2)
+  rest = [i for i in range(len(axes)) if i not in independent]
+  if len(rest) < 2:
+    return None
+  if axes[rest[-1]] == 'embed':
+    cut = len(rest) - 1
+  elif 'embed' in axes:
+    cut = rest.index(axes.index('embed')) + 1
+  else:
+    cut = 1
+  return Split(tuple(independent), tuple(rest[:cut]), tuple(rest[cut:]))
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+  """Matrices [... n m] -> nearly the orthogonal ones closest to them, float32.
+
+  Their singular values become 1 within 0.0005, unless they are tiny beside the
+  largest. A matrix of zeros stays one.
+  """
+  x = x.astype(jnp.float32)
+  tall = x.shape[-2] > x.shape[-1]
+  x = jnp.swapaxes(x, -1, -2) if tall else x
+  norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+  x = x / jnp.maximum(norm, 1e-30)
+  for a, b, c in COEFFICIENTS:
+    gram = x @ jnp.swapaxes(x, -1, -2)
+    x = a * x + (b * gram + c * gram @ gram) @ x
+  return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def orthogonal(x: jax.Array, how: Split) -> jax.Array:
+  """Every matrix of a parameter (stacked layers first) made orthogonal.
+
+  Each is scaled by sqrt(max(n, m)): its root mean square becomes 1.
+  """
+  stack = x.ndim - sum(map(len, how))
+  order = [*how.independent, *how.inputs, *how.outputs]
+  order = [*range(stack), *(stack + i for i in order)]
+  size = lambda group: math.prod(x.shape[stack + i] for i in group)
+  n, m = size(how.inputs), size(how.outputs)
+  turned = x.transpose(order)
+  flat = newton_schulz(turned.reshape(-1, n, m)) * math.sqrt(max(n, m))
+  return flat.reshape(turned.shape).transpose(
+    sorted(range(x.ndim), key=order.__getitem__)
+  )
+
+
+class MuonState(NamedTuple):
+  """Momenta; `second` is AdamW's, and a single zero for a matrix."""
+
+  count: jax.Array
+  first: Any
+  second: Any
+
+
+def splits(abstract: nnx.State) -> dict:
+  """Nested like the parameters: for each its Split, or None."""
+  out: dict = {}
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf):
+    *above, last = (entry.key for entry in path)
+    inner = out
+    for key in above:
+      inner = inner.setdefault(key, {})
+    inner[last] = split(tuple(variable.get_metadata()['axes']))
+  return out
+
+
+def scale_by_muon(
+  cfg: MuonConfig, adam: tuple[float, float, float], how: dict
+) -> optax.GradientTransformation:
+  """The direction without decay and sign, in float32.
+
+  Args:
+    cfg: of the matrices.
+    adam: beta1, beta2 and eps of the rest.
+    how: see `splits`.
+  """
+  beta1, beta2, eps = adam
+  is_split = lambda s: s is None or isinstance(s, Split)
+  each = lambda f, *trees: jax.tree.map(f, how, *trees, is_leaf=is_split)
+
+  def init(params):
+    first = jax.tree.map(jnp.zeros_like, params)
+    second = each(lambda s, p: jnp.zeros(() if s else p.shape, p.dtype), params)
+    return MuonState(jnp.zeros((), jnp.int32), first, second)
+
+  def update(grads, state, params=None):
+    del params
+    count = state.count + 1
+
+    def one(s, g, m, v):
+      g = g.astype(jnp.float32)
+      if s:
+        m = cfg.momentum * m + g
+        ahead = cfg.momentum * m + g
+        return cfg.rms * orthogonal(ahead, s), m, v
+      m = beta1 * m + (1 - beta1) * g
+      v = beta2 * v + (1 - beta2) * g * g
+      t = count.astype(jnp.float32)
+      root = jnp.sqrt(v / (1 - beta2**t))
+      # With V4's eps of 1e-20 a parameter of no gradient would give 0 / 0.
+      root = jnp.where(v > 0, root + eps, 1.0)
+      return m / (1 - beta1**t) / root, m, v
+
+    out = each(one, grads, state.first, state.second)
+    pick = lambda i: each(lambda s, o: o[i], out)
+    return pick(0), MuonState(count, pick(1), pick(2))
+
+  return optax.GradientTransformation(init, update)

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test faults parity kernels aot bench lint clean
+.PHONY: demo test faults parity kernels aot bench lint notebooks clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ aot: .venv-aot/.ready
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.decode
+
+# Every notebook from top to bottom, with small parameters.
+notebooks: $(VENV)/.test
+	$(PYTEST) tests/notebooks_test.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

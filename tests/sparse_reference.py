@@ -1,0 +1,98 @@
+"""Sparse attentions again in float64 NumPy, one query and one head at a time.
+
+It shares no code with the library.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tests.reference import rms, rope, softmax, yarn_multiplier
+
+
+def layer_norm(x, p, eps):
+  centred = x - x.mean(-1, keepdims=True)
+  deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+  return centred / deviation * p['scale'] + p['bias']
+
+
+def turned_first(x, positions, R, cfg):
+  """Rope on the first R channels of x [T ... I]."""
+  return np.concatenate([rope(x[..., :R], positions, cfg), x[..., R:]], -1)
+
+
+def index_scores(p, cfg, x, latent, positions):
+  """I[t, s] of one sequence x [T D], latent [T Q], for every t and s."""
+  ix, R = cfg.indexer, cfg.rope_dim
+  how = dataclasses.replace(cfg.rope, interleaved=ix.interleaved)
+  q = turned_first(np.einsum('tq,qji->tji', latent, p['q']), positions, R, how)
+  k = layer_norm(x @ p['k'], p['k_norm'], ix.norm_eps)
+  k = turned_first(k, positions, R, how)
+  w = x @ p['weights'] / np.sqrt(ix.heads) / np.sqrt(ix.dim)
+  out = np.zeros((len(x), len(x)))
+  for t in range(len(x)):
+    for s in range(len(x)):
+      for j in range(ix.heads):
+        out[t, s] += w[t, j] * max(0.0, q[t, j] @ k[s])
+  return out
+
+
+def ranked(scores, seen):
+  """Visible places, best first, the lower place first among equals."""
+  return sorted(seen, key=lambda s: (-scores[s], s))
+
+
+def visible(t, segments):
+  return [s for s in range(t + 1) if segments[s] == segments[t]]
+
+
+def kl(p, logits):
+  q = softmax(np.asarray(logits))
+  return sum(a * np.log(a / b) for a, b in zip(p, q) if a > 0)
+
+
+def dsa(p, cfg, x, positions, segments, chosen=None):
+  """One sequence x [T D].
+
+  Args:
+    p, cfg: weights of the layer and its configuration.
+    x, positions, segments: the sequence.
+    chosen: what each query reads; None: what the indexer picks.
+
+  Returns:
+    y [T D], chosen, per token the loss of either stage ('dense', 'sparse') and
+    the recall of the dense attention.
+  """
+  N, C, H, T = cfg.nope_dim, cfg.kv_rank, cfg.heads, len(x)
+  latent = x
+  if cfg.q_rank is not None:
+    latent = rms(x @ p['q_down'], p['q_norm']['scale'], cfg.norm_eps)
+  q = np.einsum('tq,qhk->thk', latent, p['q_up'])
+  q = np.concatenate([q[..., :N], rope(q[..., N:], positions, cfg.rope)], -1)
+  a = x @ p['kv_down']
+  c = rms(a[:, :C], p['kv_norm']['scale'], cfg.norm_eps)
+  kr = rope(a[:, C:], positions, cfg.rope)
+  kv = np.einsum('tc,chk->thk', c, p['kv_up'])
+  scale = (N + cfg.rope_dim) ** -0.5 * yarn_multiplier(cfg.rope)
+  scores = index_scores(p['indexer'], cfg, x, latent, positions)
+
+  def weights(t, h, keys):
+    keys = [np.concatenate([kv[s, h, :N], kr[s]]) @ q[t, h] for s in keys]
+    return softmax(np.array(keys) * scale)
+
+  y, picked = np.zeros((T, H, cfg.v_dim)), []
+  facts = {'dense': [], 'sparse': [], 'recall': []}
+  for t in range(T):
+    seen = visible(t, segments)
+    best = ranked(scores[t], seen)[: cfg.top_k] if chosen is None else chosen[t]
+    picked.append(best)
+    for h in range(H):
+      for w, s in zip(weights(t, h, best), best):
+        y[t, h] += w * kv[s, h, N:]
+    mean = lambda keys, t=t: sum(weights(t, h, keys) for h in range(H)) / H
+    everywhere = dict(zip(seen, mean(seen)))
+    facts['dense'].append(kl(everywhere.values(), scores[t, seen]))
+    facts['sparse'].append(kl(mean(best), scores[t, best]))
+    facts['recall'].append(sum(everywhere[s] for s in best))
+  facts = {k: np.array(v) for k, v in facts.items()}
+  return np.einsum('thv,hvd->td', y, p['out']), picked, facts

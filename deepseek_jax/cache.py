@@ -22,6 +22,7 @@ class Cache:
   length: jax.Array  # [B] int32, tokens written per row
   slots: int = dataclasses.field(metadata={'static': True})
   fresh: bool = dataclasses.field(default=True, metadata={'static': True})
+  recent: jax.Array | None = None  # [B N], what hashing the last tokens needs
 
 
 def write(

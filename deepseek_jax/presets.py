@@ -1,18 +1,28 @@
 """Published models as configurations, and tiny twins of them.
 
-Shapes: DeepSeekMoE arXiv:2401.06066, V2 arXiv:2405.04434, V3 arXiv:2412.19437
-and the configurations released with them; Llama 3.1 arXiv:2407.21783.
+Shapes: DeepSeekMoE arXiv:2401.06066, V2 arXiv:2405.04434, V3 arXiv:2412.19437,
+V3.2 arXiv:2512.02556 and the configurations released with them; Llama 3.1
+arXiv:2407.21783.
 """
 
+import dataclasses
+
 from deepseek_jax.layers.balance import BalanceConfig
+from deepseek_jax.layers.csa import CSAConfig
+from deepseek_jax.layers.dsa import DSAConfig
+from deepseek_jax.layers.engram import EngramConfig
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.hca import HCAConfig
+from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.layers.indexer import IndexerConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
 from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.layers.shared_kv import SharedKVConfig
+from deepseek_jax.transformer import Kind, TransformerConfig
 
 
 def layout(dense: int, moe: int) -> tuple:
@@ -168,6 +178,148 @@ def v3_tiny() -> TransformerConfig:
     mtp=MTPConfig(depth=1),
     init_std=0.02,
   )
+
+
+def engram_tiny() -> TransformerConfig:
+  """Three layers of v3_tiny(), the second with a memory of n-grams.
+
+  Its table holds a third of the parameters and costs next to no FLOPs.
+  """
+  dense = v3_tiny()
+  return dataclasses.replace(
+    dense,
+    layout=((('dense', 'memory', 'moe'), 1),),
+    kinds={**dense.kinds, 'memory': Kind('moe', engram=True)},
+    engram=EngramConfig(base=16384, heads=4, dim=64),
+    mtp=MTPConfig(depth=0),
+  )
+
+
+def v4_kinds(vocab: int) -> dict[str, Kind]:
+  """Blocks of a window alone, or with entries; `_hash` ones route by token."""
+  table = (
+    ('moe.router.bias', False),
+    ('moe.router.hash_vocab', vocab),
+    ('moe.balance.sequence', 0.0),  # the loss would not reach the choice
+  )
+  out = {}
+  for name, compress in (('window', 'none'), ('csa', 'csa'), ('hca', 'hca')):
+    change = (('attention.compress', compress),)
+    out[name] = Kind('moe', change)
+    out[f'{name}_hash'] = Kind('moe', change + table)
+  return out
+
+
+def _v4_moe(experts, top_k, width, scale) -> MoEConfig:
+  return MoEConfig(
+    experts=experts,
+    top_k=top_k,
+    width=width,
+    shared=1,
+    router=RouterConfig(scoring='sqrtsoftplus', scale=scale),
+    balance=BalanceConfig(sequence=1e-4),
+    limit=10.0,
+  )
+
+
+def v4_flash() -> TransformerConfig:
+  """DeepSeek-V4-Flash: CSA and HCA in turn, hyper-connections, hash routing."""
+  return TransformerConfig(
+    vocab_size=129280,
+    dim=4096,
+    layout=((('window_hash',), 2), (('csa_hash',), 1), (('hca', 'csa'), 20)),
+    attention=SharedKVConfig(
+      heads=64,
+      head_dim=512,
+      rope_dim=64,
+      q_rank=1024,
+      groups=8,
+      o_rank=1024,
+      csa=CSAConfig(top_k=512),
+    ),
+    moe=_v4_moe(256, 6, 2048, 1.5),
+    residual=HyperConnectionsConfig(),
+    kinds=v4_kinds(129280),
+    mtp=MTPConfig(depth=1, block='window', streams=True),
+    init_std=0.02,
+  )
+
+
+def v4_pro() -> TransformerConfig:
+  """DeepSeek-V4-Pro: as Flash, but it begins with two HCA layers."""
+  return TransformerConfig(
+    vocab_size=129280,
+    dim=7168,
+    layout=((('hca_hash',), 2), (('csa_hash',), 1), (('hca', 'csa'), 29)),
+    attention=SharedKVConfig(
+      heads=128,
+      head_dim=512,
+      rope_dim=64,
+      q_rank=1536,
+      groups=16,
+      o_rank=1024,
+      csa=CSAConfig(top_k=1024),
+    ),
+    moe=_v4_moe(384, 6, 3072, 2.5),
+    residual=HyperConnectionsConfig(),
+    kinds=v4_kinds(129280),
+    mtp=MTPConfig(depth=1, block='window', streams=True),
+    init_std=0.02,
+  )
+
+
+def v4_tiny() -> TransformerConfig:
+  """V4 in every idea, small enough to train on a laptop in two minutes."""
+  return TransformerConfig(
+    vocab_size=4096,
+    dim=192,
+    layout=((('window_hash', 'csa', 'hca'), 1),),
+    attention=SharedKVConfig(
+      heads=4,
+      head_dim=48,
+      rope_dim=16,
+      q_rank=96,
+      groups=2,
+      o_rank=64,
+      window=32,
+      csa=CSAConfig(top_k=16, index_heads=4, index_dim=32),
+      hca=HCAConfig(ratio=16),
+    ),
+    moe=_v4_moe(8, 2, 96, 1.5),
+    residual=HyperConnectionsConfig(),
+    kinds=v4_kinds(4096),
+    mtp=MTPConfig(depth=1, block='window', streams=True),
+    init_std=0.02,
+  )
+
+
+def _sparse(attention: MLAConfig, **fields) -> DSAConfig:
+  """The same latent attention, reading what an indexer picks."""
+  shapes = {
+    f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)
+  }
+  return DSAConfig(**shapes, **fields)
+
+
+def v32() -> TransformerConfig:
+  """DeepSeek-V3.2: V3 that reads the best 2048 tokens of an indexer."""
+  dense = v3()
+  attention = _sparse(
+    dense.attention, indexer=IndexerConfig(heads=64, dim=128), top_k=2048
+  )
+  return dataclasses.replace(dense, attention=attention)
+
+
+def v32_tiny() -> TransformerConfig:
+  """v3_tiny() with an indexer that picks a quarter of 256 tokens."""
+  dense = v3_tiny()
+  attention = _sparse(
+    dense.attention,
+    indexer=IndexerConfig(heads=4, dim=32),
+    top_k=64,
+    block=32,  # fits a CPU's caches: three times as fast as 128 (measured)
+  )
+  return dataclasses.replace(dense, attention=attention)
 
 
 def _llama31(layers, dim, heads, width) -> TransformerConfig:

@@ -312,9 +312,14 @@ class Transformer(nnx.Module):
     caches, stats = jax.tree.map(lambda *a: jnp.stack(a), *each)
     return stream, caches, stats
 
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """[B T] -> [B T D]."""
+    # Whole rows: a lookup in cut ones is cut along D, which nothing fits.
+    return shard(self.embed[...], 'vocab', None)[tokens]
+
   def enter(self, ctx: Context) -> jax.Array:
     """The stream before the first block."""
-    stream = self.cfg.residual.expand(self.embed[...][ctx.tokens])
+    stream = self.cfg.residual.expand(self.embedded(ctx.tokens))
     return shard(stream, 'batch', 'seq', *(None,) * (stream.ndim - 2))
 
   def through(self, stream, ctx: Context, cache: Cache | None):
@@ -357,7 +362,7 @@ class Transformer(nnx.Module):
     statistics, states = [], []
     for depth, module in enumerate(self.mtp, start=1):
       at = shifted(ctx, depth)
-      state, stats = module(state, self.embed[...][at.tokens], at)
+      state, stats = module(state, self.embedded(at.tokens), at)
       statistics.append(stats)
       states.append(module.readout(state))
     return statistics, states

@@ -65,7 +65,12 @@ def segment(tokens, eos_id: int):
 
 
 class Batches:
-  """The training stream of a store; `next` gives and `get_state` remembers."""
+  """The training stream of a store; `next` gives and `get_state` remembers.
+
+  Attributes:
+    windows: in an epoch.
+    ngrams: set to a ngrams.NGrams, batches have its rows too.
+  """
 
   def __init__(self, store: Store, config: DataConfig):
     self._dataset = dataset(store, config)
@@ -79,6 +84,7 @@ class Batches:
       'cross_document': config.cross_document,
     }
     self._next = 0
+    self.ngrams = None
 
   def next(
     self, batch_size: int, process_index: int = 0, process_count: int = 1
@@ -88,7 +94,8 @@ class Batches:
     Processes hold equal blocks, in order. Returns int32 arrays
     [batch_size / process_count, T + 1]: tokens; segments, the number of the
     document in the window from 1 (all 1 if documents may attend to each other;
-    0 is for padding); positions, from the start of the segment.
+    0 is for padding); positions, from the start of the segment. And ngrams
+    [.. T + 1, L, K], if the attribute is set.
     """
     if batch_size < 1 or batch_size % process_count:
       raise InputError(
@@ -106,7 +113,10 @@ class Batches:
     self._next += batch_size
     eos_id = None if self._cross_document else self._eos_id
     segments, positions = segment(tokens, eos_id)
-    return {'tokens': tokens, 'segments': segments, 'positions': positions}
+    out = {'tokens': tokens, 'segments': segments, 'positions': positions}
+    if self.ngrams is not None:
+      out['ngrams'] = self.ngrams(tokens, segments, positions)
+    return out
 
   def get_state(self) -> dict:
     """All that a resumed run needs; constant size, ready for JSON."""

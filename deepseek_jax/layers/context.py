@@ -16,6 +16,7 @@ class Context(NamedTuple):
   segments: jax.Array | None  # [B T] int32 document number; 0 = padding
   train: bool = False
   fresh: bool = True  # nothing is cached yet: these tokens see only each other
+  rows: jax.Array | None = None  # [B T L K] int32, see layers/engram.py
 
   @property
   def valid(self) -> jax.Array | None:

@@ -21,7 +21,7 @@ from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.ffn import FFN, FFNConfig, swiglu
 from deepseek_jax.layers.router import Router, RouterConfig, Routing
 from deepseek_jax.parallel import exchange
-from deepseek_jax.sharding import current, param
+from deepseek_jax.sharding import Buffer, current, param
 from pallas_kernels import grouped_matmul as gmm
 from pallas_kernels import permute
 
@@ -54,6 +54,8 @@ class MoEConfig:
     balance: losses that keep them evenly used.
     capacity: None never drops a token.
     limit: clamp inside every expert, the shared ones too (FFNConfig).
+    redundant: further copies of busy experts, to serve with (see
+      parallel/redundant.py); a model with them can't be trained.
   """
 
   experts: int
@@ -64,6 +66,7 @@ class MoEConfig:
   balance: BalanceConfig = BalanceConfig()
   capacity: CapacityConfig | None = None
   limit: float | None = None
+  redundant: int = 0
 
   def __post_init__(self):
     if self.experts < 1 or self.width < 1 or self.shared < 0:
@@ -76,6 +79,8 @@ class MoEConfig:
         f'top_k = {self.top_k}: must lie in 1..experts = {self.experts}'
       )
     FFNConfig(self.width, self.limit)  # checks both
+    if self.redundant < 0:
+      raise InputError(f'redundant = {self.redundant}: must not be negative')
     self.router.check(self.experts, self.top_k)
     self.balance.check(self.experts)
     if self.capacity and self.experts % self.capacity.devices:
@@ -173,13 +178,29 @@ class MoE(nnx.Module):
     E, D, F = cfg.experts, dim, cfg.width
     init = nnx.initializers.normal(std)
     self.router = Router(cfg.router, D, E, cfg.top_k, std=std, rngs=rngs)
+    R = E + cfg.redundant
     self.gate_up = param(
-      rngs, init, (E, D, 2, F), ('experts', 'embed', None, 'mlp')
+      rngs, init, (R, D, 2, F), ('experts', 'embed', None, 'mlp')
     )
-    self.down = param(rngs, init, (E, F, D), ('experts', 'mlp', 'embed'))
+    self.down = param(rngs, init, (R, F, D), ('experts', 'mlp', 'embed'))
+    if cfg.redundant:
+      first = jnp.arange(E, dtype=jnp.int32)[:, None]
+      copies = jnp.tile(first, (1, cfg.redundant + 1))
+      self.copies = Buffer(copies, axes=(None, None))  # of each expert
+      self.copy_count = Buffer(jnp.ones(E, jnp.int32), axes=(None,))
     if cfg.shared:
       shared = FFNConfig(cfg.shared * F, cfg.limit)
       self.shared = FFN(shared, D, std=std, rngs=rngs)
+
+  def pick_copies(self, routing: Routing) -> Routing:
+    """Experts -> copies of them, which tokens take in turn."""
+    E, last = self.cfg.experts, self.cfg.experts + self.cfg.redundant
+    chosen = routing.experts
+    turn = jnp.arange(chosen.size // chosen.shape[-1]).reshape(chosen.shape[:2])
+    expert = jnp.minimum(chosen, E - 1)
+    turn = turn[..., None] % self.copy_count[...][expert]
+    copy = self.copies[...][expert, turn]
+    return routing._replace(experts=jnp.where(chosen < E, copy, last))
 
   def routed(self, x: jax.Array, routing: Routing):
     """x [B T D] -> ([B T D], choices that no first buffer of a mesh held)."""
@@ -215,8 +236,15 @@ class MoE(nnx.Module):
       'losses': values,
       'loss': balance.weighted(cfg.balance, values),
     }
+    if cfg.redundant and ctx.train:
+      raise InputError(
+        f'moe.redundant = {cfg.redundant}: copies of experts are for serving;'
+        ' train with 0'
+      )
     if cfg.capacity and ctx.train:
       routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity)
+    if cfg.redundant:
+      routing = self.pick_copies(routing)
     y, missed = self.routed(x, routing)
     using = current()
     if using and not using.exchange.dropless:

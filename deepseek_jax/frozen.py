@@ -1,0 +1,104 @@
+"""Training a part of the parameters: the rest keep their values to the bit.
+
+Frozen parameters get no gradient, no decay and no moments, and don't count in
+the gradient norm. The indexer's warm-up trains so (DeepSeek-V3.2,
+arXiv:2512.02556, section 2.1.1).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+
+
+class Part(NamedTuple):
+  """Which parameters are trained.
+
+  Attributes:
+    abstract: their abstract state, without the rest.
+    mask: over all parameters, True where trained.
+  """
+
+  abstract: nnx.State
+  mask: dict
+
+  def detached(self, params: dict) -> dict:
+    """The parameters, those that are frozen cut off from gradients."""
+    one = lambda p, on: p if on else jax.lax.stop_gradient(p)
+    return jax.tree.map(one, params, self.mask)
+
+  def only(
+    self, inner: optax.GradientTransformation
+  ) -> optax.GradientTransformation:
+    """`inner`, made for `abstract`, on a tree of all parameters."""
+
+    def init(params):
+      return inner.init(_kept(params, self.mask))
+
+    def update(grads, state, params=None):
+      some = lambda tree: None if tree is None else _kept(tree, self.mask)
+      moved, state = inner.update(some(grads), state, some(params))
+      return _spread(moved, grads), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
+  """The parameters that have one of `names` among the names of their path.
+
+  Raises:
+    InputError: no parameter has a name.
+  """
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  flat = {
+    tuple(entry.key for entry in path): variable
+    for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf)
+  }
+  for name in names:
+    if not any(name in path for path in flat):
+      known = sorted({k for path in flat for k in path if isinstance(k, str)})
+      raise InputError(
+        f'trainable = {names!r}: no parameter has {name!r} in its path; names'
+        f' are {known}'
+      )
+  on = {path: any(n in path for n in names) for path in flat}
+  kept = {path: v for path, v in flat.items() if on[path]}
+  return Part(type(abstract)(_nested(kept)), _nested(on))
+
+
+def _nested(flat: dict) -> dict:
+  out: dict = {}
+  for (*above, last), value in flat.items():
+    inner = out
+    for key in above:
+      inner = inner.setdefault(key, {})
+    inner[last] = value
+  return out
+
+
+def _kept(tree: dict, mask: dict) -> dict:
+  """The tree without its frozen leaves and what then is empty."""
+  out: dict[Any, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      inner = _kept(value, mask[key])
+      if inner:
+        out[key] = inner
+    elif mask[key]:
+      out[key] = value
+  return out
+
+
+def _spread(some: dict, whole: dict) -> dict:
+  """`some` of the leaves of `whole`, zeros for the others."""
+  out = {}
+  for key, value in whole.items():
+    if isinstance(value, dict):
+      out[key] = _spread(some.get(key, {}), value)
+    else:
+      out[key] = some[key] if key in some else jnp.zeros_like(value)
+  return out

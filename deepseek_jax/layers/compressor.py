@@ -1,0 +1,212 @@
+"""V4's compressor: one key-value entry for every m tokens (V4 section 2.3).
+
+A softmax over the tokens of a window, taken for each channel by itself, weighs
+their projections; a learned bias marks places in the window. With overlap an
+entry draws on the window before, too, through a second series of projections.
+Documents are compressed each from its own start; the tokens after the last
+whole window wait until it is full, and no entry is made of them.
+Legend: B batch, T tokens, L tokens with those before, S entries, m ratio,
+J series (2 with overlap: window before, own window), C entry dim, R = J m.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax import cache as caching
+from deepseek_jax.layers import ring
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.rope import RopeConfig, rope
+from deepseek_jax.sharding import param
+
+_NEG = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+  """Shapes of a compressor; the layer makes it of its own configuration."""
+
+  ratio: int
+  overlap: bool
+  dim: int
+  rope_dim: int
+  rope: RopeConfig
+  norm_eps: float
+
+  @property
+  def series(self) -> int:
+    return 2 if self.overlap else 1
+
+  def cache(self, batch: int, slots: int, dtype) -> 'Compressed':
+    """An empty cache: C numbers per m slots, and a remainder."""
+    waiting = (batch, self.series * self.ratio, self.series, self.dim)
+    return Compressed(
+      jnp.zeros((batch, max(1, slots // self.ratio), self.dim), dtype),
+      jnp.zeros(waiting, jnp.float32),
+      jnp.zeros(waiting, jnp.float32),
+    )
+
+
+class Compressed(NamedTuple):
+  """Entries so far, and the projections of the last R tokens (a ring)."""
+
+  entries: jax.Array  # [B S C]
+  kv: jax.Array  # [B R J C] float32
+  gate: jax.Array  # [B R J C] float32
+
+
+class View(NamedTuple):
+  """The entries that queries see: `count` of them from `first` on."""
+
+  first: jax.Array  # [B T] int32
+  count: jax.Array  # [B T] int32, floor((t + 1) / m) at position t
+
+  def mask(self, entries: int) -> jax.Array:
+    """[B T S] bool."""
+    at = jnp.arange(entries)
+    first, count = self.first[..., None], self.count[..., None]
+    return (at >= first) & (at < first + count)
+
+
+def tail_rope(x: jax.Array, positions, cfg: RopeConfig, dim: int) -> jax.Array:
+  """Turns the last `dim` channels of x [B T ... C] to positions [B T]."""
+  rest, last = jnp.split(x, [x.shape[-1] - dim], axis=-1)
+  return jnp.concatenate([rest, rope(last, positions, cfg)], axis=-1)
+
+
+def _segments(ctx: Context) -> jax.Array:
+  if ctx.segments is None:
+    return jnp.ones_like(ctx.positions)
+  return ctx.segments
+
+
+def window_ends(positions, segments, ratio: int) -> jax.Array:
+  """[B L] bool: whether a whole window of a document ends at a token."""
+  L = positions.shape[1]
+  back = lambda a, n: jnp.pad(a, [(0, 0), (n, 0)], constant_values=-1)[:, :L]
+  whole = back(segments, ratio - 1) == segments
+  whole &= back(positions, ratio - 1) == positions - (ratio - 1)
+  at_end = (positions + 1) % ratio == 0
+  return whole & at_end & (segments > 0) & (jnp.arange(L) >= ratio - 1)
+
+
+def view(ctx: Context, ratio: int, fresh: bool) -> View:
+  """What each token sees: of a fresh batch's entries, or of a cache's."""
+  if not fresh:
+    count = (ctx.positions + 1) // ratio
+    return View(jnp.zeros_like(count), count)
+  segments = _segments(ctx)
+  ends = window_ends(ctx.positions, segments, ratio).astype(jnp.int32)
+  so_far = jnp.cumsum(ends, axis=1)
+  new = segments[:, 1:] != segments[:, :-1]
+  new |= ctx.positions[:, 1:] != ctx.positions[:, :-1] + 1
+  new = jnp.pad(new, [(0, 0), (1, 0)], constant_values=True)
+  # Entries of all documents lie one after the other.
+  first = jax.lax.cummax(jnp.where(new, so_far - ends, 0), axis=1)
+  return View(first, jnp.where(segments > 0, so_far - first, 0))
+
+
+class _Tokens(NamedTuple):
+  """Projections of the tokens that entries may draw on."""
+
+  kv: jax.Array  # [B L J C] float32
+  gate: jax.Array  # [B L J C] float32
+  positions: jax.Array  # [B L]
+  segments: jax.Array  # [B L]
+
+
+class Compressor(nnx.Module):
+  def __init__(self, cfg: CompressorConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, J, C = dim, cfg.series, cfg.dim
+    init, zeros = nnx.initializers.normal(std), nnx.initializers.zeros
+    axes = ('embed', 'series', None)
+    self.kv = param(rngs, init, (D, J, C), axes)
+    self.gate = param(rngs, init, (D, J, C), axes)
+    self.bias = param(
+      rngs, zeros, (cfg.ratio, J * C), (None, None), full_precision=True
+    )
+    self.norm = RMSNorm(C, eps=cfg.norm_eps, rngs=rngs)
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: Compressed | None
+  ) -> tuple[jax.Array, Compressed | None]:
+    """x [B T D] -> (entries [B S C], cache with these tokens).
+
+    The entries are those of a fresh batch's documents, one after the other
+    (see `view`), or all that the cache holds.
+    """
+    f32 = {'preferred_element_type': jnp.float32}
+    kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
+    gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
+    tokens = _Tokens(kv, gate, ctx.positions, _segments(ctx))
+    T, m = x.shape[1], self.cfg.ratio
+    if past is None or ctx.fresh:
+      ends = window_ends(tokens.positions, tokens.segments, m)
+      made, at = self._compress(tokens, ends, max(1, T // m))
+    else:
+      tokens = _after(past, tokens)
+      ends = window_ends(tokens.positions, tokens.segments, m)
+      ends &= jnp.arange(ends.shape[1]) >= ends.shape[1] - T  # the new ones
+      made, at = self._compress(tokens, ends, -(-T // m))
+    made = made.astype(x.dtype)
+    if past is None:
+      return made, None
+    entries = caching.write(past.entries, made, at // m, at >= 0)
+    write = lambda a, new: ring.write(a, new, ctx.positions, ctx.valid)
+    past = Compressed(entries, write(past.kv, kv), write(past.gate, gate))
+    return made if ctx.fresh else entries, past
+
+  def _compress(self, tokens: _Tokens, ends: jax.Array, count: int):
+    """Entries [B S C] float32 of the windows at `ends`, their starts [B S].
+
+    A start of -1 is no entry.
+    """
+    (B, L), m = ends.shape, self.cfg.ratio
+    number = jnp.where(ends, jnp.cumsum(ends, axis=1) - 1, count)
+    rows = jnp.arange(B)[:, None]
+    end = (
+      jnp.full((B, count), -1)
+      .at[rows, number]
+      .set(jnp.broadcast_to(jnp.arange(L), (B, L)), mode='drop')
+    )
+    own = end[..., None] + jnp.arange(1 - m, 1)  # [B S m]
+    bias = self.bias[...].reshape(m, self.cfg.series, self.cfg.dim)
+    value, logit = self._windows(tokens, own, bias, -1)
+    if self.cfg.overlap:
+      value_before, logit_before = self._windows(tokens, own - m, bias, 0)
+      whole = window_ends(tokens.positions, tokens.segments, m)
+      there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
+      same = tokens.segments[rows, jnp.maximum(end - m, 0)]
+      there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
+      logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
+      value = jnp.concatenate([value_before, value], axis=2)
+      logit = jnp.concatenate([logit_before, logit], axis=2)
+    entry = self.norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))
+    start = tokens.positions[rows, jnp.maximum(own[..., 0], 0)]
+    entry = tail_rope(entry, start, self.cfg.rope, self.cfg.rope_dim)
+    return entry, jnp.where(end >= 0, start, -1)
+
+  def _windows(self, tokens, at, bias, series):
+    """Values and logits [B S m C] of one series at tokens `at` [B S m]."""
+    rows = jnp.arange(at.shape[0])[:, None, None]
+    pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
+    return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
+
+
+def _after(past: Compressed, new: _Tokens) -> _Tokens:
+  """The tokens that wait in a cache, and the new ones after them."""
+  R, start = past.kv.shape[1], new.positions[:, 0]
+  positions = ring.before(start, R)
+  waiting = _Tokens(
+    ring.unroll(past.kv, start),
+    ring.unroll(past.gate, start),
+    positions,
+    (positions >= 0).astype(new.segments.dtype),
+  )
+  new = new._replace(segments=(new.segments > 0).astype(new.segments.dtype))
+  return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), waiting, new)

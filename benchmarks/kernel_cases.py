@@ -1,13 +1,13 @@
 """Work for benchmarks.kernels: inputs, contenders, FLOPs and bytes."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import kernel_cases_sparse
+from benchmarks.kernel_work import Work, bf16, fresh_keys, in_float32, nbytes
 from pallas_kernels import permute
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
@@ -24,71 +24,22 @@ from pallas_kernels.sinkhorn import shapes as sinkhorn_shapes
 from pallas_kernels.sinkhorn import sinkhorn
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """One op on one shape.
-
-  Attributes:
-    op: called with the arrays and impl=...
-    args: the arrays.
-    exact: the same result in higher precision, from the arrays.
-    flops: useful floating-point operations.
-    moved: bytes that have to be read and written at least.
-    naive: other ways to compute it, by name; the plain XLA one is 'xla'.
-  """
-
-  op: Callable
-  args: tuple
-  exact: Callable
-  flops: float
-  moved: float
-  naive: dict[str, Callable]
-
-
-def _keys(count):
-  # Fresh numbers in every run.
-  return jax.random.split(
-    jax.random.key(np.random.SeedSequence().entropy % 2**31), count
-  )
-
-
-def _bf16(key, *shape):
-  return jax.random.normal(key, shape, jnp.bfloat16)
-
-
-def _size(*arrays):
-  return sum(a.size * a.dtype.itemsize for a in arrays)
-
-
-def _wide(op):
-  """The reference on inputs widened to float32, products in full precision."""
-
-  def run(*args):
-    up = lambda a: (
-      a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
-    )
-    with jax.default_matmul_precision('highest'):
-      return op(*jax.tree.map(up, args), impl='reference')
-
-  return run
-
-
 def decode(shape):
   B, J = len(shape.lengths), -(-max(shape.lengths) // shape.page)
-  k = _keys(5)
+  k = fresh_keys(5)
   args = (
-    _bf16(k[0], B, shape.new, shape.heads, 512),
-    _bf16(k[1], B, shape.new, shape.heads, 64),
-    _bf16(k[2], B * J, shape.page, 512),
-    _bf16(k[3], B * J, shape.page, 64),
+    bf16(k[0], B, shape.new, shape.heads, 512),
+    bf16(k[1], B, shape.new, shape.heads, 64),
+    bf16(k[2], B * J, shape.page, 512),
+    bf16(k[3], B * J, shape.page, 64),
     jax.random.permutation(k[4], B * J).reshape(B, J).astype(jnp.int32),
     jnp.asarray(shape.lengths, jnp.int32),
   )
   op = functools.partial(mla_decode, scale=192**-0.5, splits=shape.splits)
   pairs = sum(shape.lengths) * shape.new * shape.heads
-  moved = _size(args[0], args[1], args[0]) + sum(shape.lengths) * 576 * 2
+  moved = nbytes(args[0], args[1], args[0]) + sum(shape.lengths) * 576 * 2
   xla = functools.partial(op, impl='reference')
-  return Work(op, args, _wide(op), 2 * pairs * 1088, moved, {'xla': xla})
+  return Work(op, args, in_float32(op), 2 * pairs * 1088, moved, {'xla': xla})
 
 
 def decode_small(shape):
@@ -97,10 +48,10 @@ def decode_small(shape):
 
 def _grouped(shape):
   blocks = [c // shape.block for c in shape.counts]
-  E, k = len(blocks), _keys(3)
-  rows = _bf16(k[0], sum(shape.counts), shape.dim)
-  weights = _bf16(k[1], E, shape.dim, shape.out)
-  grad = _bf16(k[2], sum(shape.counts), shape.out)
+  E, k = len(blocks), fresh_keys(3)
+  rows = bf16(k[0], sum(shape.counts), shape.dim)
+  weights = bf16(k[1], E, shape.dim, shape.out)
+  grad = bf16(k[2], sum(shape.counts), shape.out)
   expert = jnp.asarray(np.repeat(np.arange(E), blocks), jnp.int32)
   flops = 2.0 * rows.shape[0] * shape.dim * shape.out
   return rows, weights, grad, expert, jnp.asarray(shape.counts), flops
@@ -110,8 +61,10 @@ def grouped_fwd(shape):
   rows, weights, grad, expert, counts, flops = _grouped(shape)
   op = lambda r, w, impl: grouped_matmul(r, w, expert, impl=impl)
   ragged = lambda r, w: jax.lax.ragged_dot(r, w, counts)
-  moved = _size(rows, weights, grad)
-  return Work(op, (rows, weights), _wide(op), flops, moved, {'xla': ragged})
+  moved = nbytes(rows, weights, grad)
+  return Work(
+    op, (rows, weights), in_float32(op), flops, moved, {'xla': ragged}
+  )
 
 
 def grouped_bwd(shape):
@@ -124,8 +77,8 @@ def grouped_bwd(shape):
   def ragged(r, w, g):
     return jax.vjp(lambda r, w: jax.lax.ragged_dot(r, w, counts), r, w)[1](g)
 
-  args, moved = (rows, weights, grad), 2 * _size(rows, weights, grad)
-  return Work(op, args, _wide(op), 2 * flops, moved, {'xla': ragged})
+  args, moved = (rows, weights, grad), 2 * nbytes(rows, weights, grad)
+  return Work(op, args, in_float32(op), 2 * flops, moved, {'xla': ragged})
 
 
 def grouped_small(shape):
@@ -135,12 +88,12 @@ def grouped_small(shape):
 
 
 def _layout(shape):
-  k = _keys(4)
+  k = fresh_keys(4)
   size = (shape.tokens, shape.choices)
   experts = jax.random.randint(k[0], size, 0, shape.experts)
   plan = permute.plan(experts, shape.experts, block=shape.block)
-  x = _bf16(k[1], shape.tokens, shape.dim)
-  rows = _bf16(k[2], plan.source.shape[0], shape.dim)
+  x = bf16(k[1], shape.tokens, shape.dim)
+  rows = bf16(k[2], plan.source.shape[0], shape.dim)
   return plan, x, rows, jax.random.uniform(k[3], size)
 
 
@@ -150,7 +103,7 @@ def gather(shape):
   naive = lambda x: jnp.take(
     x, plan.source // shape.choices, axis=0, mode='fill', fill_value=0
   )
-  return Work(op, (x,), _wide(op), 0, _size(x, rows), {'xla': naive})
+  return Work(op, (x,), in_float32(op), 0, nbytes(x, rows), {'xla': naive})
 
 
 def combine(shape):
@@ -158,8 +111,8 @@ def combine(shape):
   op = lambda r, w, impl: permute.combine(r, w, plan, impl=impl)
   naive = lambda r, w: jnp.einsum('NKD,NK->ND', r[plan.slot], w)
   read = plan.slot.size * shape.dim * 2
-  moved = read + _size(x, weights)
-  return Work(op, (rows, weights), _wide(op), 0, moved, {'xla': naive})
+  moved = read + nbytes(x, weights)
+  return Work(op, (rows, weights), in_float32(op), 0, moved, {'xla': naive})
 
 
 def permute_small(shape):
@@ -168,16 +121,16 @@ def permute_small(shape):
 
 def _prefill(shape):
   """q, k, v, gradient, segments and scored pairs of one head."""
-  k = _keys(4)
+  k = fresh_keys(4)
   rows = [np.repeat(np.arange(len(s)), s) for s in shape.segments]
   segments = jnp.asarray(np.stack(rows), jnp.int32)
   size = (*segments.shape, shape.heads)
   wide, narrow = (*size, 192), (*size, 128)
   arrays = (
-    _bf16(k[0], *wide),
-    _bf16(k[1], *wide),
-    _bf16(k[2], *narrow),
-    _bf16(k[3], *narrow),
+    bf16(k[0], *wide),
+    bf16(k[1], *wide),
+    bf16(k[2], *narrow),
+    bf16(k[3], *narrow),
   )
   pairs = sum(n * (n + 1) // 2 for row in shape.segments for n in row)
   return arrays, segments, pairs * shape.heads
@@ -197,8 +150,8 @@ def prefill(shape):
   (q, k, v, _), segments, pairs = _prefill(shape)
   op = lambda *a, impl: mla_prefill(*a, segments, scale=192**-0.5, impl=impl)
   naive = {'xla': functools.partial(op, impl='reference'), 'cudnn': _cudnn}
-  moved = _size(q, k, v, v)
-  return Work(op, (q, k, v), _wide(op), 2 * pairs * 320, moved, naive)
+  moved = nbytes(q, k, v, v)
+  return Work(op, (q, k, v), in_float32(op), 2 * pairs * 320, moved, naive)
 
 
 def prefill_bwd(shape):
@@ -211,8 +164,8 @@ def prefill_bwd(shape):
   cudnn = lambda q, k, v, g: jax.vjp(_cudnn, q, k, v)[1](g)
   naive = {'xla': functools.partial(op, impl='reference'), 'cudnn': cudnn}
   # Forward 192 + 128; scores again, dv, dp, dq, dk: 3 * 192 + 2 * 128.
-  flops, moved = 2 * pairs * (320 + 832), 3 * _size(q, k, v)
-  return Work(op, (q, k, v, g), _wide(op), flops, moved, naive)
+  flops, moved = 2 * pairs * (320 + 832), 3 * nbytes(q, k, v)
+  return Work(op, (q, k, v, g), in_float32(op), flops, moved, naive)
 
 
 def prefill_small(shape):
@@ -220,32 +173,32 @@ def prefill_small(shape):
 
 
 def route(shape):
-  k = _keys(2)
+  k = fresh_keys(2)
   logits = jax.random.normal(k[0], (shape.tokens, shape.experts))
   bias = jax.random.normal(k[1], (shape.experts,)) / 10 if shape.bias else None
   op = lambda x, impl: router(
     x, bias, top_k=shape.top_k, rule=shape.rule, impl=impl
   )
   xla = functools.partial(op, impl='reference')
-  moved = _size(logits) + shape.tokens * shape.top_k * 8
+  moved = nbytes(logits) + shape.tokens * shape.top_k * 8
   return Work(op, (logits,), xla, 0, moved, {'xla': xla})
 
 
 def scale_to_fp8(shape):
-  x = _bf16(_keys(1)[0], shape.rows, shape.columns)
+  x = bf16(fresh_keys(1)[0], shape.rows, shape.columns)
   op = functools.partial(
     quantize, block=shape.block, power_of_two=shape.power_of_two
   )
   xla = functools.partial(op, impl='reference')
-  return Work(op, (x,), xla, 0, _size(x) * 1.5, {'xla': xla})
+  return Work(op, (x,), xla, 0, nbytes(x) * 1.5, {'xla': xla})
 
 
 def mix(shape):
   size = (shape.tokens, shape.streams, shape.streams)
-  logits = jax.random.normal(_keys(1)[0], size)
+  logits = jax.random.normal(fresh_keys(1)[0], size)
   op = functools.partial(sinkhorn, iterations=shape.iterations)
   xla = functools.partial(op, impl='reference')
-  return Work(op, (logits,), xla, 0, 2 * _size(logits), {'xla': xla})
+  return Work(op, (logits,), xla, 0, 2 * nbytes(logits), {'xla': xla})
 
 
 # op: (shapes, work on a shape, a shape small enough to check).
@@ -268,4 +221,5 @@ OPS = {
     mix,
     lambda s: s._replace(tokens=150),
   ),
+  **kernel_cases_sparse.OPS,
 }

@@ -1,13 +1,12 @@
 """The kernels and shapes that are compiled ahead of time and exported."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import permute
+from pallas_kernels import aot_cases_sparse, permute
+from pallas_kernels.aot_case import Case
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import mla_decode
@@ -18,14 +17,6 @@ from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
-
-
-class Case(NamedTuple):
-  """A function of arrays with its (shape, dtype) arguments."""
-
-  fn: Callable
-  args: tuple
-  wgmma: bool  # the kernel must contain tensor-core instructions
 
 
 def _mla_decode(batch, new, heads, splits):
@@ -160,4 +151,5 @@ CASES = {
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),
   'combine': _permute('combine', 4096, 8, 256, 7168),
   'combine_bwd': _permute('combine_bwd', 4096, 8, 256, 7168),
+  **aot_cases_sparse.CASES,
 }

@@ -10,6 +10,7 @@ import contextvars
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
@@ -60,6 +61,22 @@ def kernel(body, out, *, grid: dict[str, int], scratch=(), threads=1):
     ),
     **several,
   )
+
+
+def triton_kernel(body, out, *, grid: tuple[int, ...], warps, stages):
+  """pl.pallas_call through Triton, whole arrays in global memory."""
+  return pl.pallas_call(
+    body,
+    out_shape=out,
+    grid=grid,
+    compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+    interpret=is_interpreted(),
+  )
+
+
+def triton_load(ref, *, mask, other):
+  """ref's rows where mask, else `other`; for gathers in Triton kernels."""
+  return plt.load(ref, mask=mask, other=other)
 
 
 def transposed(ref):

@@ -1,0 +1,57 @@
+"""What a kernel's work is, and numbers to do it on."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One op on one shape.
+
+  Attributes:
+    op: called with the arrays and impl=...
+    args: the arrays.
+    exact: the same result in higher precision, from the arrays.
+    flops: useful floating-point operations.
+    moved: bytes that have to be read and written at least.
+    naive: other ways to compute it, by name; the plain XLA one is 'xla'.
+  """
+
+  op: Callable
+  args: tuple
+  exact: Callable
+  flops: float
+  moved: float
+  naive: dict[str, Callable]
+
+
+def fresh_keys(count):
+  # Fresh numbers in every run.
+  return jax.random.split(
+    jax.random.key(np.random.SeedSequence().entropy % 2**31), count
+  )
+
+
+def bf16(key, *shape):
+  return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def nbytes(*arrays):
+  return sum(a.size * a.dtype.itemsize for a in arrays)
+
+
+def in_float32(op):
+  """The reference on inputs widened to float32, products in full precision."""
+
+  def run(*args):
+    up = lambda a: (
+      a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    )
+    with jax.default_matmul_precision('highest'):
+      return op(*jax.tree.map(up, args), impl='reference')
+
+  return run

@@ -1,0 +1,74 @@
+"""The lightning indexer: which cached tokens each query attends to.
+
+score[t, s] = sum over heads of w[t, h] relu(q[t, h] k[s]), and the K best of
+the tokens that t sees (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). The [T S]
+scores are never stored. Legend: B batch, T queries, S keys, H index heads,
+I index dim, K chosen.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.indexer import reference
+
+__all__ = ['indexer']
+
+
+def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
+  """The positions of the top_k best scores, lower positions among equals.
+
+  Args:
+    q: [B T H I] queries, turned.
+    k: [B S I] keys, turned, one for all heads.
+    w: [B T H] weights of the heads, with every constant factor in them.
+    first, last: [B T] int32; query t sees positions first <= s < last. None:
+      0 and t + 1, causal with S = T.
+    top_k: K.
+    impl: None, 'reference' or 'gpu' (bfloat16 q and k, I=128, H a multiple
+      of 8 up to 64, up to 2**20 keys).
+
+  Returns:
+    [B T K] int32 positions in ascending order; -1 behind the last one where
+    fewer than K are seen. It has no gradient: the indexer learns from scores
+    of its own on what was chosen.
+
+  Raises:
+    ValueError: shapes that don't fit each other.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  B, T = q.shape[:2]
+  if first is None:
+    first = jnp.zeros((B, T), jnp.int32)
+  if last is None:
+    last = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32), (B, T))
+  _check(q, k, w, first, last, top_k)
+
+  def gpu(*args):
+    from pallas_kernels.indexer import gpu
+
+    return gpu.indexer(*args)
+
+  arrays = jax.lax.stop_gradient((q, k, w))
+  # Behind the keys there is nothing to see.
+  last = jnp.minimum(last, k.shape[1])
+  args = (*arrays, jnp.maximum(first, 0), last, top_k)
+  return dispatch.run('indexer', impl, gpu, reference.indexer, *args)
+
+
+def _check(q, k, w, first, last, top_k):
+  B, T, H, I = q.shape
+  wanted = {
+    'k': (k, (B, k.shape[1], I)),
+    'w': (w, (B, T, H)),
+    'first': (first, (B, T)),
+    'last': (last, (B, T)),
+  }
+  for name, (array, shape) in wanted.items():
+    if array.shape != shape:
+      raise ValueError(
+        f'{name} is {list(array.shape)}, but q {list(q.shape)} asks for '
+        f'{list(shape)}'
+      )
+  if top_k < 1:
+    raise ValueError(f'top_k={top_k}: must be at least 1')

@@ -1,0 +1,52 @@
+"""From one bit per key to the positions of the bits that are set.
+
+Legend: T queries, W words of 32 keys, K positions.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _place(word, rank):
+  """Where the set bit with `rank` lower ones lies in each uint32 word."""
+  place = jnp.zeros_like(rank)
+  for width in (16, 8, 4, 2, 1):
+    low = jax.lax.population_count(word & jnp.uint32((1 << width) - 1))
+    low = low.astype(jnp.int32)
+    above = rank >= low
+    rank = jnp.where(above, rank - low, rank)
+    word = jnp.where(above, word >> width, word)
+    place = jnp.where(above, place + width, place)
+  return place
+
+
+def _take(a, at):
+  """a[t, at[t, k]], by one index: XLA folds pairs of them into a constant."""
+  row = jnp.arange(a.shape[0], dtype=jnp.int32)[:, None] * a.shape[1]
+  return a.reshape(-1).at[row + at].get(mode='promise_in_bounds')
+
+
+def _first_above(upto, wanted):
+  """[T K]: the first word that upto [T W], ascending, puts above wanted."""
+  W = upto.shape[1]
+  word = jnp.zeros((upto.shape[0], wanted.shape[1]), jnp.int32)
+  for power in reversed(range(W.bit_length())):
+    ahead = word + (1 << power)
+    at = jnp.minimum(ahead, W) - 1
+    passed = _take(upto, at) <= wanted
+    word = jnp.where((ahead <= W) & passed, ahead, word)
+  return jnp.minimum(word, W - 1)
+
+
+def positions(words, count: int):
+  """words [T W] uint32, bit i of word j for key 32 j + i -> [T count] int32.
+
+  Ascending; -1 behind the last one.
+  """
+  each = jax.lax.population_count(words).astype(jnp.int32)
+  upto = jnp.cumsum(each, axis=1)
+  wanted = jnp.arange(count, dtype=jnp.int32)[None]
+  word = _first_above(upto, wanted)
+  rank = wanted - (_take(upto, word) - _take(each, word))
+  place = 32 * word + _place(_take(words, word), rank)
+  return jnp.where(wanted < upto[:, -1:], place, -1)

@@ -1,0 +1,289 @@
+"""The indexer's choice on Hopper: scores stay in shared memory.
+
+A thread block takes two queries of one row at a time, a warpgroup each, and
+streams the keys past both. 64 keys times the heads of a query is one product;
+its rectified, weighted sum over heads is turned into an integer of the same
+order and kept. Then 32 counts find the K-th largest, bit by bit; among equals
+further counts find the position up to which they are taken; and what leaves is
+one bit per key, 1/32 of the scores.
+
+Many keys don't fit: then the integers of a thread block lie in global memory,
+which takes no more than [thread blocks, 2, S] and stays in the L2 cache.
+Legend: B batch, T queries, S keys, H index heads, I index dim.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import compat
+from pallas_kernels.indexer import bits
+
+BLOCK, STAGES, DIM = 64, 3, 128
+CHUNK = 64  # rows of 64 keys that are counted at once
+NEAR = 4 * CHUNK * BLOCK  # keys of two queries that fit shared memory
+NOTHING = np.int32(-(2**31))  # below the integer of every score
+_TILE = plgpu.Layout.WGMMA
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_STRIDED = plgpu.Layout.WG_STRIDED((CHUNK, BLOCK), vec_size=4)
+
+
+def indexer(q, k, w, first, last, top_k, near=NEAR):
+  _supported(q, k)
+  B, T = q.shape[:2]
+  S = k.shape[1]
+  pairs = -(-T // 2)
+  rows = -(-S // (CHUNK * BLOCK)) * CHUNK
+  # An odd last query goes twice.
+  even = lambda a: jnp.pad(
+    a, ((0, 0), (0, 2 * pairs - T)) + ((0, 0),) * (a.ndim - 2), 'edge'
+  )
+  words = _select(
+    even(q),
+    jnp.pad(k, ((0, 0), (0, rows * BLOCK - S), (0, 0))),
+    even(w).astype(jnp.float32),
+    even(first),
+    even(last),
+    top_k=top_k,
+    near=near,
+  )
+  words = lax.bitcast_convert_type(words.swapaxes(2, 3), jnp.uint32)
+  chosen = bits.positions(words.reshape(B * 2 * pairs, -1), top_k)
+  return chosen.reshape(B, 2 * pairs, top_k)[:, :T]
+
+
+def _supported(q, k):
+  if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
+    raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
+  H, I = q.shape[2:]
+  if I != DIM or H % 8 or H > 64:
+    raise NotImplementedError(
+      f'{H} heads of {I}, not a multiple of 8 up to 64 of {DIM}'
+    )
+  if k.shape[1] > 2**20:
+    raise NotImplementedError(f'{k.shape[1]} keys, more than {2**20}')
+
+
+def _select(q, k, w, first, last, *, top_k, near):
+  """[B T 2 S/64] int32: bit i of word [r, h] is for key 64 r + 32 h + i."""
+  B, T, H, _ = q.shape
+  S = k.shape[1]
+  rows, items = S // BLOCK, B * T // 2
+  workers = min(items, compat.num_sms())
+  words = jax.ShapeDtypeStruct((B, T, 2, rows), jnp.int32)
+  kept = jax.ShapeDtypeStruct((workers, 2, rows, BLOCK), jnp.int32)
+  is_near = near >= S
+  tile = lambda *shape: plgpu.SMEM(
+    shape, jnp.bfloat16, transforms=compat.TILED_16BIT
+  )
+  scratch = {
+    'qs': tile(2, H, DIM),
+    'ks': tile(STAGES, BLOCK, DIM),
+    'words': plgpu.SMEM((2, 2, CHUNK), jnp.int32),
+    'q_here': plgpu.Barrier(num_barriers=2),
+    'here': plgpu.Barrier(num_barriers=STAGES),
+    'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+  }
+  if is_near:
+    scratch['kept'] = plgpu.SMEM(kept.shape[1:], jnp.int32)
+  out = compat.kernel(
+    functools.partial(_body, items=items, top_k=top_k, near=is_near),
+    words if is_near else (words, kept),
+    grid={'worker': workers},
+    threads=2,
+    scratch=list(scratch.values()),
+  )(q, k, w, first, last)
+  return out if is_near else out[0]
+
+
+def _body(q, k, w, first, last, out, *rest, items, top_k, near):
+  worker, g = lax.axis_index('worker'), lax.axis_index('wg')
+  if near:
+    *rest, kept = rest
+    kept = kept.at[g]
+  else:
+    kept, *rest = rest
+    kept = kept.at[worker, g]
+  qs, ks, words, q_here, here, free = rest
+  workers = min(items, compat.num_sms())
+  per_row = q.shape[1] // 2
+
+  def item(i, _):
+    # The last queries have the most keys: they go first.
+    number = items - 1 - (worker + i * workers)
+    b, pair = lax.div(number, per_row), lax.rem(number, per_row)
+    t = 2 * pair + g
+    plgpu.copy_gmem_to_smem(q.at[b, t], qs.at[g], q_here.at[g])
+    spans = [(first[b, 2 * pair + j], last[b, 2 * pair + j]) for j in range(2)]
+    start = lax.div(jnp.minimum(spans[0][0], spans[1][0]), BLOCK)
+    end = lax.div(jnp.maximum(spans[0][1], spans[1][1]) + BLOCK - 1, BLOCK)
+    end = jnp.maximum(start, end)
+    span = first[b, t], last[b, t]
+    plgpu.barrier_wait(q_here.at[g])
+    _scores(
+      k.at[b], compat.load(w, (b, t), _BY_COLUMN, optimized=False),
+      qs.at[g], ks, kept, here, free, start=start, end=end, span=span,
+    )  # fmt: skip
+    chunks = lax.div(start, CHUNK), lax.div(end + CHUNK - 1, CHUNK)
+    _fill(kept, chunks[0] * CHUNK, start)
+    _fill(kept, end, chunks[1] * CHUNK)
+    plgpu.commit_smem()  # the other threads of the warpgroup read it
+    limits = _threshold(kept, chunks, top_k, k.shape[1])
+    _emit(kept, words.at[g], out.at[b, t], chunks, limits)
+    return ()
+
+  mine = lax.div(items - worker + workers - 1, workers)
+  lax.fori_loop(0, mine, item, ())
+
+
+def _ordered(score):
+  """int32 of the same order as the float32."""
+  score = jnp.where(score == 0.0, 0.0, score)
+  word = lax.bitcast_convert_type(score, jnp.int32)
+  return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
+
+
+def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
+  """kept[r] = integers of the scores of keys [64 r, 64 r + 64)."""
+  g, steps = lax.axis_index('wg'), end - start
+
+  def load(i, stage):
+    where = pl.ds((start + i) * BLOCK, BLOCK)
+    plgpu.copy_gmem_to_smem(k.at[where], ks.at[stage], here.at[stage])
+
+  @pl.when(g == 0)
+  def _():
+    def fill(i, _):
+      load(i, i)
+      return ()
+
+    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
+
+  def products(stage):
+    def run(ref):
+      plgpu.wgmma(ref, ks.at[stage], compat.transposed(qs))
+      return ref[...]
+
+    heads = qs.shape[0]
+    return pl.run_scoped(run, plgpu.ACC((BLOCK, heads), jnp.float32))
+
+  def step(i, _):
+    stage = lax.rem(i, STAGES)
+    plgpu.barrier_wait(here.at[stage])
+    s = jnp.maximum(products(stage), 0.0)
+
+    @pl.when(i + STAGES < steps)
+    def _():
+      plgpu.barrier_arrive(free.at[stage])
+
+      @pl.when(g == 0)
+      def _():
+        plgpu.barrier_wait(free.at[stage])
+        load(i + STAGES, stage)
+
+    total = (s * lax.broadcast_in_dim(weights, s.shape, [1])).sum(axis=1)
+    at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=_TILE)
+    at = at.max(axis=1) + (start + i) * BLOCK
+    seen = (at >= span[0]) & (at < span[1])
+    kept[start + i] = jnp.where(seen, _ordered(total), NOTHING)
+    return ()
+
+  lax.fori_loop(0, steps, step, ())
+
+
+def _fill(kept, start, end):
+  def row(r, _):
+    kept[r] = compat.full((BLOCK,), NOTHING, _BY_ROW, jnp.int32)
+    return ()
+
+  lax.fori_loop(start, end, row, ())
+
+
+def _read(kept, chunk, layout):
+  rows = pl.ds(chunk * CHUNK, CHUNK)
+  return compat.load(kept, rows, layout, optimized=False)
+
+
+def _count(kept, chunks, holds):
+  """How many keys have holds(integers, chunk)."""
+
+  def add(chunk, total):
+    hit = holds(_read(kept, chunk, _STRIDED), chunk)
+    return total + hit.astype(jnp.int32)
+
+  zero = compat.full((CHUNK, BLOCK), 0, _STRIDED, jnp.int32)
+  return lax.fori_loop(*chunks, add, zero).sum()
+
+
+def _positions(chunk, layout):
+  iota = lambda axis: plgpu.broadcasted_iota(
+    jnp.int32, (CHUNK, BLOCK), axis, layout=layout
+  )
+  return (chunk * CHUNK + iota(0)) * BLOCK + iota(1)
+
+
+def _threshold(kept, chunks, top_k, keys):
+  """(integer, position): chosen is above it, or equal and before there."""
+
+  def bit(i, low):
+    # From -2**31 up: adding 2**31 to it wraps to 0, as it should.
+    next_ = low + lax.shift_left(jnp.int32(1), 31 - i)
+    enough = _count(kept, chunks, lambda x, _: x >= next_) >= top_k
+    return jnp.where(enough, next_, low)
+
+  level = lax.fori_loop(0, 32, bit, jnp.int32(NOTHING))
+  above = _count(kept, chunks, lambda x, _: x > level)
+  equal = _count(kept, chunks, lambda x, _: x == level)
+  wanted = top_k - above
+  most = keys.bit_length()
+  # All of them, as a rule: then nothing is searched.
+  passes = jnp.where((equal <= wanted) | (level == NOTHING), 0, most)
+
+  def step(i, place):
+    further = place + lax.shift_left(jnp.int32(1), most - 1 - i)
+
+    def before(x, chunk):
+      return (x == level) & (_positions(chunk, _STRIDED) < further)
+
+    few = _count(kept, chunks, before) <= wanted
+    return jnp.where(few, further, place)
+
+  place = lax.fori_loop(0, passes, step, jnp.int32(0))
+  return level, jnp.where(passes == 0, jnp.int32(2**30), place)
+
+
+def _emit(kept, words, out, chunks, limits):
+  """Writes the words of every chunk of this query."""
+  level, place = limits
+
+  def chunk(c, _):
+    inside = (c >= chunks[0]) & (c < chunks[1])
+
+    @pl.when(inside)
+    def _():
+      x = _read(kept, c, _TILE)
+      tie = (x == level) & (_positions(c, _TILE) < place)
+      chosen = ((x > level) | tie) & (x != NOTHING)
+      column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
+      bit = lax.shift_left(jnp.ones_like(x), column & 31)
+      for half in range(2):
+        own = chosen & ((column >= 32) if half else (column < 32))
+        words[half] = jnp.where(own, bit, 0).sum(axis=1)
+
+    @pl.when(jnp.logical_not(inside))
+    def _():
+      for half in range(2):
+        words[half] = compat.full((CHUNK,), 0, _BY_ROW, jnp.int32)
+
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(words, out.at[:, pl.ds(c * CHUNK, CHUNK)])
+    plgpu.wait_smem_to_gmem(0)
+    return ()
+
+  lax.fori_loop(0, out.shape[1] // CHUNK, chunk, ())

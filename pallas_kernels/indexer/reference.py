@@ -1,0 +1,40 @@
+"""The indexer's choice in XLA, a few queries at a time."""
+
+import jax
+import jax.numpy as jnp
+
+_ENTRIES = 2**24  # products of one head and key that live at once
+
+
+def scores(q, k, w):
+  """q [T H I], k [S I], w [T H] -> [T S] float32."""
+  products = jnp.einsum('THI,SI->THS', q, k, preferred_element_type=jnp.float32)
+  total = jnp.einsum('THS,TH->TS', jax.nn.relu(products), w.astype(jnp.float32))
+  return jnp.where(total == 0, 0.0, total)  # -0 would come behind 0
+
+
+def choose(q, k, w, first, last, top_k):
+  """One row: q [T H I], k [S I], first and last [T] -> [T K]."""
+  S = k.shape[0]
+  at = jnp.arange(S, dtype=jnp.int32)
+  seen = (at >= first[:, None]) & (at < last[:, None])
+  value = jnp.where(seen, scores(q, k, w), -jnp.inf)
+  best, where = jax.lax.top_k(value, min(top_k, S))
+  where = jnp.where(best > -jnp.inf, where.astype(jnp.int32), S)
+  where = jnp.sort(where, axis=-1)
+  where = jnp.where(where < S, where, -1)
+  fill = ((0, 0), (0, top_k - where.shape[1]))
+  return jnp.pad(where, fill, constant_values=-1)
+
+
+def indexer(q, k, w, first, last, top_k):
+  H, S = q.shape[2], k.shape[1]
+  size = max(1, _ENTRIES // (H * S))
+
+  def row(q, k, w, first, last):
+    one = lambda a: choose(
+      a[0][None], k, a[1][None], a[2][None], a[3][None], top_k
+    )[0]
+    return jax.lax.map(one, (q, w, first, last), batch_size=size)
+
+  return jnp.stack([row(*args) for args in zip(q, k, w, first, last)])

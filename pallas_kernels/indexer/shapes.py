@@ -1,0 +1,37 @@
+"""Shapes that drive the tests and the benchmark of indexer."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+  """B rows, T queries, S keys (the queries are the last), H heads, K."""
+
+  batch: int
+  queries: int
+  keys: int
+  heads: int
+  top_k: int
+  packed: bool = False  # several documents in a row
+  far: bool = False  # keys in global memory, as for many of them
+
+
+TEST = {
+  'one_key': Shape(1, 1, 1, 2, 3),
+  'causal': Shape(2, 37, 37, 3, 8),
+  'packed': Shape(1, 40, 40, 2, 5, packed=True),
+  'decode': Shape(3, 2, 70, 4, 16),
+  'all': Shape(1, 9, 9, 2, 9),
+}
+
+# The kernel takes these, so the interpreter runs them.
+TEST_GPU = {
+  'causal': Shape(1, 5, 130, 8, 20),
+  'packed': Shape(2, 3, 70, 16, 6, packed=True),
+  'far': Shape(1, 2, 4200, 8, 40, far=True),
+}
+
+BENCH = {
+  's8192_h64': Shape(1, 8192, 8192, 64, 2048),
+  'decode_b64_s2_kv65536': Shape(64, 2, 65536, 64, 2048),
+  'chunk_t2048_kv32768': Shape(1, 2048, 32768, 64, 2048),
+}

@@ -1,0 +1,42 @@
+"""Latents of tokens into a paged cache, in XLA."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize import reference as quantize
+
+GROUP = 128  # numbers of a latent that share a scale
+
+
+def turn(k, cos, sin, interleaved):
+  """Rope of k [N R] by cos and sin [N R/2]."""
+  if interleaved:
+    a, b = k[:, 0::2], k[:, 1::2]
+    pairs = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return pairs.reshape(k.shape)
+  a, b = jnp.split(k, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def put(pages, slots, rows):
+  """pages [P G .] with rows [N .] at slots [N] of the flat cache."""
+  flat = pages.reshape(-1, pages.shape[-1])
+  # Below 0 is nowhere too; jax would count it from the end.
+  slots = jnp.where(slots < 0, flat.shape[0], slots)
+  flat = flat.at[slots].set(rows.astype(pages.dtype), mode='drop')
+  return flat.reshape(pages.shape)
+
+
+def latent_kv(x, w, gain, cos, sin, slots, cache, eps, interleaved):
+  kv = jnp.dot(x, w, preferred_element_type=jnp.float32)
+  c, k = jnp.split(kv, [gain.shape[0]], axis=-1)
+  c = c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)
+  c = c * gain.astype(jnp.float32)
+  rows = {'c': c, 'k_r': turn(k, cos, sin, interleaved)}
+  if hasattr(cache, 'scales'):
+    rows['c'], rows['scales'] = quantize.quantize(c, (1, GROUP), False)
+  return cache._replace(
+    **{
+      name: put(getattr(cache, name), slots, row) for name, row in rows.items()
+    }
+  )

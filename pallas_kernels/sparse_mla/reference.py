@@ -1,0 +1,34 @@
+"""Attention over gathered latents in XLA, a few queries at a time."""
+
+import jax
+import jax.numpy as jnp
+
+_ENTRIES = 2**22  # numbers of gathered latents that live at once
+
+
+def attend(q_c, q_r, index, c, k_r, scale):
+  """One query: q_c [H C], q_r [H R], index [K], c [S C], k_r [S R] -> [H C]."""
+  here = index >= 0
+  at = jnp.where(here, index, 0)
+  wide = lambda a: a.astype(jnp.float32)
+  # Latents that are not chosen may be anything, nan too.
+  keys = jnp.where(here[:, None], wide(c[at]), 0)
+  shared = jnp.where(here[:, None], wide(k_r[at]), 0)
+  scores = wide(q_c) @ keys.T + wide(q_r) @ shared.T
+  scores = jnp.where(here, scores * scale, -1e30)
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.where(here, jnp.exp(scores - top), 0)
+  total = weights.sum(-1, keepdims=True)
+  weights = weights / jnp.where(total > 0, total, 1)
+  return (weights @ keys).astype(q_c.dtype)
+
+
+def sparse_mla(q_c, q_r, c, k_r, index, scale):
+  size = max(1, _ENTRIES // (index.shape[-1] * (c.shape[-1] + k_r.shape[-1])))
+
+  def row(args):
+    *queries, c, k_r = args
+    one = jax.checkpoint(lambda a: attend(*a, c, k_r, scale))
+    return jax.lax.map(one, tuple(queries), batch_size=size)
+
+  return jnp.stack([row(a) for a in zip(q_c, q_r, index, c, k_r)])

@@ -1,0 +1,106 @@
+"""indexer against loops over queries and keys in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from pallas_kernels.indexer import bits, indexer, reference
+from pallas_kernels.indexer.shapes import TEST
+
+I = 6
+
+
+def draw(shape, whole=True):
+  """Small integers, so that equal scores are common."""
+  rng = np.random.default_rng(0)
+  B, T, S, H = shape.batch, shape.queries, shape.keys, shape.heads
+  draw = lambda *size: (
+    rng.integers(-2, 3, size) if whole else rng.normal(size=size)
+  )
+  arrays = draw(B, T, H, I), draw(B, S, I), draw(B, T, H)
+  last = np.broadcast_to(np.arange(S - T, S) + 1, (B, T)).astype(np.int32)
+  first = last // 2 if shape.packed else np.zeros_like(last)
+  return *(a.astype(np.float32) for a in arrays), first, last
+
+
+def loop(q, k, w, first, last, top_k):
+  """One query and key at a time; sorted by score, then by position."""
+  B, T = first.shape
+  out = np.full((B, T, top_k), -1)
+  for b, t in np.ndindex(B, T):
+    ranked = []
+    for s in range(first[b, t], last[b, t]):
+      products = q[b, t].astype(np.float64) @ k[b, s]
+      ranked.append((-(w[b, t] * np.maximum(products, 0)).sum(), s))
+    chosen = sorted(s for _, s in sorted(ranked)[:top_k])
+    out[b, t, : len(chosen)] = chosen
+  return out
+
+
+class IndexerTest(parameterized.TestCase):
+  @parameterized.named_parameters(TEST.items())
+  def test_reference_equals_a_loop_and_ties_go_to_the_lowest(self, shape):
+    for whole in (True, False):
+      args = draw(shape, whole)
+      got = jax.jit(functools.partial(indexer, top_k=shape.top_k))(*args)
+      np.testing.assert_array_equal(got, loop(*args, shape.top_k))
+
+  def test_by_default_a_query_sees_itself_and_what_is_before(self):
+    shape = TEST['causal']
+    q, k, w, first, last = draw(shape)
+    np.testing.assert_array_equal(
+      indexer(q, k, w, top_k=4), indexer(q, k, w, first, last, top_k=4)
+    )
+
+  def test_no_array_of_all_scores_is_made(self):
+    T, S, H = 512, 4096, 64
+    shapes = [(1, T, H, 128), (1, S, 128), (1, T, H)]
+    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    run = functools.partial(indexer, top_k=16, impl='reference')
+    text = (
+      jax.jit(
+        lambda q, k, w: run(
+          q, k, w, jnp.zeros((1, T), jnp.int32), jnp.full((1, T), S, jnp.int32)
+        )
+      )
+      .lower(*args)
+      .as_text()
+    )
+    size = reference._ENTRIES // (H * S)
+    self.assertIn(f'tensor<{size}x1x{S}xf32>', text)
+    self.assertNotIn(f'{T}x{S}xf32', text)
+    self.assertNotIn(f'{T}x1x{S}xf32', text)
+
+  @parameterized.parameters((1, 5), (3, 40), (7, 3), (33, 200))
+  def test_set_bits_become_ascending_positions(self, words, count):
+    rng = np.random.default_rng(words)
+    mask = rng.random((9, words * 32)) < rng.choice([0, 0.1, 0.9, 1], (9, 1))
+    packed = (mask.reshape(9, words, 32) << np.arange(32)).sum(-1)
+    got = bits.positions(jnp.asarray(packed.astype(np.uint32)), count)
+    want = np.full((9, count), -1)
+    for row, line in enumerate(mask):
+      where = np.flatnonzero(line)[:count]
+      want[row, : len(where)] = where
+    np.testing.assert_array_equal(got, want)
+
+  def test_unsupported_kernel_shape_says_why(self):
+    q, k, w, first, last = draw(TEST['causal'])
+    with self.assertRaisesRegex(NotImplementedError, 'dtype float32'):
+      indexer(q, k, w, first, last, top_k=2, impl='gpu')
+    q, k = (jnp.asarray(a, jnp.bfloat16) for a in (q, k))
+    with self.assertRaisesRegex(NotImplementedError, '3 heads of 6'):
+      indexer(q, k, w, first, last, top_k=2, impl='gpu')
+
+  def test_bad_input_names_the_field(self):
+    q, k, w, first, last = draw(TEST['causal'])
+    with self.assertRaisesRegex(ValueError, r'w is \[2, 37\], but q'):
+      indexer(q, k, w[..., 0], first, last, top_k=2)
+    with self.assertRaisesRegex(ValueError, 'top_k=0'):
+      indexer(q, k, w, first, last, top_k=0)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,138 @@
+"""Like interpreted.py, for what serves and selects cached latents.
+
+python tests/pallas_kernels/interpreted_sparse.py OP
+"""
+
+import functools
+import sys
+from unittest import mock
+
+import interpreted
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import compat
+from pallas_kernels import latent_kv as latent
+from pallas_kernels.indexer import gpu as indexer_gpu
+from pallas_kernels.indexer import indexer
+from pallas_kernels.indexer import shapes as indexer_shapes
+from pallas_kernels.latent_kv import shapes as latent_shapes
+from pallas_kernels.sparse_mla import shapes as sparse_shapes
+from pallas_kernels.sparse_mla import sparse_mla
+
+BF16 = interpreted.BF16
+
+
+def compare_fp8(name, op, args, share=0.01):
+  """op -> ((codes, scales), rest): codes may differ by a step, few of them."""
+  want = jax.tree.map(np.asarray, op(*args, impl='reference'))
+  with compat.interpreted():
+    got = jax.tree.map(np.asarray, op(*args, impl='gpu'))
+  codes = lambda tree: np.asarray(tree[0][0]).view(np.uint8).astype(int)
+  apart = np.abs(codes(got) - codes(want))
+  print(f'{name}: {(apart > 0).mean():.1e} of the codes a step apart')
+  if apart.max() > 1 or (apart > 0).mean() > share:
+    sys.exit(f'{name}: codes up to {apart.max()} steps apart')
+  rest = lambda tree: (tree[0][1], tree[1])
+  fixed = {'reference': rest(want), 'gpu': rest(got)}
+  interpreted.compare(name, lambda impl: fixed[impl], (), BF16)
+
+
+def draw_latent_kv(shape):
+  rng = np.random.default_rng(0)
+  N, size = shape.tokens, (shape.pages, shape.page)
+  bf = lambda *s: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+  angles = rng.uniform(0, 2 * np.pi, (N, 32))
+  slots = rng.permutation(shape.pages * shape.page)[:N]
+  if N > 4:
+    slots[1], slots[4] = -1, shape.pages * shape.page
+  cache = latent.Pages(bf(*size, 512), bf(*size, 64))
+  if shape.fp8:
+    scales = jnp.asarray(rng.random((*size, 4)), jnp.float32)
+    c = cache.c.astype(jnp.float8_e4m3fn)
+    cache = latent.FP8Pages(c, scales, cache.k_r)
+  floats = [
+    jnp.asarray(a, jnp.float32) for a in (np.cos(angles), np.sin(angles))
+  ]
+  return (
+    bf(N, shape.dim),
+    bf(shape.dim, 576),
+    jnp.asarray(rng.random(512), jnp.float32),
+    *floats,
+    jnp.asarray(slots, jnp.int32),
+    cache,
+  )
+
+
+def check_latent_kv():
+  for name, shape in latent_shapes.TEST_GPU.items():
+    args = draw_latent_kv(shape)
+    op = functools.partial(
+      latent.latent_kv, interleaved=shape.interleaved, splits=shape.splits
+    )
+    if not shape.fp8:
+      interpreted.compare(name, op, args, BF16)
+      continue
+
+    def split(*args, impl, op=op):
+      c, scales, k_r = op(*args, impl=impl)
+      return (c, scales), k_r
+
+    compare_fp8(name, split, args)
+
+
+def draw_indexer(shape):
+  """Small integers: scores are exact and often equal."""
+  rng = np.random.default_rng(0)
+  B, T, S = shape.batch, shape.queries, shape.keys
+  whole = lambda low, *size: rng.integers(low, 3, size)
+  q = whole(-2, B, T, shape.heads, 128) * (rng.random(128) < 0.05)
+  last = np.broadcast_to(np.arange(S - T, S) + 1, (B, T))
+  first = np.broadcast_to(last // 2 if shape.packed else 0, (B, T))
+  return (
+    jnp.asarray(q, jnp.bfloat16),
+    jnp.asarray(whole(-2, B, S, 128), jnp.bfloat16),
+    jnp.asarray(whole(-1, B, T, shape.heads), jnp.float32),
+    jnp.asarray(first, jnp.int32),
+    jnp.asarray(last, jnp.int32),
+  )
+
+
+def check_indexer():
+  for name, shape in indexer_shapes.TEST_GPU.items():
+    args = draw_indexer(shape)
+    near = 0 if shape.far else indexer_gpu.NEAR
+    limit = functools.partial(indexer_gpu.indexer, near=near)
+    with mock.patch.object(indexer_gpu, 'indexer', limit):
+      op = functools.partial(indexer, top_k=shape.top_k)
+      interpreted.compare(name, op, args, 0.0)
+
+
+def check_sparse_mla():
+  def both(q_c, q_r, c, k_r, grad, index, impl):
+    fn = functools.partial(sparse_mla, index=index, scale=0.05, impl=impl)
+    out, pull = jax.vjp(fn, q_c, q_r, c, k_r)
+    return out, pull(grad)
+
+  for name, shape in sparse_shapes.TEST_GPU.items():
+    rng = np.random.default_rng(0)
+    size, S = (shape.batch, shape.queries), shape.keys
+    bf = lambda *s, rng=rng: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+    rows = [rng.permutation(S)[: shape.top_k] for _ in range(np.prod(size))]
+    index = np.stack(rows).reshape(*size, -1)
+    index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
+    args = (
+      bf(*size, shape.heads, 512),
+      bf(*size, shape.heads, 64),
+      bf(shape.batch, S, 512),
+      bf(shape.batch, S, 64),
+      bf(*size, shape.heads, 512),
+      jnp.asarray(index, jnp.int32),
+    )
+    # Probabilities, their gradients and a latent's parts are rounded.
+    interpreted.compare(name, both, args, 2 * BF16)
+
+
+if __name__ == '__main__':
+  globals()['check_' + sys.argv[1]]()

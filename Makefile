@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test faults parity kernels aot bench lint notebooks clean
+.PHONY: demo test mutants faults scale parity kernels aot bench bench-sparse lint notebooks clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +27,17 @@ test: $(VENV)/.test
 	$(PYTEST) -m 'not slow' -n 2 --dist loadfile \
 	  --max-worker-restart=0 --durations=25
 
+# Plants every published bug in a copy: the tests must notice each of them.
+mutants: $(VENV)/.test
+	$(BIN)/python -m tests.mutants.run
+
 # Kills processes, damages files, fills disks; ends with a table.
 faults: $(VENV)/.test
 	$(PYTEST) tests/faults -s
+
+# Every mesh, and several processes, against one device; ends with tables.
+scale: $(VENV)/.test
+	$(PYTEST) tests/scale tests/parallel -s
 
 # Both directions of Hugging Face checkpoints against transformers.
 parity: $(VENV)/.test
@@ -54,6 +62,10 @@ aot: .venv-aot/.ready
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.decode
+
+# Sparse layers against dense latent attention, 1,024 to 16,384 tokens.
+bench-sparse: $(VENV)/.test
+	$(BIN)/python -m benchmarks.sparse
 
 # Every notebook from top to bottom, with small parameters.
 notebooks: $(VENV)/.test

@@ -1,0 +1,191 @@
+"""Bugs of the loss, the step, multi-token prediction, the data and files."""
+
+from tests.mutants.mutant import Mutant
+
+_TRAIN = 'deepseek_jax/train.py'
+_MTP = 'deepseek_jax/layers/mtp.py'
+_FP8 = 'deepseek_jax/hf/fp8.py'
+_PIPELINE = 'deepseek_jax/data/pipeline.py'
+_TRAIN_TEST = 'tests/train_test.py'
+_MTP_TEST = 'tests/layers/mtp_test.py'
+_FP8_TEST = 'tests/hf/fp8_test.py'
+_PIPELINE_TEST = 'tests/data/pipeline_test.py'
+_LOSS = f'{_TRAIN_TEST}::loss_and_gradient_equal_float64'
+
+MUTANTS = (
+  Mutant(
+    'eh_proj_takes_the_hidden_state_first',
+    _MTP,
+    'x = [self.embed_norm(embedded), self.hidden_norm(hidden)]',
+    'x = [self.hidden_norm(hidden), self.embed_norm(embedded)]',
+    (f'{_LOSS}1',),
+    'V2/V3 trap 8: checkpoints and the paper differ',
+  ),
+  Mutant(
+    'mtp_reads_the_present_token',
+    _MTP,
+    'tokens=jnp.roll(ctx.tokens, -depth, axis=1)',
+    'tokens=jnp.roll(ctx.tokens, 1 - depth, axis=1)',
+    (f'{_MTP_TEST}::token_ahead_takes_the_place',),
+    'V3 section 2.2: depth k reads the token k ahead',
+    fast=True,
+  ),
+  Mutant(
+    'mtp_crosses_documents',
+    _MTP,
+    'segments=jnp.where(same & inside, segments, 0)',
+    'segments=jnp.where(inside, segments, 0)',
+    (f'{_MTP_TEST}::token_ahead_takes_the_place',),
+    'packed data stop at the end of a document',
+    fast=True,
+  ),
+  Mutant(
+    'mtp_predicts_the_next_token',
+    _TRAIN,
+    'shifted = jnp.roll(labels, -depth, axis=1)',
+    'shifted = labels',
+    (f'{_LOSS}1',),
+    'V3 eq. 24: depth k predicts the token k + 1 ahead',
+  ),
+  Mutant(
+    'mtp_loss_divided_by_its_own_tokens',
+    _TRAIN,
+    "metrics['mtp_loss'] = extra / shares.denominator",
+    "metrics['mtp_loss'] = extra / (weights[:, 1:].sum())",
+    (f'{_TRAIN_TEST}::both_losses_divide_by_all_tokens',),
+    'V2/V3 trap 8: the divisor is T',
+  ),
+  Mutant(
+    'mtp_losses_added_up',
+    _TRAIN,
+    'return total / max(len(states), 1)',
+    'return total',
+    (f'{_LOSS}1',),
+    'V3 eq. 25: the mean over depths',
+  ),
+  Mutant(
+    'balance_loss_left_out_of_the_loss',
+    _TRAIN,
+    "    loss += metrics['balance_loss']\n",
+    '',
+    (f'{_LOSS}0',),
+    'MaxText lost its balance loss in a rewrite',
+  ),
+  Mutant(
+    'first_token_of_the_next_document_predicted',
+    _TRAIN,
+    'inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)',
+    'inside = segments[:, 1:] > 0',
+    (f'{_LOSS}1',),
+    'a document knows nothing of the one after it',
+  ),
+  Mutant(
+    'micro_batches_weigh_alike',
+    _TRAIN,
+    '        model, variables, micro, shares, cross_document=cross_document\n',
+    '        model,\n        variables,\n        micro,\n'
+    '        shares._replace(\n'
+    '          denominator=cfg.batch.accumulate\n'
+    '          * jnp.maximum(targets(micro, cross_document)[-1].sum(), 1.0)\n'
+    '        ),\n        cross_document=cross_document,\n',
+    (f'{_TRAIN_TEST}::accumulation_changes_no_number',),
+    'transformers 34191: gradient accumulation of unequal batches',
+  ),
+  Mutant(
+    'biases_see_the_last_micro_batch',
+    _TRAIN,
+    '      return jax.tree.map(jnp.add, total, grad(state.params, micro)), '
+    'None\n',
+    '      new = grad(state.params, micro)\n'
+    '      added = jax.tree.map(jnp.add, total, new)\n'
+    "      added[1]['loads'] = new[1]['loads']\n"
+    '      return added, None\n',
+    (f'{_TRAIN_TEST}::accumulation_changes_no_number',),
+    'V2/V3 trap 6: loads count the global batch',
+  ),
+  Mutant(
+    'skipped_updates_applied',
+    _TRAIN,
+    'lambda n, o: jnp.where(applied, n, o), new, old',
+    'lambda n, o: n, new, old',
+    (f'{_TRAIN_TEST}::an_exploding_batch_changes_nothing',),
+    'optax.apply_if_finite applies what it should skip in the end',
+  ),
+  Mutant(
+    'gate_looks_at_the_loss_alone',
+    'deepseek_jax/gate.py',
+    'ok = jnp.isfinite(seen).all()',
+    'ok = jnp.isfinite(loss)',
+    ('tests/gate_test.py::a_bad_step_is_skipped',),
+    'a finite loss can have a gradient that is not',
+  ),
+  Mutant(
+    'norm_weights_decay',
+    'deepseek_jax/optim.py',
+    "len(v.get_metadata()['axes']) > 1",
+    "len(v.get_metadata()['axes']) > 0",
+    ('tests/optim_test.py::matrices_decay_and_norms_do_not',),
+    'stacked norm weights look like matrices',
+  ),
+  Mutant(
+    'an_end_of_text_begins_the_next_document',
+    _PIPELINE,
+    'starts[:, 1:] = tokens[:, :-1] == eos_id',
+    'starts[:, 1:] = tokens[:, 1:] == eos_id',
+    (f'{_PIPELINE_TEST}::segments_of_any_tokens',),
+    'documents end with it',
+    fast=True,
+  ),
+  Mutant(
+    'positions_run_on_through_documents',
+    _PIPELINE,
+    '(index - first).astype(np.int32)',
+    'index.astype(np.int32)',
+    (f'{_PIPELINE_TEST}::segments_of_any_tokens',),
+    'positions start anew in each document',
+  ),
+  Mutant(
+    'float8_divided_by_its_scale',
+    _FP8,
+    'weight.astype(np.float32) * _spread(',
+    'weight.astype(np.float32) / _spread(',
+    (f'{_FP8_TEST}::scales_of_powers_of_two_are_read',),
+    'V2/V3 trap 7: weight_scale_inv multiplies',
+    fast=True,
+  ),
+  Mutant(
+    'float8_blocks_begin_at_the_part',
+    _FP8,
+    '(first + np.arange(n)) // b - first // b',
+    'np.arange(n) // b',
+    (f'{_FP8_TEST}::part_from_the_middle',),
+    'V2/V3 trap 7: 576 rows have a ragged block',
+    fast=True,
+  ),
+  Mutant(
+    'float8_powers_of_two_rounded_down',
+    _FP8,
+    'np.where(mantissa == 0.5, exponent - 1, exponent)',
+    'exponent - 1',
+    (f'{_FP8_TEST}::ue8m0_rounds_scales_up',),
+    'V2/V3 trap 7: scales are rounded up',
+  ),
+  Mutant(
+    'selection_bias_dropped_on_load',
+    'deepseek_jax/hf/loading.py',
+    '    array = _array(leaf, read, wanted, mesh, rules)\n',
+    '    array = _array(leaf, read, wanted, mesh, rules)\n'
+    "    if leaf.path[-1] == 'bias':\n"
+    '      array = 0 * array\n',
+    ('tests/hf/round_trip_test.py::float32_is_exact',),
+    'a loader that calls the bias an unexpected key',
+  ),
+  Mutant(
+    'selection_bias_rounded_on_load',
+    'deepseek_jax/hf/loading.py',
+    'wanted = jnp.float32 if leaf.full_precision else dtype',
+    'wanted = dtype',
+    ('tests/hf/round_trip_test.py::bfloat16_keeps_norms',),
+    'the bias is float32 in every file',
+  ),
+)

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.sharding import shard, ways
+
 
 def _logits(hidden, head):
   return jnp.einsum(
@@ -20,8 +22,34 @@ def _chunks(n: int, size: int) -> int:
   return next(c for c in range(-(-n // size), n + 1) if n % c == 0)
 
 
-def _split(chunks, *arrays):
-  return tuple(a.reshape(chunks, -1, *a.shape[1:]) for a in arrays)
+def _split(size: int, *arrays):
+  """Arrays [N ...] in equal chunks [chunks n ...] of at most `size` tokens.
+
+  On a mesh of every device: a chunk has some tokens of each, so that all work
+  on it and none is sent.
+  """
+  N = arrays[0].shape[0]
+  devices = ways('batch', N)
+  chunks = _chunks(N // devices, size)
+
+  def one(a):
+    if devices > 1:
+      a = a.reshape(devices, chunks, -1, *a.shape[1:]).swapaxes(0, 1)
+      a = a.reshape(chunks, N // chunks, *a.shape[3:])
+      return shard(a, 'batch', *(None,) * (a.ndim - 2))
+    return a.reshape(chunks, -1, *a.shape[1:])
+
+  return tuple(map(one, arrays))
+
+
+def _join(parts):
+  """What `_split` took apart: [chunks n ...] -> [N ...]."""
+  chunks, n = parts.shape[:2]
+  devices = ways('batch', chunks * n)
+  if devices > 1:
+    parts = parts.reshape(chunks, devices, -1, *parts.shape[2:])
+    parts = parts.swapaxes(0, 1).reshape(chunks, n, *parts.shape[3:])
+  return parts.reshape(chunks * n, *parts.shape[2:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -35,12 +63,12 @@ def linear_cross_entropy(hidden, head, labels, weights, chunk: int = 1024):
   Args:
     hidden: [N D]; head: [D V].
     labels: [N] int32; weights: [N] float32.
-    chunk: tokens at a time, at most.
+    chunk: tokens at a time, at most; on a mesh of each device.
 
   Returns:
     float32 scalar.
   """
-  parts = _split(_chunks(hidden.shape[0], chunk), hidden, labels, weights)
+  parts = _split(chunk, hidden, labels, weights)
 
   def one(total, part):
     hidden, labels, weights = part
@@ -58,7 +86,7 @@ def _nll(logits, labels, weights):
 
 
 def _forward(hidden, head, labels, weights, chunk):
-  parts = _split(_chunks(hidden.shape[0], chunk), hidden, labels, weights)
+  parts = _split(chunk, hidden, labels, weights)
   transposed = head.T  # once, not per chunk
 
   def one(carry, part):
@@ -75,7 +103,7 @@ def _forward(hidden, head, labels, weights, chunk):
 
   start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
   (total, dhead), dhidden = jax.lax.scan(one, start, parts)
-  return total, (dhidden.reshape(hidden.shape), dhead.astype(head.dtype))
+  return total, (_join(dhidden), dhead.astype(head.dtype))
 
 
 def _backward(chunk, gradients, g):
@@ -99,7 +127,7 @@ def token_log_probs(hidden, head, labels, chunk: int = 1024) -> jax.Array:
     [...] float32, differentiable.
   """
   flat = hidden.reshape(-1, hidden.shape[-1])
-  parts = _split(_chunks(flat.shape[0], chunk), flat, labels.reshape(-1))
+  parts = _split(chunk, flat, labels.reshape(-1))
 
   @jax.checkpoint
   def one(part):
@@ -107,4 +135,4 @@ def token_log_probs(hidden, head, labels, chunk: int = 1024) -> jax.Array:
     picked = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
-  return jax.lax.map(one, parts).reshape(labels.shape)
+  return _join(jax.lax.map(one, parts)).reshape(labels.shape)

@@ -105,9 +105,23 @@ def in_mesh() -> bool:
   return bool(_current)
 
 
+def _outside() -> bool:
+  """Whether there is nothing to cut: no mesh, or already one device's part."""
+  return not _current or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def ways(axis: str, size: int) -> int:
+  """Into how many parts a logical axis of `size` is cut; 1 outside `use`."""
+  if _outside():
+    return 1
+  using = _current[-1]
+  (names,) = using.spec((axis,), (size,))
+  return math.prod(using.mesh.shape[n] for n in names or ())
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains activation `x` to the mesh axes of its logical `axes`."""
-  if not _current:
+  if _outside():
     return x
   using = _current[-1]
   sharding = NamedSharding(using.mesh, using.spec(axes, x.shape))

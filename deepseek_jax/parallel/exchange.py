@@ -57,8 +57,15 @@ class ExchangeConfig:
     if self.nodes < 1:
       raise InputError(f'nodes = {self.nodes}: must be at least 1')
 
-  def check(self, devices: int, dim: int) -> None:
+  def check(self, devices: int, dim: int, platform: str = 'gpu') -> None:
     """Raises InputError where `devices` can't exchange rows of `dim` so."""
+    if devices == 1:
+      return
+    if self.kind == 'ragged_all_to_all' and platform == 'cpu':
+      raise InputError(
+        "mesh.exchange.kind = 'ragged_all_to_all': XLA has none for a CPU; use"
+        " 'all_to_all'"
+      )
     if self.kind == 'two_hop' and devices % self.nodes:
       raise InputError(
         f'mesh.exchange.nodes = {self.nodes}: must divide mesh.expert ='

@@ -19,8 +19,8 @@ def held_against(name='v3', **fields):
 class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'fsdp': 3}, r"embed.*'embed' of 16 does not divide by mesh.fsdp = 3"),
-    ({'expert': 16}, r"gate_up.*'experts' of 8 .* mesh.expert = 16"),
-    ({'tensor': 4}, r"q_up.*'heads' of 2 .* mesh.tensor = 4"),
+    ({'expert': 16}, r"down.*'experts' of 8 .* mesh.expert = 16"),
+    ({'tensor': 4}, r"kv_up.*'heads' of 2 .* mesh.tensor = 4"),
   )
   def test_an_axis_that_does_not_divide(self, sizes, message):
     with self.assertRaisesRegex(ds.InputError, message):
@@ -67,6 +67,21 @@ class CheckTest(parameterized.TestCase):
     self.assertEqual(ds.from_dict(MeshConfig, ds.to_dict(config)), config)
     with self.assertRaisesRegex(ds.InputError, 'kind.*two_hop'):
       ds.from_dict(MeshConfig, {'exchange': {'kind': 'three_hops'}})
+
+
+class FlagsTest(absltest.TestCase):
+  def test_a_launcher_changes_sizes_and_rules(self):
+    from experiments import common
+
+    config = common.editable(MeshConfig())
+    config.expert = 4
+    config.rules.heads = ''
+    config.rules.batch = ('data', 'expert')
+    config.exchange.kind = 'two_hop'
+    made = common.frozen(MeshConfig, config)
+    self.assertEqual(made.ways('batch'), 4)
+    self.assertEqual(made.rules['heads'], '')
+    self.assertEqual(made.exchange.kind, 'two_hop')
 
 
 class LayoutTest(absltest.TestCase):

@@ -3,6 +3,9 @@
     python -m experiments.pretrain --config=experiments/configs/v3_tiny.py \\
       --config.model.moe.top_k=2 --workdir=runs/top2
 
+On several devices say how the run is spread, e.g. --config.mesh.fsdp=2
+--config.mesh.expert=4; a started run may go on spread otherwise.
+
 Under SLURM, Open MPI or Kubernetes all processes of a job make one run (see
 launch/); elsewhere name them with --coordinator, --processes and --process.
 """

@@ -19,6 +19,7 @@ from deepseek_jax.layers.indexer import IndexerConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig
+from deepseek_jax.layers.nsa import NSAConfig
 from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
 from deepseek_jax.layers.router import RouterConfig
 from deepseek_jax.layers.shared_kv import SharedKVConfig
@@ -320,6 +321,24 @@ def v32_tiny() -> TransformerConfig:
     block=32,  # fits a CPU's caches: three times as fast as 128 (measured)
   )
   return dataclasses.replace(dense, attention=attention)
+
+
+def nsa_tiny() -> TransformerConfig:
+  """v3_tiny() with native sparse attention: a window of 64 and blocks of 16."""
+  attention = NSAConfig(
+    heads=4,
+    kv_heads=2,
+    qk_dim=32,
+    v_dim=32,
+    block=16,
+    stride=8,
+    hidden=64,
+    select_block=16,
+    select=5,
+    window=64,
+    queries=32,
+  )
+  return dataclasses.replace(v3_tiny(), attention=attention)
 
 
 def _llama31(layers, dim, heads, width) -> TransformerConfig:

@@ -17,10 +17,11 @@ from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.nsa import NSAConfig
 from deepseek_jax.layers.residual import ResidualConfig
 from deepseek_jax.layers.shared_kv import SharedKVConfig
 
-AttentionConfig = MLAConfig | GQAConfig | DSAConfig | SharedKVConfig
+AttentionConfig = MLAConfig | GQAConfig | DSAConfig | SharedKVConfig | NSAConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.context import Context
+from deepseek_jax.parallel import local
 from deepseek_jax.sharding import Buffer, param
+from pallas_kernels.router import Rule, router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def score(logits: jax.Array, scoring: str) -> jax.Array:
     # Far below 0 softplus is exp, whose root stays differentiable in float32.
     low = logits < -20
     root = jnp.sqrt(jax.nn.softplus(jnp.where(low, 0.0, logits)))
-    return jnp.where(low, jnp.exp(logits / 2), root)
+    return jnp.where(low, jnp.exp(jnp.where(low, logits, 0.0) / 2), root)
   return jax.nn.sigmoid(logits)
 
 
@@ -110,8 +113,8 @@ def limit_groups(choice: jax.Array, cfg: RouterConfig) -> jax.Array:
   if cfg.group_score == 'max':
     rank = grouped.max(axis=-1)
   else:
-    rank = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)  # [... G]
-  _, best = jax.lax.top_k(rank, cfg.top_groups)
+    rank = local.top_k(grouped, 2)[0].sum(axis=-1)  # [... G]
+  _, best = local.top_k(rank, cfg.top_groups)
   keep = jnp.any(best[..., None] == jnp.arange(cfg.groups), axis=-2)
   return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
@@ -126,7 +129,7 @@ def choose(
   choice = jax.lax.stop_gradient(scores)
   if bias is not None:
     choice = choice + jax.lax.stop_gradient(bias)
-  _, experts = jax.lax.top_k(limit_groups(choice, cfg), top_k)
+  _, experts = local.top_k(limit_groups(choice, cfg), top_k)
   return experts, weigh(scores, experts, cfg)
 
 
@@ -171,6 +174,21 @@ class Router(nnx.Module):
       table = hash_table(rngs.params(), cfg.hash_vocab, experts, top_k)
       self.table = Buffer(table, axes=(None, None))
 
+  def _routed(self, logits, bias, impl):
+    """`choose` and the scores before it in one kernel."""
+    cfg = self.cfg
+    rule = Rule(
+      cfg.scoring,
+      cfg.groups,
+      cfg.top_groups,
+      cfg.group_score,
+      cfg.normalize,
+      cfg.scale,
+    )
+    flat = logits.reshape(-1, logits.shape[-1])
+    out = router(flat, bias, top_k=self.top_k, rule=rule, impl=impl)
+    return [a.reshape(*logits.shape[:-1], self.top_k) for a in out]
+
   def __call__(self, x: jax.Array, ctx: Context) -> Routing:
     """x [B T D] -> the routing of every valid token; padding goes nowhere."""
     # float32: with many experts bfloat16 scores tie, and low numbers would win.
@@ -186,7 +204,11 @@ class Router(nnx.Module):
       weights = weigh(scores, experts, self.cfg)
     else:
       bias = self.bias[...] if self.cfg.bias else None
-      experts, weights = choose(scores, bias, self.top_k, self.cfg)
+      experts, weights = kernels.pick(
+        'router',
+        lambda impl: self._routed(logits, bias, impl),
+        lambda: choose(scores, bias, self.top_k, self.cfg),
+      )
     if ctx.valid is not None:
       experts = jnp.where(ctx.valid[..., None], experts, scores.shape[-1])
       weights = jnp.where(ctx.valid[..., None], weights, 0.0)

@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.layers.dsa import DSAConfig
 from deepseek_jax.layers.gqa import GQAConfig
 from deepseek_jax.layers.mla import MLAConfig
+from deepseek_jax.layers.nsa import NSAConfig
+from deepseek_jax.layers.shared_kv import SharedKVConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,15 @@ class Term:
     scores: how many of these make scores, which the backward pass repeats.
     stride: one key stands for so many tokens (compressed attention).
     most: keys that a query takes at most (sparse or windowed); None: all.
+    index: scores by which an indexer chooses; they have no gradient. (What
+      an indexer learns from its own loss, over the chosen keys, is left out.)
   """
 
   macs: int
   scores: int = 0
   stride: int = 1
   most: int | None = None
+  index: bool = False
 
   def keys(self, tokens: int) -> int:
     """Keys of a query that may look at `tokens` tokens."""
@@ -128,6 +134,58 @@ def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'cached': form})
 
 
+@attention_cost.register
+def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
+  a, C, R = attention, attention.kv_rank, attention.rope_dim
+  J, I = a.indexer.heads, a.indexer.dim
+  dense = _mla(a, dim)
+  weights = dense.weights + (a.q_rank or dim) * J * I + dim * (I + J)
+  index = Term(J * I, index=True)
+  chosen = Term(a.heads * (2 * C + R), a.heads * (C + R), most=a.top_k)
+  form = Form(weights, 0, (chosen, index))
+  if a.stage == 'dense':
+    return AttentionCost(
+      weights, Form(weights, 0, (*dense.fresh.pairs, index)), {'absorbed': form}
+    )
+  return AttentionCost(weights, form, {'absorbed': form})
+
+
+@attention_cost.register
+def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
+  a, D, H, G = attention, dim, attention.heads, attention.kv_heads
+  K, V, F = a.qk_dim, a.v_dim, a.hidden
+  every = D * (H * (K + 3 + V) + 3 * G * (K + V))
+  blocks = (a.block + 1) * F * (K + V)  # of the two compressing MLPs
+  pair = functools.partial(Term, H * (K + V), H * K)
+  pairs = (
+    pair(stride=a.stride),
+    pair(most=a.select * a.select_block),
+    pair(most=a.window),
+  )
+  # Each of G keys and values is compressed once in `stride` tokens.
+  form = Form(every + G * blocks // a.stride, 0, pairs)
+  return AttentionCost(every + blocks, form, {'cached': form})
+
+
+@attention_cost.register
+def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
+  a, D, C, Q = attention, dim, attention.head_dim, attention.q_rank
+  wide = a.heads * C
+  weights = D * Q + Q * wide + D * C
+  weights += wide * a.o_rank + a.groups * a.o_rank * D
+  pairs = [Term(2 * wide, wide, most=a.window)]
+  if a.compress == 'hca':
+    weights += 2 * D * C
+    pairs.append(Term(2 * wide, wide, stride=a.hca.ratio))
+  if a.compress == 'csa':
+    J, I, m = a.csa.index_heads, a.csa.index_dim, a.csa.ratio
+    weights += 2 * D * 2 * (C + I) + Q * J * I + D * J
+    pairs.append(Term(2 * wide, wide, stride=m, most=a.csa.top_k))
+    pairs.append(Term(J * I, stride=m, index=True))
+  form = Form(weights, 0, tuple(pairs))
+  return AttentionCost(weights, form, {'cached': form})
+
+
 def cache_elements(attention, length: int) -> int:
   """Numbers that one layer caches of `length` tokens; asks its own cache."""
   made = jax.eval_shape(lambda: attention.cache(1, length, jnp.float32))
@@ -135,12 +193,32 @@ def cache_elements(attention, length: int) -> int:
 
 
 def cache_bytes_fp8(attention, length: int) -> int | None:
-  """Bytes of FlashMLA's 8-bit records of one layer; None where none exist.
+  """Bytes of the released 8-bit records of one layer; None where none exist.
 
-  A record is the latent as e4m3, a float32 scale per 128 of it, and the
-  rotary key as bfloat16.
+  Of latent attention (FlashMLA) a record is the latent as e4m3, a float32
+  scale per 128 of it, and the rotary key as bfloat16; an index key is e4m3
+  with one scale. Of V4 it is a vector with its turned channels as bfloat16,
+  the others as e4m3 with a byte of scale per 64, in multiples of 8; an index
+  key has 4 bits a number and a byte of scale per 32.
   """
+  if isinstance(attention, SharedKVConfig):
+    return _shared_bytes(attention, length)
   if not isinstance(attention, MLAConfig):
     return None
   C, R = attention.kv_rank, attention.rope_dim
-  return length * (C + 4 * -(-C // 128) + 2 * R)
+  record = C + 4 * -(-C // 128) + 2 * R
+  if isinstance(attention, DSAConfig):
+    record += attention.indexer.dim + 4 * -(-attention.indexer.dim // 128)
+  return length * record
+
+
+def _shared_bytes(a: SharedKVConfig, length: int) -> int:
+  flat = a.head_dim - a.rope_dim
+  record = flat + 2 * a.rope_dim + 8 * -(-flat // (64 * 8))
+  window = min(length, a.window) * record
+  if a.compress == 'none':
+    return window
+  if a.compress == 'hca':
+    return window + length // a.hca.ratio * record
+  key = a.csa.index_dim // 2 + -(-a.csa.index_dim // 32)
+  return window + length // a.csa.ratio * (record + key)

@@ -119,15 +119,18 @@ class HashTest(parameterized.TestCase):
         'moe',
         (
           ('moe.router.bias', False),
-          ('moe.router.groups', 1),
-          ('moe.router.top_groups', 1),
           ('moe.router.hash_vocab', tiny.VOCAB),
         ),
       ),
       **tiny.config('v3').kinds,
     }
     layout = ((('hash',), 2), (('moe',), 1))
-    config = dataclasses.replace(tiny.config('v3'), kinds=kinds, layout=layout)
+    config = dataclasses.replace(
+      tiny.config('v3'),
+      kinds=kinds,
+      layout=layout,
+      moe=dataclasses.replace(tiny.V3_MOE, router=RouterConfig()),
+    )
     config = ds.from_dict(type(config), ds.to_dict(config))  # survives JSON
     model = ds.build(config)
     buffers = model.init(jax.random.key(0))['buffers']

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.router import Routing
+from deepseek_jax.parallel import local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def sequence_loss(scores, top_k: int, valid) -> jax.Array:
   it carries no gradient. scores [B T E], valid [B T] bool -> scalar.
   """
   E = scores.shape[-1]
-  _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), top_k)
+  _, chosen = local.top_k(jax.lax.stop_gradient(scores), top_k)
   chosen = jnp.where(valid[..., None], chosen, E)
   tokens = jnp.maximum(valid.sum(axis=1), 1)[:, None]
   f = _counts(chosen, E) * E / (top_k * tokens)

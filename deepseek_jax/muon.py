@@ -93,10 +93,14 @@ def newton_schulz(x: jax.Array) -> jax.Array:
   tall = x.shape[-2] > x.shape[-1]
   x = jnp.swapaxes(x, -1, -2) if tall else x
   norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-  x = x / jnp.maximum(norm, 1e-30)
-  for a, b, c in COEFFICIENTS:
+
+  def once(x, abc):
+    a, b, c = abc
     gram = x @ jnp.swapaxes(x, -1, -2)
-    x = a * x + (b * gram + c * gram @ gram) @ x
+    return a * x + (b * gram + c * gram @ gram) @ x, None
+
+  x = x / jnp.maximum(norm, 1e-30)
+  x, _ = jax.lax.scan(once, x, jnp.asarray(COEFFICIENTS, jnp.float32))
   return jnp.swapaxes(x, -1, -2) if tall else x
 
 

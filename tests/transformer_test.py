@@ -15,6 +15,7 @@ from deepseek_jax import cache as caching
 from deepseek_jax.layers import block as blocks
 from deepseek_jax.layers import context, ffn, gqa, mla, moe, mtp, norm, residual
 from deepseek_jax.layers import router as routers
+from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.transformer import Kind, positions_in, unstack
 from tests import reference, tiny
 
@@ -322,6 +323,9 @@ def modules():
   ctx = context.Context(prompt()[:, :8], at, jnp.ones_like(at), train=True)
   make = {'std': 0.3, 'rngs': nnx.Rngs(0)}
   block = cfg.block('moe')
+  streams = dataclasses.replace(
+    block, residual=HyperConnectionsConfig(streams=2)
+  )
   cases = {
     norm.RMSNorm(16, rngs=nnx.Rngs(0)): lambda m, x: m(x),
     mla.MLA(tiny.MLA, 16, **make): lambda m, x: m(x, ctx),
@@ -331,6 +335,9 @@ def modules():
     moe.MoE(cfg.moe, 16, **make): lambda m, x: m(x, ctx),
     blocks.Block(block, 16, **make): lambda m, x: m(x, ctx),
     mtp.MTP(block, 16, **make): lambda m, x: m(x, -x, ctx),
+    mtp.StreamMTP(streams, 16, **make): lambda m, x: m(
+      jnp.stack([x, -x], axis=2), x, ctx
+    ),
   }
   return {type(module): (module, call) for module, call in cases.items()}
 

@@ -7,6 +7,8 @@ kind: a field that is in no table here is an error.
 
 from typing import Any, NamedTuple
 
+from deepseek_jax.hf import v32
+
 REQUIRED = object()
 
 
@@ -46,6 +48,13 @@ MAPPED = {
   'llama': _COMMON,
   'deepseek_v2': {**_COMMON, **_LATENT, **_EXPERTS},
   'deepseek_v3': {**_COMMON, **_LATENT, **_EXPERTS},
+  v32.FAMILY: {
+    **_COMMON,
+    **_LATENT,
+    'q_lora_rank': Field('attention.q_rank', int),
+    **_EXPERTS,
+    **{name: Field(ours, int) for name, ours in v32.FIELDS.items()},
+  },
 }
 
 # Read by the functions below, not one to one.
@@ -58,6 +67,13 @@ SPECIAL = {
     'num_nextn_predict_layers',
     'num_mtp_layers',
     'rope_interleave',
+  },
+  v32.FAMILY: {
+    'n_group',
+    'topk_group',
+    'num_nextn_predict_layers',
+    'num_mtp_layers',
+    *v32.LAYERS,
   },
 }
 ALWAYS = {
@@ -90,6 +106,11 @@ FIXED_OF = {
   'llama': {},
   'deepseek_v2': {'scoring_func': ('softmax',)},
   'deepseek_v3': {'scoring_func': ('sigmoid',), 'topk_method': ('noaux_tc',)},
+  v32.FAMILY: {
+    'scoring_func': ('sigmoid',),
+    'topk_method': ('noaux_tc',),
+    'rope_interleave': (True,),
+  },
 }
 
 # Fields that change no number that the model computes from given weights.
@@ -121,6 +142,7 @@ ARCHITECTURES = {
   'llama': 'LlamaForCausalLM',
   'deepseek_v2': 'DeepseekV2ForCausalLM',
   'deepseek_v3': 'DeepseekV3ForCausalLM',
+  v32.FAMILY: 'DeepseekV32ForCausalLM',
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import from_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields as fields_of
-from deepseek_jax.hf import rope_json
+from deepseek_jax.hf import rope_json, v4_config, v32
 from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.presets import layout
 from deepseek_jax.transformer import TransformerConfig
@@ -34,9 +34,16 @@ class Parsed(NamedTuple):
 def parse(fields: Mapping[str, Any]) -> Parsed:
   """Raises InputError for any field that is not understood."""
   family = fields.get('model_type')
+  if family == 'deepseek_v4':
+    v4_config.check_names(fields, fields_of.CARRIED)
+    known = fields_of.CARRIED | v4_config.CARRIED
+    carried = {k: v for k, v in fields.items() if k in known}
+    return Parsed(v4_config.parse(fields), carried, _quantization(fields))
   if family not in fields_of.MAPPED:
     raise _error(
-      'model_type', family, f'must be one of {list(fields_of.MAPPED)}'
+      'model_type',
+      family,
+      f'must be one of {[*fields_of.MAPPED, "deepseek_v4"]}',
     )
   _check_names(fields, family)
   values = {
@@ -145,8 +152,11 @@ def _latent(fields, values, family) -> dict:
   layers = _layers(fields)
   dense = min(_needed(fields, 'first_k_dense_replace'), layers)
   mtp = _mtp_depth(fields, family)
+  sparse = family == v32.FAMILY
+  if sparse:
+    v32.check_layers(fields, layers, dense)
   out = {
-    'attention.kind': 'mla',
+    'attention.kind': 'dsa' if sparse else 'mla',
     'layout': layout(dense, layers - dense),
     'mtp.depth': mtp,
     'moe.shared': values['moe.shared'] or 0,
@@ -159,7 +169,7 @@ def _latent(fields, values, family) -> dict:
 
 
 def _mtp_depth(fields, family):
-  if family != 'deepseek_v3':
+  if family == 'deepseek_v2':
     return 0
   names = ('num_nextn_predict_layers', 'num_mtp_layers')
   depths = {_integer(fields, n) or 0 for n in names if n in fields}

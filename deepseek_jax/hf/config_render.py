@@ -8,7 +8,8 @@ from typing import Any
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields as fields_of
-from deepseek_jax.hf import rope_json
+from deepseek_jax.hf import rope_json, v4_config, v4_names, v32
+from deepseek_jax.layers.dsa import DSAConfig
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
@@ -24,11 +25,16 @@ def render(
   Raises InputError naming the field of ours that no family can express.
   """
   carried = dict(carried or {})
+  v4 = v4_names.is_v4(config)
   for name in carried:
-    if not fields_of.is_carried(name):
+    if not fields_of.is_carried(name) and not (
+      v4 and name in v4_config.CARRIED
+    ):
       raise InputError(
         f'{name}: not one of the fields {sorted(fields_of.CARRIED)}'
       )
+  if v4:
+    return v4_config.render(config) | carried
   blocks = [b for s in config.segments() for b in s.blocks * s.repeat]
   family = _family(config, blocks)
   dense = _leading_dense(blocks)
@@ -83,6 +89,11 @@ def _family(config, blocks) -> str:
       ' fix it to 1e-6'
     )
   softmax = config.moe and config.moe.router.scoring == 'softmax'
+  if isinstance(config.attention, DSAConfig):
+    v32.check_ours(config.attention)
+    if softmax:
+      _require('softmax', 'moe.router.scoring', 'sigmoid')
+    return v32.FAMILY
   return 'deepseek_v2' if softmax else 'deepseek_v3'
 
 

@@ -26,7 +26,7 @@ def load(
   mesh: Mesh | None = None,
   rules: Rules | None = None,
 ) -> tuple[TransformerConfig, dict]:
-  """Loads a checkpoint of DeepSeek-V2, V3, R1, V3.1 or Llama 3.
+  """Loads a checkpoint of DeepSeek-V2, V3, R1, V3.1, V4 or Llama 3.
 
   Args:
     path: folder with config.json and safetensors.
@@ -60,6 +60,7 @@ def variables(
   out: dict = {'params': {}, 'buffers': {}}
   for leaf in leaves:
     wanted = jnp.float32 if leaf.full_precision else dtype
+    wanted = jnp.int32 if leaf.integer else wanted
     array = _array(leaf, read, wanted, mesh, rules)
     *above, last = leaf.path
     inner = out

@@ -13,35 +13,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.hf import v4_names, v32
+from deepseek_jax.hf.rows import Row
 from deepseek_jax.layers.block import BlockConfig
+from deepseek_jax.layers.dsa import DSAConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.transformer import TransformerConfig, build
 
 Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
-
-
-class Row(NamedTuple):
-  """One line of a name table.
-
-  Attributes:
-    ours: path below the block (or the root), with dots.
-    theirs: name below the layer; '{e}' runs over the leading experts axis.
-    inputs: how many axes of ours are the inputs of a matmul. Theirs is then
-      [outputs, inputs] with each group of axes merged; 0: theirs is as ours.
-    half: which entry of the axis after the inputs (gate 0, up 1), or None.
-    fp8: V3 stores it quantised.
-  """
-
-  ours: str
-  theirs: str
-  inputs: int = 0
-  half: int | None = None
-  fp8: bool = True
 
 
 def _swiglu(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -107,6 +92,8 @@ def block_rows(block: BlockConfig) -> tuple[Row, ...]:
   if isinstance(block.attention, MLAConfig):
     plain = block.attention.q_rank is None
     attention = (*(QUERY if plain else COMPRESSED_QUERY), *MLA)
+    if isinstance(block.attention, DSAConfig):
+      attention += v32.ROWS
   else:
     attention = GQA
   ffn = MOE if isinstance(block.ffn, MoEConfig) else DENSE
@@ -122,6 +109,7 @@ class Leaf:
     shape: of ours, stacked layers first.
     axes: logical axis names of all of `shape` (None for the stack).
     full_precision: stays float32 whatever the model's dtype.
+    integer: a table of numbers of experts.
     rows: the table lines of its parts: one, or gate and up.
     prefixes: per stacked layer its name in the file; one for no stack.
     stacked: whether `shape` starts with the layers.
@@ -134,6 +122,7 @@ class Leaf:
   rows: tuple[Row, ...]
   prefixes: tuple[str, ...]
   stacked: bool
+  integer: bool = False
 
   @property
   def name(self) -> str:
@@ -244,6 +233,13 @@ def layer_prefix(index: int) -> str:
   return f'model.layers.{index}.'
 
 
+def mtp_prefix(config: TransformerConfig, depth: int) -> str:
+  """Where a file holds a depth of multi-token prediction, counted from 0."""
+  if v4_names.is_v4(config):
+    return v4_names.mtp_prefix(depth)
+  return layer_prefix(config.layers + depth)
+
+
 def order(name: str) -> tuple:
   """Sorts names of a file: by layer, numbers by value."""
   return tuple(
@@ -279,23 +275,29 @@ def _leaf(config, path, variable) -> Leaf:
   axes = (None,) * (len(variable.shape) - len(axes)) + axes
   full = variable.get_metadata().get('full_precision') or path[0] == 'buffers'
   shape = tuple(variable.shape)
-  return Leaf(path, shape, axes, bool(full), found, prefixes, stacked)
+  integer = jnp.issubdtype(variable.dtype, jnp.integer)
+  return Leaf(path, shape, axes, bool(full), found, prefixes, stacked, integer)
 
 
 def _place(config: TransformerConfig, path):
   """path below the kind -> (path below the block, table, layers, stacked)."""
+  v4 = v4_names.is_v4(config)
+  root, rows_of, mtp_rows = ROOT, block_rows, MTP
+  if v4:
+    root, rows_of, mtp_rows = v4_names.ROOT, v4_names.block_rows, v4_names.MTP
   if path[0] == 'segments':
     i, j = path[1:3]
     segments = config.segments()
     first = sum(len(s.blocks) * s.repeat for s in segments[:i]) + j
     width = len(segments[i].blocks)
     layers = range(first, first + width * segments[i].repeat, width)
-    prefixes = tuple(map(layer_prefix, layers))
-    return path[3:], block_rows(segments[i].blocks[j]), prefixes, True
+    prefix_of = v4_names.layer_prefix if v4 else layer_prefix
+    prefixes = tuple(map(prefix_of, layers))
+    return path[3:], rows_of(segments[i].blocks[j]), prefixes, True
   if path[0] == 'mtp':
-    prefix = (layer_prefix(config.layers + path[1]),)
+    prefix = (mtp_prefix(config, path[1]),)
     if path[2] == 'block':
-      rows = block_rows(config.block(config.mtp.block))
+      rows = rows_of(config.block(config.mtp.block))
       return path[3:], rows, prefix, False
-    return path[2:], MTP, prefix, False
-  return path, ROOT, ('',), False
+    return path[2:], mtp_rows, prefix, False
+  return path, root, ('',), False

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_render, fp8, names, safetensors_io
+from deepseek_jax.hf import config_render, fp8, names, safetensors_io, v4_names
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
 from deepseek_jax.transformer import TransformerConfig
@@ -218,7 +218,7 @@ def stored(config: TransformerConfig, target: Format) -> list[Stored]:
   ]
   out = []
   for leaf in names.leaves(config):
-    one = np.dtype(np.float32) if leaf.path[0] == 'buffers' else dtype
+    one = _dtype(config, leaf, dtype)
     for part in names.parts(leaf):
       matrix = part.row.inputs > 0 and part.row.fp8
       how = target.quantize if matrix else None
@@ -227,8 +227,20 @@ def stored(config: TransformerConfig, target: Format) -> list[Stored]:
   return sorted(out, key=lambda s: names.order(s.name))
 
 
+def _dtype(config, leaf: Leaf, dtype) -> np.dtype:
+  """What a tensor is stored as: V4 keeps more than biases in float32."""
+  if leaf.integer:
+    return np.dtype(np.int64)
+  exact = leaf.full_precision and v4_names.is_v4(config)
+  if exact or leaf.path[0] == 'buffers':
+    return np.dtype(np.float32)
+  return dtype
+
+
 def _copies(config, listed: list[Stored]) -> list[Stored]:
   """The embedding and head that every MTP layer repeats."""
+  if v4_names.is_v4(config):
+    return []
   by_name = {s.name: s for s in listed}
   if config.tied:
     by_name['lm_head.weight'] = by_name['model.embed_tokens.weight']

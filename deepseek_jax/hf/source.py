@@ -12,12 +12,20 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_json, fp8, names, safetensors_io
+from deepseek_jax.hf import (
+  config_json,
+  fp8,
+  mxfp4,
+  names,
+  safetensors_io,
+  v4_names,
+)
 from deepseek_jax.hf.names import Leaf
 
 _SCALE = '_scale_inv'
 _FLOATS = ('F64', 'F32', 'F16', 'BF16', 'F8_E4M3')
 _PLAIN = frozenset(safetensors_io.DTYPES[n] for n in _FLOATS)
+_INTEGERS = frozenset(safetensors_io.DTYPES[n] for n in ('I64', 'I32', 'I16'))
 
 # (leaf, region of its shape) -> array; what saving and converting read from.
 Read = Callable[[Leaf, tuple[slice, ...]], np.ndarray]
@@ -49,8 +57,10 @@ class Source:
     )
     self.config = parsed.config
     self.entries = safetensors_io.read_folder(folder)
+    if v4_names.is_v4(parsed.config):
+      self.entries = v4_names.normalized(self.entries)
     depth = parsed.config.mtp.depth
-    first = names.layer_prefix(parsed.config.layers)
+    first = names.mtp_prefix(parsed.config, 0)
     if mtp is None:
       mtp = any(name.startswith(first) for name in self.entries)
     if not mtp:
@@ -72,39 +82,60 @@ class Source:
         f'{self.folder}: tensor {part.name!r} is missing; {part.leaf.name}'
         ' needs it'
       )
-    if entry.shape != part.leaf.theirs:
+    if self._shape(part.name) != part.leaf.theirs:
       raise InputError(
         f'{self.folder}: tensor {part.name!r} is {list(entry.shape)}; config'
         f'.json makes it {list(part.leaf.theirs)} ({part.leaf.name})'
       )
+    if part.leaf.integer:
+      if entry.dtype not in _INTEGERS:
+        raise InputError(
+          f'{self.folder}: tensor {part.name!r} is {entry.dtype}: must be'
+          ' integers'
+        )
+      return
+    scale = self.entries.get(part.name + _SCALE)
+    if scale is not None and entry.dtype == mxfp4.PACKED:
+      self._check_scale(part.name, part.leaf.theirs, scale, mxfp4.BLOCK)
+      return
     if entry.dtype not in _PLAIN:
       raise InputError(
         f'{self.folder}: tensor {part.name!r} is {entry.dtype}: not supported'
       )
-    scale = self.entries.get(part.name + _SCALE)
     if (entry.dtype == fp8.E4M3) != (scale is not None):
       raise InputError(
         f'{self.folder}: tensor {part.name!r} is {entry.dtype} with'
         f' {"a" if scale else "no"} {_SCALE[1:]}; float8 needs one, and only it'
       )
     if scale is not None:
-      self._check_scale(part.name, entry, scale)
+      if not self._block:
+        raise InputError(
+          f'config.json: quantization_config: missing; {part.name!r} is'
+          ' quantised'
+        )
+      self._check_scale(part.name, entry.shape, scale, self._block)
 
-  def _check_scale(self, name, entry, scale):
-    if not self._block:
-      raise InputError(
-        f'config.json: quantization_config: missing; {name!r} is quantised'
-      )
-    wanted = fp8.scale_shape(entry.shape, self._block)
+  def _shape(self, name) -> tuple[int, ...]:
+    """Of a tensor as numbers: two of MXFP4 lie in a byte."""
+    entry = self.entries[name]
+    packed = entry.dtype == mxfp4.PACKED and name + _SCALE in self.entries
+    return mxfp4.unpacked_shape(entry.shape) if packed else entry.shape
+
+  def _check_scale(self, name, shape, scale, block):
+    wanted = fp8.scale_shape(shape, block)
     if scale.shape != wanted:
       raise InputError(
         f'{self.folder}: tensor {name + _SCALE!r} is {list(scale.shape)};'
-        f' blocks of {list(self._block)} make it {list(wanted)}'
+        f' blocks of {list(block)} make it {list(wanted)}'
       )
 
   def _why_unused(self, name, depth) -> str:
     if any(name.endswith(d) for d in names.DERIVED):
       return 'follows from config.json'
+    if v4_names.is_v4(self.config) and name.startswith('mtp.'):
+      match = re.match(r'mtp\.(\d+)\.', name)
+      if not self.config.mtp.depth and match and int(match[1]) < depth:
+        return 'multi-token prediction, not asked for'
     match = re.fullmatch(r'model\.layers\.(\d+)\.(.+)', name)
     layers = self.config.layers
     if match and layers <= int(match[1]) < layers + depth:
@@ -113,6 +144,9 @@ class Source:
       if match[2] in names.MTP_COPIES:
         self._check_copy(name, names.MTP_COPIES[match[2]])
         return f'equals {names.MTP_COPIES[match[2]]}'
+    if name == 'head.weight' and self.config.tied:
+      self._check_copy(name, 'embed.weight')
+      return 'equals embed.weight'
     if name == 'lm_head.weight' and self.config.tied:
       self._check_copy(name, 'model.embed_tokens.weight')
       return 'equals model.embed_tokens.weight'
@@ -169,16 +203,21 @@ class Source:
   def _window(self, name, rows, columns):
     """A part of a tensor of the file, dequantised if it is float8."""
     entry, scale = (self.entries.get(n) for n in (name, name + _SCALE))
-    found = safetensors_io.read(entry, rows.start, rows.stop, columns)
+    packed = scale is not None and entry.dtype == mxfp4.PACKED
+    if packed:
+      found = mxfp4.read(entry, rows, columns)
+    else:
+      found = safetensors_io.read(entry, rows.start, rows.stop, columns)
     if scale is None:
       return found
+    block = mxfp4.BLOCK if packed else self._block
     r, c = (
       slice(s.start // b, -(-s.stop // b))
-      for s, b in zip((rows, columns), self._block)
+      for s, b in zip((rows, columns), block)
     )
     scales = safetensors_io.read(scale, r.start, r.stop, c)
     corner = (rows.start, columns.start)
-    return fp8.dequantize(found, scales, self._block, corner)
+    return fp8.dequantize(found, scales, block, corner)
 
 
 def fingerprint(folder: str) -> dict[str, Any]:

@@ -181,7 +181,8 @@ def _declare(path, leaf: Leaf, dtype: str, share: Share):
   os.makedirs(folder)
   one = np.dtype('float32') if leaf.full_precision else None
   name = '<f4' if one or dtype == 'float32' else dtype
-  itemsize = 4 if name == '<f4' else 2
+  name = '<i4' if leaf.integer else name
+  itemsize = 4 if name in ('<f4', '<i4') else 2
   fields |= {
     'shape': list(leaf.shape),
     'chunks': chunk_shape(leaf, share, itemsize),

@@ -1,0 +1,30 @@
+"""A V4-style model on the source code of Python's standard library.
+
+    python -m experiments.pretrain --config=experiments/configs/v4_tiny.py
+
+Compressed sparse and heavily compressed attention, hyper-connections, hash
+routing and Muon; under two minutes on two CPU cores.
+"""
+
+import deepseek_jax as ds
+from deepseek_jax import loop, muon, optim, schedules, train
+from deepseek_jax.data import DataConfig
+from experiments.common import editable
+
+
+def get_config():
+  model = ds.presets.v4_tiny()
+  return editable(
+    loop.RunConfig(
+      model=model,
+      data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
+      train=train.TrainConfig(
+        tokens=1.6e5,
+        batch=schedules.BatchConfig(size=8),
+        optimizer=optim.OptimizerConfig(eps=1e-20, muon=muon.MuonConfig()),
+        schedule=schedules.ScheduleConfig(peak=8e-3, warmup=10),
+      ),
+      evaluate=loop.EvaluateConfig(every=40),
+      checkpoint_every=80,
+    )
+  )

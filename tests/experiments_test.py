@@ -13,6 +13,7 @@ _TINY = [
   '--config=experiments/configs/v3_tiny.py',
   '--config.model.vocab_size=261',
   '--config.model.dim=32',
+  "--config.model.layout=((('dense', 'moe'), 1),)",
   '--config.model.ffn.width=32',
   '--config.model.moe.width=16',
   '--config.data.tokenizer=bytes',

@@ -9,7 +9,11 @@ import numpy as np
 from benchmarks import kernel_cases_sparse
 from benchmarks.kernel_work import Work, bf16, fresh_keys, in_float32, nbytes
 from pallas_kernels import permute
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import (
+  grouped_matmul,
+  grouped_matmul_fp8,
+  grouped_swiglu,
+)
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
@@ -81,6 +85,32 @@ def grouped_bwd(shape):
   return Work(op, args, in_float32(op), 2 * flops, moved, {'xla': ragged})
 
 
+def grouped_swiglu_fwd(shape):
+  rows, weights, _, expert, _, flops = _grouped(shape)
+  op = lambda r, w, impl: grouped_swiglu(r, w, expert, impl=impl)
+
+  def plain(r, w):
+    gate, up = jnp.split(grouped_matmul(r, w, expert, impl='gpu'), 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+  moved = nbytes(rows, weights) + rows.shape[0] * shape.out
+  naive = {'xla': plain}  # the product by the kernel, the rest by XLA
+  return Work(op, (rows, weights), in_float32(op), flops, moved, naive)
+
+
+def grouped_fp8(shape):
+  rows, weights, _, expert, _, flops = _grouped(shape)
+  q, row_scales = quantize(rows)
+  each = lambda w: quantize(w.T, block=(128, 128), impl='reference')
+  args = (q, row_scales, *jax.lax.map(each, weights))
+  op = lambda *a, impl: grouped_matmul_fp8(*a, expert, impl=impl)
+  bf16_one = lambda *_: grouped_matmul(rows, weights, expert, impl='gpu')
+  exact = functools.partial(op, impl='reference')
+  moved = nbytes(*args) + 2 * rows.shape[0] * shape.out
+  # Tensor cores do twice as many float8 products.
+  return Work(op, args, exact, flops / 2, moved, {'xla': bf16_one})
+
+
 def grouped_small(shape):
   return shape._replace(
     counts=(2 * shape.block, 0, shape.block), dim=512, out=512
@@ -104,6 +134,14 @@ def gather(shape):
     x, plan.source // shape.choices, axis=0, mode='fill', fill_value=0
   )
   return Work(op, (x,), in_float32(op), 0, nbytes(x, rows), {'xla': naive})
+
+
+def gather_fp8(shape):
+  plan, x, rows, _ = _layout(shape)
+  op = lambda x, impl: permute.permute_fp8(x, plan, impl=impl)
+  xla = functools.partial(op, impl='reference')
+  moved = nbytes(x) + rows.size * (1 + 4 / 128)
+  return Work(op, (x,), xla, 0, moved, {'xla': xla})
 
 
 def combine(shape):
@@ -208,7 +246,10 @@ OPS = {
   'mla_prefill_bwd': (prefill_shapes.BENCH, prefill_bwd, prefill_small),
   'grouped_matmul': (grouped_shapes.BENCH, grouped_fwd, grouped_small),
   'grouped_matmul_bwd': (grouped_shapes.BENCH, grouped_bwd, grouped_small),
+  'grouped_swiglu': (grouped_shapes.BENCH, grouped_swiglu_fwd, grouped_small),
+  'grouped_matmul_fp8': (grouped_shapes.BENCH, grouped_fp8, grouped_small),
   'permute': (permute_shapes.BENCH, gather, permute_small),
+  'permute_fp8': (permute_shapes.BENCH, gather_fp8, permute_small),
   'combine': (permute_shapes.BENCH, combine, permute_small),
   'router': (router_shapes.BENCH, route, lambda s: s._replace(tokens=150)),
   'quantize': (

@@ -10,6 +10,8 @@ from pallas_kernels import latent_kv
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 from pallas_kernels.sparse_mla import sparse_mla
@@ -111,9 +113,41 @@ def sparse_small(shape):
   return shape._replace(batch=1, queries=5, keys=300, heads=16, top_k=100)
 
 
+def decode_fp8(shape):
+  """mla_decode's shapes with float8 latents: 656 bytes a token."""
+  B, J = len(shape.lengths), -(-max(shape.lengths) // shape.page)
+  k = fresh_keys(6)
+  c, pages = bf16(k[2], B * J, shape.page, 512), (B * J, shape.page)
+  args = (
+    bf16(k[0], B, shape.new, shape.heads, 512),
+    bf16(k[1], B, shape.new, shape.heads, 64),
+    c.astype(jnp.float8_e4m3fn),
+    bf16(k[3], *pages, 64),
+    jax.random.permutation(k[4], B * J).reshape(B, J).astype(jnp.int32),
+    jnp.asarray(shape.lengths, jnp.int32),
+    jax.random.uniform(k[5], (*pages, 4)),
+  )
+
+  def op(*args, impl):
+    *args, scales = args
+    how = {'scale': 192**-0.5, 'scales': scales, 'splits': shape.splits}
+    return mla_decode(*args, **how, impl=impl)
+
+  tokens = sum(shape.lengths)
+  flops = 2.0 * tokens * shape.new * shape.heads * 1088
+  moved = nbytes(args[0], args[1], args[0]) + tokens * 656
+  xla = functools.partial(op, impl='reference')
+  return Work(op, args, in_float32(op), flops, moved, {'xla': xla})
+
+
+def decode_small(shape):
+  return shape._replace(lengths=tuple(n % 1000 + 1 for n in shape.lengths[:3]))
+
+
 OPS = {
   'latent_kv': (latent_shapes.BENCH, store, store_small),
   'indexer': (indexer_shapes.BENCH, select, select_small),
+  'mla_decode_fp8': (decode_shapes.BENCH, decode_fp8, decode_small),
   'sparse_mla': (sparse_shapes.BENCH, sparse, sparse_small),
   'sparse_mla_bwd': (sparse_shapes.BENCH, sparse_bwd, sparse_small),
 }

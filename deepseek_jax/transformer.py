@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax import kernels
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import changed
 from deepseek_jax.errors import InputError
@@ -55,11 +56,21 @@ class ComputeConfig:
     scan: layers of a segment are scanned over (else unrolled).
     remat: what the backward pass recomputes: nothing, all but matmul
       outputs, or whole layers.
+    kernels: None takes kernels where the device has them, and the layers' own
+      code elsewhere; 'gpu' and 'reference' force them or what they are
+      checked against.
   """
 
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   scan: bool = True
   remat: Literal['none', 'dots', 'full'] = 'none'
+  kernels: Literal['reference', 'gpu'] | None = None
+
+  def __post_init__(self):
+    if self.kernels not in (None, 'reference', 'gpu'):
+      raise InputError(
+        f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,7 +488,8 @@ def build(config: TransformerConfig) -> Model:
       positions = _default_positions(tokens, segment_ids, cache)
     fresh = cache is None or cache.fresh
     ctx = Context(tokens, positions, segment_ids, train, fresh, ngrams)
-    return merge(cast(variables))(ctx, cache, mtp)
+    with kernels.using(config.compute.kernels):
+      return merge(cast(variables))(ctx, cache, mtp)
 
   def init_cache(batch, slots):
     layers = []

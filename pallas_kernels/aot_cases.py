@@ -8,7 +8,11 @@ import jax.numpy as jnp
 from pallas_kernels import aot_cases_sparse, permute
 from pallas_kernels.aot_case import Case
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import (
+  grouped_matmul,
+  grouped_matmul_fp8,
+  grouped_swiglu,
+)
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.permute.reference import num_blocks
@@ -47,6 +51,7 @@ def _permute(name, tokens, choices, experts, dim):
   weights = ((tokens, choices), f32)
   arrays = {
     'permute': (x,),
+    'permute_fp8': (x,),
     'permute_bwd': (rows,),
     'combine': (rows, weights),
     'combine_bwd': (rows, weights, x),
@@ -56,6 +61,8 @@ def _permute(name, tokens, choices, experts, dim):
     given, layout = args[: len(arrays)], permute.Plan(*args[len(arrays) :])
     if name == 'permute':
       return permute.permute(*given, layout, impl='gpu')
+    if name == 'permute_fp8':
+      return permute.permute_fp8(*given, layout, impl='gpu')
     if name == 'combine':
       return permute.combine(*given, layout, impl='gpu')
     if name == 'permute_bwd':
@@ -84,6 +91,29 @@ def _grouped(counts, dim, out, block, kind):
     x, w, be, used=used, transpose=kind == 'dlhs', impl='gpu'
   )
   return Case(fn, (given, weights, *layout), True)
+
+
+def _grouped_swiglu(counts, dim, out, block):
+  bf, i32 = jnp.bfloat16, jnp.int32
+  E, M = len(counts), sum(counts)
+  layout = (((M // block,), i32), ((), i32))
+  fn = lambda x, w, be, used: grouped_swiglu(x, w, be, used=used, impl='gpu')
+  return Case(fn, (((M, dim), bf), ((E, dim, 2 * out), bf), *layout), True)
+
+
+def _grouped_fp8(counts, dim, out, block):
+  f8, f32, i32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
+  E, M = len(counts), sum(counts)
+  args = (
+    ((M, dim), f8),
+    ((M, dim // 128), f32),
+    ((E, out, dim), f8),
+    ((E, out // 128, dim // 128), f32),
+    ((M // block,), i32),
+    ((), i32),
+  )
+  fn = lambda *a: grouped_matmul_fp8(*a[:5], used=a[5], impl='gpu')
+  return Case(fn, args, True)
 
 
 def _router(name):
@@ -141,6 +171,10 @@ CASES = {
       'f1408': ((768,) * 64, 2048, 1408, 128),
     }.items()
   },
+  'grouped_swiglu_b128': _grouped_swiglu((1024,) * 32, 7168, 2048, 128),
+  'grouped_swiglu_b64': _grouped_swiglu((64,) * 256, 7168, 2048, 64),
+  'grouped_matmul_fp8_b128': _grouped_fp8((1024,) * 32, 7168, 4096, 128),
+  'grouped_matmul_fp8_b64': _grouped_fp8((64,) * 256, 7168, 4096, 64),
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
   'mla_prefill': _mla_prefill(4096, False),
   'mla_prefill_bwd': _mla_prefill(4096, True),
@@ -148,6 +182,7 @@ CASES = {
   'sinkhorn_bwd': _sinkhorn(8192, True),
   **{f'router_{n}': _router(n) for n in router_shapes.BENCH},
   'permute': _permute('permute', 4096, 8, 256, 7168),
+  'permute_fp8': _permute('permute_fp8', 4096, 8, 256, 7168),
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),
   'combine': _permute('combine', 4096, 8, 256, 7168),
   'combine_bwd': _permute('combine_bwd', 4096, 8, 256, 7168),

@@ -9,6 +9,7 @@ from pallas_kernels import latent_kv
 from pallas_kernels.aot_case import Case
 from pallas_kernels.indexer import indexer
 from pallas_kernels.latent_kv import shapes as latent_shapes
+from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.sparse_mla import sparse_mla
 
 BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -25,6 +26,22 @@ def _latent_kv(name):
   kind = latent_kv.FP8Pages if shape.fp8 else latent_kv.Pages
   fn = lambda *a: latent_kv.latent_kv(*a[:6], kind(*a[6:]), impl='gpu')
   return Case(fn, (*given, ((N,), I32), *cache), True)
+
+
+def _decode_fp8(batch, new, heads, splits):
+  args = (
+    ((batch, new, heads, 512), BF),
+    ((batch, new, heads, 64), BF),
+    ((batch * 64, 64, 512), FP8),
+    ((batch * 64, 64, 64), BF),
+    ((batch, 64), I32),
+    ((batch,), I32),
+    ((batch * 64, 64, 4), F32),
+  )
+  fn = lambda *a: mla_decode(
+    *a[:6], scale=0.07, scales=a[6], splits=splits, impl='gpu'
+  )
+  return Case(fn, args, True, triton=True)
 
 
 def _indexer(batch, queries, keys):
@@ -62,6 +79,8 @@ CASES = {
   **{f'latent_kv_{n}': _latent_kv(n) for n in latent_shapes.BENCH},
   'indexer': _indexer(1, 8192, 8192),
   'indexer_far': _indexer(64, 2, 65536),
+  'mla_decode_fp8_h128': _decode_fp8(128, 1, 128, 1),
+  'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
   'sparse_mla': _sparse_mla(4096, 128, False),
   'sparse_mla_bwd': _sparse_mla(4096, 128, True),
 }

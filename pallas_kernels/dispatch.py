@@ -1,9 +1,12 @@
 """Which implementation of an operation runs: the reference or the GPU kernel.
 
 `impl=None` takes the kernel on a Hopper GPU and the XLA reference elsewhere;
-where the kernel can't take the shapes it falls back and says why, once.
+where the kernel can't take the shapes it falls back and says why, once. Inside
+`using` None is one of the two.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
 from collections.abc import Callable
@@ -12,11 +15,34 @@ import jax
 
 IMPLS = (None, 'reference', 'gpu')
 _log = logging.getLogger('pallas_kernels')
+_forced = contextvars.ContextVar('pallas_kernels_impl', default=None)
 
 
 @functools.cache
-def _say_once(level: int, op: str, reason: str) -> None:
-  _log.log(level, '%s: reference in use: %s', op, reason)
+def say_once(level: int, op: str, reason: str) -> None:
+  """Logs a reason the first time that it comes up."""
+  _log.log(level, '%s: %s', op, reason)
+
+
+@contextlib.contextmanager
+def using(impl: str | None):
+  """Operations called inside take impl=None for this one."""
+  if impl not in IMPLS:
+    raise ValueError(f"impl={impl!r}; use None, 'reference' or 'gpu'")
+  token = _forced.set(impl)
+  try:
+    yield
+  finally:
+    _forced.reset(token)
+
+
+def chosen(impl: str | None) -> str | None:
+  """`impl`, or what `using` says where it is None.
+
+  An operation asks when it is called: its backward pass is traced later,
+  outside of `using`, and has to be the same.
+  """
+  return _forced.get() if impl is None else impl
 
 
 def on_hopper() -> bool:
@@ -41,6 +67,7 @@ def run(op: str, impl: str | None, gpu: Callable, reference: Callable, *args):
     ValueError: `impl` is none of the three.
     NotImplementedError: 'gpu' was asked for and can't take these arguments.
   """
+  impl = chosen(impl)
   if impl not in IMPLS:
     raise ValueError(f"{op}: impl={impl!r}; use None, 'reference' or 'gpu'")
   if impl == 'reference':
@@ -48,10 +75,11 @@ def run(op: str, impl: str | None, gpu: Callable, reference: Callable, *args):
   if impl == 'gpu':
     return gpu(*args)
   if not on_hopper():
-    _say_once(logging.INFO, op, 'the default device is not a Hopper GPU')
+    reason = 'reference in use: the default device is not a Hopper GPU'
+    say_once(logging.INFO, op, reason)
     return reference(*args)
   try:
     return gpu(*args)
   except NotImplementedError as error:
-    _say_once(logging.WARNING, op, str(error))
+    say_once(logging.WARNING, op, f'reference in use: {error}')
     return reference(*args)

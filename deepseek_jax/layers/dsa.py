@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import cache as caching
+from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers import indexer as index
 from deepseek_jax.layers import query_blocks
@@ -26,6 +27,9 @@ from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.indexer import Indexer, IndexerConfig, IndexQuery
 from deepseek_jax.layers.mla import MLA, Latent, MLAConfig
 from deepseek_jax.layers.query_blocks import Sight
+from pallas_kernels.indexer import indexer
+from pallas_kernels.mla_prefill import segment_starts
+from pallas_kernels.sparse_mla import sparse_mla
 
 _NEG = -1e30
 
@@ -90,7 +94,7 @@ class Read(NamedTuple):
   """What reading the chosen tokens gives."""
 
   y: jax.Array  # [B T H V]
-  shares: jax.Array  # [B T K] float32: the heads' mean attention
+  shares: jax.Array | None  # [B T K] float32: the heads' mean attention
 
 
 def read_chosen(
@@ -130,6 +134,22 @@ def read_chosen(
   C, H, _ = k_up.shape
   numbers = chosen.shape[-1] * (C + H)
   return query_blocks.over_blocks(block, (*queries, chosen), most, numbers)
+
+
+def choose_by_kernel(query: IndexQuery, keys, sight: Sight, k: int, impl):
+  """`index.choose` in ascending order, without its scores in memory."""
+  first = jnp.zeros_like(sight.places)
+  if sight.segments is not None:
+    first = segment_starts(sight.segments)
+  span = first, sight.places + 1
+  return indexer(query.q, keys, query.weight, *span, top_k=k, impl=impl)
+
+
+def read_by_kernel(queries, keys, ups, chosen, *, scale: float, impl) -> Read:
+  """`read_chosen` without the shares."""
+  qc = jnp.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
+  mixed = sparse_mla(qc, queries[1], *keys, chosen, scale=scale, impl=impl)
+  return Read(jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1]), None)
 
 
 def dense_shares(q, k, seen, scale: float) -> jax.Array:
@@ -278,18 +298,28 @@ class DSA(MLA):
   def read(self, x, q, keys: SparseLatent, ctx: Context, fresh: bool):
     """Picks and reads -> (chosen [B T K], Read); `q` as `query` makes it."""
     cfg = self.cfg
-    chosen = index.choose(
-      self.index_query(x, ctx.positions),
-      keys.index,
-      query_blocks.sight(ctx.positions, ctx.segments, fresh),
-      cfg.top_k,
-      key_segments=ctx.segments if fresh else None,
-      most=cfg.block,
+    query = self.index_query(x, ctx.positions)
+    sight = query_blocks.sight(ctx.positions, ctx.segments, fresh)
+    theirs = ctx.segments if fresh else None
+    chosen = kernels.pick(
+      'indexer',
+      lambda impl: choose_by_kernel(query, keys.index, sight, cfg.top_k, impl),
+      lambda: index.choose(
+        query,
+        keys.index,
+        sight,
+        cfg.top_k,
+        key_segments=theirs,
+        most=cfg.block,
+      ),
     )
     ups = jnp.split(self.kv_up[...], [cfg.nope_dim], axis=-1)
-    return chosen, read_chosen(
-      q, keys[:2], ups, chosen, scale=cfg.scale, most=cfg.block
-    )
+    args = q, keys[:2], ups, chosen
+    own = lambda: read_chosen(*args, scale=cfg.scale, most=cfg.block)
+    if ctx.train and fresh:
+      return chosen, own()  # its loss wants the shares
+    by_kernel = lambda impl: read_by_kernel(*args, scale=cfg.scale, impl=impl)
+    return chosen, kernels.pick('sparse_mla', by_kernel, own)
 
   def scene(self, x, q, new: SparseLatent, ctx: Context) -> Scene:
     """What the indexer's loss needs of fresh tokens."""

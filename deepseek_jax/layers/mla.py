@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax import cache as caching
+from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.attention import cached_attention, causal_attention
 from deepseek_jax.layers.context import Context
@@ -21,6 +22,8 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
 from deepseek_jax.parallel import context
 from deepseek_jax.sharding import param, shard
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_prefill import mla_prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,26 @@ class MLA(nnx.Module):
     mixed = jnp.einsum('BHTS,BSC->BTHC', weights, latent.c)
     return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
 
+  def decoded(self, qn, qr, latent: Latent, positions, impl) -> jax.Array:
+    """`absorbed` by the kernel of decoding; tokens must follow one another."""
+    if qn.shape[1] > 1:
+      # It takes the queries of a row for its last tokens; these may be any.
+      return self.absorbed(qn, qr, latent, positions)
+    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+    # A row of the cache is one page.
+    table = jnp.arange(qn.shape[0], dtype=jnp.int32)[:, None]
+    mixed = mla_decode(
+      qc,
+      qr,
+      *latent,
+      table,
+      positions[:, -1].astype(jnp.int32) + 1,
+      scale=self.cfg.scale,
+      impl=impl,
+    )
+    return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+
   def absorbing_pays(self, queries: int) -> bool:
     """Whether the absorbed form costs less than expanding the cached keys.
 
@@ -164,11 +187,18 @@ class MLA(nnx.Module):
           segments=ctx.segments,
         )
       k, v = self.keys_values(latent)
-      return causal_attention(
-        q, k, v, scale=self.cfg.scale, segments=ctx.segments
+      how = {'scale': self.cfg.scale, 'segments': ctx.segments}
+      return kernels.pick(
+        'mla_prefill',
+        lambda impl: mla_prefill(q, k, v, **how, impl=impl),
+        lambda: causal_attention(q, k, v, **how),
       )
     if self.absorbing_pays(qn.shape[1]):
-      return self.absorbed(qn, qr, past, ctx.positions)
+      return kernels.pick(
+        'mla_decode',
+        lambda impl: self.decoded(qn, qr, past, ctx.positions, impl),
+        lambda: self.absorbed(qn, qr, past, ctx.positions),
+      )
     q = jnp.concatenate([qn, qr], axis=-1)
     k, v = self.keys_values(past)
     return cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers import balance
+from deepseek_jax.layers import balance, routing_statistics
 from deepseek_jax.layers.balance import BalanceConfig
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.ffn import FFN, FFNConfig, swiglu
@@ -147,9 +148,19 @@ def apply_experts(
     return _apply_all(x, experts, weights, gate_up, down, limit)
   plan = permute.plan(experts, E)
   rows = permute.permute(x, plan)
-  h = gmm.grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), plan.block_expert)
-  y = gmm.grouped_matmul(swiglu(h, limit), down, plan.block_expert)
+  h = _hidden(rows, gate_up.reshape(E, D, 2 * F), plan.block_expert, limit)
+  y = gmm.grouped_matmul(h, down, plan.block_expert)
   return permute.combine(y, weights, plan)
+
+
+def _hidden(rows, gate_up, block_expert, limit):
+  """rows [M D], gate_up [E D 2F] -> [M F] after the activation."""
+  args = rows, gate_up, block_expert
+  return kernels.pick_local(
+    'grouped_swiglu',
+    lambda impl: gmm.grouped_swiglu(*args, limit=limit, impl=impl),
+    lambda: swiglu(gmm.grouped_matmul(*args), limit),
+  )
 
 
 def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
@@ -223,7 +234,8 @@ class MoE(nnx.Module):
 
     Statistics: 'load' [E] int32, tokens that chose each expert; 'experts'
     [B T K] int32; 'dropped' int32, choices over capacity; 'losses', the
-    balance losses without their weights; 'loss', their weighted sum.
+    balance losses without their weights; 'loss', their weighted sum; while
+    training also those of `routing_statistics`.
     """
     cfg = self.cfg
     routing = self.router(x, ctx)
@@ -241,6 +253,9 @@ class MoE(nnx.Module):
         f'moe.redundant = {cfg.redundant}: copies of experts are for serving;'
         ' train with 0'
       )
+    if ctx.train:
+      bias = self.router.bias[...] if cfg.router.bias else None
+      stats |= routing_statistics.statistics(routing, bias, cfg.router)
     if cfg.capacity and ctx.train:
       routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity)
     if cfg.redundant:

@@ -1,6 +1,7 @@
 """Rows in blocks, each block times the matrix of its expert.
 
-The layout comes from `pallas_kernels.permute.plan`. Legend: M rows, E experts,
+In bfloat16, with a SwiGLU as epilogue, and in float8 with block scales. The
+layout comes from `pallas_kernels.permute.plan`. Legend: M rows, E experts,
 D width in, F width out.
 """
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference
 
-__all__ = ['grouped_matmul']
+__all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 
 
 def _run(name, impl, *args):
@@ -74,18 +75,178 @@ def grouped_matmul(
     ValueError: shapes that don't fit each other.
     NotImplementedError: impl='gpu' for a shape that the kernel can't take.
   """
-  M, D = rows.shape
   inner = weights.shape[2 if transpose else 1]
-  if inner != D:
+  if inner != rows.shape[1]:
     raise ValueError(
       f'rows {list(rows.shape)} and weights {list(weights.shape)} '
-      f'(transpose={transpose}) disagree on the width: {D} and {inner}'
+      f'(transpose={transpose}) disagree on the width: {rows.shape[1]} and '
+      f'{inner}'
     )
-  if M % block_expert.shape[0]:
-    raise ValueError(
-      f'{M} rows are no multiple of the {block_expert.shape[0]} blocks'
-    )
-  used = block_expert.shape[0] if used is None else used
-  used = jnp.asarray(used, jnp.int32)
+  layout = _layout(rows, block_expert, used)
+  impl = dispatch.chosen(impl)
+  return _matmul(rows, weights, *layout, transpose, impl)
+
+
+def _layout(rows, block_expert, used):
+  """block_expert and used as arrays, checked against the rows."""
   block_expert = jnp.asarray(block_expert)
-  return _matmul(rows, weights, block_expert, used, transpose, impl)
+  blocks = block_expert.shape[0]
+  if rows.shape[0] % blocks:
+    raise ValueError(
+      f'{rows.shape[0]} rows are no multiple of the {blocks} blocks'
+    )
+  return block_expert, jnp.asarray(blocks if used is None else used, jnp.int32)
+
+
+def _activate(gate_up, limit):
+  """silu(gate) * up of the halves [M 2F], in float32."""
+  gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+  if limit is not None:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+  return jax.nn.silu(gate) * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _swiglu(rows, gate_up, block_expert, used, limit, impl):
+  def gpu(*args):
+    from pallas_kernels.grouped_matmul import swiglu
+
+    return swiglu.forward(*args, limit)
+
+  def plain(*args):
+    return _activate(reference.forward(*args, False), limit).astype(rows.dtype)
+
+  args = (rows, gate_up, block_expert, used)
+  return dispatch.run('grouped_swiglu', impl, gpu, plain, *args)
+
+
+def _swiglu_fwd(rows, gate_up, block_expert, used, limit, impl):
+  out = _swiglu(rows, gate_up, block_expert, used, limit, impl)
+  return out, (rows, gate_up, block_expert, used)
+
+
+def _swiglu_bwd(limit, impl, saved, grad):
+  # The product of width 2F is made again rather than kept.
+  h, pull = jax.vjp(
+    lambda r, w: _matmul(r, w, *saved[2:], False, impl), *saved[:2]
+  )
+  dh = jax.vjp(lambda h: _activate(h, limit), h)[1](grad.astype(jnp.float32))
+  return *pull(dh[0]), None, None
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def grouped_swiglu(
+  rows,
+  gate_up,
+  block_expert,
+  *,
+  used=None,
+  limit: float | None = None,
+  impl=None,
+):
+  """silu(gate) * up of rows[m] @ gate_up[block_expert[m // block]].
+
+  The product itself, twice as wide as the result, is never stored; the
+  backward pass computes it again.
+
+  Args:
+    rows: [M D] float.
+    gate_up: [E D 2F], the gate's columns before the up-projection's.
+    block_expert, used: as in grouped_matmul.
+    limit: silu(min(gate, limit)) * clip(up, -limit, limit) (DeepSeek-V4).
+    impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, D a
+      multiple of 64, F of 128; the reference and the backward pass round the
+      product to the rows' dtype, the forward kernel doesn't).
+
+  Returns:
+    [M F] of rows.dtype, differentiable in rows and gate_up.
+
+  Raises:
+    ValueError: shapes that don't fit each other.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  if gate_up.shape[1] != rows.shape[1] or gate_up.shape[2] % 2:
+    raise ValueError(
+      f'gate_up is {list(gate_up.shape)}, but rows {list(rows.shape)} ask '
+      f'for [E {rows.shape[1]} 2F]'
+    )
+  layout = _layout(rows, block_expert, used)
+  impl = dispatch.chosen(impl)
+  return _swiglu(rows, gate_up, *layout, limit, impl)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _fp8(rows, row_scales, weights, weight_scales, expert, used, dtype, impl):
+  def gpu(*args):
+    from pallas_kernels.grouped_matmul import fp8
+
+    return fp8.forward(*args, dtype)
+
+  def plain(*args):
+    return reference.forward_fp8(*args, dtype)
+
+  args = (rows, row_scales, weights, weight_scales, expert, used)
+  return dispatch.run('grouped_matmul_fp8', impl, gpu, plain, *args)
+
+
+def _no_gradient(*_):
+  raise NotImplementedError(
+    'grouped_matmul_fp8 has no gradient: use it inside a function with its own'
+  )
+
+
+_fp8.defvjp(lambda *args: (_fp8(*args), None), _no_gradient)
+
+
+def grouped_matmul_fp8(
+  rows,
+  row_scales,
+  weights,
+  weight_scales,
+  block_expert,
+  *,
+  used=None,
+  dtype=jnp.bfloat16,
+  impl=None,
+):
+  """grouped_matmul of float8 numbers with a scale per block, as in V3.
+
+  Each 128 of the width are multiplied, scaled and added up in float32
+  (arXiv:2412.19437, section 3.3.2).
+
+  Args:
+    rows: [M D] float8, as quantize(x) gives them.
+    row_scales: [M D/128] float32, of 1 x 128 blocks.
+    weights: [E F D] float8: transposed, for float8 products want it so.
+    weight_scales: [E F/128 D/128] float32, of 128 x 128 blocks.
+    block_expert, used: as in grouped_matmul.
+    dtype: of the result.
+    impl: None, 'reference' or 'gpu' (float8_e4m3fn into bfloat16, blocks of
+      64 * n rows, D and F multiples of 128).
+
+  Returns:
+    [M F] of dtype; it has no gradient.
+
+  Raises:
+    ValueError: shapes that don't fit each other.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take, or
+      differentiation.
+  """
+  (M, D), (E, F, _) = rows.shape, weights.shape
+  wanted = {
+    'weights': (weights, (E, F, D)),
+    'row_scales': (row_scales, (M, D // 128)),
+    'weight_scales': (weight_scales, (E, F // 128, D // 128)),
+  }
+  for name, (array, shape) in wanted.items():
+    if array.shape != shape or D % 128 or F % 128:
+      raise ValueError(
+        f'{name} is {list(array.shape)}, but rows {list(rows.shape)} and '
+        f'weights {list(weights.shape)} ask for {list(shape)} and widths of '
+        '128 * n'
+      )
+  layout = _layout(rows, block_expert, used)
+  args = (rows, row_scales, weights, weight_scales, *layout)
+  return _fp8(*args, jnp.dtype(dtype), dispatch.chosen(impl))

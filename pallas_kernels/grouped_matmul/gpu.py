@@ -44,7 +44,7 @@ class Tile:
     return (2, 1) if self.by_rows else (1, 2)
 
 
-def _tile(rows_multiple, columns) -> Tile:
+def tile_of(rows_multiple, columns) -> Tile:
   rows = 128 if rows_multiple % 128 == 0 else 64
   if rows_multiple % 64:
     raise NotImplementedError(f'rows in steps of {rows_multiple}, not 64 * n')
@@ -54,7 +54,7 @@ def _tile(rows_multiple, columns) -> Tile:
   raise NotImplementedError(f'width {columns}, not a multiple of 128')
 
 
-def _supported(*arrays):
+def supported(*arrays):
   for array in arrays:
     if array.dtype != jnp.bfloat16:
       raise NotImplementedError(f'dtype {array.dtype}, not bfloat16')
@@ -62,10 +62,10 @@ def _supported(*arrays):
 
 def forward(rows, weights, block_expert, used, transpose):
   """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
-  _supported(rows, weights)
+  supported(rows, weights)
   (M, D), F = rows.shape, weights.shape[1 if transpose else 2]
   block = M // block_expert.shape[0]
-  tile = _tile(block, F)
+  tile = tile_of(block, F)
   if D % STEP:
     raise NotImplementedError(f'width {D}, not a multiple of {STEP}')
   body = functools.partial(
@@ -86,12 +86,12 @@ def outer(rows, grads, block_expert, used, num_experts):
 
   Blocks of one expert must adjoin, as they do in a plan.
   """
-  _supported(rows, grads)
+  supported(rows, grads)
   (M, D), F = rows.shape, grads.shape[1]
   block = M // block_expert.shape[0]
   if block % STEP:
     raise NotImplementedError(f'blocks of {block} rows, not 64 * n')
-  tile = _tile(D, F)
+  tile = tile_of(D, F)
   index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
   ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
   own = (block_expert == ids) & (index < used)  # [E blocks]
@@ -121,8 +121,8 @@ def _scratch(tile, a_shape, b_shape):
   }
 
 
-def _ring(ref, steps, load, multiply, here, free):
-  """multiply(ref, stage) for every step, while later stages are loading."""
+def ring(steps, load, multiply, here, free, products=1):
+  """multiply(stage), of so many products, while later stages are loading."""
   w = lax.axis_index('wg')
 
   @pl.when(w == 0)
@@ -136,8 +136,8 @@ def _ring(ref, steps, load, multiply, here, free):
   def step(k, _):
     stage = lax.rem(k, STAGES)
     plgpu.barrier_wait(here.at[stage])
-    multiply(ref, stage)
-    plgpu.wgmma_wait(1)  # the previous step is done reading
+    multiply(stage)
+    plgpu.wgmma_wait(products)  # the previous step is done reading
     last, again = lax.rem(k + (STAGES - 1), STAGES), k + (STAGES - 1)
 
     @pl.when((k > 0) & (again < steps))
@@ -152,13 +152,22 @@ def _ring(ref, steps, load, multiply, here, free):
     return ()
 
   lax.fori_loop(0, steps, step, ())
-  return ref[...]
 
 
-def _store(acc, out_tile, staged, own_columns):
+def _sum(columns, steps, load, multiply, here, free):
+  """The float32 [64, columns] that multiply(ref, stage) adds up in a ref."""
+
+  def run(ref):
+    ring(steps, load, functools.partial(multiply, ref), here, free)
+    return ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((64, columns), jnp.float32))
+
+
+def store(acc, out_tile, staged, own_columns):
   """Registers -> shared memory -> out_tile(columns), some columns at a time."""
   w = lax.axis_index('wg')
-  width = min(STAGED, own_columns)
+  width = min(staged.shape[-1], own_columns)
   for start in range(0, own_columns, width):
     if start:
       plgpu.wait_smem_to_gmem(0)
@@ -169,7 +178,7 @@ def _store(acc, out_tile, staged, own_columns):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _part(tile):
+def part(tile):
   """Which piece of a and of b this warpgroup multiplies."""
   w = lax.axis_index('wg')
   return (w, 0) if tile.by_rows else (0, w)
@@ -179,10 +188,10 @@ def _forward_body(
   rows, weights, block_expert, used, out, a, b, staged, here, free,
   *, tile, transpose, block,
 ):  # fmt: skip
-  m, n, w = (lax.axis_index(axis) for axis in ('m', 'n', 'wg'))
+  m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
-  part_a, part_b = _part(tile)
+  part_a, part_b = part(tile)
   # Filler gets zeros: no step at all.
   steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
 
@@ -205,13 +214,10 @@ def _forward_body(
     right = compat.transposed(right) if transpose else right
     plgpu.wgmma(ref, a.at[stage, part_a], right)
 
-  acc = pl.run_scoped(
-    lambda ref: _ring(ref, steps, load, multiply, here, free),
-    plgpu.ACC((64, tile.own_columns), jnp.float32),
-  )
+  acc = _sum(tile.own_columns, steps, load, multiply, here, free)
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
-  _store(
+  store(
     acc,
     lambda columns: out.at[
       pl.ds(top, 64), pl.ds(left + columns.start, columns.size)
@@ -219,7 +225,6 @@ def _forward_body(
     staged,
     tile.own_columns,
   )
-  del w
 
 
 def _outer_body(
@@ -227,7 +232,7 @@ def _outer_body(
 ):
   e, m, n = (lax.axis_index(axis) for axis in ('e', 'm', 'n'))
   start = first[e]
-  part_a, part_b = _part(tile)
+  part_a, part_b = part(tile)
 
   def load(k, stage):
     inner = pl.ds((start + k) * STEP, STEP)
@@ -246,13 +251,10 @@ def _outer_body(
     left = compat.transposed(a.at[stage, part_a])
     plgpu.wgmma(ref, left, b.at[stage, part_b])
 
-  acc = pl.run_scoped(
-    lambda ref: _ring(ref, count[e], load, multiply, here, free),
-    plgpu.ACC((64, tile.own_columns), jnp.float32),
-  )
+  acc = _sum(tile.own_columns, count[e], load, multiply, here, free)
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
-  _store(
+  store(
     acc,
     lambda columns: out.at[
       e, pl.ds(top, 64), pl.ds(left + columns.start, columns.size)

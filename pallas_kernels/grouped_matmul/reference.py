@@ -5,8 +5,11 @@ XLA:CPU packs both operands for every product, so a run is cut into chunks of
 is summed before it is stored: within 20 % of one dense matmul of that size.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.quantize import reference as quantize
 
 _CHUNK = 512  # rows of the largest product
 # Up to here a copy of each row's matrix costs less than a loop (measured).
@@ -76,6 +79,16 @@ def forward(rows, weights, block_expert, used, transpose):
     return _over_chunks(chunk, out, at, blocks, M, M // len(block_expert))
 
   return _over_runs(run, jnp.zeros((M, F), rows.dtype), block_expert, used)
+
+
+def forward_fp8(
+  rows, row_scales, weights, weight_scales, block_expert, used, dtype
+):
+  """rows [M D], weights [E F D] and their scales -> [M F] of dtype."""
+  x = quantize.dequantize(rows, row_scales, jnp.float32)
+  every = lambda q, s: quantize.dequantize(q, s, jnp.float32)
+  w = jax.vmap(every)(weights, weight_scales)
+  return forward(x, w, block_expert, used, True).astype(dtype)
 
 
 def outer(rows, grads, block_expert, used, num_experts):

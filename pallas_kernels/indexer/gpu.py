@@ -89,6 +89,7 @@ def _select(q, k, w, first, last, *, top_k, near):
     'q_here': plgpu.Barrier(num_barriers=2),
     'here': plgpu.Barrier(num_barriers=STAGES),
     'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    'done': plgpu.Barrier(num_arrivals=2),
   }
   if is_near:
     scratch['kept'] = plgpu.SMEM(kept.shape[1:], jnp.int32)
@@ -110,7 +111,7 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
   else:
     kept, *rest = rest
     kept = kept.at[worker, g]
-  qs, ks, words, q_here, here, free = rest
+  qs, ks, words, q_here, here, free, done = rest
   workers = min(items, compat.num_sms())
   per_row = q.shape[1] // 2
 
@@ -130,6 +131,9 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
       k.at[b], compat.load(w, (b, t), _BY_COLUMN, optimized=False),
       qs.at[g], ks, kept, here, free, start=start, end=end, span=span,
     )  # fmt: skip
+    # The ring is refilled for the next item when both have read it.
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
     chunks = lax.div(start, CHUNK), lax.div(end + CHUNK - 1, CHUNK)
     _fill(kept, chunks[0] * CHUNK, start)
     _fill(kept, end, chunks[1] * CHUNK)

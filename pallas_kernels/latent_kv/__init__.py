@@ -77,6 +77,7 @@ def latent_kv(
   _check(x, w, gain, cos, sin, slots, cache)
   cache = type(cache)(*map(jnp.asarray, cache))
   args = (x, w, gain, cos, sin, jnp.asarray(slots), cache)
+  impl = dispatch.chosen(impl)
   return _latent_kv(*args, eps, interleaved, splits, impl)
 
 

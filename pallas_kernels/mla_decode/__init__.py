@@ -14,7 +14,17 @@ __all__ = ['mla_decode']
 
 
 def mla_decode(
-  q_c, q_r, c, k_r, table, lengths, *, scale: float, splits=None, impl=None
+  q_c,
+  q_r,
+  c,
+  k_r,
+  table,
+  lengths,
+  *,
+  scale: float,
+  scales=None,
+  splits=None,
+  impl=None,
 ):
   """o[b, t, h] = softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
 
@@ -28,10 +38,13 @@ def mla_decode(
     lengths: [B] int32, cached tokens of each request, new ones included.
       Query t sees the first lengths - (T - 1 - t); one that sees none gives 0.
     scale: of the scores, usually (nope + rope dims of the expanded head)**-.5.
+    scales: [P G C/128] float32 where c is float8 (latent_kv's FP8Pages), each
+      of 128 numbers of a latent; or None.
     splits: parts that a request's tokens are cut into on the GPU, merged at
       the end; None picks enough to fill the device.
-    impl: None, 'reference' or 'gpu' (bfloat16, C=512, R=64, G a multiple of
-      64; partial sums of several splits are rounded to bfloat16 once).
+    impl: None, 'reference' or 'gpu' (bfloat16, c maybe float8_e4m3fn, C=512,
+      R=64, G a multiple of 64; partial sums of several splits are rounded to
+      bfloat16 once, and so is a float8 latent times its scale).
 
   Returns:
     [B T H C] of q_c.dtype. Scores, softmax and sums are float32.
@@ -40,18 +53,18 @@ def mla_decode(
     ValueError: shapes that don't fit each other.
     NotImplementedError: impl='gpu' for a shape that the kernel can't take.
   """
-  _check(q_c, q_r, c, k_r, table, lengths)
+  _check(q_c, q_r, c, k_r, table, lengths, scales)
 
   def gpu(*args):
     from pallas_kernels.mla_decode import gpu
 
     return gpu.mla_decode(*args, splits)
 
-  args = (q_c, q_r, c, k_r, table, lengths, scale)
+  args = (q_c, q_r, c, k_r, table, lengths, scale, scales)
   return dispatch.run('mla_decode', impl, gpu, reference.mla_decode, *args)
 
 
-def _check(q_c, q_r, c, k_r, table, lengths):
+def _check(q_c, q_r, c, k_r, table, lengths, scales):
   B, T, H, C = q_c.shape
   wanted = {
     'q_r': (q_r, (B, T, H, k_r.shape[-1])),
@@ -59,6 +72,8 @@ def _check(q_c, q_r, c, k_r, table, lengths):
     'table': (table, (B, table.shape[-1])),
     'lengths': (lengths, (B,)),
   }
+  if scales is not None:
+    wanted['scales'] = (scales, (*k_r.shape[:2], C // 128))
   for name, (array, shape) in wanted.items():
     if array.shape != shape:
       raise ValueError(

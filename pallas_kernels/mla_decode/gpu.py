@@ -21,13 +21,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.mla_decode import fp8
 
 ROWS, BLOCK, LATENT, HALF, ROPE = 64, 64, 512, 256, 64
 _EMPTY = -1e30  # running maximum of a row that has seen no key yet
 
 
-def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, splits):
-  _supported(q_c, k_r, c)
+def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales, splits):
+  if scales is None:
+    _supported(q_c, k_r, c)
+  else:
+    fp8.supported(q_c, c, scales, k_r)
   B, T, H, _ = q_c.shape
   rows = -(-T * H // ROWS) * ROWS
   pad = lambda q: jnp.pad(
@@ -37,18 +41,13 @@ def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, splits):
   if splits is None:
     longest = table.shape[1] * c.shape[1]
     splits = _pick_splits(B * rows // ROWS, longest, compat.num_sms())
-  out, lse = _partial(
-    pad(q_c),
-    pad(q_r),
-    *_in_blocks(c, k_r),
-    table,
-    lengths,
-    row_new,
-    scale=scale,
-    splits=splits,
-    new=T,
-    page=c.shape[1],
-  )
+  queries, rest = (pad(q_c), pad(q_r)), (table, lengths, row_new)
+  how = {'scale': scale, 'splits': splits, 'new': T}
+  if scales is None:
+    pages = _in_blocks(c, k_r)
+    out, lse = _partial(*queries, *pages, *rest, **how, page=c.shape[1])
+  else:
+    out, lse = fp8.partial_sums(*queries, c, scales, k_r, *rest, **how)
   out = out[:, 0] if splits == 1 else _merge(out, lse)
   return out[:, : T * H].reshape(B, T, H, LATENT)
 

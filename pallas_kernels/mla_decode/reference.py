@@ -9,9 +9,12 @@ def gather_pages(pages, table):
   return pages[table].reshape(B, -1, pages.shape[-1])
 
 
-def mla_decode(q_c, q_r, c, k_r, table, lengths, scale):
+def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales=None):
   T = q_c.shape[1]
   keys = gather_pages(c, table).astype(jnp.float32)
+  if scales is not None:
+    of_group = gather_pages(scales, table)
+    keys *= jnp.repeat(of_group, keys.shape[-1] // of_group.shape[-1], axis=-1)
   shared = gather_pages(k_r, table).astype(jnp.float32)
   scores = jnp.einsum('BTHC,BSC->BTHS', q_c.astype(jnp.float32), keys)
   scores += jnp.einsum('BTHR,BSR->BTHS', q_r.astype(jnp.float32), shared)

@@ -5,6 +5,8 @@ training and prefill: 192 = 128 + 64 query and key dims, 128 value dims.
 Legend: B batch, T tokens, H heads, D query and key dims, V value dims.
 """
 
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +36,8 @@ def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
     v: [B T H V] values.
     segments: [B T] int32 or None; tokens see their own run of equal numbers.
     scale: of the scores.
-    impl: None, 'reference' or 'gpu' (bfloat16, D=192, V=128).
+    impl: None, 'reference', 'gpu' (bfloat16, D=192, V=128), or 'cudnn' where
+      it can (a Hopper GPU, no segments), else as None with the reason logged.
 
   Returns:
     [B T H V] of q.dtype, differentiable in q, k and v. Scores, softmax and
@@ -56,6 +59,15 @@ def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
     raise ValueError(f'segments are {list(segments.shape)}, not {[B, T]}')
   else:
     starts = segment_starts(jnp.asarray(segments))
+
+  if impl == 'cudnn':
+    from pallas_kernels.mla_prefill import cudnn
+
+    try:
+      return cudnn.mla_prefill(q, k, v, segments, scale)
+    except NotImplementedError as error:
+      dispatch.say_once(logging.WARNING, 'mla_prefill', f'no cuDNN: {error}')
+      impl = None
 
   def gpu(*args):
     from pallas_kernels.mla_prefill import gpu

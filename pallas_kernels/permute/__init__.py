@@ -15,7 +15,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.permute import reference
 from pallas_kernels.permute.reference import Plan
 
-__all__ = ['Plan', 'combine', 'permute', 'plan']
+__all__ = ['Plan', 'combine', 'permute', 'permute_fp8', 'plan']
 
 
 def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
@@ -46,9 +46,9 @@ def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
       'their product must stay under 2**31; split the batch'
     )
   if block is None:
-    block = reference.pick_block(
-      experts.size, num_experts, dispatch.on_hopper()
-    )
+    impl = dispatch.chosen(None)
+    hopper = dispatch.on_hopper() if impl is None else impl == 'gpu'
+    block = reference.pick_block(experts.size, num_experts, hopper)
   return reference.plan(experts, num_experts, block)
 
 
@@ -80,7 +80,46 @@ def permute(x, plan: Plan, *, impl: str | None = None):
   impl='gpu' takes bfloat16 and float32 with D a multiple of 256, and raises
   NotImplementedError for the rest; so does combine.
   """
-  return _permute(x, plan, impl)
+  return _permute(x, plan, dispatch.chosen(impl))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _permute_fp8(x, plan, power_of_two, impl):
+  return _run('permute_fp8', impl, x, plan, power_of_two)
+
+
+def _no_gradient(*_):
+  raise NotImplementedError(
+    'permute_fp8 has no gradient: use it inside a function with its own VJP'
+  )
+
+
+_permute_fp8.defvjp(lambda *args: (_permute_fp8(*args), None), _no_gradient)
+
+
+def permute_fp8(x, plan: Plan, *, power_of_two=False, impl=None):
+  """permute of x in float8 with a scale per 1 x 128 numbers.
+
+  A token is quantised once rather than once per choice, and half the bytes are
+  copied: both together move less than a copy that quantises on its way.
+
+  Args:
+    x: [N D] bfloat16 or float32, D a multiple of 128.
+    plan: from `plan`.
+    power_of_two: UE8M0 scales, as in quantize.
+    impl: None, 'reference' or 'gpu' (D a multiple of 1024).
+
+  Returns:
+    rows [M D] float8_e4m3fn and scales [M D/128] float32, zero in filler rows;
+    what grouped_matmul_fp8 takes. It has no gradient.
+
+  Raises:
+    ValueError: D is not a multiple of 128.
+    NotImplementedError: impl='gpu' for another width, or differentiation.
+  """
+  if x.shape[-1] % 128:
+    raise ValueError(f'x is {list(x.shape)}: its width must be 128 * n')
+  return _permute_fp8(x, plan, power_of_two, dispatch.chosen(impl))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -107,4 +146,4 @@ def combine(rows, weights, plan: Plan, *, impl: str | None = None):
   Returns:
     [N D] of rows.dtype. Differentiable in rows and weights.
   """
-  return _combine(rows, weights, plan, impl)
+  return _combine(rows, weights, plan, dispatch.chosen(impl))

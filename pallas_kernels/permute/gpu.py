@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.quantize import gpu as quantize
 
 _THREADS = 128
 _IN_FLIGHT = 8  # rows that a warpgroup reads at once
@@ -23,6 +24,17 @@ _IN_FLIGHT = 8  # rows that a warpgroup reads at once
 def permute(x, plan):
   K = plan.slot.shape[1]
   return _gather(x, plan.source[:, None] // K, None)
+
+
+def permute_fp8(x, plan, power_of_two):
+  q, scales = quantize.quantize(x, (1, 128), power_of_two)
+  token = plan.source // plan.slot.shape[1]
+  # Four numbers travel as one float32, which no kernel changes on its way.
+  words = q.reshape(*q.shape[:-1], -1, 4)
+  words = lax.bitcast_convert_type(words, jnp.float32)
+  moved = _gather(words, token[:, None], None)
+  rows = lax.bitcast_convert_type(moved, q.dtype).reshape(-1, q.shape[-1])
+  return rows, jnp.take(scales, token, axis=0, mode='fill', fill_value=0)
 
 
 def permute_bwd(grad, plan):

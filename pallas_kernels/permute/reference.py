@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize import reference as quantize
+
 
 class Plan(NamedTuple):
   """Where each (token, choice) goes; see `plan`. N K E M as there."""
@@ -73,6 +75,12 @@ def _take(x, index):
 
 def permute(x, plan: Plan):
   return _take(x, plan.source // plan.slot.shape[1])
+
+
+def permute_fp8(x, plan: Plan, power_of_two):
+  q, scales = quantize.quantize(x, (1, 128), power_of_two)
+  token = plan.source // plan.slot.shape[1]
+  return _take(q, token), _take(scales, token)
 
 
 def permute_bwd(grad, plan: Plan):

@@ -38,7 +38,7 @@ def quantize(
   """
   if x.ndim != 2 or x.shape[0] % block[0] or x.shape[1] % block[1]:
     raise ValueError(f'x is {list(x.shape)}: not a matrix of {block} blocks')
-  return _quantize(x, block, power_of_two, impl)
+  return _quantize(x, block, power_of_two, dispatch.chosen(impl))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -62,7 +62,7 @@ def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
   _check(logits, bias, top_k, rule)
   if bias is not None:
     bias = jax.lax.stop_gradient(jnp.asarray(bias, jnp.float32))
-  return _route(logits, bias, top_k, rule, impl)
+  return _route(logits, bias, top_k, rule, dispatch.chosen(impl))
 
 
 def _check(logits, bias, top_k, rule):

@@ -10,7 +10,10 @@ def score(logits, scoring):
     return jax.nn.softmax(logits, axis=-1)
   if scoring == 'sigmoid':
     return jax.nn.sigmoid(logits)
-  return jnp.sqrt(jax.nn.softplus(logits))
+  # Far below 0 softplus is exp, whose root stays differentiable in float32.
+  low = logits < -20
+  root = jnp.sqrt(jax.nn.softplus(jnp.where(low, 0.0, logits)))
+  return jnp.where(low, jnp.exp(logits / 2), root)
 
 
 def limit_groups(choice, rule):

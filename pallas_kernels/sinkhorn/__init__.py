@@ -40,6 +40,7 @@ def sinkhorn(logits, *, iterations: int = 20, eps: float = 1e-6, impl=None):
     raise ValueError(f'logits are {list(logits.shape)}, not [N n n]')
   if iterations < 1:
     raise ValueError(f'iterations={iterations}; use 1 or more')
+  impl = dispatch.chosen(impl)
   return _sinkhorn(logits.astype(jnp.float32), iterations, eps, impl)
 
 

@@ -19,7 +19,7 @@ def double(x):
 class DispatchTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
 
   def test_without_a_hopper_gpu_the_reference_runs_and_says_so_once(self):
     with self.assertLogs('pallas_kernels', logging.INFO) as logs:

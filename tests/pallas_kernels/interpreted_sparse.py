@@ -18,6 +18,8 @@ from pallas_kernels.indexer import gpu as indexer_gpu
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 from pallas_kernels.sparse_mla import sparse_mla
 
@@ -82,6 +84,23 @@ def check_latent_kv():
     compare_fp8(name, split, args)
 
 
+def check_mla_decode_fp8():
+  for name, shape in decode_shapes.TEST.items():
+    q_c, q_r, c, k_r, *rest = interpreted.draw_mla_decode(shape)
+    rng = np.random.default_rng(1)
+    scales = jnp.asarray(rng.random((*c.shape[:2], 4)) + 0.5, jnp.float32)
+    splits = shape.splits or 1
+    op = functools.partial(mla_decode, scale=0.05, splits=splits)
+
+    def run(*args, impl, op=op):
+      *args, scales = args
+      return op(*args, scales=scales, impl=impl)
+
+    args = (q_c, q_r, c.astype(jnp.float8_e4m3fn), k_r, *rest, scales)
+    # Latents times scales and probabilities are rounded to bfloat16.
+    interpreted.compare(name, run, args, 2 * BF16)
+
+
 def draw_indexer(shape):
   """Small integers: scores are exact and often equal."""
   rng = np.random.default_rng(0)
@@ -104,7 +123,9 @@ def check_indexer():
     args = draw_indexer(shape)
     near = 0 if shape.far else indexer_gpu.NEAR
     limit = functools.partial(indexer_gpu.indexer, near=near)
-    with mock.patch.object(indexer_gpu, 'indexer', limit):
+    # One thread block takes all queries in turn.
+    one = mock.patch.object(compat, 'num_sms', lambda: 1)
+    with mock.patch.object(indexer_gpu, 'indexer', limit), one:
       op = functools.partial(indexer, top_k=shape.top_k)
       interpreted.compare(name, op, args, 0.0)
 

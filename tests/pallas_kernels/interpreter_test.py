@@ -19,8 +19,12 @@ SCRIPTS = {
   'sinkhorn': 'interpreted.py',
   'mla_prefill': 'interpreted.py',
   'race': 'interpreted.py',
+  'grouped_swiglu': 'interpreted_experts.py',
+  'grouped_matmul_fp8': 'interpreted_experts.py',
+  'permute_fp8': 'interpreted_experts.py',
   'latent_kv': 'interpreted_sparse.py',
   'indexer': 'interpreted_sparse.py',
+  'mla_decode_fp8': 'interpreted_sparse.py',
   'sparse_mla': 'interpreted_sparse.py',
 }
 

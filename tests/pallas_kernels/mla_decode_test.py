@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -67,6 +68,21 @@ class MlaDecodeTest(parameterized.TestCase):
     got = jitted(*args)
     np.testing.assert_array_equal(got, want)
 
+  @parameterized.named_parameters(SMALL.items())
+  def test_float8_latents_count_times_their_scales(self, shape):
+    q_c, q_r, _, k_r, table, lengths = draw(shape)
+    rng = np.random.default_rng(1)
+    wide = 256  # two scales each
+    q_c = rng.normal(size=(*q_c.shape[:3], wide)).astype(np.float32) / 4
+    c = rng.normal(size=(*k_r.shape[:2], wide))
+    c = c.astype(ml_dtypes.float8_e4m3fn)
+    scales = (rng.random((*k_r.shape[:2], 2)) + 0.5).astype(np.float32)
+    rest = table, lengths
+    got = jitted(q_c, q_r, jnp.asarray(c), k_r, *rest, scales=scales)
+    exact = c.astype(np.float64) * np.repeat(scales, 128, axis=-1)
+    want = loop(q_c, q_r, exact, k_r, *rest)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
   @parameterized.parameters(
     ({}, 'dtype float32'),
     ({'dtype': jnp.bfloat16}, 'latent 16 and rope 8'),
@@ -82,6 +98,8 @@ class MlaDecodeTest(parameterized.TestCase):
     args[5] = np.zeros(7, np.int32)
     with self.assertRaisesRegex(ValueError, r'lengths is \[7\].*ask for \[1\]'):
       mla_decode(*args, scale=SCALE)
+    with self.assertRaisesRegex(ValueError, r'scales is \[3, 64\]'):
+      mla_decode(*draw(TEST['one_token']), scale=SCALE, scales=np.ones((3, 64)))
     with self.assertRaisesRegex(ValueError, "impl='fast'"):
       mla_decode(*draw(TEST['one_token']), scale=SCALE, impl='fast')
 

@@ -1,12 +1,15 @@
 """mla_prefill against loops over queries in float64."""
 
 import functools
+import logging
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from pallas_kernels import dispatch
 from pallas_kernels.mla_prefill import mla_prefill, segment_starts
 from pallas_kernels.mla_prefill.shapes import TEST
 
@@ -69,6 +72,42 @@ class MlaPrefillTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       segment_starts(segments), [[0, 0, 2, 3, 3, 3], [0, 1, 1, 1, 4, 4]]
     )
+
+  def test_without_cudnn_the_reason_is_logged_once(self):
+    dispatch.say_once.cache_clear()
+    q, k, v, segments = (a.astype(np.float32) for a in draw(TEST['ragged']))
+    segments = segments.astype(np.int32)
+    with self.assertLogs('pallas_kernels', logging.WARNING) as logs:
+      for _ in range(2):
+        got = mla_prefill(q, k, v, scale=SCALE, impl='cudnn')
+        mla_prefill(q, k, v, segments, scale=SCALE, impl='cudnn')
+    self.assertLen(logs.output, 2)
+    self.assertIn('no cuDNN: the default device is not', logs.output[0])
+    self.assertIn('not given packed segments', logs.output[1])
+    np.testing.assert_array_equal(got, mla_prefill(q, k, v, scale=SCALE))
+
+  @parameterized.parameters(192, 128)
+  def test_on_hopper_cudnn_is_called_forward_and_backward(self, width):
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    shape = jax.ShapeDtypeStruct((1, 256, 2, width), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+
+    def both(q, k, v):
+      fn = functools.partial(mla_prefill, scale=SCALE, impl='cudnn')
+      out, pull = jax.vjp(fn, q, k, v)
+      return out, pull(out)
+
+    with (
+      mock.patch.object(dispatch, 'on_hopper', lambda: True),
+      # They ask a GPU, of which there is none here.
+      mock.patch.object(private, 'check_cudnn_version', lambda: 91200),
+      mock.patch.object(private, 'check_compute_capability', lambda _: True),
+    ):
+      traced = jax.jit(both).trace(shape, shape, values)
+      text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    self.assertEqual(text.count('__cudnn$fmhaSoftmaxBackward'), 1)
+    self.assertEqual(text.count('__cudnn$fmhaSoftmax('), 1)
 
   def test_unsupported_kernel_shape_says_why(self):
     q, k, v, segments = draw(TEST['one_token'])

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 from pallas_kernels import permute as op
 from pallas_kernels.permute import shapes
 from pallas_kernels.permute.reference import num_blocks
+from pallas_kernels.quantize import quantize
 
 CASES = [(name, shape) for name, shape in shapes.TEST.items()]
 
@@ -98,6 +99,20 @@ class PermuteTest(parameterized.TestCase):
       want,
     )
 
+  @parameterized.product(name=('plain', 'all_nowhere'), power=(False, True))
+  def test_float8_rows_are_those_of_their_tokens(self, name, power):
+    experts, _, _ = draw(shapes.TEST[name])
+    x = np.random.default_rng(3).normal(size=(len(experts), 256))
+    x = jnp.asarray(x, jnp.float32)
+    plan = op.plan(jnp.asarray(experts), 6, block=8)
+    rows, scales = op.permute_fp8(x, plan, power_of_two=power)
+    q, own = quantize(x, power_of_two=power)
+    for row, choice in enumerate(np.asarray(plan.source)):
+      token, real = choice // experts.shape[1], choice < experts.size
+      want = (q[token], own[token]) if real else (0 * q[0], 0 * own[0])
+      np.testing.assert_array_equal(rows[row], want[0])
+      np.testing.assert_array_equal(scales[row], want[1])
+
   def test_bfloat16_sums_in_float32(self):
     experts = jnp.zeros((1, 8), jnp.int32)
     plan = op.plan(experts, 1, block=8)
@@ -140,6 +155,11 @@ class PermuteTest(parameterized.TestCase):
   def test_bad_input_names_the_field(self):
     with self.assertRaisesRegex(ValueError, 'experts is float32'):
       op.plan(jnp.zeros((2, 2)), 4)
+    plan = op.plan(jnp.zeros((2, 1), jnp.int32), 1)
+    with self.assertRaisesRegex(ValueError, r'x is \[2, 64\]'):
+      op.permute_fp8(jnp.zeros((2, 64)), plan)
+    with self.assertRaisesRegex(NotImplementedError, 'has no gradient'):
+      jax.grad(lambda x: op.permute_fp8(x, plan)[1].sum())(jnp.ones((2, 128)))
     with self.assertRaisesRegex(ValueError, r'under 2\*\*31'):
       op.plan(jax.ShapeDtypeStruct((2**20, 8), jnp.int32), 256)
 

@@ -1,0 +1,102 @@
+"""Both halves of a SwiGLU in one grouped product on Hopper.
+
+Gate and up columns of a tile are multiplied by the same rows and meet in the
+registers, so that the product of width 2F is never stored.
+Legend: M rows, E experts, D width in, F width out.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+from pallas_kernels.grouped_matmul import gpu
+
+COLUMNS = 128  # of the result, in a tile
+
+
+def forward(rows, gate_up, block_expert, used, limit):
+  """rows [M D], gate_up [E D 2F] -> silu(gate) * up, [M F]."""
+  gpu.supported(rows, gate_up)
+  (M, D), F = rows.shape, gate_up.shape[2] // 2
+  block = M // block_expert.shape[0]
+  if F % COLUMNS or D % gpu.STEP:
+    raise NotImplementedError(
+      f'widths {D} and {F}, not multiples of {gpu.STEP} and {COLUMNS}'
+    )
+  tile = gpu.Tile(gpu.tile_of(block, COLUMNS).rows, COLUMNS)
+  memory = lambda *shape: plgpu.SMEM(
+    shape, jnp.bfloat16, transforms=compat.TILED_16BIT
+  )
+  parts_a, parts_b = tile.parts
+  return compat.kernel(
+    functools.partial(_body, tile=tile, block=block, limit=limit),
+    jax.ShapeDtypeStruct((M, F), rows.dtype),
+    grid={'m': M // tile.rows, 'n': F // COLUMNS},
+    threads=2,
+    scratch={
+      'a': memory(gpu.STAGES, parts_a, 64, gpu.STEP),
+      'b': memory(gpu.STAGES, 2 * parts_b, gpu.STEP, tile.own_columns),
+      'staged': memory(2, 64, tile.own_columns),
+      'here': plgpu.Barrier(
+        num_arrivals=parts_a + 2 * parts_b, num_barriers=gpu.STAGES
+      ),
+      'free': plgpu.Barrier(num_arrivals=2, num_barriers=gpu.STAGES),
+    },
+  )(rows, gate_up, block_expert, used[None])
+
+
+def _body(
+  rows, gate_up, block_expert, used, out, a, b, staged, here, free,
+  *, tile, block, limit,
+):  # fmt: skip
+  m, n = lax.axis_index('m'), lax.axis_index('n')
+  at = lax.div(m, block // tile.rows)
+  expert = block_expert[at]
+  part_a, part_b = gpu.part(tile)
+  width, parts = tile.own_columns, tile.parts
+  steps = jnp.where(at < used[0], rows.shape[1] // gpu.STEP, 0)
+
+  def load(k, stage):
+    inner = pl.ds(k * gpu.STEP, gpu.STEP)
+    for i in range(parts[0]):
+      where = pl.ds(m * tile.rows + i * 64, 64)
+      plgpu.copy_gmem_to_smem(
+        rows.at[where, inner], a.at[stage, i], here.at[stage]
+      )
+    for half in range(2):
+      left = half * (gate_up.shape[2] // 2) + n * COLUMNS
+      for i in range(parts[1]):
+        plgpu.copy_gmem_to_smem(
+          gate_up.at[expert, inner, pl.ds(left + i * width, width)],
+          b.at[stage, half * parts[1] + i],
+          here.at[stage],
+        )
+
+  def run(gate, up):
+    def multiply(stage):
+      for half, ref in enumerate((gate, up)):
+        right = b.at[stage, half * parts[1] + part_b]
+        plgpu.wgmma(ref, a.at[stage, part_a], right)
+
+    gpu.ring(steps, load, multiply, here, free, products=2)
+    return gate[...], up[...]
+
+  acc = plgpu.ACC((64, width), jnp.float32)
+  gate, up = pl.run_scoped(run, acc, acc)
+  if limit is not None:
+    gate = jnp.minimum(gate, limit)
+    up = jnp.minimum(jnp.maximum(up, -limit), limit)
+  top, left = m * tile.rows + part_a * 64, n * COLUMNS + part_b * width
+  gpu.store(
+    gate / (1.0 + jnp.exp(-gate)) * up,
+    lambda columns: out.at[
+      pl.ds(top, 64), pl.ds(left + columns.start, columns.size)
+    ],
+    staged,
+    width,
+  )

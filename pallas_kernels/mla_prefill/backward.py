@@ -1,0 +1,172 @@
+"""Gradients of causal attention 192/128 on Hopper.
+
+Two kernels: gradient of the queries, walking the keys; gradient of keys and
+values, walking the queries. Scores are computed again, as in FlashAttention-2
+(arXiv:2307.08691).
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+from pallas_kernels.mla_prefill import blocks
+from pallas_kernels.mla_prefill.blocks import (
+  BLOCK,
+  BY_COLUMN,
+  BY_ROW,
+  LOG2E,
+  ROWS,
+  STAGES,
+  TILE,
+  VALUE,
+  WGMMA,
+  WIDE,
+)
+
+
+def queries(q, k, v, grad, lse, delta, starts, scale):
+  """Gradient of the queries."""
+  return compat.kernel(
+    functools.partial(_queries_body, scale=scale),
+    jax.ShapeDtypeStruct(q.shape, q.dtype),
+    grid=blocks.grid(q),
+    threads=2,
+    scratch={
+      'qs': blocks.memory(2, ROWS, WIDE),
+      'gs': blocks.memory(2, ROWS, VALUE),
+      'ks': blocks.memory(STAGES, BLOCK, WIDE),
+      'vs': blocks.memory(STAGES, BLOCK, VALUE),
+      'ds': blocks.memory(2, ROWS, BLOCK),
+      'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      'here': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+      'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    },
+  )(q, k, v, grad, lse, delta, starts)
+
+
+def _queries_body(
+  q, k, v, grad, lse, delta, starts, out,
+  qs, gs, ks, vs, ds, own_here, here, free, *, scale,
+):  # fmt: skip
+  b, h, m, w = blocks.place(q.shape[1] // TILE)
+  top_row = m * TILE + w * ROWS
+  rows = pl.ds(top_row, ROWS)
+  plgpu.copy_gmem_to_smem(q.at[b, rows, h], qs.at[w], own_here.at[w])
+  plgpu.copy_gmem_to_smem(grad.at[b, rows, h], gs.at[w], own_here.at[w])
+  first = lax.div(starts[b, m * TILE], BLOCK)
+  steps = (m + 1) * (TILE // BLOCK) - first
+  by_row = lambda ref, *at: compat.load(ref, at, BY_ROW, optimized=False)
+  begin = by_row(starts, b, rows)
+  norm, shift = by_row(lse, b, h, rows), by_row(delta, b, h, rows)
+
+  def load(i, stage):
+    where = pl.ds((first + i) * BLOCK, BLOCK)
+    plgpu.copy_gmem_to_smem(k.at[b, where, h], ks.at[stage], here.at[stage])
+    plgpu.copy_gmem_to_smem(v.at[b, where, h], vs.at[stage], here.at[stage])
+
+  def use(i, stage, acc):
+    plgpu.barrier_wait(here.at[stage])
+    s = blocks.product(qs.at[w], ks.at[stage], BLOCK) * (scale * LOG2E)
+    key = blocks.iota(s.shape, 1, (first + i) * BLOCK)
+    seen = (key <= blocks.iota(s.shape, 0, top_row)) & (
+      key >= blocks.wide(begin, s.shape)
+    )
+    p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - blocks.wide(norm, s.shape))
+    dp = blocks.product(gs.at[w], vs.at[stage], BLOCK)
+    ds[w] = (p * (dp - blocks.wide(shift, p.shape))).astype(ds.dtype)
+    plgpu.commit_smem()
+    return blocks.add_product(acc, ds.at[w], ks.at[stage])
+
+  plgpu.barrier_wait(own_here.at[w])
+  acc = blocks.stream(steps, load, use, blocks.zeros(WIDE), free)
+  qs[w] = (acc * scale).astype(jnp.bfloat16)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, rows, h])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def keys(q, k, v, grad, lse, delta, ends, scale):
+  """Gradients of the keys and of the values."""
+  return compat.kernel(
+    functools.partial(_keys_body, scale=scale),
+    (
+      jax.ShapeDtypeStruct(k.shape, k.dtype),
+      jax.ShapeDtypeStruct(v.shape, v.dtype),
+    ),
+    grid=blocks.grid(q),
+    threads=2,
+    scratch={
+      'ks': blocks.memory(2, ROWS, WIDE),
+      'vs': blocks.memory(2, ROWS, VALUE),
+      'qs': blocks.memory(STAGES, BLOCK, WIDE),
+      'gs': blocks.memory(STAGES, BLOCK, VALUE),
+      'ps': blocks.memory(2, ROWS, BLOCK),
+      'norms': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
+      'shifts': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
+      'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      'here': plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+      'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    },
+  )(q, k, v, grad, lse, delta, ends)
+
+
+def _keys_body(
+  q, k, v, grad, lse, delta, ends, dk, dv,
+  ks, vs, qs, gs, ps, norms, shifts, own_here, here, free, *, scale,
+):  # fmt: skip
+  b, h, w = (lax.axis_index(a) for a in ('b', 'h', 'wg'))
+  m = lax.axis_index('m')  # the first keys have the most queries
+  top_row = m * TILE + w * ROWS
+  rows = pl.ds(top_row, ROWS)
+  plgpu.copy_gmem_to_smem(k.at[b, rows, h], ks.at[w], own_here.at[w])
+  plgpu.copy_gmem_to_smem(v.at[b, rows, h], vs.at[w], own_here.at[w])
+  first = m * (TILE // BLOCK)
+  steps = lax.div(ends[b, m * TILE + TILE - 1], BLOCK) + 1 - first
+  end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
+
+  def load(i, stage):
+    where = pl.ds((first + i) * BLOCK, BLOCK)
+    plgpu.copy_gmem_to_smem(q.at[b, where, h], qs.at[stage], here.at[stage])
+    plgpu.copy_gmem_to_smem(grad.at[b, where, h], gs.at[stage], here.at[stage])
+    for vector, copy in ((lse, norms), (delta, shifts)):
+      plgpu.copy_gmem_to_smem(
+        vector.at[b, h, where], copy.at[stage], here.at[stage]
+      )
+
+  def by_query(ref, stage, shape):
+    return blocks.wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
+
+  def use(i, stage, carry):
+    acc_k, acc_v = carry
+    plgpu.barrier_wait(here.at[stage])
+    s = blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)
+    query = blocks.iota(s.shape, 1, (first + i) * BLOCK)
+    seen = (query >= blocks.iota(s.shape, 0, top_row)) & (
+      query <= blocks.wide(end, s.shape)
+    )
+    p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(norms, stage, s.shape))
+    ps[w] = p.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    acc_v = blocks.add_product(acc_v, ps.at[w], gs.at[stage])
+    dp = blocks.product(vs.at[w], gs.at[stage], BLOCK)
+    # Read back rather than kept: it would spill.
+    p = compat.load(ps, w, WGMMA).astype(jnp.float32)
+    d = p * (dp - by_query(shifts, stage, p.shape))
+    ps[w] = d.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return blocks.add_product(acc_k, ps.at[w], qs.at[stage]), acc_v
+
+  plgpu.barrier_wait(own_here.at[w])
+  carry = (blocks.zeros(WIDE), blocks.zeros(VALUE))
+  acc_k, acc_v = blocks.stream(steps, load, use, carry, free)
+  ks[w] = (acc_k * scale).astype(jnp.bfloat16)
+  vs[w] = acc_v.astype(jnp.bfloat16)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(ks.at[w], dk.at[b, rows, h])
+  plgpu.copy_smem_to_gmem(vs.at[w], dv.at[b, rows, h])
+  plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,102 @@
+"""What the kernels of mla_prefill share: their tiles, products and ring.
+
+Each has two warpgroups of 64 rows and a ring of blocks that warpgroup 0
+refills.
+"""
+
+import math
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat
+
+TILE, ROWS, BLOCK, STAGES = 128, 64, 64, 2
+WIDE, VALUE = 192, 128  # dims of queries and keys, of values
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+LOG2E = math.log2(math.e)
+
+
+def memory(*shape):
+  return plgpu.SMEM(shape, jnp.bfloat16, transforms=compat.TILED_16BIT)
+
+
+def grid(q):
+  return {'b': q.shape[0], 'h': q.shape[2], 'm': q.shape[1] // TILE}
+
+
+def place(tiles):
+  """Batch, head, tile and warpgroup; the longest tiles start first."""
+  b, h, m, w = (lax.axis_index(a) for a in ('b', 'h', 'm', 'wg'))
+  return b, h, tiles - 1 - m, w
+
+
+def stream(steps, load, use, carry, free):
+  """carry = use(step, stage, carry), with the next blocks on their way."""
+  w = lax.axis_index('wg')
+
+  @pl.when(w == 0)
+  def _():
+    def fill(step, _):
+      load(step, step)
+      return ()
+
+    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
+
+  def step(i, carry):
+    stage = lax.rem(i, STAGES)
+    carry = use(i, stage, carry)
+
+    @pl.when(i + STAGES < steps)
+    def _():
+      plgpu.barrier_arrive(free.at[stage])
+
+      @pl.when(w == 0)
+      def _():
+        plgpu.barrier_wait(free.at[stage])
+        load(i + STAGES, stage)
+
+    return carry
+
+  return lax.fori_loop(0, steps, step, carry)
+
+
+def product(a, b, columns):
+  """a @ b.T of refs, a float32 [64, columns] in registers."""
+
+  def run(ref):
+    def part(i, _):
+      inner = (slice(None), pl.ds(i * 64, 64))
+      plgpu.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
+      return ()
+
+    lax.fori_loop(0, a.shape[1] // 64, part, ())
+    return ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((ROWS, columns), jnp.float32))
+
+
+def add_product(acc, a, b):
+  """acc + a @ b of refs."""
+
+  def run(ref):
+    plgpu.wgmma(ref, a, b)
+    plgpu.wgmma_wait(0)
+
+  return compat.accumulate(acc, run)
+
+
+def wide(values, shape, axis=0):
+  return lax.broadcast_in_dim(values, shape, [axis])
+
+
+def iota(shape, axis, offset):
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) + offset
+
+
+def zeros(columns):
+  return compat.full((ROWS, columns), 0.0, WGMMA)

@@ -1,0 +1,34 @@
+"""cuDNN's causal attention behind mla_prefill's signature.
+
+jax's public function wants values as wide as keys, so 192/128 goes through the
+private one beneath it; whatever that has against it is a reason to fall back.
+"""
+
+import jax
+
+from pallas_kernels import dispatch
+
+
+def mla_prefill(q, k, v, segments, scale):
+  """[B T H V], or NotImplementedError with what cuDNN can't do."""
+  if segments is not None:
+    raise NotImplementedError('cuDNN is not given packed segments')
+  if not dispatch.on_hopper():
+    raise NotImplementedError('the default device is not a Hopper GPU')
+  if max(q.shape[-1], v.shape[-1]) > 256 or q.dtype.itemsize != 2:
+    raise NotImplementedError(
+      f'cuDNN takes 16 bits and dims up to 256, not {q.dtype} of '
+      f'{q.shape[-1]} and {v.shape[-1]}'
+    )
+  if q.shape[-1] == v.shape[-1]:
+    return jax.nn.dot_product_attention(
+      q, k, v, scale=scale, is_causal=True, implementation='cudnn'
+    )
+  try:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    causal = cudnn.MaskType.CAUSAL
+    return cudnn.dot_product_attention(q, k, v, scale=scale, mask_type=causal)
+  # Private: a version of jax may have moved it, and cuDNN's checks raise any.
+  except (AttributeError, ImportError, RuntimeError, TypeError) as error:
+    raise NotImplementedError(f'cuDNN: {error}') from error

@@ -1,0 +1,164 @@
+"""A model's numbers don't depend on which code computes them."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest
+from flax import nnx
+
+import deepseek_jax as ds
+from deepseek_jax import kernels
+from deepseek_jax.errors import InputError
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.dsa import DSAConfig
+from deepseek_jax.layers.indexer import IndexerConfig
+from deepseek_jax.layers.mla import MLAConfig
+from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.layers.mtp import MTPConfig
+from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.transformer import ComputeConfig
+from pallas_kernels import compat, dispatch
+from tests import tiny
+
+# One layer with every idea that has a kernel.
+CONFIG = dataclasses.replace(
+  tiny.config('v3'), layout=((('moe',), 1),), mtp=MTPConfig(0)
+)
+
+
+def with_kernels(impl: str | None) -> ds.Model:
+  compute = dataclasses.replace(CONFIG.compute, kernels=impl)
+  return ds.build(dataclasses.replace(CONFIG, compute=compute))
+
+
+@contextlib.contextmanager
+def counted():
+  """Collects the operations that run, with their impl."""
+  seen, run = [], dispatch.run
+
+  def spy(op, impl, *args):
+    seen.append((op, dispatch.chosen(impl)))
+    return run(op, impl, *args)
+
+  with mock.patch.object(dispatch, 'run', spy):
+    yield seen
+
+
+class KernelsTest(absltest.TestCase):
+  def test_logits_and_gradients_are_those_of_the_layers_own_code(self):
+    variables, tokens = tiny.draw(ds.build(CONFIG)), tiny.tokens(2, 20)
+    results, seen = {}, {}
+    for impl in (None, 'reference'):
+      model = with_kernels(impl)
+
+      def loss(params, model=model):
+        out = model.apply({**variables, 'params': params}, tokens)
+        return (out.logits * jnp.cos(out.logits)).mean(), out.logits
+
+      with counted() as seen[impl]:
+        results[impl] = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+          variables['params']
+        )
+    (_, own), own_grads = results[None]
+    (_, other), grads = results['reference']
+    self.assertLess(tiny.relative(other, own), 1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(own_grads)):
+      self.assertLess(tiny.relative(a, b), 1e-4)
+    for op in ('mla_prefill', 'router', 'grouped_swiglu'):
+      self.assertIn((op, 'reference'), seen['reference'])
+      self.assertIn((op, None), seen[None])
+    # Backward passes too, which are traced when apply has returned.
+    self.assertEqual({impl for _, impl in seen['reference']}, {'reference'})
+
+  def test_decoding_gives_the_logits_of_the_layers_own_code(self):
+    variables, tokens = tiny.draw(ds.build(CONFIG)), tiny.tokens(2, 11)
+    logits = {}
+    for impl in (None, 'reference'):
+      model = with_kernels(impl)
+      step = jax.jit(
+        lambda t, c, model=model: model.apply(variables, t, cache=c)
+      )
+      with counted() as seen:
+        out = step(tokens[:, :10], model.init_cache(2, 16))
+        steps = [out.logits[:, -1]]
+        steps.append(step(tokens[:, 10:], out.cache).logits[:, -1])
+      self.assertIn(('mla_decode', impl), seen)
+      logits[impl] = np.stack(steps)
+    self.assertLess(tiny.relative(logits['reference'], logits[None]), 1e-5)
+
+  def test_sparse_attention_reads_and_gives_the_same(self):
+    attention = DSAConfig(
+      *(2, 12, 16, 8, 4, 6), indexer=IndexerConfig(2, 8), top_k=5
+    )
+    layer = attention.build(16, std=0.3, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 14, 16)), jnp.float32)
+    segments = jnp.repeat(jnp.asarray([[1, 2], [3, 3]]), 7, axis=1)
+    at = jnp.broadcast_to(jnp.arange(14), (2, 14))
+    ctx = Context(jnp.zeros((2, 14), jnp.int32), at, segments)
+    results = {}
+    for impl in (None, 'reference'):
+      with kernels.using(impl), counted() as seen:
+        results[impl] = jax.jit(lambda x: layer(x, ctx)[0])(x)
+      self.assertEqual([op for op, _ in seen], ['indexer', 'sparse_mla'])
+    self.assertLess(tiny.relative(results['reference'], results[None]), 1e-5)
+
+  @pytest.mark.slow
+  @absltest.skipIf(
+    jax.__version_info__ < (0, 11),
+    'the interpreter of jax 0.10 cannot load with a layout; use 0.11 or later',
+  )
+  def test_logits_by_kernels_in_the_interpreter(self):
+    config = ds.TransformerConfig(
+      vocab_size=32,
+      dim=256,
+      layout=((('moe',), 1),),
+      attention=MLAConfig(2, None, 512, 128, 64, 128),
+      moe=MoEConfig(8, 2, 128, router=RouterConfig(groups=2, top_groups=1)),
+      compute=ComputeConfig(dtype='bfloat16'),
+      init_std=0.05,
+    )
+    model = ds.build(config)
+    variables = model.init(jax.random.key(0))
+    tokens = tiny.tokens(1, 20) % 32
+
+    def run(impl):
+      compute = dataclasses.replace(config.compute, kernels=impl)
+      model = ds.build(dataclasses.replace(config, compute=compute))
+      cache = model.init_cache(1, 64)
+      out = model.apply(variables, tokens[:, :19], cache=cache)
+      last = model.apply(variables, tokens[:, 19:], cache=out.cache)
+      return np.concatenate([out.logits, last.logits], axis=1)
+
+    with compat.interpreted(), counted() as seen:
+      got = run('gpu')
+    for op in ('mla_prefill', 'mla_decode', 'router', 'grouped_swiglu'):
+      self.assertIn((op, 'gpu'), seen)
+    # Both round every layer's result to bfloat16, at different places.
+    self.assertLess(tiny.relative(got, run(None)), 2e-2)
+
+  def test_a_mesh_and_what_a_kernel_cannot_take_go_to_the_own_code(self):
+    def kernel(impl):
+      raise NotImplementedError('odd')
+
+    own = lambda: 'own'
+    with mock.patch.object(dispatch, 'on_hopper', lambda: True):
+      self.assertEqual(kernels.pick('op', lambda impl: impl, own), 'gpu')
+      self.assertEqual(kernels.pick('op', kernel, own), 'own')
+      with kernels.using('gpu'), self.assertRaisesRegex(Exception, 'odd'):
+        kernels.pick('op', kernel, own)
+      with mock.patch.object(kernels, 'in_mesh', lambda: True):
+        self.assertEqual(kernels.pick('op', lambda impl: impl, own), 'own')
+
+  def test_a_wrong_choice_is_named(self):
+    with self.assertRaisesRegex(InputError, "compute.kernels = 'fast': use"):
+      with_kernels('fast')
+
+
+if __name__ == '__main__':
+  absltest.main()

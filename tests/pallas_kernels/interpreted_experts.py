@@ -1,0 +1,77 @@
+"""Like interpreted.py, for variants of what experts compute.
+
+python tests/pallas_kernels/interpreted_experts.py OP
+"""
+
+import functools
+import sys
+
+import interpreted
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import permute
+from pallas_kernels.grouped_matmul import (
+  grouped_matmul_fp8,
+  grouped_swiglu,
+)
+from pallas_kernels.grouped_matmul import shapes as grouped_shapes
+from pallas_kernels.permute import shapes as permute_shapes
+
+BF16 = interpreted.BF16
+
+
+def check_grouped_swiglu():
+  def both(rows, gate_up, grad, expert, used, limit, impl):
+    fn = functools.partial(
+      grouped_swiglu, block_expert=expert, used=used, limit=limit, impl=impl
+    )
+    out, pull = jax.vjp(fn, rows, gate_up)
+    return out, pull(grad)
+
+  for limit, (name, shape) in zip(
+    (None, 5.0), grouped_shapes.TEST_WIDE.items()
+  ):
+    drawn = interpreted.draw_grouped_matmul(
+      shape._replace(dim=128, out=2 * shape.out)
+    )
+    rows, gate_up, grad, *layout = drawn
+    args = (rows, gate_up, grad[:, : shape.out], *layout)
+    # The backward pass rounds the product before the activation.
+    interpreted.compare(
+      name, functools.partial(both, limit=limit), args, 2 * BF16
+    )
+
+
+def check_grouped_matmul_fp8():
+  for name, shape in grouped_shapes.TEST_WIDE.items():
+    drawn = interpreted.draw_grouped_matmul(shape)
+    rows, weights, _, expert, used = drawn
+    rng = np.random.default_rng(1)
+    scales = lambda *size, rng=rng: jnp.asarray(
+      rng.random(size) + 0.5, jnp.float32
+    )
+    E, D, F = weights.shape
+    args = (
+      rows.astype(jnp.float8_e4m3fn),
+      scales(rows.shape[0], D // 128),
+      weights.swapaxes(1, 2).astype(jnp.float8_e4m3fn),
+      scales(E, F // 128, D // 128),
+      expert,
+    )
+    op = functools.partial(grouped_matmul_fp8, used=used)
+    interpreted.compare(name, op, args, BF16)
+
+
+def check_permute_fp8():
+  for name, shape in permute_shapes.TEST_GPU.items():
+    shape = shape._replace(dim=1024)
+    plan, x, *_ = interpreted.draw_permute(shape, jnp.bfloat16)
+    for power in (False, True):
+      op = functools.partial(permute.permute_fp8, plan=plan, power_of_two=power)
+      interpreted.compare(f'{name} {power}', op, (x,), 1e-6)
+
+
+if __name__ == '__main__':
+  globals()['check_' + sys.argv[1]]()

@@ -25,7 +25,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jax.lax.top_k(x, k)
   spec = using.spec(('batch', 'seq', *(None,) * (x.ndim - 2)), x.shape)
   here = jax.shard_map(
-    lambda x: jax.lax.top_k(x, k),
+    lambda x: tuple(jax.lax.top_k(x, k)),
     mesh=using.mesh,
     in_specs=spec,
     out_specs=(spec, spec),

@@ -4,11 +4,13 @@ python -m experiments.plan --config=v3 --cluster=h800x2048
 python -m experiments.plan --config=v2 --versus=llama31_70b --cluster=h100x64
 python -m experiments.plan --config=experiments/configs/v3_tiny.py \\
   --config.model.moe.top_k=2 --json=plan.json --picture=plan.png
+python -m experiments.plan --config=v2_lite --compile=fsdp=8,expert=8
 
 --config takes a preset's name or a file with get_config(). A preset's plan has
 the fields `model` and `recipe` (--config.recipe.mesh.expert=64); v3 comes with
-its own recipe, the others are spread over all devices. Nothing is allocated or
-compiled.
+its own recipe, the others are spread over all devices. Nothing is allocated,
+and nothing compiled but by --compile: it has XLA partition the training step
+for a mesh of that many fake devices and shows what each would hold and send.
 """
 
 import dataclasses
@@ -23,7 +25,14 @@ from rich.console import Console
 
 from deepseek_jax import loop, plan
 from deepseek_jax.errors import InputError
-from deepseek_jax.plan import hardware, pictures, pipeline, schedules, tables
+from deepseek_jax.plan import (
+  compiled,
+  hardware,
+  pictures,
+  pipeline,
+  schedules,
+  tables,
+)
 from experiments import common
 from experiments.configs import preset
 from experiments.configs.preset import PRESETS, PlanConfig
@@ -38,6 +47,13 @@ _PICTURE = flags.DEFINE_string('picture', None, 'Where its picture goes.')
 _TITLE = flags.DEFINE_string('title', None, "The picture's title.")
 _TIMELINE = flags.DEFINE_string(
   'timeline', None, "Where a picture of the pipeline's timeline goes."
+)
+
+_COMPILE = flags.DEFINE_string(
+  'compile',
+  None,
+  'Compile the training step for a mesh: 8x4x2 (in the order data, fsdp,'
+  ' expert, tensor, context) or fsdp=8,expert=4.',
 )
 
 
@@ -103,6 +119,18 @@ def report(config, cluster: plan.Cluster) -> plan.Report:
   return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
 
 
+def program(made: plan.Report, text: str) -> compiled.Program:
+  """The training step of a plan on the mesh that --compile names."""
+  run = made.recipe.training
+  return compiled.Program(
+    made.config,
+    compiled.parse_mesh(text),
+    run.seq_len,
+    run.micro_batch,
+    run.optimizer,
+  )
+
+
 def timeline(made: plan.Report) -> pipeline.Timeline:
   """One training step of a plan's pipeline, simulated in units of F."""
   run, grid = made.recipe.training, made.recipe.mesh
@@ -134,6 +162,10 @@ def main(argv):
     reports[other] = report(_VERSUS.value, cluster)
   Console().print(tables.render(reports))
   first = names['config']
+  if _COMPILE.value:
+    asked = program(reports[first], _COMPILE.value)
+    out = compiled.compile_step(asked)
+    Console().print(tables.render_compiled(first, asked, out))
   if _JSON.value:
     out = {name: made.to_dict() for name, made in reports.items()}
     pathlib.Path(_JSON.value).write_text(json.dumps(out, indent=2) + '\n')

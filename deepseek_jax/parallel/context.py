@@ -5,9 +5,11 @@ C + R numbers a token for all heads together, where keys and values would be
 H (N + R + V): 576 against 57,344 in DeepSeek-V3. So there is nothing worth
 hiding behind a ring; the latents are gathered once, and keys and values are
 expanded for a block of tokens at a time (arXiv:2405.04434, section 2.1.2).
-Blocks that lie ahead of all queries are skipped. The backward pass gathers
-nothing: it keeps the latents, makes the scores again, and scatters the
-latents' gradients, as small as they are.
+Blocks that lie ahead of all queries are skipped, so the last device has the
+most to do; to even that out tokens would have to change places before the
+embedding and back before prediction. The backward pass gathers nothing: it
+keeps the latents, makes the scores again, and scatters the latents' gradients,
+as small as they are.
 Legend: B batch, T queries of a device, S keys of a block, H heads, C latent,
 N no-rope dim, R rope dim, V value dim, K = N + R.
 """

@@ -141,7 +141,7 @@ def named(abstract: dict[str, nnx.State]):
       name = jax.tree_util.keystr(path, simple=True, separator='.')
       axes = variable.get_metadata().get('axes') or ()
       stacked = len(variable.shape) - len(axes)
-      yield name.removesuffix('.value'), variable, stacked
+      yield name, variable, stacked
 
 
 def check(config: MeshConfig, abstract: dict[str, nnx.State]) -> None:

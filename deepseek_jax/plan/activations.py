@@ -49,6 +49,14 @@ def _bytes(aval) -> int:
   return math.prod(aval.shape) * aval.dtype.itemsize
 
 
+def _rows(block: BlockConfig, length: int):
+  """Rows of a memory's tables, of any tokens; None without a memory."""
+  if block.engram is None:
+    return None
+  each = (block.engram.longest - 1) * block.engram.heads
+  return jnp.zeros((1, length, 1, each), jnp.int32)
+
+
 def _block_function(block: BlockConfig, dim: int, dtype):
   """(f(params, x), abstract params): the block on one fresh sequence."""
   make = lambda key: Block(block, dim, std=1.0, rngs=nnx.Rngs(key))
@@ -59,7 +67,7 @@ def _block_function(block: BlockConfig, dim: int, dtype):
 
   def f(params, x):
     index = jnp.arange(x.shape[1])[None]
-    ctx = Context(index, index, None, True)
+    ctx = Context(index, index, None, True, rows=_rows(block, x.shape[1]))
     zeros = jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), buffers)
     return nnx.merge(graphdef, cast(params), zeros)(x, ctx)[0]
 
@@ -80,6 +88,7 @@ def block_activations(
   """
   f, params = _block_function(block, dim, jnp.dtype(dtype))
   x = jax.ShapeDtypeStruct((1, length, dim), dtype)
+  x = jax.eval_shape(block.residual.expand, x)
   weights = len(jax.tree.leaves(params))
 
   def kept(f) -> int:

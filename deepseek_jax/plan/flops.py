@@ -24,10 +24,24 @@ CONVENTIONS = {
   'blocks': "what the XLA program computes: the triangle's blocks",
 }
 PROJECTIONS, CORE = 'attention projections', 'attention core'
+INDEX = 'indexer scores'
+RESIDUAL, MEMORY = 'residual streams', 'n-gram memory'
 DENSE, ROUTER = 'dense FFN', 'router'
 SHARED, ROUTED = 'shared experts', 'routed experts'
 HEAD, MTP = 'head', 'multi-token prediction'
-PARTS = (PROJECTIONS, CORE, DENSE, ROUTER, SHARED, ROUTED, HEAD, MTP)
+PARTS = (
+  PROJECTIONS,
+  CORE,
+  INDEX,
+  DENSE,
+  ROUTER,
+  SHARED,
+  ROUTED,
+  RESIDUAL,
+  MEMORY,
+  HEAD,
+  MTP,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +63,8 @@ class Flops:
   @property
   def training(self) -> int:
     """Forward and backward, nothing recomputed: what papers call FLOPs."""
-    return 3 * sum(self.forward.values())
+    # By what an indexer chooses with no gradient goes back.
+    return 3 * sum(self.forward.values()) - 2 * self.forward.get(INDEX, 0)
 
   @property
   def executed(self) -> int:
@@ -113,16 +128,49 @@ def ffn_macs(ffn, dim: int) -> dict[str, int]:
   raise InputError(f'ffn = {type(ffn).__name__}: the planner lacks its cost')
 
 
+def residual_macs(residual, dim: int) -> tuple[int, int]:
+  """Multiply-adds per token of hyper-connections: (a sublayer's, the head's).
+
+  A plain residual has none.
+  """
+  n = getattr(residual, 'streams', 0)
+  if not n:
+    return 0, 0
+  sublayer = n * dim * n * (n + 2) + (n * n + 2 * n) * dim
+  return sublayer, (n * n + n) * dim
+
+
+def memory_macs(block: BlockConfig, dim: int) -> int:
+  """Multiply-adds per token of the block's n-gram memory."""
+  if block.engram is None:
+    return 0
+  n, taps = block.streams, block.engram.conv if block.engram.reach else 0
+  return dim * (block.engram.width * (n + 1) + n + taps * n)
+
+
+def block_macs(block: BlockConfig, dim: int) -> dict[str, int]:
+  """Multiply-adds per token of all but the attention, by part."""
+  out = ffn_macs(block.ffn, dim)
+  extra = {
+    RESIDUAL: 2 * residual_macs(block.residual, dim)[0],
+    MEMORY: memory_macs(block, dim),
+  }
+  return out | {part: macs for part, macs in extra.items() if macs}
+
+
 def block_flops(
   block: BlockConfig, dim: int, length: int, seen: Seen
 ) -> dict[str, int]:
   """Forward FLOPs of one block on one sequence, by part."""
   cost = attention_cost(block.attention, dim)
+  index = [t for t in cost.fresh.pairs if t.index]
   out = {
     PROJECTIONS: 2 * length * cost.fresh.query,
-    CORE: _core(cost.fresh.pairs, length, seen),
+    CORE: _core([t for t in cost.fresh.pairs if not t.index], length, seen),
   }
-  for part, macs in ffn_macs(block.ffn, dim).items():
+  if index:
+    out[INDEX] = _core(index, length, seen)
+  for part, macs in block_macs(block, dim).items():
     out[part] = 2 * length * macs
   return out
 
@@ -186,11 +234,15 @@ def count_flops(
     _add(forward, block_flops(block, D, length, seen), repeat)
     _add(repeated, _repeated(block, D, length, seen, remat), repeat)
   head = 2 * length * D * config.vocab_size
+  collapse = 2 * length * residual_macs(config.residual, D)[1]
   forward[HEAD] = head
+  if collapse:
+    _add(forward, {RESIDUAL: collapse})
   if mtp and config.mtp.depth:
     block = config.block(config.mtp.block)
     inner = sum(block_flops(block, D, length, seen).values())
-    once = 2 * length * 2 * D * D + inner + head
+    streams = block.streams if config.mtp.streams else 1
+    once = 2 * length * (1 + streams) * D * D + inner + head + collapse
     forward[MTP] = config.mtp.depth * once
     _add(repeated, _repeated(block, D, length, seen, 'none'), config.mtp.depth)
   in_order = {part: forward[part] for part in PARTS if part in forward}
@@ -203,7 +255,8 @@ def matmul_weights(config: TransformerConfig) -> int:
   N_mm of training FLOPs = 6 N_mm + attention.
   """
   per_token = count_flops(config, 1).forward
-  return sum(v for part, v in per_token.items() if part != CORE) // 2
+  core = (CORE, INDEX)
+  return sum(v for part, v in per_token.items() if part not in core) // 2
 
 
 def decode_flops(
@@ -217,6 +270,16 @@ def decode_flops(
     By form ('absorbed' and 'expanded' for latent attention); an attention
     that has just one form takes part in all.
   """
+  return {
+    name: sum(parts.values())
+    for name, parts in decode_parts(config, length, queries).items()
+  }
+
+
+def decode_parts(
+  config: TransformerConfig, length: int, queries: int = 1
+) -> dict[str, dict[str, int]]:
+  """`decode_flops` by form and by 'weights', CORE and INDEX."""
   names = {
     name
     for block, _ in blocks(config)
@@ -224,15 +287,19 @@ def decode_flops(
   }
   out = {}
   for name in sorted(names):
-    macs = queries * config.dim * config.vocab_size
+    head = config.dim * config.vocab_size
+    head += residual_macs(config.residual, config.dim)[1]
+    parts = {'weights': 2 * queries * head, CORE: 0, INDEX: 0}
     for block, repeat in blocks(config):
       forms = attention_cost(block.attention, config.dim).cached
       form = forms.get(name) or next(iter(forms.values()))
-      pairs = sum(t.macs * t.keys(length) for t in form.pairs)
-      ffn = sum(ffn_macs(block.ffn, config.dim).values())
-      each = queries * (form.query + pairs + ffn) + length * form.key
-      macs += repeat * each
-    out[name] = 2 * macs
+      rest = sum(block_macs(block, config.dim).values())
+      weights = queries * (form.query + rest) + length * form.key
+      parts['weights'] += 2 * repeat * weights
+      for term in form.pairs:
+        each = 2 * repeat * queries * term.macs * term.keys(length)
+        parts[INDEX if term.index else CORE] += each
+    out[name] = parts
   return out
 
 

@@ -1,8 +1,8 @@
 """Accelerators and clusters, every figure with its source.
 
 Peaks are dense (no structured sparsity); links are per device, one direction,
-as bytes per second that a collective can use at best. Sources marked
-UNVERIFIED were not read when this was written.
+as bytes per second that a collective can use at best. A figure that was not
+read in the vendor's own document says so: UNVERIFIED.
 """
 
 import dataclasses
@@ -13,18 +13,34 @@ from deepseek_jax.errors import InputError
 _V3 = 'DeepSeek-V3, arXiv:2412.19437, section 3.2.2'
 _ISCA = 'Insights into DeepSeek-V3, arXiv:2505.09343'
 _H100 = "NVIDIA H100 datasheet, SXM, half of the figure 'with sparsity'"
-_IB = 'one 400 Gb/s adapter per GPU, as in reference servers; UNVERIFIED'
+_IB = 'one 400 Gb/s adapter per GPU, as in reference servers'
 _NVLINK4 = "NVLink 4, half of the datasheet's 900 GB/s of both directions"
 _TPU = 'docs.cloud.google.com/tpu/docs/v5p'
-_CLOUDMATRIX = 'CloudMatrix384, arXiv:2506.12708; UNVERIFIED'
+_CLOUDMATRIX = 'CloudMatrix384, arXiv:2506.12708'
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A number and where it is from."""
+  """A number and where it is from.
+
+  Attributes:
+    value: the number.
+    source: in words.
+    vendor: the source is the vendor's own document, and was read.
+  """
 
   value: float
   source: str
+  vendor: bool = False
+
+  @property
+  def origin(self) -> str:
+    """The source, and whether it can be relied upon."""
+    return self.source if self.vendor else f'{self.source}; UNVERIFIED'
+
+
+def _vendor(value: float, source: str) -> Figure:
+  return Figure(value, source, vendor=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +67,11 @@ class Accelerator:
   node: Figure
 
 
+_EIGHT = Figure(8, 'HGX and DGX servers hold eight')
 _HOPPER = {
-  'bf16': Figure(989.5e12, _H100),
-  'fp8': Figure(1979e12, _H100),
-  'node': Figure(8, 'HGX and DGX servers hold eight'),
+  'bf16': _vendor(989.5e12, _H100),
+  'fp8': _vendor(1979e12, _H100),
+  'node': _EIGHT,
 }
 
 ACCELERATORS = {
@@ -62,26 +79,30 @@ ACCELERATORS = {
   for a in (
     Accelerator(
       'h800',
-      **_HOPPER,
+      bf16=Figure(989.5e12, f'{_H100}; the H800 has the same cores'),
+      fp8=Figure(1979e12, f'{_H100}; the H800 has the same cores'),
+      node=_EIGHT,
       memory=Figure(80e9, 'H100 datasheet; the H800 has the same memory'),
-      memory_bandwidth=Figure(3.35e12, 'H100 datasheet, SXM, 3.35 TB/s'),
+      memory_bandwidth=Figure(
+        3.35e12, 'H100 datasheet, SXM; the H800 has the same memory'
+      ),
       fast=Figure(160e9, f'{_V3}: NVLink 160 GB/s'),
       slow=Figure(50e9, f'{_V3}: InfiniBand 50 GB/s'),
     ),
     Accelerator(
       'h100',
       **_HOPPER,
-      memory=Figure(80e9, 'H100 datasheet, SXM, 80 GB'),
-      memory_bandwidth=Figure(3.35e12, 'H100 datasheet, SXM, 3.35 TB/s'),
-      fast=Figure(450e9, _NVLINK4),
+      memory=_vendor(80e9, 'H100 datasheet, SXM, 80 GB'),
+      memory_bandwidth=_vendor(3.35e12, 'H100 datasheet, SXM, 3.35 TB/s'),
+      fast=_vendor(450e9, _NVLINK4),
       slow=Figure(50e9, _IB),
     ),
     Accelerator(
       'h200',
       **_HOPPER,
-      memory=Figure(141e9, 'NVIDIA H200 page, SXM, 141 GB'),
-      memory_bandwidth=Figure(4.8e12, 'NVIDIA H200 page, SXM, 4.8 TB/s'),
-      fast=Figure(450e9, _NVLINK4),
+      memory=_vendor(141e9, 'NVIDIA H200 page, SXM, 141 GB'),
+      memory_bandwidth=_vendor(4.8e12, 'NVIDIA H200 page, SXM, 4.8 TB/s'),
+      fast=_vendor(450e9, _NVLINK4),
       slow=Figure(50e9, _IB),
     ),
     Accelerator(
@@ -90,7 +111,7 @@ ACCELERATORS = {
       fp8=Figure(4500e12, 'glennklockwood.com, B200 in HGX at 1,000 W'),
       memory=Figure(
         180e9,
-        'what HGX B200 servers list of its 192 GB; UNVERIFIED',
+        'what HGX B200 servers list of its 192 GB',
       ),
       memory_bandwidth=Figure(8e12, 'glennklockwood.com, B200, 8 TB/s at most'),
       fast=Figure(900e9, 'glennklockwood.com, NVLink 5, one direction'),
@@ -99,13 +120,13 @@ ACCELERATORS = {
     ),
     Accelerator(
       'v5p',
-      bf16=Figure(459e12, _TPU),
+      bf16=_vendor(459e12, _TPU),
       fp8=None,
-      memory=Figure(95 * 2**30, f'{_TPU}: 95 GiB'),
-      memory_bandwidth=Figure(2765e9, f'{_TPU}: 2765 GB/s'),
-      fast=Figure(600e9, f'{_TPU}: half of 1200 GB/s of both directions'),
-      slow=Figure(50e9 / 8, f'{_TPU}: data-centre network, 50 Gb/s per chip'),
-      node=Figure(8960, f'{_TPU}: chips of a pod'),
+      memory=_vendor(95 * 2**30, f'{_TPU}: 95 GiB'),
+      memory_bandwidth=_vendor(2765e9, f'{_TPU}: 2765 GB/s'),
+      fast=_vendor(600e9, f'{_TPU}: half of 1200 GB/s of both directions'),
+      slow=_vendor(50e9 / 8, f'{_TPU}: data-centre network, 50 Gb/s per chip'),
+      node=_vendor(8960, f'{_TPU}: chips of a pod'),
     ),
     Accelerator(
       '910c',

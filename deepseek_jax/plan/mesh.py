@@ -119,7 +119,7 @@ def _leaves(abstract, kind):
   flat = jax.tree_util.tree_flatten_with_path(abstract[kind], is_leaf=leaf)[0]
   for path, variable in flat:
     name = jax.tree_util.keystr(path, simple=True, separator='.')
-    yield name.removesuffix('.value'), variable
+    yield name, variable
 
 
 def shares(

@@ -49,14 +49,14 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
   mtp = size(params.get('mtp', {})) + size(buffers.get('mtp', {}))
   total = size(params) + size(buffers) - mtp
   idle = sum(
-    segment.repeat * _idle(block.ffn, config.dim)
+    segment.repeat * _idle(block, config.dim)
     for segment in config.segments()
     for block in segment.blocks
   )
   mtp_idle = 0
   if config.mtp.depth:
     block = config.block(config.mtp.block)
-    mtp_idle = config.mtp.depth * _idle(block.ffn, config.dim)
+    mtp_idle = config.mtp.depth * _idle(block, config.dim)
   return ParameterCount(
     total=total,
     active=total - idle,
@@ -67,8 +67,11 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
   )
 
 
-def _idle(ffn, dim: int) -> int:
-  """Parameters of the routed experts that a token does not choose."""
-  if not hasattr(ffn, 'experts'):
-    return 0
-  return (ffn.experts - ffn.top_k) * 3 * dim * ffn.width
+def _idle(block, dim: int) -> int:
+  """Parameters of experts not chosen and of rows not read by a token."""
+  idle, ffn, memory = 0, block.ffn, block.engram
+  if hasattr(ffn, 'experts'):
+    idle += (ffn.experts - ffn.top_k) * 3 * dim * ffn.width
+  if memory is not None:
+    idle += block.engram_rows * memory.dim // memory.heads - memory.width
+  return idle

@@ -263,7 +263,7 @@ def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
     'slow link': (a.slow, 1e9, 'GB/s'),
   }
   stated = tuple(
-    f'{a.name} {name} {f.value / scale:g} {unit} ({f.source})'
+    f'{a.name} {name} {f.value / scale:g} {unit} ({f.origin})'
     for name, (f, scale, unit) in figures.items()
   )
   return (

@@ -6,8 +6,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from deepseek_jax.plan.compiled import Compiled, Program
 from deepseek_jax.plan.flops import CONVENTIONS
 from deepseek_jax.plan.memory import CLASSES
+from deepseek_jax.plan.mesh import AXES
 from deepseek_jax.plan.report import POLICIES, Report
 
 Row = tuple[str, Callable[[Report], str]]
@@ -60,6 +62,14 @@ def _model() -> list[Row]:
       lambda r: (
         f'{r.cache_at_length.length:,} tokens: '
         + gigabytes(r.cache_at_length.bf16)
+      ),
+    ),
+    (
+      'KV cache of it, 8-bit records',
+      lambda r: (
+        gigabytes(r.cache_at_length.fp8)
+        if r.cache_at_length.fp8 is not None
+        else '-'
       ),
     ),
     (
@@ -144,3 +154,48 @@ def render(reports: Mapping[str, Report]) -> Group:
     Text('Assumptions\n' + '\n'.join(f'- {a}' for a in first.assumptions)),
   ]
   return Group(*parts)
+
+
+def render_compiled(name: str, program: Program, made: Compiled) -> Group:
+  """What XLA made of a training step, and what it warns of."""
+  grid, compute = program.mesh, program.model.compute
+  axes = [f'{a} {getattr(grid, a)}' for a in AXES if getattr(grid, a) > 1]
+  layers = 'scanned' if compute.scan else 'unrolled'
+  what = (
+    f'{name}: one training step, all {program.model.layers} layers ({layers}),'
+    f' {compute.dtype}, remat {compute.remat}; {program.micro_batch} x'
+    f' {program.seq_len} tokens per device on {grid.devices} devices'
+    f' ({", ".join(axes) or "no axis"}); experts by {grid.exchange.kind};'
+    f' lowered and compiled in {seconds(made.seconds)}'
+  )
+  held = Table(title='Compiled: bytes per device', title_justify='left')
+  for column in ('', 'bytes'):
+    held.add_column(column, justify='right' if column else 'left')
+  for label, size in (
+    ('arguments', made.arguments),
+    ('  of these training state', made.state),
+    ('outputs (the state in place of the old one)', made.outputs),
+    ('temporaries, as the CPU backend would need them', made.temporaries),
+  ):
+    held.add_row(label, f'{size:,}')
+  sent = Table(title='Compiled: collectives of a step', title_justify='left')
+  for column in ('kind', 'times', 'bytes sent by a device'):
+    sent.add_column(column, justify='left' if column == 'kind' else 'right')
+  for found, note in ((made.collectives, ''), (made.maybe, ', if needed')):
+    for kind, total in found.items():
+      sent.add_row(kind + note, f'{total.count:,}', f'{total.sent:,}')
+  notes = [what]
+  if made.loops:
+    notes.append(
+      f'{made.loops} collectives stand in loops of unknown length: counted once'
+    )
+  if made.rematerialized:
+    notes.append(
+      f'WARNING: {len(made.rematerialized)} involuntary full'
+      ' rematerializations (arrays gathered whole between two shardings):'
+    )
+  for warning in sorted(set(made.rematerialized)):
+    notes.append(f'  {made.rematerialized.count(warning)} x {warning}')
+  if not made.rematerialized:
+    notes.append('no involuntary full rematerialization')
+  return Group(held, sent, Text('\n'.join(notes)))

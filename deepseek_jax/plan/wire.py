@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.parallel import traffic as exchange_traffic
+from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import mesh as meshes
 from deepseek_jax.plan.attention import cache_elements
 from deepseek_jax.plan.flops import blocks
 from deepseek_jax.plan.memory import BYTES, Training, replicas, row_bytes
-from deepseek_jax.plan.mesh import Mesh
+from deepseek_jax.plan.mesh import Mesh, Share
 from deepseek_jax.transformer import TransformerConfig
 
 
@@ -83,6 +86,17 @@ def _link(step: _Step, axes: tuple[str, ...]) -> str:
   return 'fast' if span <= step.node else 'slow'
 
 
+def _uses(config: TransformerConfig, share: Share) -> int:
+  """How often a step sums the gradient of a parameter: once per use.
+
+  XLA adds up the uses of embedding and head after the devices, not before.
+  """
+  each = 1 + config.mtp.depth
+  return {'embed': each * (2 if config.tied else 1), 'head': each}.get(
+    share.name, 1
+  )
+
+
 def _gradients(step: _Step, held) -> list[Wire]:
   """Sum of gradients over the devices that hold the same weights."""
   out, zero = {}, step.training.zero
@@ -97,7 +111,7 @@ def _gradients(step: _Step, held) -> list[Wire]:
     axes = tuple(
       a for a in over if a not in share.over and getattr(step.mesh, a) > 1
     ) + ('stage',) * (copies - 1)
-    sent = 2 * _ring(n, 4 * share.elements)
+    sent = _uses(step.config, share) * 2 * _ring(n, 4 * share.elements)
     if zero:
       width = compute if share.matrix else 4
       sent = _ring(n, 4 * share.elements) + _ring(n, width * share.elements)
@@ -105,7 +119,8 @@ def _gradients(step: _Step, held) -> list[Wire]:
   how = (
     'reduce-scatter of float32 gradients, all-gather of weights: (n-1)/n each'
     if zero
-    else 'ring all-reduce of float32 gradients: 2 (n-1)/n'
+    else 'ring all-reduce of float32 gradients, of embedding and head once per'
+    ' use: 2 (n-1)/n'
   )
   return [
     Wire(f'gradients over {"+".join(axes)}', _link(step, axes), sent, how)
@@ -200,22 +215,73 @@ def _activations(step: _Step) -> list[Wire]:
     sent = int(4 * each * depth)
     out.append(Wire('tensor', _link(step, ('tensor',)), sent, how))
   if mesh.context > 1:
-    numbers = sum(
-      repeat * cache_elements(block.attention, 1)
-      for block, repeat in blocks(config)
-    )
-    whole = step.tokens * mesh.context * numbers * width
-    sent = int(3 * _ring(mesh.context, whole) * step.layers)
-    how = (
-      'keys and values as cached: gathered forward and backward, their'
-      ' gradients scattered: (n-1)/n each'
-    )
-    out.append(Wire('context', _link(step, ('context',)), sent, how))
+    out.append(_context(step, width))
   if mesh.stage > 1:
     how = 'one activation forward and one gradient backward per token'
     sent = 2 * step.tokens * row
     out.append(Wire('stages', _link(step, ('stage',)), sent, how))
   return out
+
+
+def _context(step: _Step, width: int) -> Wire:
+  config, n = step.config, step.mesh.context
+  tokens = step.tokens * n
+  numbers = sum(
+    repeat * cache_elements(block.attention, 1)
+    for block, repeat in blocks(config)
+  )
+  # What is kept for the backward pass need not be gathered again.
+  often = 2 if config.compute.remat == 'none' else 3
+  sent = often * _ring(n, tokens * numbers * width)
+  if config.mtp.depth:
+    mtp = cache_elements(config.block(config.mtp.block).attention, 1)
+    # The documents that prediction must not leave are gathered too, as int32.
+    each = 2 * _ring(n, tokens * mtp * width) + _ring(n, tokens * 4)
+    sent += config.mtp.depth * each
+  how = (
+    'what is cached of keys and values gathered, its gradients scattered,'
+    ' gathered again where the backward pass recomputes: (n-1)/n each'
+  )
+  link = _link(step, ('context',))
+  return Wire('context', link, int(sent * step.layers), how)
+
+
+def exchange_sent(
+  config: TransformerConfig,
+  exchange: ExchangeConfig,
+  *,
+  devices: int,
+  tokens: int,
+) -> int:
+  """Bytes that one device sends to others by expert exchanges of one step.
+
+  What the compiled program sends in first rounds, filler included, where
+  nothing is recomputed; `traffic` counts the rows of even loads alone. With
+  the rows travel the numbers of their experts and, to another node, weights.
+
+  Args:
+    config: a model.
+    exchange: 'all_to_all' or 'two_hop'.
+    devices: of the expert axis.
+    tokens: of one device.
+  """
+  if exchange.kind not in ('all_to_all', 'two_hop'):
+    raise InputError(
+      f"exchange.kind = {exchange.kind!r}: must be 'all_to_all' or 'two_hop'"
+    )
+  made = [b for b, repeat in blocks(config) for _ in range(repeat)]
+  made += [config.block(config.mtp.block)] * config.mtp.depth
+  total = 0
+  for moe in (b.ffn for b in made if isinstance(b.ffn, MoEConfig)):
+    sizes = tokens, moe.top_k, moe.experts, devices
+    rows = exchange_traffic.buffers(exchange, *sizes)
+    each = exchange_traffic.row_bytes(
+      exchange, config.dim, config.compute.dtype
+    )
+    # int32 experts of a row; across nodes K of them, and K float32 weights
+    # with a gradient.
+    total += rows['fast'] * (each + 4) + rows['slow'] * (each + 12 * moe.top_k)
+  return total
 
 
 def traffic(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
 from absl.testing import absltest, parameterized
 from rich.console import Console
 
@@ -155,6 +156,27 @@ class HardwareTest(parameterized.TestCase):
     self.assertLess(device.slow.value, device.fast.value)
     self.assertLess(device.fast.value, device.memory_bandwidth.value)
 
+  @parameterized.parameters(*hardware.ACCELERATORS)
+  def test_only_vendors_documents_go_unflagged(self, name):
+    device = plan.ACCELERATORS[name]
+    for field in dataclasses.fields(device)[1:]:
+      figure = getattr(device, field.name)
+      if figure is None:
+        continue
+      own = r'NVIDIA|NVLink 4|H100 datasheet, SXM, |docs\.cloud\.google\.com'
+      if figure.vendor:
+        self.assertRegex(figure.source, own)
+        self.assertEqual(figure.origin, figure.source)
+      else:
+        self.assertEndsWith(figure.origin, 'UNVERIFIED')
+
+  @parameterized.parameters(('h800', 5), ('h100', 1), ('v5p', 0), ('910c', 5))
+  def test_a_plan_prints_the_flags(self, name, flags):
+    report = plan.estimate(ds.presets.v3_tiny(), cluster=name)
+    text = '\n'.join(report.assumptions)
+    self.assertEqual(text.count('UNVERIFIED'), flags)
+    self.assertIn(report.cluster.accelerator.slow.origin, text)
+
 
 class ShownTest(Case):
   def test_tables_side_by_side(self):
@@ -208,6 +230,17 @@ class LauncherTest(Case):
     self.assertEqual(done.returncode, 0, done.stderr)
     recipe = json.loads((folder / 'plan.json').read_text())['v3_tiny']['recipe']
     self.assertEqual(recipe['training']['seq_len'], 256)
+
+  @pytest.mark.slow
+  def test_a_compiled_step(self):
+    done = launch(
+      '--config=v3_tiny',
+      '--compile=expert=2',
+      '--config.recipe.training.seq_len=32',
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    for word in ('all-to-all', 'all 4 layers', 'expert 2'):
+      self.assertIn(word, done.stdout)
 
   @parameterized.parameters(
     (('--config=v3',), 'mesh of 2048 devices'),

@@ -259,8 +259,10 @@ class TrafficTest(parameterized.TestCase):
     tensor = 4 * 4 * ring(2, tokens * row, True)
     self.assertEqual(at(tensor=2)['tensor'], tensor)
     keys = 4 * 2 * 2 * 128 * 2  # layers, keys and values, heads, bfloat16
-    context = 3 * ring(4, tokens * keys, False)
-    self.assertEqual(at(context=4)['context'], context)
+    once = ring(4, tokens * keys, False)
+    self.assertEqual(at(context=4)['context'], 2 * once)
+    config = ds.changed(config, {'compute.remat': 'dots'})
+    self.assertEqual(at(context=4)['context'], 3 * once)
     self.assertEqual(at(stage=4)['stages'], 2 * tokens * row)
 
   def test_wide_axes_use_the_slow_link(self):

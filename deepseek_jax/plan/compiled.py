@@ -1,0 +1,226 @@
+"""The training step compiled for a mesh of devices that do not exist.
+
+XLA partitions the program for as many fake CPU devices as asked for, and says
+what each would hold and send; no parameter is ever allocated. How many devices
+JAX sees is settled when it starts, so this is a process of its own
+(`python -m deepseek_jax.plan.compiled` reads a Program as JSON).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax import sharding
+from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.errors import InputError
+from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.plan.collectives import Total, collectives, totals
+from deepseek_jax.plan.mesh import AXES
+from deepseek_jax.schedules import BatchConfig
+from deepseek_jax.train import TrainConfig, initial_state, train_step
+from deepseek_jax.transformer import TransformerConfig, build
+
+MOST = 256  # devices; more take minutes and tell nothing new
+_WARNING = re.compile(
+  r'Involuntary full rematerialization.*? from sharding (\{.*?\}) to (\{.*?\})'
+  r' efficiently for HLO operation \S+ = (\S+?)\{.*?(?:op_name="([^"]*)"|$)',
+  re.MULTILINE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled: one step on one micro-batch per device.
+
+  Attributes:
+    model: the configuration.
+    mesh: axis sizes, rules, exchange of tokens; stages are separate programs,
+      so stage must be 1.
+    seq_len: tokens of a sequence.
+    micro_batch: sequences per device.
+    optimizer: decides the moments' dtype.
+  """
+
+  model: TransformerConfig
+  mesh: MeshConfig
+  seq_len: int = 4096
+  micro_batch: int = 1
+  optimizer: OptimizerConfig = OptimizerConfig()
+
+  def __post_init__(self):
+    if self.mesh.stage > 1:
+      raise InputError(
+        f'compile: mesh.stage = {self.mesh.stage}: every stage is a program of'
+        ' its own; compile one stage with mesh.stage = 1 and fewer layers'
+      )
+    if self.mesh.devices > MOST:
+      raise InputError(
+        f'compile: a mesh of {self.mesh.devices} devices: at most {MOST}'
+      )
+    meshes.check_batch(self.mesh, self.rows, self.seq_len)
+
+  @property
+  def rows(self) -> int:
+    """Sequences of the step."""
+    return self.mesh.ways('batch') * self.micro_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What XLA made of it.
+
+  Attributes:
+    arguments, outputs, temporaries: bytes per device; the last are what the
+      CPU backend needs, which an accelerator's may undercut or exceed.
+    state: bytes per device of the arguments without the batch.
+    collectives: by kind, those that every step runs.
+    maybe: by kind, those in branches (further rounds of an exchange whose
+      first did not hold all rows).
+    loops: collectives in loops of unknown length, counted as one pass.
+    rematerialized: XLA's warnings of 'involuntary full rematerialization',
+      arrays that it gathers whole because it finds no way between two
+      shardings: shape, operation, and these.
+    seconds: to lower and compile.
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  state: int
+  collectives: dict[str, Total]
+  maybe: dict[str, Total]
+  loops: int
+  rematerialized: tuple[str, ...]
+  seconds: float
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """'8x4x2' (in the order data, fsdp, expert ...) or 'fsdp=8,expert=4'.
+
+  Raises:
+    InputError: says how to write it.
+  """
+  how = f'write 8x4x2, in the order {", ".join(AXES)}, or fsdp=8,expert=4'
+  if '=' in text:
+    pairs = [part.partition('=')[::2] for part in text.split(',')]
+  else:
+    sizes = text.split('x')
+    if len(sizes) > len(AXES):
+      raise InputError(f'compile = {text!r}: too many axes; {how}')
+    pairs = list(zip(AXES, sizes))
+  if not all(size.isdigit() for _, size in pairs):
+    raise InputError(f'compile = {text!r}: {how}')
+  for name, _ in pairs:
+    if name not in AXES:
+      raise InputError(f'compile = {text!r}: no axis {name!r}; {how}')
+  return MeshConfig(**{name: int(size) for name, size in pairs})
+
+
+def lower(program: Program):
+  """The lowered step, its abstract state and batch; needs the devices."""
+  model, config = build(program.model), program.mesh
+  meshes.check(config, model.abstract)
+  cfg = TrainConfig(1e12, BatchConfig(program.rows), program.optimizer)
+  mesh = meshes.make(config)
+  state = jax.eval_shape(
+    lambda key: initial_state(model, cfg, model.init(key)), jax.random.key(0)
+  )
+  where = meshes.shardings(mesh, config.rules, model.abstract, state)
+  place = lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)
+  state = jax.tree.map(place, state, where)
+  over = meshes.names(config.rules.get('batch')) or None
+  cut = NamedSharding(mesh, PartitionSpec(over, None))
+  row = jax.ShapeDtypeStruct(
+    (program.rows, program.seq_len + 1), jnp.int32, sharding=cut
+  )
+  batch = dict.fromkeys(('tokens', 'segments', 'positions'), row)
+  step = jax.jit(
+    train_step(model, cfg),
+    donate_argnums=0,
+    out_shardings=(where, None),
+    keep_unused=True,
+  )
+  with sharding.use(mesh, config.rules, config.exchange):
+    return step.lower(state, batch), state, batch
+
+
+def _bytes(tree) -> int:
+  """On one device."""
+  return sum(
+    math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+    for s in jax.tree.leaves(tree)
+  )
+
+
+def compile_here(program: Program) -> Compiled:
+  """Compiles in this process, which needs the devices."""
+  start = time.perf_counter()
+  lowered, state, _ = lower(program)
+  # Of the backend's own passes none moves a collective or an argument.
+  compiled = lowered.compile({'xla_backend_optimization_level': 0})
+  found = collectives(compiled.as_text(), program.mesh.devices)
+  memory = compiled.memory_analysis()
+  return Compiled(
+    memory.argument_size_in_bytes,
+    memory.output_size_in_bytes,
+    memory.temp_size_in_bytes,
+    _bytes(state),
+    totals(c for c in found if not c.maybe),
+    totals(c for c in found if c.maybe),
+    sum(c.loop for c in found),
+    (),
+    time.perf_counter() - start,
+  )
+
+
+def warnings(text: str) -> list[str]:
+  """XLA's warnings of full rematerializations in what it wrote, in short."""
+  return [
+    f'{shape} {operation or "(unnamed)"}: {before} -> {after}'
+    for before, after, shape, operation in _WARNING.findall(text)
+  ]
+
+
+def compile_step(program: Program) -> Compiled:
+  """Compiles in a process of its own with as many fake devices as needed.
+
+  Raises:
+    RuntimeError: the process failed; with its last lines.
+  """
+  # Compiled to be read, not to be run: LLVM need not bother.
+  flags = (
+    f'--xla_force_host_platform_device_count={program.mesh.devices}'
+    ' --xla_llvm_disable_expensive_passes=true'
+  )
+  done = subprocess.run(
+    [sys.executable, '-m', 'deepseek_jax.plan.compiled'],
+    input=json.dumps(to_dict(program)),
+    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=flags),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if done.returncode:
+    lines = '\n'.join(done.stderr.splitlines()[-5:])
+    raise RuntimeError(f'the step does not compile:\n{lines}')
+  made = json.loads(done.stdout.splitlines()[-1])
+  for name in ('collectives', 'maybe'):
+    made[name] = {kind: Total(*t) for kind, t in made[name].items()}
+  made['rematerialized'] = tuple(warnings(done.stderr))
+  return Compiled(**made)
+
+
+if __name__ == '__main__':
+  _made = compile_here(from_dict(Program, json.load(sys.stdin)))
+  print(json.dumps(dataclasses.asdict(_made)))

@@ -81,7 +81,7 @@ class _Group:
   Attributes:
     cfg: how.
     compute: (x [N D], experts [N K], weights [N K], gate_up, down) -> [N D].
-    axis: mesh axis of the experts.
+    axis: mesh axis of the experts; None when they are not cut.
     size: devices of a group, n.
     everyone: all mesh axes; rounds are begun by all devices or by none.
     groups: of the axis, where only some of its devices exchange.
@@ -89,7 +89,7 @@ class _Group:
 
   cfg: ExchangeConfig
   compute: Callable
-  axis: str
+  axis: str | None
   size: int
   everyone: tuple[str, ...]
   groups: tuple[tuple[int, ...], ...] | None = None
@@ -320,12 +320,14 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
   rules, mesh = using.rules, using.mesh
   if mesh.size == 1:
     return _on_one_device(compute, arrays, weights)
-  axis = _names(rules.get('experts'))
-  if len(axis) > 1:
-    raise InputError(f'mesh.rules.experts = {axis}: must be one mesh axis')
-  axis = axis[0] if axis else mesh.axis_names[0]
-  size = mesh.shape[axis] if rules.get('experts') else 1
-  hidden = _names(rules.get('mlp'))
+  there = lambda name: [n for n in _names(rules.get(name)) if n in mesh.shape]
+  if len(there('experts')) > 1:
+    raise InputError(
+      f'mesh.rules.experts = {rules["experts"]}: must be one mesh axis'
+    )
+  axis = (there('experts') or [None])[0]
+  size = mesh.shape[axis] if axis else 1
+  hidden = tuple(there('mlp'))
   tokens = using.spec(('batch', 'seq'), arrays[0].shape[:2])
   over = tuple(n for part in tokens for n in _names(part))
   group = _Group(using.exchange, compute, axis, size, mesh.axis_names)
@@ -341,8 +343,8 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
   experts_axis = axis if size > 1 else None
   rows = PartitionSpec(*tokens, None)
   specs = (
-    PartitionSpec(experts_axis, None, None, hidden),
-    PartitionSpec(experts_axis, hidden, None),
+    PartitionSpec(experts_axis, None, None, hidden or None),
+    PartitionSpec(experts_axis, hidden or None, None),
   )
   mapped = jax.shard_map(
     local,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.parallel.wires import Offsets, Wire
 from pallas_kernels.permute import Plan
 
@@ -34,8 +35,17 @@ class Lane(NamedTuple):
 
 
 def queue(to: jax.Array, destinations: int) -> Queue:
-  """to [N P] int32, n for nowhere -> the queues."""
+  """to [N P] int32, n for nowhere -> the queues.
+
+  Raises:
+    InputError: N * P * (n + 2) does not fit int32.
+  """
   n, C = destinations, to.size
+  if C * (n + 2) >= 2**31:
+    raise InputError(
+      f'{C} copies for {n} devices: more than an exchange can sort; split the'
+      ' batch with train.batch.accumulate'
+    )
   flat = to.reshape(C)
   # One operand to sort, and the order among equals is the index: stable.
   keys = jnp.sort(flat * C + jnp.arange(C, dtype=jnp.int32))

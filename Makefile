@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test mutants faults scale parity kernels aot bench bench-sparse lint notebooks clean
+.PHONY: demo test mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ faults: $(VENV)/.test
 # Every mesh, and several processes, against one device; ends with tables.
 scale: $(VENV)/.test
 	$(PYTEST) tests/scale tests/parallel -s
+
+# The planner against XLA: figures, and many models on many meshes.
+audit: $(VENV)/.test
+	$(PYTEST) tests/plan
 
 # Both directions of Hugging Face checkpoints against transformers.
 parity: $(VENV)/.test

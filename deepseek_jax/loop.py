@@ -7,6 +7,7 @@ checkpoint and sees the batches that it would have seen. Of several processes
 the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -275,10 +276,27 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
         number += 1
   if not layers:
     return None
-  reduce = {'load': 'sum', 'dropped': 'sum', 'bias': 'last'}
-  return FlightRecorder(
-    workdir / 'routing.npz', reduce, layers=layers, resume_step=resume
+  path = workdir / 'routing.npz'
+  record = lambda: FlightRecorder(
+    path,
+    {
+      'load': 'sum',
+      'dropped': 'sum',
+      'bias': 'last',
+      'entropy': 'mean',
+      'moved': 'mean',
+    },
+    coarse={'together': 'sum'},
+    layers=layers,
+    resume_step=resume,
   )
+  try:
+    return record()
+  except InputError as error:
+    # Of an earlier version, which recorded less: both files stay.
+    path.rename(path.with_name(f'routing-until-{resume}.npz'))
+    _warn(f'{error}; it is now routing-until-{resume}.npz')
+    return record()
 
 
 def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
@@ -326,7 +344,10 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       model = build(config.model)
       where = _placed(config, model)
     with Checkpoints(
-      workdir / 'checkpoints', keep=config.keep, verify=config.safety.verify
+      workdir / 'checkpoints',
+      keep=config.keep,
+      verify=config.safety.verify,
+      say=_warn,
     ) as checkpoints:
       with timeline.phase('restore' if checkpoints.steps() else 'init'):
         state, resumed = _start(config, model, where, checkpoints, batches)
@@ -368,6 +389,8 @@ def _placed(config: RunConfig, model: Model) -> Placement:
   for rows in {batch.at(0), batch.size}:
     length = config.data.seq_len
     meshes.check_batch(config.mesh, rows, length, batch.accumulate)
+  exchange, ways = config.mesh.exchange, config.mesh.ways('experts')
+  exchange.check(ways, config.model.dim, jax.default_backend())
   return placement.choose(config.mesh, model.abstract)
 
 
@@ -509,12 +532,14 @@ class _Trainer:
     except Preempted:
       raise
     except Exception:
-      self.last_steps.write()
+      with contextlib.suppress(OSError):  # the cause is what to tell
+        self.last_steps.write()
       raise
     finally:
       self._watchdog.close()
-      self.timeline.write()
-      self.writer.log(self.timeline.summary())
+      with contextlib.suppress(OSError):
+        self.timeline.write()
+        self.writer.log(self.timeline.summary())
 
   def _run(self, state):
     config, length = self.config, self.config.data.seq_len
@@ -559,7 +584,8 @@ class _Trainer:
       state, metrics = self._steps(state, batch, self.writer)
       metrics = jax.device_get(metrics)
     identity = last_steps.identity(first, size, block, rows)
-    self.last_steps.add(number, identity, metrics)
+    kept = {k: v for k, v in metrics.items() if k != 'together'}  # large
+    self.last_steps.add(number, identity, kept)
     return state, metrics
 
   def _report(self, number, metrics, state, tokens, seconds):
@@ -574,8 +600,18 @@ class _Trainer:
       biases = router_biases(self.model, state.buffers)
       if biases is None:
         biases = np.zeros(load.shape, np.float32)
+      together = np.asarray(metrics['together'])
+      # N tokens that choose K experts are N K choices and N K^2 pairs.
+      tokens = load.sum(axis=-1) ** 2 / np.maximum(together.sum((-2, -1)), 1)
+      tokens = np.maximum(tokens, 1)
       self.recorder.record(
-        number, load=load, dropped=metrics['dropped'], bias=biases
+        number,
+        load=load,
+        dropped=metrics['dropped'],
+        bias=biases,
+        entropy=metrics['entropy'] / tokens,
+        moved=metrics['moved'] / tokens,
+        together=together,
       )
     timings = {'tokens_per_second': speed, 'seconds': seconds}
     self.writer.write(number, scalars, timings)
@@ -610,10 +646,8 @@ class _Trainer:
     if self.recorder:
       self.recorder.save()
     self.checkpoints.save(
-      number, state, self.batches.get_state(), _json(self.config)
+      number, state, self.batches.get_state(), _json(self.config), wait=wait
     )
-    if wait:
-      self.checkpoints.wait()
 
 
 def _due(every: int, number: int) -> bool:

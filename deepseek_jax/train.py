@@ -16,9 +16,11 @@ import optax
 from deepseek_jax import frozen, schedules
 from deepseek_jax.block_norms import block_norms
 from deepseek_jax.gate import GateConfig, GateState, initial_gate, judge
+from deepseek_jax.layers import routing_statistics
 from deepseek_jax.layers.balance import updated_bias
 from deepseek_jax.losses import linear_cross_entropy
 from deepseek_jax.optim import OptimizerConfig, update_rule
+from deepseek_jax.parallel import local
 from deepseek_jax.transformer import Model, moe_statistics
 
 
@@ -108,6 +110,14 @@ def targets(batch, cross_document: bool):
   )
 
 
+def _cross_entropy(hidden, head, labels, weights):
+  """The weighted sum over tokens: [B T D], [D V], [B T], [B T] -> scalar."""
+  one = lambda hidden, labels, weights, head: linear_cross_entropy(
+    hidden, head, labels, weights
+  )
+  return local.token_sum(one, (hidden, labels, weights), head)
+
+
 def _mtp_loss(states, head, labels, weights):
   """Sum of the MTP cross entropies, averaged over depths.
 
@@ -120,10 +130,7 @@ def _mtp_loss(states, head, labels, weights):
     shifted = jnp.roll(labels, -depth, axis=1)
     inside = jnp.arange(T) < T - depth
     alive = alive * jnp.roll(weights, -depth, axis=1) * inside
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    total += linear_cross_entropy(
-      flat, head, shifted.reshape(-1), alive.reshape(-1)
-    )
+    total += _cross_entropy(hidden, head, shifted, alive)
   return total / max(len(states), 1)
 
 
@@ -187,10 +194,7 @@ def token_losses(hidden, aux: dict, head, wanted, shares: Shares):
     The loss, and the metrics 'loss' and 'mtp_loss'.
   """
   labels, weights = wanted
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  main = linear_cross_entropy(
-    flat, head, labels.reshape(-1), weights.reshape(-1)
-  )
+  main = _cross_entropy(hidden, head, labels, weights)
   metrics = {'loss': main / shares.denominator}
   loss = metrics['loss']
   if 'mtp_hidden' in aux:
@@ -204,18 +208,18 @@ def routing_losses(aux: dict, shares: Shares):
   """The balance losses of an Output's aux, and what its experts saw.
 
   Returns:
-    The loss, and the metrics 'balance_loss', 'loads', 'load' and 'dropped',
-    as far as there are experts.
+    The loss, and the metrics 'balance_loss', 'loads', 'load', 'dropped' and
+    those of `routing_statistics`, as far as there are experts.
   """
   metrics, loss = {'loads': _loads(aux)}, jnp.float32(0)
   balance = _balance_loss(aux)
   if balance is not None:
     metrics['balance_loss'] = balance / shares.micro_batches
     loss += metrics['balance_loss']
-  load = moe_statistics(aux, 'load')
-  if load is not None:
-    metrics['load'] = load
-    metrics['dropped'] = moe_statistics(aux, 'dropped')
+  for name in ('load', 'dropped', *routing_statistics.NAMES):
+    values = moe_statistics(aux, name)
+    if values is not None:
+      metrics[name] = values
   return loss, metrics
 
 
@@ -297,8 +301,8 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
   cfg.batch.accumulate. metrics: scalars 'loss', 'mtp_loss', 'balance_loss',
   'grad_norm', 'learning_rate', 'applied', 'skipped', 'streak', of sparse
   attention 'attention_loss' and 'recall', and per MoE layer 'load' [L E]
-  (choices in the global batch) and 'dropped' [L]; 'block_norms' of the
-  gradient, by block.
+  (choices in the global batch), 'dropped' [L] and `routing_statistics` [L ...];
+  'block_norms' of the gradient, by block.
   Jit it with the state donated.
   """
   optimizer = _optimizer(model, cfg)

@@ -5,10 +5,14 @@ A thin layer over orbax. Arrays are stored under dotted names
 with the wanted one by name before anything is read: orbax itself casts a
 differing dtype silently and does not name an array of another shape. Every step
 holds a manifest, committed with it, by which damage is found (see integrity).
+A save that fails, as on a full disk, takes nothing that was saved before.
 """
 
+import contextlib
 import math
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +22,9 @@ import jax
 from deepseek_jax import integrity
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import distributed
+
+_TRIES = 2  # saves that may fail in a row
+_PAUSE = 5.0  # seconds before a save is tried again
 
 
 class Restored(NamedTuple):
@@ -63,7 +70,12 @@ class Checkpoints:
   """The checkpoints of one run, saved asynchronously. Close it at the end."""
 
   def __init__(
-    self, directory: str | Path, *, keep: int = 2, verify: str = 'full'
+    self,
+    directory: str | Path,
+    *,
+    keep: int = 2,
+    verify: str = 'full',
+    say: Callable[[str], None] = lambda line: None,
   ):
     """Opens a folder of checkpoints.
 
@@ -71,11 +83,13 @@ class Checkpoints:
       directory: made when needed.
       keep: how many steps stay.
       verify: what `newest_whole` reads: 'full', 'sample' or 'off'.
+      say: takes one line for every save that failed.
     """
     import orbax.checkpoint as ocp
 
     integrity.check_choice(verify)
-    self._ocp, self._verify = ocp, verify
+    self._ocp, self._verify, self._say = ocp, verify, say
+    self._saving, self._failed = None, 0
     self.directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -100,6 +114,8 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for a save under way."""
+    with contextlib.suppress(InputError):  # it was said
+      self._settle()
     self._manager.close()
 
   def steps(self) -> list[int]:
@@ -164,30 +180,72 @@ class Checkpoints:
     for folder in self.directory.glob(unfinished):
       integrity.write_manifest(folder)
 
-  def save(self, step: int, state, data: dict, config: dict) -> None:
+  def save(
+    self, step: int, state, data: dict, config: dict, *, wait: bool = False
+  ) -> None:
     """Starts saving; arrays are copied before it returns.
+
+    A save that fails is made up for by the next one.
 
     Args:
       step: completed steps.
       state: a tree of arrays.
       data: the data stream's state, JSON values.
       config: the resolved configuration, JSON values.
+      wait: returns when all is on disk; tries again when that fails.
+
+    Raises:
+      InputError: the second save in a row failed.
     """
-    args = self._ocp.args
-    self._manager.wait_until_finished()
-    self._saving = step
-    self._manager.save(
-      step,
-      args=args.Composite(
-        state=args.StandardSave(flatten(state)),
-        data=args.JsonSave(data),
-        config=args.JsonSave(config),
-      ),
-    )
+    self._settle()
+    self._begin(step, state, data, config)
+    while wait and not self._settle():
+      time.sleep(_PAUSE)
+      self._begin(step, state, data, config)
 
   def wait(self) -> None:
-    """Returns when the last save is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when the last save is on disk, or has failed."""
+    self._settle()
+
+  def _begin(self, step: int, state, data, config) -> None:
+    args, self._saving = self._ocp.args, step
+    items = args.Composite(
+      state=args.StandardSave(flatten(state)),
+      data=args.JsonSave(data),
+      config=args.JsonSave(config),
+    )
+    with self._counting_failures(step):
+      self._manager.save(step, args=items)
+
+  def _settle(self) -> bool:
+    """Waits for a save under way; whether the last one is on disk."""
+    if self._saving is not None:
+      with self._counting_failures(self._saving):
+        self._manager.wait_until_finished()
+        self._failed = 0
+      self._saving = None
+    return self._failed == 0
+
+  @contextlib.contextmanager
+  def _counting_failures(self, step: int):
+    try:
+      yield
+    except Exception as error:
+      reason = _storage_failure(error)
+      if reason is None:
+        raise
+      self._saving, self._failed = None, self._failed + 1
+      self._say(f'checkpoint {step} was not saved: {reason}')
+      for unfinished in self.directory.glob(f'{step}.orbax-checkpoint-tmp*'):
+        shutil.rmtree(unfinished, ignore_errors=True)
+      # The others of several processes wait for this one.
+      if self._failed < _TRIES and not distributed.several():
+        return
+      raise InputError(
+        f'{self.directory}: checkpoint {step} cannot be saved ({reason});'
+        f' checkpoints {self.steps()} are as they were: make room and start'
+        ' again'
+      ) from error
 
   def restore(self, step: int, like) -> Restored:
     """The checkpoint of `step`.
@@ -222,6 +280,17 @@ class Checkpoints:
     leaves = [restored['state'][name] for name in wanted]
     tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Restored(tree, restored['data'], restored['config'])
+
+
+def _storage_failure(error: Exception) -> str | None:
+  """What a file system refused, in its words; None for other errors."""
+  if isinstance(error, OSError):
+    return error.strerror or str(error)
+  # Tensorstore's errors are ValueErrors.
+  found = re.search(r"([^:]*) \[os_error_code='\d+'", str(error))
+  if found:
+    return found[1].strip()
+  return 'the disk is full' if 'RESOURCE_EXHAUSTED' in str(error) else None
 
 
 def _abstract(array):

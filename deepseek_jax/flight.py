@@ -3,12 +3,14 @@
 Arrays of one step (load, bias, ...) are reduced over intervals of steps. When
 the intervals exceed the capacity, neighbours are merged in pairs and intervals
 become twice as long: a run of any length leaves one small file, in which all
-intervals but the last hold the same number of records.
+intervals but the last hold the same number of records. Large arrays (pairs of
+experts) have fewer and longer intervals of their own.
 
 MaxVio is from Wang et al. 2024, arXiv:2408.15664, section 4.1.
-Legend: N intervals, L MoE layers, E experts.
+Legend: N intervals, L MoE layers, E experts, G groups of neighbouring experts.
 """
 
+import dataclasses
 import json
 import operator
 import os
@@ -29,6 +31,9 @@ _ACCUMULATE = {
 }
 
 
+_COARSE = '_coarse_'
+
+
 class Flight(NamedTuple):
   """A recorded run, oldest interval first."""
 
@@ -37,6 +42,7 @@ class Flight(NamedTuple):
   records: np.ndarray  # [N] i64, records reduced into the interval
   layers: np.ndarray  # [L] i64, what the layers are called
   arrays: dict[str, np.ndarray]  # name -> [N ...], reduced
+  coarse: 'Flight | None' = None  # the large arrays, in longer intervals
 
 
 class FlightRecorder:
@@ -51,6 +57,8 @@ class FlightRecorder:
     resume_step: the step that the run continues from: intervals that reach
       beyond it are dropped (-1 drops all). None continues what is there. Save
       at each checkpoint, and a resumed run's file equals the straight run's.
+    coarse: as `reduce`, for large arrays.
+    coarse_capacity: most intervals kept of these; even.
 
   Raises:
     InputError: a wrong argument, or the file was recorded with other settings.
@@ -64,14 +72,16 @@ class FlightRecorder:
     capacity: int = 256,
     layers: Sequence[int] | None = None,
     resume_step: int | None = None,
+    coarse: Mapping[str, str] | None = None,
+    coarse_capacity: int = 8,
   ):
     _check(reduce, capacity)
     self._path = Path(path)
-    self._reduce = dict(reduce)
-    self._capacity = capacity
     self._layers = None if layers is None else [int(l) for l in layers]
-    self._width = 1  # records per interval
-    self._intervals: list[_Interval] = []
+    self._tracks = [_Track('_', dict(reduce), capacity)]
+    if coarse:
+      _check(coarse, coarse_capacity)
+      self._tracks.append(_Track(_COARSE, dict(coarse), coarse_capacity))
     if self._path.exists() and resume_step != -1:
       self._restore(resume_step)
 
@@ -80,42 +90,28 @@ class FlightRecorder:
 
     Args:
       step: completed steps, more than in the call before.
-      **arrays: every name of `reduce`, each of constant shape. The first axis
-        is layers and the second experts: [L E], [L], [] or [L E ...].
+      **arrays: every name of `reduce` and `coarse`, each of constant shape.
+        The first axis is layers and the second experts: [L E], [L], [] or
+        [L E ...].
 
     Raises:
       InputError: names or shapes differ from before, or the step goes back.
     """
     step = operator.index(step)
-    new = _Interval(step, step, 1, self._checked(step, arrays))
-    if self._intervals and self._intervals[-1].records < self._width:
-      self._intervals[-1] = _merge(self._intervals[-1], new, self._reduce)
-      return
-    if len(self._intervals) == self._capacity:
-      halves = zip(self._intervals[::2], self._intervals[1::2])
-      self._intervals = [_merge(a, b, self._reduce) for a, b in halves]
-      self._width *= 2
-    self._intervals.append(new)
+    arrays = self._checked(step, arrays)
+    for track in self._tracks:
+      track.add(step, {name: arrays[name] for name in track.reduce})
 
   def save(self):
     """Writes the file; a crash meanwhile leaves the old one whole."""
-    intervals = self._intervals
-    if not intervals:
+    if not self._tracks[0].intervals:
       return
-    settings = {
-      'reduce': self._reduce,
-      'capacity': self._capacity,
-      'layers': self._layers,
-      'width': self._width,
-    }
-    columns = {
-      '_settings': np.frombuffer(json.dumps(settings).encode(), np.uint8),
-      '_first': np.array([i.first for i in intervals], np.int64),
-      '_last': np.array([i.last for i in intervals], np.int64),
-      '_records': np.array([i.records for i in intervals], np.int64),
-    }
-    for name in self._reduce:
-      columns[name] = np.stack([i.arrays[name] for i in intervals])
+    settings, columns = {'layers': self._layers}, {}
+    for track in self._tracks:
+      settings |= track.settings()
+      columns |= track.columns()
+    text = json.dumps(settings).encode()
+    columns['_settings'] = np.frombuffer(text, np.uint8)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     scratch = self._path.with_name(self._path.name + '.tmp')
     with scratch.open('wb') as file:
@@ -125,23 +121,25 @@ class FlightRecorder:
     scratch.replace(self._path)
 
   def _checked(self, step: int, arrays: dict[str, Any]):
-    if arrays.keys() != self._reduce.keys():
+    reduce = {n: how for t in self._tracks for n, how in t.reduce.items()}
+    if arrays.keys() != reduce.keys():
       raise InputError(
-        f'record got arrays {sorted(arrays)}: pass {sorted(self._reduce)},'
+        f'record got arrays {sorted(arrays)}: pass {sorted(reduce)},'
         ' the names in reduce'
       )
     arrays = {
       name: _widen(np.asarray(arrays[name]), how)
-      for name, how in self._reduce.items()
+      for name, how in reduce.items()
     }
-    before = self._intervals[-1] if self._intervals else None
-    if before and step <= before.last:
+    latest = [t.intervals[-1] for t in self._tracks if t.intervals]
+    if latest and step <= latest[0].last:
       raise InputError(
-        f'step={step} comes after step {before.last}: pass'
+        f'step={step} comes after step {latest[0].last}: pass'
         f' resume_step={step - 1} to FlightRecorder to drop what is later'
       )
+    before = {n: a.shape for i in latest for n, a in i.arrays.items()}
     for name, array in arrays.items():
-      shape = before.arrays[name].shape if before else array.shape
+      shape = before.get(name, array.shape)
       if array.shape != shape:
         raise InputError(
           f'{name} has shape {array.shape}: it was recorded as {shape},'
@@ -157,23 +155,17 @@ class FlightRecorder:
 
   def _restore(self, resume_step: int | None):
     settings, columns = _load(self._path)
-    wanted = {
-      'reduce': self._reduce,
-      'capacity': self._capacity,
-      'layers': self._layers,
-    }
-    for name, value in wanted.items():
-      if settings[name] != value:
+    wanted = {'layers': self._layers}
+    for track in self._tracks:
+      wanted |= track.settings()
+    for name in [n for n in wanted if not n.endswith('width')]:
+      if settings.get(name) != wanted[name]:
         raise InputError(
-          f'{self._path} was recorded with {name}={settings[name]}, not'
-          f' {value}: keep it, or record to another file'
+          f'{self._path} was recorded with {name}={settings.get(name)}, not'
+          f' {wanted[name]}: keep it, or record to another file'
         )
-    self._width = settings['width']
-    for n, last in enumerate(columns['_last']):
-      if resume_step is None or last <= resume_step:
-        arrays = {name: columns[name][n] for name in self._reduce}
-        first, records = int(columns['_first'][n]), int(columns['_records'][n])
-        self._intervals.append(_Interval(first, int(last), records, arrays))
+    for track in self._tracks:
+      track.restore(settings, columns, resume_step)
 
 
 class _Interval(NamedTuple):
@@ -181,6 +173,61 @@ class _Interval(NamedTuple):
   last: int
   records: int
   arrays: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class _Track:
+  """Arrays that share their intervals.
+
+  Attributes:
+    prefix: of its names in the file.
+    width: records per interval.
+  """
+
+  prefix: str
+  reduce: dict[str, str]
+  capacity: int
+  width: int = 1
+  intervals: list[_Interval] = dataclasses.field(default_factory=list)
+
+  def add(self, step: int, arrays: dict[str, np.ndarray]):
+    new = _Interval(step, step, 1, arrays)
+    if self.intervals and self.intervals[-1].records < self.width:
+      self.intervals[-1] = _merge(self.intervals[-1], new, self.reduce)
+      return
+    if len(self.intervals) == self.capacity:
+      halves = zip(self.intervals[::2], self.intervals[1::2])
+      self.intervals = [_merge(a, b, self.reduce) for a, b in halves]
+      self.width *= 2
+    self.intervals.append(new)
+
+  def settings(self) -> dict[str, Any]:
+    named = {'reduce': self.reduce, 'capacity': self.capacity}
+    named['width'] = self.width
+    return {self.prefix[1:] + name: value for name, value in named.items()}
+
+  def columns(self) -> dict[str, np.ndarray]:
+    columns = {
+      self.prefix + name: np.array(
+        [getattr(i, name) for i in self.intervals], np.int64
+      )
+      for name in ('first', 'last', 'records')
+    }
+    for name in self.reduce:
+      columns[name] = np.stack([i.arrays[name] for i in self.intervals])
+    return columns
+
+  def restore(self, settings, columns, resume_step: int | None):
+    self.width = settings[self.prefix[1:] + 'width']
+    first, last, records = (
+      columns[self.prefix + name] for name in ('first', 'last', 'records')
+    )
+    for n in range(len(last)):
+      if resume_step is None or last[n] <= resume_step:
+        arrays = {name: columns[name][n] for name in self.reduce}
+        self.intervals.append(
+          _Interval(int(first[n]), int(last[n]), int(records[n]), arrays)
+        )
 
 
 def _merge(a: _Interval, b: _Interval, reduce: Mapping[str, str]) -> _Interval:
@@ -226,19 +273,26 @@ def _load(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
 def load(path: str | os.PathLike) -> Flight:
   """Reads a recorded file; means are float64, sums of counts int64."""
   settings, columns = _load(path)
+  fine = _part('_', settings, columns)
+  if _COARSE[1:] + 'reduce' not in settings:
+    return fine
+  return fine._replace(coarse=_part(_COARSE, settings, columns))
+
+
+def _part(prefix: str, settings, columns) -> Flight:
   first, last, records = (
-    columns.pop(name) for name in ('_first', '_last', '_records')
+    columns[prefix + name] for name in ('first', 'last', 'records')
   )
-  for name, how in settings['reduce'].items():
+  arrays = {}
+  for name, how in settings[prefix[1:] + 'reduce'].items():
+    arrays[name] = array = columns[name]
     if how == 'mean':
-      array = columns[name]
-      columns[name] = array / records.reshape(-1, *[1] * (array.ndim - 1))
+      arrays[name] = array / records.reshape(-1, *[1] * (array.ndim - 1))
   layers = settings['layers']
   if layers is None:
-    counts = [a.shape[1] for a in columns.values() if a.ndim > 1]
+    counts = [a.shape[1] for a in arrays.values() if a.ndim > 1]
     layers = range(max(counts, default=0))
-  layers = np.array(layers, np.int64)
-  return Flight(first, last, records, layers, columns)
+  return Flight(first, last, records, np.array(layers, np.int64), arrays)
 
 
 def table(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -246,7 +300,7 @@ def table(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
   Columns: first_step, last_step, records, layer, expert, then every array. An
   array without an expert or layer axis is repeated; one with further axes
-  (pairs of experts) has no place in the table: see `load`.
+  (pairs of experts) has no place in the table: see `pairs`.
   """
   flight = load(path)
   flat = {k: a for k, a in flight.arrays.items() if a.ndim <= 3}
@@ -264,8 +318,32 @@ def table(path: str | os.PathLike) -> dict[str, np.ndarray]:
   return {k: _spread(column, shape) for k, column in columns.items()}
 
 
-def _spread(column: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-  column = column.reshape(column.shape + (1,) * (3 - column.ndim))
+def pairs(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """The large arrays as columns, one row per N, L, G and G.
+
+  Columns: first_step, last_step, records, layer, group, other, then every
+  array, such as 'together': how often a token chose of both groups of experts.
+  Empty if none was recorded.
+  """
+  run = load(path).coarse
+  flat = {k: a for k, a in run.arrays.items() if a.ndim == 4} if run else {}
+  if not flat:
+    return {}
+  shape = next(iter(flat.values())).shape
+  columns = {
+    'first_step': run.first,
+    'last_step': run.last,
+    'records': run.records,
+    'layer': run.layers[None],
+    'group': np.arange(shape[2])[None, None],
+    'other': np.arange(shape[3])[None, None, None],
+    **flat,
+  }
+  return {k: _spread(column, shape) for k, column in columns.items()}
+
+
+def _spread(column: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  column = column.reshape(column.shape + (1,) * (len(shape) - column.ndim))
   return np.broadcast_to(column, shape).reshape(-1).copy()
 
 

@@ -14,6 +14,7 @@ _COLUMNS = 4  # small multiples in a row
 _ROWS = 6  # rows in one figure, so that a printed page holds it
 _CELLS = 160  # columns of a heatmap over time
 _FINE = 16  # layers; of more, pictures are coarser, or the file grows
+_SHARE = 'load / even share'
 _VECTOR_POINTS = 40_000  # lines with more points in all become pixels
 
 
@@ -28,7 +29,7 @@ def load_by_layer(share: np.ndarray, layers: Sequence[int]) -> str:
   axes.set_yticks(list(shown), [str(layers[n]) for n in shown])
   axes.xaxis.set_major_locator(figures.ticker().MaxNLocator(16, integer=True))
   axes.set(xlabel='expert', ylabel='layer')
-  _load_bar(figure, grid, image)
+  _load_bar(figure, grid, image, _SHARE)
   return figure
 
 
@@ -42,7 +43,7 @@ def load_over_time(
     extent = (edges[0], edges[-1], share.shape[2] - 0.5, -0.5)
     return axes.imshow(share[pick, n].T, **_heat(), extent=extent)
 
-  return _multiples(layers, 'expert', heat, bar=True)
+  return _multiples(layers, 'expert', heat, bar=_SHARE)
 
 
 def lines_over_time(
@@ -73,6 +74,18 @@ def lines_over_time(
     )
 
   return _multiples(layers, name, lines)
+
+
+def chosen_together(lift: np.ndarray, layers: Sequence[int]) -> list[str]:
+  """Heatmaps of each layer: lift [L G G], 1 where pairs are as by chance."""
+  G = lift.shape[-1]
+
+  def heat(axes, n):
+    extent = (-0.5, G - 0.5, G - 0.5, -0.5)
+    return axes.imshow(lift[n], **_heat(), extent=extent)
+
+  label = 'pairs / by chance'
+  return _multiples(layers, 'expert', heat, bar=label, across='expert')
 
 
 @figures.drawn
@@ -127,7 +140,7 @@ def _heat() -> dict:
   }
 
 
-def _load_bar(figure, grid, image):
+def _load_bar(figure, grid, image, label: str):
   bar = figure.colorbar(
     image,
     cax=_bar_axes(figure, grid),
@@ -135,7 +148,7 @@ def _load_bar(figure, grid, image):
     extendfrac=0.04,
     ticks=[0, 0.5, 1, 1.5, 2],
   )
-  bar.set_label('load / even share')
+  bar.set_label(label)
   bar.outline.set_visible(False)
 
 
@@ -156,32 +169,37 @@ def _layer_bar(figure, grid, layers: Sequence[int]):
   bar.outline.set_visible(False)
 
 
-def _multiples(layers, name: str, draw: Callable, bar=False) -> list[str]:
+def _multiples(
+  layers, name: str, draw: Callable, *, bar: str = '', across: str = 'step'
+) -> list[str]:
   """A panel per layer, in figures of a few rows."""
   chunk = _COLUMNS * _ROWS
   starts = range(0, len(layers), chunk)
   picks = [range(s, min(s + chunk, len(layers))) for s in starts]
-  return [_multiple(pick, layers, name, draw, bar) for pick in picks]
+  names = name, across
+  return [_multiple(pick, layers, names, draw, bar) for pick in picks]
 
 
 @figures.drawn
-def _multiple(pick: range, layers, name: str, draw: Callable, bar: bool):
+def _multiple(pick: range, layers, names, draw: Callable, bar: str):
+  name, across = names
   columns = min(len(pick), _COLUMNS)
   rows = math.ceil(len(pick) / columns)
-  figure, grid = figures.grid([1.25] * rows, columns, (0.3, 0.34), bar)
+  figure, grid = figures.grid([1.25] * rows, columns, (0.3, 0.34), bool(bar))
   figure.set_dpi(200 if len(layers) <= _FINE else 110)
   cells = grid.subplots(squeeze=False, sharex=True, sharey=True)
   for axes, n in zip(cells.flat, pick):
     image = draw(axes, n)
     axes.set_title(f'layer {layers[n]}')
-    figures.step_axis(axes, bins=4)
+    if across == 'step':
+      figures.step_axis(axes, bins=4)
   for axes in cells.flat[len(pick) :]:
     axes.set_axis_off()
   for axes in cells[-1]:
-    axes.set_xlabel('step')
+    axes.set_xlabel(across)
   figure.supylabel(name, x=0.008, fontsize=9, color='#565c66')
   if bar:
-    _load_bar(figure, grid, image)
+    _load_bar(figure, grid, image, bar)
   return figure
 
 

@@ -1,6 +1,6 @@
 """The report's section on the experts, from a recorded run.
 
-Legend: N intervals, L MoE layers, E experts.
+Legend: N intervals, L MoE layers, E experts, G groups of neighbouring experts.
 """
 
 import base64
@@ -14,6 +14,11 @@ from deepseek_jax import figures, flight, routing_figures
 
 # Values sent to the page's own script, per array: 16 bits each.
 _INSPECTED = 300_000
+_TITLES = {
+  'entropy': 'Entropy of the gate / log E',
+  'moved': 'Share of tokens moved by the bias',
+  'dropped': 'Choices dropped',
+}
 
 
 def routing_section(path: Path) -> dict[str, Any] | None:
@@ -25,7 +30,7 @@ def routing_section(path: Path) -> dict[str, Any] | None:
   edges = _edges(run)
   experts = {k: a for k, a in run.arrays.items() if a.ndim == 3}
   by_layer = {
-    figures.title(k): a.reshape(len(a), -1)
+    _TITLES.get(k) or figures.title(k): a.reshape(len(a), -1)
     for k, a in run.arrays.items()
     if a.ndim <= 2
   }
@@ -52,7 +57,32 @@ def routing_section(path: Path) -> dict[str, Any] | None:
     routing_figures.layer_curves(by_layer, run.last, layers) if by_layer else ''
   )
   result['inspector'] = _inspector(experts, run, edges)
+  result['together'] = None
+  if run.coarse and 'together' in run.coarse.arrays:
+    lift = _lift(run.coarse.arrays['together'][-1])
+    result['together'] = {
+      'maps': routing_figures.chosen_together(lift, layers),
+      'first': int(run.coarse.first[-1]),
+      'last': int(run.coarse.last[-1]),
+    }
+    if result['inspector']:
+      result['inspector']['together'] = {
+        'groups': lift.shape[-1],
+        **_quantised(lift),
+      }
   return result
+
+
+def _lift(together: np.ndarray) -> np.ndarray:
+  """Pairs [L G G] over what independent choices would give; NaN with itself."""
+  together = together.astype(np.float64)
+  chosen = together.sum(axis=-1)
+  chance = chosen[:, :, None] * chosen[:, None, :]
+  chance /= np.maximum(chosen.sum(axis=-1), 1)[:, None, None]
+  none = np.full(together.shape, np.nan)
+  lift = np.divide(together, chance, out=none, where=chance > 0)
+  lift[:, np.eye(lift.shape[-1], dtype=bool)] = np.nan
+  return lift
 
 
 def _share(load: np.ndarray) -> np.ndarray:

@@ -145,6 +145,77 @@ class FlightTest(parameterized.TestCase):
     self.assertEqual(table['entropy'][row], want['entropy'][2])
     self.assertEqual(table['dropped'][row], want['dropped'])
 
+  def test_large_arrays_have_longer_intervals_of_their_own(self):
+    def record(steps, resume_step=None):
+      recorder = flight.FlightRecorder(
+        self.path,
+        {'load': 'sum'},
+        capacity=8,
+        resume_step=resume_step,
+        coarse={'together': 'sum'},
+        coarse_capacity=2,
+      )
+      for step in steps:
+        rng = np.random.default_rng(step)
+        recorder.record(
+          step,
+          load=rng.integers(0, 9, (_L, _E)),
+          together=rng.integers(0, 9, (_L, _E, _E)),
+        )
+      recorder.save()
+
+    record(range(1, 14))
+    got = flight.load(self.path)
+    self.assertEqual(got.arrays.keys(), {'load'})
+    self.assertLen(got.last, 7)
+    coarse = got.coarse
+    self.assertEqual(coarse.first.tolist(), [1, 9])
+    self.assertEqual(coarse.last.tolist(), [8, 13])
+    self.assertEqual(coarse.records.tolist(), [8, 5])
+    for n, steps in enumerate((range(1, 9), range(9, 14))):
+      want = 0
+      for step in steps:
+        rng = np.random.default_rng(step)
+        rng.integers(0, 9, (_L, _E))
+        want = want + rng.integers(0, 9, (_L, _E, _E))
+      np.testing.assert_array_equal(coarse.arrays['together'][n], want)
+    straight = self.path.read_bytes()
+
+    columns = flight.pairs(self.path)
+    self.assertLen(columns['together'], 2 * _L * _E * _E)
+    row = (1 * _L + 2) * _E * _E + 3 * _E + 1
+    found = {k: int(v[row]) for k, v in columns.items()}
+    want = coarse.arrays['together'][1, 2, 3, 1]
+    self.assertEqual(
+      found,
+      {
+        'first_step': 9,
+        'last_step': 13,
+        'records': 5,
+        'layer': 2,
+        'group': 3,
+        'other': 1,
+        'together': want,
+      },
+    )
+
+    record(range(1, 9), resume_step=-1)
+    record(range(9, 14), resume_step=8)
+    self.assertEqual(self.path.read_bytes(), straight)
+    with self.assertRaisesRegex(InputError, 'coarse_reduce=.*together.*, not'):
+      flight.FlightRecorder(
+        self.path,
+        {'load': 'sum'},
+        capacity=8,
+        coarse={'pairs': 'sum'},
+        coarse_capacity=2,
+      )
+
+  def test_no_large_arrays_are_no_pairs(self):
+    _record(self.path, range(1, 4))
+    self.assertIsNone(flight.load(self.path).coarse)
+    self.assertEqual(flight.pairs(self.path), {})
+
   def test_device_arrays_are_recorded(self):
     recorder = flight.FlightRecorder(self.path, {'load': 'sum', 'bias': 'last'})
     bias = jnp.full((2, 3), 0.5, jnp.bfloat16)

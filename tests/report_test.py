@@ -208,6 +208,38 @@ class RunsTest(parameterized.TestCase):
     self.addCleanup(folder.cleanup)
     self.workdir = Path(folder.name)
 
+  def test_pairs_are_drawn_and_inspected_in_units_of_chance(self):
+    together = np.array([[[8, 4, 0], [4, 9, 3], [0, 3, 5]]])
+    recorder = flight.FlightRecorder(
+      self.workdir / 'routing.npz',
+      {'load': 'sum', 'entropy': 'mean', 'moved': 'mean'},
+      layers=[4],
+      coarse={'together': 'sum'},
+    )
+    for step in (1, 2):
+      recorder.record(
+        step,
+        load=np.array([[8, 9, 5]]),
+        together=together * step,
+        entropy=np.array([0.5]),
+        moved=np.array([0.25]),
+      )
+    recorder.save()
+    page = _report(self.workdir)
+    run = json.loads(re.search(r'id="routing">(.*?)</script>', page)[1])
+    pairs = run['together']
+    codes = np.frombuffer(base64.b64decode(pairs['data']), '<u2')
+    codes = codes.reshape(1, 3, 3)
+    np.testing.assert_array_equal(np.diag(codes[0]), [65535] * 3)
+    got = pairs['low'] + pairs['scale'] * codes[0]
+    chosen = np.array([12.0, 16, 8])
+    want = together[0] / (np.outer(chosen, chosen) / chosen.sum())
+    off = ~np.eye(3, dtype=bool)
+    np.testing.assert_allclose(got[off], want[off], atol=1e-4)
+    self.assertRegex(page, r'same token, over steps\s+2 to 2')
+    for title in ('Entropy of the gate', 'Share of tokens moved by the bias'):
+      self.assertIn(title, page)
+
   def test_a_dense_run_has_no_experts(self):
     _write_run(self.workdir, steps=12, routing=False)
     page = _report(self.workdir)

@@ -42,6 +42,9 @@ function inspect(run) {
   const lines = arrays.map((array) => plot(array.name,
       array.name === 'load' ? 'load / even share' : array.name));
 
+  const pairs = run.together && {...run.together, codes: decode(run.together.data)};
+  const partners = pairs && plot('together', 'chosen with it / by chance, by expert');
+
   layerBox.addEventListener('change', () => {
     state.layer = Number(layerBox.value);
     draw();
@@ -88,6 +91,7 @@ function inspect(run) {
   function draw() {
     drawMap();
     lines.forEach((target, n) => drawLines(target, arrays[n]));
+    if (pairs) drawPartners();
     read(state.expert);
   }
 
@@ -151,6 +155,31 @@ function inspect(run) {
     trace(state.expert);
   }
 
+  // A bar for every group of experts: how often the expert's tokens choose it.
+  function drawPartners() {
+    const {groups} = pairs;
+    const own = Math.floor(state.expert * groups / experts);
+    const row = (state.layer * groups + own) * groups;
+    const values = Array.from({length: groups}, (_, n) => {
+      const code = pairs.codes[row + n];
+      return code === 65535 ? 0 : pairs.low + pairs.scale * code;
+    });
+    const high = Math.max(2, ...values);
+    const context = start(partners, [high, 0], [0, experts - 1], 'expert');
+    const {left, top, width, height} = partners.box;
+    values.forEach((value, n) => {
+      context.fillStyle = value > 1 ? '#c4512d' : '#7fb0de';
+      const tall = height * value / high;
+      context.fillRect(left + width * n / groups, top + height - tall,
+          Math.max(width / groups - 1, 1), tall);
+    });
+    const chance = top + height * (1 - 1 / high);
+    context.beginPath();
+    context.moveTo(left, chance);
+    context.lineTo(left + width, chance);
+    context.stroke();
+  }
+
   function range(array) {
     let low = Infinity, high = -Infinity;
     for (let cell = 0; cell < cells; cell++) {
@@ -173,7 +202,7 @@ function plot(name, title) {
   return {canvas, title, box: null};
 }
 
-function start(target, vertical, steps) {
+function start(target, vertical, steps, unit = 'step') {
   const {canvas} = target;
   const size = canvas.getBoundingClientRect();
   const dense = devicePixelRatio || 1;
@@ -189,7 +218,7 @@ function start(target, vertical, steps) {
   context.fillStyle = '#565c66';
   context.fillText(brief(steps[0]), left, top + height + 16);
   context.textAlign = 'right';
-  context.fillText(`step ${brief(steps[1])}`, left + width, top + height + 16);
+  context.fillText(`${unit} ${brief(steps[1])}`, left + width, top + height + 16);
   context.fillText(brief(vertical[0]), left - 6, top + 9);
   context.fillText(brief(vertical[1]), left - 6, top + height);
   context.strokeStyle = '#9aa0a8';

@@ -1,9 +1,10 @@
 """The last steps of a run, kept to be written when it gives up.
 
-`abort.jsonl` has one line per step: its scalars, the load of every expert, and
-which batch it was (the number of its first example, its size, the SHA-256 of
-its rows, or of those that the writing one of several processes read), so that
-the batch can be built again and the step repeated.
+`abort.jsonl` has one line per step: its scalars, the norm of the gradient in
+every block, the load of every expert, and which batch it was (the number of its
+first example, its size, the SHA-256 of its rows, or of those that the writing
+one of several processes read), so that the batch can be built again and the
+step repeated.
 """
 
 import collections
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import InputError
+
+FILE = 'abort.jsonl'
 
 
 class LastSteps:
@@ -92,12 +95,16 @@ def read(workdir: str | os.PathLike) -> list[dict]:
   Raises:
     InputError: the run left none.
   """
-  path = Path(workdir) / 'abort.jsonl'
+  path = Path(workdir) / FILE
   if not path.exists():
     raise InputError(f'{path} is missing: the run has not given up')
   rows = [json.loads(line) for line in path.read_text().splitlines()]
-  return [{k: _number(v) for k, v in row.items()} for row in rows]
+  return [_numbers(row) for row in rows]
 
 
-def _number(value):
+def _numbers(value):
+  if isinstance(value, dict):
+    return {name: _numbers(v) for name, v in value.items()}
+  if isinstance(value, list):
+    return [_numbers(v) for v in value]
   return float(value) if value in ('nan', 'inf', '-inf') else value

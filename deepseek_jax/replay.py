@@ -26,7 +26,10 @@ class Replayed:
     step: completed steps, this one too.
     loss, grad_norm: as they come now.
     written: what the run wrote of them then; empty if that is lost.
-    batch: what it read, see `last_steps.identity`.
+    batch: what it read, see `last_steps.identity`; of several processes' rows
+      those that were written down.
+    block_norms: of the gradient, by block, see `block_norms`.
+    written_batch: what the run wrote of the batch when it gave up, or {}.
   """
 
   step: int
@@ -34,15 +37,18 @@ class Replayed:
   grad_norm: float
   written: dict[str, float]
   batch: dict
+  block_norms: dict[str, list | float] = dataclasses.field(default_factory=dict)
+  written_batch: dict = dataclasses.field(default_factory=dict)
 
   @property
   def same(self) -> bool:
-    """Whether every written number came back; True if none was written."""
-    return all(
+    """Whether all that was written came back; True if nothing was."""
+    numbers = all(
       value == getattr(self, name)
       or (math.isnan(value) and math.isnan(getattr(self, name)))
       for name, value in self.written.items()
     )
+    return numbers and self.written_batch in ({}, self.batch)
 
 
 def replay(workdir: Path, step: int) -> Iterator[Replayed]:
@@ -64,20 +70,26 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
     train_step(model, config.train, cross_document=config.data.cross_document),
     donate_argnums=0,
   )
-  written = _written(workdir)
+  written, aborted = _written(workdir), _written_batches(workdir)
   for number in range(int(state.step) + 1, step + 1):
     tokens = int(state.sequences) * config.data.seq_len
     first = batches.get_state()['next_index']
     size = config.train.batch.at(tokens)
     batch = batches.next(size)
     state, out = run(state, batch)
-    place = last_steps.identity(first, size, (0, 1), batch)
+    known = aborted.get(number, {})
+    start, end = known.get('rows', (0, size))
+    block = start // (end - start), size // (end - start)
+    rows = {'tokens': batch['tokens'][start:end]}
+    place = last_steps.identity(first, size, block, rows)
     yield Replayed(
       number,
       float(out['loss']),
       float(out['grad_norm']),
       written.get(number, {}),
       place,
+      jax.tree.map(lambda a: a.tolist(), jax.device_get(out['block_norms'])),
+      known,
     )
 
 
@@ -93,6 +105,12 @@ def _before(workdir, step, config, model, batches):
     restored = checkpoints.restore(found, jax.eval_shape(fresh))
   batches.set_state(restored.data)
   return restored.state
+
+
+def _written_batches(workdir: Path) -> dict[int, dict]:
+  if not (workdir / last_steps.FILE).exists():
+    return {}
+  return {row['step']: row['batch'] for row in last_steps.read(workdir)}
 
 
 def _written(workdir: Path) -> dict[int, dict[str, float]]:

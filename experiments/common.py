@@ -7,10 +7,12 @@ of the run, start all again (JAX itself may end them by SIGABRT, 134).
 """
 
 import ctypes
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from logging import getLogger
 from pathlib import Path
 
 
@@ -38,6 +40,8 @@ from ml_collections import config_dict, config_flags  # noqa: E402
 from deepseek_jax import config as configs  # noqa: E402
 from deepseek_jax.errors import InputError, Preempted, RunAborted  # noqa: E402
 from deepseek_jax.parallel import distributed  # noqa: E402
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
@@ -93,12 +97,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _keep_compiled_programs():
-  """Turns the compilation cache on, but not for a CPU.
+  """Turns the compilation cache on, but not for a CPU with an older jax.
 
   There, reading some programs back crashes the process (jax 0.10.2: a
-  segmentation fault in deserialize_executable).
+  segmentation fault in deserialize_executable; 0.12 reads the same ones).
   """
-  if jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu' or jax.__version_info__ >= (0, 12):
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
 
 
@@ -119,13 +123,23 @@ def launch(
   def guarded(argv):
     if len(argv) > 1 and not arguments:
       _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
-    logging.set_verbosity(logging.ERROR)
+    # Of what fails a line is printed; orbax would log pages about it.
+    logging.set_verbosity(logging.FATAL)
+    getLogger('asyncio').setLevel('CRITICAL')
     try:
       join()
       _keep_compiled_programs()
       main(argv)
     except InputError as error:
       _fail(error, error.status)
+    except OSError as error:
+      if error.errno not in _NO_ROOM:
+        raise
+      _fail(
+        f'{error.filename or "a file"}: {error.strerror}; make room and start'
+        ' again',
+        InputError.status,
+      )
     except Preempted as error:
       print(error, flush=True)
       sys.exit(error.status)

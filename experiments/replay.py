@@ -3,8 +3,9 @@
     python -m experiments.replay --workdir=runs/mine --step=1200
 
 Prints, for every step from the checkpoint to --step, loss and gradient norm as
-they were written and as they come now, and the batch that the last one read.
-Exits with 1 if they differ. Nothing in the run's folder changes.
+they were written and as they come now, and of the last one the gradient norm of
+each block and the batch that it read. Exits with 1 if they, or the batch of a
+step that is in abort.jsonl, differ. Nothing in the run's folder changes.
 """
 
 import json
@@ -31,6 +32,7 @@ def main(argv):
       f' written: {row.written or "nothing"};'
       f' {"same" if row.same else "DIFFERENT"}'
     )
+  print('gradient norms:', json.dumps(row.block_norms))
   print('batch:', json.dumps(row.batch))
   sys.exit(not same)
 

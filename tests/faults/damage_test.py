@@ -1,10 +1,13 @@
 """Damaged checkpoints: found, named, and an older whole one used."""
 
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ from absl.testing import absltest, parameterized
 from deepseek_jax import integrity
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.errors import InputError
+from experiments import checkpoint as launcher
+from tests.faults import ledger
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +80,11 @@ class DamageTest(parameterized.TestCase):
       shutil.copytree(self.whole, self.folder)
       _DAMAGES[damage](self.folder / '2' / name)
       said = []
-      with self.subTest(str(name)), Checkpoints(self.folder) as checkpoints:
+      with (
+        self.subTest(str(name)),
+        ledger.fault(f'{damage} a file of a checkpoint'),
+        Checkpoints(self.folder) as checkpoints,
+      ):
         step = checkpoints.newest_whole(said.append)
         carries_data = name.name not in ('_CHECKPOINT_METADATA',)
         carries_data &= str(name) != 'commit_success.txt'
@@ -106,6 +115,24 @@ class DamageTest(parameterized.TestCase):
     for step in '12':
       self.assertIn(f'{step}/data/metadata has', str(e.exception))
     self.assertNotIn('\n', str(e.exception))
+
+  def test_a_checkpoint_of_another_configuration_is_refused_by_name(self):
+    checkpoints = self.enter_context(Checkpoints(self.folder))
+    right = _state(2)
+    wrong = {
+      'w: float32[64, 64] is stored, expected float32[64, 65]': right
+      | {'w': jnp.zeros((64, 65))},
+      'w: float32[64, 64] is stored, expected bfloat16[64, 64]': right
+      | {'w': jnp.zeros((64, 64), jnp.bfloat16)},
+      'n: int32[] is stored, the model has none': {'w': right['w']},
+      'v: missing, expected float32[3]': right | {'v': jnp.zeros(3)},
+    }
+    for line, like in wrong.items():
+      with ledger.fault('checkpoint of another configuration'):
+        with self.assertRaises(InputError) as caught:
+          checkpoints.restore(2, like)
+        self.assertIn(line, str(caught.exception))
+        self.assert_restores(checkpoints, 2)
 
   def test_off_trusts_and_other_words_are_refused(self):
     with Checkpoints(self.folder, verify='off') as checkpoints:
@@ -148,19 +175,21 @@ class DamageTest(parameterized.TestCase):
     self.assertEqual(seen, [('3.orbax-checkpoint-tmp', False)])
 
   def test_launcher_lists_verifies_and_prunes(self):
+    keep = mock.patch.object(launcher, '_KEEP', mock.Mock(value=1))
+    self.enter_context(keep)
+
     def call(*args):
-      done = subprocess.run(
-        [sys.executable, '-m', 'experiments.checkpoint', *args],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-      )
-      return done.returncode, done.stdout + done.stderr
+      with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+          launcher.main(['checkpoint', *args])
+        except SystemExit as end:
+          return end.code, out.getvalue()
+        except InputError as error:
+          return error.status, str(error)
 
     run = str(self.folder.parent)
     self.assertEqual(call('verify', run)[0], 0)
-    self.assertIn('checkpoints', call('ls', run)[1])
+    self.assertIn('manifest', call('ls', run)[1])
     flip(self.folder / '2' / 'data' / 'metadata')
     code, said = call('verify', run)
     self.assertEqual(code, 1)
@@ -170,6 +199,19 @@ class DamageTest(parameterized.TestCase):
     code, said = call('ls', run + '/nothing')
     self.assertEqual(code, 2)
     self.assertIn('holds no checkpoint', said)
+
+  def test_the_launcher_is_a_program(self):
+    done = subprocess.run(
+      [sys.executable, '-m', 'experiments.checkpoint', 'mend', self.folder],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 2)
+    self.assertRegex(
+      done.stderr, r"^error: arguments \['mend', .*: give one of"
+    )
 
 
 if __name__ == '__main__':

@@ -27,7 +27,6 @@ def fault(name: str, times: int = 1):
   row.injected += times
   yield
   row.survived += times
-  print(f'survived: {name}' + (f' x {times}' if times > 1 else ''), flush=True)
 
 
 def table() -> list[str]:

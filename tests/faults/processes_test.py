@@ -12,6 +12,7 @@ from absl.testing import absltest
 
 from deepseek_jax import errors
 from tests.faults import launches, ledger, runs
+from tests.parallel import fake
 
 _STEPS = 24
 
@@ -115,6 +116,20 @@ class ProcessesTest(runs.RunTest):
       self.assert_close('one')
       self.run_to_end('lone')
       self.assert_close('lone')
+
+
+@pytest.mark.slow
+class MeshTest(runs.RunTest):
+  def test_a_checkpoint_of_4x2_is_read_on_any_mesh(self):
+    with ledger.fault('another mesh', 4):
+      found = fake.run(
+        'tests.faults.mesh_worker', str(runs.home()), str(self.folder / 'c')
+      )
+      print(f'saved on 4x2, same bits of all arrays, most spread: {found}')
+      for mesh, (same, arrays, _) in found.items():
+        self.assertEqual(same, arrays, msg=mesh)
+      spread = {mesh: parts for mesh, (_, _, parts) in found.items()}
+      self.assertEqual(spread, {'4x2': 8, '1x1': 1, '2x2': 4, '8x1': 8})
 
 
 if __name__ == '__main__':

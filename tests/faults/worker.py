@@ -27,6 +27,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _STEPS = flags.DEFINE_integer('steps', 8, 'Steps of the run.')
 _EVERY = flags.DEFINE_integer('every', 3, 'Steps between checkpoints.')
 _PAUSE = flags.DEFINE_float('pause', 0.0, 'Seconds before each step.')
+_HANG = flags.DEFINE_integer('hang', None, 'The step that never ends.')
 _ALL = flags.DEFINE_bool('all_devices', False, 'One process uses all, too.')
 
 
@@ -36,6 +37,19 @@ def fingerprint(state) -> str:
   for name, leaf in flatten(state).items():
     digest.update(name.encode() + np.asarray(leaf).tobytes())
   return digest.hexdigest()
+
+
+def stuck_in_a_collective():
+  time.sleep(300)
+
+
+def hanging(steps, state, batch, writer):
+  if _HANG.value and int(state.step) + 1 == _HANG.value:
+    stuck_in_a_collective()
+  return _STEP(steps, state, batch, writer)
+
+
+_STEP = loop._Steps.__call__
 
 
 def main(argv):
@@ -50,11 +64,17 @@ def main(argv):
     seen.append([last_steps.digest({'tokens': row}) for row in rows])
     return batch
 
-  made = runs.config(home, _STEPS.value, checkpoint_every=_EVERY.value)
+  made = runs.config(
+    home,
+    _STEPS.value,
+    checkpoint_every=_EVERY.value,
+    **{'safety.hang_seconds': 5.0},
+  )
   choose = placement.over_all_devices if _ALL.value else placement.choose
   with (
     mock.patch.object(datalib.Batches, 'next', noted),
     mock.patch.object(placement, 'choose', choose),
+    mock.patch.object(loop._Steps, '__call__', hanging),
   ):
     run = loop.fit(made, _WORKDIR.value)
   state = placement.to_first(run.state)

@@ -95,6 +95,58 @@ class ClusterTest(parameterized.TestCase):
       distributed.init_distributed()
 
 
+class TogetherTest(parameterized.TestCase):
+  """What processes do, with the others played."""
+
+  def several(self, *, first: bool) -> mock.Mock:
+    self.enter_context(
+      mock.patch.multiple(
+        distributed, several=lambda: True, first=lambda: first
+      )
+    )
+    return self.enter_context(mock.patch.object(distributed, 'wait_for_all'))
+
+  @parameterized.parameters((True, ['body', 'wait']), (False, ['wait', 'body']))
+  def test_one_goes_first(self, first, want):
+    order = []
+    self.several(first=first).side_effect = lambda: order.append('wait')
+    with distributed.first_goes_first():
+      order.append('body')
+    self.assertEqual(order, want)
+
+  def test_none_waits_for_one_that_failed(self):
+    wait = self.several(first=True)
+    with self.assertRaises(InputError), distributed.first_goes_first():
+      raise InputError('no such file')
+    wait.assert_not_called()
+
+  def test_a_failed_collective_is_a_lost_peer_and_memory_is_not(self):
+    self.several(first=False)
+    failed = jax.errors.JaxRuntimeError('UNKNOWN: Gloo failed: reset\nstack')
+    lost = distributed.peer_lost(failed)
+    self.assertEqual(lost.status, 79)
+    self.assertRegex(str(lost), r'seems to be gone \(UNKNOWN: Gloo failed: res')
+    self.assertNotIn('\n', str(lost))
+    full = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
+    self.assertIsNone(distributed.peer_lost(full))
+    self.assertIsNone(distributed.peer_lost(ValueError('Gloo')))
+
+  def test_alone_every_error_is_its_own(self):
+    failed = jax.errors.JaxRuntimeError('INTERNAL: a defect')
+    self.assertIsNone(distributed.peer_lost(failed))
+
+  @parameterized.parameters((True, 1), (False, 0))
+  def test_a_process_leaves_without_the_others(self, first, pauses):
+    self.several(first=first)
+    with (
+      mock.patch.object(distributed.os, '_exit') as end,
+      mock.patch.object(distributed.time, 'sleep') as sleep,
+    ):
+      distributed.leave(2)
+    end.assert_called_once_with(2)
+    self.assertEqual(sleep.call_count, pauses)
+
+
 class _Cut(placement.Placement):
   """A placement of this process's devices at given rows."""
 

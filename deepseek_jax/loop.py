@@ -300,19 +300,23 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
 
 
 def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
-  """[L E] in layer order; None without biases."""
-  out = []
+  """[L E] in layer order, 0 where a layer has none; None if no layer has."""
+  out, found = [], False
   for i, segment in enumerate(model.config.segments()):
     stacks = []
-    for j in range(len(segment.blocks)):
-      block = buffers.get('segments', {}).get(i, {}).get(j, {})
-      bias = block.get('ffn', {}).get('router', {}).get('bias')
-      if bias is not None:
-        stacks.append(np.asarray(bias))
+    for j, block in enumerate(segment.blocks):
+      if not hasattr(block.ffn, 'experts'):
+        continue
+      place = buffers.get('segments', {}).get(i, {}).get(j, {})
+      bias = place.get('ffn', {}).get('router', {}).get('bias')
+      found = found or bias is not None
+      if bias is None:
+        bias = np.zeros((segment.repeat, block.ffn.experts), np.float32)
+      stacks.append(np.asarray(bias))
     if stacks:
       stacked = np.stack(stacks, axis=1)
       out.append(stacked.reshape(-1, stacked.shape[-1]))
-  return np.concatenate(out) if out else None
+  return np.concatenate(out) if found else None
 
 
 def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:

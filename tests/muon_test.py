@@ -259,7 +259,7 @@ class OptaxTest(parameterized.TestCase):
     abstract = model().abstract['params']
     how = muon.splits(abstract)
     self.assertIsNone(how['embed'])
-    self.assertIsNotNone(how['segments'][0][1]['ffn']['gate_up'])
+    self.assertIsNotNone(how['segments'][0][0]['ffn']['gate_up'])
     params = {'embed': jnp.ones((6, 4)), 'experts': jnp.ones((3, 6, 4))}
     state = optax.contrib.muon(1.0).init(params)
     shapes = lambda t: {a.shape for a in jax.tree.leaves(t)}

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
+.PHONY: demo test sweeps mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	$(PYTEST) -m 'not slow' -n 2 --dist loadfile \
 	  --max-worker-restart=0 --durations=25
+
+# The sweeps over layers and small models that `test` leaves out.
+sweeps: $(VENV)/.test
+	$(PYTEST) -m slow tests/layers $(wildcard tests/*_test.py)
 
 # Plants every published bug in a copy: the tests must notice each of them.
 mutants: $(VENV)/.test

@@ -106,6 +106,19 @@ def _keep_compiled_programs():
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
 
 
+def _print_errors_once():
+  """What fails is told in a line; orbax would log pages about it."""
+  logging.set_verbosity(logging.FATAL)
+  getLogger('asyncio').setLevel('CRITICAL')
+
+  def hook(unraisable):
+    # Of writes that a failed save leaves behind.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(unraisable)
+
+  sys.unraisablehook = hook
+
+
 def launch(
   main: Callable[[list[str]], None],
   *,
@@ -123,9 +136,7 @@ def launch(
   def guarded(argv):
     if len(argv) > 1 and not arguments:
       _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
-    # Of what fails a line is printed; orbax would log pages about it.
-    logging.set_verbosity(logging.FATAL)
-    getLogger('asyncio').setLevel('CRITICAL')
+    _print_errors_once()
     try:
       join()
       _keep_compiled_programs()

@@ -88,13 +88,14 @@ class KilledTest(runs.RunTest):
     with ledger.fault('disk full under a process'):
       workers = self.start('full', '--pause=0.1')
       launches.wait_for_step(self.folder / 'full', 6, workers)
-      small = (8192, resource.RLIM_INFINITY)
+      small = (24 << 10, resource.RLIM_INFINITY)  # less than the arrays
       resource.prlimit(workers[0].process.pid, resource.RLIMIT_FSIZE, small)
       self.assertEqual(launches.end(workers), [2], msg=workers[0].said())
       last = workers[0].said().splitlines()[-1]
       print(f'disk full: {last}')
       self.assertRegex(last, '^error: .*(cannot be saved|make room)')
       self.assertNotIn('Traceback', workers[0].said())
+      self.assertLess(len(workers[0].said().splitlines()), 30)
       state, _ = self.finish('full')
       self.assert_as_straight('full', state)
 

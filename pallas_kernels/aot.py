@@ -1,6 +1,6 @@
 """Compiles every kernel for an H200 and reads the machine code.
 
-  JAX_PLATFORMS=cpu python -m pallas_kernels.aot [--only=NAME] [--out=DIR]
+  JAX_PLATFORMS=cpu python -m pallas_kernels.aot [--only=NAME,NAME] [--out=DIR]
 
 Needs jax[cuda13], nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump, but no GPU.
 Writes one JSON per jax version and a table of all of them; exits 1 if a kernel
@@ -145,7 +145,7 @@ doesn't show their machine code.
 
 def main(argv) -> int:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--only', default='', help='prefix of the cases')
+  parser.add_argument('--only', default='', help='prefixes, with commas')
   parser.add_argument('--out', default='benchmarks/results')
   parser.add_argument('--dump', help='keep PTX and SASS in this folder')
   flags = parser.parse_args(argv)
@@ -155,7 +155,7 @@ def main(argv) -> int:
   done = json.loads(store.read_text()) if flags.only and store.exists() else {}
   bad = 0
   for name, case in aot_cases.CASES.items():
-    if not name.startswith(flags.only):
+    if not name.startswith(tuple(flags.only.split(','))):
       continue
     with tempfile.TemporaryDirectory() as scratch:
       folder = pathlib.Path(flags.dump or scratch) / name

@@ -6,6 +6,7 @@ detector) instead of on a GPU: `with compat.interpreted(): ...`.
 
 import contextlib
 import contextvars
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 
-_BEFORE_0_11 = jax.__version_info__ < (0, 11)
+BEFORE_0_11 = jax.__version_info__ < (0, 11)
 _interpret = contextvars.ContextVar('pallas_kernels_interpret', default=None)
 
 # Layout of wgmma operands in shared memory: 8 rows by 128 bytes, swizzled.
@@ -21,7 +22,7 @@ TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def _interpret_params():
-  if _BEFORE_0_11:
+  if BEFORE_0_11:
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     return params.InterpretGPUParams(detect_races=True)
@@ -42,12 +43,22 @@ def is_interpreted() -> bool:
   return _interpret.get() is not None
 
 
+def _several(threads):
+  return {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
+
+
+def _warpgroup_params():
+  return plgpu.CompilerParams(
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+  )
+
+
 def kernel(body, out, *, grid: dict[str, int], scratch=(), threads=1):
   """plgpu.kernel with warpgroup semantics; grid maps axis names to sizes.
 
   With `threads` > 1 the body runs in that many warpgroups, on the axis 'wg'.
   """
-  several = {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
   return plgpu.kernel(
     body,
     out_type=out,
@@ -55,11 +66,31 @@ def kernel(body, out, *, grid: dict[str, int], scratch=(), threads=1):
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
     interpret=_interpret.get(),
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    **several,
+    compiler_params=_warpgroup_params(),
+    **_several(threads),
+  )
+
+
+def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
+  """`kernel` on refs of jax.new_ref among the arrays; no other result.
+
+  plgpu.kernel of jax 0.10 loses track of such refs in its rule for vmap.
+  """
+  mesh = plgpu.Mesh(
+    grid=tuple(grid.values()), grid_names=tuple(grid), **_several(threads)
+  )
+  axes = 'wg' if threads > 1 else ()
+
+  def scoped(*refs):
+    fn = functools.partial(body, *refs)
+    pl.run_scoped(fn, *scratch, collective_axes=axes)
+
+  return pl.kernel(
+    scoped,
+    out_type=(),
+    mesh=mesh,
+    compiler_params=_warpgroup_params(),
+    interpret=_interpret.get() or False,
   )
 
 
@@ -81,7 +112,7 @@ def triton_load(ref, *, mask, other):
 
 def transposed(ref):
   """The [n m] view of an [m n] ref in shared memory."""
-  if _BEFORE_0_11:
+  if BEFORE_0_11:
     return plgpu.transpose_ref(ref, (1, 0))
   return ref.transpose((1, 0))
 
@@ -89,7 +120,7 @@ def transposed(ref):
 def load(ref, index, layout, *, optimized=True):
   """ref[index] into registers; optimized=False for a ref in global memory."""
   index = index if isinstance(index, tuple) else (index,)
-  if _BEFORE_0_11:
+  if BEFORE_0_11:
     return plgpu.load(ref, index, layout=layout, optimized=optimized)
   return plgpu.load(ref.at[index], layout=layout, optimized=optimized)
 

@@ -34,12 +34,16 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _STRIDED = plgpu.Layout.WG_STRIDED((CHUNK, BLOCK), vec_size=4)
 
 
-def indexer(q, k, w, first, last, top_k, near=NEAR):
+def indexer(q, k, w, first, last, top_k, near=None):
   _supported(q, k)
   B, T = q.shape[:2]
   S = k.shape[1]
   pairs = -(-T // 2)
   rows = -(-S // (CHUNK * BLOCK)) * CHUNK
+  if near is None:
+    # jax 0.10 finds no layout for rows that are stored one by one and read 64
+    # at a time from shared memory.
+    near = 0 if compat.BEFORE_0_11 else NEAR
   # An odd last query goes twice.
   even = lambda a: jnp.pad(
     a, ((0, 0), (0, 2 * pairs - T)) + ((0, 0),) * (a.ndim - 2), 'edge'
@@ -286,7 +290,9 @@ def _emit(kept, words, out, chunks, limits):
         words[half] = compat.full((CHUNK,), 0, _BY_ROW, jnp.int32)
 
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(words, out.at[:, pl.ds(c * CHUNK, CHUNK)])
+    for half in range(2):
+      where = pl.ds(c * CHUNK, CHUNK)
+      plgpu.copy_smem_to_gmem(words.at[half], out.at[half, where])
     plgpu.wait_smem_to_gmem(0)
     return ()
 

@@ -226,8 +226,8 @@ def _write(products, ring, operands, rest, flat, eps):
     latent, rope = products(*given, *(store[n] for n in ring), tile=tile)
     _store(latent, rope, *rest, caches, store, tile=tile, eps=eps)
 
-  compat.kernel(
-    body, (), grid={'tile': tiles}, threads=2, scratch=list(scratch.values())
+  compat.kernel_in_place(
+    body, grid={'tile': tiles}, threads=2, scratch=list(scratch.values())
   )(*operands, *rest, *caches)
   return [jax.freeze(ref) for ref in caches]
 

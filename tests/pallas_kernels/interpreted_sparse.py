@@ -121,7 +121,7 @@ def draw_indexer(shape):
 def check_indexer():
   for name, shape in indexer_shapes.TEST_GPU.items():
     args = draw_indexer(shape)
-    near = 0 if shape.far else indexer_gpu.NEAR
+    near = 0 if shape.far else None
     limit = functools.partial(indexer_gpu.indexer, near=near)
     # One thread block takes all queries in turn.
     one = mock.patch.object(compat, 'num_sms', lambda: 1)

@@ -19,6 +19,13 @@ PRESETS = (
   'v2',
   'v3',
   'v3_tiny',
+  'v32',
+  'v32_tiny',
+  'v4_flash',
+  'v4_pro',
+  'v4_tiny',
+  'engram_tiny',
+  'nsa_tiny',
   'llama31_8b',
   'llama31_70b',
   'llama31_405b',
@@ -57,7 +64,7 @@ class RoundTripTest(parameterized.TestCase):
       if callable(value)
       and getattr(value, '__module__', '') == 'deepseek_jax.presets'
       and not name.startswith('_')
-      and name != 'layout'
+      and name not in ('layout', 'v4_kinds')
     }
     self.assertEqual(made, set(PRESETS))
 
@@ -113,12 +120,13 @@ class MistakesTest(parameterized.TestCase):
       'moe.router.scoring',
       'softmaxx',
       r"^moe\.router\.scoring = 'softmaxx': must be one of \['softmax',"
-      r" 'sigmoid'\]$",
+      r" 'sigmoid', 'sqrtsoftplus'\]$",
     ),
     (
       'attention.kind',
       'mha',
-      r"^attention\.kind = 'mha': must be one of \['mla', 'gqa'\]$",
+      r"^attention\.kind = 'mha': must be one of \['mla', 'gqa', 'dsa',"
+      r" 'sharedkv', 'nsa'\]$",
     ),
     ('attention.heads', 0, r'^attention: heads = 0: must be at least 1$'),
     (

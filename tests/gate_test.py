@@ -73,9 +73,10 @@ class GateTest(parameterized.TestCase):
   def test_only_finiteness_is_judged_during_warm_up(self):
     ok, state = jitted(CFG)(initial_gate(), 1e4, 1e4)
     self.assertTrue(bool(ok))
-    ok, after = jitted(CFG)(state, np.nan, 1.0)
-    self.assertFalse(bool(ok))
-    same(after[:3], state[:3])
+    for seen in ((np.nan, 1.0), (1.0, np.nan), (1.0, np.inf)):
+      ok, after = jitted(CFG)(state, *seen)
+      self.assertFalse(bool(ok), seen)
+      same(after[:3], state[:3])
     state = steady(steps=19)
     self.assertTrue(bool(jitted(CFG)(state, 100.0, 1.0)[0]))
     self.assertFalse(bool(jitted(CFG)(steady(steps=20), 100.0, 1.0)[0]))
@@ -85,6 +86,7 @@ class GateTest(parameterized.TestCase):
     state = steady(cfg)
     self.assertTrue(bool(jitted(cfg)(state, 1e9, 1e9)[0]))
     self.assertFalse(bool(jitted(cfg)(state, np.nan, 1.0)[0]))
+    self.assertFalse(bool(jitted(cfg)(state, 1.0, np.nan)[0]))
 
   def test_a_sudden_drop_is_no_explosion(self):
     self.assertTrue(bool(jitted(CFG)(steady(), 0.01, 0.001)[0]))

@@ -307,6 +307,12 @@ class TablesTest(parameterized.TestCase):
     table = places['segments'][0][1]['engram']['table']
     self.assertEqual(table.spec, jax.sharding.PartitionSpec(None, 'rows', None))
 
+  def test_a_token_uses_as_much_of_the_tables_as_it_reads(self):
+    count = ds.plan.count_parameters(config())
+    rows, read = MEMORY.rows(3) * 3, 2 * 6  # of three numbers each; two orders
+    self.assertEqual(count.total - count.active, 3 * (rows - read))
+    self.assertEqual(count.total, tiny.size(initial()['params']))
+
   def test_tables_learn_five_times_as_fast_and_do_not_decay(self):
     cfg = optim.OptimizerConfig(decay=0.5, clip=1e9)
     update = optim.adamw(cfg, model().abstract['params'])

@@ -74,8 +74,9 @@ MUTANTS = (
   Mutant(
     'latent_cached_before_its_norm_and_rope',
     _MLA,
-    'for b, n in zip(past, latent)',
-    'for b, n in zip(past, jnp.split(x @ self.kv_down[...], [16], axis=-1))',
+    'return Latent(*map(put, past, new))',
+    'raw = jnp.split(x @ self.kv_down[...], [16], axis=-1)\n'
+    '      return Latent(*map(put, past, raw))',
     (f'{_MLA_TEST}::either_form_reads_the_cache_alike',),
     'V2/V3 trap 3: cached after the norm and after rope',
   ),

@@ -146,6 +146,7 @@ class FullDiskTest(absltest.TestCase):
 
 
 @_LEFT
+@pytest.mark.slow
 class FullDiskRunTest(runs.RunTest):
   def fill_disk(self):
     while not (self.folder / 'run' / 'checkpoints' / '3').exists():

@@ -42,7 +42,7 @@ def main(home: Path, workdir: Path) -> None:
       got = flatten(checkpoints.restore(1, like).state)
       same = [np.array_equal(got[name], want[name]) for name in want]
       spread = [
-        len({s.index for s in a.addressable_shards} if a.ndim else {0})
+        len({str(s.index) for s in a.addressable_shards} if a.ndim else {0})
         for a in got.values()
       ]
       found['x'.join(map(str, shape))] = sum(same), len(want), max(spread)

@@ -63,8 +63,8 @@ class PoisonTest(runs.RunTest, parameterized.TestCase):
   def test_a_run_with_batches_of_nan_stays_finite_and_learns(self):
     self.check_run_with(np.nan)
 
-  @pytest.mark.slow
   @parameterized.parameters(np.inf, 1e4)
+  @pytest.mark.slow
   def test_a_run_with_such_batches_stays_finite_and_learns(self, value):
     self.check_run_with(value)
 

@@ -184,7 +184,7 @@ def v3_tiny() -> TransformerConfig:
 def engram_tiny() -> TransformerConfig:
   """Three layers of v3_tiny(), the second with a memory of n-grams.
 
-  Its table holds a third of the parameters and costs next to no FLOPs.
+  Its table holds 2.1 of 7.6 million parameters and costs next to no FLOPs.
   """
   dense = v3_tiny()
   return dataclasses.replace(

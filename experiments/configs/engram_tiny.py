@@ -2,7 +2,8 @@
 
     python -m experiments.pretrain --config=experiments/configs/engram_tiny.py
 
-About two minutes on two CPU cores.
+Two minutes on two CPU cores. 2.1 of 7.6 million weights lie in a table of which
+a token reads eight rows; the data pipeline hashes n-grams to rows ahead.
 """
 
 import deepseek_jax as ds
@@ -18,12 +19,10 @@ def get_config():
       model=model,
       data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
       train=train.TrainConfig(
-        tokens=4e5,
+        tokens=2e5,
         batch=schedules.BatchConfig(size=8),
         optimizer=optim.OptimizerConfig(),
-        schedule=schedules.ScheduleConfig(peak=3e-3, warmup=20),
+        schedule=schedules.ScheduleConfig(peak=3e-3, warmup=10),
       ),
-      evaluate=loop.EvaluateConfig(every=100),
-      checkpoint_every=0,
     )
   )

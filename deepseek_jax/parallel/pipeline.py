@@ -10,7 +10,7 @@ stage as they do without a pipeline. The price: one process drives all devices.
 Legend: P ranks, B sequences, T tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from deepseek_jax import sharding
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import stages as cutting
+from deepseek_jax.parallel.pipeline_step import Place, Residuals, Step, add
 from deepseek_jax.plan.pipeline import Durations, simulate
-from deepseek_jax.plan.schedules import Chunk, Schedule
+from deepseek_jax.plan.schedules import Schedule
 from deepseek_jax.train import Shares, targets
 from deepseek_jax.transformer import TransformerConfig
-
-
-class Place(NamedTuple):
-  """A stage on a rank; with DualPipe a rank has two, a stage two ranks."""
-
-  rank: int
-  stage: int
 
 
 def slices(mesh: Mesh) -> tuple[Mesh, ...]:
@@ -43,10 +37,6 @@ def slices(mesh: Mesh) -> tuple[Mesh, ...]:
   if not names:
     names, ranks = ('data',), ranks[:, None]
   return tuple(Mesh(devices, names) for devices in ranks)
-
-
-def _add(total, more):
-  return jax.tree.map(jnp.add, total, more)
 
 
 class Pipeline:
@@ -98,18 +88,19 @@ class Pipeline:
       for rank in range(last + 1)
       for stage in sorted({rank, last - rank} if both else {rank})
     )
-    self._pulls: dict[Place, Any] = {}  # how to call each vjp's residuals
+    self.pulls: dict[Place, Residuals] = {}
     self._programs: dict[tuple, Any] = {}
-    self._cast = {
+    self.cast = {
       place: jax.jit(self.stages[place.stage].functional.cast)
       for place in self.places
     }
 
-  def _place(self, rank: int, direction: int) -> Place:
+  def place(self, rank: int, direction: int) -> Place:
+    """Where a rank works on chunks of a direction."""
     last = len(self.stages) - 1
     return Place(rank, last - rank if direction else rank)
 
-  def _put(self, x, rank: int, *axes):
+  def put(self, x, rank: int, *axes):
     """Arrays of `axes` (the rest unsharded) onto a rank's devices."""
     mesh = self.meshes[rank]
     one = lambda a: NamedSharding(
@@ -140,7 +131,7 @@ class Pipeline:
     first = {p.stage: held[p] for p in reversed(self.places)}
     return cutting.join(self.stages, [first[i] for i in sorted(first)], add)
 
-  def _program(self, ahead: Place | None, behind: Place | None, kind: str):
+  def program(self, ahead: Place | None, behind: Place | None, kind: str):
     """The jitted program of a step on one rank.
 
     Args:
@@ -152,7 +143,8 @@ class Pipeline:
     if key in self._programs:
       return self._programs[key]
 
-    def go(variables, stream, batch, shares):
+    def go(inputs):
+      variables, stream, batch, shares = inputs
       stage = self.stages[ahead.stage]
       rest = variables['buffers'], batch, shares, self.cross_document
       out, pull, metrics = jax.vjp(
@@ -161,18 +153,18 @@ class Pipeline:
         stream,
         has_aux=True,
       )
-      residuals, self._pulls[ahead] = jax.tree.flatten(pull)
-      return out[0], residuals, metrics
+      self.pulls[ahead], kept = Residuals.of(pull, inputs)
+      return out[0], kept, metrics
 
-    def come_back(residuals, cotangent, total):
-      pull = jax.tree.unflatten(self._pulls[behind], residuals)
+    def come_back(inputs, kept, cotangent, total):
+      pull = self.pulls[behind].join(inputs, kept)
       weights, stream = pull((cotangent, jnp.float32(1)))
       # What is not asked for, XLA does not compute.
-      total = total if kind == 'I' else _add(total, weights)
+      total = total if kind == 'I' else add(total, weights)
       return total, None if kind == 'W' else stream
 
     def both(there, back):
-      return go(*there) if ahead else None, come_back(*back) if behind else None
+      return go(there) if ahead else None, come_back(*back) if behind else None
 
     self._programs[key] = jax.jit(both)
     return self._programs[key]
@@ -206,7 +198,7 @@ class Pipeline:
     )
     numbers = {key: i for i, key in enumerate(self._forwards)}
     chosen = lambda *key: jax.tree.map(lambda a: a[numbers[key]], micro)
-    run = _Step(self, held, chosen, shares)
+    run = Step(self, held, chosen, shares)
     for span in self._order:
       run.step(span.rank, span.step)
     return self._summed(run.totals), self._metrics(run.metrics)
@@ -218,7 +210,7 @@ class Pipeline:
       other = Place(len(self.stages) - 1 - place.rank, place.stage)
       if other in totals and other.rank > place.rank:
         like = jax.tree.map(lambda a: a.sharding, totals[place])
-        total = _add(totals[place], jax.device_put(totals[other], like))
+        total = add(totals[place], jax.device_put(totals[other], like))
         back = jax.tree.map(lambda a: a.sharding, totals[other])
         out[place], out[other] = total, jax.device_put(total, back)
     return out
@@ -234,13 +226,12 @@ class Pipeline:
     ]
     loads = [_nested(s.pop('loads')) for s in sums]
     out = {'loads': _flat(cutting.join(self.stages, loads, True))}
-    for name in ('load', 'dropped'):
-      layers = [s.pop(name) for s in sums if name in s]
-      if layers:
-        out[name] = np.concatenate(layers)
     for name in dict.fromkeys(name for stage in sums for name in stage):
       values = [stage[name] for stage in sums if name in stage]
-      out[name] = sum(values[1:], values[0])
+      # Scalars are shares of a sum; what has axes has one of layers.
+      per_layer = np.ndim(values[0]) > 0
+      join = np.concatenate if per_layer else lambda v: sum(v[1:], v[0])
+      out[name] = join(values)
     if 'recall' in out:
       out['recall'] = out['recall'] / out.pop('sparse_layers')
     return out
@@ -263,73 +254,3 @@ def _flat(tree: dict) -> dict:
     for number, inner in numbers.items()
     for last, value in inner.items()
   }
-
-
-class _Step:
-  """One pass over a schedule: what is under way, and what was added up."""
-
-  def __init__(self, pipeline: Pipeline, held, micro, shares: Shares):
-    self.pipeline, self.micro, self.shares = pipeline, micro, shares
-    # Once, or every micro-batch under way would hold a copy of its own.
-    self.held = {p: pipeline._cast[p](v) for p, v in held.items()}
-    zeros = lambda v: jax.tree.map(jnp.zeros_like, v['params'])
-    self.totals = {place: zeros(held[place]) for place in pipeline.places}
-    self.metrics = {place: [] for place in pipeline.places}
-    self._inbox, self._pulls = {}, {}
-
-  def step(self, rank: int, chunks: tuple[Chunk, ...]):
-    """Runs a chunk, or a forward and a backward chunk as one program."""
-    forward = next((c for c in chunks if c.kind == 'F'), None)
-    backward = next((c for c in chunks if c.kind != 'F'), None)
-    pipeline, there, back, ahead, behind = self.pipeline, (), (), None, None
-    if forward:
-      ahead = pipeline._place(rank, forward.direction)
-      there = self._forward_inputs(ahead, forward)
-    if backward:
-      behind = pipeline._place(rank, backward.direction)
-      back = self._backward_inputs(behind, backward)
-    kind = backward.kind if backward else ''
-    program = pipeline._program(ahead, behind, kind)
-    with sharding.use(pipeline.meshes[rank], pipeline.rules):
-      went, came = program(there, back)
-    if forward:
-      self._went(ahead, forward, went)
-    if backward:
-      self._came(behind, backward, came)
-
-  def _forward_inputs(self, place: Place, chunk: Chunk):
-    stream = self._inbox.pop(('F', place, chunk.index), None)
-    batch = self.micro(chunk.direction, chunk.index)
-    batch = self.pipeline._put(batch, place.rank, 'batch')
-    return self.held[place], stream, batch, self.shares
-
-  def _went(self, place, chunk, results):
-    stream, pull, metrics = results
-    self._pulls[place, chunk.index] = pull
-    self.metrics[place].append(metrics)
-    self._send('F', place, chunk, stream, 1)
-
-  def _backward_inputs(self, place, chunk: Chunk):
-    key = place, chunk.index
-    if chunk.kind == 'W':
-      pull, cotangent = self._pulls.pop(key)
-    else:
-      pull = self._pulls.pop(key)
-      cotangent = self._inbox.pop(('B', *key), None)
-    if chunk.kind == 'I':
-      self._pulls[key] = pull, cotangent  # for its W
-    return pull, cotangent, self.totals[place]
-
-  def _came(self, place, chunk, results):
-    self.totals[place], stream = results
-    if chunk.kind != 'W':
-      self._send('B', place, chunk, stream, -1)
-
-  def _send(self, kind, place, chunk, stream, onward):
-    """Puts a stream or its gradient onto the rank of the stage beside."""
-    if stream is None:
-      return
-    rank = place.rank + (-onward if chunk.direction else onward)
-    to = Place(rank, place.stage + onward)
-    moved = self.pipeline._put(stream, rank, 'batch', 'seq')
-    self._inbox[kind, to, chunk.index] = moved

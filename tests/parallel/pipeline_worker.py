@@ -27,7 +27,7 @@ CASES = {
   'cut_pattern': ('mixed', {'stage': 4}, ('one_f_one_b', 4, 4), 4, {}),
   'one_stage': ('step', {'stage': 1}, ('one_f_one_b', 1, 2), 4, {}),
   'sharded': (
-    'v2',
+    'v3',
     {'data': 2, 'stage': 2, 'fsdp': 2},
     ('one_f_one_b', 2, 2),
     8,
@@ -90,6 +90,9 @@ def case(name: str) -> dict:
   )
   return {
     'keys': sorted(found) == sorted(metrics),
+    'inputs_not_copied': min(
+      sum(w is not None for w in r.inputs) for r in pipeline.pulls.values()
+    ),
     'gradient': error(pipeline.join(got), grads),
     'scalars': error(
       {k: found[k] for k in set(found) - counts},

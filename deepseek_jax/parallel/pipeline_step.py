@@ -1,0 +1,119 @@
+"""One pass over a pipeline's schedule: what is under way between its programs.
+
+Legend: B sequences, T tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax import sharding
+from deepseek_jax.plan.schedules import Chunk
+from deepseek_jax.train import Shares
+
+
+class Place(NamedTuple):
+  """A stage on a rank; with DualPipe a rank has two, a stage two ranks."""
+
+  rank: int
+  stage: int
+
+
+class Residuals(NamedTuple):
+  """What a stage's vjp is made of, but for the arrays.
+
+  Attributes:
+    tree: its structure.
+    inputs: for each of its arrays which input of the stage it is, or None.
+  """
+
+  tree: Any
+  inputs: tuple[int | None, ...]
+
+  @classmethod
+  def of(cls, pull, inputs) -> tuple['Residuals', list]:
+    """Takes a vjp apart; arrays that are inputs (weights!) are not kept."""
+    number = {id(x): i for i, x in enumerate(jax.tree.leaves(inputs))}
+    arrays, tree = jax.tree.flatten(pull)
+    which = tuple(number.get(id(a)) for a in arrays)
+    kept = [a for a, w in zip(arrays, which) if w is None]
+    return cls(tree, which), kept
+
+  def join(self, inputs, kept: list):
+    """The vjp again."""
+    inputs, kept = jax.tree.leaves(inputs), iter(kept)
+    arrays = [next(kept) if w is None else inputs[w] for w in self.inputs]
+    return jax.tree.unflatten(self.tree, arrays)
+
+
+def add(total, more):
+  return jax.tree.map(jnp.add, total, more)
+
+
+class Step:
+  """One pass over a schedule: what is under way, and what was added up."""
+
+  def __init__(self, pipeline, held, micro, shares: Shares):
+    self.pipeline, self.micro, self.shares = pipeline, micro, shares
+    # Once, or every micro-batch under way would hold a copy of its own.
+    self.held = {p: pipeline.cast[p](v) for p, v in held.items()}
+    zeros = lambda v: jax.tree.map(jnp.zeros_like, v['params'])
+    self.totals = {place: zeros(held[place]) for place in pipeline.places}
+    self.metrics = {place: [] for place in pipeline.places}
+    self._inbox, self._kept = {}, {}
+
+  def step(self, rank: int, chunks: tuple[Chunk, ...]):
+    """Runs a chunk, or a forward and a backward chunk as one program."""
+    forward = next((c for c in chunks if c.kind == 'F'), None)
+    backward = next((c for c in chunks if c.kind != 'F'), None)
+    pipeline, there, back, ahead, behind = self.pipeline, (), (), None, None
+    if forward:
+      ahead = pipeline.place(rank, forward.direction)
+      there = self._forward_inputs(ahead, forward)
+    if backward:
+      behind = pipeline.place(rank, backward.direction)
+      back = self._backward_inputs(behind, backward)
+    kind = backward.kind if backward else ''
+    program = pipeline.program(ahead, behind, kind)
+    with sharding.use(pipeline.meshes[rank], pipeline.rules):
+      went, came = program(there, back)
+    if forward:
+      self._went(ahead, forward, there, went)
+    if backward:
+      self._came(behind, backward, came)
+
+  def _forward_inputs(self, place: Place, chunk: Chunk):
+    stream = self._inbox.pop(('F', place, chunk.index), None)
+    batch = self.micro(chunk.direction, chunk.index)
+    batch = self.pipeline.put(batch, place.rank, 'batch')
+    return self.held[place], stream, batch, self.shares
+
+  def _went(self, place, chunk, inputs, results):
+    stream, kept, metrics = results
+    self._kept[place, chunk.index] = inputs, kept
+    self.metrics[place].append(metrics)
+    self._send('F', place, chunk, stream, 1)
+
+  def _backward_inputs(self, place, chunk: Chunk):
+    key = place, chunk.index
+    back = self._kept.pop(key)
+    if chunk.kind != 'W':
+      back = *back, self._inbox.pop(('B', *key), None)
+    if chunk.kind == 'I':
+      self._kept[key] = back  # for its W
+    return *back, self.totals[place]
+
+  def _came(self, place, chunk, results):
+    self.totals[place], stream = results
+    if chunk.kind != 'W':
+      self._send('B', place, chunk, stream, -1)
+
+  def _send(self, kind, place, chunk, stream, onward):
+    """Puts a stream or its gradient onto the rank of the stage beside."""
+    if stream is None:
+      return
+    rank = place.rank + (-onward if chunk.direction else onward)
+    to = Place(rank, place.stage + onward)
+    moved = self.pipeline.put(stream, rank, 'batch', 'seq')
+    self._inbox[kind, to, chunk.index] = moved

@@ -28,6 +28,7 @@ RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
+  'tables': 'fsdp',  # n-gram memories; each token reads a few rows
 }
 # ... and of what a step computes.
 ACTIVATIONS = {'batch': ('data', 'fsdp', 'expert'), 'seq': 'context'}

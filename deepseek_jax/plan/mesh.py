@@ -24,6 +24,7 @@ RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
+  'tables': 'fsdp',  # n-gram memories; each token reads a few rows
 }
 
 

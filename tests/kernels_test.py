@@ -25,6 +25,7 @@ from deepseek_jax.transformer import ComputeConfig
 from pallas_kernels import compat, dispatch
 from tests import tiny
 
+OPS = ('mla_prefill', 'router', 'grouped_swiglu')
 # One layer with every idea that has a kernel.
 CONFIG = dataclasses.replace(
   tiny.config('v3'), layout=((('moe',), 1),), mtp=MTPConfig(0)
@@ -69,7 +70,7 @@ class KernelsTest(absltest.TestCase):
     self.assertLess(tiny.relative(other, own), 1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(own_grads)):
       self.assertLess(tiny.relative(a, b), 1e-4)
-    for op in ('mla_prefill', 'router', 'grouped_swiglu'):
+    for op in OPS:
       self.assertIn((op, 'reference'), seen['reference'])
       self.assertIn((op, None), seen[None])
     # Backward passes too, which are traced when apply has returned.
@@ -88,6 +89,7 @@ class KernelsTest(absltest.TestCase):
         steps = [out.logits[:, -1]]
         steps.append(step(tokens[:, 10:], out.cache).logits[:, -1])
       self.assertIn(('mla_decode', impl), seen)
+      self.assertIn(('latent_kv', impl), seen)
       logits[impl] = np.stack(steps)
     self.assertLess(tiny.relative(logits['reference'], logits[None]), 1e-5)
 
@@ -137,7 +139,7 @@ class KernelsTest(absltest.TestCase):
 
     with compat.interpreted(), counted() as seen:
       got = run('gpu')
-    for op in ('mla_prefill', 'mla_decode', 'router', 'grouped_swiglu'):
+    for op in (*OPS, 'mla_decode', 'latent_kv'):
       self.assertIn((op, 'gpu'), seen)
     # Both round every layer's result to bfloat16, at different places.
     self.assertLess(tiny.relative(got, run(None)), 2e-2)

@@ -19,9 +19,16 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.attention import cached_attention, causal_attention
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
+from deepseek_jax.layers.rope import (
+  RopeConfig,
+  frequencies,
+  rope,
+  softmax_multiplier,
+  table_multiplier,
+)
 from deepseek_jax.parallel import context
 from deepseek_jax.sharding import param, shard
+from pallas_kernels.latent_kv import Pages, latent_kv
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
 
@@ -108,6 +115,45 @@ class MLA(nnx.Module):
     """What is cached of x [B T D]: normed latent, turned rope key (no norm)."""
     c, kr = jnp.split(x @ self.kv_down[...], [self.cfg.kv_rank], axis=-1)
     return Latent(self.kv_norm(c), rope(kr, positions, self.cfg.rope))
+
+  def write(self, x, ctx: Context, latent: Latent | None, past: Latent):
+    """The cache with x [B T D]; `latent` is of x, or None if not needed yet."""
+
+    def own():
+      new = self.latent(x, ctx.positions) if latent is None else latent
+      put = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
+      return Latent(*map(put, past, new))
+
+    if latent is not None:
+      return own()
+    by_kernel = lambda impl: self.stored(x, ctx, past, impl)
+    return kernels.pick('latent_kv', by_kernel, own)
+
+  def stored(self, x, ctx: Context, past: Latent, impl) -> Latent:
+    """`write` by the kernel that computes and stores in one."""
+    S, at = past.c.shape[1], ctx.positions
+    inside = at < S if ctx.valid is None else (at < S) & ctx.valid
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
+    slots = jnp.where(inside, row + at, -1)
+    angles = at[..., None] * jnp.asarray(
+      frequencies(self.cfg.rope, self.cfg.rope_dim), jnp.float32
+    )
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    turn = table_multiplier(self.cfg.rope)
+    cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
+    cache = latent_kv(
+      flat(x),
+      self.kv_down[...],
+      self.kv_norm.scale[...],
+      cos,
+      sin,
+      slots.reshape(-1),
+      Pages(*past),
+      eps=self.cfg.norm_eps,
+      interleaved=self.cfg.rope.interleaved,
+      impl=impl,
+    )
+    return Latent(*cache)
 
   def keys_values(self, latent: Latent):
     """Every head's keys [B S H N+R] and values [B S H V]."""
@@ -213,12 +259,9 @@ class MLA(nnx.Module):
   ) -> tuple[jax.Array, Latent | None, dict]:
     """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
     qn, qr = self.query(x, ctx.positions)
-    latent = self.latent(x, ctx.positions)
+    latent = None
+    if past is None or ctx.fresh:
+      latent = self.latent(x, ctx.positions)
     if past is not None:
-      past = Latent(
-        *(
-          caching.write(b, n, ctx.positions, ctx.valid)
-          for b, n in zip(past, latent)
-        )
-      )
+      past = self.write(x, ctx, latent, past)
     return self.project(self.attend(qn, qr, latent, past, ctx)), past, {}

@@ -38,6 +38,9 @@ def forward(
   (M, D), F = rows.shape, weights.shape[1]
   block = M // block_expert.shape[0]
   tile = gpu.tile_of(block, F)
+  if tile.by_rows:
+    # Twice as many columns and the sum of a step: too many registers.
+    tile = gpu.Tile(tile.rows, STEP)
   steps = D // STEP
   # A copy is a multiple of 16 bytes.
   padded = jnp.pad(weight_scales, ((0, 0), (0, 0), (0, -steps % 4)))
@@ -134,6 +137,7 @@ def _body(
 
     @pl.when(k + STAGES < steps)
     def _():
+      plgpu.commit_smem()  # the scales were read before the copy writes anew
       plgpu.barrier_arrive(free.at[stage])
 
       @pl.when(w == 0)

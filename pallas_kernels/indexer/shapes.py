@@ -21,6 +21,7 @@ TEST = {
   'packed': Shape(1, 40, 40, 2, 5, packed=True),
   'decode': Shape(3, 2, 70, 4, 16),
   'all': Shape(1, 9, 9, 2, 9),
+  'one_head': Shape(1, 20, 20, 1, 4),
 }
 
 # The kernel takes these, so the interpreter runs them.

@@ -128,6 +128,7 @@ def _keys_body(
   first = m * (TILE // BLOCK)
   steps = lax.div(ends[b, m * TILE + TILE - 1], BLOCK) + 1 - first
   end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
+  start = blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
 
   def load(i, stage):
     where = pl.ds((first + i) * BLOCK, BLOCK)
@@ -145,9 +146,11 @@ def _keys_body(
     acc_k, acc_v = carry
     plgpu.barrier_wait(here.at[stage])
     s = blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)
-    query = blocks.iota(s.shape, 1, (first + i) * BLOCK)
-    seen = (query >= blocks.iota(s.shape, 0, top_row)) & (
-      query <= blocks.wide(end, s.shape)
+    # Bounds by row, columns from 0: two positions per entry would spill.
+    base = (first + i) * BLOCK
+    column = blocks.iota(s.shape, 1, 0)
+    seen = (column >= blocks.wide(start - base, s.shape)) & (
+      column <= blocks.wide(end - base, s.shape)
     )
     p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(norms, stage, s.shape))
     ps[w] = p.astype(jnp.bfloat16)

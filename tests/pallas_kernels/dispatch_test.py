@@ -47,6 +47,19 @@ class DispatchTest(absltest.TestCase):
     with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
       dispatch.run('op', 'gpu', refuse, double, 3)
 
+  def test_using_decides_where_nothing_else_does(self):
+    with dispatch.using('gpu'):
+      with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
+        dispatch.run('op', None, refuse, double, 3)
+      self.assertEqual(dispatch.run('op', 'reference', refuse, double, 3), 6)
+      with dispatch.using(None):
+        self.assertIsNone(dispatch.chosen(None))
+      self.assertEqual(dispatch.chosen(None), 'gpu')
+    self.assertIsNone(dispatch.chosen(None))
+    with self.assertRaisesRegex(ValueError, "impl='fast'; use None"):
+      with dispatch.using('fast'):
+        pass
+
 
 if __name__ == '__main__':
   absltest.main()

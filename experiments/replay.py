@@ -5,7 +5,8 @@
 Prints, for every step from the checkpoint to --step, loss and gradient norm as
 they were written and as they come now, and of the last one the gradient norm of
 each block and the batch that it read. Exits with 1 if they, or the batch of a
-step that is in abort.jsonl, differ. Nothing in the run's folder changes.
+step that is in abort.jsonl, differ. One device repeats them: what several wrote
+comes back to rounding. Nothing in the run's folder changes.
 """
 
 import json

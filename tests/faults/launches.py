@@ -30,8 +30,35 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
+def identity(found_by: str, count: int, index: int, port: int):
+  """How a process learns who it is -> (flags, environment)."""
+  if found_by == 'slurm':  # as srun sets it
+    return [], {
+      'SLURM_JOB_ID': '7',
+      'SLURM_NTASKS': str(count),
+      'SLURM_PROCID': str(index),
+      'SLURM_LOCALID': str(index),
+      'SLURM_STEP_NODELIST': 'localhost',
+      'SLURM_STEP_NUM_NODES': '1',
+      'JAX_COORDINATOR_PORT': str(port),
+    }
+  coordinator = f'127.0.0.1:{port}'
+  if found_by == 'environment':
+    return [], {
+      'DSJ_COORDINATOR': coordinator,
+      'DSJ_PROCESSES': str(count),
+      'DSJ_PROCESS': str(index),
+    }
+  given = {'coordinator': coordinator, 'processes': count, 'process': index}
+  return [f'--{name}={value}' for name, value in given.items()], {}
+
+
 def start(
-  workdir: Path, *flags: str, count: int = 1, devices: int = 1
+  workdir: Path,
+  *flags: str,
+  count: int = 1,
+  devices: int = 1,
+  found_by: str = 'arguments',
 ) -> list[Worker]:
   """`count` processes of one run, each with `devices` devices."""
   environment = {
@@ -43,19 +70,20 @@ def start(
   }
   command = [sys.executable, '-m', 'tests.faults.worker', *flags]
   command += [f'--home={runs.home()}', f'--workdir={workdir}']
-  if count > 1:
-    command += [
-      f'--coordinator=127.0.0.1:{free_port()}',
-      f'--processes={count}',
-    ]
-    command += [f'--heartbeat={HEARTBEAT}']
-  workers = []
+  command += [f'--heartbeat={HEARTBEAT}']
+  workers, port = [], free_port()
   for index in range(count):
     output = workdir.with_name(f'{workdir.name}.{index}.log')
-    own = [f'--process={index}'] if count > 1 else []
+    own, variables = [], {}
+    if count > 1:
+      own, variables = identity(found_by, count, index, port)
     with output.open('w') as log:
       process = subprocess.Popen(
-        command + own, cwd=ROOT, env=environment, stdout=log, stderr=log
+        command + own,
+        cwd=ROOT,
+        env=environment | variables,
+        stdout=log,
+        stderr=log,
       )
     workers.append(Worker(process, output))
   return workers

@@ -34,6 +34,10 @@ class ProcessesTest(runs.RunTest):
     codes = launches.end(workers)
     said = '\n'.join(w.said() for w in workers)
     self.assertEqual(codes, [0] * len(workers), msg=said)
+    found_by, count = shape.get('found_by', 'arguments'), shape.get('count', 1)
+    for index in range(count if count > 1 else 0):
+      who = f'process {index} of {count} (found by {found_by}): 2 of 4 cpu'
+      self.assertIn(who, workers[index].said())
     results = [launches.result(w) for w in workers]
     steps = zip(*(r['batches'] for r in results))
     return results[0] | {'batches': [list(chain(*rows)) for rows in steps]}
@@ -77,7 +81,9 @@ class ProcessesTest(runs.RunTest):
       print(f'SIGTERM to one of two processes: {said}')
       self.assertEqual(*said)
       self.keep_preempted()
-      again = self.run_to_end('terminated', count=2, devices=2)
+      again = self.run_to_end(
+        'terminated', count=2, devices=2, found_by='slurm'
+      )
       self.assertEqual(again['state'], self.straight['state'])
       self.assertEqual(
         (folder / 'metrics.jsonl').read_bytes(),
@@ -107,7 +113,9 @@ class ProcessesTest(runs.RunTest):
       survivor = 128 - survivor if survivor < 0 else survivor
       self.assertIn(survivor, errors.START_AGAIN, msg=workers[0].said())
       self.assertLess(seconds, launches.HEARTBEAT + 5)
-      again = self.run_to_end('killed', count=2, devices=2)
+      again = self.run_to_end(
+        'killed', count=2, devices=2, found_by='environment'
+      )
       self.assertEqual(again['state'], self.straight['state'])
 
   def another_number_of_processes_goes_on(self):

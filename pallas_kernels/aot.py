@@ -126,7 +126,8 @@ def table(results: dict[str, dict]) -> str:
         continue
       case = cases[name]
       cells = [' + '.join(str(k[c]) for k in case['kernels']) for c in columns]
-      bad = ', '.join(case['faults']) or 'none'
+      unknown = 'none' if case['kernels'] else 'not visible'
+      bad = ', '.join(case['faults']) or unknown
       lines.append(f'| {" | ".join([name, version, *cells, bad])} |')
   return '\n'.join(lines) + '\n'
 

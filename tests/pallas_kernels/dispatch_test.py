@@ -56,9 +56,9 @@ class DispatchTest(absltest.TestCase):
         self.assertIsNone(dispatch.chosen(None))
       self.assertEqual(dispatch.chosen(None), 'gpu')
     self.assertIsNone(dispatch.chosen(None))
-    with self.assertRaisesRegex(ValueError, "impl='fast'; use None"):
-      with dispatch.using('fast'):
-        pass
+    wrong = self.assertRaisesRegex(ValueError, "impl='fast'; use None")
+    with wrong, dispatch.using('fast'):
+      pass
 
 
 if __name__ == '__main__':

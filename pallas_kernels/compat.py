@@ -95,7 +95,11 @@ def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
 
 
 def triton_kernel(body, out, *, grid: tuple[int, ...], warps, stages):
-  """pl.pallas_call through Triton, whole arrays in global memory."""
+  """pl.pallas_call through Triton, whole arrays in global memory.
+
+  For kernels that gather rows, until Mosaic can do so on Hopper: jax 0.12 says
+  that Pallas will lose this backend.
+  """
   return pl.pallas_call(
     body,
     out_shape=out,

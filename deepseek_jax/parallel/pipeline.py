@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from deepseek_jax import sharding
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import stages as cutting
-from deepseek_jax.parallel.pipeline_step import Place, Residuals, Step, add
+from deepseek_jax.parallel.pipeline_step import Place, Step, add
 from deepseek_jax.plan.pipeline import Durations, simulate
 from deepseek_jax.plan.schedules import Schedule
 from deepseek_jax.train import Shares, targets
@@ -88,7 +88,7 @@ class Pipeline:
       for rank in range(last + 1)
       for stage in sorted({rank, last - rank} if both else {rank})
     )
-    self.pulls: dict[Place, Residuals] = {}
+    self._pulls: dict[Place, Any] = {}  # how to call each vjp's arrays
     self._programs: dict[tuple, Any] = {}
     self.cast = {
       place: jax.jit(self.stages[place.stage].functional.cast)
@@ -143,8 +143,7 @@ class Pipeline:
     if key in self._programs:
       return self._programs[key]
 
-    def go(inputs):
-      variables, stream, batch, shares = inputs
+    def go(variables, stream, batch, shares):
       stage = self.stages[ahead.stage]
       rest = variables['buffers'], batch, shares, self.cross_document
       out, pull, metrics = jax.vjp(
@@ -153,18 +152,18 @@ class Pipeline:
         stream,
         has_aux=True,
       )
-      self.pulls[ahead], kept = Residuals.of(pull, inputs)
+      kept, self._pulls[ahead] = jax.tree.flatten(pull)
       return out[0], kept, metrics
 
-    def come_back(inputs, kept, cotangent, total):
-      pull = self.pulls[behind].join(inputs, kept)
+    def come_back(kept, cotangent, total):
+      pull = jax.tree.unflatten(self._pulls[behind], kept)
       weights, stream = pull((cotangent, jnp.float32(1)))
       # What is not asked for, XLA does not compute.
       total = total if kind == 'I' else add(total, weights)
       return total, None if kind == 'W' else stream
 
     def both(there, back):
-      return go(there) if ahead else None, come_back(*back) if behind else None
+      return go(*there) if ahead else None, come_back(*back) if behind else None
 
     self._programs[key] = jax.jit(both)
     return self._programs[key]

@@ -3,7 +3,7 @@
 Legend: B sequences, T tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,33 +18,6 @@ class Place(NamedTuple):
 
   rank: int
   stage: int
-
-
-class Residuals(NamedTuple):
-  """What a stage's vjp is made of, but for the arrays.
-
-  Attributes:
-    tree: its structure.
-    inputs: for each of its arrays which input of the stage it is, or None.
-  """
-
-  tree: Any
-  inputs: tuple[int | None, ...]
-
-  @classmethod
-  def of(cls, pull, inputs) -> tuple['Residuals', list]:
-    """Takes a vjp apart; arrays that are inputs (weights!) are not kept."""
-    number = {id(x): i for i, x in enumerate(jax.tree.leaves(inputs))}
-    arrays, tree = jax.tree.flatten(pull)
-    which = tuple(number.get(id(a)) for a in arrays)
-    kept = [a for a, w in zip(arrays, which) if w is None]
-    return cls(tree, which), kept
-
-  def join(self, inputs, kept: list):
-    """The vjp again."""
-    inputs, kept = jax.tree.leaves(inputs), iter(kept)
-    arrays = [next(kept) if w is None else inputs[w] for w in self.inputs]
-    return jax.tree.unflatten(self.tree, arrays)
 
 
 def add(total, more):
@@ -79,7 +52,7 @@ class Step:
     with sharding.use(pipeline.meshes[rank], pipeline.rules):
       went, came = program(there, back)
     if forward:
-      self._went(ahead, forward, there, went)
+      self._went(ahead, forward, went)
     if backward:
       self._came(behind, backward, came)
 
@@ -89,9 +62,9 @@ class Step:
     batch = self.pipeline.put(batch, place.rank, 'batch')
     return self.held[place], stream, batch, self.shares
 
-  def _went(self, place, chunk, inputs, results):
+  def _went(self, place, chunk, results):
     stream, kept, metrics = results
-    self._kept[place, chunk.index] = inputs, kept
+    self._kept[place, chunk.index] = (kept,)
     self.metrics[place].append(metrics)
     self._send('F', place, chunk, stream, 1)
 

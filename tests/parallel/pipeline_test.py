@@ -102,8 +102,6 @@ class ExecutedTest(parameterized.TestCase):
     ).items():
       with self.subTest(name):
         self.assertTrue(found['keys'])
-        # The weights, at least one of every matrix.
-        self.assertGreater(found['inputs_not_copied'], 4)
         self.assertTrue(found['counts_equal'])
         self.assertLess(found['gradient'], 1e-5)
         self.assertLess(found['scalars'], 1e-5)

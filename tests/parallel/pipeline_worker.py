@@ -90,9 +90,6 @@ def case(name: str) -> dict:
   )
   return {
     'keys': sorted(found) == sorted(metrics),
-    'inputs_not_copied': min(
-      sum(w is not None for w in r.inputs) for r in pipeline.pulls.values()
-    ),
     'gradient': error(pipeline.join(got), grads),
     'scalars': error(
       {k: found[k] for k in set(found) - counts},

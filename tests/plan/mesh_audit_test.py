@@ -1,0 +1,37 @@
+"""The planner against XLA for many models on many meshes.
+
+Parameters, argument bytes per device and the bytes of the library's own
+collectives are equal to the last byte. FLOPs are held in audit_test.py.
+"""
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from tests.parallel import fake
+from tests.plan.mesh_audit_worker import CASES
+
+FAST = ('gqa_data', 'moe_expert')
+
+
+class MeshAuditTest(parameterized.TestCase):
+  def audit(self, names):
+    for name, found in fake.run('tests.plan.mesh_audit_worker', *names).items():
+      planned, measured = found['planned'], found['measured']
+      keys = ['parameters', 'arguments', 'exchange']
+      if found['wires']:
+        keys += ['context'] + ['gradients'] * found['sums']
+      for key in keys:
+        with self.subTest(f'{name}: {key}'):
+          self.assertEqual(planned[key], measured[key])
+
+  def test_bytes_and_wires_equal_the_compiled_programs(self):
+    self.audit(FAST)
+
+  @pytest.mark.slow
+  def test_on_every_mesh(self):
+    self.assertGreaterEqual(len(CASES), 10)
+    self.audit([name for name in CASES if name not in FAST])
+
+
+if __name__ == '__main__':
+  absltest.main()

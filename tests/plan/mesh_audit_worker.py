@@ -1,0 +1,171 @@
+"""Compiles training steps for meshes; prints what planner and XLA say of each.
+
+python -m tests.plan.mesh_audit_worker CASE...
+
+Cases have no axis of stages: those are programs of their own. What `fsdp` and
+`tensor` axes send is the partitioner's choice (the CPU's scatters gradients by
+all-reduces, for one), so wires are compared for the axes whose collectives the
+library itself writes, and gradients where it cuts no sequences. The CPU carries
+bfloat16 as float32; formats on the wire are float32 and float8 here.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+
+import jax
+
+from deepseek_jax import plan
+from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.parallel.exchange import ExchangeConfig
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.plan import compiled, mesh, wire
+from deepseek_jax.plan.collectives import collectives
+from deepseek_jax.transformer import build
+from tests import tiny
+
+SEQ_LEN = 16
+
+
+def _wide(name):
+  """Rows of 128, as float8 on the wire wants them."""
+  return dataclasses.replace(tiny.config(name), dim=128)
+
+
+def _case(config, micro_batch=1, exchange=None, moments='float32', **sizes):
+  return compiled.Program(
+    config,
+    MeshConfig(exchange=exchange or ExchangeConfig(), **sizes),
+    SEQ_LEN,
+    micro_batch,
+    OptimizerConfig(moments=moments),
+  )
+
+
+CASES = {
+  'gqa_data': lambda: _case(tiny.config('gqa'), data=8),
+  'moe_expert': lambda: _case(tiny.config('step'), expert=2),
+  'mla_data': lambda: _case(tiny.config('mla'), 2, data=4, moments='bfloat16'),
+  'v3_data': lambda: _case(tiny.config('v3'), data=4),
+  'tied_data': lambda: _case(tiny.config('dense_mtp'), data=2),
+  'mla_context': lambda: _case(tiny.config('mla'), context=4),
+  'v3_context': lambda: _case(tiny.config('v3'), context=2, data=2),
+  'v3_expert': lambda: _case(
+    tiny.config('v3'), exchange=ExchangeConfig(factor=1.5), expert=4
+  ),
+  'v3_float8': lambda: _case(
+    _wide('v3'),
+    exchange=ExchangeConfig(dispatch='float8', factor=1.0),
+    expert=2,
+    data=2,
+  ),
+  'v2_two_hop': lambda: _case(
+    tiny.config('v2'),
+    exchange=ExchangeConfig(kind='two_hop', nodes=2),
+    expert=4,
+  ),
+  'mixed_expert': lambda: _case(tiny.config('mixed'), expert=4, data=2),
+  'v3_expert_context': lambda: _case(
+    tiny.config('v3'), expert=2, context=2, data=2
+  ),
+  'mha_tensor': lambda: _case(tiny.config('mha'), tensor=4),
+  'lite_fsdp': lambda: _case(tiny.config('lite'), fsdp=4),
+  'moe16b_all': lambda: _case(
+    tiny.config('moe16b'), expert=2, fsdp=2, tensor=2
+  ),
+}
+
+
+def planned(program, state) -> dict:
+  """The planner's figures; counters and the gate's state as they are."""
+  grid = plan.Mesh(**{a: getattr(program.mesh, a) for a in mesh.AXES})
+  held = mesh.shares(program.model, grid)
+  shares = [s for found in held.values() for s in found]
+  training = plan.Training(
+    SEQ_LEN, program.micro_batch, optimizer=program.optimizer
+  )
+  bytes_ = plan.device_bytes(program.model, grid, training, held=held)[0]
+  rest = (state.step, state.sequences, state.gate)
+  small = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(rest))
+  small += sum(4 for s in jax.tree.leaves(state.moments) if s.ndim == 0)
+  rows = program.rows // program.mesh.ways('batch')
+  wires = {
+    w.purpose: w.bytes
+    for w in plan.traffic(
+      program.model, grid, training, batch=program.rows, held=held
+    ).wires
+  }
+  out = {
+    'parameters': sum(s.whole for s in shares),
+    'arguments': bytes_['weights']
+    + bytes_['moments']
+    + small
+    + 3 * 4 * rows * (SEQ_LEN + 1),
+    'gradients': sum(b for p, b in wires.items() if p.startswith('gradients')),
+    'context': wires.get('context', 0),
+    'exchange': 0,
+  }
+  if grid.expert > 1:
+    tokens = program.micro_batch * SEQ_LEN // grid.context
+    out['exchange'] = wire.exchange_sent(
+      program.model, program.mesh.exchange, devices=grid.expert, tokens=tokens
+    )
+  return out
+
+
+def measured(program, lowered, sizes) -> dict:
+  """What XLA made of the step; `sizes` are those of gradients."""
+  done = lowered.compile({'xla_backend_optimization_level': 0})
+  found = [
+    c for c in collectives(done.as_text(), program.mesh.devices) if not c.maybe
+  ]
+  abstract = build(program.model).abstract
+  reduced = sum(
+    c._replace(arrays=(a,)).sent
+    for c in found
+    if c.kind == 'all-reduce'
+    for a in c.arrays
+    if a.dtype == 'f32' and math.prod(a.shape) in sizes
+  )
+  latents = [c for c in found if 'attention' in c.source]
+  return {
+    'parameters': sum(math.prod(a.shape) for a in jax.tree.leaves(abstract)),
+    'arguments': done.memory_analysis().argument_size_in_bytes,
+    'gradients': reduced,
+    'context': sum(
+      c.sent for c in latents if c.kind in ('all-gather', 'reduce-scatter')
+    ),
+    'exchange': sum(c.sent for c in found if 'all_to_all' in c.source),
+    'others': sorted(
+      f'{c.kind} {c.sent} {c.source}'
+      for c in found
+      if c.sent > 64
+      and c.kind not in ('all-reduce', 'all-to-all')
+      and 'attention' not in c.source
+    ),
+  }
+
+
+def gradient_sizes(program, state) -> set[int]:
+  """Elements of a parameter on a device, of a layer or of a stack of them."""
+  shard = lambda a: math.prod(a.sharding.shard_shape(a.shape))
+  stacks = {shard(a) for a in jax.tree.leaves(state.params)}
+  grid = plan.Mesh(**{a: getattr(program.mesh, a) for a in mesh.AXES})
+  held = mesh.shares(program.model, grid)
+  return stacks | {s.elements for found in held.values() for s in found}
+
+
+def case(name: str) -> dict:
+  program = CASES[name]()
+  lowered, state, _ = compiled.lower(program)
+  return {
+    'wires': program.mesh.fsdp == program.mesh.tensor == 1,
+    'sums': program.mesh.context == 1,
+    'planned': planned(program, state),
+    'measured': measured(program, lowered, gradient_sizes(program, state)),
+  }
+
+
+if __name__ == '__main__':
+  print(json.dumps({name: case(name) for name in sys.argv[1:]}))

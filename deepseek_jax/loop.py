@@ -337,6 +337,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     first = distributed.first()
     timeline = Timeline(workdir / 'timeline.jsonl' if first else None)
     with timeline.phase('init'):
+      model = build(config.model)
+      where = _placed(config, model)
       with distributed.first_goes_first():
         store = datalib.build(config.data)
         batches = datalib.Batches(store, config.data)
@@ -345,8 +347,6 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
         store.tokenizer().save(str(workdir))
         if config.init_from:
           warm_start.check_tokenizer(workdir, Path(config.init_from))
-      model = build(config.model)
-      where = _placed(config, model)
     with Checkpoints(
       workdir / 'checkpoints',
       keep=config.keep,

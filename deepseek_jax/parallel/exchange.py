@@ -85,6 +85,7 @@ class _Group:
     size: devices of a group, n.
     everyone: all mesh axes; rounds are begun by all devices or by none.
     groups: of the axis, where only some of its devices exchange.
+    choices: how many are real, where tokens are filler in part.
   """
 
   cfg: ExchangeConfig
@@ -93,6 +94,7 @@ class _Group:
   size: int
   everyone: tuple[str, ...]
   groups: tuple[tuple[int, ...], ...] | None = None
+  choices: int | None = None
 
   def wire(self, dtype) -> Wire:
     cfg = self.cfg
@@ -190,11 +192,8 @@ def _hop(group: _Group, x, copies: _Copies, load_of, work):
   return jax.lax.scan(further, (y, missed), turns)[0]
 
 
-def _flat(group: _Group, x, experts, weights, gate_up, down, total=None):
-  """A copy per chosen expert, straight to its device.
-
-  `total` says how many choices are real where x holds filler.
-  """
+def _flat(group: _Group, x, experts, weights, gate_up, down):
+  """A copy per chosen expert, straight to its device."""
   mine = gate_up.shape[0]
   K = experts.shape[1]
   to = jnp.minimum(experts // mine, group.size)
@@ -214,7 +213,7 @@ def _flat(group: _Group, x, experts, weights, gate_up, down, total=None):
     to,
     weights,
     jnp.ones(to.shape, jnp.int32),
-    total or to.size,
+    group.choices or to.size,
     x.shape[0] * min(K, mine),
   )
   return _hop(group, x, copies, load_of, work)
@@ -230,7 +229,9 @@ def _two_hop(group: _Group, x, experts, weights, gate_up, down):
   node = experts[..., None] // mine == jnp.arange(nodes)  # [N K nodes]
   visits = node.sum(axis=1, dtype=jnp.int32)
   to = jnp.where(visits > 0, jnp.arange(nodes, dtype=jnp.int32), nodes)
-  near = dataclasses.replace(group, size=inner, groups=inside)
+  near = dataclasses.replace(
+    group, size=inner, groups=inside, choices=experts.size
+  )
 
   def load_of(source):
     at = jnp.minimum(source, to.size - 1)
@@ -241,9 +242,7 @@ def _two_hop(group: _Group, x, experts, weights, gate_up, down):
 
   def work(rows, local, weights):
     nowhere = jnp.where(local < 0, mine, local)
-    return _flat(
-      near, rows, nowhere, weights, gate_up, down, total=experts.size
-    )
+    return _flat(near, rows, nowhere, weights, gate_up, down)
 
   far = dataclasses.replace(group, size=nodes, groups=across)
   copies = _Copies(

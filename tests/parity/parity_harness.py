@@ -60,6 +60,19 @@ _FAMILIES = {
     transformers.DeepseekV3ForCausalLM,
     {**_LATENT, 'n_group': 4, 'topk_group': 2, 'routed_scaling_factor': 2.5},
   ),
+  'v32': (
+    transformers.DeepseekV32Config,
+    transformers.DeepseekV32ForCausalLM,
+    {
+      **_LATENT,
+      'n_group': 4,
+      'topk_group': 2,
+      # Enough that no query scores all keys 0: torch.topk takes any of equals.
+      'index_n_heads': 20,
+      'index_head_dim': 14,
+      'index_topk': 6,
+    },
+  ),
   'v2': (
     transformers.DeepseekV2Config,
     transformers.DeepseekV2ForCausalLM,

@@ -35,10 +35,6 @@ sweeps: $(VENV)/.test
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants.run
 
-# Every pair of attention, residual, router and memory in one model.
-composition: $(VENV)/.test
-	$(PYTEST) tests/composition_test.py
-
 # Kills processes, damages files, fills disks; ends with a table.
 faults: $(VENV)/.test
 	$(PYTEST) tests/faults -s

@@ -3,7 +3,7 @@
     python -m experiments.pretrain --config=experiments/configs/v4_tiny.py
 
 Compressed sparse and heavily compressed attention, hyper-connections, hash
-routing and Muon; under two minutes on two CPU cores.
+routing and Muon; about two minutes on two CPU cores.
 """
 
 import deepseek_jax as ds
@@ -19,12 +19,12 @@ def get_config():
       model=model,
       data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
       train=train.TrainConfig(
-        tokens=1.6e5,
+        tokens=1.2e5,
         batch=schedules.BatchConfig(size=8),
         optimizer=optim.OptimizerConfig(eps=1e-20, muon=muon.MuonConfig()),
         schedule=schedules.ScheduleConfig(peak=8e-3, warmup=10),
       ),
-      evaluate=loop.EvaluateConfig(every=40),
-      checkpoint_every=80,
+      evaluate=loop.EvaluateConfig(every=30),
+      checkpoint_every=60,
     )
   )

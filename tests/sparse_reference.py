@@ -96,3 +96,65 @@ def dsa(p, cfg, x, positions, segments, chosen=None):
     facts['recall'].append(sum(everywhere[s] for s in best))
   facts = {k: np.array(v) for k, v in facts.items()}
   return np.einsum('thv,hvd->td', y, p['out']), picked, facts
+
+
+def compressed(p, block):
+  """One compressing MLP on one group's block [l K]."""
+  hidden = np.einsum('lk,lkf->f', block + p['place'], p['up'])
+  return (hidden / (1 + np.exp(-hidden))) @ p['down']
+
+
+def nsa(p, cfg, x, positions, segments, chosen=None):
+  """One sequence x [T D] -> (y [T D], chosen blocks by query and group).
+
+  Every document is worked through as if it were alone.
+  """
+  T, H, G = len(x), cfg.heads, cfg.kv_heads
+  l, d, wide = cfg.block, cfg.stride, cfg.select_block
+  q = rope(np.einsum('td,dhk->thk', x, p['q']), positions, cfg.rope)
+  k = rope(np.einsum('td,dcgk->tcgk', x, p['k']), positions, cfg.rope)
+  v = np.einsum('td,dcgk->tcgk', x, p['v'])
+  gates = 1 / (1 + np.exp(-np.einsum('td,dhc->thc', x, p['gate'])))
+  scale = cfg.qk_dim**-0.5 * yarn_multiplier(cfg.rope)
+  y, picked = np.zeros((T, H, cfg.v_dim)), [[None] * G for _ in range(T)]
+
+  def attention(query, keys, values):
+    w = softmax(np.array([query @ key for key in keys]) * scale)
+    return w, sum(a * b for a, b in zip(w, values))
+
+  for t in range(T):
+    doc = [s for s in range(T) if segments[s] == segments[t]]
+    at = doc.index(t)  # the query's place in its document
+    entries = [i for i in range(len(doc)) if i * d + l <= at + 1]
+    tokens = lambda i, doc=doc: doc[i * d : i * d + l]
+    for g in range(G):
+      heads = range(g * H // G, (g + 1) * H // G)
+      ck = [compressed(p['compress_k'], k[tokens(i), 0, g]) for i in entries]
+      cv = [compressed(p['compress_v'], v[tokens(i), 0, g]) for i in entries]
+      scores = [0.0] * (at // wide + 1)
+      for h in heads:
+        if entries:
+          w, out = attention(q[t, h], ck, cv)
+          y[t, h] += gates[t, h, 0] * out
+          for a, i in zip(w, entries):
+            for s in range(i * d, i * d + l, d):  # a stride at a time
+              scores[min(s // wide, len(scores) - 1)] += a
+      if chosen is None:
+        own = len(scores) - 1
+        always = [
+          j for j in range(own + 1) if j < cfg.initial or j > own - cfg.local
+        ]
+        rest = [j for j in range(own + 1) if j not in always]
+        rest = sorted(rest, key=lambda j: (-scores[j], j))
+        blocks = sorted((always + rest)[: cfg.select])
+      else:
+        blocks = chosen[t][g]
+      picked[t][g] = blocks
+      far = [s for j in blocks for s in doc[j * wide : (j + 1) * wide]]
+      far = [s for s in far if s <= t]
+      near = doc[max(0, at - cfg.window + 1) : at + 1]
+      for h in heads:
+        for c, keys in ((1, far), (2, near)):
+          out = attention(q[t, h], k[keys, c, g], v[keys, c, g])[1]
+          y[t, h] += gates[t, h, c] * out
+  return np.einsum('thv,hvd->td', y, p['out']), picked

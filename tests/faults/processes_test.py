@@ -11,8 +11,8 @@ import pytest
 from absl.testing import absltest
 
 from deepseek_jax import errors
+from tests import fake_devices
 from tests.faults import launches, ledger, runs
-from tests.parallel import fake
 
 _STEPS = 24
 
@@ -130,7 +130,7 @@ class ProcessesTest(runs.RunTest):
 class MeshTest(runs.RunTest):
   def test_a_checkpoint_of_4x2_is_read_on_any_mesh(self):
     with ledger.fault('another mesh', 4):
-      found = fake.run(
+      found = fake_devices.run(
         'tests.faults.mesh_worker', str(runs.home()), str(self.folder / 'c')
       )
       print(f'saved on 4x2, same bits of all arrays, most spread: {found}')

@@ -3,8 +3,8 @@
 import pytest
 from absl.testing import absltest
 
+from tests import fake_devices
 from tests.parallel import context_worker as worker
-from tests.parallel import fake
 
 
 class ContextTest(absltest.TestCase):
@@ -15,7 +15,7 @@ class ContextTest(absltest.TestCase):
         self.assertLess(error, 1e-5)
 
   def test_values_and_gradients_equal_one_device(self):
-    found = fake.run('tests.parallel.context_worker')
+    found = fake_devices.run('tests.parallel.context_worker')
     self.check(found['attention'], worker.FAST)
     self.latents_alone_are_gathered(found['gathers'])
 
@@ -29,7 +29,7 @@ class ContextTest(absltest.TestCase):
 
   @pytest.mark.slow
   def test_other_meshes_and_a_whole_model(self):
-    found = fake.run('tests.parallel.context_worker', 'slow')
+    found = fake_devices.run('tests.parallel.context_worker', 'slow')
     self.check(found['attention'], worker.SLOW)
     self.assertLess(found['model']['error'], 1e-5)
     self.assertTrue(found['model']['counts_equal'])

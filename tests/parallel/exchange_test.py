@@ -17,7 +17,8 @@ from deepseek_jax.parallel import exchange, formats, queues, traffic
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import wire
 from deepseek_jax.transformer import ComputeConfig
-from tests.scale import exchanges, fake
+from tests import fake_devices
+from tests.scale import exchanges
 
 FAST = ('two_hop',)
 SLOW = tuple(sorted(set(exchanges.CASES) - set(FAST)))
@@ -28,7 +29,7 @@ TOLERANCE = {'bfloat16': 2**-7, 'float8': 2**-3}
 
 @functools.cache
 def results(names):
-  return fake.call('tests.scale.exchanges', *names)
+  return fake_devices.run('tests.scale.exchanges', *names)
 
 
 class ExchangeCase(parameterized.TestCase):

@@ -10,8 +10,7 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax.parallel import pipeline, stages
 from deepseek_jax.plan import schedules
-from tests import tiny
-from tests.parallel import fake
+from tests import fake_devices, tiny
 
 FAST = ('1f1b_2',)
 SLOW = (
@@ -104,7 +103,7 @@ class CutTest(parameterized.TestCase):
 
 class ExecutedTest(parameterized.TestCase):
   def check(self, cases):
-    for name, found in fake.run(
+    for name, found in fake_devices.run(
       'tests.parallel.pipeline_worker', *cases
     ).items():
       with self.subTest(name):

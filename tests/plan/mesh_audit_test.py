@@ -7,7 +7,7 @@ collectives are equal to the last byte. FLOPs are held in audit_test.py.
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests.parallel import fake
+from tests import fake_devices
 from tests.plan.mesh_audit_worker import CASES
 
 FAST = ('gqa_data', 'moe_expert')
@@ -15,7 +15,9 @@ FAST = ('gqa_data', 'moe_expert')
 
 class MeshAuditTest(parameterized.TestCase):
   def audit(self, names):
-    for name, found in fake.run('tests.plan.mesh_audit_worker', *names).items():
+    for name, found in fake_devices.run(
+      'tests.plan.mesh_audit_worker', *names
+    ).items():
       planned, measured = found['planned'], found['measured']
       keys = ['parameters', 'arguments', 'exchange']
       if found['wires']:

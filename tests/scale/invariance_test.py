@@ -11,7 +11,8 @@ from absl.testing import absltest, parameterized
 from rich.console import Console
 from rich.table import Table
 
-from tests.scale import fake, invariance
+from tests import fake_devices
+from tests.scale import invariance
 
 FAST = ('expert=4 tensor=2',)
 ALL = tuple(invariance.MESHES)
@@ -21,7 +22,7 @@ _seen = {}
 
 @functools.cache
 def results(model, *meshes):
-  return fake.call('tests.scale.invariance', model, *meshes)
+  return fake_devices.run('tests.scale.invariance', model, *meshes)
 
 
 def tearDownModule():

@@ -13,8 +13,9 @@ from absl.testing import absltest, parameterized
 from rich.console import Console
 from rich.table import Table
 
+from tests import fake_devices
 from tests.faults import launches, runs
-from tests.scale import fake, worker
+from tests.scale import worker
 
 _seen = {}
 
@@ -27,7 +28,11 @@ def start(folder: Path, command, count: int, environment):
     own = [f'--process={index}'] if count > 1 else []
     with output.open('w') as log:
       process = subprocess.Popen(
-        command + own, cwd=fake.ROOT, env=environment, stdout=log, stderr=log
+        command + own,
+        cwd=fake_devices.ROOT,
+        env=environment,
+        stdout=log,
+        stderr=log,
       )
     workers.append(launches.Worker(process, output))
   return workers

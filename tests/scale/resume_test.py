@@ -5,12 +5,13 @@ import functools
 import pytest
 from absl.testing import absltest, parameterized
 
-from tests.scale import fake, resume
+from tests import fake_devices
+from tests.scale import resume
 
 
 @functools.cache
 def results():
-  return fake.call('tests.scale.resume', *resume.MESHES)
+  return fake_devices.run('tests.scale.resume', *resume.MESHES)
 
 
 @pytest.mark.slow

@@ -83,7 +83,10 @@ def draw(logits: jax.Array, key, index, cfg: SampleConfig) -> jax.Array:
   A row's randomness depends on the key, the row and the index alone.
   """
   if cfg.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # The first of the largest, as argmax, which is a slow loop on XLA:CPU.
+    V = logits.shape[-1]
+    best = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.where(best, jnp.arange(V), V - 1).min(axis=-1).astype(jnp.int32)
   rows = jnp.arange(logits.shape[0])
   keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
   keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)

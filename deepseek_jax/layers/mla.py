@@ -178,8 +178,9 @@ class MLA(nnx.Module):
     visible = positions[..., None] >= jnp.arange(latent.c.shape[1])  # [B T S]
     scores = jnp.where(visible[:, None], scores * self.cfg.scale, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.c.dtype)
-    mixed = jnp.einsum('BHTS,BSC->BTHC', weights, latent.c)
-    return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+    # Heads before tokens: the other way round XLA:CPU turns the whole cache.
+    mixed = jnp.einsum('BHTS,BSC->BHTC', weights, latent.c)
+    return jnp.einsum('BHTC,CHV->BTHV', mixed, v_up)
 
   def decoded(self, qn, qr, latent: Latent, positions, impl) -> jax.Array:
     """`absorbed` by the kernel of decoding; tokens must follow one another."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as ds
+import experiments.common  # noqa: F401, sets JAX up as every launcher does
 from benchmarks import contest
 from deepseek_jax import sample, schedules, train
 from deepseek_jax.layers.ffn import FFNConfig

@@ -65,26 +65,31 @@ def stored_in(
   return optax.GradientTransformation(init, update)
 
 
-def matrices(abstract: nnx.State) -> dict:
-  """True for parameters of two or more axes; stacks and tables add none."""
-  one = lambda v: v.replace(
-    len(v.get_metadata()['axes']) > 1
-    and 'tables' not in v.get_metadata()['axes']
-  )
+def _where(holds, abstract: nnx.State) -> dict:
+  """Whether `holds` of the axis names of each parameter."""
+  one = lambda v: v.replace(holds(v.get_metadata()['axes']))
   leaf = lambda v: isinstance(v, nnx.Variable)
   return nnx.to_pure_dict(jax.tree.map(one, abstract, is_leaf=leaf))
+
+
+def tables(abstract: nnx.State) -> dict:
+  """True for the rows of n-gram memories."""
+  return _where(lambda axes: 'tables' in axes, abstract)
+
+
+def matrices(abstract: nnx.State) -> dict:
+  """True for parameters of two or more axes; stacks and tables add none."""
+  return _where(lambda axes: len(axes) > 1 and 'tables' not in axes, abstract)
 
 
 def faster_tables(
   cfg: OptimizerConfig, abstract: nnx.State
 ) -> optax.GradientTransformation:
   """Updates of n-gram tables times `table_rate`; nothing where none are."""
-  leaf = lambda v: isinstance(v, nnx.Variable)
-  is_table = lambda v: 'tables' in v.get_metadata()['axes']
-  if not any(map(is_table, jax.tree.leaves(abstract, is_leaf=leaf))):
+  mask = tables(abstract)
+  if not any(jax.tree.leaves(mask)):
     return optax.identity()
-  mask = jax.tree.map(lambda v: v.replace(is_table(v)), abstract, is_leaf=leaf)
-  return optax.masked(optax.scale(cfg.table_rate), nnx.to_pure_dict(mask))
+  return optax.masked(optax.scale(cfg.table_rate), mask)
 
 
 def adamw(
@@ -120,9 +125,12 @@ def with_muon(
   is_split = lambda s: s is None or isinstance(s, muon.Split)
   mine = jax.tree.map(lambda s: s is not None, how, is_leaf=is_split)
   others = jax.tree.map(
-    lambda split, matrix: not split and (matrix or cfg.muon.vectors),
+    lambda split, matrix, table: (
+      not split and not table and (matrix or cfg.muon.vectors)
+    ),
     mine,
     matrices(abstract),
+    tables(abstract),
   )
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip),

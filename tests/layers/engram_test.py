@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import optim, sharding
+from deepseek_jax import muon, optim, sharding
 from deepseek_jax.data import ngrams
 from deepseek_jax.layers import ngram_hash
 from deepseek_jax.layers.context import Context
@@ -312,6 +312,19 @@ class TablesTest(parameterized.TestCase):
     rows, read = MEMORY.rows(3) * 3, 2 * 6  # of three numbers each; two orders
     self.assertEqual(count.total - count.active, 3 * (rows - read))
     self.assertEqual(count.total, tiny.size(initial()['params']))
+
+  def test_tables_do_not_decay_beside_muon_either(self):
+    cfg = optim.OptimizerConfig(decay=0.5, clip=1e9, muon=muon.MuonConfig())
+    update = optim.update_rule(cfg, model().abstract['params'])
+    params = variables()['params']
+    grads = jax.tree.map(jnp.ones_like, params)
+    got = jax.jit(lambda g, p: update.update(g, update.init(p), p)[0])(
+      grads, params
+    )
+    table = got['segments'][0][1]['engram']['table']
+    np.testing.assert_allclose(table, -5, rtol=1e-5)
+    norm = -1 - 0.5 * params['norm']['scale']  # these do
+    np.testing.assert_allclose(got['norm']['scale'], norm, rtol=1e-5)
 
   def test_tables_learn_five_times_as_fast_and_do_not_decay(self):
     cfg = optim.OptimizerConfig(decay=0.5, clip=1e9)

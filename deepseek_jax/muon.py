@@ -4,9 +4,11 @@ A matrix is updated by its momentum made orthogonal: M <- beta M + G,
 O <- NewtonSchulz(beta M + G), W <- W - rate (0.18 sqrt(max(n, m)) O + decay W),
 so that the update's root mean square is 0.18. Every logically independent
 matrix is taken by itself: each expert, gate and up, each series of a
-compressor, each group of the output projection. AdamW has the rest: embedding,
-head, norm weights, biases and scales, sinks, the compressors' position biases
-(the paper is silent on the last two; both are added, not multiplied).
+compressor, each group of the output projection; also each stream's key of an
+n-gram memory and each branch of native sparse attention. AdamW has the rest:
+embedding, head, norm weights, biases and scales, sinks, the compressors'
+position biases (the paper is silent on the last two; both are added, not
+multiplied), rows of n-gram tables, which don't decay.
 Legend: L stacked layers, n inputs, m outputs.
 """
 
@@ -24,7 +26,9 @@ from deepseek_jax.errors import InputError
 # Eight rounds that drive all singular values near 1, two that settle there.
 COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
 # Axes along which matrices are independent of each other.
-_INDEPENDENT = ('experts', 'groups', 'series')
+_INDEPENDENT = ('experts', 'groups', 'series', 'streams', 'branches')
+# Axes up to which a matrix has its inputs, unless they are its outputs.
+_INPUTS = ('embed', 'width')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +78,8 @@ def split(axes: tuple) -> Split | None:
   rest = [i for i in range(len(axes)) if i not in independent]
   if len(rest) < 2:
     return None
-  if axes[rest[-1]] == 'embed':
-    cut = len(rest) - 1
-  elif 'embed' in axes:
-    cut = rest.index(axes.index('embed')) + 1
-  else:
-    cut = 1
+  ends = [n for n, i in enumerate(rest, start=1) if axes[i] in _INPUTS]
+  cut = min(ends[0] if ends else 1, len(rest) - 1)
   return Split(tuple(independent), tuple(rest[:cut]), tuple(rest[cut:]))
 
 

@@ -12,8 +12,11 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import muon, optim
+from deepseek_jax.layers.engram import EngramConfig
 from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.muon import MuonConfig
+from deepseek_jax.transformer import Kind
 from tests import tiny
 
 RATE = 0.01
@@ -115,6 +118,10 @@ class SplitTest(parameterized.TestCase):
     (('embed', 'series', None), (1,), (0,), (2,)),
     ((None, 'groups', None), (1,), (0,), (2,)),
     (('embed', None), (), (0,), (1,)),
+    ((None, 'streams', 'embed'), (1,), (0,), (2,)),  # Engram's keys
+    (('embed', 'branches', 'kv_heads', None), (1,), (0,), (2, 3)),  # NSA's
+    ((None, 'width', None), (), (0, 1), (2,)),  # its compressor, up
+    ((None, 'width'), (), (0,), (1,)),  # and down
   )
   def test_axes_are_independent_inputs_or_outputs(self, axes, *want):
     self.assertEqual(muon.split(axes), tuple(want))
@@ -136,6 +143,33 @@ class SplitTest(parameterized.TestCase):
     self.assertContainsSubset(
       {'fn', 'weight', 'gate_up', 'down', 'q', 'out', 'merge'}, mine
     )
+
+  def test_what_memories_and_branches_share_an_array_is_taken_apart(self):
+    model = ds.build(
+      dataclasses.replace(
+        ds.presets.nsa_tiny(),
+        layout=((('memory',), 1),),
+        kinds={'memory': Kind('ffn', engram=True)},
+        residual=HyperConnectionsConfig(streams=2),
+        engram=EngramConfig(base=11, heads=2, dim=4),
+        mtp=MTPConfig(depth=0),
+      )
+    )
+    how = muon.splits(model.abstract['params'])['segments'][0][0]
+    attention, memory = how['attention'], how['engram']
+    independent = {
+      'key': (memory['key'], (1,)),
+      'value': (memory['value'], ()),
+      'k': (attention['k'], (1,)),
+      'v': (attention['v'], (1,)),
+      'up': (attention['compress_k']['up'], ()),
+      'down': (attention['compress_v']['down'], ()),
+    }
+    for name, (got, want) in independent.items():
+      self.assertEqual(got.independent, want, name)
+    for rest in (memory['table'], memory['conv'], memory['key_norm']):
+      self.assertIsNone(rest)
+    self.assertIsNone(attention['compress_k']['place'])
 
 
 class UpdateTest(parameterized.TestCase):

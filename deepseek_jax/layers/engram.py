@@ -139,7 +139,7 @@ class Engram(nnx.Module):
     self.table = param(
       rngs, init, (rows, cfg.dim // cfg.heads), ('tables', None)
     )
-    self.key = param(rngs, init, (E, n, D), (None, None, 'embed'))
+    self.key = param(rngs, init, (E, n, D), (None, 'streams', 'embed'))
     self.value = param(rngs, init, (E, D), (None, 'embed'))
     self.query_norm, self.key_norm = (self._scale(n * D, rngs) for _ in 'qk')
     if cfg.reach:

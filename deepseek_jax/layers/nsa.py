@@ -315,8 +315,8 @@ class Compressor(nnx.Module):
     l, F = cfg.block, cfg.hidden
     init = nnx.initializers.normal(std)
     self.place = param(rngs, init, (l, width), (None, None))
-    self.up = param(rngs, init, (l, width, F), (None, None, None))
-    self.down = param(rngs, init, (F, width), (None, None))
+    self.up = param(rngs, init, (l, width, F), (None, 'width', None))
+    self.down = param(rngs, init, (F, width), (None, 'width'))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B E l G K] -> [B E G K]."""
@@ -333,7 +333,7 @@ class NSA(nnx.Module):
     D, H, G, K, V = dim, cfg.heads, cfg.kv_heads, cfg.qk_dim, cfg.v_dim
     init = nnx.initializers.normal(std)
     heads = ('embed', 'heads', None)
-    branches = ('embed', None, 'kv_heads', None)
+    branches = ('embed', 'branches', 'kv_heads', None)
     self.q = param(rngs, init, (D, H, K), heads)
     self.k = param(rngs, init, (D, 3, G, K), branches)
     self.v = param(rngs, init, (D, 3, G, V), branches)

@@ -388,6 +388,7 @@ def _require_plain(config: TransformerConfig) -> None:
   )
   wanted = {
     'attention.compress': (a.compress, 'none'),
+    'attention.csa.stage': (a.csa.stage, 'sparse'),
     'attention.rope.scaling': (a.rope.scaling, None),
     'attention.rope.interleaved': (a.rope.interleaved, True),
     'attention.compress_rope.interleaved': (a.compress_rope.interleaved, True),

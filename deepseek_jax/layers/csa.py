@@ -5,17 +5,18 @@ and an indexer picks the `top_k` entries that a query reads. The indexer has a
 smaller compressor of its own. Picked entries are gathered, k rows per query,
 for a block of queries at a time; the indexer's scores alone see all entries.
 What the indexer learns from is unpublished for V4. Here it is what V3.2 does:
-the divergence of its softmax over the picked entries from the attention's, with
-detached inputs. A `top_k` of at least all entries is the dense first stage.
+the divergence of its softmax over the entries that are read from the
+attention's to them, with detached inputs; all entries in the dense first stage.
 Legend: B batch, T queries, S entries, K picked ones, D model, Q query latent,
 H heads, C head dim, J index heads, I index dim.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deepseek_jax.errors import InputError
@@ -42,7 +43,12 @@ class CSAConfig:
     ratio: tokens of an entry (m).
     top_k: entries that a query reads.
     index_heads, index_dim: shapes of the indexer.
+    stage: 'dense' reads all entries while the indexer learns to imitate it
+      (V4 begins so), 'sparse' those that the indexer picks.
     loss: weight of the indexer's loss.
+    recall_queries: of a sequence in the sparse stage, on which training
+      measures how much of the attention to all entries lies on the picked
+      ones; 0: none.
     block: queries at a time, at most.
   """
 
@@ -50,10 +56,16 @@ class CSAConfig:
   top_k: int = 512
   index_heads: int = 64
   index_dim: int = 128
+  stage: Literal['dense', 'sparse'] = 'sparse'
   loss: float = 1.0
+  recall_queries: int = 8
   block: int = 128
 
   def __post_init__(self):
+    if self.recall_queries < 0:
+      raise InputError(
+        f'csa.recall_queries = {self.recall_queries}: must be 0 or more'
+      )
     for name in ('ratio', 'top_k', 'index_heads', 'index_dim', 'block'):
       if getattr(self, name) < 1:
         raise InputError(
@@ -137,7 +149,8 @@ class CSA(nnx.Module):
 
     Returns:
       Attention to the entries, the cache with these tokens, and in training
-      {'loss': the indexer's, weighted}.
+      {'loss': the indexer's, weighted, 'recall': the share of the attention to
+      all entries that lies on the `top_k`}.
     """
     fresh = past is None or ctx.fresh
     entries, kept = self.compressor(x, ctx, past and past.entries)
@@ -150,16 +163,15 @@ class CSA(nnx.Module):
     query = self.indexer.query(*detached, ctx.positions)
     view = compressor.view(ctx, self.cfg.ratio, fresh)
     learn = ctx.train and fresh
-    if entries.shape[1] <= self.cfg.top_k:  # all would be picked
-      part, loss = self._read_all(q, query, view, entries, keys, scale, learn)
+    args = q, query, entries, keys, scale, learn
+    # With no more entries than that, all would be picked.
+    if self.cfg.stage == 'dense' or entries.shape[1] <= self.cfg.top_k:
+      part, stats = self._read_all(view, *args)
     else:
-      chosen = self.choose(query, keys, view)
-      part, loss = self._read(q, query, chosen, entries, keys, scale, learn)
-    if not learn:
-      return part, past, {}
-    seen = view.count > 0
-    loss = jnp.where(seen, loss, 0).sum() / jnp.maximum(seen.sum(), 1)
-    return part, past, {'loss': self.cfg.loss * loss}
+      part, stats = self._read(view, *args)
+    if 'loss' in stats:
+      stats['loss'] *= self.cfg.loss
+    return part, past, stats
 
   def choose(self, query: IndexQuery, keys: jax.Array, view: View) -> jax.Array:
     """The entries that each query reads: [B T K] int32, -1 for none.
@@ -177,33 +189,58 @@ class CSA(nnx.Module):
     numbers = S * self.cfg.index_heads
     return over_blocks(block, (query, view), self.cfg.block, numbers)
 
-  def _read(self, q, query, chosen, entries, keys, scale, learn):
-    """Each query's own entries, gathered."""
+  def _read(self, view, q, query, entries, keys, scale, learn):
+    """Each query's own entries, gathered -> (part, statistics)."""
+    chosen = self.choose(query, keys, view)
 
     def block(one):
       q, query, at = one
       seen = at >= 0
       part, weights = attend(q, rows(entries, at), seen, scale)
       if not learn:
-        return part, jnp.zeros(seen.shape[:2])
+        return part, None
       scores = index.index_scores(query, rows(keys, at))
       return part, index.divergence(weights.mean(axis=2), scores, seen)
 
     numbers = chosen.shape[-1] * (entries.shape[-1] + q.shape[2])
-    return over_blocks(block, (q, query, chosen), self.cfg.block, numbers)
+    part, loss = over_blocks(block, (q, query, chosen), self.cfg.block, numbers)
+    if not learn:
+      return part, {}
+    stats = {'loss': _mean(loss, view)}
+    T, n = q.shape[1], self.cfg.recall_queries
+    if n:
+      at = np.linspace(0, T - 1, min(n, T)).astype(int)
+      q, entries = jax.lax.stop_gradient((q, entries))
+      q, view, chosen = jax.tree.map(lambda a: a[:, at], (q, view, chosen))
+      weights = attend(q, entries, view.mask(entries.shape[1]), scale)[1]
+      stats['recall'] = _mean(index.caught(weights.mean(axis=2), chosen), view)
+    return part, stats
 
-  def _read_all(self, q, query, view, entries, keys, scale, learn):
-    """All entries, where there are no more than would be picked."""
+  def _read_all(self, view, q, query, entries, keys, scale, learn):
+    """All entries that there are -> (part, statistics)."""
     S = entries.shape[1]
+    k = min(self.cfg.top_k, S)
 
     def block(one):
       q, query, view = one
       seen = view.mask(S)
       part, weights = attend(q, entries, seen, scale)
       if not learn:
-        return part, jnp.zeros(seen.shape[:2])
-      scores = index.index_scores(query, keys)
-      return part, index.divergence(weights.mean(axis=2), scores, seen)
+        return part, None
+      shares, scores = weights.mean(axis=2), index.index_scores(query, keys)
+      chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
+      caught = index.caught(jax.lax.stop_gradient(shares), chosen)
+      return part, (index.divergence(shares, scores, seen), caught)
 
     numbers = S * max(q.shape[2], self.cfg.index_heads)
-    return over_blocks(block, (q, query, view), self.cfg.block, numbers)
+    part, stats = over_blocks(block, (q, query, view), self.cfg.block, numbers)
+    if not learn:
+      return part, {}
+    return part, dict(zip(('loss', 'recall'), (_mean(a, view) for a in stats)))
+
+
+def _mean(values: jax.Array, view: View) -> jax.Array:
+  """Of [B T], over queries that see an entry, then over sequences."""
+  seen = view.count > 0
+  total = jnp.where(seen, values, 0).sum(axis=1)
+  return (total / jnp.maximum(seen.sum(axis=1), 1)).mean()

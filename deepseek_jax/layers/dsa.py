@@ -191,19 +191,14 @@ def dense_statistics(scene: Scene, cfg: DSAConfig) -> dict[str, jax.Array]:
     shares = dense_shares(q, scene.k, seen, cfg.scale)
     scores = index.index_scores(query, scene.keys)
     chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
-    return index.divergence(shares, scores, seen), caught(shares, chosen)
+    loss = index.divergence(shares, scores, seen)
+    return loss, index.caught(shares, chosen)
 
   numbers = S * max(cfg.heads, cfg.indexer.heads)
   loss, recall = query_blocks.over_blocks(
     block, (scene.q, scene.index, scene.sight), cfg.block, numbers
   )
   return {'loss': cfg.loss * scene.mean(loss), 'recall': scene.mean(recall)}
-
-
-def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:
-  """How much of shares [B T S] lies at chosen [B T K] -> [B T]."""
-  mass = jnp.take_along_axis(shares, jnp.maximum(chosen, 0), axis=-1)
-  return jnp.where(chosen >= 0, mass, 0).sum(axis=-1)
 
 
 def sparse_statistics(
@@ -232,7 +227,8 @@ def sparse_statistics(
     some = lambda a: a[:, at]
     q, sight, chosen = jax.tree.map(some, (scene.q, scene.sight, chosen))
     seen = sight.mask(jnp.arange(scene.k.shape[1]), scene.segments)
-    recall = caught(dense_shares(q, scene.k, seen, cfg.scale), chosen)
+    shares = dense_shares(q, scene.k, seen, cfg.scale)
+    recall = index.caught(shares, chosen)
     if scene.segments is not None:
       scene = scene._replace(segments=some(scene.segments))
     out['recall'] = scene.mean(recall)

@@ -167,6 +167,12 @@ def choose(
   return over_blocks(block, (query, sight), most, numbers)
 
 
+def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:
+  """How much of shares [B T S] lies at chosen [B T K] -> [B T]."""
+  mass = jnp.take_along_axis(shares, jnp.maximum(chosen, 0), axis=-1)
+  return jnp.where(chosen >= 0, mass, 0).sum(axis=-1)
+
+
 def divergence(shares: jax.Array, logits: jax.Array, seen) -> jax.Array:
   """KL(shares || softmax(logits)) over the visible keys.
 

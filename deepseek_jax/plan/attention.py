@@ -180,7 +180,8 @@ def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
   if a.compress == 'csa':
     J, I, m = a.csa.index_heads, a.csa.index_dim, a.csa.ratio
     weights += 2 * D * 2 * (C + I) + Q * J * I + D * J
-    pairs.append(Term(2 * wide, wide, stride=m, most=a.csa.top_k))
+    most = None if a.csa.stage == 'dense' else a.csa.top_k
+    pairs.append(Term(2 * wide, wide, stride=m, most=most))
     pairs.append(Term(J * I, stride=m, index=True))
   form = Form(weights, 0, tuple(pairs))
   return AttentionCost(weights, form, {'cached': form})

@@ -38,11 +38,16 @@ WINDOW = SharedKVConfig(
   window=5,
   rope=RopeConfig(theta=100.0),
   compress_rope=RopeConfig(theta=300.0, scaling=YARN),
-  csa=CSAConfig(ratio=4, top_k=3, index_heads=2, index_dim=6, block=16),
+  csa=CSAConfig(
+    ratio=4, top_k=3, index_heads=2, index_dim=6, recall_queries=T, block=16
+  ),
   hca=HCAConfig(ratio=8),
 )
 CSA = dataclasses.replace(WINDOW, compress='csa')
 ALL = dataclasses.replace(CSA, csa=dataclasses.replace(CSA.csa, top_k=100))
+DENSE = dataclasses.replace(
+  CSA, csa=dataclasses.replace(CSA.csa, stage='dense')
+)
 HCA = dataclasses.replace(WINDOW, compress='hca')
 CONFIGS = (('window', WINDOW), ('csa', CSA), ('csa_all', ALL), ('hca', HCA))
 
@@ -79,6 +84,13 @@ def context(positions=None, segments=None, **flags):
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(T), (2, T))
   return Context(positions * 0, positions, segments, **flags)
+
+
+def context_of(segments):
+  """In training, of rows that are one document and padding."""
+  return context(
+    jnp.broadcast_to(jnp.arange(T), segments.shape), segments, train=True
+  )
 
 
 @functools.cache
@@ -166,9 +178,9 @@ class LayerTest(parameterized.TestCase):
     grads = jit(jax.grad(value, (0, 1)))(weights, x)
 
     def truth(p, x, learn):
-      y, losses = v4_reference.layer(p, cfg, x[0, :n])
+      y, facts = v4_reference.layer(p, cfg, x[0, :n])
       # The indexer learns from its loss alone, the rest from the output alone.
-      return np.mean(losses) if learn else (y * way[0, :n]).sum()
+      return np.mean(facts['loss']) if learn else (y * way[0, :n]).sum()
 
     point = (p, np.float64(x))
     paths, tree = jax.tree_util.tree_flatten_with_path(point)
@@ -188,16 +200,32 @@ class LayerTest(parameterized.TestCase):
       np.testing.assert_allclose(got, slope, rtol=2e-3, atol=2e-3, err_msg=name)
       self.assertGreater(float(jnp.abs(grad).max()), 0, name)
 
-  @parameterized.named_parameters(*CONFIGS[1:3])
-  def test_the_indexers_loss_equals_float64(self, cfg):
+  @parameterized.named_parameters(*CONFIGS[1:3], ('csa_dense', DENSE))
+  def test_the_indexers_loss_and_recall_equal_float64(self, cfg):
     merge, weights, p, x = built(cfg)
     stats = jit(lambda x: merge(weights)(x, context(train=True))[2])(x)
-    losses = [
-      loss
-      for b in range(2)
-      for loss in v4_reference.layer(p, cfg, np.float64(x[b]))[1]
-    ]
-    np.testing.assert_allclose(stats['loss'], np.mean(losses), rtol=1e-4)
+    rows = [v4_reference.layer(p, cfg, np.float64(a))[1] for a in x]
+    for name in ('loss', 'recall'):
+      want = np.mean([row[name] for row in rows])
+      np.testing.assert_allclose(stats[name], want, rtol=1e-4, err_msg=name)
+    self.assertEqual(cfg is ALL, bool(stats['recall'] > 0.999))
+
+  def test_statistics_of_a_batch_are_the_mean_of_its_rows(self):
+    merge, weights, _, x = built(CSA)
+    segments = jnp.asarray(np.arange(T) < np.array([[T], [9]]), jnp.int32)
+    run = jit(lambda x, s: merge(weights)(x, context_of(s))[2])
+    both = run(x, segments)
+    alone = [run(x[b : b + 1], segments[b : b + 1]) for b in range(2)]
+    for name in ('loss', 'recall'):
+      want = np.mean([row[name] for row in alone])
+      np.testing.assert_allclose(both[name], want, rtol=1e-5, err_msg=name)
+    self.assertNotAlmostEqual(*(float(row['loss']) for row in alone))
+
+  def test_the_dense_stage_reads_all_entries(self):
+    x = built(CSA)[3]
+    run = lambda cfg: forward(cfg)(x, Context(*context()[:3], None, None))
+    np.testing.assert_array_equal(run(DENSE), run(ALL))
+    self.assertGreater(tiny.relative(run(CSA), run(ALL)), 1e-2)
 
   def test_equal_scores_pick_the_lowest_entry(self):
     merge, weights, _, x = built(CSA)

@@ -57,7 +57,10 @@ def index_scores(p, cfg, x, latent):
 
 
 def layer(p, cfg, x):
-  """One document x [T D] -> (y [T D], the indexer's loss of each token)."""
+  """One document x [T D] -> (y [T D], facts of each token that sees an entry).
+
+  The facts are the indexer's loss and the recall of its choice.
+  """
   T, C = len(x), cfg.head_dim
   rope = cfg.rope if cfg.compress == 'none' else cfg.compress_rope
   at = range(T)
@@ -76,12 +79,13 @@ def layer(p, cfg, x):
     )  # fmt: skip
     if csa:
       scores = index_scores(p['far']['indexer'], cfg, x, latent)
-  y, losses = np.zeros((T, cfg.heads, C)), []
+  y, facts = np.zeros((T, cfg.heads, C)), {'loss': [], 'recall': []}
   for t in at:
     chosen = range(min((t + 1) // ratio, len(entries)))
     if scores is not None:
-      ranked = sorted(chosen, key=lambda s: (-scores[t, s], s))
-      chosen = ranked[: cfg.csa.top_k]
+      seen = chosen
+      best = sorted(seen, key=lambda s: (-scores[t, s], s))[: cfg.csa.top_k]
+      chosen = best if cfg.csa.stage == 'sparse' else list(seen)
     near = [kv[s] for s in range(max(0, t - cfg.window + 1), t + 1)]
     keys = np.array(near + [entries[s] for s in chosen])
     shares = np.zeros(len(chosen))
@@ -92,9 +96,14 @@ def layer(p, cfg, x):
       if len(chosen):
         shares += reference.softmax(z[len(near) :]) / cfg.heads
     if scores is not None and len(chosen):
-      log_q = np.log(reference.softmax(scores[t, list(chosen)]))
-      losses.append((shares * (np.log(shares) - log_q)).sum())
+      log_q = np.log(reference.softmax(scores[t, chosen]))
+      facts['loss'].append((shares * (np.log(shares) - log_q)).sum())
+      everywhere = np.zeros(len(seen))
+      for h in range(cfg.heads):
+        z = entries[: len(seen)] @ q[t, h] * C**-0.5
+        everywhere += reference.softmax(z) / cfg.heads
+      facts['recall'].append(everywhere[best].sum())
   y = tail(y, [-t for t in at], rope, cfg.rope_dim)
   y = y.reshape(T, cfg.groups, -1)
   y = np.einsum('tgk,kgo->tgo', y, p['out_down'])
-  return np.einsum('tgo,god->td', y, p['out_up']), losses
+  return np.einsum('tgo,god->td', y, p['out_up']), facts

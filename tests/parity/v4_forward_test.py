@@ -219,6 +219,11 @@ class FileTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, 'ratio_of_index = 2: not under'):
       hf.config_json.parse({**fields, 'ratio_of_index': 2})
 
+  def test_the_dense_stage_is_not_in_files(self):
+    dense = ds.changed(ds.presets.v4_tiny(), {'attention.csa.stage': 'dense'})
+    with self.assertRaisesRegex(ds.InputError, "csa.stage = 'dense': files"):
+      hf.config_render.render(dense)
+
   @parameterized.parameters('v4_flash', 'v4_pro')
   def test_released_models_survive_their_config_json(self, name):
     config = getattr(ds.presets, name)()

@@ -172,6 +172,18 @@ class ShapesTest(parameterized.TestCase):
     self.assertEqual(flops.MEMORY in parts, name == 'engram_tiny')
     self.assertNotEmpty(report.decode)
 
+  def test_the_dense_stage_of_v4_pairs_queries_with_all_entries(self):
+    flash, n = ds.presets.v4_flash(), 8192
+    dense = ds.changed(flash, {'attention.csa.stage': 'dense'})
+    parts = lambda config: flops.decode_parts(config, n)['cached']
+    more, less = parts(dense), parts(flash)
+    self.assertEqual(more[flops.INDEX], less[flops.INDEX])
+    pairs = n // 4 - 512  # entries beyond the picked ones, a query
+    heads = 2 * 2 * 64 * 512
+    self.assertEqual(
+      sum(more.values()) - sum(less.values()), 21 * pairs * heads
+    )
+
   def test_choosing_has_no_backward_pass(self):
     count = plan.count_flops(V32, 4096, seen='triangle')
     index = count.forward[flops.INDEX]

@@ -122,6 +122,14 @@ class RunConfig:
         f'data.vocab_size = {self.data.vocab_size}: more than'
         f' model.vocab_size = {self.model.vocab_size}; raise the latter'
       )
+    blocks = [b for s in self.model.segments() for b in s.blocks]
+    measured = [getattr(b.attention, 'measures_recall', False) for b in blocks]
+    if self.train.recall_goal and not any(measured):
+      raise InputError(
+        f'train.recall_goal = {self.train.recall_goal}: no attention of this'
+        ' model measures recall, so the run would never reach it; set it to 0'
+        " or take sparse attention with recall_queries or stage = 'dense'"
+      )
 
   @property
   def steps(self) -> int:

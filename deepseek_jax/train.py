@@ -15,6 +15,7 @@ import optax
 
 from deepseek_jax import frozen, schedules
 from deepseek_jax.block_norms import block_norms
+from deepseek_jax.errors import InputError
 from deepseek_jax.gate import GateConfig, GateState, initial_gate, judge
 from deepseek_jax.layers import routing_statistics
 from deepseek_jax.layers.balance import updated_bias
@@ -49,6 +50,12 @@ class TrainConfig:
   bias_rate: schedules.SwitchConfig = schedules.v3_bias_rate()
   trainable: tuple = ()
   recall_goal: float = 0.0
+
+  def __post_init__(self):
+    if not 0 <= self.recall_goal <= 1:
+      raise InputError(
+        f'recall_goal = {self.recall_goal}: must be a share from 0 to 1'
+      )
 
 
 class TrainState(NamedTuple):

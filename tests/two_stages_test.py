@@ -197,6 +197,21 @@ class WarmUpTest(absltest.TestCase):
 
 
 class InputTest(absltest.TestCase):
+  def test_a_goal_that_nothing_measures_is_refused(self):
+    folder = Path('unused')
+    unmeasured = dataclasses.replace(SPARSE, recall_queries=0)
+    for attention in (tiny.MLA, unmeasured):
+      with self.assertRaisesRegex(ds.InputError, 'recall_goal = 0.5: no att'):
+        run_config(folder, attention, recall_goal=0.5)
+    for attention in (
+      SPARSE,
+      dataclasses.replace(unmeasured, stage='dense'),
+      ds.changed(ds.presets.v4_tiny().attention, {'compress': 'csa'}),
+    ):
+      run_config(folder, attention, recall_goal=0.5)
+    with self.assertRaisesRegex(ds.InputError, 'recall_goal = 90: must be a'):
+      recipe(recall_goal=90)
+
   def test_a_name_of_nothing_is_refused(self):
     abstract = ds.build(model(SPARSE)).abstract['params']
     with self.assertRaisesRegex(ds.InputError, "has 'indexr' in its path"):

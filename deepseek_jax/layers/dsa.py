@@ -72,6 +72,11 @@ class DSAConfig(MLAConfig):
         f' {self.rope_dim}'
       )
 
+  @property
+  def measures_recall(self) -> bool:
+    """Whether training reports it."""
+    return self.stage == 'dense' or self.recall_queries > 0
+
   def cache(self, batch: int, slots: int, dtype) -> 'SparseLatent':
     """An empty cache: C + R numbers and an index key of I per slot."""
     latent = super().cache(batch, slots, dtype)

@@ -103,6 +103,14 @@ class SharedKVConfig:
     """The rope of this layer."""
     return self.rope if self.compress == 'none' else self.compress_rope
 
+  @property
+  def measures_recall(self) -> bool:
+    """Whether training reports it."""
+    csa = self.csa
+    return self.compress == 'csa' and (
+      csa.stage == 'dense' or csa.recall_queries > 0
+    )
+
   def compressor(self) -> CompressorConfig | None:
     """Of this layer's entries."""
     if self.compress == 'none':

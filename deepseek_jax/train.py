@@ -35,8 +35,8 @@ class TrainConfig:
     optimizer, schedule, gate: see there.
     mtp_weight: lambda of the MTP loss.
     bias_rate: step of the router bias (gamma), frozen by its schedule.
-    trainable: names; only parameters with one of them in their path are
-      trained ('indexer': the warm-up of sparse attention). (): all.
+    trainable: names; only parameters and router biases with one of them in
+      their path change ('indexer': the warm-up of sparse attention). (): all.
     recall_goal: the run ends early, once the mean recall of its last ten
       steps is this much; 0: never.
   """
@@ -279,6 +279,16 @@ def _loads(aux):
   }
 
 
+def _moving(loads: dict, names: tuple) -> dict:
+  """The loads of routers whose bias has one of `names` in its path; (): all."""
+  path = lambda place: (*place.split('/'), 'ffn', 'router', 'bias')
+  return {
+    place: load
+    for place, load in loads.items()
+    if not names or any(name in path(place) for name in names)
+  }
+
+
 def move_biases(buffers, loads, rate):
   """Buffers with every router bias moved by its layer's load.
 
@@ -356,7 +366,7 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
     buffers = move_biases(
       state.buffers,
-      metrics.pop('loads'),
+      _moving(metrics.pop('loads'), cfg.trainable),
       cfg.bias_rate.at(tokens, cfg.tokens),
     )
     keep = lambda new, old: jax.tree.map(

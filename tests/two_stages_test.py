@@ -164,6 +164,24 @@ class WarmUpTest(absltest.TestCase):
     self.assertLess(seen[-1]['attention_loss'], seen[0]['attention_loss'] / 2)
     self.assertGreater(seen[-1]['recall'], seen[0]['recall'] + 0.05)
 
+  def test_router_biases_are_frozen_with_the_rest(self):
+    made = ds.build(
+      dataclasses.replace(
+        model(tiny.ATTENTIONS['gqa']),
+        layout=((('moe',), 1),),
+        moe=tiny.V3_MOE,
+      )
+    )
+    for names, moves in ((('attention',), False), (('ffn',), True)):
+      cfg = recipe(trainable=names)
+      state = train.initial_state(made, cfg, tiny.draw(made))
+      after, _ = jax.jit(
+        train.train_step(made, cfg),
+        compiler_options={'xla_backend_optimization_level': 0},
+      )(state, batch())
+      bias = lambda s: s.buffers['segments'][0][0]['ffn']['router']['bias']
+      self.assertEqual(bool((bias(after) != bias(state)).any()), moves, names)
+
   def test_only_trained_parameters_count_in_the_gradient_norm(self):
     made = ds.build(model(SPARSE))
     cfg = recipe(trainable=('k_norm',))

@@ -25,7 +25,6 @@ def get_config():
         tokens=1e5,
         batch=schedules.BatchConfig(size=8),
         schedule=schedules.ScheduleConfig('constant', peak=1e-3, warmup=0),
-        bias_rate=schedules.SwitchConfig(0.0, 0.0, 0.5),
         trainable=('indexer',),
       ),
     )

@@ -9,9 +9,8 @@ Legend: B batch, T tokens, L layers with tables, N longest n-gram, O = N - 1
 orders (2 to N), H tables of an order, K = O H tables of a layer.
 """
 
+import functools
 import itertools
-import re
-import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -113,12 +112,29 @@ class NGrams(NamedTuple):
     return rows(window, self.how).astype(np.int32)
 
 
+@functools.cache
+def _normalizers():
+  """What the published classes were made with, strip apart."""
+  from tokenizers import Regex, normalizers
+
+  steps = (
+    normalizers.NFKC(),
+    normalizers.NFD(),
+    normalizers.StripAccents(),  # all marks, not just those without a width
+    normalizers.Lowercase(),
+    normalizers.Replace(Regex(r'[ \t\r\n]+'), ' '),
+  )
+  return normalizers.Sequence(list(steps)), normalizers.Strip()
+
+
 def normalized(text: str) -> str:
-  """What tokens of one class have in common; a lone space stays one."""
-  text = unicodedata.normalize('NFD', unicodedata.normalize('NFKC', text))
-  text = ''.join(c for c in text if unicodedata.category(c) != 'Mn')
-  text = re.sub(r'\s+', ' ', text.lower())
-  return text.strip(' ') or text
+  """What tokens of one class have in common; a lone space stays one.
+
+  Text of which nothing is left, such as an accent alone, stays as it is.
+  """
+  plain, strip = _normalizers()
+  short = plain.normalize_str(text)
+  return short if short == ' ' else strip.normalize_str(short) or text
 
 
 def token_classes(tokenizer, vocab_size: int) -> np.ndarray:

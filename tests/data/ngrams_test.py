@@ -132,6 +132,13 @@ class ClassesTest(parameterized.TestCase):
     ('\t\t', ' '),
     ('', ''),
     ('١', '١'),  # no compatibility form
+    ('अः', 'अ'),  # a mark that has a width
+    ('a\u20dd', 'a'),  # one that encloses
+    ('\u0301', '\u0301'),  # nothing would be left
+    ('\u00a0', ' '),
+    ('\u000b', '\u000b'),
+    ('a\u000bb', 'a\u000bb'),
+    (' \u2028x', 'x'),
   )
   def test_normalized_text(self, text, want):
     self.assertEqual(ngrams.normalized(text), want)
@@ -140,6 +147,10 @@ class ClassesTest(parameterized.TestCase):
     pieces = Pieces('The', ' the', 'tHé', '<pad>', ' ', '\n', 'x', pad_id=3)
     got = ngrams.token_classes(pieces, 9).tolist()
     self.assertEqual(got, [1, 1, 1, 0, 2, 2, 3, 0, 0])
+
+  def test_accents_alone_stay_apart(self):
+    pieces = Pieces('<pad>', '\u0301', '\u0300', 'e\u0301', 'E', pad_id=0)
+    self.assertEqual(ngrams.token_classes(pieces, 5).tolist(), [0, 1, 2, 3, 3])
 
   def test_bytes_of_characters_stay_apart(self):
     tokenizer = ByteTokenizer()

@@ -8,6 +8,7 @@ field and its nearest match. A field that may hold one of several dataclasses
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -132,6 +133,41 @@ def _scalar(annotation, value, path):
     f'{path} = {value!r}: is {type(value).__name__}, must be'
     f' {" or ".join(names)}'
   )
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple]:
+  """Fields that must hold one of a few values -> those values."""
+  out = {}
+  for name, hint in typing.get_type_hints(cls).items():
+    members = _members(hint)
+    some = [m for m in members if typing.get_origin(m) is Literal]
+    if some and all(m in some or m is type(None) for m in members):
+      none = (None,) * (len(some) < len(members))
+      out[name] = sum(map(typing.get_args, some), none)
+  return out
+
+
+def check_choices(config, path: str = '') -> None:
+  """Checks the fields of a dataclass tree that have choices.
+
+  Python does not: a misspelt 'sgmoid' would silently be whatever comes last.
+
+  Raises:
+    InputError: a field has none of its values.
+  """
+  for name, allowed in _choices(type(config)).items():
+    value = getattr(config, name)
+    if value not in allowed:
+      raise InputError(
+        f'{path}{name} = {value!r}: must be one of {list(allowed)}'
+      )
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    inner = value.items() if isinstance(value, Mapping) else [('', value)]
+    for key, one in inner:
+      if dataclasses.is_dataclass(one):
+        check_choices(one, f'{path}{field.name}.{key}{key and "."}')
 
 
 def changed(config, changes: Mapping[str, Any]):

@@ -117,6 +117,7 @@ class RunConfig:
   init_from: str = ''
 
   def __post_init__(self):
+    configs.check_choices(self)
     if self.data.vocab_size > self.model.vocab_size:
       raise InputError(
         f'data.vocab_size = {self.data.vocab_size}: more than'

@@ -16,7 +16,7 @@ from flax import nnx
 
 from deepseek_jax import kernels
 from deepseek_jax.cache import Cache
-from deepseek_jax.config import changed
+from deepseek_jax.config import changed, check_choices
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.layers.context import Context
@@ -118,6 +118,7 @@ class TransformerConfig:
   compute: ComputeConfig = ComputeConfig()
 
   def __post_init__(self):
+    check_choices(self)
     if self.vocab_size < 1 or self.dim < 1:
       raise InputError(
         f'vocab_size = {self.vocab_size}, dim = {self.dim}: must be positive'
@@ -136,6 +137,7 @@ class TransformerConfig:
         ' blocks cannot have; choose a kind with engram = False'
       )
     for block in [b for s in self.segments() for b in s.blocks]:
+      check_choices(block)  # kinds may change whole parts
       router = getattr(block.ffn, 'router', None)
       if router and router.hash_vocab not in (0, self.vocab_size):
         raise InputError(

@@ -152,6 +152,35 @@ class MistakesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, message):
       ds.from_dict(TransformerConfig, edited(path, value))
 
+  @parameterized.parameters(
+    ('moe.router', 'scoring', 'sgmoid'),
+    ('moe.router', 'group_score', 'best'),
+    ('attention', 'stage', 'warm'),
+    ('compute', 'remat', 'half'),
+    ('compute', 'dtype', 'float16'),
+    ('kinds.dense', 'ffn', 'swiglu'),
+  )
+  def test_a_misspelt_choice_is_refused_from_python_too(self, at, name, value):
+    config, parts = ds.presets.v32_tiny(), at.split('.')
+    part = getattr(config, parts[0])
+    if at == 'kinds.dense':
+      wrong = {**part, 'dense': dataclasses.replace(part['dense'], ffn=value)}
+    elif at == 'moe.router':
+      router = dataclasses.replace(part.router, **{name: value})
+      wrong = dataclasses.replace(part, router=router)
+    else:
+      wrong = dataclasses.replace(part, **{name: value})
+    message = rf'^{at}\.{name} = {value!r}: must be one of \['
+    with self.assertRaisesRegex(ds.InputError, message):
+      dataclasses.replace(config, **{parts[0]: wrong})
+
+  def test_a_misspelt_choice_of_a_kinds_part_is_refused(self):
+    config = ds.presets.v4_tiny()
+    wrong = dataclasses.replace(config.attention, compress='CSA')
+    kinds = {**config.kinds, 'csa': Kind('moe', (('attention', wrong),))}
+    with self.assertRaisesRegex(ds.InputError, "compress = 'CSA': must be one"):
+      dataclasses.replace(config, kinds=kinds)
+
   def test_none_is_taken_where_it_means_something(self):
     config = ds.from_dict(TransformerConfig, edited('attention.q_rank', None))
     self.assertIsNone(config.attention.q_rank)

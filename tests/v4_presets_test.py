@@ -8,6 +8,7 @@ import deepseek_jax as ds
 from deepseek_jax.layers import rope
 from deepseek_jax.plan import count_parameters
 from deepseek_jax.plan.attention import attention_cost
+from experiments.configs import v4_tiny
 from tests import tiny
 
 
@@ -188,6 +189,11 @@ class ShapeTest(parameterized.TestCase):
         ]
         grown = tiny.size(shapes[1]) - tiny.size(shapes[0])
         self.assertEqual(grown, values[block.attention.compress])
+
+
+class DemoTest(absltest.TestCase):
+  def test_documents_are_apart_as_in_v4s_training(self):
+    self.assertFalse(v4_tiny.get_config().data.cross_document)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,15 @@
     python -m experiments.pretrain --config=experiments/configs/v4_tiny.py
 
 Compressed sparse and heavily compressed attention, hyper-connections, hash
-routing and Muon; about two minutes on two CPU cores.
+routing and Muon; about two minutes on two CPU cores. Documents of a window do
+not see each other, as in V4's pre-training.
+
+V4 begins dense and warms its indexers up; so does this, in runs that each
+--config.init_from the one before, with
+
+    --config.model.attention.csa.stage=dense
+    --config.model.attention.csa.stage=dense \\
+      --config.train.trainable="('indexer',)" --config.train.recall_goal=0.9
 """
 
 import deepseek_jax as ds
@@ -17,7 +25,9 @@ def get_config():
   return editable(
     loop.RunConfig(
       model=model,
-      data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
+      data=DataConfig(
+        vocab_size=model.vocab_size, seq_len=256, cross_document=False
+      ),
       train=train.TrainConfig(
         tokens=1.2e5,
         batch=schedules.BatchConfig(size=8),

@@ -7,6 +7,9 @@
 biases too, and attention stays dense. The stage ends after its tokens, or
 earlier with --config.train.recall_goal=0.9, once the indexers' 64 tokens have
 so much of dense attention's mass. v32_sparse.py goes on from here.
+
+Each stage reads the corpus from its start, in the order that data.seed gives:
+another --config.data.seed is text in another order.
 """
 
 import deepseek_jax as ds

@@ -59,4 +59,28 @@ MUTANTS = (
     (f'{_ENGRAM_TEST}::equals_float64_in_documents',),
     'Engram: sigmoid(sign(a) sqrt(|a|))',
   ),
+  Mutant(
+    'tables_decay_beside_muon',
+    'deepseek_jax/optim.py',
+    'not split and not table and (matrix or cfg.muon.vectors)',
+    'not split and (matrix or cfg.muon.vectors)',
+    (f'{_ENGRAM_TEST}::tables_do_not_decay_beside_muon',),
+    'Engram: tables without decay',
+  ),
+  Mutant(
+    'keys_of_all_streams_as_one_matrix',
+    _ENGRAM,
+    "(None, 'streams', 'embed')",
+    "(None, None, 'embed')",
+    ('tests/muon_test.py::what_memories_and_branches_share',),
+    'V4 section 2.4: every logically independent matrix',
+  ),
+  Mutant(
+    'marks_with_a_width_kept',
+    'deepseek_jax/data/ngrams.py',
+    'normalizers.StripAccents(),',
+    "normalizers.Replace(Regex(r'\\p{Mn}'), ''),",
+    (f'{_NGRAMS_TEST}::normalized_text',),
+    'Engram: accents are stripped',
+  ),
 )

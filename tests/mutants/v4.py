@@ -173,8 +173,8 @@ MUTANTS = (
   Mutant(
     'muon_takes_all_experts_as_one_matrix',
     _MUON,
-    "_INDEPENDENT = ('experts', 'groups', 'series')",
-    "_INDEPENDENT = ('groups', 'series')",
+    "_INDEPENDENT = ('experts', 'groups', 'series',",
+    "_INDEPENDENT = ('groups', 'series',",
     (f'{_MUON_TEST}::each_expert_gate_and_up',),
     'V4 trap 12: each expert by itself',
   ),

@@ -67,13 +67,13 @@ def _sparse_mla(queries, heads, backward):
   )
   fn = functools.partial(sparse_mla, scale=0.07, impl='gpu')
   if not backward:
-    return Case(fn, args, True, triton=True)
+    return Case(fn, args, True)
 
   def grads(*args):
     *floats, index, grad = args
     return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
 
-  return Case(grads, (*args, args[0]), True, triton=True)
+  return Case(grads, (*args, args[0]), True)
 
 
 CASES = {

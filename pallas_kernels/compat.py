@@ -47,18 +47,24 @@ def _several(threads):
   return {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
 
 
-def _warpgroup_params():
+def _warpgroup_params(**more):
   return plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    **more,
   )
 
 
-def kernel(body, out, *, grid: dict[str, int], scratch=(), threads=1):
+def kernel(
+  body, out, *, grid: dict[str, int], scratch=(), threads=1, across_warps=True
+):
   """plgpu.kernel with warpgroup semantics; grid maps axis names to sizes.
 
   With `threads` > 1 the body runs in that many warpgroups, on the axis 'wg'.
+  Without `across_warps` it sums and compares along rows of wgmma's layout only,
+  which needs none of the 2 KiB that are set aside otherwise.
   """
+  room = {} if across_warps else {'reduction_scratch_bytes': 0}
   return plgpu.kernel(
     body,
     out_type=out,
@@ -66,7 +72,7 @@ def kernel(body, out, *, grid: dict[str, int], scratch=(), threads=1):
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
     interpret=_interpret.get(),
-    compiler_params=_warpgroup_params(),
+    compiler_params=_warpgroup_params(**room),
     **_several(threads),
   )
 

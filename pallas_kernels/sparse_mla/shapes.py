@@ -25,7 +25,10 @@ TEST = {
 TEST_GPU = {
   'plain': Shape(2, 3, 90, 64, 70, nothing=0.2),
   'few_heads': Shape(1, 2, 20, 16, 5),
+  'one_key': Shape(1, 1, 1, 16, 1),
   'all_none': Shape(1, 2, 8, 16, 3, nothing=1.0),
+  # More blocks and more heads than are in flight at once.
+  'refilled': Shape(1, 1, 200, 80, 190, nothing=0.1),
 }
 
 # DeepSeek-V3.2: 128 heads, 2048 of the tokens.

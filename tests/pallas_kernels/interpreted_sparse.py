@@ -20,8 +20,8 @@ from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.sparse_mla import latents, sparse_mla
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
-from pallas_kernels.sparse_mla import sparse_mla
 
 BF16 = interpreted.BF16
 
@@ -130,6 +130,24 @@ def check_indexer():
       interpreted.compare(name, op, args, 0.0)
 
 
+def draw_sparse_mla(shape):
+  """Queries, latents, gradient of the output, and choices."""
+  rng = np.random.default_rng(0)
+  size, S = (shape.batch, shape.queries), shape.keys
+  bf = lambda *s: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+  rows = [rng.permutation(S)[: shape.top_k] for _ in range(np.prod(size))]
+  index = np.stack(rows).reshape(*size, -1)
+  index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
+  return (
+    bf(*size, shape.heads, 512),
+    bf(*size, shape.heads, 64),
+    bf(shape.batch, S, 512),
+    bf(shape.batch, S, 64),
+    bf(*size, shape.heads, 512),
+    jnp.asarray(index, jnp.int32),
+  )
+
+
 def check_sparse_mla():
   def both(q_c, q_r, c, k_r, grad, index, impl):
     fn = functools.partial(sparse_mla, index=index, scale=0.05, impl=impl)
@@ -137,22 +155,37 @@ def check_sparse_mla():
     return out, pull(grad)
 
   for name, shape in sparse_shapes.TEST_GPU.items():
-    rng = np.random.default_rng(0)
-    size, S = (shape.batch, shape.queries), shape.keys
-    bf = lambda *s, rng=rng: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
-    rows = [rng.permutation(S)[: shape.top_k] for _ in range(np.prod(size))]
-    index = np.stack(rows).reshape(*size, -1)
-    index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
-    args = (
-      bf(*size, shape.heads, 512),
-      bf(*size, shape.heads, 64),
-      bf(shape.batch, S, 512),
-      bf(shape.batch, S, 64),
-      bf(*size, shape.heads, 512),
-      jnp.asarray(index, jnp.int32),
-    )
-    # Probabilities, their gradients and a latent's parts are rounded.
-    interpreted.compare(name, both, args, 2 * BF16)
+    # A chunk holds the parts of two queries.
+    parts = 2 * 576 * -(-shape.top_k // 64) * 64
+    with mock.patch.object(latents, '_PARTS', parts):
+      # Probabilities, their gradients and a latent's parts are rounded.
+      interpreted.compare(name, both, draw_sparse_mla(shape), 2 * BF16)
+
+
+def check_sparse_mla_parts():
+  """Lists of every length around what is in flight, and numbers that are none.
+
+  The sums are of float32, so this shows the order as well.
+  """
+  rng = np.random.default_rng(0)
+  at = np.append(np.repeat(np.arange(6), [0, 1, 8, 9, 17, 0]), [-1] * 4)
+  rng.shuffle(at)
+  normal = lambda *size: rng.normal(size=size).astype(np.float32)
+  totals, parts = (normal(6, 512), normal(6, 64)), normal(len(at), 640)
+  parts = jnp.asarray(parts, jnp.bfloat16)
+
+  def add(*args, impl):
+    total_c, total_r, parts = args
+    if impl == 'gpu':
+      lists = latents._lists(jnp.asarray(at), 6)
+      given = total_c, total_r, parts[:, :512], parts[:, 512:]
+      return latents.add_parts(*given, *lists)
+    totals = np.concatenate([total_c, total_r], axis=1)
+    for i, row in zip(at, np.asarray(parts, np.float32)[:, :576]):
+      totals[i] += row if i >= 0 else 0
+    return totals[:, :512], totals[:, 512:]
+
+  interpreted.compare('parts', add, (*totals, parts), 0.0)
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ SCRIPTS = {
   'indexer': 'interpreted_sparse.py',
   'mla_decode_fp8': 'interpreted_sparse.py',
   'sparse_mla': 'interpreted_sparse.py',
+  'sparse_mla_parts': 'interpreted_sparse.py',
 }
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels import compat
-from pallas_kernels.sparse_mla import gpu, sparse_mla
+from pallas_kernels.sparse_mla import latents, sparse_mla
 from pallas_kernels.sparse_mla.shapes import TEST
 
 C, R, SCALE = 12, 4, 0.4
@@ -88,21 +87,9 @@ class SparseMlaTest(parameterized.TestCase):
 
   def test_parts_of_a_latent_are_listed_in_order_of_the_queries(self):
     at = jnp.asarray([[2, 0, -1], [0, 2, 2], [-1, 2, 1]]).reshape(-1)
-    order, starts = gpu._lists(at, 4)
+    order, starts = latents._lists(at, 4)
     lists = [list(order[a:b]) for a, b in itertools.pairwise(starts)]
     self.assertEqual(lists, [[1, 3], [8], [0, 4, 5, 7], []])
-
-  def test_parts_are_added_whatever_the_length_of_their_list(self):
-    rng = np.random.default_rng(0)
-    at = np.append(np.repeat(np.arange(6), [0, 1, 8, 9, 17, 0]), [-1] * 4)
-    rng.shuffle(at)
-    parts = rng.normal(size=(len(at), 8)).astype(np.float32)
-    total = rng.normal(size=(6, 8)).astype(np.float32)
-    with compat.interpreted():
-      got = gpu._add_parts(total, parts, *gpu._lists(jnp.asarray(at), 6))
-    want = total.copy()
-    np.add.at(want, at[at >= 0], parts[at >= 0])
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
   def test_unsupported_kernel_shape_says_why(self):
     *floats, index = draw(TEST['plain'])

@@ -1,0 +1,224 @@
+"""Gradient of the latents of attention over gathered latents on Hopper.
+
+One kernel takes 64 latents of a query, walks its heads 32 at a time and stores
+what that query adds to the gradient of each: warpgroup 0 computes
+probabilities, warpgroup 1 their gradients, and each sums half of the columns.
+Another adds these parts to every latent, in order of the queries, found by a
+stable sort. So nothing is added atomically, and with a chunk of queries at a
+time the parts take no more than about half a GiB.
+Legend: N queries of all rows, H heads (padded), K chosen (padded), M parts.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import compat, gather
+from pallas_kernels.sparse_mla.blocks import (
+  BLOCK,
+  BY_COLUMN,
+  BY_ROW,
+  HALF,
+  LATENT,
+  LOG2E,
+  PART,
+  ROPE,
+  THIN,
+  WGMMA,
+  add,
+  meet,
+  memory,
+  product,
+  shared_pair,
+  steps,
+  wide,
+  zeros,
+)
+
+_PARTS = 2**28  # most numbers in the stored parts of a chunk of queries
+_ROPE_ROOM = 128  # a part's rotary row, of which a warpgroup reads 128 numbers
+_IN_FLIGHT = 8  # parts that a warpgroup reads at once
+
+
+def latents(queries, c, k_r, scale):
+  """Gradients of c and k_r in float32, chunk by chunk of the queries.
+
+  queries: q_c, q_r, grad, lse, delta and at.
+  """
+  N, K = queries[-1].shape
+  size = max(1, min(N, _PARTS // (K * (LATENT + ROPE))))
+  chunks = -(-N // size)
+  # Queries that are none choose nothing.
+  fill = lambda a: -1 if a is queries[-1] else 0
+  tall = lambda a: jnp.pad(
+    a,
+    ((0, chunks * size - N),) + ((0, 0),) * (a.ndim - 1),
+    constant_values=fill(a),
+  )
+  cut = [tall(a).reshape(chunks, size, *a.shape[1:]) for a in queries]
+
+  def chunk(totals, own):
+    parts = store_parts(*own, c, k_r, scale)
+    order, starts = _lists(own[-1].reshape(-1), c.shape[0])
+    return add_parts(*totals, *parts, order, starts), None
+
+  zero = tuple(jnp.zeros(a.shape, jnp.float32) for a in (c, k_r))
+  return lax.scan(chunk, zero, tuple(cut))[0]
+
+
+def _lists(at, latents):
+  """at [M] -> order [M], starts [latents + 1] of the choices of each latent."""
+  order = jnp.argsort(at, stable=True).astype(jnp.int32)
+  bounds = jnp.arange(latents + 1, dtype=at.dtype)
+  return order, jnp.searchsorted(at[order], bounds).astype(jnp.int32)
+
+
+def store_parts(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
+  """What each query adds to the gradients of its choices: [N*K C], [N*K .].
+
+  Behind a query's last choice nothing is written.
+  """
+  N, K = at.shape
+  return compat.kernel(
+    functools.partial(_parts_body, scale=scale),
+    (
+      jax.ShapeDtypeStruct((N * K, LATENT), c.dtype),
+      jax.ShapeDtypeStruct((N * K, _ROPE_ROOM), c.dtype),
+    ),
+    grid={'query': N, 'block': K // BLOCK},
+    threads=2,
+    across_warps=False,
+    scratch={
+      'kc': memory(2, BLOCK, HALF),
+      'kr': memory(2, BLOCK, THIN),
+      'qc': memory(2, 2, PART, HALF),  # stage, columns
+      'qr': memory(2, 2, PART, THIN),
+      'gc': memory(2, 2, PART, HALF),
+      **shared_pair(),
+      'here': plgpu.Barrier(num_arrivals=6, num_barriers=2),
+    },
+  )(q_c, q_r, grad, lse, delta, at, steps(at, BLOCK), c, k_r)
+
+
+def _parts_body(
+  q_c, q_r, grad, lse, delta, at, steps, c, k_r, dc, dk_r, *, scale, **scratch
+):
+  n, block = lax.axis_index('query'), lax.axis_index('block')
+
+  @pl.when(block < steps[n])
+  def _():
+    given = q_c, q_r, grad, lse, delta, at, c, k_r
+    where = {'n': n, 'block': block}
+    _one_block(*given, dc, dk_r, **scratch, **where, scale=scale)
+
+
+def _one_block(
+  q_c, q_r, grad, lse, delta, at, c, k_r, dc, dk_r,
+  kc, kr, qc, qr, gc, ps, ds, p_here, met, here, *, n, block, scale,
+):  # fmt: skip
+  w, groups = lax.axis_index('wg'), q_c.shape[1] // PART
+  chosen = n, pl.ds(block * BLOCK, BLOCK)
+  columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
+  gather.start(c.at[:, columns], at.at[chosen], kc.at[w])
+  gather.start(k_r.at[:, thin], at.at[chosen], kr.at[w])
+  gather.commit()
+
+  def load(i):
+    stage, heads = lax.rem(i, 2), pl.ds(i * PART, PART)
+    for source, dest, part in (
+      (q_c, qc, columns),
+      (q_r, qr, thin),
+      (grad, gc, columns),
+    ):
+      plgpu.copy_gmem_to_smem(
+        source.at[n, heads, part], dest.at[stage, w], here.at[stage]
+      )
+
+  lax.fori_loop(0, 2, lambda i, _: load(i), None)
+  there = compat.load(at, chosen, BY_ROW, optimized=False)
+  gather.wait(0)
+  plgpu.commit_smem()
+  meet(met)
+
+  def step(i, carry):
+    stage, heads = lax.rem(i, 2), pl.ds(i * PART, PART)
+    by_head = lambda ref: compat.load(
+      ref, (n, heads), BY_COLUMN, optimized=False
+    )
+    plgpu.barrier_wait(here.at[stage])
+
+    @pl.when(w == 0)
+    def _():
+      norm = by_head(lse)
+      s = product((kc, qc.at[stage]), (kr, qr.at[stage])) * (scale * LOG2E)
+      s = jnp.where(wide(there, s.shape) >= 0, s, -jnp.inf)
+      ps[...] = jnp.exp2(s - wide(norm, s.shape, 1)).astype(ps.dtype)
+      plgpu.commit_smem()
+      plgpu.barrier_arrive(p_here)
+
+    @pl.when(w == 1)
+    def _():
+      shift = by_head(delta)
+      dp = product((kc, gc.at[stage]))
+      plgpu.barrier_wait(p_here)
+      p = compat.load(ps, slice(None), WGMMA).astype(jnp.float32)
+      d = p * (dp - wide(shift, dp.shape, 1)) * scale
+      ds[...] = d.astype(ds.dtype)
+      plgpu.commit_smem()
+
+    meet(met)
+    acc_c = add(carry[0], (ps, gc.at[stage, w]), (ds, qc.at[stage, w]))
+    acc_r = add(carry[1], (ds, qr.at[stage, w]))
+    # What the other read of these columns, it read before they met.
+    pl.when(i + 2 < groups)(lambda: load(i + 2))
+    return acc_c, acc_r
+
+  acc_c, acc_r = lax.fori_loop(0, groups, step, zeros())
+  kc[w] = acc_c.astype(jnp.bfloat16)
+  kr[w] = acc_r.astype(jnp.bfloat16)
+  plgpu.commit_smem()
+  where = pl.ds((n * (at.shape[1] // BLOCK) + block) * BLOCK, BLOCK)
+  plgpu.copy_smem_to_gmem(kc.at[w], dc.at[where, columns])
+  plgpu.copy_smem_to_gmem(kr.at[w], dk_r.at[where, thin])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def add_parts(total_c, total_r, dc, dk_r, order, starts):
+  """total[s] + sum of parts[order[starts[s]:starts[s + 1]]], in that order."""
+  room = jnp.pad(total_r, ((0, 0), (0, _ROPE_ROOM - ROPE)))
+  out_c, out_r = compat.kernel(
+    _add_body,
+    tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (total_c, room)),
+    grid={'latent': total_c.shape[0]},
+  )(total_c, room, dc, dk_r, order, starts)
+  return out_c, out_r[:, :ROPE]
+
+
+def _add_body(total_c, total_r, dc, dk_r, order, starts, out_c, out_r):
+  s = lax.axis_index('latent')
+  first, last = starts[s], starts[s + 1]
+
+  def row(ref, at):
+    size = ref.shape[1]
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=size // 128)
+    return compat.load(ref, at, layout, optimized=False)
+
+  def step(i, carry):
+    places = [first + i * _IN_FLIGHT + j for j in range(_IN_FLIGHT)]
+    rows = [order[jnp.minimum(place, last - 1)] for place in places]
+    sums = []
+    for total, parts in zip(carry, (dc, dk_r), strict=True):
+      read = [row(parts, r).astype(jnp.float32) for r in rows]
+      for place, part in zip(places, read, strict=True):
+        here = jnp.broadcast_to(place < last, part.shape)
+        total = total + jnp.where(here, part, jnp.zeros_like(part))
+      sums.append(total)
+    return tuple(sums)
+
+  count = lax.div(last - first + (_IN_FLIGHT - 1), _IN_FLIGHT)
+  start = row(total_c, s), row(total_r, s)
+  out_c[s], out_r[s] = lax.fori_loop(0, count, step, start)

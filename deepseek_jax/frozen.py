@@ -33,41 +33,47 @@ class Part(NamedTuple):
 
   def only(
     self, inner: optax.GradientTransformation
-  ) -> optax.GradientTransformation:
+  ) -> optax.GradientTransformationExtraArgs:
     """`inner`, made for `abstract`, on a tree of all parameters."""
+    inner = optax.with_extra_args_support(inner)
 
     def init(params):
       return inner.init(_kept(params, self.mask))
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, **more):
       some = lambda tree: None if tree is None else _kept(tree, self.mask)
-      moved, state = inner.update(some(grads), state, some(params))
+      moved, state = inner.update(some(grads), state, some(params), **more)
       return _spread(moved, grads), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
-  """The parameters that have one of `names` among the names of their path.
-
-  Raises:
-    InputError: no parameter has a name.
-  """
-  leaf = lambda v: isinstance(v, nnx.Variable)
-  flat = {
-    tuple(entry.key for entry in path): variable
-    for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf)
-  }
+def check(abstract: nnx.State, names: tuple[str, ...]) -> None:
+  """Raises InputError when no parameter has one of the names in its path."""
+  paths = list(_flat(abstract))
   for name in names:
-    if not any(name in path for path in flat):
-      known = sorted({k for path in flat for k in path if isinstance(k, str)})
+    if not any(name in path for path in paths):
+      known = sorted({k for path in paths for k in path if isinstance(k, str)})
       raise InputError(
         f'trainable = {names!r}: no parameter has {name!r} in its path; names'
         f' are {known}'
       )
+
+
+def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
+  """The parameters that have one of `names` among the names of their path."""
+  flat = _flat(abstract)
   on = {path: any(n in path for n in names) for path in flat}
   kept = {path: v for path, v in flat.items() if on[path]}
   return Part(type(abstract)(_nested(kept)), _nested(on))
+
+
+def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  return {
+    tuple(entry.key for entry in path): variable
+    for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf)
+  }
 
 
 def _nested(flat: dict) -> dict:

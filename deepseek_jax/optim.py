@@ -65,6 +65,22 @@ def stored_in(
   return optax.GradientTransformation(init, update)
 
 
+def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
+  """Scales gradients so that their norm is at most `limit`.
+
+  `norm` is that of the whole gradient, of which a pipeline stage has a part;
+  left out, it is that of what is given.
+  """
+
+  def update(grads, state, params=None, *, norm=None, **more):
+    del params, more
+    norm = optax.tree.norm(grads) if norm is None else norm
+    one = lambda g: jnp.where(norm < limit, g, g / norm * limit)
+    return jax.tree.map(one, grads), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def _where(holds, abstract: nnx.State) -> dict:
   """Whether `holds` of the axis names of each parameter."""
   one = lambda v: v.replace(holds(v.get_metadata()['axes']))
@@ -94,7 +110,7 @@ def faster_tables(
 
 def adamw(
   cfg: OptimizerConfig, abstract: nnx.State
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """The update direction for a learning rate of 1; sign included.
 
   Args:
@@ -105,7 +121,7 @@ def adamw(
   if cfg.moments != 'float32':
     moments = stored_in(jnp.dtype(cfg.moments), moments)
   return optax.chain(
-    optax.clip_by_global_norm(cfg.clip),
+    clipped(cfg.clip),
     moments,
     optax.add_decayed_weights(cfg.decay, mask=matrices(abstract)),
     faster_tables(cfg, abstract),
@@ -115,7 +131,7 @@ def adamw(
 
 def with_muon(
   cfg: OptimizerConfig, abstract: nnx.State
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """As `adamw`, with Muon for the matrices; `cfg.muon` is not None."""
   how = muon.splits(abstract)
   adam = (cfg.beta1, cfg.beta2, cfg.eps)
@@ -133,7 +149,7 @@ def with_muon(
     tables(abstract),
   )
   return optax.chain(
-    optax.clip_by_global_norm(cfg.clip),
+    clipped(cfg.clip),
     moments,
     optax.add_decayed_weights(cfg.muon.decay, mask=mine),
     optax.add_decayed_weights(cfg.decay, mask=others),
@@ -144,6 +160,6 @@ def with_muon(
 
 def update_rule(
   cfg: OptimizerConfig, abstract: nnx.State
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """The update direction for a learning rate of 1, as `cfg` has it."""
   return adamw(cfg, abstract) if cfg.muon is None else with_muon(cfg, abstract)

@@ -6,56 +6,41 @@ devices change no number beyond rounding.
 Legend: B sequences, T tokens of a sequence, L MoE layers, E experts.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax import frozen, schedules
 from deepseek_jax.block_norms import block_norms
-from deepseek_jax.errors import InputError
-from deepseek_jax.gate import GateConfig, GateState, initial_gate, judge
+from deepseek_jax.gate import GateState, initial_gate
 from deepseek_jax.layers import routing_statistics
-from deepseek_jax.layers.balance import updated_bias
 from deepseek_jax.losses import linear_cross_entropy
-from deepseek_jax.optim import OptimizerConfig, update_rule
 from deepseek_jax.parallel import local
+from deepseek_jax.recipe import TrainConfig, optimizer_of, part_of
 from deepseek_jax.transformer import Model, moe_statistics
+from deepseek_jax.update import (
+  Held,
+  judged,
+  move_biases,
+  moving,
+  tokens_seen,
+  updated,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """The recipe of a run, but for its data.
-
-  Attributes:
-    tokens: length of the run.
-    batch: sequences per step.
-    optimizer, schedule, gate: see there.
-    mtp_weight: lambda of the MTP loss.
-    bias_rate: step of the router bias (gamma), frozen by its schedule.
-    trainable: names; only parameters and router biases with one of them in
-      their path change ('indexer': the warm-up of sparse attention). (): all.
-    recall_goal: the run ends early, once the mean recall of its last ten
-      steps is this much; 0: never.
-  """
-
-  tokens: float
-  batch: schedules.BatchConfig
-  optimizer: OptimizerConfig = OptimizerConfig()
-  schedule: schedules.ScheduleConfig = schedules.ScheduleConfig()
-  gate: GateConfig = GateConfig()
-  mtp_weight: schedules.SwitchConfig = schedules.v3_mtp_weight()
-  bias_rate: schedules.SwitchConfig = schedules.v3_bias_rate()
-  trainable: tuple = ()
-  recall_goal: float = 0.0
-
-  def __post_init__(self):
-    if not 0 <= self.recall_goal <= 1:
-      raise InputError(
-        f'recall_goal = {self.recall_goal}: must be a share from 0 to 1'
-      )
+__all__ = [
+  'Shares',
+  'TrainConfig',
+  'TrainState',
+  'attention_losses',
+  'initial_state',
+  'loss_and_metrics',
+  'move_biases',
+  'routing_losses',
+  'targets',
+  'token_losses',
+  'train_step',
+]
 
 
 class TrainState(NamedTuple):
@@ -69,23 +54,9 @@ class TrainState(NamedTuple):
   gate: GateState
 
 
-def _part(model: Model, cfg: TrainConfig) -> frozen.Part | None:
-  """What is trained; None is everything."""
-  if not cfg.trainable:
-    return None
-  return frozen.part(model.abstract['params'], cfg.trainable)
-
-
-def _optimizer(model: Model, cfg: TrainConfig):
-  part = _part(model, cfg)
-  if part is None:
-    return update_rule(cfg.optimizer, model.abstract['params'])
-  return part.only(update_rule(cfg.optimizer, part.abstract))
-
-
 def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
   """The state before the first step; `variables` as model.init makes them."""
-  optimizer = _optimizer(model, cfg)
+  optimizer = optimizer_of(cfg, model.abstract['params'])
   return TrainState(
     jnp.int32(0),
     jnp.uint32(0),
@@ -279,35 +250,6 @@ def _loads(aux):
   }
 
 
-def _moving(loads: dict, names: tuple) -> dict:
-  """The loads of routers whose bias has one of `names` in its path; (): all."""
-  path = lambda place: (*place.split('/'), 'ffn', 'router', 'bias')
-  return {
-    place: load
-    for place, load in loads.items()
-    if not names or any(name in path(place) for name in names)
-  }
-
-
-def move_biases(buffers, loads, rate):
-  """Buffers with every router bias moved by its layer's load.
-
-  Args:
-    buffers: the model's buffers.
-    loads: 'segments/i/j' or 'mtp/k/block' -> load [... E] of the global batch.
-    rate: gamma.
-  """
-  moved = jax.tree.map(lambda b: b, buffers)  # a copy of the dicts
-  for place, load in loads.items():
-    node = moved
-    for key in place.split('/'):
-      node = node.get(int(key) if key.isdigit() else key, {})
-    router = node.get('ffn', {}).get('router', {})
-    if 'bias' in router:
-      router['bias'] = updated_bias(router['bias'], load, rate)
-  return moved
-
-
 def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
   """Makes the step: (TrainState, batch) -> (TrainState, metrics).
 
@@ -322,8 +264,8 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
   'block_norms' of the gradient, by block.
   Jit it with the state donated.
   """
-  optimizer = _optimizer(model, cfg)
-  part = _part(model, cfg)
+  optimizer = optimizer_of(cfg, model.abstract['params'])
+  part = part_of(cfg, model.abstract['params'])
 
   def gradients(state, batch, mtp_weight):
     weights = targets(batch, cross_document)[-1]
@@ -356,38 +298,16 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
 
   def step(state: TrainState, batch):
     length = batch['tokens'].shape[1] - 1
-    tokens = state.sequences.astype(jnp.float32) * length
+    tokens = tokens_seen(state, length)
     mtp_weight = cfg.mtp_weight.at(tokens, cfg.tokens)
     grads, metrics = gradients(state, batch, mtp_weight)
     norm = optax.tree.norm(grads)
-    applied, gated = judge(cfg.gate, state.gate, metrics['loss'], norm)
-    rate = schedules.learning_rate(cfg.schedule, state.step, tokens, cfg.tokens)
-    updates, moments = optimizer.update(grads, state.moments, state.params)
-    params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-    buffers = move_biases(
-      state.buffers,
-      _moving(metrics.pop('loads'), cfg.trainable),
-      cfg.bias_rate.at(tokens, cfg.tokens),
-    )
-    keep = lambda new, old: jax.tree.map(
-      lambda n, o: jnp.where(applied, n, o), new, old
-    )
-    metrics |= {
-      'grad_norm': norm,
-      'block_norms': block_norms(grads),
-      'learning_rate': rate,
-      'applied': applied,
-      'skipped': gated.skipped,
-      'streak': gated.streak,
-    }
-    new = TrainState(
-      state.step + 1,
-      state.sequences + jnp.uint32(batch['tokens'].shape[0]),
-      keep(params, state.params),
-      keep(buffers, state.buffers),
-      keep(moments, state.moments),
-      gated,
-    )
-    return new, metrics
+    verdict, gate, told = judged(cfg, state, metrics['loss'], norm, length)
+    held = Held(state.params, state.buffers, state.moments)
+    loads = moving(metrics.pop('loads'), cfg.trainable)
+    held = updated(optimizer, held, grads, loads, verdict)
+    metrics |= told | {'block_norms': block_norms(grads)}
+    sequences = state.sequences + jnp.uint32(batch['tokens'].shape[0])
+    return TrainState(state.step + 1, sequences, *held, gate), metrics
 
   return step

@@ -233,7 +233,7 @@ class InputTest(absltest.TestCase):
   def test_a_name_of_nothing_is_refused(self):
     abstract = ds.build(model(SPARSE)).abstract['params']
     with self.assertRaisesRegex(ds.InputError, "has 'indexr' in its path"):
-      frozen.part(abstract, ('indexr',))
+      frozen.check(abstract, ('indexr',))
 
   def test_weights_without_a_place_or_of_another_shape_are_refused(self):
     fresh = {'params': {'a': np.zeros(2), 'indexer': np.ones(3)}}

@@ -105,8 +105,8 @@ MUTANTS = (
   ),
   Mutant(
     'skipped_updates_applied',
-    _TRAIN,
-    'lambda n, o: jnp.where(applied, n, o), new, old',
+    'deepseek_jax/update.py',
+    'lambda n, o: jnp.where(verdict.applied, n, o), new, old',
     'lambda n, o: n, new, old',
     (f'{_TRAIN_TEST}::an_exploding_batch_changes_nothing',),
     'optax.apply_if_finite applies what it should skip in the end',

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -51,7 +52,9 @@ class MeshConfig:
     expert: experts are cut; tokens travel to them (see exchange).
     tensor: heads, hidden units and the vocabulary are cut.
     context: sequences are cut.
-    stage: layers are cut.
+    stage: layers are cut; a batch passes through as train.batch.accumulate
+      micro-batches.
+    schedule: in which order they do, with stage > 1 (see plan.schedules).
     rules: logical axis -> the mesh axis or axes that cut it; '' for none.
     exchange: how tokens reach experts of other devices.
   """
@@ -62,6 +65,7 @@ class MeshConfig:
   tensor: int = 1
   context: int = 1
   stage: int = 1
+  schedule: Literal['1f1b', 'dualpipe'] = '1f1b'
   rules: dict[str, str | tuple | None] = dataclasses.field(
     default_factory=_default_rules
   )

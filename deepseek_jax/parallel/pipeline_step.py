@@ -28,10 +28,18 @@ class Step:
   """One pass over a schedule: what is under way, and what was added up."""
 
   def __init__(self, pipeline, held, micro, shares: Shares):
+    """Begins a pass.
+
+    Args:
+      pipeline: whose.
+      held: variables by place, in the compute dtype.
+      micro: (direction, index) -> a micro-batch.
+      shares: how each counts.
+    """
     self.pipeline, self.micro, self.shares = pipeline, micro, shares
-    # Once, or every micro-batch under way would hold a copy of its own.
-    self.held = {p: pipeline.cast[p](v) for p, v in held.items()}
-    zeros = lambda v: jax.tree.map(jnp.zeros_like, v['params'])
+    self.held = held
+    zero = lambda p: jnp.zeros_like(p, jnp.float32)
+    zeros = lambda v: jax.tree.map(zero, v['params'])
     self.totals = {place: zeros(held[place]) for place in pipeline.places}
     self.metrics = {place: [] for place in pipeline.places}
     self._inbox, self._kept = {}, {}
@@ -49,7 +57,7 @@ class Step:
       back = self._backward_inputs(behind, backward)
     kind = backward.kind if backward else ''
     program = pipeline.program(ahead, behind, kind)
-    with sharding.use(pipeline.meshes[rank], pipeline.rules):
+    with sharding.under(pipeline.using[rank]):
       went, came = program(there, back)
     if forward:
       self._went(ahead, forward, went)

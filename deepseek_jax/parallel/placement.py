@@ -195,7 +195,8 @@ def to_first(tree):
   """
   if not distributed.several():
     spread = lambda a: len(a.sharding.device_set) > 1
-    one = lambda a: np.asarray(a) if spread(a) else a
+    here = lambda a: isinstance(a, np.ndarray | np.generic)
+    one = lambda a: np.asarray(a) if here(a) or spread(a) else a
     return jax.tree.map(one, tree)
   from jax.experimental import multihost_utils
 

@@ -1,9 +1,9 @@
-"""A model cut into pipeline stages: which variables each holds, what each does.
+"""A model cut into pipeline stages: which of its variables each holds.
 
 Stages are even runs of layers, as the planner lays them. A stage keeps the
 model's own form: whole patterns of a segment stay stacked and are scanned, and
 only where a border cuts through a pattern do layers stand alone.
-Legend: P stages, B sequences, T tokens, D model.
+Legend: P stages.
 """
 
 import dataclasses
@@ -16,16 +16,8 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.plan import mesh as meshes
-from deepseek_jax.train import (
-  Shares,
-  attention_losses,
-  routing_losses,
-  targets,
-  token_losses,
-)
 from deepseek_jax.transformer import (
   Functional,
   Transformer,
@@ -103,18 +95,31 @@ class Stage:
         delattr(made, name)
     return made
 
+  @property
+  def abstract(self) -> dict[str, nnx.State]:
+    """Of its own variables: those of `take`."""
+    held = self.functional.abstract
+    copied = {} if self.first else {'embed'}
+    params = {k: v for k, v in held['params'].items() if k not in copied}
+    return {**held, 'params': type(held['params'])(params)}
+
   def take(self, tree: dict) -> dict:
-    """This stage's part of a tree of the whole model's variables."""
+    """This stage's part of a tree of the whole model's variables.
+
+    The embedding is the first stage's; where the last one needs it, too, that
+    is a copy.
+    """
     out = {
       k: v
       for k, v in tree.items()
-      if k != 'segments' and (self.embed if k == 'embed' else self.last)
+      if k != 'segments' and (self.first if k == 'embed' else self.last)
     }
     for number, piece in enumerate(self.pieces):
       stacks = tree.get('segments', {}).get(piece.segment, {})
+      # Without axes: the moment of a matrix of Muon's, which has none.
       found = {
         j - piece.pattern.start: jax.tree.map(
-          lambda a, r=piece.repeats: a[r], stack
+          lambda a, r=piece.repeats: a[r] if np.ndim(a) else a, stack
         )
         for j, stack in stacks.items()
         if piece.pattern.start <= j < piece.pattern.stop
@@ -128,55 +133,6 @@ class Stage:
     """The stage's module as pure functions."""
     return functional(self.make, jnp.dtype(self.config.compute.dtype))
 
-  def __call__(
-    self, params, stream, buffers, batch, shares: Shares, cross_document: bool
-  ):
-    """What the stage computes, for jax.vjp.
-
-    Args:
-      params: in the compute dtype, from `functional.cast`.
-      stream: [B T ...] of the stage before; None for the first.
-      buffers: its own.
-      batch: as in `loss_and_metrics`; of one micro-batch.
-      shares: how it counts.
-      cross_document: documents see each other.
-
-    Returns:
-      ((stream, loss), metrics): the stream is None for the last stage; the
-      loss is this stage's share of the global batch's, and the metrics are
-      those of `loss_and_metrics` that the stage knows.
-    """
-    module = self.functional.merge({'params': params, 'buffers': buffers})
-    tokens, segments, positions, *wanted = targets(batch, cross_document)
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    ctx = Context(tokens, positions, segments, train=True)
-    stream = module.enter(ctx) if self.first else stream
-    stream, _, statistics = module.through(stream, ctx, None)
-    aux, loss, metrics = {'segments': statistics}, jnp.float32(0), {}
-    if self.last:
-      hidden, ahead = module.leave(stream, ctx, mtp=True)
-      aux, stream = aux | ahead, None
-      loss, metrics = token_losses(
-        hidden, aux, module.head_weight(), wanted, shares
-      )
-    for losses in (routing_losses, attention_losses):
-      extra, more = losses(aux, shares)
-      loss, metrics = loss + extra, metrics | more
-    if 'recall' in metrics:  # a mean over layers; stages add up
-      layers = _sparse_layers(aux) / shares.micro_batches
-      metrics |= {
-        'recall': metrics['recall'] * layers * shares.micro_batches,
-        'sparse_layers': layers,
-      }
-    return (stream, loss), metrics
-
-
-def _sparse_layers(aux: dict) -> int:
-  blocks = [s for patterns in aux['segments'] for s in patterns]
-  seen = [s['attention'] for s in [*blocks, *aux.get('mtp', [])]]
-  return sum(s['recall'].size for s in seen if 'recall' in s)
-
 
 def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
   """A model as `count` stages.
@@ -188,7 +144,8 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
   """
   if any(b.engram for s in config.segments() for b in s.blocks):
     raise InputError(
-      f'mesh.stage = {count}: a model with memories (engram) has no stages'
+      f'mesh.stage = {count}: a model with memories (engram) has no stages; set'
+      ' it to 1 and another axis to that'
     )
   runs = meshes.stages(config, meshes.Mesh(stage=count))
   out = []
@@ -205,31 +162,68 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
   return tuple(out)
 
 
-def join(stages: tuple[Stage, ...], trees, add: bool) -> dict:
-  """Stages' parts of a tree as the whole model's, NumPy arrays on the host.
+def join(stages: tuple[Stage, ...], trees) -> dict:
+  """Stages' own parts of a tree as the whole model's.
 
   Args:
     stages: all of a model.
-    trees: of each, in order.
-    add: what several stages hold (the embedding) is added up, as gradients
-      are; else it is the first one's.
+    trees: of each, in order; see `Stage.take`.
+
+  Returns:
+    NumPy arrays on the host, none of them a view of what was given.
   """
   out, stacks = {}, {}
   for stage, tree in zip(stages, trees):
-    tree = jax.device_get(tree)
-    for key, value in tree.items():
-      if key == 'segments':
-        continue
-      if key not in out:
-        out[key] = value
-      elif add:
-        out[key] = jax.tree.map(np.add, out[key], value)
+    tree = jax.tree.map(np.array, jax.device_get(tree))
+    out |= {k: v for k, v in tree.items() if k != 'segments'}
     for number, blocks in tree.get('segments', {}).items():
       piece = stage.pieces[number]
       for j, stack in blocks.items():
         place = piece.segment, piece.pattern.start + j
         stacks.setdefault(place, []).append(stack)
+  one = lambda *a: np.concatenate(a) if a[0].ndim else a[0]
   for (i, j), parts in sorted(stacks.items()):
-    whole = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    whole = jax.tree.map(one, *parts)
     out.setdefault('segments', {}).setdefault(i, {})[j] = whole
+  return out
+
+
+def take_each(stage: Stage, tree):
+  """`stage.take` of every tree of variables in a tree, e.g. moments."""
+  one = lambda x: stage.take(x) if isinstance(x, dict) else x
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, dict))
+
+
+def join_each(stages: tuple[Stage, ...], trees):
+  """The inverse of `take_each`, on the host; what is no tree is the first's."""
+
+  def one(*parts):
+    if isinstance(parts[0], dict):
+      return join(stages, parts)
+    return np.array(parts[0])
+
+  return jax.tree.map(one, *trees, is_leaf=lambda x: isinstance(x, dict))
+
+
+def nested(flat: dict, mark: str) -> dict:
+  """{'segments/0/1': x} -> {'segments': {0: {1: x}}}."""
+  out: dict = {}
+  for path, value in flat.items():
+    *above, last = (int(k) if k.isdigit() else k for k in path.split(mark))
+    inner = out
+    for key in above:
+      inner = inner.setdefault(key, {})
+    inner[last] = value
+  return out
+
+
+def flat(tree: dict, mark: str) -> dict:
+  """The inverse of `nested`."""
+  out = {}
+  for key, value in tree.items():
+    if not isinstance(value, dict):
+      out[str(key)] = value
+      continue
+    inner = flat(value, mark)
+    out |= {f'{key}{mark}{path}': leaf for path, leaf in inner.items()}
   return out

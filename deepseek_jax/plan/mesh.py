@@ -164,7 +164,9 @@ def stages(config: TransformerConfig, mesh: Mesh) -> tuple[tuple, ...]:
   layers += [('mtp', k) for k in range(config.mtp.depth)]
   P, n = mesh.stage, len(layers)
   if n < P:
-    raise InputError(f'mesh.stage = {P}: more than the {n} blocks')
+    raise InputError(
+      f'mesh.stage = {P}: more than the {n} blocks; set it to {n} or less'
+    )
   runs = [layers[s * n // P : (s + 1) * n // P] for s in range(P)]
   runs[0].insert(0, ('start',))
   if P > 1 and (config.tied or config.mtp.depth):

@@ -11,9 +11,11 @@ import jax
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax import last_steps, loop, metrics
+from deepseek_jax import last_steps, metrics
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.errors import InputError
+from deepseek_jax.run import folder
+from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import train_step
 from deepseek_jax.transformer import build
 
@@ -60,7 +62,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   path = workdir / 'config.json'
   if not path.exists():
     raise InputError(f'workdir {workdir}: holds no run (no config.json)')
-  config = configs.from_dict(loop.RunConfig, json.loads(path.read_text()))
+  config = configs.from_dict(RunConfig, json.loads(path.read_text()))
   if step > config.steps:
     raise InputError(f'step = {step}: the run has {config.steps} steps')
   model = build(config.model)
@@ -95,7 +97,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
 
 def _before(workdir, step, config, model, batches):
   """The state that is nearest before a step; moves `batches` there."""
-  fresh = functools.partial(loop.fresh_state, config, model)
+  fresh = functools.partial(folder.fresh_state, config, model)
   with Checkpoints(
     workdir / 'checkpoints', verify=config.safety.verify
   ) as checkpoints:

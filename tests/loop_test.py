@@ -15,6 +15,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import evaluate, flight, loop, metrics, schedules, train
 from deepseek_jax.checkpoint import flatten
 from deepseek_jax.errors import InputError, RunAborted
+from deepseek_jax.run import step
 
 
 def _write_corpus(folder: Path):
@@ -224,7 +225,7 @@ class LoopTest(parameterized.TestCase):
         'train.tokens': 40 * 4 * 32.0,
       },
     )
-    original = loop._Steps.__call__
+    original = step.Steps.__call__
 
     def poison(steps, state, batch, writer):
       clean = state.params
@@ -237,7 +238,7 @@ class LoopTest(parameterized.TestCase):
       )
       return state._replace(params=clean), metrics
 
-    patched = mock.patch.object(loop._Steps, '__call__', poison)
+    patched = mock.patch.object(step.Steps, '__call__', poison)
     gives_up = self.assertRaisesRegex(RunAborted, '3 updates in a row')
     with patched, gives_up:
       self._fit(config=poisoned)

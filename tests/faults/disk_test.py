@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from deepseek_jax import checkpoint, loop
+from deepseek_jax import checkpoint
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.errors import InputError
+from deepseek_jax.run import say
 from tests.faults import ledger, runs
 
 
@@ -159,7 +160,7 @@ class FullDiskRunTest(runs.RunTest):
     self.addCleanup(gc.collect)
     with ledger.fault('disk full in a run'):
       with (
-        mock.patch.object(loop, '_warn') as warned,
+        mock.patch.object(say, 'warn') as warned,
         self.assertRaisesRegex(InputError, r'checkpoint 8 cannot be saved'),
         self.before_step(5, self.fill_disk),
       ):

@@ -13,8 +13,9 @@ import pytest
 from absl.testing import absltest
 
 from deepseek_jax import data as datalib
-from deepseek_jax import last_steps, loop, replay, timeline
+from deepseek_jax import last_steps, replay, timeline
 from deepseek_jax.errors import InputError, Preempted
+from deepseek_jax.run import say
 from tests.faults import damage_test, ledger, runs
 
 
@@ -48,7 +49,7 @@ class PreemptionTest(runs.RunTest):
     with ledger.fault('SIGTERM, then a flipped bit'):
       # The last step is no time to stop; what is safe may change at will.
       with (
-        mock.patch.object(loop, '_warn') as warned,
+        mock.patch.object(say, 'warn') as warned,
         self.before_step(8, _terminate),
       ):
         resumed = self.fit('resumed', **{'safety.last_steps': 4})

@@ -13,6 +13,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import last_steps, loop, metrics, replay
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import RunAborted
+from deepseek_jax.run import folder
 from tests.faults import ledger, runs
 
 _BEL = '\a'  # thrice in every document
@@ -35,14 +36,14 @@ class PoisonTest(runs.RunTest, parameterized.TestCase):
     self.home = home
 
   def poisoned(self, value: float):
-    original = loop.fresh_state
+    original = folder.fresh_state
 
     def fresh(config, model):
       state = original(config, model)
       embed = state.params['embed'].at[_POISON].add(value)
       return state._replace(params=state.params | {'embed': embed})
 
-    self.enter_context(mock.patch.object(loop, 'fresh_state', fresh))
+    self.enter_context(mock.patch.object(folder, 'fresh_state', fresh))
 
   def noting_batches(self) -> list[bool]:
     """Whether the model reads the byte, step by step, as the run goes."""

@@ -19,6 +19,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import last_steps, loop
 from deepseek_jax.checkpoint import flatten
 from deepseek_jax.parallel import distributed, placement
+from deepseek_jax.run import step
 from experiments import common, processes
 from tests.faults import runs
 
@@ -49,7 +50,7 @@ def hanging(steps, state, batch, writer):
   return _STEP(steps, state, batch, writer)
 
 
-_STEP = loop._Steps.__call__
+_STEP = step.Steps.__call__
 
 
 def main(argv):
@@ -74,7 +75,7 @@ def main(argv):
   with (
     mock.patch.object(datalib.Batches, 'next', noted),
     mock.patch.object(placement, 'choose', choose),
-    mock.patch.object(loop._Steps, '__call__', hanging),
+    mock.patch.object(step.Steps, '__call__', hanging),
   ):
     run = loop.fit(made, _WORKDIR.value)
   state = placement.to_first(run.state)

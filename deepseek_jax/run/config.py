@@ -1,0 +1,108 @@
+"""What a training run is: all of its configuration, in one tree."""
+
+import dataclasses
+
+from deepseek_jax import config as configs
+from deepseek_jax import data as datalib
+from deepseek_jax import integrity
+from deepseek_jax.errors import InputError
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.train import TrainConfig
+from deepseek_jax.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """Validation while training, on some held-out documents.
+
+  Attributes:
+    every: steps between validations (0: none).
+    documents: how many at most while training; the end reads all.
+    batch: rows at a time.
+    stride: tokens between the starts of overlapping windows; None is half.
+  """
+
+  every: int = 0
+  documents: int = 8
+  batch: int = 8
+  stride: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetyConfig:
+  """What a run does about faults. Changes no number, and may change at will.
+
+  Attributes:
+    verify: of a checkpoint before it is read: 'full' hashes all of it, 'sample'
+      compares sizes and hashes some, 'off' trusts it.
+    hang_factor: a step that takes this many medians of the steps before ends
+      the process with status 79; 0 lets it hang.
+    hang_seconds: that a step may take in any case.
+    last_steps: how many are written to abort.jsonl when the run gives up.
+  """
+
+  verify: str = 'full'
+  hang_factor: float = 30.0
+  hang_seconds: float = 120.0
+  last_steps: int = 20
+
+  def __post_init__(self):
+    integrity.check_choice(self.verify)
+    for name in ('hang_factor', 'hang_seconds', 'last_steps'):
+      if getattr(self, name) < 0:
+        raise InputError(
+          f'safety.{name} = {getattr(self, name)}: must not be negative'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """One run, whole.
+
+  Attributes:
+    model, data, train, evaluate, safety, mesh: see there.
+    seed: of the initialisation; the data have their own.
+    checkpoint_every: steps between checkpoints (0: only at the end).
+    keep: checkpoints that stay.
+    tensorboard: also write event files.
+    init_from: folder of a run to take the weights from; '': none.
+  """
+
+  model: TransformerConfig
+  data: datalib.DataConfig
+  train: TrainConfig
+  evaluate: EvaluateConfig = EvaluateConfig()
+  safety: SafetyConfig = SafetyConfig()
+  mesh: MeshConfig = MeshConfig()
+  seed: int = 0
+  checkpoint_every: int = 0
+  keep: int = 2
+  tensorboard: bool = False
+  init_from: str = ''
+
+  def __post_init__(self):
+    configs.check_choices(self)
+    if self.data.vocab_size > self.model.vocab_size:
+      raise InputError(
+        f'data.vocab_size = {self.data.vocab_size}: more than'
+        f' model.vocab_size = {self.model.vocab_size}; raise the latter'
+      )
+    blocks = [b for s in self.model.segments() for b in s.blocks]
+    measured = [getattr(b.attention, 'measures_recall', False) for b in blocks]
+    if self.train.recall_goal and not any(measured):
+      raise InputError(
+        f'train.recall_goal = {self.train.recall_goal}: no attention of this'
+        ' model measures recall, so the run would never reach it; set it to 0'
+        " or take sparse attention with recall_queries or stage = 'dense'"
+      )
+
+  @property
+  def steps(self) -> int:
+    """Steps of the run, with the batch ramp."""
+    per_sequence, tokens, steps = self.data.seq_len, 0, 0
+    batch = self.train.batch
+    while tokens < min(batch.ramp_tokens, self.train.tokens):
+      tokens += batch.at(tokens) * per_sequence
+      steps += 1
+    left = max(self.train.tokens - tokens, 0)
+    return steps + int(-(-left // (batch.size * per_sequence)))

@@ -1,0 +1,53 @@
+"""How a run begins: anew, from another run's weights, or where it ended."""
+
+from deepseek_jax import data as datalib
+from deepseek_jax import warm_start
+from deepseek_jax.checkpoint import Checkpoints
+from deepseek_jax.data.ngrams import token_classes
+from deepseek_jax.layers import ngram_hash
+from deepseek_jax.parallel import distributed
+from deepseek_jax.run import say
+from deepseek_jax.run.config import RunConfig
+from deepseek_jax.run.folder import load
+from deepseek_jax.run.step import Steps
+
+
+def start(
+  config: RunConfig,
+  steps: Steps,
+  checkpoints: Checkpoints,
+  batches: datalib.Batches,
+):
+  """The state to begin with, and the step it was saved at (0: new).
+
+  Moves `batches` to where that is.
+  """
+  step = checkpoints.newest_whole(say.warn)
+  if step is None:
+    state = steps.begin()
+    if config.init_from:
+      state = _warm(config.init_from, state, steps)
+    return state, 0
+  checkpoints.set_aside_after(step)
+  restored = checkpoints.restore(step, steps.like())
+  batches.set_state(restored.data)
+  return steps.adopt(restored.state), step
+
+
+def _warm(source: str, state, steps: Steps):
+  """The state with the weights of another run."""
+  begun = steps.whole(state)
+  fresh = {'params': begun.params, 'buffers': begun.buffers}
+  begun, new = warm_start.variables(fresh, load(source).variables, source)
+  if distributed.first():
+    say.warn(f'weights are of {source}; fresh: {", ".join(new) or "none"}')
+  return steps.with_variables(state, begun)
+
+
+def with_classes(state, resumed: int, model, store: datalib.Store):
+  """A new run's memory gets the classes of the tokenizer's tokens."""
+  if resumed:
+    return state
+  classes = token_classes(store.tokenizer(), model.config.vocab_size)
+  buffers = ngram_hash.with_classes(model.config.engram, state.buffers, classes)
+  return state._replace(buffers=buffers)

@@ -1,0 +1,146 @@
+"""The loop around the step: data in, numbers and checkpoints out."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+
+from deepseek_jax import data as datalib
+from deepseek_jax import last_steps
+from deepseek_jax.checkpoint import Checkpoints
+from deepseek_jax.errors import Preempted, RunAborted
+from deepseek_jax.last_steps import LastSteps
+from deepseek_jax.preemption import Preemption
+from deepseek_jax.run.config import RunConfig
+from deepseek_jax.run.folder import as_json
+from deepseek_jax.run.record import Record
+from deepseek_jax.run.step import Steps
+from deepseek_jax.timeline import Timeline
+from deepseek_jax.watchdog import Watchdog
+
+
+@dataclasses.dataclass
+class Trainer:
+  """A run from the state that it begins with to its end."""
+
+  config: RunConfig
+  store: datalib.Store
+  batches: datalib.Batches
+  steps: Steps
+  checkpoints: Checkpoints
+  record: Record
+  preemption: Preemption
+  timeline: Timeline
+  last_steps: LastSteps
+
+  def __post_init__(self):
+    safety = self.config.safety
+    self._watchdog = Watchdog(
+      safety.hang_factor,
+      safety.hang_seconds,
+      lambda seconds: self.last_steps.write(),
+    )
+
+  def run(self, state):
+    """Trains to the end -> the last state."""
+    try:
+      return self._run(state)
+    except Preempted:
+      raise
+    except Exception:
+      with contextlib.suppress(OSError):  # the cause is what to tell
+        self.last_steps.write()
+      raise
+    finally:
+      self._watchdog.close()
+      with contextlib.suppress(OSError):
+        self.timeline.write()
+        self.record.writer.log(self.timeline.summary())
+
+  def _run(self, state):
+    config, length = self.config, self.config.data.seq_len
+    number, tokens = int(state.step), int(state.sequences) * length
+    while tokens < config.train.tokens and not self._imitated():
+      start = time.perf_counter()
+      size = config.train.batch.at(tokens)
+      state, metrics = self._step(number + 1, state, size)
+      number, tokens = number + 1, tokens + size * length
+      seconds = time.perf_counter() - start
+      self.timeline.reached(number)
+      buffers = functools.partial(self.steps.buffers, state)
+      self.record.step(number, metrics, buffers, size * length, seconds)
+      self._give_up_if_stuck(number, metrics)
+      last = tokens >= config.train.tokens or self._imitated()
+      if _due(config.evaluate.every, number) and not last:
+        with self.timeline.phase('evaluate'):
+          self._validate(number, state)
+      stop = self.preemption.asked(number) and not last
+      if _due(config.checkpoint_every, number) or last or stop:
+        with self.timeline.phase('checkpoint'):
+          self._save(number, state, wait=last or stop)
+        self.timeline.write()  # what follows is lost with another step
+      if stop:
+        raise Preempted(f'preempted: step {number} is saved')
+    return state
+
+  def _imitated(self) -> bool:
+    """Whether the indexers have found what they were to find."""
+    goal, recent = self.config.train.recall_goal, self.record.recalls[-10:]
+    return bool(goal and len(recent) == 10 and np.mean(recent) >= goal)
+
+  def _step(self, number, state, size):
+    """The step that makes `number` complete -> state, metrics on the host."""
+    first, writer = self.batches.get_state()['next_index'], self.record.writer
+    block = self.steps.block(size)
+    with self.timeline.phase('data'):
+      rows = self.batches.next(size, *block)
+      batch = self.steps.batch(rows, size)
+    with self.timeline.phase('compile'):
+      self.steps.compiled(state, batch, writer)
+    with self.timeline.phase('step'), self._watchdog.step():
+      state, metrics = self.steps(state, batch, writer)
+      metrics = jax.device_get(metrics)
+    identity = last_steps.identity(first, size, block, rows)
+    kept = {k: v for k, v in metrics.items() if k != 'together'}  # large
+    self.last_steps.add(number, identity, kept)
+    return state, metrics
+
+  def _give_up_if_stuck(self, number, metrics):
+    streak = int(metrics['streak'])
+    if streak < self.config.train.gate.patience:
+      return
+    self.record.save()
+    raise RunAborted(
+      f'{streak} updates in a row were not finite or exploded, the last at'
+      f' step {number} (loss {float(metrics["loss"]):.4g}, gradient norm'
+      f' {float(metrics["grad_norm"]):.4g}); checkpoints are from before'
+    )
+
+  def _validate(self, number, state):
+    cfg = self.config.evaluate
+    heldout = datalib.Heldout(
+      self.store,
+      self.config.data.seq_len,
+      cfg.batch,
+      stride=cfg.stride,
+      limit=cfg.documents,
+    )
+    bits = self.steps.bits_per_byte(state, heldout)
+    self.record.writer.write(number, {'validation_bits_per_byte': bits})
+
+  def _save(self, number, state, *, wait: bool):
+    self.record.save()
+    self.checkpoints.save(
+      number,
+      self.steps.whole(state),
+      self.batches.get_state(),
+      as_json(self.config),
+      wait=wait,
+    )
+
+
+def _due(every: int, number: int) -> bool:
+  return every > 0 and number % every == 0

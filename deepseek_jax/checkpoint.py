@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from deepseek_jax import integrity
 from deepseek_jax.errors import InputError
@@ -254,6 +255,7 @@ class Checkpoints:
       step: one of `steps()`.
       like: a tree of arrays or jax.ShapeDtypeStructs (with shardings, when
         they matter) that the stored state must equal in names, shapes, dtypes.
+        Where it has NumPy's arrays, those are restored.
 
     Raises:
       InputError: a difference, each named.
@@ -294,6 +296,8 @@ def _storage_failure(error: Exception) -> str | None:
 
 
 def _abstract(array):
+  if isinstance(array, np.ndarray):
+    return array
   # Else orbax asks for the devices that the array was saved from.
   place = getattr(array, 'sharding', None) or jax.sharding.SingleDeviceSharding(
     jax.local_devices()[0]

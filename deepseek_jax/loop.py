@@ -21,6 +21,7 @@ from deepseek_jax.run import say
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import Loaded, claim, fresh_state, load
 from deepseek_jax.run.record import Record, router_biases
+from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.run.start import start, with_classes
 from deepseek_jax.run.step import Steps
 from deepseek_jax.run.trainer import Trainer
@@ -77,7 +78,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     with timeline.phase('init'):
       model = build(config.model)
       # Whatever does not fit is found here.
-      steps = Steps(model, config)
+      steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
       with distributed.first_goes_first():
         store = datalib.build(config.data)
         batches = datalib.Batches(store, config.data)

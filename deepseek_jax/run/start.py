@@ -9,12 +9,13 @@ from deepseek_jax.parallel import distributed
 from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import load
+from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.run.step import Steps
 
 
 def start(
   config: RunConfig,
-  steps: Steps,
+  steps: Steps | StagedSteps,
   checkpoints: Checkpoints,
   batches: datalib.Batches,
 ):
@@ -34,7 +35,7 @@ def start(
   return steps.adopt(restored.state), step
 
 
-def _warm(source: str, state, steps: Steps):
+def _warm(source: str, state, steps: Steps | StagedSteps):
   """The state with the weights of another run."""
   begun = steps.whole(state)
   fresh = {'params': begun.params, 'buffers': begun.buffers}

@@ -17,6 +17,7 @@ from deepseek_jax.preemption import Preemption
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.run.record import Record
+from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.run.step import Steps
 from deepseek_jax.timeline import Timeline
 from deepseek_jax.watchdog import Watchdog
@@ -29,7 +30,7 @@ class Trainer:
   config: RunConfig
   store: datalib.Store
   batches: datalib.Batches
-  steps: Steps
+  steps: Steps | StagedSteps
   checkpoints: Checkpoints
   record: Record
   preemption: Preemption

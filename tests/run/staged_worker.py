@@ -1,0 +1,141 @@
+"""Steps through a pipeline against steps of one program; prints what differs.
+
+python -m tests.run.staged_worker CASE...
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+
+import deepseek_jax as ds
+from deepseek_jax import data as datalib
+from deepseek_jax import train
+from deepseek_jax.gate import GateConfig
+from deepseek_jax.metrics import NoMetrics
+from deepseek_jax.muon import MuonConfig
+from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.run.config import RunConfig
+from deepseek_jax.run.staged import StagedSteps
+from deepseek_jax.run.step import Steps
+from deepseek_jax.schedules import BatchConfig, ScheduleConfig, SwitchConfig
+from tests import tiny
+
+B, T, STEPS = 4, 12, 2
+# Smooth in the gradient: with a tiny eps, Adam divides rounding by rounding.
+SMOOTH = OptimizerConfig(eps=1e-3, decay=0.01)
+RECIPE = train.TrainConfig(
+  tokens=4 * B * T,
+  batch=BatchConfig(B, accumulate=2),
+  optimizer=SMOOTH,
+  schedule=ScheduleConfig('constant', peak=0.01, warmup=0),
+  gate=GateConfig(warmup=1000),
+  mtp_weight=SwitchConfig(0.3, 0.1, 0.2),  # both in two steps
+  bias_rate=SwitchConfig(0.01, 0.0, 0.9),
+)
+MUON = dataclasses.replace(SMOOTH, muon=MuonConfig())
+TWO = MeshConfig(stage=2)
+# name: model, mesh, changes of the recipe
+CASES = {
+  'stage=2': ('step', TWO, {}),
+  'tied': ('dense_mtp', TWO, {}),
+  'cut pattern': ('mixed', MeshConfig(stage=4), {'batch.accumulate': 4}),
+  'bfloat16': ('step', TWO, {'optimizer.moments': 'bfloat16'}),
+  'muon': ('step', TWO, {'optimizer': MUON}),
+  'a part': ('sparse', TWO, {'trainable': ('indexer',)}),
+  'all of it': ('sparse', TWO, {}),
+  'skipped': ('step', TWO, {'gate': GateConfig(sigma=1e-9, warmup=1)}),
+}
+
+
+@functools.cache
+def model(name: str) -> ds.Model:
+  if name != 'sparse':
+    return tiny.model(name)
+  config = ds.changed(
+    ds.presets.v32_tiny(),
+    {
+      'vocab_size': tiny.VOCAB,
+      'dim': tiny.DIM,
+      'layout': ((('dense',), 1), (('moe',), 2)),
+      'ffn.width': 16,
+      'moe.width': 8,
+      'attention.top_k': 4,
+    },
+  )
+  return ds.build(config)
+
+
+def begun(name: str, steps) -> train.TrainState:
+  """A state whose weights all matter, laid out for `steps`."""
+  one = lambda a: np.asarray(a) * (0.5 if a.ndim > 1 else 1.0)
+  variables = jax.tree.map(one, tiny.draw(model(name)))
+  return steps.adopt(steps.whole(steps.begin())._replace(**variables))
+
+
+def run(steps, state):
+  """-> metrics of some steps, the last state as a checkpoint has it."""
+  seen, writer = [], NoMetrics()
+  for seed in range(STEPS):
+    batch = steps.batch(tiny.documents(B, T + 1, seed, 3), B)
+    state, metrics = steps(state, batch, writer)
+    seen.append(jax.device_get(metrics))
+  return seen, jax.device_get(steps.whole(state))
+
+
+def gap(a, b) -> float:
+  """Greatest difference of two trees, each leaf over its greatest value."""
+
+  def one(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+
+  return float(max(map(one, jax.tree.leaves(a), jax.tree.leaves(b))))
+
+
+def exact(tree) -> dict:
+  """What counts; all else is rounded."""
+  kind = lambda a: np.asarray(a).dtype.kind
+  return {k: v for k, v in tree.items() if kind(jax.tree.leaves(v)[0]) != 'f'}
+
+
+def case(name: str) -> dict:
+  key, mesh, changes = CASES[name]
+  config = RunConfig(
+    model(key).config,
+    datalib.DataConfig(
+      vocab_size=tiny.VOCAB, seq_len=T, cross_document=False
+    ),
+    ds.changed(RECIPE, changes),
+  )
+  one = Steps(model(key), config)
+  many = StagedSteps(model(key), dataclasses.replace(config, mesh=mesh))
+  seen, got = run(many, begun(key, many))
+  wanted, want = run(one, begun(key, one))
+  fresh = jax.device_get((many.whole(many.begin()), one.begin()))
+  shapes = lambda s: [(a.shape, a.dtype) for a in jax.tree.leaves(s)]
+  return {
+    'metrics': [sorted(s) for s in seen] == [sorted(w) for w in wanted],
+    'form': jax.tree.structure(got) == jax.tree.structure(want)
+    and shapes(got) == shapes(want),
+    'begun': gap(*fresh),
+    'counts': max(gap(exact(s), exact(w)) for s, w in zip(seen, wanted)),
+    'scalars': {
+      k: max(gap(s[k], w[k]) for s, w in zip(seen, wanted)) for k in wanted[0]
+    },
+    'params': gap(got.params, want.params),
+    'moments': gap(got.moments, want.moments),
+    'buffers': gap(got.buffers, want.buffers),
+    'moved': gap(want.buffers, fresh[1].buffers),
+    'gate': gap(got.gate, want.gate),
+    'counters': [int(got.step), int(got.sequences)],
+    'skipped': int(want.gate.skipped),
+  }
+
+
+if __name__ == '__main__':
+  print(json.dumps({name: case(name) for name in sys.argv[1:]}))

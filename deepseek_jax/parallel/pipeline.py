@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from deepseek_jax import frozen, sharding
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import stage_calls
+from deepseek_jax.parallel import pipeline_sums, stage_calls
 from deepseek_jax.parallel import stages as cutting
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.pipeline_step import Place, Step, add
@@ -43,6 +43,17 @@ def slices(mesh: Mesh) -> tuple[Mesh, ...]:
   if not names:
     names, ranks = ('data',), ranks[:, None]
   return tuple(Mesh(devices, names) for devices in ranks)
+
+
+def check(config: TransformerConfig, stages: int) -> None:
+  """Raises InputError where a model or a run can't have so many stages."""
+  if jax.process_count() > 1:
+    raise InputError(
+      f'mesh.stage = {stages} in a run of {jax.process_count()} processes: one'
+      ' must drive all devices of a pipeline; set mesh.stage to 1 and another'
+      f' axis to {stages}, or start one process'
+    )
+  cutting.cut(config, stages)
 
 
 class Pipeline:
@@ -79,12 +90,7 @@ class Pipeline:
         f'mesh.stage = {len(ranks)}: the schedule has {len(schedule)}'
         ' ranks; make them equal'
       )
-    if jax.process_count() > 1:
-      raise InputError(
-        f'mesh.stage = {len(ranks)} in a run of {jax.process_count()}'
-        ' processes: one must drive all devices of a pipeline; set mesh.stage'
-        f' to 1 and another axis to {len(ranks)}, or start one process'
-      )
+    check(config, len(ranks))
     self.using = tuple(
       sharding.Using(rank, rules or {}, exchange or ExchangeConfig())
       for rank in ranks
@@ -110,6 +116,7 @@ class Pipeline:
     )
     self._pulls: dict[Place, Any] = {}  # how to call each vjp's arrays
     self._programs: dict[tuple, Any] = {}
+    self._zeros: dict[Place, Any] = {}
     self._cast = [jax.jit(stage.functional.cast) for stage in self.stages]
 
   def place(self, rank: int, direction: int) -> Place:
@@ -201,17 +208,34 @@ class Pipeline:
       pull = jax.tree.unflatten(self._pulls[behind], kept)
       weights, stream = pull((cotangent, jnp.float32(1)))
       # What is not asked for, XLA does not compute.
-      if kind != 'I':
-        where = self.shardings(behind.stage, {'params': total}, behind.rank)
-        total = add(total, weights)
-        total = jax.lax.with_sharding_constraint(total, where['params'])
+      if kind == 'I':
+        return None, stream
+      where = self.totals_where(behind, total)
+      total = jax.lax.with_sharding_constraint(add(total, weights), where)
       return total, None if kind == 'W' else stream
 
-    def both(there, back):
-      return go(*there) if ahead else None, come_back(*back) if behind else None
+    def both(there, back, total):
+      went = go(*there) if ahead else None
+      return went, come_back(*back, total) if behind else None
 
-    self._programs[key] = jax.jit(both)
+    self._programs[key] = jax.jit(both, donate_argnums=2)
     return self._programs[key]
+
+  def totals_where(self, place: Place, tree):
+    """Where a tree of a place's gradients lies."""
+    return self.shardings(place.stage, {'params': tree}, place.rank)['params']
+
+  def zeros(self, place: Place):
+    """Where the gradients of a place's parameters add up, in float32."""
+    if place not in self._zeros:
+      init = self.stages[place.stage].functional.init
+      shapes = jax.eval_shape(init, jax.random.key(0))['params']
+      zero = lambda s: jnp.zeros(s.shape, jnp.float32)
+      self._zeros[place] = jax.jit(
+        lambda: jax.tree.map(zero, shapes),
+        out_shardings=self.totals_where(place, shapes),
+      )
+    return self._zeros[place]()
 
   def gradients(self, held, batch: dict, mtp_weight: float = 0.0):
     """Gradients of the loss of a global batch, and its metrics.
@@ -243,45 +267,6 @@ class Pipeline:
     run = Step(self, self.copied(held), chosen, shares)
     for span in self._order:
       run.step(span.rank, span.step)
-    return self._summed(run.totals), self._metrics(run.metrics)
-
-  def _summed(self, totals: dict[Place, dict]) -> tuple[dict, ...]:
-    """Gradients by stage, those of its copies added up."""
-    last = len(self.stages) - 1
-    out = []
-    for number in range(last + 1):
-      total = totals[Place(number, number)]
-      other = totals.get(Place(last - number, number), total)
-      if other is not total:
-        total = self._plus(number, total, other)
-      out.append(dict(total))
-    if last and self.stages[last].embed:
-      more = {'embed': out[last].pop('embed')}
-      out[0] |= self._plus(0, {'embed': out[0]['embed']}, more)
-    return tuple(out)
-
-  def _plus(self, number: int, total: dict, more: dict) -> dict:
-    """Adds parameters' gradients where the stage is held."""
-    where = self.shardings(number, {'params': more})['params']
-    return add(total, jax.device_put(more, where))
-
-  def _metrics(self, found: dict[Place, list]) -> dict:
-    """Metrics of all chunks as those of the whole batch."""
-    by_stage = {}
-    for place, chunks in found.items():
-      by_stage.setdefault(place.stage, []).extend(jax.device_get(chunks))
-    sums = [
-      jax.tree.map(lambda *a: sum(a[1:], a[0]), *by_stage[i])
-      for i in sorted(by_stage)
-    ]
-    loads = [cutting.nested(s.pop('loads'), '/') for s in sums]
-    out = {'loads': cutting.flat(self.join(loads), '/')}
-    for name in dict.fromkeys(name for stage in sums for name in stage):
-      values = [stage[name] for stage in sums if name in stage]
-      # Scalars are shares of a sum; what has axes has one of layers.
-      per_layer = np.ndim(values[0]) > 0
-      join = np.concatenate if per_layer else lambda v: sum(v[1:], v[0])
-      out[name] = join(values)
-    if 'recall' in out:
-      out['recall'] = out['recall'] / out.pop('sparse_layers')
-    return out
+    return pipeline_sums.summed(self, run.totals), pipeline_sums.metrics(
+      self, run.metrics
+    )

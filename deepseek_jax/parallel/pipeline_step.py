@@ -38,9 +38,7 @@ class Step:
     """
     self.pipeline, self.micro, self.shares = pipeline, micro, shares
     self.held = held
-    zero = lambda p: jnp.zeros_like(p, jnp.float32)
-    zeros = lambda v: jax.tree.map(zero, v['params'])
-    self.totals = {place: zeros(held[place]) for place in pipeline.places}
+    self.totals = {place: pipeline.zeros(place) for place in pipeline.places}
     self.metrics = {place: [] for place in pipeline.places}
     self._inbox, self._kept = {}, {}
 
@@ -48,17 +46,19 @@ class Step:
     """Runs a chunk, or a forward and a backward chunk as one program."""
     forward = next((c for c in chunks if c.kind == 'F'), None)
     backward = next((c for c in chunks if c.kind != 'F'), None)
-    pipeline, there, back, ahead, behind = self.pipeline, (), (), None, None
+    pipeline, ahead, behind = self.pipeline, None, None
+    there, back, total = (), (), None
     if forward:
       ahead = pipeline.place(rank, forward.direction)
       there = self._forward_inputs(ahead, forward)
     if backward:
       behind = pipeline.place(rank, backward.direction)
       back = self._backward_inputs(behind, backward)
+      total = None if backward.kind == 'I' else self.totals[behind]
     kind = backward.kind if backward else ''
     program = pipeline.program(ahead, behind, kind)
     with sharding.under(pipeline.using[rank]):
-      went, came = program(there, back)
+      went, came = program(there, back, total)
     if forward:
       self._went(ahead, forward, went)
     if backward:
@@ -83,10 +83,12 @@ class Step:
       back = *back, self._inbox.pop(('B', *key), None)
     if chunk.kind == 'I':
       self._kept[key] = back  # for its W
-    return *back, self.totals[place]
+    return back
 
   def _came(self, place, chunk, results):
-    self.totals[place], stream = results
+    total, stream = results
+    if chunk.kind != 'I':
+      self.totals[place] = total
     if chunk.kind != 'W':
       self._send('B', place, chunk, stream, -1)
 

@@ -17,6 +17,7 @@ from deepseek_jax.block_norms import block_norms
 from deepseek_jax.errors import InputError
 from deepseek_jax.gate import GateState
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import pipeline
 from deepseek_jax.parallel import stages as cutting
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.pipeline import Pipeline
@@ -49,6 +50,7 @@ class StagedSteps:
 
   def __init__(self, model: Model, config: RunConfig):
     cfg, mesh = config.train, config.mesh
+    pipeline.check(config.model, mesh.stage)
     order = schedule(mesh, cfg.batch.accumulate)
     check_mesh(config)
     _check_rules(mesh)

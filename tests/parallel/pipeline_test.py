@@ -12,8 +12,8 @@ from deepseek_jax.parallel import pipeline, stages
 from deepseek_jax.plan import schedules
 from tests import fake_devices, tiny
 
-FAST = ('1f1b_2',)
-SLOW = (
+CASES = (
+  '1f1b_2',
   'dualpipe_2',
   'dualpipe_4',
   '1f1b_4',
@@ -101,10 +101,11 @@ class CutTest(parameterized.TestCase):
       made.gradients({}, tiny.documents(6, 9))
 
 
+@pytest.mark.slow  # tests/run/staged_test.py has a quick one
 class ExecutedTest(parameterized.TestCase):
-  def check(self, cases):
+  def test_gradients_and_statistics_equal_one_program(self):
     for name, found in fake_devices.run(
-      'tests.parallel.pipeline_worker', *cases
+      'tests.parallel.pipeline_worker', *CASES
     ).items():
       with self.subTest(name):
         self.assertTrue(found['keys'])
@@ -117,13 +118,6 @@ class ExecutedTest(parameterized.TestCase):
         self.assertLen(set(of_all), len(of_all))
         both = 2 if name.startswith('dualpipe') else 1
         self.assertLen(found['places'], both * len(ranks))
-
-  def test_gradients_and_statistics_equal_one_program(self):
-    self.check(FAST)
-
-  @pytest.mark.slow
-  def test_any_cut_schedule_and_mesh(self):
-    self.check(SLOW)
 
 
 if __name__ == '__main__':

@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as ds
+from deepseek_jax import data as datalib
 from deepseek_jax import losses, train
 from deepseek_jax.gate import GateConfig
 from deepseek_jax.layers.moe import CapacityConfig
+from deepseek_jax.metrics import NoMetrics
 from deepseek_jax.optim import OptimizerConfig
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.run.config import RunConfig
+from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.schedules import BatchConfig, ScheduleConfig, SwitchConfig
 from deepseek_jax.train import TrainConfig
 from tests import tiny
@@ -53,6 +57,18 @@ MESHES = {
     expert=2, context=2, tensor=2, exchange=GATHER
   ),
   'context=4 expert=2': MeshConfig(context=4, expert=2, exchange=A2A),
+  'stage=2': MeshConfig(stage=2),
+  'stage=2 expert=2': MeshConfig(stage=2, expert=2, exchange=A2A),
+  'stage=2 data=2 tensor=2': MeshConfig(stage=2, data=2, tensor=2),
+  'stage=2 fsdp=2 context=2': MeshConfig(stage=2, fsdp=2, context=2),
+  'stage=4': MeshConfig(stage=4),
+  'stage=2 dualpipe': MeshConfig(stage=2, schedule='dualpipe'),
+  'stage=2 expert=2 dualpipe': MeshConfig(
+    stage=2, expert=2, schedule='dualpipe', exchange=A2A
+  ),
+  'stage=4 tensor=2 dualpipe': MeshConfig(
+    stage=4, tensor=2, schedule='dualpipe'
+  ),
 }
 RECIPE = TrainConfig(
   tokens=1e6,
@@ -86,14 +102,38 @@ def state(name: str):
   return train.initial_state(model(name), RECIPE, variables)
 
 
-def step(name: str, mesh: MeshConfig):
+def recipe(micro_batches: int) -> TrainConfig:
+  return ds.changed(RECIPE, {'batch.accumulate': micro_batches})
+
+
+def micro_batches(mesh: MeshConfig) -> int:
+  """As few as its pipeline can do with."""
+  return mesh.stage * (2 if mesh.schedule == 'dualpipe' else 1)
+
+
+def through_stages(name: str, mesh: MeshConfig):
+  """As `step`, through a pipeline."""
+  data = datalib.DataConfig(
+    vocab_size=tiny.VOCAB, seq_len=T, cross_document=False
+  )
+  cfg = recipe(micro_batches(mesh))
+  config = RunConfig(model(name).config, data, cfg, mesh=mesh)
+  steps = StagedSteps(model(name), config)
+  begun = steps.adopt(jax.device_get(state(name)))
+  batch = tiny.documents(B, T + 1, 0, 3)
+  done, metrics = steps(begun, batch, NoMetrics())
+  return steps.whole(done), metrics
+
+
+def step(name: str, mesh: MeshConfig, micro_batches: int = 1):
   """(state after, metrics) of a step on the first devices, on the host."""
   devices = jax.devices()[: mesh.devices]
   where = placement.over(mesh, model(name).abstract, devices)
   begun = state(name)
   begun = jax.device_put(begun, where.shardings(begun, model(name).abstract))
   batch = where.batch(tiny.documents(B, T + 1, 0, 3), B)
-  run = train.train_step(model(name), RECIPE, cross_document=False)
+  cfg = recipe(micro_batches)
+  run = train.train_step(model(name), cfg, cross_document=False)
   with where.use():
     compiled = jax.jit(run).lower(begun, batch).compile()
   return jax.device_get(compiled(begun, batch))
@@ -151,7 +191,9 @@ def gap(a, b) -> float:
 
 
 def compare(name: str, mesh: str) -> dict:
-  (got, seen), (want, wanted) = step(name, MESHES[mesh]), one_device(name)
+  run = step if MESHES[mesh].stage == 1 else through_stages
+  got, seen = run(name, MESHES[mesh])
+  want, wanted = one_device(name, micro_batches(MESHES[mesh]))
   terms = [k for k in ('loss', 'mtp_loss', 'balance_loss') if k in wanted]
   return {
     'loss': max(gap(seen[k], wanted[k]) for k in terms),
@@ -169,8 +211,8 @@ def compare(name: str, mesh: str) -> dict:
 
 
 @functools.cache
-def one_device(name: str):
-  return step(name, MeshConfig())
+def one_device(name: str, micro_batches: int):
+  return step(name, MeshConfig(), micro_batches)
 
 
 def main(name, *meshes):

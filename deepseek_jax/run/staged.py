@@ -29,7 +29,7 @@ from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.step import check_mesh, compiling
 from deepseek_jax.train import TrainState
 from deepseek_jax.transformer import Model
-from deepseek_jax.update import Held, judged, tokens_seen, updated
+from deepseek_jax.update import Held, judged, moving, tokens_seen, updated
 
 
 class StagedState(NamedTuple):
@@ -121,8 +121,9 @@ class StagedSteps:
 
   def _updated(self, held, grads, loads, verdict) -> tuple[Held, ...]:
     loads, out = cutting.nested(loads, '/'), []
+    trainable = self._config.train.trainable
     for number, stage in enumerate(self._pipeline.stages):
-      own = cutting.flat(stage.take(loads), '/')
+      own = moving(cutting.flat(stage.take(loads), '/'), trainable)
       with sharding.under(self._pipeline.using[number]):
         out.append(
           self._updates[number](held[number], grads[number], own, verdict)

@@ -239,13 +239,29 @@ def positions_in(segments: jax.Array) -> jax.Array:
 
 
 class Transformer(nnx.Module):
-  def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    cfg: TransformerConfig,
+    *,
+    rngs: nnx.Rngs,
+    repeats: tuple[slice, ...] | None = None,
+  ):
+    """Makes all layers, or some.
+
+    Args:
+      cfg: the model's configuration.
+      rngs: of `params`.
+      repeats: of each segment, those to make, with the weights that they have
+        in the whole model; by default all.
+    """
     self.cfg = cfg
     D, V, std = cfg.dim, cfg.vocab_size, cfg.init_std
     init = nnx.initializers.normal(std)
     self.embed = param(rngs, init, (V, D), ('vocab', 'embed'))
+    segments = cfg.segments()
+    repeats = repeats or (slice(None),) * len(segments)
     self.segments = nnx.List(
-      [self._stack(segment, rngs) for segment in cfg.segments()]
+      [self._stack(*which, rngs) for which in zip(segments, repeats)]
     )
     self._number_engrams()
     if cfg.engram_layers():
@@ -263,14 +279,15 @@ class Transformer(nnx.Module):
         ]
       )
 
-  def _stack(self, segment: Segment, rngs: nnx.Rngs):
+  def _stack(self, segment: Segment, repeats: slice, rngs: nnx.Rngs):
     D, std = self.cfg.dim, self.cfg.init_std
 
     def pattern(key):
       rngs = nnx.Rngs(key)
       return nnx.List([Block(b, D, std=std, rngs=rngs) for b in segment.blocks])
 
-    return jax.vmap(pattern)(jax.random.split(rngs.params(), segment.repeat))
+    keys = jax.random.split(rngs.params(), segment.repeat)
+    return jax.vmap(pattern)(keys[repeats])
 
   def _number_engrams(self):
     """Tells each layer with a memory which of them it is."""

@@ -128,6 +128,24 @@ class Stage:
         out.setdefault('segments', {})[number] = found
     return out
 
+  def init(self, key) -> dict:
+    """Its own variables: those that `Model.init` would make, and no others."""
+    runs = [slice(0, 1)] * len(self.config.layout)  # of others, not computed
+    for number in {piece.segment for piece in self.pieces}:
+      own = [p.repeats for p in self.pieces if p.segment == number]
+      runs[number] = slice(own[0].start, own[-1].stop)
+    make = lambda key: Transformer(
+      self.config, rngs=nnx.Rngs(key), repeats=tuple(runs)
+    )
+    made = functional(make, jnp.dtype(self.config.compute.dtype)).init(key)
+    less = lambda s, by: slice(s.start - by, s.stop - by)
+    moved = [
+      p._replace(repeats=less(p.repeats, runs[p.segment].start))
+      for p in self.pieces
+    ]
+    part = dataclasses.replace(self, pieces=tuple(moved))
+    return {kind: part.take(tree) for kind, tree in made.items()}
+
   @functools.cached_property
   def functional(self) -> Functional:
     """The stage's module as pure functions."""

@@ -70,24 +70,25 @@ class StagedSteps:
     self._reader = Reader(self._pipeline)
     self._judge = jax.jit(self._judged)
     self._squares = jax.jit(_squares)
-    self._updates = [
-      self._update(number) for number in range(len(self._pipeline.stages))
+    self._rules = [
+      optimizer_of(cfg, stage.abstract['params'])
+      for stage in self._pipeline.stages
     ]
+    self._updates = list(map(self._update, range(mesh.stage)))
     self._compiled = set()
 
   def _part(self, number: int) -> Held:
     """A stage's part of a new run's state."""
-    state = self._fresh()
-    held = Held(state.params, state.buffers, state.moments)
-    return cutting.take_each(self._pipeline.stages[number], held)
+    key = jax.random.key(self._config.seed)
+    made = self._pipeline.stages[number].init(key)
+    moments = self._rules[number].init(made['params'])
+    return Held(made['params'], made['buffers'], moments)
 
   def _update(self, number: int):
     """The compiled update of a stage, which takes its state away."""
-    stage = self._pipeline.stages[number]
-    rule = optimizer_of(self._config.train, stage.abstract['params'])
     shapes = jax.eval_shape(functools.partial(self._part, number))
     return jax.jit(
-      functools.partial(updated, rule),
+      functools.partial(updated, self._rules[number]),
       donate_argnums=0,
       out_shardings=self._pipeline.shardings(number, shapes),
     )

@@ -17,6 +17,8 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.attention import cached_attention, causal_attention
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
+from deepseek_jax.parallel import context
+from deepseek_jax.parallel.gathered_attention import grouped_attention
 from deepseek_jax.sharding import param, shard
 
 
@@ -87,7 +89,9 @@ class GQA(nnx.Module):
         )
       )
     if past is None or ctx.fresh:
-      y = causal_attention(q, k, v, scale=cfg.scale, segments=ctx.segments)
+      split = context.mesh_axis(q.shape[1])
+      attention = grouped_attention if split else causal_attention
+      y = attention(q, k, v, scale=cfg.scale, segments=ctx.segments)
     else:
       y = cached_attention(q, *past, ctx.positions, scale=cfg.scale)
     y = shard(y, 'batch', 'seq', 'heads', None)

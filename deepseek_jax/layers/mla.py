@@ -26,7 +26,7 @@ from deepseek_jax.layers.rope import (
   softmax_multiplier,
   table_multiplier,
 )
-from deepseek_jax.parallel import context
+from deepseek_jax.parallel import context, gathered_attention
 from deepseek_jax.sharding import param, shard
 from pallas_kernels.latent_kv import Pages, latent_kv
 from pallas_kernels.mla_decode import mla_decode
@@ -164,13 +164,18 @@ class MLA(nnx.Module):
     kr = jnp.broadcast_to(kr, (*kn.shape[:3], self.cfg.rope_dim))
     return jnp.concatenate([kn, kr], axis=-1), v
 
+  def ups(self) -> tuple[jax.Array, jax.Array]:
+    """What makes of a latent keys [C H N] and values [C H V]."""
+    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    return k_up, v_up
+
   def absorbed(self, qn, qr, latent: Latent, positions) -> jax.Array:
     """Attention on the latents themselves (V2 section 2.1.2) -> [B T H V].
 
     k_up goes into the query and v_up into the output, so all heads share one
     key and value of C + R numbers: cheap where queries are few.
     """
-    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    k_up, v_up = self.ups()
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     f32 = {'preferred_element_type': jnp.float32}
     scores = jnp.einsum('BTHC,BSC->BHTS', qc, latent.c, **f32)
@@ -186,7 +191,7 @@ class MLA(nnx.Module):
     if qn.shape[1] > 1:
       # It takes the queries of a row for its last tokens; these may be any.
       return self.absorbed(qn, qr, latent, positions)
-    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    k_up, v_up = self.ups()
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     # A row of the cache is one page.
     table = jnp.arange(qn.shape[0], dtype=jnp.int32)[:, None]
@@ -225,10 +230,10 @@ class MLA(nnx.Module):
     if past is None or ctx.fresh:
       q = jnp.concatenate([qn, qr], axis=-1)
       if context.mesh_axis(q.shape[1]):
-        return context.latent_attention(
+        return gathered_attention.latent_attention(
           q,
           *latent,
-          self.kv_up[...],
+          self.ups(),
           scale=self.cfg.scale,
           segments=ctx.segments,
         )

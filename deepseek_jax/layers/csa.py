@@ -31,6 +31,7 @@ from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.indexer import IndexQuery
 from deepseek_jax.layers.partial_attention import Part, attend
 from deepseek_jax.layers.query_blocks import over_blocks, rows
+from deepseek_jax.parallel.context import WHOLE, Along
 from deepseek_jax.sharding import param
 
 
@@ -122,11 +123,11 @@ class CSA(nnx.Module):
     x: jax.Array,
     latent: jax.Array,
     ctx: Context,
-    past: CSACache | None,
+    past: CSACache,
     *,
     scale: float,
-  ) -> tuple[Part, CSACache | None, dict]:
-    """Reads entries of x [B T D] by turned queries q [B T H C].
+  ) -> tuple[Part, CSACache]:
+    """Reads the cache and x [B T D] by turned queries q [B T H C].
 
     Args:
       q, x: see above.
@@ -136,74 +137,148 @@ class CSA(nnx.Module):
       scale: multiplies the scores.
 
     Returns:
-      Attention to the entries, the cache with these tokens, and in training
-      {'loss': the indexer's, weighted}.
+      Attention to the entries, and the cache with these tokens.
     """
-    fresh = past is None or ctx.fresh
-    entries, kept = self.compressor(x, ctx, past and past.entries)
+    entries, kept = self.compressor(x, ctx, past.entries)
+    keys, kept_keys = self.indexer.compressor(x, ctx, past.keys)
+    query = self.indexer.query(x, latent, ctx.positions)
+    view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
+    reading = Reading(self.cfg, q, query, view, entries, keys, scale)
+    return reading.part()[0], CSACache(kept, kept_keys)
+
+  def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
+    """Of a fresh batch: what entries draw on, what queries bring, weights."""
     detached = jax.lax.stop_gradient((x, latent))
-    keys, kept_keys = self.indexer.compressor(
-      detached[0], ctx, past and past.keys
-    )
-    if past is not None:
-      past = CSACache(kept, kept_keys)
+    makers = self.compressor, self.indexer.compressor
+    tokens = makers[0].tokens(x, ctx), makers[1].tokens(detached[0], ctx)
     query = self.indexer.query(*detached, ctx.positions)
-    view = compressor.view(ctx, self.cfg.ratio, fresh)
-    learn = ctx.train and fresh
-    if entries.shape[1] <= self.cfg.top_k:  # all would be picked
-      part, loss = self._read_all(q, query, view, entries, keys, scale, learn)
-    else:
-      chosen = self.choose(query, keys, view)
-      part, loss = self._read(q, query, chosen, entries, keys, scale, learn)
-    if not learn:
-      return part, past, {}
-    seen = view.count > 0
-    loss = jnp.where(seen, loss, 0).sum() / jnp.maximum(seen.sum(), 1)
-    return part, past, {'loss': self.cfg.loss * loss}
+    return tokens, query, tuple(maker.weights() for maker in makers)
 
-  def choose(self, query: IndexQuery, keys: jax.Array, view: View) -> jax.Array:
-    """The entries that each query reads: [B T K] int32, -1 for none.
 
-    Of equal scores the lowest entry wins, in prefill and decoding alike.
-    """
-    query, keys = jax.lax.stop_gradient((query, keys))
-    S = keys.shape[1]
+class Reading(NamedTuple):
+  """Own queries and all entries.
 
-    def block(one):
-      query, view = one
-      scores = index.index_scores(query, keys)
-      return index.best(scores, view.mask(S), min(self.cfg.top_k, S))
+  Attributes:
+    cfg: what is read.
+    q: [B T H C]; query: the indexer's.
+    view: the entries that queries see.
+    entries: [B S C]; keys: [B S I], the indexer's.
+    scale: multiplies the scores.
+    learn: whether the indexer's loss is wanted.
+    along: which part of sequences and heads this is.
+  """
 
-    numbers = S * self.cfg.index_heads
-    return over_blocks(block, (query, view), self.cfg.block, numbers)
+  cfg: CSAConfig
+  q: jax.Array
+  query: IndexQuery
+  view: View
+  entries: jax.Array
+  keys: jax.Array
+  scale: float
+  learn: bool = False
+  along: Along = WHOLE
 
-  def _read(self, q, query, chosen, entries, keys, scale, learn):
+  def part(self) -> tuple[Part, jax.Array]:
+    """Attention to the entries, and the indexer's loss [B T] or 0."""
+    if self.entries.shape[1] <= self.cfg.top_k:  # all would be picked
+      return self._all()
+    chosen = choose(self.cfg, self.query, self.keys, self.view, self.along)
+    return self._chosen(chosen)
+
+  def _loss(self, query, keys, seen, weights):
+    if not self.learn:
+      return jnp.zeros(seen.shape[:2])
+    scores = index.index_scores(query, keys, self.along)
+    shares = self.along.mean_of_heads(
+      jax.lax.stop_gradient(weights).mean(axis=2)
+    )
+    return index.divergence(shares, scores, seen)
+
+  def _chosen(self, chosen):
     """Each query's own entries, gathered."""
 
     def block(one):
       q, query, at = one
       seen = at >= 0
-      part, weights = attend(q, rows(entries, at), seen, scale)
-      if not learn:
-        return part, jnp.zeros(seen.shape[:2])
-      scores = index.index_scores(query, rows(keys, at))
-      return part, index.divergence(weights.mean(axis=2), scores, seen)
+      part, weights = attend(q, rows(self.entries, at), seen, self.scale)
+      return part, self._loss(query, rows(self.keys, at), seen, weights)
 
-    numbers = chosen.shape[-1] * (entries.shape[-1] + q.shape[2])
-    return over_blocks(block, (q, query, chosen), self.cfg.block, numbers)
+    numbers = chosen.shape[-1] * (self.entries.shape[-1] + self.q.shape[2])
+    queries = self.q, self.query, chosen
+    return over_blocks(block, queries, self.cfg.block, numbers)
 
-  def _read_all(self, q, query, view, entries, keys, scale, learn):
+  def _all(self):
     """All entries, where there are no more than would be picked."""
-    S = entries.shape[1]
+    S = self.entries.shape[1]
 
     def block(one):
       q, query, view = one
       seen = view.mask(S)
-      part, weights = attend(q, entries, seen, scale)
-      if not learn:
-        return part, jnp.zeros(seen.shape[:2])
-      scores = index.index_scores(query, keys)
-      return part, index.divergence(weights.mean(axis=2), scores, seen)
+      part, weights = attend(q, self.entries, seen, self.scale)
+      return part, self._loss(query, self.keys, seen, weights)
 
-    numbers = S * max(q.shape[2], self.cfg.index_heads)
-    return over_blocks(block, (q, query, view), self.cfg.block, numbers)
+    numbers = S * max(self.q.shape[2], self.query.q.shape[2])
+    queries = self.q, self.query, self.view
+    return over_blocks(block, queries, self.cfg.block, numbers)
+
+
+def choose(
+  cfg: CSAConfig, query: IndexQuery, keys, view: View, along: Along = WHOLE
+) -> jax.Array:
+  """The entries that each query reads: [B T K] int32, -1 for none.
+
+  Of equal scores the lowest entry wins, in prefill and decoding alike.
+  """
+  query, keys = jax.lax.stop_gradient((query, keys))
+  S = keys.shape[1]
+
+  def block(one):
+    query, view = one
+    scores = index.index_scores(query, keys, along)
+    return index.best(scores, view.mask(S), min(cfg.top_k, S))
+
+  return over_blocks(block, (query, view), cfg.block, S * query.q.shape[2])
+
+
+def fresh(
+  cfg: CSAConfig,
+  compress: tuple[CompressorConfig, CompressorConfig],
+  along: Along,
+  q: jax.Array,
+  tokens,
+  query: IndexQuery,
+  weights,
+  *,
+  scale: float,
+  learn: bool,
+) -> tuple[Part, dict]:
+  """Attention of own queries to the entries of all.
+
+  Args:
+    cfg: what is read; compress: how entries and index keys are made.
+    along: which part this is.
+    q: [B T H C].
+    tokens, query, weights: see CSA.inputs.
+    scale: multiplies the scores.
+    learn: whether the indexer's loss is wanted.
+
+  Returns:
+    The part, and of the indexer's loss the 'sum' and the 'count' of queries
+    that see an entry, [B] each.
+  """
+  entries, keys = (
+    compressor.fresh_entries(*one, q.dtype, along)
+    for one in zip(compress, weights, tokens)
+  )
+  where = tokens[0].positions, tokens[0].segments
+  view = compressor.fresh_view(*where, cfg.ratio, along)
+  reading = Reading(cfg, q, query, view, entries, keys, scale, learn, along)
+  part, loss = reading.part()
+  if not learn:
+    return part, {}
+  seen = view.count > 0
+  sums = {
+    'sum': jnp.where(seen, loss, 0).sum(axis=1),
+    'count': seen.sum(axis=1),
+  }
+  return part, along.sum_of_parts(sums)

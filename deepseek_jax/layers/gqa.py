@@ -17,9 +17,9 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.attention import cached_attention, causal_attention
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
-from deepseek_jax.parallel import context
-from deepseek_jax.parallel.gathered_attention import grouped_attention
-from deepseek_jax.sharding import param, shard
+from deepseek_jax.parallel import context, gathered_attention
+from deepseek_jax.parallel.gathered_attention import repeat_groups
+from deepseek_jax.sharding import param, shard, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,45 @@ class KeyValue(NamedTuple):
   v: jax.Array  # [B S G K]
 
 
+def grouped_attention(
+  q: jax.Array,
+  keys: KeyValue,
+  *,
+  scale: float,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """Causal attention of a batch to itself, on each device's part.
+
+  Args:
+    q: [B T H K].
+    keys: of the same tokens.
+    scale: multiplies the scores.
+    segments: [B T] int32 document of each token, or None for one document.
+
+  Returns:
+    [B T H K].
+  """
+
+  def local(along, q, keys, segments):
+    if not along.axis:
+      return causal_attention(q, *keys, scale=scale, segments=segments)
+    seen = gathered_attention.sequence(along, q.shape[1], segments)
+    every = tuple(along.gather(keys))
+    return gathered_attention.attend(repeat_groups, q, every, (), seen, scale)
+
+  H, G = q.shape[2], keys.k.shape[2]
+  if ways('heads', H) != ways('heads', G):  # so few groups cannot be cut
+    keys = KeyValue(*repeat_groups(q.shape[2:], keys))
+  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+  return context.split(
+    local,
+    (q, keys, segments),
+    (heads, heads, rows),
+    heads,
+    **dict(zip(heads, q.shape)),
+  )
+
+
 class GQA(nnx.Module):
   def __init__(self, cfg: GQAConfig, dim: int, *, std, rngs: nnx.Rngs):
     self.cfg = cfg
@@ -89,9 +128,8 @@ class GQA(nnx.Module):
         )
       )
     if past is None or ctx.fresh:
-      split = context.mesh_axis(q.shape[1])
-      attention = grouped_attention if split else causal_attention
-      y = attention(q, k, v, scale=cfg.scale, segments=ctx.segments)
+      how = {'scale': cfg.scale, 'segments': ctx.segments}
+      y = grouped_attention(q, KeyValue(k, v), **how)
     else:
       y = cached_attention(q, *past, ctx.positions, scale=cfg.scale)
     y = shard(y, 'batch', 'seq', 'heads', None)

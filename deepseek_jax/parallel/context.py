@@ -83,6 +83,13 @@ class Along:
     """The sum of what devices with other heads have."""
     return jax.lax.psum(x, self.heads) if self.heads else x
 
+  def sum_of_parts(self, tree: Any) -> Any:
+    """The sums of what devices with other tokens have."""
+    return jax.lax.psum(tree, self.axis) if self.axis else tree
+
+
+WHOLE = Along()
+
 
 def mesh_axis(length: int) -> str | None:
   """The mesh axis that splits a sequence of `length`; None if none does."""
@@ -110,7 +117,7 @@ def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int):
   """
   axis = mesh_axis(sizes['seq'])
   if axis is None:
-    return f(Along(), *args)
+    return f(WHOLE, *args)
   using = sharding.current()
   cut = {name: using.over(name, size) for name, size in sizes.items()}
   spec = lambda names: PartitionSpec(*(cut.get(name) or None for name in names))

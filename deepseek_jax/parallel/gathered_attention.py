@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax import sharding
-from deepseek_jax.parallel import context
+from deepseek_jax.parallel.context import Along
 
 _NEG = -1e30
 _BLOCK = 1024  # keys expanded at a time, at most
@@ -42,21 +42,26 @@ def _dot(spec, a, b):
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def expand_latents(heads: int, latents, ups):
+def expand_latents(shape, latents, up):
   """Latents [B S C], rotary keys [B S R] -> keys [B S H K], values [B S H V].
 
-  `ups` are what makes of a latent keys [C H N] and values [C H V].
+  Args:
+    shape: (H, K).
+    latents: see above.
+    up: [C H N+V].
   """
-  (c, kr), (k_up, v_up) = latents, ups
-  kn = jnp.einsum('BSC,CHN->BSHN', c, k_up)
-  kr = jnp.broadcast_to(kr[:, :, None], (*kn.shape[:2], heads, kr.shape[-1]))
-  v = jnp.einsum('BSC,CHV->BSHV', c, v_up)
+  c, kr = latents
+  kv = jnp.einsum('BSC,CHK->BSHK', c, up)
+  kv = sharding.shard(kv, 'batch', 'seq', 'heads', None)
+  kn, v = jnp.split(kv, [shape[1] - kr.shape[-1]], axis=-1)
+  kr = jnp.broadcast_to(kr[:, :, None], (*kn.shape[:3], kr.shape[-1]))
   return jnp.concatenate([kn, kr], axis=-1), v
 
 
-def repeat_groups(heads: int, keys_values, _):
-  """Keys [B S G K] and values [B S G V], each for H / G heads."""
-  return tuple(jnp.repeat(a, heads // a.shape[2], axis=2) for a in keys_values)
+def repeat_groups(shape, keys_values, _=()):
+  """Keys [B S G K] and values [B S G V], each for its H / G of (H, K)."""
+  H = shape[0]
+  return tuple(jnp.repeat(a, H // a.shape[2], axis=2) for a in keys_values)
 
 
 def _blocks(x, size):
@@ -100,7 +105,7 @@ def attend(
   """Attention of own queries to all tokens; first derivatives only.
 
   Args:
-    expand: (heads, parts of a block, weights) -> keys [B S H K], values
+    expand: ((H, K), parts of a block, weights) -> keys [B S H K], values
       [B S H V].
     q: [B T H K].
     parts: tree of [B all ...], of all tokens.
@@ -116,11 +121,13 @@ def attend(
 
 def _attend_fwd(expand, q, parts, weights, seen, scale):
   B, T, H, _ = q.shape
-  value = jax.eval_shape(functools.partial(expand, H), parts, weights)[1]
+  value = jax.eval_shape(
+    functools.partial(expand, q.shape[2:]), parts, weights
+  )[1]
 
   def body(carry, part, mask):
     out, top, total = carry
-    k, v = expand(H, part, weights)
+    k, v = expand(q.shape[2:], part, weights)
     scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, _NEG)
     new = jnp.maximum(top, scores.max(axis=-1))
     p, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
@@ -142,12 +149,13 @@ def _attend_fwd(expand, q, parts, weights, seen, scale):
 
 def _attend_bwd(expand, scale, saved, grad):
   q, parts, weights, seen, out, normalizer = saved
-  H = q.shape[2]
   delta = _dot('BTHV,BTHV->BHT', grad, out)
 
   def body(carry, part, mask):
     dq, dweights = carry
-    (k, v), pull = jax.vjp(functools.partial(expand, H), part, weights)
+    (k, v), pull = jax.vjp(
+      functools.partial(expand, q.shape[2:]), part, weights
+    )
     p = jnp.exp(_dot('BTHK,BSHK->BHTS', q, k) * scale - normalizer[..., None])
     p = jnp.where(mask, p, 0.0)
     dv = _dot('BHTS,BTHV->BSHV', p.astype(grad.dtype), grad)
@@ -176,66 +184,6 @@ def _attend_bwd(expand, scale, saved, grad):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def sequence(along: context.Along, tokens: int, segments) -> Sequence:
+def sequence(along: Along, tokens: int, segments) -> Sequence:
   """What a device's `tokens` queries see; segments [B T] are their own."""
   return Sequence(along.index * tokens, segments, along.gather(segments))
-
-
-def _split(expand, q, parts, names, weights, segments, scale):
-  """`attend` on each device; `names` are the axes of every part."""
-
-  def local(along, q, segments, weights, *parts):
-    seen = sequence(along, q.shape[1], segments)
-    return attend(expand, q, along.gather(parts), weights, seen, scale)
-
-  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
-  sizes = dict(zip(heads, q.shape))
-  return context.split(
-    local,
-    (q, segments, weights, *parts),
-    (heads, rows, (None, 'heads'), *(names,) * len(parts)),
-    heads,
-    **sizes,
-  )
-
-
-def latent_attention(
-  q: jax.Array,
-  c: jax.Array,
-  kr: jax.Array,
-  ups: tuple[jax.Array, jax.Array],
-  *,
-  scale: float,
-  segments: jax.Array | None = None,
-) -> jax.Array:
-  """Causal latent attention of sequences that `seq` splits over the mesh.
-
-  To be traced inside `sharding.use` where `context.mesh_axis` names an axis.
-
-  Args:
-    q: [B T H N+R], T the whole length.
-    c: [B T C]; kr: [B T R]: latents and turned rotary keys.
-    ups: what makes of a latent keys [C H N] and values [C H V].
-    scale: multiplies the scores.
-    segments: [B T] int32 document of each token, or None for one document.
-
-  Returns:
-    [B T H V] in q's dtype.
-  """
-  names = ('batch', 'seq')
-  return _split(expand_latents, q, (c, kr), names, ups, segments, scale)
-
-
-def grouped_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  *,
-  scale: float,
-  segments: jax.Array | None = None,
-) -> jax.Array:
-  """The same of q [B T H K] to keys [B T G K] and values [B T G V]."""
-  names = ('batch', 'seq', 'heads')
-  if sharding.ways('heads', q.shape[2]) != sharding.ways('heads', k.shape[2]):
-    k, v = repeat_groups(q.shape[2], (k, v), None)  # groups cannot be cut so
-  return _split(repeat_groups, q, (k, v), names, (), segments, scale)

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import compressor, partial_attention, ring
+from deepseek_jax.layers import compressor, csa, partial_attention, ring
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.csa import CSAConfig
 from deepseek_jax.layers.hca import HCAConfig
@@ -212,7 +212,7 @@ class LayerTest(parameterized.TestCase):
       query = far.indexer.query(x, x[..., :6], ctx.positions)
       # -0.0 and 0.0 are equal scores, too.
       query = query._replace(weight=query.weight.at[:, ::2].set(-0.0))
-      return far.choose(query, keys, compressor.view(ctx, 4, True))
+      return csa.choose(CSA.csa, query, keys, compressor.view(ctx, 4, True))
 
     chosen = choose(x)
     for t in range(T):

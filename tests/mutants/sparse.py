@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant
 
 _INDEXER = 'deepseek_jax/layers/indexer.py'
 _DSA = 'deepseek_jax/layers/dsa.py'
+_CHOSEN = 'deepseek_jax/layers/chosen_latents.py'
 _NSA = 'deepseek_jax/layers/nsa.py'
 _NSA_TEST = 'tests/layers/nsa_test.py'
 _INDEXER_TEST = 'tests/layers/indexer_test.py'
@@ -82,7 +83,7 @@ _V32 = (
   ),
   Mutant(
     'missing_choices_attended',
-    _DSA,
+    _CHOSEN,
     'scores = jnp.where(at[:, :, None] >= 0, scores * scale, _NEG)',
     'scores = scores * scale',
     (f'{_DSA_TEST}::output_loss_and_recall_equal',),

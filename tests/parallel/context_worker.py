@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from deepseek_jax import sharding, train
 from deepseek_jax.layers.attention import causal_attention
-from deepseek_jax.parallel import gathered_attention
+from deepseek_jax.layers.mla import Latent, latent_attention
+from deepseek_jax.parallel.gathered_attention import expand_latents
 from deepseek_jax.train import Shares
 from tests import tiny
 from tests.parallel.pipeline_worker import error
@@ -37,18 +38,13 @@ def inputs():
 
 def expanded(q, c, kr, up, segments):
   """The same by the attention of one device."""
-  k, v = gathered_attention.expand_latents(
-    H, (c, kr), (up[..., :N], up[..., N:])
-  )
+  k, v = expand_latents((H, N + R), (c, kr), up)
   return causal_attention(q, k, v, scale=SCALE, segments=segments)
 
 
 def split(q, c, kr, up, segments):
   """The same by as many devices as the mesh has."""
-  ups = up[..., :N], up[..., N:]
-  return gathered_attention.latent_attention(
-    q, c, kr, ups, scale=SCALE, segments=segments
-  )
+  return latent_attention(q, Latent(c, kr), up, scale=SCALE, segments=segments)
 
 
 def both_ways(f, segments):

@@ -21,7 +21,7 @@ from deepseek_jax.layers import ring
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import RopeConfig, rope
-from deepseek_jax.parallel.context import WHOLE, Along
+from deepseek_jax.parallel.context import WHOLE, Along, in_a_row
 from deepseek_jax.sharding import param
 
 _NEG = -1e30
@@ -247,14 +247,6 @@ def fresh_entries(
   made, at = complete(cfg, weights, tokens, -(-T // m), T)
   made, there = along.gather((made.astype(dtype), at >= 0))
   return in_a_row(made, there, max(1, T * along.ways // m))
-
-
-def in_a_row(x: jax.Array, there: jax.Array, count: int) -> jax.Array:
-  """The first `count` of x [B N ...] that are `there` [B N], in order."""
-  order = jnp.argsort(~there, axis=1, stable=True)[:, :count]
-  return jnp.take_along_axis(
-    x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
-  )
 
 
 def _after(past: Compressed, new: Tokens) -> Tokens:

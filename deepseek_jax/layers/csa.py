@@ -20,18 +20,16 @@ from flax import nnx
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers import compressor
-from deepseek_jax.layers import indexer as index
 from deepseek_jax.layers.compressor import (
   Compressed,
   Compressor,
   CompressorConfig,
-  View,
 )
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.entry_reading import Reading
 from deepseek_jax.layers.indexer import IndexQuery
-from deepseek_jax.layers.partial_attention import Part, attend
-from deepseek_jax.layers.query_blocks import over_blocks, rows
-from deepseek_jax.parallel.context import WHOLE, Along
+from deepseek_jax.layers.partial_attention import Part
+from deepseek_jax.parallel.context import Along
 from deepseek_jax.sharding import param
 
 
@@ -143,7 +141,8 @@ class CSA(nnx.Module):
     keys, kept_keys = self.indexer.compressor(x, ctx, past.keys)
     query = self.indexer.query(x, latent, ctx.positions)
     view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
-    reading = Reading(self.cfg, q, query, view, entries, keys, scale)
+    sizes = self.cfg.top_k, self.cfg.block
+    reading = Reading(*sizes, q, query, view, entries, keys, scale)
     return reading.part()[0], CSACache(kept, kept_keys)
 
   def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
@@ -153,91 +152,6 @@ class CSA(nnx.Module):
     tokens = makers[0].tokens(x, ctx), makers[1].tokens(detached[0], ctx)
     query = self.indexer.query(*detached, ctx.positions)
     return tokens, query, tuple(maker.weights() for maker in makers)
-
-
-class Reading(NamedTuple):
-  """Own queries and all entries.
-
-  Attributes:
-    cfg: what is read.
-    q: [B T H C]; query: the indexer's.
-    view: the entries that queries see.
-    entries: [B S C]; keys: [B S I], the indexer's.
-    scale: multiplies the scores.
-    learn: whether the indexer's loss is wanted.
-    along: which part of sequences and heads this is.
-  """
-
-  cfg: CSAConfig
-  q: jax.Array
-  query: IndexQuery
-  view: View
-  entries: jax.Array
-  keys: jax.Array
-  scale: float
-  learn: bool = False
-  along: Along = WHOLE
-
-  def part(self) -> tuple[Part, jax.Array]:
-    """Attention to the entries, and the indexer's loss [B T] or 0."""
-    if self.entries.shape[1] <= self.cfg.top_k:  # all would be picked
-      return self._all()
-    chosen = choose(self.cfg, self.query, self.keys, self.view, self.along)
-    return self._chosen(chosen)
-
-  def _loss(self, query, keys, seen, weights):
-    if not self.learn:
-      return jnp.zeros(seen.shape[:2])
-    scores = index.index_scores(query, keys, self.along)
-    shares = self.along.mean_of_heads(
-      jax.lax.stop_gradient(weights).mean(axis=2)
-    )
-    return index.divergence(shares, scores, seen)
-
-  def _chosen(self, chosen):
-    """Each query's own entries, gathered."""
-
-    def block(one):
-      q, query, at = one
-      seen = at >= 0
-      part, weights = attend(q, rows(self.entries, at), seen, self.scale)
-      return part, self._loss(query, rows(self.keys, at), seen, weights)
-
-    numbers = chosen.shape[-1] * (self.entries.shape[-1] + self.q.shape[2])
-    queries = self.q, self.query, chosen
-    return over_blocks(block, queries, self.cfg.block, numbers)
-
-  def _all(self):
-    """All entries, where there are no more than would be picked."""
-    S = self.entries.shape[1]
-
-    def block(one):
-      q, query, view = one
-      seen = view.mask(S)
-      part, weights = attend(q, self.entries, seen, self.scale)
-      return part, self._loss(query, self.keys, seen, weights)
-
-    numbers = S * max(self.q.shape[2], self.query.q.shape[2])
-    queries = self.q, self.query, self.view
-    return over_blocks(block, queries, self.cfg.block, numbers)
-
-
-def choose(
-  cfg: CSAConfig, query: IndexQuery, keys, view: View, along: Along = WHOLE
-) -> jax.Array:
-  """The entries that each query reads: [B T K] int32, -1 for none.
-
-  Of equal scores the lowest entry wins, in prefill and decoding alike.
-  """
-  query, keys = jax.lax.stop_gradient((query, keys))
-  S = keys.shape[1]
-
-  def block(one):
-    query, view = one
-    scores = index.index_scores(query, keys, along)
-    return index.best(scores, view.mask(S), min(cfg.top_k, S))
-
-  return over_blocks(block, (query, view), cfg.block, S * query.q.shape[2])
 
 
 def fresh(
@@ -272,7 +186,8 @@ def fresh(
   )
   where = tokens[0].positions, tokens[0].segments
   view = compressor.fresh_view(*where, cfg.ratio, along)
-  reading = Reading(cfg, q, query, view, entries, keys, scale, learn, along)
+  sizes = cfg.top_k, cfg.block
+  reading = Reading(*sizes, q, query, view, entries, keys, scale, learn, along)
   part, loss = reading.part()
   if not learn:
     return part, {}

@@ -5,7 +5,7 @@ is gathered where it is small (latents, entries, index keys) or comes from the
 devices before where it lies near (a window, a block that straddles a border).
 Left to XLA's partitioner, a loop over blocks of queries runs on every device
 for the queries of all, and the operand of a top-k is gathered.
-Legend: B batch, T tokens of a device, S of all.
+Legend: B batch, T tokens of a device, S of all, N places.
 """
 
 import dataclasses
@@ -100,6 +100,14 @@ def mesh_axis(length: int) -> str | None:
   if not name or using.mesh.shape[name] == 1 or length % using.mesh.shape[name]:
     return None
   return name
+
+
+def in_a_row(x: jax.Array, there: jax.Array, count: int) -> jax.Array:
+  """The first `count` of x [B N ...] that are `there` [B N], in order."""
+  order = jnp.argsort(~there, axis=1, stable=True)[:, :count]
+  return jnp.take_along_axis(
+    x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
+  )
 
 
 def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int):

@@ -107,18 +107,26 @@ class GQA(nnx.Module):
     self.v = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
     self.out = param(rngs, init, (H, K, D), ('heads', None, 'embed'))
 
+  def projections(self, x: jax.Array):
+    """x [B T D] -> q [B T H K], k and v [B T G K], not turned."""
+    weights = self.q[...], self.k[...], self.v[...]
+    D, G, K = weights[1].shape
+    if ways('heads', G) == 1:
+      return tuple(jnp.einsum('BTD,DGK->BTGK', x, w) for w in weights)
+    # As one product, by groups: its gradient is summed over devices once.
+    apart = [w.reshape(D, G, -1, K) for w in weights]
+    both = jnp.concatenate(apart, axis=2)
+    y = jnp.einsum('BTD,DGJK->BTGJK', x, both)
+    parts = jnp.split(y, [y.shape[3] - 2, y.shape[3] - 1], axis=3)
+    return tuple(part.reshape(*x.shape[:2], -1, K) for part in parts)
+
   def __call__(
     self, x: jax.Array, ctx: Context, past: KeyValue | None = None
   ) -> tuple[jax.Array, KeyValue | None, dict]:
     """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
     cfg = self.cfg
-    q = rope(
-      jnp.einsum('BTD,DHK->BTHK', x, self.q[...]), ctx.positions, cfg.rope
-    )
-    k = rope(
-      jnp.einsum('BTD,DGK->BTGK', x, self.k[...]), ctx.positions, cfg.rope
-    )
-    v = jnp.einsum('BTD,DGK->BTGK', x, self.v[...])
+    q, k, v = self.projections(x)
+    q, k = (rope(a, ctx.positions, cfg.rope) for a in (q, k))
     q = shard(q, 'batch', 'seq', 'heads', None)
     if past is not None:
       past = KeyValue(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from deepseek_jax import sharding
+from deepseek_jax.parallel import sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Along:
     return jax.lax.pmean(x, self.heads) if self.heads else x
 
   def sum_of_heads(self, x: jax.Array) -> jax.Array:
-    """The sum of what devices with other heads have."""
-    return jax.lax.psum(x, self.heads) if self.heads else x
+    """The sum of what devices with other heads have; they go on alike."""
+    return sums.total(x, self.heads) if self.heads else x
 
   def sum_of_parts(self, tree: Any) -> Any:
     """The sums of what devices with other tokens have."""

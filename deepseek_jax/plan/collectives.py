@@ -85,7 +85,7 @@ class Collective(NamedTuple):
 
 
 # mesh['a'=2,'b'=4] {'a','b':(1)2}: groups along some axes or parts of them.
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
 _AXIS = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 
 

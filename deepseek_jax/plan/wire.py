@@ -7,6 +7,7 @@ loads. Each entry names its formula. Legend: K experts per token, D model.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
@@ -16,10 +17,11 @@ from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.parallel import traffic as exchange_traffic
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import mesh as meshes
-from deepseek_jax.plan.attention import cache_elements
+from deepseek_jax.plan.context_wire import Cut, context_moved
 from deepseek_jax.plan.flops import blocks
 from deepseek_jax.plan.memory import BYTES, Training, replicas, row_bytes
 from deepseek_jax.plan.mesh import Mesh, Share
+from deepseek_jax.plan.tensor_wire import layer_sums
 from deepseek_jax.transformer import TransformerConfig
 
 
@@ -86,15 +88,29 @@ def _link(step: _Step, axes: tuple[str, ...]) -> str:
   return 'fast' if span <= step.node else 'slow'
 
 
-def _uses(config: TransformerConfig, share: Share) -> int:
-  """How often a step sums the gradient of a parameter: once per use.
+# Summed inside shard_map, over all devices at once.
+_AT_ONCE = re.compile(
+  r'(\.kv_up|\.compressor\.(bias|norm\.scale)|\.compress_[kv]\.\w+)$'
+)
 
-  XLA adds up the uses of embedding and head after the devices, not before.
+
+def _sums(step: _Step, share: Share, devices: int) -> tuple[int, ...]:
+  """Sizes of the groups of devices that sum a parameter's gradient in a step.
+
+  XLA sums over the axes of a batch, then over that of its sequences, once per
+  use: it adds up the uses of embedding and head after the devices.
   """
-  each = 1 + config.mtp.depth
-  return {'embed': each * (2 if config.tied else 1), 'head': each}.get(
-    share.name, 1
-  )
+  n = step.mesh.context
+  apart = tuple(ways for ways in (devices // n, n) if ways > 1)
+  uses = 1 + step.config.mtp.depth
+  once = apart if step.mesh.tensor > 1 else (devices,)
+  if share.name == 'head':
+    return uses * once
+  if share.name == 'embed':
+    return uses * (apart + once * step.config.tied)
+  if share.routed or (n > 1 and _AT_ONCE.search(share.name)):
+    return (devices,)
+  return apart
 
 
 def _gradients(step: _Step, held) -> list[Wire]:
@@ -111,7 +127,8 @@ def _gradients(step: _Step, held) -> list[Wire]:
     axes = tuple(
       a for a in over if a not in share.over and getattr(step.mesh, a) > 1
     ) + ('stage',) * (copies - 1)
-    sent = _uses(step.config, share) * 2 * _ring(n, 4 * share.elements)
+    size = 4 * share.elements
+    sent = sum(2 * _ring(ways, size) for ways in _sums(step, share, n))
     if zero:
       width = compute if share.matrix else 4
       sent = _ring(n, 4 * share.elements) + _ring(n, width * share.elements)
@@ -120,12 +137,26 @@ def _gradients(step: _Step, held) -> list[Wire]:
     'reduce-scatter of float32 gradients, all-gather of weights: (n-1)/n each'
     if zero
     else 'ring all-reduce of float32 gradients, of embedding and head once per'
-    ' use: 2 (n-1)/n'
+    ' use, and over the context axis by itself: 2 (n-1)/n'
   )
   return [
     Wire(f'gradients over {"+".join(axes)}', _link(step, axes), sent, how)
     for axes, sent in out.items()
   ]
+
+
+def _gathers(config: TransformerConfig, name: str) -> int:
+  """How often a step gathers a weight that fsdp cuts.
+
+  Where it is used: a scanned layer's forward and backward, other layers' once
+  unless they are recomputed. The embedding is looked up forward only, and the
+  head makes its gradients in the forward pass.
+  """
+  if not name.startswith('segments.'):
+    return 1
+  scanned = config.segments()[int(name.split('.')[1])].repeat > 1
+  scanned &= config.compute.scan
+  return 2 if scanned or config.compute.remat != 'none' else 1
 
 
 def _fsdp(step: _Step, held) -> list[Wire]:
@@ -137,11 +168,12 @@ def _fsdp(step: _Step, held) -> list[Wire]:
   for share in held:
     if 'fsdp' in share.over:
       full = share.elements * n
-      gathered = 2 * _ring(n, compute * full) * step.micro_batches
-      sent += gathered + _ring(n, 4 * full)
+      gathered = _gathers(step.config, share.name) * step.micro_batches
+      sent += gathered * _ring(n, compute * full) + _ring(n, 4 * full)
   how = (
-    'weights gathered twice per micro-batch (forward, backward), gradients'
-    ' scattered once per step: (n-1)/n each'
+    'weights gathered where they are used: twice per micro-batch in scanned or'
+    ' recomputed layers, else once; gradients scattered once per step: (n-1)/n'
+    ' each'
   )
   return [Wire('weights over fsdp', _link(step, ('fsdp',)), sent, how)]
 
@@ -208,14 +240,10 @@ def _activations(step: _Step) -> list[Wire]:
   config, mesh = step.config, step.mesh
   width = BYTES[config.compute.dtype]
   row, out = config.dim * width, []
-  depth = config.layers * step.layers
   if mesh.tensor > 1:
-    each = 2 * _ring(mesh.tensor, step.tokens * row)
-    how = 'two all-reduces per layer forward, two backward: 2 (n-1)/n each'
-    sent = int(4 * each * depth)
-    out.append(Wire('tensor', _link(step, ('tensor',)), sent, how))
+    out.append(_tensor(step, width))
   if mesh.context > 1:
-    out.append(_context(step, width))
+    out += _context(step, width)
   if mesh.stage > 1:
     how = 'one activation forward and one gradient backward per token'
     sent = 2 * step.tokens * row
@@ -223,27 +251,60 @@ def _activations(step: _Step) -> list[Wire]:
   return out
 
 
-def _context(step: _Step, width: int) -> Wire:
-  config, n = step.config, step.mesh.context
-  tokens = step.tokens * n
-  numbers = sum(
-    repeat * cache_elements(block.attention, 1)
-    for block, repeat in blocks(config)
-  )
-  # What is kept for the backward pass need not be gathered again.
-  often = 2 if config.compute.remat == 'none' else 3
-  sent = often * _ring(n, tokens * numbers * width)
+def _tensor(step: _Step, width: int) -> Wire:
+  config, n = step.config, step.mesh.tensor
+  forward = 1 if config.compute.remat == 'none' else 2
+  each = lambda block: layer_sums(block, config.dim, forward)
+  numbers = sum(repeat * each(block) for block, repeat in blocks(config))
+  numbers *= step.layers
   if config.mtp.depth:
-    mtp = cache_elements(config.block(config.mtp.block).attention, 1)
-    # The documents that prediction must not leave are gathered too, as int32.
-    each = 2 * _ring(n, tokens * mtp * width) + _ring(n, tokens * 4)
-    sent += config.mtp.depth * each
+    numbers += config.mtp.depth * layer_sums(
+      config.block(config.mtp.block), config.dim, 1
+    )
+  # Lookups in a cut vocabulary; what the head's logits say of hidden states.
+  uses = 1 + config.mtp.depth
+  numbers += uses * 2 * config.dim
+  rings = 2 * _ring(n, int(step.tokens * numbers * width))
+  # Of logits the greatest, and the sum of exponentials: float32.
+  rings += uses * 2 * 2 * _ring(n, 4 * step.tokens)
   how = (
-    'what is cached of keys and values gathered, its gradients scattered,'
-    ' gathered again where the backward pass recomputes: (n-1)/n each'
+    'all-reduces of what row-cut matrices make forward, of what column-cut'
+    ' ones are given backward, and of the cut vocabulary: 2 (n-1)/n each'
+  )
+  return Wire('tensor', _link(step, ('tensor',)), rings, how)
+
+
+def _context(step: _Step, width: int) -> list[Wire]:
+  config, n = step.config, step.mesh.context
+  length = step.training.seq_len // n
+  cut = Cut(length, n, width, heads=step.mesh.tensor)
+  # What is kept for the backward pass need not be gathered again.
+  forward = 1 if config.compute.remat == 'none' else 2
+  every = [
+    (repeat * step.layers, context_moved(block.attention, cut).sent(n, forward))
+    for block, repeat in blocks(config)
+  ]
+  if config.mtp.depth:
+    # Prediction must not leave documents, and is not recomputed.
+    mtp = config.block(config.mtp.block).attention
+    moved = context_moved(mtp, cut._replace(documents=True))
+    every.append((config.mtp.depth * step.layers, moved.sent(n, 1)))
+  sequences = step.tokens // length
+  sent, fixed = (
+    int(sequences * sum(often * both[i] for often, both in every))
+    for i in range(2)
+  )
+  how = (
+    "what is read of other devices' tokens gathered, its gradients scattered,"
+    ' gathered again where the backward pass recomputes: (n-1)/n each; of'
+    ' windows and blocks that straddle borders what they miss'
   )
   link = _link(step, ('context',))
-  return Wire('context', link, int(sent * step.layers), how)
+  out = [Wire('context', link, sent, how)]
+  if fixed:
+    how = 'numbers of positions and documents; at most, as layers may share them'
+    out.append(Wire('context positions', link, fixed, how))
+  return out
 
 
 def exchange_sent(

@@ -36,7 +36,7 @@ class SplitTest(parameterized.TestCase):
       with self.subTest(case):
         if case.endswith('work'):
           share = 4 * found['split'] / found['alone']
-          self.assertLess(share, MOST.get(name.split('_')[0], 1.05), case)
+          self.assertLess(share, MOST.get(name, 1.05), case)
           continue
         for key in ('values', 'gradients', 'loss'):
           self.assertLess(found[key], 1e-5, key)

@@ -5,7 +5,7 @@ python -m tests.plan.mesh_audit_worker CASE...
 Cases have no axis of stages: those are programs of their own. What `fsdp` and
 `tensor` axes send is the partitioner's choice (the CPU's scatters gradients by
 all-reduces, for one), so wires are compared for the axes whose collectives the
-library itself writes, and gradients where it cuts no sequences. The CPU carries
+library itself writes, and gradients. The CPU carries
 bfloat16 as float32; formats on the wire are float32 and float8 here.
 """
 
@@ -24,6 +24,7 @@ from deepseek_jax.plan import compiled, mesh, wire
 from deepseek_jax.plan.collectives import collectives
 from deepseek_jax.transformer import build
 from tests import tiny
+from tests.parallel import split_worker
 
 SEQ_LEN = 16
 
@@ -31,6 +32,10 @@ SEQ_LEN = 16
 def _wide(name):
   """Rows of 128, as float8 on the wire wants them."""
   return dataclasses.replace(tiny.config(name), dim=128)
+
+
+def _with(attention):
+  return dataclasses.replace(tiny.config('mla'), attention=attention)
 
 
 def _case(config, micro_batch=1, exchange=None, moments='float32', **sizes):
@@ -51,6 +56,11 @@ CASES = {
   'tied_data': lambda: _case(tiny.config('dense_mtp'), data=2),
   'mla_context': lambda: _case(tiny.config('mla'), context=4),
   'v3_context': lambda: _case(tiny.config('v3'), context=2, data=2),
+  'gqa_context': lambda: _case(tiny.config('gqa'), context=2, data=2),
+  'dsa_context': lambda: _case(_with(split_worker.DSA), context=4),
+  'csa_context': lambda: _case(_with(split_worker.CSA), context=4),
+  'hca_context': lambda: _case(_with(split_worker.HCA), context=2, data=2),
+  'nsa_context': lambda: _case(_with(split_worker.NSA), context=4),
   'v3_expert': lambda: _case(
     tiny.config('v3'), exchange=ExchangeConfig(factor=1.5), expert=4
   ),
@@ -104,6 +114,9 @@ def planned(program, state) -> dict:
     + 3 * 4 * rows * (SEQ_LEN + 1),
     'gradients': sum(b for p, b in wires.items() if p.startswith('gradients')),
     'context': wires.get('context', 0),
+    'context positions': wires.get('context positions', 0),
+    'fsdp': wires.get('weights over fsdp', 0),
+    'tensor': wires.get('tensor', 0),
     'exchange': 0,
   }
   if grid.expert > 1:
@@ -128,14 +141,20 @@ def measured(program, lowered, sizes) -> dict:
     for a in c.arrays
     if a.dtype == 'f32' and math.prod(a.shape) in sizes
   )
-  latents = [c for c in found if 'attention' in c.source]
+  split = [c for c in found if 'attention/shard_map' in c.source]
+  wire_of = lambda wanted: sum(
+    c._replace(arrays=(a,)).sent
+    for c in split
+    if c.kind != 'all-reduce'
+    for a in c.arrays
+    if wanted(a)
+  )
   return {
     'parameters': sum(math.prod(a.shape) for a in jax.tree.leaves(abstract)),
     'arguments': done.memory_analysis().argument_size_in_bytes,
     'gradients': reduced,
-    'context': sum(
-      c.sent for c in latents if c.kind in ('all-gather', 'reduce-scatter')
-    ),
+    'context': wire_of(lambda a: a.dtype[0] in 'bf'),
+    'context positions': wire_of(lambda a: a.dtype[0] not in 'bf'),
     'exchange': sum(c.sent for c in found if 'all_to_all' in c.source),
     'others': sorted(
       f'{c.kind} {c.sent} {c.source}'
@@ -161,7 +180,6 @@ def case(name: str) -> dict:
   lowered, state, _ = compiled.lower(program)
   return {
     'wires': program.mesh.fsdp == program.mesh.tensor == 1,
-    'sums': program.mesh.context == 1,
     'planned': planned(program, state),
     'measured': measured(program, lowered, gradient_sizes(program, state)),
   }

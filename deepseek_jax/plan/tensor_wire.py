@@ -27,16 +27,20 @@ def _latents(attention: MLAConfig, dim: int) -> int:
   return (a.q_rank or dim) + a.kv_rank + a.rope_dim
 
 
-def layer_sums(block: BlockConfig, dim: int, forward: int) -> int:
+def layer_sums(block: BlockConfig, dim: int, forward: int) -> tuple[int, int]:
   """Numbers of a token that one layer sums over devices in a step.
 
   Args:
     block: of the layer.
     dim: D.
     forward: how often it runs forward.
+
+  Returns:
+    Those in the dtype of computing, and those in float32.
   """
-  ffn = 1
+  numbers = forward * dim + backward(block.attention, dim)
+  ffn, weights = 1, 0
   if isinstance(block.ffn, MoEConfig):
     ffn = 1 + (block.ffn.shared > 0)  # routed and shared experts by themselves
-  attention = forward * dim + backward(block.attention, dim)
-  return attention + ffn * (forward + 1) * dim
+    weights = block.ffn.top_k  # of the routed ones; their gradients
+  return numbers + ffn * (forward + 1) * dim, weights

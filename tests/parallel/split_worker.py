@@ -80,6 +80,9 @@ LAYERS = {
   'hca': HCA,
   'hca_odd': dataclasses.replace(HCA, hca=HCAConfig(ratio=7)),
   'nsa': NSA,
+  # Indexers that score everything 0: the lowest places win.
+  'dsa_ties': DSA,
+  'csa_ties': CSA,
 }
 
 
@@ -114,7 +117,11 @@ def layer(name: str):
     total = (y * weigh(x.shape[1])).sum() + 0.7 * stats.get('loss', 0)
     return total, (y, stats)
 
-  return tiny.fill(state), loss
+  weights = tiny.fill(state)
+  if name.endswith('ties'):
+    far = weights.get('far', weights)
+    far['indexer']['weights'] = 0 * far['indexer']['weights']
+  return weights, loss
 
 
 def gradient(name: str, mesh=None):
@@ -198,7 +205,11 @@ CASES = {
   },
   'dsa data=2 context=2': (equality, 'dsa', {'data': 2, 'context': 2}, True),
   'csa data=2 context=2': (equality, 'csa', {'data': 2, 'context': 2}, True),
-  **{f'{name} work': (work, name, 4) for name in LAYERS},
+  **{
+    f'{name} work': (work, name, 4)
+    for name in LAYERS
+    if not name.endswith('ties')
+  },
 }
 
 

@@ -2,11 +2,11 @@
 
 python -m tests.plan.mesh_audit_worker CASE...
 
-Cases have no axis of stages: those are programs of their own. What `fsdp` and
-`tensor` axes send is the partitioner's choice (the CPU's scatters gradients by
-all-reduces, for one), so wires are compared for the axes whose collectives the
-library itself writes, and gradients. The CPU carries
-bfloat16 as float32; formats on the wire are float32 and float8 here.
+Cases have no axis of stages: those are programs of their own. Wires of data,
+context and expert axes are compared on every mesh of these; those of fsdp and
+tensor where the mesh has that axis alone, as XLA's partitioner mixes them with
+others in ways of its own. The CPU carries bfloat16 as float32; formats on the
+wire are float32 and float8 here.
 """
 
 import dataclasses
@@ -79,7 +79,13 @@ CASES = {
   'v3_expert_context': lambda: _case(
     tiny.config('v3'), expert=2, context=2, data=2
   ),
+  'gqa_tensor': lambda: _case(tiny.config('gqa'), 2, tensor=2),
+  'mla_tensor': lambda: _case(tiny.config('mla'), tensor=2),
+  'moe_tensor': lambda: _case(tiny.config('moe16b'), tensor=2),
+  'mtp_tensor': lambda: _case(tiny.config('dense_mtp'), tensor=2),
   'mha_tensor': lambda: _case(tiny.config('mha'), tensor=4),
+  'mla_fsdp': lambda: _case(tiny.config('mla'), fsdp=4),
+  'mtp_fsdp': lambda: _case(tiny.config('dense_mtp'), fsdp=2),
   'lite_fsdp': lambda: _case(tiny.config('lite'), fsdp=4),
   'moe16b_all': lambda: _case(
     tiny.config('moe16b'), expert=2, fsdp=2, tensor=2
@@ -127,8 +133,9 @@ def planned(program, state) -> dict:
   return out
 
 
-def measured(program, lowered, sizes) -> dict:
-  """What XLA made of the step; `sizes` are those of gradients."""
+def measured(program, lowered, sizes, cut) -> dict:
+  """What XLA made of the step; `sizes` are those of gradients, `cut` of those
+  that fsdp cuts, whole."""
   done = lowered.compile({'xla_backend_optimization_level': 0})
   found = [
     c for c in collectives(done.as_text(), program.mesh.devices) if not c.maybe
@@ -142,6 +149,14 @@ def measured(program, lowered, sizes) -> dict:
     if a.dtype == 'f32' and math.prod(a.shape) in sizes
   )
   split = [c for c in found if 'attention/shard_map' in c.source]
+  at_least = 4 * program.micro_batch * SEQ_LEN  # a float32 per token
+  sums = [
+    c._replace(arrays=(a,))
+    for c in found
+    if c.kind == 'all-reduce' and c.source
+    for a in c.arrays
+    if a.bits // 8 >= at_least
+  ]
   wire_of = lambda wanted: sum(
     c._replace(arrays=(a,)).sent
     for c in split
@@ -156,6 +171,12 @@ def measured(program, lowered, sizes) -> dict:
     'context': wire_of(lambda a: a.dtype[0] in 'bf'),
     'context positions': wire_of(lambda a: a.dtype[0] not in 'bf'),
     'exchange': sum(c.sent for c in found if 'all_to_all' in c.source),
+    'tensor': sum(c.sent for c in sums),
+    'fsdp': sum(
+      c.sent for c in found if c.kind == 'all-gather' and c not in split
+    )
+    # XLA for CPUs scatters by all-reduces of which each device takes its part.
+    + sum(c.sent // 2 for c in sums if math.prod(c.arrays[0].shape) in cut),
     'others': sorted(
       f'{c.kind} {c.sent} {c.source}'
       for c in found
@@ -166,22 +187,30 @@ def measured(program, lowered, sizes) -> dict:
   }
 
 
-def gradient_sizes(program, state) -> set[int]:
-  """Elements of a parameter on a device, of a layer or of a stack of them."""
-  shard = lambda a: math.prod(a.sharding.shard_shape(a.shape))
-  stacks = {shard(a) for a in jax.tree.leaves(state.params)}
+def gradient_sizes(program, state) -> tuple[set[int], set[int]]:
+  """Elements of a parameter on a device, of a layer or of a stack of them; and
+  of those that fsdp cuts on all."""
   grid = plan.Mesh(**{a: getattr(program.mesh, a) for a in mesh.AXES})
-  held = mesh.shares(program.model, grid)
-  return stacks | {s.elements for found in held.values() for s in found}
+  every = [s for f in mesh.shares(program.model, grid).values() for s in f]
+  cut = {s.elements * grid.fsdp for s in every if 'fsdp' in s.over}
+  whole = {s.elements for s in every if 'fsdp' not in s.over}
+  if cut & whole:
+    raise AssertionError(f'sizes tell nothing apart: {cut & whole}')
+  if not cut:
+    shard = lambda a: math.prod(a.sharding.shard_shape(a.shape))
+    whole |= {shard(a) for a in jax.tree.leaves(state.params)}
+  return whole, cut
 
 
 def case(name: str) -> dict:
   program = CASES[name]()
   lowered, state, _ = compiled.lower(program)
   return {
+    'tensor': program.mesh.tensor == program.mesh.devices,
+    'fsdp': program.mesh.fsdp == program.mesh.devices,
     'wires': program.mesh.fsdp == program.mesh.tensor == 1,
     'planned': planned(program, state),
-    'measured': measured(program, lowered, gradient_sizes(program, state)),
+    'measured': measured(program, lowered, *gradient_sizes(program, state)),
   }
 
 

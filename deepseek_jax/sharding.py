@@ -46,6 +46,12 @@ class Using:
       parts.append(names or None)
     return PartitionSpec(*parts)
 
+  def over(self, axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that cut a logical axis of `size`."""
+    (names,) = self.spec((axis,), (size,))
+    # PartitionSpec makes of one name in a tuple the name.
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
 
 _current: list[Using] = []
 
@@ -115,8 +121,8 @@ def ways(axis: str, size: int) -> int:
   if _outside():
     return 1
   using = _current[-1]
-  (names,) = using.spec((axis,), (size,))
-  return math.prod(using.mesh.shape[n] for n in names or ())
+  over = using.over(axis, size)
+  return math.prod(using.mesh.shape[n] for n in over)
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:

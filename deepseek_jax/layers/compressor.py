@@ -21,6 +21,7 @@ from deepseek_jax.layers import ring
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import RopeConfig, rope
+from deepseek_jax.parallel.context import WHOLE, Along, in_a_row
 from deepseek_jax.sharding import param
 
 _NEG = -1e30
@@ -96,21 +97,26 @@ def window_ends(positions, segments, ratio: int) -> jax.Array:
 
 def view(ctx: Context, ratio: int, fresh: bool) -> View:
   """What each token sees: of a fresh batch's entries, or of a cache's."""
-  if not fresh:
-    count = (ctx.positions + 1) // ratio
-    return View(jnp.zeros_like(count), count)
-  segments = _segments(ctx)
-  ends = window_ends(ctx.positions, segments, ratio).astype(jnp.int32)
+  if fresh:
+    return fresh_view(ctx.positions, _segments(ctx), ratio)
+  count = (ctx.positions + 1) // ratio
+  return View(jnp.zeros_like(count), count)
+
+
+def fresh_view(positions, segments, ratio: int, along: Along = WHOLE) -> View:
+  """What own tokens see of the entries of all; arguments [B T]."""
+  positions, segments = along.gather((positions, segments))
+  ends = window_ends(positions, segments, ratio).astype(jnp.int32)
   so_far = jnp.cumsum(ends, axis=1)
   new = segments[:, 1:] != segments[:, :-1]
-  new |= ctx.positions[:, 1:] != ctx.positions[:, :-1] + 1
+  new |= positions[:, 1:] != positions[:, :-1] + 1
   new = jnp.pad(new, [(0, 0), (1, 0)], constant_values=True)
   # Entries of all documents lie one after the other.
   first = jax.lax.cummax(jnp.where(new, so_far - ends, 0), axis=1)
-  return View(first, jnp.where(segments > 0, so_far - first, 0))
+  return along.own(View(first, jnp.where(segments > 0, so_far - first, 0)))
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
   """Projections of the tokens that entries may draw on."""
 
   kv: jax.Array  # [B L J C] float32
@@ -140,69 +146,114 @@ class Compressor(nnx.Module):
     The entries are those of a fresh batch's documents, one after the other
     (see `view`), or all that the cache holds.
     """
-    f32 = {'preferred_element_type': jnp.float32}
-    kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
-    gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
-    tokens = _Tokens(kv, gate, ctx.positions, _segments(ctx))
+    own = self.tokens(x, ctx)
     T, m = x.shape[1], self.cfg.ratio
     if past is None or ctx.fresh:
-      ends = window_ends(tokens.positions, tokens.segments, m)
-      made, at = self._compress(tokens, ends, max(1, T // m))
+      made, at = complete(self.cfg, self.weights(), own, max(1, T // m))
     else:
-      tokens = _after(past, tokens)
-      ends = window_ends(tokens.positions, tokens.segments, m)
-      ends &= jnp.arange(ends.shape[1]) >= ends.shape[1] - T  # the new ones
-      made, at = self._compress(tokens, ends, -(-T // m))
+      tokens = _after(past, own)
+      made, at = complete(self.cfg, self.weights(), tokens, -(-T // m), T)
     made = made.astype(x.dtype)
     if past is None:
       return made, None
     entries = caching.write(past.entries, made, at // m, at >= 0)
     write = lambda a, new: ring.write(a, new, ctx.positions, ctx.valid)
-    past = Compressed(entries, write(past.kv, kv), write(past.gate, gate))
+    past = Compressed(
+      entries, write(past.kv, own.kv), write(past.gate, own.gate)
+    )
     return made if ctx.fresh else entries, past
 
-  def _compress(self, tokens: _Tokens, ends: jax.Array, count: int):
-    """Entries [B S C] float32 of the windows at `ends`, their starts [B S].
+  def tokens(self, x: jax.Array, ctx: Context) -> Tokens:
+    """What entries draw on, of x [B T D]."""
+    f32 = {'preferred_element_type': jnp.float32}
+    kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
+    gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
+    return Tokens(kv, gate, ctx.positions, _segments(ctx))
 
-    A start of -1 is no entry.
-    """
-    (B, L), m = ends.shape, self.cfg.ratio
-    number = jnp.where(ends, jnp.cumsum(ends, axis=1) - 1, count)
-    rows = jnp.arange(B)[:, None]
-    end = (
-      jnp.full((B, count), -1)
-      .at[rows, number]
-      .set(jnp.broadcast_to(jnp.arange(L), (B, L)), mode='drop')
-    )
-    own = end[..., None] + jnp.arange(1 - m, 1)  # [B S m]
-    bias = self.bias[...].reshape(m, self.cfg.series, self.cfg.dim)
-    value, logit = self._windows(tokens, own, bias, -1)
-    if self.cfg.overlap:
-      value_before, logit_before = self._windows(tokens, own - m, bias, 0)
-      whole = window_ends(tokens.positions, tokens.segments, m)
-      there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
-      same = tokens.segments[rows, jnp.maximum(end - m, 0)]
-      there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
-      logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
-      value = jnp.concatenate([value_before, value], axis=2)
-      logit = jnp.concatenate([logit_before, logit], axis=2)
-    entry = self.norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))
-    start = tokens.positions[rows, jnp.maximum(own[..., 0], 0)]
-    entry = tail_rope(entry, start, self.cfg.rope, self.cfg.rope_dim)
-    return entry, jnp.where(end >= 0, start, -1)
-
-  def _windows(self, tokens, at, bias, series):
-    """Values and logits [B S m C] of one series at tokens `at` [B S m]."""
-    rows = jnp.arange(at.shape[0])[:, None, None]
-    pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
-    return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
+  def weights(self) -> tuple[jax.Array, RMSNorm]:
+    """What else entries are made with: the bias [m J C] and the norm."""
+    shape = self.cfg.ratio, self.cfg.series, self.cfg.dim
+    return self.bias[...].reshape(shape), self.norm
 
 
-def _after(past: Compressed, new: _Tokens) -> _Tokens:
+def complete(
+  cfg: CompressorConfig, weights, tokens: Tokens, count: int, new: int = 0
+) -> tuple[jax.Array, jax.Array]:
+  """The entries of windows that end in the last `new` tokens, or in any.
+
+  Args:
+    cfg: of the compressor; weights: its `weights`.
+    tokens: L of them.
+    count: S, how many entries at most.
+    new: see above; 0 is all.
+
+  Returns:
+    [B S C] float32, and the positions where their windows start [B S]; -1 is
+    no entry.
+  """
+  m = cfg.ratio
+  ends = window_ends(tokens.positions, tokens.segments, m)
+  (B, L), whole = ends.shape, ends
+  if new:
+    ends &= jnp.arange(L) >= L - new
+  number = jnp.where(ends, jnp.cumsum(ends, axis=1) - 1, count)
+  rows = jnp.arange(B)[:, None]
+  end = (
+    jnp.full((B, count), -1)
+    .at[rows, number]
+    .set(jnp.broadcast_to(jnp.arange(L), (B, L)), mode='drop')
+  )
+  own = end[..., None] + jnp.arange(1 - m, 1)  # [B S m]
+  bias, norm = weights
+  value, logit = _windows(tokens, own, bias, -1)
+  if cfg.overlap:
+    value_before, logit_before = _windows(tokens, own - m, bias, 0)
+    there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
+    same = tokens.segments[rows, jnp.maximum(end - m, 0)]
+    there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
+    logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
+    value = jnp.concatenate([value_before, value], axis=2)
+    logit = jnp.concatenate([logit_before, logit], axis=2)
+  entry = norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))
+  start = tokens.positions[rows, jnp.maximum(own[..., 0], 0)]
+  entry = tail_rope(entry, start, cfg.rope, cfg.rope_dim)
+  return entry, jnp.where(end >= 0, start, -1)
+
+
+def _windows(tokens, at, bias, series):
+  """Values and logits [B S m C] of one series at tokens `at` [B S m]."""
+  rows = jnp.arange(at.shape[0])[:, None, None]
+  pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
+  return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
+
+
+def fresh_entries(
+  cfg: CompressorConfig, weights, tokens: Tokens, dtype, along: Along = WHOLE
+) -> jax.Array:
+  """The entries of all documents [B S C], one after the other (see `view`).
+
+  Each device makes those whose windows end in its own tokens. They may draw on
+  tokens of devices before; only finished entries go to all.
+  """
+  T, m = tokens.positions.shape[1], cfg.ratio
+  if not along.axis:
+    return complete(cfg, weights, tokens, max(1, T // m))[0].astype(dtype)
+  before = cfg.series * m - 1
+  fills = Tokens(0, 0, -1, -1)
+  joined = lambda a, fill: jnp.concatenate(
+    [along.before(a, before, fill), a], axis=1
+  )
+  tokens = jax.tree.map(joined, tokens, fills)
+  made, at = complete(cfg, weights, tokens, -(-T // m), T)
+  made, there = along.gather((made.astype(dtype), at >= 0))
+  return in_a_row(made, there, max(1, T * along.ways // m))
+
+
+def _after(past: Compressed, new: Tokens) -> Tokens:
   """The tokens that wait in a cache, and the new ones after them."""
   R, start = past.kv.shape[1], new.positions[:, 0]
   positions = ring.before(start, R)
-  waiting = _Tokens(
+  waiting = Tokens(
     ring.unroll(past.kv, start),
     ring.unroll(past.gate, start),
     positions,

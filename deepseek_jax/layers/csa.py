@@ -16,22 +16,20 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers import compressor
-from deepseek_jax.layers import indexer as index
 from deepseek_jax.layers.compressor import (
   Compressed,
   Compressor,
   CompressorConfig,
-  View,
 )
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.entry_reading import Reading
 from deepseek_jax.layers.indexer import IndexQuery
-from deepseek_jax.layers.partial_attention import Part, attend
-from deepseek_jax.layers.query_blocks import over_blocks, rows
+from deepseek_jax.layers.partial_attention import Part
+from deepseek_jax.parallel.context import Along
 from deepseek_jax.sharding import param
 
 
@@ -60,6 +58,11 @@ class CSAConfig:
   loss: float = 1.0
   recall_queries: int = 8
   block: int = 128
+
+  @property
+  def measures_recall(self) -> bool:
+    """Whether training reports it."""
+    return self.stage == 'dense' or self.recall_queries > 0
 
   def __post_init__(self):
     if self.recall_queries < 0:
@@ -134,11 +137,11 @@ class CSA(nnx.Module):
     x: jax.Array,
     latent: jax.Array,
     ctx: Context,
-    past: CSACache | None,
+    past: CSACache,
     *,
     scale: float,
-  ) -> tuple[Part, CSACache | None, dict]:
-    """Reads entries of x [B T D] by turned queries q [B T H C].
+  ) -> tuple[Part, CSACache]:
+    """Reads the cache and x [B T D] by turned queries q [B T H C].
 
     Args:
       q, x: see above.
@@ -148,99 +151,55 @@ class CSA(nnx.Module):
       scale: multiplies the scores.
 
     Returns:
-      Attention to the entries, the cache with these tokens, and in training
-      {'loss': the indexer's, weighted, 'recall': the share of the attention to
-      all entries that lies on the `top_k`}.
+      Attention to the entries, and the cache with these tokens.
     """
-    fresh = past is None or ctx.fresh
-    entries, kept = self.compressor(x, ctx, past and past.entries)
+    entries, kept = self.compressor(x, ctx, past.entries)
+    keys, kept_keys = self.indexer.compressor(x, ctx, past.keys)
+    query = self.indexer.query(x, latent, ctx.positions)
+    view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
+    reading = Reading(self.cfg, q, query, view, entries, keys, scale)
+    return reading.part()[0], CSACache(kept, kept_keys)
+
+  def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
+    """Of a fresh batch: what entries draw on, what queries bring, weights."""
     detached = jax.lax.stop_gradient((x, latent))
-    keys, kept_keys = self.indexer.compressor(
-      detached[0], ctx, past and past.keys
-    )
-    if past is not None:
-      past = CSACache(kept, kept_keys)
+    makers = self.compressor, self.indexer.compressor
+    tokens = makers[0].tokens(x, ctx), makers[1].tokens(detached[0], ctx)
     query = self.indexer.query(*detached, ctx.positions)
-    view = compressor.view(ctx, self.cfg.ratio, fresh)
-    learn = ctx.train and fresh
-    args = q, query, entries, keys, scale, learn
-    # With no more entries than that, all would be picked.
-    if self.cfg.stage == 'dense' or entries.shape[1] <= self.cfg.top_k:
-      part, stats = self._read_all(view, *args)
-    else:
-      part, stats = self._read(view, *args)
-    if 'loss' in stats:
-      stats['loss'] *= self.cfg.loss
-    return part, past, stats
-
-  def choose(self, query: IndexQuery, keys: jax.Array, view: View) -> jax.Array:
-    """The entries that each query reads: [B T K] int32, -1 for none.
-
-    Of equal scores the lowest entry wins, in prefill and decoding alike.
-    """
-    query, keys = jax.lax.stop_gradient((query, keys))
-    S = keys.shape[1]
-
-    def block(one):
-      query, view = one
-      scores = index.index_scores(query, keys)
-      return index.best(scores, view.mask(S), min(self.cfg.top_k, S))
-
-    numbers = S * self.cfg.index_heads
-    return over_blocks(block, (query, view), self.cfg.block, numbers)
-
-  def _read(self, view, q, query, entries, keys, scale, learn):
-    """Each query's own entries, gathered -> (part, statistics)."""
-    chosen = self.choose(query, keys, view)
-
-    def block(one):
-      q, query, at = one
-      seen = at >= 0
-      part, weights = attend(q, rows(entries, at), seen, scale)
-      if not learn:
-        return part, None
-      scores = index.index_scores(query, rows(keys, at))
-      return part, index.divergence(weights.mean(axis=2), scores, seen)
-
-    numbers = chosen.shape[-1] * (entries.shape[-1] + q.shape[2])
-    part, loss = over_blocks(block, (q, query, chosen), self.cfg.block, numbers)
-    if not learn:
-      return part, {}
-    stats = {'loss': _mean(loss, view)}
-    T, n = q.shape[1], self.cfg.recall_queries
-    if n:
-      at = np.linspace(0, T - 1, min(n, T)).astype(int)
-      q, entries = jax.lax.stop_gradient((q, entries))
-      q, view, chosen = jax.tree.map(lambda a: a[:, at], (q, view, chosen))
-      weights = attend(q, entries, view.mask(entries.shape[1]), scale)[1]
-      stats['recall'] = _mean(index.caught(weights.mean(axis=2), chosen), view)
-    return part, stats
-
-  def _read_all(self, view, q, query, entries, keys, scale, learn):
-    """All entries that there are -> (part, statistics)."""
-    S = entries.shape[1]
-    k = min(self.cfg.top_k, S)
-
-    def block(one):
-      q, query, view = one
-      seen = view.mask(S)
-      part, weights = attend(q, entries, seen, scale)
-      if not learn:
-        return part, None
-      shares, scores = weights.mean(axis=2), index.index_scores(query, keys)
-      chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
-      caught = index.caught(jax.lax.stop_gradient(shares), chosen)
-      return part, (index.divergence(shares, scores, seen), caught)
-
-    numbers = S * max(q.shape[2], self.cfg.index_heads)
-    part, stats = over_blocks(block, (q, query, view), self.cfg.block, numbers)
-    if not learn:
-      return part, {}
-    return part, dict(zip(('loss', 'recall'), (_mean(a, view) for a in stats)))
+    return tokens, query, tuple(maker.weights() for maker in makers)
 
 
-def _mean(values: jax.Array, view: View) -> jax.Array:
-  """Of [B T], over queries that see an entry, then over sequences."""
-  seen = view.count > 0
-  total = jnp.where(seen, values, 0).sum(axis=1)
-  return (total / jnp.maximum(seen.sum(axis=1), 1)).mean()
+def fresh(
+  cfg: CSAConfig,
+  compress: tuple[CompressorConfig, CompressorConfig],
+  along: Along,
+  q: jax.Array,
+  tokens,
+  query: IndexQuery,
+  weights,
+  *,
+  scale: float,
+  learn: bool,
+) -> tuple[Part, dict]:
+  """Attention of own queries to the entries of all.
+
+  Args:
+    cfg: what is read; compress: how entries and index keys are made.
+    along: which part this is.
+    q: [B T H C].
+    tokens, query, weights: see CSA.inputs.
+    scale: multiplies the scores.
+    learn: whether the indexer's loss is wanted.
+
+  Returns:
+    The part, and if `learn` the indexer's 'loss' and, if measured, 'recall',
+    [B] each.
+  """
+  entries, keys = (
+    compressor.fresh_entries(*one, q.dtype, along)
+    for one in zip(compress, weights, tokens)
+  )
+  where = tokens[0].positions, tokens[0].segments
+  view = compressor.fresh_view(*where, cfg.ratio, along)
+  reading = Reading(cfg, q, query, view, entries, keys, scale, learn, along)
+  return reading.part()

@@ -11,27 +11,30 @@ N no-rope dim, R rope dim, V value dim, I index dim.
 """
 
 import dataclasses
+import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from deepseek_jax import cache as caching
 from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers import indexer as index
-from deepseek_jax.layers import query_blocks
+from deepseek_jax.layers import indexer_loss, query_blocks
+from deepseek_jax.layers.chosen_latents import read_by_kernel, read_chosen
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.indexer import Indexer, IndexerConfig, IndexQuery
-from deepseek_jax.layers.mla import MLA, Latent, MLAConfig
+from deepseek_jax.layers.indexer_loss import Scene
+from deepseek_jax.layers.mla import MLA, Latent, MLAConfig, read_latents
 from deepseek_jax.layers.query_blocks import Sight
+from deepseek_jax.parallel import context, gathered_attention
+from deepseek_jax.parallel.context import WHOLE
+from deepseek_jax.parallel.gathered_attention import Sequence
 from pallas_kernels.indexer import indexer
 from pallas_kernels.mla_prefill import segment_starts
-from pallas_kernels.sparse_mla import sparse_mla
-
-_NEG = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,52 +98,6 @@ class SparseLatent(NamedTuple):
   index: jax.Array  # [B S I], normed and turned
 
 
-class Read(NamedTuple):
-  """What reading the chosen tokens gives."""
-
-  y: jax.Array  # [B T H V]
-  shares: jax.Array | None  # [B T K] float32: the heads' mean attention
-
-
-def read_chosen(
-  queries: tuple[jax.Array, jax.Array],
-  keys: tuple[jax.Array, jax.Array],
-  ups: tuple[jax.Array, jax.Array],
-  chosen: jax.Array,
-  *,
-  scale: float,
-  most: int = 128,
-) -> Read:
-  """Attention of each query to its own few latents (absorbed form).
-
-  Args:
-    queries: no-rope [B T H N] and turned rope part [B T H R].
-    keys: latents [B S C] and turned rope keys [B S R].
-    ups: what makes of a latent keys [C H N] and values [C H V].
-    chosen: [B T K] int32, rows of the keys; -1 is none.
-    scale: multiplies the scores.
-    most: queries at a time.
-  """
-  k_up, v_up = ups
-  f32 = {'preferred_element_type': jnp.float32}
-
-  def block(one):
-    qn, qr, at = one
-    c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
-    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
-    scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
-    scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
-    scores = jnp.where(at[:, :, None] >= 0, scores * scale, _NEG)
-    weights = jax.nn.softmax(scores, axis=-1)
-    mixed = jnp.einsum('BTHK,BTKC->BTHC', weights.astype(c.dtype), c)
-    y = jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
-    return Read(y, weights.mean(axis=2))
-
-  C, H, _ = k_up.shape
-  numbers = chosen.shape[-1] * (C + H)
-  return query_blocks.over_blocks(block, (*queries, chosen), most, numbers)
-
-
 def choose_by_kernel(query: IndexQuery, keys, sight: Sight, k: int, impl):
   """`index.choose` in ascending order, without its scores in memory."""
   first = jnp.zeros_like(sight.places)
@@ -148,96 +105,6 @@ def choose_by_kernel(query: IndexQuery, keys, sight: Sight, k: int, impl):
     first = segment_starts(sight.segments)
   span = first, sight.places + 1
   return indexer(query.q, keys, query.weight, *span, top_k=k, impl=impl)
-
-
-def read_by_kernel(queries, keys, ups, chosen, *, scale: float, impl) -> Read:
-  """`read_chosen` without the shares."""
-  qc = jnp.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
-  mixed = sparse_mla(qc, queries[1], *keys, chosen, scale=scale, impl=impl)
-  return Read(jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1]), None)
-
-
-def dense_shares(q, k, seen, scale: float) -> jax.Array:
-  """The heads' mean attention of q [B T H K] to k [B S H K] -> [B T S]."""
-  scores = jnp.einsum(
-    'BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32
-  )
-  scores = jnp.where(seen[:, None], scores * scale, _NEG)
-  return jax.nn.softmax(scores, axis=-1).mean(axis=1)
-
-
-class Scene(NamedTuple):
-  """A fresh batch as the indexer's loss sees it; only `index` has gradients."""
-
-  q: jax.Array  # [B T H N+R]
-  k: jax.Array  # [B S H N+R]
-  index: IndexQuery
-  keys: jax.Array  # [B S I]
-  sight: Sight
-  segments: jax.Array | None  # [B S]
-
-  def mean(self, values: jax.Array) -> jax.Array:
-    """Of [B T], over tokens that are no padding, then over sequences."""
-    if self.segments is None:
-      return values.mean()
-    valid = self.segments > 0
-    total = jnp.where(valid, values, 0).sum(axis=1)
-    return (total / jnp.maximum(valid.sum(axis=1), 1)).mean()
-
-
-def dense_statistics(scene: Scene, cfg: DSAConfig) -> dict[str, jax.Array]:
-  """The warm-up's loss over all keys, and the recall at `top_k`."""
-  S = scene.k.shape[1]
-  k = min(cfg.top_k, S)
-
-  def block(one):
-    q, query, sight = one
-    seen = sight.mask(jnp.arange(S), scene.segments)
-    shares = dense_shares(q, scene.k, seen, cfg.scale)
-    scores = index.index_scores(query, scene.keys)
-    chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
-    loss = index.divergence(shares, scores, seen)
-    return loss, index.caught(shares, chosen)
-
-  numbers = S * max(cfg.heads, cfg.indexer.heads)
-  loss, recall = query_blocks.over_blocks(
-    block, (scene.q, scene.index, scene.sight), cfg.block, numbers
-  )
-  return {'loss': cfg.loss * scene.mean(loss), 'recall': scene.mean(recall)}
-
-
-def sparse_statistics(
-  scene: Scene, cfg: DSAConfig, chosen: jax.Array, shares: jax.Array
-) -> dict[str, jax.Array]:
-  """The loss over the chosen keys, and the recall of some queries.
-
-  Args:
-    scene, cfg: what is attended.
-    chosen: [B T K]; shares: [B T K], the attention's means over heads.
-  """
-
-  def block(one):
-    query, at, shares = one
-    scores = index.index_scores(query, query_blocks.rows(scene.keys, at))
-    return index.divergence(shares, scores, at >= 0)
-
-  numbers = chosen.shape[-1] * max(cfg.indexer.heads, cfg.indexer.dim)
-  loss = query_blocks.over_blocks(
-    block, (scene.index, chosen, shares), cfg.block, numbers
-  )
-  out = {'loss': cfg.loss * scene.mean(loss)}
-  T = chosen.shape[1]
-  if cfg.recall_queries:
-    at = np.linspace(0, T - 1, min(cfg.recall_queries, T)).astype(int)
-    some = lambda a: a[:, at]
-    q, sight, chosen = jax.tree.map(some, (scene.q, scene.sight, chosen))
-    seen = sight.mask(jnp.arange(scene.k.shape[1]), scene.segments)
-    shares = dense_shares(q, scene.k, seen, cfg.scale)
-    recall = index.caught(shares, chosen)
-    if scene.segments is not None:
-      scene = scene._replace(segments=some(scene.segments))
-    out['recall'] = scene.mean(recall)
-  return out
 
 
 class DSA(MLA):
@@ -275,62 +142,112 @@ class DSA(MLA):
     """
     q = self.query(x, ctx.positions)
     new = self.remember(x, ctx.positions)
+    fresh = past is None or ctx.fresh
     if past is not None:
       write = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
       past = SparseLatent(*map(write, past, new))
-    fresh = past is None or ctx.fresh
-    keys = new if fresh else past
-    # With no more keys than that, choosing would choose all of them.
-    if self.cfg.stage == 'dense' or keys.c.shape[1] <= self.cfg.top_k:
-      latents = [Latent(*a[:2]) if a is not None else a for a in (new, past)]
-      y = self.attend(*q, *latents, ctx)
-      statistics = dense_statistics
-    else:
-      chosen, read = self.read(x, q, keys, ctx, fresh)
-      y = read.y
-      statistics = lambda scene, cfg: sparse_statistics(
-        scene, cfg, chosen, read.shares
-      )
-    if not (ctx.train and fresh):
-      return self.project(y), past, {}
-    stats = statistics(self.scene(x, q, new, ctx), self.cfg)
+    query = self.index_query(x, ctx.positions)
+    if not fresh:
+      return self.project(self.cached(q, query, past, ctx)), past, {}
+    y, stats = self.fresh(q, query, new, ctx)
     return self.project(y), past, stats
 
-  def read(self, x, q, keys: SparseLatent, ctx: Context, fresh: bool):
-    """Picks and reads -> (chosen [B T K], Read); `q` as `query` makes it."""
-    cfg = self.cfg
-    query = self.index_query(x, ctx.positions)
-    sight = query_blocks.sight(ctx.positions, ctx.segments, fresh)
-    theirs = ctx.segments if fresh else None
-    chosen = kernels.pick(
-      'indexer',
-      lambda impl: choose_by_kernel(query, keys.index, sight, cfg.top_k, impl),
-      lambda: index.choose(
-        query,
-        keys.index,
-        sight,
-        cfg.top_k,
-        key_segments=theirs,
-        most=cfg.block,
-      ),
-    )
-    ups = jnp.split(self.kv_up[...], [cfg.nope_dim], axis=-1)
-    args = q, keys[:2], ups, chosen
-    own = lambda: read_chosen(*args, scale=cfg.scale, most=cfg.block)
-    if ctx.train and fresh:
-      return chosen, own()  # its loss wants the shares
-    by_kernel = lambda impl: read_by_kernel(*args, scale=cfg.scale, impl=impl)
-    return chosen, kernels.pick('sparse_mla', by_kernel, own)
+  def dense(self, keys: int) -> bool:
+    """Whether queries read all, as they would choose all of so few."""
+    return self.cfg.stage == 'dense' or keys <= self.cfg.top_k
 
-  def scene(self, x, q, new: SparseLatent, ctx: Context) -> Scene:
-    """What the indexer's loss needs of fresh tokens."""
-    detached = jax.lax.stop_gradient
-    q, k = jnp.concatenate(q, axis=-1), self.keys_values(Latent(*new[:2]))[0]
-    return Scene(
-      detached(q),
-      detached(k),
-      self.index_query(x, ctx.positions),
-      new.index,
-      query_blocks.sight(ctx.positions, ctx.segments, fresh=True),
-      ctx.segments,
+  def cached(self, q, query: IndexQuery, past: SparseLatent, ctx: Context):
+    """What queries read of a cache: [B T H V]."""
+    if self.dense(past.c.shape[1]):
+      return self.attend(*q, None, Latent(*past[:2]), ctx)
+    sight = query_blocks.sight(ctx.positions, ctx.segments, fresh=False)
+    chosen = choose(self.cfg, query, past.index, sight)
+    return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
+
+  def fresh(self, q, query: IndexQuery, new: SparseLatent, ctx: Context):
+    """Tokens that see only each other -> ([B T H V], statistics)."""
+    (B, T, H, _), cfg = q[0].shape, self.cfg
+    if self.dense(T) and not ctx.train:
+      return self.attend(*q, Latent(*new[:2]), None, ctx), {}
+    body = _dense if self.dense(T) else _sparse
+    rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+    names = 'loss', 'recall'
+    if not self.dense(T) and not cfg.recall_queries:
+      names = ('loss',)
+    out = heads, {name: ('batch',) for name in names if ctx.train}
+    y, stats = context.split(
+      functools.partial(body, cfg, ctx.train),
+      (q, query, new, ctx.segments, self.kv_up[...]),
+      (heads, heads, rows, rows, (None, 'heads')),
+      out,
+      batch=B,
+      seq=T,
+      heads=math.gcd(H, cfg.indexer.heads),
     )
+    stats = {name: values.mean() for name, values in stats.items()}
+    if 'loss' in stats:
+      stats['loss'] *= cfg.loss
+    return y, stats
+
+
+def choose(cfg: DSAConfig, query, keys, sight, key_segments=None, along=WHOLE):
+  """The `top_k` keys [B S I] that each query reads: [B T K] int32."""
+  own = lambda: index.choose(
+    query,
+    keys,
+    sight,
+    cfg.top_k,
+    key_segments=key_segments,
+    most=cfg.block,
+    along=along,
+  )
+  by_kernel = lambda impl: choose_by_kernel(query, keys, sight, cfg.top_k, impl)
+  return kernels.pick('indexer', by_kernel, own)
+
+
+def read(cfg: DSAConfig, q, keys: SparseLatent, ups, chosen, *, shares: bool):
+  """Attention to the chosen; with the `shares` that the loss wants, or not."""
+  args = q, keys[:2], ups, chosen
+  own = lambda: read_chosen(*args, scale=cfg.scale, most=cfg.block)
+  if shares:
+    return own()
+  by_kernel = lambda impl: read_by_kernel(*args, scale=cfg.scale, impl=impl)
+  return kernels.pick('sparse_mla', by_kernel, own)
+
+
+def _scene(cfg, along, q, query, new, segments, up) -> Scene:
+  """What own tokens see of all; gathers their latents and index keys."""
+  seen = gathered_attention.sequence(along, q[0].shape[1], segments)
+  places = seen.first + jnp.arange(q[0].shape[1])
+  sight = Sight(jnp.broadcast_to(places, q[0].shape[:2]), segments)
+  keys, k_up = along.gather(new), up[..., : cfg.nope_dim]
+  return Scene(
+    q, keys[:2], k_up, query, keys.index, sight, seen.keys, cfg.scale, along
+  )
+
+
+def _dense(cfg, train, along, q, query, new, segments, up):
+  """Attention to all -> (y, the indexer's loss and recall)."""
+  del train  # or this would be MLA's
+  scene = _scene(cfg, along, q, query, new, segments, up)
+  seen = Sequence(scene.sight.places[0, 0], segments, scene.segments)
+  q, latents = jnp.concatenate(q, axis=-1), Latent(*scene.latents)
+  y = read_latents(along, q, latents, up, seen, cfg.scale)
+  k = min(cfg.top_k, scene.keys.shape[1])
+  return y, indexer_loss.over_all(scene, k, cfg.block)
+
+
+def _sparse(cfg, train, along, q, query, new, segments, up):
+  """Attention to the chosen -> (y, the indexer's loss and recall)."""
+  scene = _scene(cfg, along, q, query, new, segments, up)
+  ups = jnp.split(up, [cfg.nope_dim], axis=-1)
+  keys, sight = SparseLatent(*scene.latents, scene.keys), scene.sight
+  chosen = choose(cfg, query, keys.index, sight, scene.segments, along)
+  found = read(cfg, q, keys, ups, chosen, shares=train)
+  if not train:
+    return found.y, {}
+  shares = along.mean_of_heads(jax.lax.stop_gradient(found.shares))
+  stats = indexer_loss.over_chosen(scene, chosen, shares, cfg.block)
+  if cfg.recall_queries:
+    stats['recall'] = indexer_loss.recall(scene, chosen, cfg.recall_queries)
+  return found.y, stats

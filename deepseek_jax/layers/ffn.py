@@ -11,7 +11,7 @@ from flax import nnx
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.context import Context
-from deepseek_jax.sharding import param, shard
+from deepseek_jax.sharding import param, shard, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,11 @@ def swiglu(gate_up: jax.Array, limit: float | None = None) -> jax.Array:
 
   With a limit, silu(min(gate, limit)) * clip(up, -limit, limit) (V4).
   """
-  gate, up = jnp.split(gate_up, 2, axis=-1)
+  return gated(*jnp.split(gate_up, 2, axis=-1), limit)
+
+
+def gated(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
+  """`swiglu` of its halves [... F]."""
   if limit is not None:
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
   return jax.nn.silu(gate) * up
@@ -56,5 +60,11 @@ class FFN(nnx.Module):
   def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
     """x [B T D] -> (y [B T D], no statistics)."""
     D, _, F = self.gate_up.shape
-    h = swiglu(x @ self.gate_up[...].reshape(D, 2 * F), self.limit)
+    weight = self.gate_up[...]
+    if ways('mlp', F) > 1:
+      # Side by side, halves would lie across other devices than they are on.
+      both = jnp.einsum('BTD,DNF->BTNF', x, weight)
+      h = gated(both[:, :, 0], both[:, :, 1], self.limit)
+    else:
+      h = swiglu(x @ weight.reshape(D, 2 * F), self.limit)
     return shard(h, 'batch', 'seq', 'mlp') @ self.down[...], {}

@@ -17,7 +17,9 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.attention import cached_attention, causal_attention
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.rope import RopeConfig, rope, softmax_multiplier
-from deepseek_jax.sharding import param, shard
+from deepseek_jax.parallel import context, gathered_attention
+from deepseek_jax.parallel.gathered_attention import repeat_groups
+from deepseek_jax.sharding import param, shard, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,45 @@ class KeyValue(NamedTuple):
   v: jax.Array  # [B S G K]
 
 
+def grouped_attention(
+  q: jax.Array,
+  keys: KeyValue,
+  *,
+  scale: float,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """Causal attention of a batch to itself, on each device's part.
+
+  Args:
+    q: [B T H K].
+    keys: of the same tokens.
+    scale: multiplies the scores.
+    segments: [B T] int32 document of each token, or None for one document.
+
+  Returns:
+    [B T H K].
+  """
+
+  def local(along, q, keys, segments):
+    if not along.axis:
+      return causal_attention(q, *keys, scale=scale, segments=segments)
+    seen = gathered_attention.sequence(along, q.shape[1], segments)
+    every = tuple(along.gather(keys))
+    return gathered_attention.attend(repeat_groups, q, every, (), seen, scale)
+
+  H, G = q.shape[2], keys.k.shape[2]
+  if ways('heads', H) != ways('heads', G):  # so few groups cannot be cut
+    keys = KeyValue(*repeat_groups(q.shape[2:], keys))
+  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+  return context.split(
+    local,
+    (q, keys, segments),
+    (heads, heads, rows),
+    heads,
+    **dict(zip(heads, q.shape)),
+  )
+
+
 class GQA(nnx.Module):
   def __init__(self, cfg: GQAConfig, dim: int, *, std, rngs: nnx.Rngs):
     self.cfg = cfg
@@ -66,18 +107,26 @@ class GQA(nnx.Module):
     self.v = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
     self.out = param(rngs, init, (H, K, D), ('heads', None, 'embed'))
 
+  def projections(self, x: jax.Array):
+    """x [B T D] -> q [B T H K], k and v [B T G K], not turned."""
+    weights = self.q[...], self.k[...], self.v[...]
+    D, G, K = weights[1].shape
+    if ways('heads', G) == 1:
+      return tuple(jnp.einsum('BTD,DGK->BTGK', x, w) for w in weights)
+    # As one product, by groups: its gradient is summed over devices once.
+    apart = [w.reshape(D, G, -1, K) for w in weights]
+    both = jnp.concatenate(apart, axis=2)
+    y = jnp.einsum('BTD,DGJK->BTGJK', x, both)
+    parts = jnp.split(y, [y.shape[3] - 2, y.shape[3] - 1], axis=3)
+    return tuple(part.reshape(*x.shape[:2], -1, K) for part in parts)
+
   def __call__(
     self, x: jax.Array, ctx: Context, past: KeyValue | None = None
   ) -> tuple[jax.Array, KeyValue | None, dict]:
     """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
     cfg = self.cfg
-    q = rope(
-      jnp.einsum('BTD,DHK->BTHK', x, self.q[...]), ctx.positions, cfg.rope
-    )
-    k = rope(
-      jnp.einsum('BTD,DGK->BTGK', x, self.k[...]), ctx.positions, cfg.rope
-    )
-    v = jnp.einsum('BTD,DGK->BTGK', x, self.v[...])
+    q, k, v = self.projections(x)
+    q, k = (rope(a, ctx.positions, cfg.rope) for a in (q, k))
     q = shard(q, 'batch', 'seq', 'heads', None)
     if past is not None:
       past = KeyValue(
@@ -87,7 +136,8 @@ class GQA(nnx.Module):
         )
       )
     if past is None or ctx.fresh:
-      y = causal_attention(q, k, v, scale=cfg.scale, segments=ctx.segments)
+      how = {'scale': cfg.scale, 'segments': ctx.segments}
+      y = grouped_attention(q, KeyValue(k, v), **how)
     else:
       y = cached_attention(q, *past, ctx.positions, scale=cfg.scale)
     y = shard(y, 'batch', 'seq', 'heads', None)

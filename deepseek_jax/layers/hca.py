@@ -16,10 +16,12 @@ from deepseek_jax.layers.compressor import (
   Compressed,
   Compressor,
   CompressorConfig,
+  View,
 )
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.partial_attention import Part, attend
 from deepseek_jax.layers.query_blocks import over_blocks
+from deepseek_jax.parallel.context import Along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +50,42 @@ class HCA(nnx.Module):
     x: jax.Array,
     latent: jax.Array,
     ctx: Context,
-    past: Compressed | None,
+    past: Compressed,
     *,
     scale: float,
-  ) -> tuple[Part, Compressed | None, dict]:
-    """Reads entries of x [B T D] by turned queries q [B T H C].
+  ) -> tuple[Part, Compressed]:
+    """Reads the cache and x [B T D] by turned queries q [B T H C].
 
     The queries' latent is not used. Returns (attention to the entries, cache
-    with these tokens, no statistics).
+    with these tokens).
     """
     del latent
     entries, past = self.compressor(x, ctx, past)
-    fresh = past is None or ctx.fresh
-    view = compressor.view(ctx, self.cfg.ratio, fresh)
-    S, H = entries.shape[1], q.shape[2]
+    view = compressor.view(ctx, self.cfg.ratio, fresh=ctx.fresh)
+    return read(q, entries, view, scale), past
 
-    def block(one):
-      q, view = one
-      return attend(q, entries, view.mask(S), scale)[0]
+  def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
+    """Of a fresh batch: what entries draw on, what queries bring, weights."""
+    del latent
+    return self.compressor.tokens(x, ctx), None, self.compressor.weights()
 
-    return over_blocks(block, (q, view), 128, S * H), past, {}
+
+def fresh(
+  cfg: CompressorConfig, along: Along, q, tokens, weights, scale: float
+) -> Part:
+  """Attention of own queries to the entries of all; see HCA.inputs."""
+  entries = compressor.fresh_entries(cfg, weights, tokens, q.dtype, along)
+  where = tokens.positions, tokens.segments
+  view = compressor.fresh_view(*where, cfg.ratio, along)
+  return read(q, entries, view, scale)
+
+
+def read(q: jax.Array, entries: jax.Array, view: View, scale: float) -> Part:
+  """Attention of q [B T H C] to the entries [B S C] that each sees."""
+  S, H = entries.shape[1], q.shape[2]
+
+  def block(one):
+    q, view = one
+    return attend(q, entries, view.mask(S), scale)[0]
+
+  return over_blocks(block, (q, view), 128, S * H)

@@ -21,6 +21,7 @@ from flax import nnx
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.query_blocks import Sight, over_blocks
 from deepseek_jax.layers.rope import RopeConfig, rope
+from deepseek_jax.parallel.context import WHOLE, Along
 from deepseek_jax.sharding import param
 
 _NEG = -1e30  # finite, so that a query that sees nothing makes no NaN
@@ -108,11 +109,17 @@ class Indexer(nnx.Module):
     return self._turned(self.k_norm(x @ self.k[...]), positions)
 
 
-def index_scores(query: IndexQuery, keys: jax.Array) -> jax.Array:
-  """I of keys [B S I] -> [B T S], or of gathered ones [B T K I] -> [B T K]."""
+def index_scores(
+  query: IndexQuery, keys: jax.Array, along: Along = WHOLE
+) -> jax.Array:
+  """I of keys [B S I] -> [B T S], or of gathered ones [B T K I] -> [B T K].
+
+  Where devices have some of the heads each, these are the sums of all.
+  """
   form = 'BTJI,BSI->BTJS' if keys.ndim == 3 else 'BTJI,BTSI->BTJS'
   products = jnp.einsum(form, query.q, keys, preferred_element_type=jnp.float32)
-  return jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(products), query.weight)
+  own = jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(products), query.weight)
+  return along.sum_of_heads(own)
 
 
 def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
@@ -142,6 +149,7 @@ def choose(
   *,
   key_segments: jax.Array | None = None,
   most: int = 128,
+  along: Along = WHOLE,
 ) -> jax.Array:
   """The keys that each query attends to; no gradient.
 
@@ -151,6 +159,7 @@ def choose(
     k: how many at most; at most S.
     key_segments: [B S], where the sight has segments.
     most: queries scored at a time.
+    along: which heads these are.
 
   Returns:
     [B T k] int32, -1 where fewer than k are visible.
@@ -161,7 +170,7 @@ def choose(
   def block(one):
     query, sight = one
     seen = sight.mask(jnp.arange(S), key_segments)
-    return best(index_scores(query, keys), seen, k)
+    return best(index_scores(query, keys, along), seen, k)
 
   numbers = S * query.q.shape[2]
   return over_blocks(block, (query, sight), most, numbers)

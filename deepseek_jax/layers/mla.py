@@ -26,7 +26,9 @@ from deepseek_jax.layers.rope import (
   softmax_multiplier,
   table_multiplier,
 )
-from deepseek_jax.parallel import context
+from deepseek_jax.parallel import context, gathered_attention
+from deepseek_jax.parallel.context import Along
+from deepseek_jax.parallel.gathered_attention import Sequence, expand_latents
 from deepseek_jax.sharding import param, shard
 from pallas_kernels.latent_kv import Pages, latent_kv
 from pallas_kernels.mla_decode import mla_decode
@@ -76,6 +78,69 @@ class Latent(NamedTuple):
 
   c: jax.Array  # [B S C], normed
   kr: jax.Array  # [B S R], turned
+
+
+def read_latents(
+  along: Along, q, latents: Latent, up, seen: Sequence, scale: float
+) -> jax.Array:
+  """Causal attention of own queries [B T H N+R] to the latents of all.
+
+  Args:
+    along: which part these queries are.
+    q, latents: see above.
+    up: [C H N+V].
+    seen: what the queries may see.
+    scale: multiplies the scores.
+
+  Returns:
+    [B T H V].
+  """
+  if along.axis:
+    return gathered_attention.attend(
+      expand_latents, q, latents, up, seen, scale
+    )
+  k, v = expand_latents(q.shape[2:], latents, up)
+  how = {'scale': scale, 'segments': seen.queries}
+  return kernels.pick(
+    'mla_prefill',
+    lambda impl: mla_prefill(q, k, v, **how, impl=impl),
+    lambda: causal_attention(q, k, v, **how),
+  )
+
+
+def latent_attention(
+  q: jax.Array,
+  latents: Latent,
+  up: jax.Array,
+  *,
+  scale: float,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """Causal attention of a batch to its own latents, on each device's part.
+
+  Args:
+    q: [B T H N+R].
+    latents: of the same tokens.
+    up: [C H N+V].
+    scale: multiplies the scores.
+    segments: [B T] int32 document of each token, or None for one document.
+
+  Returns:
+    [B T H V].
+  """
+
+  def local(along, q, latents, up, segments):
+    seen = gathered_attention.sequence(along, q.shape[1], segments)
+    return read_latents(along, q, along.gather(latents), up, seen, scale)
+
+  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+  return context.split(
+    local,
+    (q, latents, up, segments),
+    (heads, rows, (None, 'heads'), rows),
+    heads,
+    **dict(zip(heads, q.shape)),
+  )
 
 
 class MLA(nnx.Module):
@@ -155,14 +220,10 @@ class MLA(nnx.Module):
     )
     return Latent(*cache)
 
-  def keys_values(self, latent: Latent):
-    """Every head's keys [B S H N+R] and values [B S H V]."""
-    kv = jnp.einsum('BSC,CHK->BSHK', latent.c, self.kv_up[...])
-    kv = shard(kv, 'batch', 'seq', 'heads', None)
-    kn, v = jnp.split(kv, [self.cfg.nope_dim], axis=-1)
-    kr = latent.kr[:, :, None]
-    kr = jnp.broadcast_to(kr, (*kn.shape[:3], self.cfg.rope_dim))
-    return jnp.concatenate([kn, kr], axis=-1), v
+  def ups(self) -> tuple[jax.Array, jax.Array]:
+    """What makes of a latent keys [C H N] and values [C H V]."""
+    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    return k_up, v_up
 
   def absorbed(self, qn, qr, latent: Latent, positions) -> jax.Array:
     """Attention on the latents themselves (V2 section 2.1.2) -> [B T H V].
@@ -170,7 +231,7 @@ class MLA(nnx.Module):
     k_up goes into the query and v_up into the output, so all heads share one
     key and value of C + R numbers: cheap where queries are few.
     """
-    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    k_up, v_up = self.ups()
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     f32 = {'preferred_element_type': jnp.float32}
     scores = jnp.einsum('BTHC,BSC->BHTS', qc, latent.c, **f32)
@@ -187,7 +248,7 @@ class MLA(nnx.Module):
     if qn.shape[1] > 1:
       # It takes the queries of a row for its last tokens; these may be any.
       return self.absorbed(qn, qr, latent, positions)
-    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    k_up, v_up = self.ups()
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     # A row of the cache is one page.
     table = jnp.arange(qn.shape[0], dtype=jnp.int32)[:, None]
@@ -225,21 +286,8 @@ class MLA(nnx.Module):
     """
     if past is None or ctx.fresh:
       q = jnp.concatenate([qn, qr], axis=-1)
-      if context.mesh_axis(q.shape[1]):
-        return context.latent_attention(
-          q,
-          *latent,
-          self.kv_up[...],
-          scale=self.cfg.scale,
-          segments=ctx.segments,
-        )
-      k, v = self.keys_values(latent)
       how = {'scale': self.cfg.scale, 'segments': ctx.segments}
-      return kernels.pick(
-        'mla_prefill',
-        lambda impl: mla_prefill(q, k, v, **how, impl=impl),
-        lambda: causal_attention(q, k, v, **how),
-      )
+      return latent_attention(q, latent, self.kv_up[...], **how)
     if self.absorbing_pays(qn.shape[1]):
       return kernels.pick(
         'mla_decode',
@@ -247,7 +295,7 @@ class MLA(nnx.Module):
         lambda: self.absorbed(qn, qr, past, ctx.positions),
       )
     q = jnp.concatenate([qn, qr], axis=-1)
-    k, v = self.keys_values(past)
+    k, v = expand_latents(q.shape[2:], past, self.kv_up[...])
     return cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
 
   def project(self, y: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ R rope dims, G groups, K = H C / G, O output rank, W window.
 """
 
 import dataclasses
+import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers import ring
+from deepseek_jax.layers import csa, hca, ring
 from deepseek_jax.layers.compressor import (
   Compressed,
   CompressorConfig,
@@ -28,8 +30,9 @@ from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.csa import CSA, CSACache, CSAConfig
 from deepseek_jax.layers.hca import HCA, HCAConfig
 from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.partial_attention import join, window_attention
+from deepseek_jax.layers.partial_attention import Part, join, window_attention
 from deepseek_jax.layers.rope import RopeConfig, YarnConfig
+from deepseek_jax.parallel import context
 from deepseek_jax.sharding import param, shard
 
 # Cos and sin are not multiplied: the released models use no mscale.
@@ -106,10 +109,7 @@ class SharedKVConfig:
   @property
   def measures_recall(self) -> bool:
     """Whether training reports it."""
-    csa = self.csa
-    return self.compress == 'csa' and (
-      csa.stage == 'dense' or csa.recall_queries > 0
-    )
+    return self.compress == 'csa' and self.csa.measures_recall
 
   def compressor(self) -> CompressorConfig | None:
     """Of this layer's entries."""
@@ -200,32 +200,87 @@ class SharedKV(nnx.Module):
     q, latent = self.query(x, ctx.positions)
     kv = self.kv_norm(x @ self.kv[...])
     kv = tail_rope(kv, ctx.positions, cfg.turn, cfg.rope_dim)
-    near, window = self._near(q, kv, ctx, past)
-    parts, far, stats = [near], None, {}
-    if cfg.compress != 'none':
-      part, far, stats = self.far(
-        q, x, latent, ctx, past and past.far, scale=cfg.scale
-      )
-      parts.append(part)
+    if past is None:
+      parts, stats = self._fresh(q, kv, x, latent, ctx)
+    else:
+      parts, past = self._cached(q, kv, x, latent, ctx, past)
+      stats = {}
     y = self.output(join(parts, self.sinks[...]), ctx.positions)
-    return y, past and SharedKVCache(window, far), stats
+    return y, past, stats
 
-  def _near(self, q, kv, ctx: Context, past):
-    """Attention to the window, and the ring with these tokens."""
-    segments, history = ctx.segments, None
+  def _fresh(self, q, kv, x, latent, ctx: Context):
+    """Of a batch that sees only itself: the parts, statistics."""
+    cfg, (B, T, H, _) = self.cfg, q.shape
+    segments = ctx.segments
     if segments is None:
       segments = jnp.ones_like(ctx.positions)
-    if past is not None and not ctx.fresh:
+    tokens = query = weights = None
+    rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+    out, index_heads = [Part(heads, heads)], H
+    if cfg.compress != 'none':
+      tokens, query, weights = self.far.inputs(x, latent, ctx)
+      out *= 2
+    learn = ctx.train and cfg.compress == 'csa'
+    if query is not None:
+      index_heads = query.q.shape[2]
+    names = ('loss', 'recall') if cfg.measures_recall else ('loss',)
+    parts, stats = context.split(
+      functools.partial(_fresh, cfg, learn),
+      (q, kv, segments, tokens, query, weights),
+      (heads, rows, rows, rows, heads, ()),
+      (out, {name: ('batch',) for name in names if learn}),
+      batch=B,
+      seq=T,
+      heads=math.gcd(H, index_heads),
+    )
+    stats = {name: values.mean() for name, values in stats.items()}
+    if learn:
+      stats['loss'] *= cfg.csa.loss
+    return parts, stats
+
+  def _cached(self, q, kv, x, latent, ctx: Context, past: SharedKVCache):
+    """Of tokens that follow a cache: the parts, the cache with them."""
+    cfg, history = self.cfg, None
+    segments = ctx.segments
+    if segments is None:
+      segments = jnp.ones_like(ctx.positions)
+    if not ctx.fresh:
       start = ctx.positions[:, 0]
-      there = ring.before(start, self.cfg.window) >= 0
+      there = ring.before(start, cfg.window) >= 0
       history = (
         ring.unroll(past.window, start),
         jnp.where(there, 1, -1).astype(segments.dtype),
       )
       segments = (segments > 0).astype(segments.dtype)
-    part = window_attention(
-      q, kv, segments, self.cfg.window, scale=self.cfg.scale, history=history
+    parts, far = [], None
+    parts.append(
+      window_attention(
+        q, kv, segments, cfg.window, scale=cfg.scale, history=history
+      )
     )
-    if past is None:
-      return part, None
-    return part, ring.write(past.window, kv, ctx.positions, ctx.valid)
+    if cfg.compress != 'none':
+      part, far = self.far(q, x, latent, ctx, past.far, scale=cfg.scale)
+      parts.append(part)
+    window = ring.write(past.window, kv, ctx.positions, ctx.valid)
+    return parts, SharedKVCache(window, far)
+
+
+def _fresh(
+  cfg: SharedKVConfig, learn, along, q, kv, segments, tokens, query, weights
+):
+  """Parts of own queries; a window reaches into the devices before."""
+  history, W = None, cfg.window
+  if along.axis:
+    history = along.before(kv, W - 1), along.before(segments, W - 1, -1)
+  near = window_attention(q, kv, segments, W, scale=cfg.scale, history=history)
+  if cfg.compress == 'none':
+    return [near], {}
+  make, scale = cfg.compressor(), cfg.scale
+  if cfg.compress == 'hca':
+    return [near, hca.fresh(make, along, q, tokens, weights, scale)], {}
+  makes = make, dataclasses.replace(make, dim=cfg.csa.index_dim)
+  how = {'scale': scale, 'learn': learn}
+  part, stats = csa.fresh(
+    cfg.csa, makes, along, q, tokens, query, weights, **how
+  )
+  return [near, part], stats

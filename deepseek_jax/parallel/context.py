@@ -1,37 +1,95 @@
-"""Context parallelism for latent attention: a sequence split over devices.
+"""Context parallelism: sequences split over devices.
 
-Each device keeps the queries of its own tokens and gathers the latents of all:
-C + R numbers a token for all heads together, where keys and values would be
-H (N + R + V): 576 against 57,344 in DeepSeek-V3. So there is nothing worth
-hiding behind a ring; the latents are gathered once, and keys and values are
-expanded for a block of tokens at a time (arXiv:2405.04434, section 2.1.2).
-Blocks that lie ahead of all queries are skipped, so the last device has the
-most to do; to even that out tokens would have to change places before the
-embedding and back before prediction. The backward pass gathers nothing: it
-keeps the latents, makes the scores again, and scatters the latents' gradients,
-as small as they are.
-Legend: B batch, T queries of a device, S keys of a block, H heads, C latent,
-N no-rope dim, R rope dim, V value dim, K = N + R.
+Each device keeps the queries of its own tokens. What they read of other tokens
+is gathered where it is small (latents, entries, index keys) or comes from the
+devices before where it lies near (a window, a block that straddles a border).
+Left to XLA's partitioner, a loop over blocks of queries runs on every device
+for the queries of all, and the operand of a top-k is gathered.
+Legend: B batch, T tokens of a device, S of all, N places.
 """
 
-import functools
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from deepseek_jax import sharding
-
-_NEG = -1e30
-_BLOCK = 1024  # keys expanded at a time, at most
+from deepseek_jax.parallel import sums
 
 
-class Sequence(NamedTuple):
-  """What each query may see."""
+@dataclasses.dataclass(frozen=True)
+class Along:
+  """Which part a device works on; by default it has all of everything.
 
-  first: jax.Array  # int32, index of the first query in its row
-  queries: jax.Array | None  # [B T] int32 documents, or None for one
-  keys: jax.Array | None  # [B all] int32
+  Attributes:
+    axis: the mesh axis that cuts sequences, or None.
+    ways: into how many parts.
+    heads: the mesh axes that cut heads.
+  """
+
+  axis: str | None = None
+  ways: int = 1
+  heads: tuple[str, ...] = ()
+
+  @property
+  def index(self):
+    """Number of this part."""
+    return jax.lax.axis_index(self.axis) if self.axis else 0
+
+  def gather(self, tree: Any) -> Any:
+    """Arrays [B T ...] -> [B S ...] of all tokens; their gradients scatter."""
+    if not self.axis:
+      return tree
+    one = lambda a: jax.lax.all_gather(a, self.axis, axis=1, tiled=True)
+    return jax.tree.map(one, tree)
+
+  def own(self, tree: Any) -> Any:
+    """Arrays [B S ...] -> [B T ...] of this device's tokens."""
+    if not self.axis:
+      return tree
+
+    def one(a):
+      size = a.shape[1] // self.ways
+      return jax.lax.dynamic_slice_in_dim(a, self.index * size, size, axis=1)
+
+    return jax.tree.map(one, tree)
+
+  def before(self, x: jax.Array, count: int, fill=0) -> jax.Array:
+    """The `count` tokens before the own ones [B T ...], `fill` before all.
+
+    They may be more than the neighbour has; then those before it send, too.
+    """
+    T, parts, left = x.shape[1], [], count
+    for hop in range(1, self.ways):
+      size = min(left, T)
+      if not size:
+        break
+      pairs = [(i, i + hop) for i in range(self.ways - hop)]
+      part = jax.lax.ppermute(x[:, T - size :], self.axis, pairs)
+      if fill:
+        part = jnp.where(self.index >= hop, part, jnp.asarray(fill, x.dtype))
+      parts.insert(0, part)
+      left -= size
+    ahead = jnp.full((x.shape[0], left, *x.shape[2:]), fill, x.dtype)
+    return jnp.concatenate([ahead, *parts], axis=1)
+
+  def mean_of_heads(self, x: jax.Array) -> jax.Array:
+    """The mean of what devices with other heads have."""
+    return jax.lax.pmean(x, self.heads) if self.heads else x
+
+  def sum_of_heads(self, x: jax.Array) -> jax.Array:
+    """The sum of what devices with other heads have; they go on alike."""
+    return sums.total(x, self.heads) if self.heads else x
+
+  def sum_of_parts(self, tree: Any) -> Any:
+    """The sums of what devices with other tokens have."""
+    return jax.lax.psum(tree, self.axis) if self.axis else tree
+
+
+WHOLE = Along()
 
 
 def mesh_axis(length: int) -> str | None:
@@ -45,163 +103,43 @@ def mesh_axis(length: int) -> str | None:
   return name
 
 
-def _dot(spec, a, b):
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _expand(c, kr, up, nope):
-  """Latents [B S C], rotary keys [B S R], up [C H N+V] -> keys, values."""
-  kn, v = jnp.split(jnp.einsum('BSC,CHK->BSHK', c, up), [nope], axis=-1)
-  kr = jnp.broadcast_to(kr[:, :, None], (*kn.shape[:3], kr.shape[-1]))
-  return jnp.concatenate([kn, kr], axis=-1), v
-
-
-def _blocks(x, size):
-  """[B all ...] -> [blocks B size ...]; None stays."""
-  if x is None:
-    return None
-  B, length = x.shape[:2]
-  return jnp.moveaxis(x.reshape(B, length // size, size, *x.shape[2:]), 1, 0)
-
-
-def _mask(seen: Sequence, start, documents, length: int, size: int):
-  """[B 1 T S] bool: which keys from `start` on each query sees."""
-  query = seen.first + jnp.arange(length)
-  mask = (query[:, None] >= start + jnp.arange(size))[None, None]
-  if documents is None:
-    return mask
-  return mask & (seen.queries[:, None, :, None] == documents[:, None, None])
-
-
-def _walk(body, carry, skipped, seen: Sequence, parts, length: int):
-  """Scans `body` over blocks of keys, past those ahead of all queries."""
-  most = min(length, _BLOCK)
-  size = next(s for s in range(most, 0, -1) if length % s == 0)
-  parts = [_blocks(x, size) for x in (*parts, seen.keys)]
-  starts = jnp.arange(parts[0].shape[0]) * size
-
-  def one(carry, block):
-    start, c, kr, documents = block
-    mask = _mask(seen, start, documents, length, size)
-    near = lambda carry: body(carry, c, kr, mask)
-    far = lambda carry: (carry, skipped(c, kr))
-    return jax.lax.cond(start < seen.first + length, near, far, carry)
-
-  return jax.lax.scan(one, carry, (starts, *parts))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _core(q, c, kr, up, seen: Sequence, scale):
-  """q [B T H K], all latents c kr [B all .], up [C H N+V] -> [B T H V]."""
-  return _core_fwd(q, c, kr, up, seen, scale)[0]
-
-
-def _core_fwd(q, c, kr, up, seen, scale):
-  B, T, H, K = q.shape
-  nope = K - kr.shape[-1]
-
-  def body(carry, c, kr, mask):
-    out, top, total = carry
-    k, v = _expand(c, kr, up, nope)
-    scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, _NEG)
-    new = jnp.maximum(top, scores.max(axis=-1))
-    p, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
-    more = _dot('BHTS,BSHV->BHTV', p.astype(v.dtype), v)
-    out = out * old[..., None] + more
-    return (out, new, total * old + p.sum(axis=-1)), None
-
-  f32 = functools.partial(jnp.full, dtype=jnp.float32)
-  start = (
-    f32((B, H, T, up.shape[-1] - nope), 0),
-    f32((B, H, T), _NEG),
-    f32((B, H, T), 0),
-  )
-  skipped = lambda c, kr: None
-  (out, top, total), _ = _walk(body, start, skipped, seen, (c, kr), T)
-  out = (out / total[..., None]).astype(q.dtype).transpose(0, 2, 1, 3)
-  return out, (q, c, kr, up, seen, out, top + jnp.log(total))
-
-
-def _core_bwd(scale, saved, grad):
-  q, c, kr, up, seen, out, normalizer = saved
-  nope = q.shape[-1] - kr.shape[-1]
-  delta = _dot('BTHV,BTHV->BHT', grad, out)
-
-  def body(carry, c, kr, mask):
-    dq, dup = carry
-    expand = functools.partial(_expand, nope=nope)
-    (k, v), pull = jax.vjp(expand, c, kr, up)
-    p = jnp.exp(_dot('BTHK,BSHK->BHTS', q, k) * scale - normalizer[..., None])
-    p = jnp.where(mask, p, 0.0)
-    dv = _dot('BHTS,BTHV->BSHV', p.astype(grad.dtype), grad)
-    dp = _dot('BTHV,BSHV->BHTS', grad, v)
-    ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
-    dk = _dot('BHTS,BTHK->BSHK', ds, q)
-    dc, dkr, more = pull((dk.astype(k.dtype), dv.astype(v.dtype)))
-    dq += _dot('BHTS,BSHK->BTHK', ds, k)
-    return (dq, dup + more.astype(jnp.float32)), (dc, dkr)
-
-  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-  skipped = lambda c, kr: (jnp.zeros_like(c), jnp.zeros_like(kr))
-  carry = zeros(q), zeros(up)
-  carry, parts = _walk(body, carry, skipped, seen, (c, kr), q.shape[1])
-  flat = lambda x, like: jnp.moveaxis(x, 0, 1).reshape(like.shape)
-  dq, dup = carry
-  return (
-    dq.astype(q.dtype),
-    flat(parts[0], c),
-    flat(parts[1], kr),
-    dup.astype(up.dtype),
-    None,
+def in_a_row(x: jax.Array, there: jax.Array, count: int) -> jax.Array:
+  """The first `count` of x [B N ...] that are `there` [B N], in order."""
+  order = jnp.argsort(~there, axis=1, stable=True)[:, :count]
+  return jnp.take_along_axis(
+    x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
   )
 
 
-_core.defvjp(_core_fwd, _core_bwd)
+def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int):
+  """f(along, *args), on each device for its own part of the sequences.
 
-
-def latent_attention(
-  q: jax.Array,
-  c: jax.Array,
-  kr: jax.Array,
-  up: jax.Array,
-  *,
-  scale: float,
-  segments: jax.Array | None = None,
-) -> jax.Array:
-  """Causal latent attention of sequences that `seq` splits over the mesh.
-
-  To be traced inside `sharding.use` where `mesh_axis` names an axis. First
-  derivatives only.
+  To be traced inside `sharding.use`; where nothing splits sequences, f has all.
 
   Args:
-    q: [B T H N+R], T the whole length.
-    c: [B T C]; kr: [B T R]: latents and turned rotary keys.
-    up: [C H N+V].
-    scale: multiplies the scores.
-    segments: [B T] int32 document of each token, or None for one document.
-
-  Returns:
-    [B T H V] in q's dtype.
+    f: takes an Along and the parts of args.
+    args: trees of arrays.
+    axes: for each of args the logical names of its arrays' first axes, which
+      must be among `sizes`; () is on all devices.
+    out: the same for the tree that f returns.
+    sizes: of the named axes, 'seq' among them.
   """
-  using, axis = sharding.current(), mesh_axis(q.shape[1])
-  gather = functools.partial(
-    jax.lax.all_gather, axis_name=axis, axis=1, tiled=True
+  axis = mesh_axis(sizes['seq'])
+  if axis is None:
+    return f(WHOLE, *args)
+  using = sharding.current()
+  cut = {name: using.over(name, size) for name, size in sizes.items()}
+  spec = lambda names: PartitionSpec(*(cut.get(name) or None for name in names))
+  named = lambda a: (
+    isinstance(a, tuple) and all(n is None or isinstance(n, str) for n in a)
   )
-
-  def local(q, c, kr, up, segments):
-    first = jax.lax.axis_index(axis) * q.shape[1]
-    keys = None if segments is None else gather(segments)
-    seen = Sequence(first, segments, keys)
-    return _core(q, gather(c), gather(kr), up, seen, scale)
-
-  heads = using.spec(('batch', 'seq', 'heads', None), q.shape)
-  flat = using.spec(('batch', 'seq', None), c.shape)
-  whole = using.spec((None, 'heads', None), up.shape)
-  rows = None if segments is None else using.spec(('batch', 'seq'), q.shape[:2])
+  over = lambda tree: jax.tree.map(spec, tree, is_leaf=named)
+  heads = tuple(n for n in cut.get('heads', ()) if using.mesh.shape[n] > 1)
+  along = Along(axis, using.mesh.shape[axis], heads)
   return jax.shard_map(
-    local,
+    lambda *parts: f(along, *parts),
     mesh=using.mesh,
-    in_specs=(heads, flat, flat, whole, rows),
-    out_specs=heads,
+    in_specs=tuple(map(spec, axes)),
+    out_specs=over(out),
     check_vma=False,
-  )(q, c, kr, up, segments)
+  )(*args)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import formats, queues, wires
+from deepseek_jax.parallel import formats, queues, sums, wires
 from deepseek_jax.parallel.wires import Wire
 from pallas_kernels import permute
 
@@ -336,7 +336,7 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
     flat = lambda a: a.reshape(-1, a.shape[-1])
     y, missed = way(group, flat(x), flat(experts), flat(weights), gate_up, down)
     if any(mesh.shape[a] > 1 for a in hidden):
-      y = jax.lax.psum(y, hidden)
+      y = sums.total(y, hidden)
     return y.reshape(x.shape), jax.lax.psum(missed, over) if over else missed
 
   experts_axis = axis if size > 1 else None

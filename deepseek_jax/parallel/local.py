@@ -48,7 +48,7 @@ def token_sum(f: Callable, tokens: tuple, weight: jax.Array) -> jax.Array:
   """
   using = sharding.current()
   flat = lambda arrays: [a.reshape(-1, *a.shape[2:]) for a in arrays]
-  if using is None or using.spec(('vocab',), weight.shape[-1:])[0]:
+  if using is None or sharding.ways('vocab', weight.shape[-1]) > 1:
     return f(*flat(tokens), weight)
   specs = [
     using.spec(('batch', 'seq', *(None,) * (a.ndim - 2)), a.shape)

@@ -203,10 +203,12 @@ def check_batch(
       f' mesh ({config.spread}) and {accumulate} micro-batches; set every size'
       f' to a multiple of {ways * accumulate}'
     )
-  if seq_len % config.ways('seq'):
+  parts = config.ways('seq')
+  if seq_len % parts:
     raise InputError(
-      f'data.seq_len = {seq_len}: does not divide by mesh.context ='
-      f' {config.ways("seq")}'
+      f'data.seq_len = {seq_len}: does not divide by mesh.context = {parts};'
+      f' set data.seq_len to a multiple of {parts}, such as'
+      f' {-(-seq_len // parts) * parts}, or another mesh.context'
     )
 
 

@@ -84,8 +84,18 @@ class Collective(NamedTuple):
     return self.times * (rounds * self.bytes * (n - 1) // n)
 
 
+# mesh['a'=2,'b'=4] {'a','b':(1)2}: groups along some axes or parts of them.
+_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
+_AXIS = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
+
+
 def _group(line: str, devices: int) -> int:
   """How many devices take part in one group of a collective."""
+  found = _MESH.search(line)
+  if found:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+    over = _AXIS.findall(found.group(2))
+    return math.prod(int(part or sizes[name]) for name, part in over)
   found = re.search(r'replica_groups=\[([\d,]+)\]<=', line)
   if found:
     return math.prod(int(d) for d in found.group(1).split(',')[1:])

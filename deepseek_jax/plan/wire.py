@@ -6,37 +6,22 @@ loads. Each entry names its formula. Legend: K experts per token, D model.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.parallel import traffic as exchange_traffic
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import mesh as meshes
-from deepseek_jax.plan.attention import cache_elements
+from deepseek_jax.plan import parameter_wire
+from deepseek_jax.plan.context_wire import Cut, context_moved
 from deepseek_jax.plan.flops import blocks
-from deepseek_jax.plan.memory import BYTES, Training, replicas, row_bytes
-from deepseek_jax.plan.mesh import Mesh, Share
+from deepseek_jax.plan.memory import BYTES, Training, row_bytes
+from deepseek_jax.plan.mesh import Mesh
+from deepseek_jax.plan.rings import Step, Wire, link_of, ring
+from deepseek_jax.plan.tensor_wire import layer_sums
 from deepseek_jax.transformer import TransformerConfig
-
-
-class Wire(NamedTuple):
-  """One kind of traffic.
-
-  Attributes:
-    purpose: what for.
-    link: 'fast' inside a node, 'slow' between nodes.
-    bytes: sent by one device in one step.
-    formula: how they were counted.
-  """
-
-  purpose: str
-  link: str
-  bytes: int
-  formula: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,102 +33,6 @@ class Traffic:
   def on(self, link: str) -> int:
     """Bytes over one kind of link."""
     return sum(w.bytes for w in self.wires if w.link == link)
-
-
-class _Step(NamedTuple):
-  """What all formulas share.
-
-  Attributes:
-    tokens: that a device works on in a step (of its part of a sequence).
-    micro_batches: of a device in a step.
-    node: devices that fast links join.
-    layers: share of the blocks that pass through a device's stage.
-  """
-
-  config: TransformerConfig
-  mesh: Mesh
-  training: Training
-  tokens: int
-  micro_batches: int
-  node: int
-  layers: Fraction
-
-
-def _ring(n: int, size: int) -> int:
-  """Bytes that each of n devices sends to gather or scatter `size` bytes."""
-  return size * (n - 1) // n
-
-
-def _link(step: _Step, axes: tuple[str, ...]) -> str:
-  """Fast if the axes and all faster ones fit a node.
-
-  Devices are numbered with stage slowest, then data, fsdp, expert, context,
-  and tensor fastest.
-  """
-  order = ('tensor', 'context', 'expert', 'fsdp', 'data', 'stage')
-  upto = max(order.index(a) for a in axes if getattr(step.mesh, a) > 1)
-  span = math.prod(getattr(step.mesh, a) for a in order[: upto + 1])
-  return 'fast' if span <= step.node else 'slow'
-
-
-def _uses(config: TransformerConfig, share: Share) -> int:
-  """How often a step sums the gradient of a parameter: once per use.
-
-  XLA adds up the uses of embedding and head after the devices, not before.
-  """
-  each = 1 + config.mtp.depth
-  return {'embed': each * (2 if config.tied else 1), 'head': each}.get(
-    share.name, 1
-  )
-
-
-def _gradients(step: _Step, held) -> list[Wire]:
-  """Sum of gradients over the devices that hold the same weights."""
-  out, zero = {}, step.training.zero
-  # DualPipe: two ranks hold the same stages.
-  copies = 2 if step.training.both_ends and step.mesh.stage > 1 else 1
-  compute = BYTES[step.config.compute.dtype]
-  for share in held:
-    n = copies * replicas(share, step.mesh)
-    if n == 1 or not share.trained:
-      continue
-    over = ('data', 'fsdp', 'expert', 'context')
-    axes = tuple(
-      a for a in over if a not in share.over and getattr(step.mesh, a) > 1
-    ) + ('stage',) * (copies - 1)
-    sent = _uses(step.config, share) * 2 * _ring(n, 4 * share.elements)
-    if zero:
-      width = compute if share.matrix else 4
-      sent = _ring(n, 4 * share.elements) + _ring(n, width * share.elements)
-    out[axes] = out.get(axes, 0) + sent
-  how = (
-    'reduce-scatter of float32 gradients, all-gather of weights: (n-1)/n each'
-    if zero
-    else 'ring all-reduce of float32 gradients, of embedding and head once per'
-    ' use: 2 (n-1)/n'
-  )
-  return [
-    Wire(f'gradients over {"+".join(axes)}', _link(step, axes), sent, how)
-    for axes, sent in out.items()
-  ]
-
-
-def _fsdp(step: _Step, held) -> list[Wire]:
-  """Weights gathered where they are used, gradients scattered."""
-  n = step.mesh.fsdp
-  if n == 1:
-    return []
-  compute, sent = BYTES[step.config.compute.dtype], 0
-  for share in held:
-    if 'fsdp' in share.over:
-      full = share.elements * n
-      gathered = 2 * _ring(n, compute * full) * step.micro_batches
-      sent += gathered + _ring(n, 4 * full)
-  how = (
-    'weights gathered twice per micro-batch (forward, backward), gradients'
-    ' scattered once per step: (n-1)/n each'
-  )
-  return [Wire('weights over fsdp', _link(step, ('fsdp',)), sent, how)]
 
 
 def rows_sent(
@@ -171,7 +60,7 @@ def rows_sent(
   }
 
 
-def _experts(step: _Step, node_limited: bool) -> list[Wire]:
+def _experts(step: Step, node_limited: bool) -> list[Wire]:
   if step.mesh.expert == 1:
     return []
   D, training = step.config.dim, step.training
@@ -203,47 +92,79 @@ def _experts(step: _Step, node_limited: bool) -> list[Wire]:
   ]
 
 
-def _activations(step: _Step) -> list[Wire]:
+def _activations(step: Step) -> list[Wire]:
   """What tensor, context and stage axes send of activations."""
   config, mesh = step.config, step.mesh
   width = BYTES[config.compute.dtype]
   row, out = config.dim * width, []
-  depth = config.layers * step.layers
   if mesh.tensor > 1:
-    each = 2 * _ring(mesh.tensor, step.tokens * row)
-    how = 'two all-reduces per layer forward, two backward: 2 (n-1)/n each'
-    sent = int(4 * each * depth)
-    out.append(Wire('tensor', _link(step, ('tensor',)), sent, how))
+    out.append(_tensor(step, width))
   if mesh.context > 1:
-    out.append(_context(step, width))
+    out += _context(step, width)
   if mesh.stage > 1:
     how = 'one activation forward and one gradient backward per token'
     sent = 2 * step.tokens * row
-    out.append(Wire('stages', _link(step, ('stage',)), sent, how))
+    out.append(Wire('stages', link_of(step, ('stage',)), sent, how))
   return out
 
 
-def _context(step: _Step, width: int) -> Wire:
-  config, n = step.config, step.mesh.context
-  tokens = step.tokens * n
-  numbers = sum(
-    repeat * cache_elements(block.attention, 1)
+def _tensor(step: Step, width: int) -> Wire:
+  config, n, uses = step.config, step.mesh.tensor, 1 + step.config.mtp.depth
+  forward = 1 if config.compute.remat == 'none' else 2
+  every = [
+    (repeat * step.layers, layer_sums(block, config.dim, forward))
     for block, repeat in blocks(config)
-  )
-  # What is kept for the backward pass need not be gathered again.
-  often = 2 if config.compute.remat == 'none' else 3
-  sent = often * _ring(n, tokens * numbers * width)
+  ]
   if config.mtp.depth:
-    mtp = cache_elements(config.block(config.mtp.block).attention, 1)
-    # The documents that prediction must not leave are gathered too, as int32.
-    each = 2 * _ring(n, tokens * mtp * width) + _ring(n, tokens * 4)
-    sent += config.mtp.depth * each
-  how = (
-    'what is cached of keys and values gathered, its gradients scattered,'
-    ' gathered again where the backward pass recomputes: (n-1)/n each'
+    mtp = config.block(config.mtp.block)
+    every.append((config.mtp.depth, layer_sums(mtp, config.dim, 1)))
+  # Lookups in a cut vocabulary, and what the head says of hidden states.
+  size = width * (
+    uses * 2 * config.dim + sum(often * both[0] for often, both in every)
   )
-  link = _link(step, ('context',))
-  return Wire('context', link, int(sent * step.layers), how)
+  # Of logits the greatest, the sum of exponentials and the label's.
+  size += 4 * (uses * 3 + sum(often * both[1] for often, both in every))
+  how = (
+    'all-reduces of what row-cut matrices make forward, of what column-cut'
+    ' ones are given backward, and of the cut vocabulary: 2 (n-1)/n each'
+  )
+  sent = 2 * ring(n, int(step.tokens * size))
+  return Wire('tensor', link_of(step, ('tensor',)), sent, how)
+
+
+def _context(step: Step, width: int) -> list[Wire]:
+  config, n = step.config, step.mesh.context
+  length = step.training.seq_len // n
+  cut = Cut(length, n, width, heads=step.mesh.tensor)
+  # What is kept for the backward pass need not be gathered again.
+  forward = 1 if config.compute.remat == 'none' else 2
+  every = [
+    (repeat * step.layers, context_moved(block.attention, cut).sent(n, forward))
+    for block, repeat in blocks(config)
+  ]
+  if config.mtp.depth:
+    # Prediction must not leave documents, and is not recomputed.
+    mtp = config.block(config.mtp.block).attention
+    moved = context_moved(mtp, cut._replace(documents=True))
+    every.append((config.mtp.depth * step.layers, moved.sent(n, 1)))
+  sequences = step.tokens // length
+  sent, fixed = (
+    int(sequences * sum(often * both[i] for often, both in every))
+    for i in range(2)
+  )
+  how = (
+    "what is read of other devices' tokens gathered, its gradients scattered,"
+    ' gathered again where the backward pass recomputes: (n-1)/n each; of'
+    ' windows and blocks that straddle borders what they miss'
+  )
+  link = link_of(step, ('context',))
+  out = [Wire('context', link, sent, how)]
+  if fixed:
+    how = (
+      'numbers of positions and documents; at most, as layers may share them'
+    )
+    out.append(Wire('context positions', link, fixed, how))
+  return out
 
 
 def exchange_sent(
@@ -312,11 +233,11 @@ def traffic(
   tokens = batch * training.seq_len // (mesh.batch * mesh.context)
   micro = -(-batch // (mesh.batch * training.micro_batch))
   share = Fraction(1, mesh.stage)
-  step = _Step(config, mesh, training, tokens, micro, node, share)
+  step = Step(config, mesh, training, tokens, micro, node, share)
   return Traffic(
     (
-      *_gradients(step, flat),
-      *_fsdp(step, flat),
+      *parameter_wire.gradients(step, flat),
+      *parameter_wire.fsdp(step, flat),
       *_experts(step, node_limited),
       *_activations(step),
     )

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import dsa
+from deepseek_jax.layers import chosen_latents, dsa, query_blocks
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.dsa import DSA, DSAConfig
 from deepseek_jax.layers.indexer import IndexerConfig
@@ -196,7 +196,9 @@ class DenseTest(parameterized.TestCase):
     seen &= order <= np.arange(T)[:, None]
     chosen = jnp.where(seen, order, -1)
     ups = jnp.split(one.kv_up[...], [BASE.nope_dim], axis=-1)
-    read = dsa.read_chosen(q, keys[:2], ups, chosen, scale=BASE.scale, most=7)
+    read = chosen_latents.read_chosen(
+      q, keys[:2], ups, chosen, scale=BASE.scale, most=7
+    )
     got = one.project(read.y)
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(read.shares.sum(-1), 1, atol=1e-5)
@@ -263,9 +265,11 @@ class DecodeTest(parameterized.TestCase):
 
     @jax.jit
     def prefill(x):
-      q, keys = (f(x, context().positions) for f in (one.query, one.remember))
+      at = context().positions
+      query, keys = (f(x, at) for f in (one.index_query, one.remember))
       empty = BASE.cache(2, T, jnp.float32)
-      chosen = one.read(x, q, keys, context(), True)[0]
+      sight = query_blocks.sight(at, None, fresh=True)
+      chosen = dsa.choose(BASE, query, keys.index, sight)
       return *one(x, context(), empty)[:2], chosen
 
     want, past, first = prefill(inputs())
@@ -363,7 +367,7 @@ class CostTest(parameterized.TestCase):
     up = lambda width: jax.ShapeDtypeStruct((16, 2, width), jnp.float32)
 
     def total(q, keys, ups, chosen):
-      read = dsa.read_chosen(q, keys, ups, chosen, scale=1.0, most=8)
+      read = chosen_latents.read_chosen(q, keys, ups, chosen, scale=1.0, most=8)
       return read.y.sum()
 
     chosen = jax.ShapeDtypeStruct((1, length, 16), jnp.int32)

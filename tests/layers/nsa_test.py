@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import nsa
+from deepseek_jax.layers import nsa_branches
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.nsa import NSA, NSAConfig
 from deepseek_jax.layers.rope import RopeConfig
@@ -192,16 +192,16 @@ class DecodeTest(parameterized.TestCase):
 class PiecesTest(parameterized.TestCase):
   def test_published_overlaps(self):
     """Blocks of 64, entries of 32 every 16: 1 2 2 2 1."""
-    got = nsa.overlaps(NSAConfig(2, 1, 2, 2))
+    got = nsa_branches.overlaps(NSAConfig(2, 1, 2, 2))
     np.testing.assert_array_equal(got, [1, 2, 2, 2, 1])
     same = dataclasses.replace(CFG, block=4, select_block=4, stride=4)
-    np.testing.assert_array_equal(nsa.overlaps(same), [1])
+    np.testing.assert_array_equal(nsa_branches.overlaps(same), [1])
 
   def test_an_entry_is_seen_once_it_is_complete(self):
     first = jnp.zeros((1, 12), int)
-    got = nsa.block_starts(first, CFG)[0]
+    got = nsa_branches.block_starts(first, CFG)[0]
     np.testing.assert_array_equal(got, [0, 2, 4, 6, 8, -1])
-    split = nsa.block_starts(jnp.array([[0] * 5 + [5] * 7]), CFG)[0]
+    split = nsa_branches.block_starts(jnp.array([[0] * 5 + [5] * 7]), CFG)[0]
     np.testing.assert_array_equal(split, [0, 5, 7, -1, -1, -1])
 
   def test_without_a_complete_entry_that_branch_is_0(self):

@@ -14,6 +14,7 @@ import deepseek_jax as ds
 from deepseek_jax.layers import compressor, partial_attention, ring
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.csa import CSAConfig
+from deepseek_jax.layers.entry_reading import Reading
 from deepseek_jax.layers.hca import HCAConfig
 from deepseek_jax.layers.rope import RopeConfig, YarnConfig
 from deepseek_jax.layers.shared_kv import SharedKVConfig
@@ -240,7 +241,8 @@ class LayerTest(parameterized.TestCase):
       query = far.indexer.query(x, x[..., :6], ctx.positions)
       # -0.0 and 0.0 are equal scores, too.
       query = query._replace(weight=query.weight.at[:, ::2].set(-0.0))
-      return far.choose(query, keys, compressor.view(ctx, 4, True))
+      view = compressor.view(ctx, 4, True)
+      return Reading(3, 16, None, query, view, None, keys, 1.0).choose()
 
     chosen = choose(x)
     for t in range(T):

@@ -4,7 +4,9 @@ from tests.mutants.mutant import Mutant
 
 _INDEXER = 'deepseek_jax/layers/indexer.py'
 _DSA = 'deepseek_jax/layers/dsa.py'
+_CHOSEN = 'deepseek_jax/layers/chosen_latents.py'
 _NSA = 'deepseek_jax/layers/nsa.py'
+_BRANCHES = 'deepseek_jax/layers/nsa_branches.py'
 _NSA_TEST = 'tests/layers/nsa_test.py'
 _INDEXER_TEST = 'tests/layers/indexer_test.py'
 _DSA_TEST = 'tests/layers/dsa_test.py'
@@ -82,7 +84,7 @@ _V32 = (
   ),
   Mutant(
     'missing_choices_attended',
-    _DSA,
+    _CHOSEN,
     'scores = jnp.where(at[:, :, None] >= 0, scores * scale, _NEG)',
     'scores = scores * scale',
     (f'{_DSA_TEST}::output_loss_and_recall_equal',),
@@ -93,7 +95,7 @@ _V32 = (
 _NATIVE = (
   Mutant(
     'incomplete_blocks_compressed',
-    _NSA,
+    _BRANCHES,
     'seen &= end[:, None] <= one.place[..., None]',
     'seen &= start[:, None] <= one.place[..., None]',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
@@ -101,7 +103,7 @@ _NATIVE = (
   ),
   Mutant(
     'each_head_chooses_its_own_blocks',
-    _NSA,
+    _BRANCHES,
     'shares = jax.lax.stop_gradient(p).sum(axis=3)',
     'shares = jax.lax.stop_gradient(p)[:, :, :, 0]',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
@@ -109,7 +111,7 @@ _NATIVE = (
   ),
   Mutant(
     'overlap_of_blocks_one_stride_off',
-    _NSA,
+    _BRANCHES,
     'near = strides - (cfg.block // cfg.stride - 1)',
     'near = strides - cfg.block // cfg.stride',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
@@ -117,7 +119,7 @@ _NATIVE = (
   ),
   Mutant(
     'first_and_local_blocks_not_forced',
-    _NSA,
+    _BRANCHES,
     '  scores = jnp.where(always, 1e30, scores)\n',
     '  del always\n',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
@@ -125,17 +127,17 @@ _NATIVE = (
   ),
   Mutant(
     'branches_share_their_keys',
-    _NSA,
-    'one.q, k[:, :, branch], v[:, :, branch], at, cfg.scale',
-    'one.q, k[:, :, CMP], v[:, :, CMP], at, cfg.scale',
+    _BRANCHES,
+    'return Keys(k[:, :, branch], v[:, :, branch])',
+    'return Keys(k[:, :, CMP], v[:, :, CMP])',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
     'NSA section 3.3: keys and values of their own',
   ),
   Mutant(
     'gates_add_up_to_1',
     _NSA,
-    'grouped(jax.nn.sigmoid(gates))',
-    'grouped(jax.nn.softmax(gates))',
+    'gates = jax.nn.sigmoid(gates)',
+    'gates = jax.nn.softmax(gates)',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
     'NSA eq. 5: each gate by itself',
   ),

@@ -33,8 +33,8 @@ MUTANTS = (
   Mutant(
     'compressor_series_exchanged',
     _COMPRESSOR,
-    'value, logit = self._windows(tokens, own, bias, -1)',
-    'value, logit = self._windows(tokens, own, bias, 0)',
+    'value, logit = _windows(tokens, own, bias, -1)',
+    'value, logit = _windows(tokens, own, bias, 0)',
     (f'{_SHARED_TEST}::equals_float64_and_documents',),
     'V4 trap 1: the second half is the window of the entry itself',
   ),
@@ -57,7 +57,7 @@ MUTANTS = (
   Mutant(
     'windows_overlap_across_documents',
     _COMPRESSOR,
-    '      there &= same == tokens.segments[rows, jnp.maximum(end, 0)]\n',
+    '    there &= same == tokens.segments[rows, jnp.maximum(end, 0)]\n',
     '',
     ('tests/layers/compressor_test.py::is_compressed_as_if_it_were_alone',),
     'V4 section 3.4: each document compresses from its own start',

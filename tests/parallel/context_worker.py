@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from deepseek_jax import sharding, train
 from deepseek_jax.layers.attention import causal_attention
-from deepseek_jax.parallel import context
+from deepseek_jax.layers.mla import Latent, latent_attention
+from deepseek_jax.parallel.gathered_attention import expand_latents
 from deepseek_jax.train import Shares
 from tests import tiny
 from tests.parallel.pipeline_worker import error
@@ -37,8 +38,13 @@ def inputs():
 
 def expanded(q, c, kr, up, segments):
   """The same by the attention of one device."""
-  k, v = context._expand(c, kr, up, N)
+  k, v = expand_latents((H, N + R), (c, kr), up)
   return causal_attention(q, k, v, scale=SCALE, segments=segments)
+
+
+def split(q, c, kr, up, segments):
+  """The same by as many devices as the mesh has."""
+  return latent_attention(q, Latent(c, kr), up, scale=SCALE, segments=segments)
 
 
 def both_ways(f, segments):
@@ -56,9 +62,6 @@ def attention(sizes: dict, packed: bool) -> float:
   arrays, segments = inputs()
   segments = segments if packed else None
   want = both_ways(expanded, segments)(*arrays)
-  split = lambda *a: context.latent_attention(
-    *a[:4], scale=SCALE, segments=a[4]
-  )
   mesh = mesh_of(**{'data': 1, 'context': 1, 'tensor': 1} | sizes)
   with sharding.use(mesh, RULES):
     got = both_ways(split, segments)(*arrays)
@@ -95,9 +98,6 @@ def model(name: str, sizes: dict, rows: int = 4, length: int = 16) -> dict:
 def collectives() -> list:
   """Shapes that the compiled forward and backward pass gathers."""
   arrays, segments = inputs()
-  split = lambda *a: context.latent_attention(
-    *a[:4], scale=SCALE, segments=a[4]
-  )
   with sharding.use(mesh_of(data=1, context=8, tensor=1), RULES):
     text = both_ways(split, segments).lower(*arrays).compile().as_text()
   return [line for line in text.splitlines() if ' all-gather(' in line]

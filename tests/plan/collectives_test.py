@@ -46,6 +46,10 @@ replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
   %alone = f32[9]{0} all-reduce(%a), replica_groups={{0},{1},{2},{3}}
   %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4]
   %d = f32[8]{0} all-gather-done(%s)
+  %m = f32[6]{0} all-gather(%x), replica_groups=mesh['axis_0'=4,'axis_1'=2] \
+{'axis_1'}, dimensions={0}
+  %n = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=4,'b'=2] \
+{'a':(1)2,'b'}, to_apply=%add
 }
 """
 
@@ -60,6 +64,8 @@ class CollectivesTest(parameterized.TestCase):
       ('reduce-scatter', 80, 4, 1, False),
       ('all-gather', 48, 4, 1, True),
       ('all-gather', 32, 4, 1, False),
+      ('all-gather', 24, 2, 1, False),
+      ('all-reduce', 16, 4, 1, False),
     ]
     read = [(c.kind, c.bytes, c.devices, c.times, c.maybe) for c in got]
     self.assertEqual(read, want)
@@ -88,7 +94,7 @@ class CollectivesTest(parameterized.TestCase):
   def test_totals_by_kind(self):
     found = totals(collectives(TEXT, 4))
     self.assertEqual(found['all-to-all'], (15, 15 * 16))
-    self.assertEqual(found['all-gather'], (2, 36 + 24))
+    self.assertEqual(found['all-gather'], (3, 36 + 24 + 12))
     self.assertNotIn('ragged-all-to-all', found)
 
 

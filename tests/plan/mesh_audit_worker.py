@@ -2,11 +2,11 @@
 
 python -m tests.plan.mesh_audit_worker CASE...
 
-Cases have no axis of stages: those are programs of their own. What `fsdp` and
-`tensor` axes send is the partitioner's choice (the CPU's scatters gradients by
-all-reduces, for one), so wires are compared for the axes whose collectives the
-library itself writes, and gradients where it cuts no sequences. The CPU carries
-bfloat16 as float32; formats on the wire are float32 and float8 here.
+Cases have no axis of stages: those are programs of their own. Wires of data,
+context and expert axes are compared on every mesh of these; those of fsdp and
+tensor where the mesh has that axis alone, as XLA's partitioner mixes them with
+others in ways of its own. The CPU carries bfloat16 as float32; formats on the
+wire are float32 and float8 here.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from deepseek_jax.plan import compiled, mesh, wire
 from deepseek_jax.plan.collectives import collectives
 from deepseek_jax.transformer import build
 from tests import tiny
+from tests.parallel import split_worker
 
 SEQ_LEN = 16
 
@@ -31,6 +32,10 @@ SEQ_LEN = 16
 def _wide(name):
   """Rows of 128, as float8 on the wire wants them."""
   return dataclasses.replace(tiny.config(name), dim=128)
+
+
+def _with(attention):
+  return dataclasses.replace(tiny.config('mla'), attention=attention)
 
 
 def _case(config, micro_batch=1, exchange=None, moments='float32', **sizes):
@@ -51,6 +56,11 @@ CASES = {
   'tied_data': lambda: _case(tiny.config('dense_mtp'), data=2),
   'mla_context': lambda: _case(tiny.config('mla'), context=4),
   'v3_context': lambda: _case(tiny.config('v3'), context=2, data=2),
+  'gqa_context': lambda: _case(tiny.config('gqa'), context=2, data=2),
+  'dsa_context': lambda: _case(_with(split_worker.DSA), context=4),
+  'csa_context': lambda: _case(_with(split_worker.CSA), context=4),
+  'hca_context': lambda: _case(_with(split_worker.HCA), context=2, data=2),
+  'nsa_context': lambda: _case(_with(split_worker.NSA), context=4),
   'v3_expert': lambda: _case(
     tiny.config('v3'), exchange=ExchangeConfig(factor=1.5), expert=4
   ),
@@ -69,7 +79,13 @@ CASES = {
   'v3_expert_context': lambda: _case(
     tiny.config('v3'), expert=2, context=2, data=2
   ),
+  'gqa_tensor': lambda: _case(tiny.config('gqa'), 2, tensor=2),
+  'mla_tensor': lambda: _case(tiny.config('mla'), tensor=2),
+  'moe_tensor': lambda: _case(tiny.config('moe16b'), tensor=2),
+  'mtp_tensor': lambda: _case(tiny.config('dense_mtp'), tensor=2),
   'mha_tensor': lambda: _case(tiny.config('mha'), tensor=4),
+  'mla_fsdp': lambda: _case(tiny.config('mla'), fsdp=4),
+  'mtp_fsdp': lambda: _case(tiny.config('dense_mtp'), fsdp=2),
   'lite_fsdp': lambda: _case(tiny.config('lite'), fsdp=4),
   'moe16b_all': lambda: _case(
     tiny.config('moe16b'), expert=2, fsdp=2, tensor=2
@@ -104,6 +120,9 @@ def planned(program, state) -> dict:
     + 3 * 4 * rows * (SEQ_LEN + 1),
     'gradients': sum(b for p, b in wires.items() if p.startswith('gradients')),
     'context': wires.get('context', 0),
+    'context positions': wires.get('context positions', 0),
+    'fsdp': wires.get('weights over fsdp', 0),
+    'tensor': wires.get('tensor', 0),
     'exchange': 0,
   }
   if grid.expert > 1:
@@ -114,8 +133,9 @@ def planned(program, state) -> dict:
   return out
 
 
-def measured(program, lowered, sizes) -> dict:
-  """What XLA made of the step; `sizes` are those of gradients."""
+def measured(program, lowered, sizes, cut) -> dict:
+  """What XLA made of the step; `sizes` are those of gradients, `cut` of those
+  that fsdp cuts, whole."""
   done = lowered.compile({'xla_backend_optimization_level': 0})
   found = [
     c for c in collectives(done.as_text(), program.mesh.devices) if not c.maybe
@@ -128,15 +148,35 @@ def measured(program, lowered, sizes) -> dict:
     for a in c.arrays
     if a.dtype == 'f32' and math.prod(a.shape) in sizes
   )
-  latents = [c for c in found if 'attention' in c.source]
+  split = [c for c in found if 'attention/shard_map' in c.source]
+  at_least = 4 * program.micro_batch * SEQ_LEN  # a float32 per token
+  sums = [
+    c._replace(arrays=(a,))
+    for c in found
+    if c.kind == 'all-reduce' and c.source
+    for a in c.arrays
+    if a.bits // 8 >= at_least
+  ]
+  wire_of = lambda wanted: sum(
+    c._replace(arrays=(a,)).sent
+    for c in split
+    if c.kind != 'all-reduce'
+    for a in c.arrays
+    if wanted(a)
+  )
   return {
     'parameters': sum(math.prod(a.shape) for a in jax.tree.leaves(abstract)),
     'arguments': done.memory_analysis().argument_size_in_bytes,
     'gradients': reduced,
-    'context': sum(
-      c.sent for c in latents if c.kind in ('all-gather', 'reduce-scatter')
-    ),
+    'context': wire_of(lambda a: a.dtype[0] in 'bf'),
+    'context positions': wire_of(lambda a: a.dtype[0] not in 'bf'),
     'exchange': sum(c.sent for c in found if 'all_to_all' in c.source),
+    'tensor': sum(c.sent for c in sums),
+    'fsdp': sum(
+      c.sent for c in found if c.kind == 'all-gather' and c not in split
+    )
+    # XLA for CPUs scatters by all-reduces of which each device takes its part.
+    + sum(c.sent // 2 for c in sums if math.prod(c.arrays[0].shape) in cut),
     'others': sorted(
       f'{c.kind} {c.sent} {c.source}'
       for c in found
@@ -147,23 +187,30 @@ def measured(program, lowered, sizes) -> dict:
   }
 
 
-def gradient_sizes(program, state) -> set[int]:
-  """Elements of a parameter on a device, of a layer or of a stack of them."""
-  shard = lambda a: math.prod(a.sharding.shard_shape(a.shape))
-  stacks = {shard(a) for a in jax.tree.leaves(state.params)}
+def gradient_sizes(program, state) -> tuple[set[int], set[int]]:
+  """Elements of a parameter on a device, of a layer or of a stack of them; and
+  of those that fsdp cuts on all."""
   grid = plan.Mesh(**{a: getattr(program.mesh, a) for a in mesh.AXES})
-  held = mesh.shares(program.model, grid)
-  return stacks | {s.elements for found in held.values() for s in found}
+  every = [s for f in mesh.shares(program.model, grid).values() for s in f]
+  cut = {s.elements * grid.fsdp for s in every if 'fsdp' in s.over}
+  whole = {s.elements for s in every if 'fsdp' not in s.over}
+  if cut & whole:
+    raise AssertionError(f'sizes tell nothing apart: {cut & whole}')
+  if not cut:
+    shard = lambda a: math.prod(a.sharding.shard_shape(a.shape))
+    whole |= {shard(a) for a in jax.tree.leaves(state.params)}
+  return whole, cut
 
 
 def case(name: str) -> dict:
   program = CASES[name]()
   lowered, state, _ = compiled.lower(program)
   return {
+    'tensor': program.mesh.tensor == program.mesh.devices,
+    'fsdp': program.mesh.fsdp == program.mesh.devices,
     'wires': program.mesh.fsdp == program.mesh.tensor == 1,
-    'sums': program.mesh.context == 1,
     'planned': planned(program, state),
-    'measured': measured(program, lowered, gradient_sizes(program, state)),
+    'measured': measured(program, lowered, *gradient_sizes(program, state)),
   }
 
 

@@ -139,6 +139,15 @@ def full(shape, value, layout, dtype=jnp.float32):
   return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
 
+def wgmma(acc, a, b):
+  """acc += a @ b of refs in shared memory."""
+  if is_interpreted():
+    # Its race detector overlooks what wgmma reads, but not a load.
+    for ref in (a, b):
+      _ = ref[...]
+  plgpu.wgmma(acc, a, b)
+
+
 def accumulate(acc, fn):
   """Runs fn(ref) on an accumulator that starts as `acc`; returns it."""
   if not is_interpreted():

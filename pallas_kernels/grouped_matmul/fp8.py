@@ -120,7 +120,7 @@ def _body(
   def product(stage, piece):
     def run(ref):
       right = b.at[stage, part_b, pl.ds(piece * width, width)]
-      plgpu.wgmma(ref, a.at[stage, part_a], compat.transposed(right))
+      compat.wgmma(ref, a.at[stage, part_a], compat.transposed(right))
       return ref[...]
 
     return pl.run_scoped(run, plgpu.ACC((64, width), jnp.float32))

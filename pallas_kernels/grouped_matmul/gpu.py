@@ -212,7 +212,7 @@ def _forward_body(
   def multiply(ref, stage):
     right = b.at[stage, part_b]
     right = compat.transposed(right) if transpose else right
-    plgpu.wgmma(ref, a.at[stage, part_a], right)
+    compat.wgmma(ref, a.at[stage, part_a], right)
 
   acc = _sum(tile.own_columns, steps, load, multiply, here, free)
   top = m * tile.rows + part_a * 64
@@ -249,7 +249,7 @@ def _outer_body(
 
   def multiply(ref, stage):
     left = compat.transposed(a.at[stage, part_a])
-    plgpu.wgmma(ref, left, b.at[stage, part_b])
+    compat.wgmma(ref, left, b.at[stage, part_b])
 
   acc = _sum(tile.own_columns, count[e], load, multiply, here, free)
   top = m * tile.rows + part_a * 64

@@ -81,7 +81,7 @@ def _body(
     def multiply(stage):
       for half, ref in enumerate((gate, up)):
         right = b.at[stage, half * parts[1] + part_b]
-        plgpu.wgmma(ref, a.at[stage, part_a], right)
+        compat.wgmma(ref, a.at[stage, part_a], right)
 
     gpu.ring(steps, load, multiply, here, free, products=2)
     return gate[...], up[...]

@@ -175,7 +175,7 @@ def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
 
   def products(stage):
     def run(ref):
-      plgpu.wgmma(ref, ks.at[stage], compat.transposed(qs))
+      compat.wgmma(ref, ks.at[stage], compat.transposed(qs))
       return ref[...]
 
     heads = qs.shape[0]

@@ -140,8 +140,8 @@ def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
     def step(k, _):
       stage = lax.rem(k, STAGES)
       plgpu.barrier_wait(here.at[stage])
-      plgpu.wgmma(latent, xs.at[stage], ws.at[stage, g])
-      plgpu.wgmma(rope, xs.at[stage], rs.at[stage, g])
+      compat.wgmma(latent, xs.at[stage], ws.at[stage, g])
+      compat.wgmma(rope, xs.at[stage], rs.at[stage, g])
       plgpu.wgmma_wait(0)
 
       @pl.when(k + STAGES < steps)

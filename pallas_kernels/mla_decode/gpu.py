@@ -202,11 +202,11 @@ def _body(
     def products(ref):
       # A loop, not two calls: unrolled, the descriptors spill (measured).
       def half(i, _):
-        plgpu.wgmma(ref, qc.at[i], compat.transposed(kc.at[w, i]))
+        compat.wgmma(ref, qc.at[i], compat.transposed(kc.at[w, i]))
         return ()
 
       lax.fori_loop(0, 2, half, ())
-      plgpu.wgmma(ref, qr, compat.transposed(kr.at[w]))
+      compat.wgmma(ref, qr, compat.transposed(kr.at[w]))
       return ref[...]
 
     s = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32)) * scale
@@ -237,7 +237,7 @@ def _body(
 
     def weigh(ref):
       for i in range(2):
-        plgpu.wgmma(ref, kr.at[i], kc.at[i, w])
+        compat.wgmma(ref, kr.at[i], kc.at[i, w])
       plgpu.wgmma_wait(0)
 
     acc = compat.accumulate(acc, weigh)

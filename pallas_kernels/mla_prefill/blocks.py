@@ -71,7 +71,7 @@ def product(a, b, columns):
   def run(ref):
     def part(i, _):
       inner = (slice(None), pl.ds(i * 64, 64))
-      plgpu.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
+      compat.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
       return ()
 
     lax.fori_loop(0, a.shape[1] // 64, part, ())
@@ -84,7 +84,7 @@ def add_product(acc, a, b):
   """acc + a @ b of refs."""
 
   def run(ref):
-    plgpu.wgmma(ref, a, b)
+    compat.wgmma(ref, a, b)
     plgpu.wgmma_wait(0)
 
   return compat.accumulate(acc, run)

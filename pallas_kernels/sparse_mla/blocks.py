@@ -57,7 +57,7 @@ def product(*pairs):
     for a, b in pairs:
       # A loop, not two calls: unrolled, the descriptors spill (measured).
       def half(i, _, a=a, b=b):
-        plgpu.wgmma(ref, a.at[i], compat.transposed(b.at[i]))
+        compat.wgmma(ref, a.at[i], compat.transposed(b.at[i]))
         return ()
 
       lax.fori_loop(0, 2, half, ())
@@ -71,7 +71,7 @@ def add(acc, *pairs):
 
   def run(ref):
     for a, b in pairs:
-      plgpu.wgmma(ref, a, b)
+      compat.wgmma(ref, a, b)
     plgpu.wgmma_wait(0)
 
   return compat.accumulate(acc, run)

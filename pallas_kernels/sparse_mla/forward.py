@@ -102,11 +102,11 @@ def _body(
     def products(ref):
       # A loop, not two calls: unrolled, the descriptors spill (measured).
       def half(i, _):
-        plgpu.wgmma(ref, qc.at[i], compat.transposed(kc.at[stage, w, i]))
+        compat.wgmma(ref, qc.at[i], compat.transposed(kc.at[stage, w, i]))
         return ()
 
       lax.fori_loop(0, 2, half, ())
-      plgpu.wgmma(ref, qr, compat.transposed(kr.at[stage, w]))
+      compat.wgmma(ref, qr, compat.transposed(kr.at[stage, w]))
       return ref[...]
 
     s = pl.run_scoped(products, plgpu.ACC((HEADS, PART), jnp.float32)) * scale
@@ -135,7 +135,7 @@ def _body(
 
     def weigh(ref):
       for part in range(2):
-        plgpu.wgmma(ref, ps.at[part], kc.at[stage, part, w])
+        compat.wgmma(ref, ps.at[part], kc.at[stage, part, w])
       plgpu.wgmma_wait(0)
 
     acc = compat.accumulate(acc, weigh)

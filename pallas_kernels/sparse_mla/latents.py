@@ -99,6 +99,8 @@ def store_parts(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
       'qr': memory(2, 2, PART, THIN),
       'gc': memory(2, 2, PART, HALF),
       **shared_pair(),
+      # Two in turn: one may be read while the next is written.
+      'ps': memory(2, BLOCK, PART),
       'here': plgpu.Barrier(num_arrivals=6, num_barriers=2),
     },
   )(q_c, q_r, grad, lse, delta, at, steps(at, BLOCK), c, k_r)
@@ -156,7 +158,7 @@ def _one_block(
       norm = by_head(lse)
       s = product((kc, qc.at[stage]), (kr, qr.at[stage])) * (scale * LOG2E)
       s = jnp.where(wide(there, s.shape) >= 0, s, -jnp.inf)
-      ps[...] = jnp.exp2(s - wide(norm, s.shape, 1)).astype(ps.dtype)
+      ps[stage] = jnp.exp2(s - wide(norm, s.shape, 1)).astype(ps.dtype)
       plgpu.commit_smem()
       plgpu.barrier_arrive(p_here)
 
@@ -165,13 +167,15 @@ def _one_block(
       shift = by_head(delta)
       dp = product((kc, gc.at[stage]))
       plgpu.barrier_wait(p_here)
-      p = compat.load(ps, slice(None), WGMMA).astype(jnp.float32)
+      p = compat.load(ps, stage, WGMMA).astype(jnp.float32)
       d = p * (dp - wide(shift, dp.shape, 1)) * scale
       ds[...] = d.astype(ds.dtype)
       plgpu.commit_smem()
 
     meet(met)
-    acc_c = add(carry[0], (ps, gc.at[stage, w]), (ds, qc.at[stage, w]))
+    acc_c = add(
+      carry[0], (ps.at[stage], gc.at[stage, w]), (ds, qc.at[stage, w])
+    )
     acc_r = add(carry[1], (ds, qr.at[stage, w]))
     # What the other read of these columns, it read before they met.
     pl.when(i + 2 < groups)(lambda: load(i + 2))

@@ -152,7 +152,9 @@ def check_sparse_mla():
   def both(q_c, q_r, c, k_r, grad, index, impl):
     fn = functools.partial(sparse_mla, index=index, scale=0.05, impl=impl)
     out, pull = jax.vjp(fn, q_c, q_r, c, k_r)
-    return out, pull(grad)
+    # With one choice the gradients of its score are rounding errors.
+    only = slice(2, 3) if index.shape[-1] == 1 else slice(None)
+    return out, pull(grad)[only]
 
   for name, shape in sparse_shapes.TEST_GPU.items():
     # A chunk holds the parts of two queries.

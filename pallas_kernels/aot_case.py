@@ -10,4 +10,3 @@ class Case(NamedTuple):
   fn: Callable
   args: tuple
   wgmma: bool  # the kernel must contain tensor-core instructions
-  triton: bool = False  # compiled, but its machine code can't be looked at

@@ -42,7 +42,7 @@ def _decode_fp8(batch, new, heads, splits):
   fn = lambda *a: mla_decode(
     *a[:6], scale=0.07, scales=a[6], splits=splits, impl='gpu'
   )
-  return Case(fn, args, True, triton=True)
+  return Case(fn, args, True)
 
 
 def _indexer(batch, queries, keys):
@@ -83,5 +83,5 @@ CASES = {
   'mla_decode_fp8_h128': _decode_fp8(128, 1, 128, 1),
   'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
   'sparse_mla': _sparse_mla(4096, 128, False),
-  'sparse_mla_bwd': _sparse_mla(4096, 128, True),
+  'sparse_mla_bwd': _sparse_mla(64, 128, True),
 }

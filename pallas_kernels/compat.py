@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 
 BEFORE_0_11 = jax.__version_info__ < (0, 11)
@@ -100,26 +99,6 @@ def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
   )
 
 
-def triton_kernel(body, out, *, grid: tuple[int, ...], warps, stages):
-  """pl.pallas_call through Triton, whole arrays in global memory.
-
-  For kernels that gather rows, until Mosaic can do so on Hopper: jax 0.12 says
-  that Pallas will lose this backend.
-  """
-  return pl.pallas_call(
-    body,
-    out_shape=out,
-    grid=grid,
-    compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-    interpret=is_interpreted(),
-  )
-
-
-def triton_load(ref, *, mask, other):
-  """ref's rows where mask, else `other`; for gathers in Triton kernels."""
-  return plt.load(ref, mask=mask, other=other)
-
-
 def transposed(ref):
   """The [n m] view of an [m n] ref in shared memory."""
   if BEFORE_0_11:
@@ -142,9 +121,11 @@ def full(shape, value, layout, dtype=jnp.float32):
 def wgmma(acc, a, b):
   """acc += a @ b of refs in shared memory."""
   if is_interpreted():
-    # Its race detector overlooks what wgmma reads, but not a load.
+    # Its race detector overlooks what wgmma reads, but not a load. A load,
+    # unlike wgmma, needs the fence before a copy to the same place.
     for ref in (a, b):
       _ = ref[...]
+    plgpu.commit_smem()
   plgpu.wgmma(acc, a, b)
 
 

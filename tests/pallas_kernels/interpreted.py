@@ -10,6 +10,7 @@ import functools
 import sys
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -214,6 +215,44 @@ def check_race():
       scratch=[
         plgpu.SMEM(x.shape, x.dtype),
         plgpu.Barrier(),
+        plgpu.Barrier(),
+      ],
+    )(x)
+
+
+def check_overwritten():
+  """An operand is written while the other warpgroup multiplies: the same."""
+
+  def body(x, y, tile, here):
+    w = jax.lax.axis_index('wg')
+
+    @pl.when(w == 0)
+    def _():
+      plgpu.copy_gmem_to_smem(x, tile, here)
+
+    plgpu.barrier_wait(here)
+
+    @pl.when(w == 0)
+    def _():
+      def square(acc):
+        compat.wgmma(acc, tile, tile)
+        return acc[...]
+
+      y[...] = pl.run_scoped(square, plgpu.ACC(x.shape, jnp.float32))
+
+    @pl.when(w == 1)
+    def _():
+      tile[...] = compat.full(x.shape, 2.0, plgpu.Layout.WGMMA).astype(x.dtype)
+
+  x = jnp.ones((64, 64), jnp.bfloat16)
+  with compat.interpreted():
+    compat.kernel(
+      body,
+      jax.ShapeDtypeStruct(x.shape, jnp.float32),
+      grid={'one': 1},
+      threads=2,
+      scratch=[
+        plgpu.SMEM(x.shape, x.dtype, transforms=compat.TILED_16BIT),
         plgpu.Barrier(),
       ],
     )(x)

@@ -19,6 +19,7 @@ SCRIPTS = {
   'sinkhorn': 'interpreted.py',
   'mla_prefill': 'interpreted.py',
   'race': 'interpreted.py',
+  'overwritten': 'interpreted.py',
   'grouped_swiglu': 'interpreted_experts.py',
   'grouped_matmul_fp8': 'interpreted_experts.py',
   'permute_fp8': 'interpreted_experts.py',
@@ -28,6 +29,7 @@ SCRIPTS = {
   'sparse_mla': 'interpreted_sparse.py',
   'sparse_mla_parts': 'interpreted_sparse.py',
 }
+RACES = ('race', 'overwritten')
 
 
 def interpret(op: str) -> subprocess.CompletedProcess:
@@ -53,7 +55,7 @@ def interpret(op: str) -> subprocess.CompletedProcess:
   'the interpreter of jax 0.10 cannot load with a layout; use 0.11 or later',
 )
 class InterpreterTest(parameterized.TestCase):
-  @parameterized.product(op=sorted(set(SCRIPTS) - {'race'}))
+  @parameterized.product(op=sorted(set(SCRIPTS) - set(RACES)))
   def test_kernel_equals_reference_without_races(self, op):
     done = interpret(op)
     output = done.stdout + done.stderr
@@ -61,8 +63,9 @@ class InterpreterTest(parameterized.TestCase):
     self.assertNotIn('RACE DETECTED', output)
     self.assertIn('relative error', output)
 
-  def test_a_missing_wait_is_caught(self):
-    done = interpret('race')
+  @parameterized.product(op=RACES)
+  def test_a_race_is_caught(self, op):
+    done = interpret(op)
     output = done.stdout + done.stderr
     self.assertRegex(output, '(?i)race detected')
 

@@ -242,7 +242,8 @@ class LayerTest(parameterized.TestCase):
       # -0.0 and 0.0 are equal scores, too.
       query = query._replace(weight=query.weight.at[:, ::2].set(-0.0))
       view = compressor.view(ctx, 4, True)
-      return Reading(3, 16, None, query, view, None, keys, 1.0).choose()
+      cfg = CSAConfig(top_k=3, block=16)
+      return Reading(cfg, None, query, view, None, keys, 1.0).choose()
 
     chosen = choose(x)
     for t in range(T):

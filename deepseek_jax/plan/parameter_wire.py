@@ -68,6 +68,12 @@ def gradients(step: Step, held) -> list[Wire]:
   ]
 
 
+def _uses(config: TransformerConfig, name: str) -> int:
+  """How often a step makes a gradient of a parameter: once per use."""
+  each = 1 + config.mtp.depth
+  return {'embed': each * (2 if config.tied else 1), 'head': each}.get(name, 1)
+
+
 def _gathers(config: TransformerConfig, share: Share) -> int:
   """How often a step gathers a weight that fsdp cuts.
 
@@ -95,10 +101,11 @@ def fsdp(step: Step, held) -> list[Wire]:
     if 'fsdp' in share.over:
       full = share.elements * n
       gathered = _gathers(step.config, share) * step.micro_batches
-      sent += gathered * ring(n, compute * full) + ring(n, 4 * full)
+      scattered = _uses(step.config, share.name)
+      sent += gathered * ring(n, compute * full) + scattered * ring(n, 4 * full)
   how = (
     'weights gathered where they are used: twice per micro-batch in scanned or'
-    ' recomputed layers, else once; gradients scattered once per step: (n-1)/n'
-    ' each'
+    ' recomputed layers, else once; gradients scattered once per step, of'
+    ' embedding and head once per use: (n-1)/n each'
   )
   return [Wire('weights over fsdp', link_of(step, ('fsdp',)), sent, how)]

@@ -27,7 +27,7 @@ WIDEST = {
 MOST = {'dsa_dense': 1.35, 'dsa': 1.1, 'csa': 1.1, 'nsa': 1.1}
 
 
-class SplitTest(parameterized.TestCase):
+class SplitCase(parameterized.TestCase):
   def check(self, names):
     for case, found in fake_devices.run(
       'tests.parallel.split_worker', *names, devices=4
@@ -52,10 +52,14 @@ class SplitTest(parameterized.TestCase):
       self.assertLessEqual(math.prod(shape), most, shape)
       self.assertLess(shape.count(worker.T), 2, shape)
 
+
+class SplitTest(SplitCase):
   def test_sparse_layers_equal_one_device(self):
     self.check(FAST)
 
-  @pytest.mark.slow
+
+@pytest.mark.slow
+class SplitSweep(SplitCase):
   @parameterized.parameters(*worker.LAYERS)
   def test_on_every_mesh(self, name):
     cases = [c for c in worker.CASES if c.split()[0] == name]

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from deepseek_jax import loop, metrics
@@ -75,6 +76,9 @@ def against(folder, run, other, want) -> dict:
 
 def main():
   home, out = runs.home(), {}
+  # Each mesh compiles once, though its runs are several.
+  jax.config.update('jax_compilation_cache_dir', str(home / 'programs'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   with tempfile.TemporaryDirectory() as scratch:
     scratch = Path(scratch)
     straight = {name: fit(home, scratch / name, name) for name in MESHES}

@@ -217,6 +217,24 @@ def _body(
     left = lax.broadcast_in_dim(left, s.shape, [0])
     return jnp.where(key < left, s, -jnp.inf)
 
+  def clear(pair):
+    """Zeros behind the length: anything may lie there, and 0 * nan is nan."""
+
+    def part(j, _):
+      i, columns = lax.div(j, 4), pl.ds(lax.rem(j, 4) * 64, 64)
+      x = compat.load(kc, (i, w, slice(None), columns), plgpu.Layout.WGMMA)
+      # By row: a number per entry would spill on jax 0.10.
+      row = plgpu.broadcasted_iota(
+        jnp.int32, (BLOCK, 8), 0, layout=plgpu.Layout.WGMMA
+      ).max(axis=1)
+      left = length - (2 * pair + i) * BLOCK - row
+      here = lax.broadcast_in_dim(left, x.shape, [0]) > 0
+      kc[i, w, :, columns] = jnp.where(here, x, jnp.zeros_like(x))
+      return ()
+
+    lax.fori_loop(0, 8, part, ())
+    plgpu.commit_smem()
+
   def step(pair, carry):
     acc, top, total = carry
     plgpu.barrier_wait(k_here.at[w])
@@ -233,6 +251,7 @@ def _body(
     plgpu.commit_smem()
     _meet(p_here)
     plgpu.barrier_wait(k_here.at[1 - w])
+    pl.when((2 * pair + 2) * BLOCK > length)(lambda: clear(pair))
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
 
     def weigh(ref):

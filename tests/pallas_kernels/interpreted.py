@@ -63,11 +63,22 @@ def draw_mla_decode(shape, seed=0):
   )
 
 
+def poison(c, table, lengths):
+  """c with nan wherever no request has a token."""
+  live = np.zeros(c.shape[:2], bool)
+  for row, length in zip(np.asarray(table), np.asarray(lengths)):
+    at = np.arange(length)
+    live[row[at // c.shape[1]], at % c.shape[1]] = True
+  return jnp.where(live[..., None], c, jnp.nan)
+
+
 def check_mla_decode():
   for name, shape in mla_decode_shapes.TEST.items():
     op = functools.partial(mla_decode, scale=0.05, splits=shape.splits or 1)
     # Probabilities and, with splits, partial sums are rounded to bfloat16.
-    compare(name, op, draw_mla_decode(shape), 2 * BF16)
+    q_c, q_r, c, *rest = draw_mla_decode(shape)
+    args = (q_c, q_r, poison(c, *rest[1:]), *rest)
+    compare(name, op, args, 2 * BF16)
 
 
 def draw_permute(shape, dtype):

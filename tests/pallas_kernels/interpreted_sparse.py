@@ -84,15 +84,6 @@ def check_latent_kv():
     compare_fp8(name, split, args)
 
 
-def poison(c, table, lengths):
-  """c with nan wherever no request has a token."""
-  live = np.zeros(c.shape[:2], bool)
-  for row, length in zip(np.asarray(table), np.asarray(lengths)):
-    at = np.arange(length)
-    live[row[at // c.shape[1]], at % c.shape[1]] = True
-  return jnp.where(live[..., None], c, jnp.nan)
-
-
 def check_mla_decode_fp8():
   for name, shape in decode_shapes.TEST.items():
     q_c, q_r, c, k_r, *rest = interpreted.draw_mla_decode(shape)
@@ -105,7 +96,7 @@ def check_mla_decode_fp8():
       *args, scales = args
       return op(*args, scales=scales, impl=impl)
 
-    c = poison(c, *rest).astype(jnp.float8_e4m3fn)
+    c = interpreted.poison(c, *rest).astype(jnp.float8_e4m3fn)
     args = (q_c, q_r, c, k_r, *rest, scales)
     # Latents times scales and probabilities are rounded to bfloat16.
     interpreted.compare(name, run, args, 2 * BF16)

@@ -51,15 +51,22 @@ audit: $(VENV)/.test
 parity: $(VENV)/.test
 	$(PYTEST) tests/hf tests/parity -n 2 --dist loadfile
 
-# The whole proof of every kernel: interpreter, race detector, CUDA export.
-kernels: $(VENV)/.test
-	$(PYTEST) tests/pallas_kernels
+# The whole proof of every kernel: references, CUDA export, and the interpreter
+# with its race detector, which takes a newer jax than Python 3.11 gets.
+NEWER_PYTHON ?= python3.12
+.venv-interpreter/.ready:
+	$(NEWER_PYTHON) -m venv .venv-interpreter
+	.venv-interpreter/bin/pip install --quiet 'jax>=0.11.2' absl-py pytest \
+	  pytest-timeout
+	touch $@
+kernels: $(VENV)/.test .venv-interpreter/.ready
+	$(PYTEST) tests/pallas_kernels --ignore=tests/pallas_kernels/interpreter_test.py
+	.venv-interpreter/bin/python -m pytest tests/pallas_kernels/interpreter_test.py
 
 # Ahead-of-time compilation of the kernels for an H200; needs no GPU.
-AOT_PYTHON ?= python3.12
 AOT_JAX ?= 0.11.2
 .venv-aot/.ready:
-	$(AOT_PYTHON) -m venv .venv-aot
+	$(NEWER_PYTHON) -m venv .venv-aot
 	.venv-aot/bin/pip install --quiet 'jax[cuda13]==$(AOT_JAX)' absl-py \
 	  nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 	touch $@
@@ -84,4 +91,4 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-aot build *.egg-info
+	rm -rf $(VENV) .venv-aot .venv-interpreter build *.egg-info

@@ -243,9 +243,8 @@ class MoE(nnx.Module):
     cfg = self.cfg
     routing = self.router(x, ctx)
     values = balance.losses(cfg.balance, routing, ctx.valid)
-    load = jnp.bincount(routing.experts.reshape(-1), length=cfg.experts)
     stats = {
-      'load': load,
+      'load': routing.load,
       'experts': routing.experts,
       'dropped': jnp.int32(0),
       'losses': values,

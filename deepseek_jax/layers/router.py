@@ -87,6 +87,7 @@ class Routing(NamedTuple):
   experts: jax.Array  # [B T K] int32
   weights: jax.Array  # [B T K] float32
   scores: jax.Array  # [B T E] float32, affinities without bias
+  load: jax.Array | None = None  # [E] int32, valid tokens of each expert
 
 
 def score(logits: jax.Array, scoring: str) -> jax.Array:
@@ -186,8 +187,9 @@ class Router(nnx.Module):
       cfg.scale,
     )
     flat = logits.reshape(-1, logits.shape[-1])
-    out = router(flat, bias, top_k=self.top_k, rule=rule, impl=impl)
-    return [a.reshape(*logits.shape[:-1], self.top_k) for a in out]
+    *out, load = router(flat, bias, top_k=self.top_k, rule=rule, impl=impl)
+    each = [a.reshape(*logits.shape[:-1], self.top_k) for a in out]
+    return *each, load
 
   def __call__(self, x: jax.Array, ctx: Context) -> Routing:
     """x [B T D] -> the routing of every valid token; padding goes nowhere."""
@@ -198,18 +200,21 @@ class Router(nnx.Module):
       self.weight[...].astype(jnp.float32),
       precision='highest',
     )
-    scores = score(logits, self.cfg.scoring)
+    scores, load = score(logits, self.cfg.scoring), None
     if self.cfg.hash_vocab:
       experts = self.table[...][ctx.tokens]
       weights = weigh(scores, experts, self.cfg)
     else:
       bias = self.bias[...] if self.cfg.bias else None
-      experts, weights = kernels.pick(
+      experts, weights, load = kernels.pick(
         'router',
         lambda impl: self._routed(logits, bias, impl),
-        lambda: choose(scores, bias, self.top_k, self.cfg),
+        lambda: (*choose(scores, bias, self.top_k, self.cfg), None),
       )
     if ctx.valid is not None:
       experts = jnp.where(ctx.valid[..., None], experts, scores.shape[-1])
       weights = jnp.where(ctx.valid[..., None], weights, 0.0)
-    return Routing(experts, weights, scores)
+      load = None  # padding was counted
+    if load is None:
+      load = jnp.bincount(experts.reshape(-1), length=scores.shape[-1])
+    return Routing(experts, weights, scores, load)

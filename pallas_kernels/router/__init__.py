@@ -52,8 +52,9 @@ def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
     impl: None, 'reference' or 'gpu' (float32, E a multiple of 8 up to 256).
 
   Returns:
-    experts [N K] int32, best first, and weights [N K] float32. The weights are
-    differentiable in logits; the choice and the bias have no gradient.
+    experts [N K] int32, best first; weights [N K] float32; counts [E] int32,
+    the tokens that chose each expert. The weights are differentiable in
+    logits; the choice and the bias have no gradient.
 
   Raises:
     ValueError: a rule that doesn't fit E and top_k.
@@ -102,8 +103,8 @@ def _route(logits, bias, top_k, rule, impl):
 
 
 def _fwd(logits, bias, top_k, rule, impl):
-  experts, weights = _route(logits, bias, top_k, rule, impl)
-  return (experts, weights), (logits, experts, bias)
+  out = _route(logits, bias, top_k, rule, impl)
+  return out, (logits, out[0], bias)
 
 
 def _bwd(top_k, rule, impl, saved, grads):

@@ -31,11 +31,12 @@ def route(logits, bias, top_k, rule):
   padded = jnp.pad(logits, ((0, blocks * TOKENS - N), (0, 0)))
   bias = jnp.zeros(E, jnp.float32) if bias is None else bias
   shape = (blocks, top_k, TOKENS)
-  experts, weights = compat.kernel(
-    functools.partial(_body, top_k=top_k, rule=rule),
+  experts, weights, counts = compat.kernel(
+    functools.partial(_body, top_k=top_k, rule=rule, tokens=N),
     (
       jax.ShapeDtypeStruct(shape, jnp.int32),
       jax.ShapeDtypeStruct(shape, jnp.float32),
+      jax.ShapeDtypeStruct((blocks, E), jnp.float32),
     ),
     grid={'block': blocks},
     scratch={
@@ -43,11 +44,13 @@ def route(logits, bias, top_k, rule):
       'biased': plgpu.SMEM((TOKENS, E), jnp.float32),
       'picks': plgpu.SMEM((top_k, TOKENS), jnp.int32),
       'gains': plgpu.SMEM((top_k, TOKENS), jnp.float32),
+      'counted': plgpu.SMEM((E,), jnp.float32),
       'here': plgpu.Barrier(),
     },
   )(padded, bias)
   turn = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
-  return turn(experts), turn(weights)
+  # Each block has counted its own: no atomics, the same bits in every run.
+  return turn(experts), turn(weights), counts.astype(jnp.int32).sum(axis=0)
 
 
 def _wide(values, shape):
@@ -159,23 +162,43 @@ def _at(kept, index):
   return gain
 
 
+def _count(picks, counted, tokens):
+  """How many of the first `tokens` picked each expert."""
+  for part in _pieces(counted.shape[0]):
+    shape = (TOKENS, part.size)
+    column = _columns(shape)
+
+    def one(k, hits, part=part, column=column):
+      own = compat.load(picks, k, _BY_TOKEN) - part.start
+      hit = column == _wide(own, column.shape)
+      return hits + jnp.where(hit, 1.0, 0.0)
+
+    hits = compat.full(shape, 0.0, _TILE)
+    hits = lax.fori_loop(0, picks.shape[0], one, hits)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TILE)
+    counted[part] = jnp.where(row < tokens, hits, 0.0).sum(axis=0)
+
+
 def _body(
   logits,
   bias,
   experts,
   weights,
+  counts,
   kept,
   biased,
   picks,
   gains,
+  counted,
   here,
   *,
   top_k,
   rule,
+  tokens,
 ):
   block = lax.axis_index('block')
-  tokens = pl.ds(block * TOKENS, TOKENS)
-  plgpu.copy_gmem_to_smem(logits.at[tokens], kept, here)
+  own = pl.ds(block * TOKENS, TOKENS)
+  plgpu.copy_gmem_to_smem(logits.at[own], kept, here)
   plgpu.barrier_wait(here)
   every = slice(None)
   _score(kept, bias, biased, rule.scoring)
@@ -202,7 +225,9 @@ def _body(
     return ()
 
   lax.fori_loop(0, top_k, rescale, ())
+  _count(picks, counted, tokens - block * TOKENS)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(picks, experts.at[block])
   plgpu.copy_smem_to_gmem(gains, weights.at[block])
+  plgpu.copy_smem_to_gmem(counted, counts.at[block])
   plgpu.wait_smem_to_gmem(0)

@@ -48,4 +48,5 @@ def weigh(logits, experts, rule):
 
 def route(logits, bias, top_k, rule):
   experts = choose(logits, bias, top_k, rule)
-  return experts, weigh(logits, experts, rule)
+  counts = jnp.bincount(experts.reshape(-1), length=logits.shape[1])
+  return experts, weigh(logits, experts, rule), counts.astype(jnp.int32)

@@ -57,19 +57,22 @@ class RouterTest(parameterized.TestCase):
   def test_reference_equals_a_loop_in_float64(self, shape):
     logits, bias = draw(shape)
     # The same scores in both, so that ties are ties in both.
-    experts, weights = router(
+    experts, weights, counts = router(
       logits, bias, top_k=shape.top_k, rule=shape.rule, impl='reference'
     )
+    chosen = np.zeros(shape.experts, int)
     for n, x in enumerate(logits):
       want, gains = route_token(x, bias, shape.top_k, shape.rule)
       np.testing.assert_array_equal(experts[n], want)
       np.testing.assert_allclose(weights[n], gains, rtol=2e-6)
+      chosen[want] += 1
+    np.testing.assert_array_equal(counts, chosen)
 
   def test_bias_moves_the_choice_and_not_the_weight(self):
     logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0]])
     rule = Rule('sigmoid', normalize=False)
     bias = jnp.asarray([-9.0, 0.0, 0.0, 9.0])
-    experts, weights = router(logits, bias, top_k=2, rule=rule)
+    experts, weights, _ = router(logits, bias, top_k=2, rule=rule)
     np.testing.assert_array_equal(experts, [[3, 1]])
     np.testing.assert_allclose(
       weights, jax.nn.sigmoid(jnp.asarray([[-1.0, 1.0]])), rtol=1e-6
@@ -79,13 +82,13 @@ class RouterTest(parameterized.TestCase):
     # All allowed scores are negative: a mask of 0 would choose others.
     logits = jnp.asarray([[1.0, 1.0, 0.0, 0.0]])
     rule = Rule('sigmoid', groups=2, top_groups=1)
-    experts, _ = router(logits, -5 * jnp.ones(4), top_k=2, rule=rule)
+    experts, *_ = router(logits, -5 * jnp.ones(4), top_k=2, rule=rule)
     np.testing.assert_array_equal(experts, [[0, 1]])
 
   @parameterized.named_parameters(TEST.items())
   def test_gradient_equals_that_of_the_chosen_weights(self, shape):
     logits, bias = draw(shape)
-    experts, _ = router(logits, bias, top_k=shape.top_k, rule=shape.rule)
+    experts, *_ = router(logits, bias, top_k=shape.top_k, rule=shape.rule)
     pull = np.cos(np.arange(experts.size)).reshape(experts.shape)
 
     def through(x):

@@ -75,7 +75,7 @@ LAYERS = {
   'window': WINDOW,
   'wide_window': dataclasses.replace(WINDOW, window=15),
   'csa': CSA,
-  'csa_odd': _csa(ratio=5, top_k=1),
+  'csa_odd': _csa(ratio=5, top_k=2),
   'csa_all': _csa(top_k=100),
   'hca': HCA,
   'hca_odd': dataclasses.replace(HCA, hca=HCAConfig(ratio=7)),

@@ -166,6 +166,10 @@ def slope(values: dict[int, float]) -> float:
   return math.log(values[last] / values[before]) / math.log(last / before)
 
 
+def _digits(value: float) -> str:
+  return f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
+
+
 def table(records) -> str:
   """Markdown: a row per length and pass."""
   lengths = sorted({r['length'] for r in records})
@@ -176,7 +180,7 @@ def table(records) -> str:
   for name in PASSES:
     for n in lengths:
       cells = [
-        f'{curve(records, layer, name, what)[n] * factor:.4g}'
+        _digits(curve(records, layer, name, what)[n] * factor)
         for what, (_, factor) in units.items()
         for layer in LAYERS
       ]

@@ -41,7 +41,7 @@ faults: $(VENV)/.test
 
 # Every mesh, and several processes, against one device; ends with tables.
 scale: $(VENV)/.test
-	$(PYTEST) tests/scale tests/parallel -s
+	$(PYTEST) tests/scale tests/parallel tests/run -s
 
 # The planner against XLA: figures, and many models on many meshes.
 audit: $(VENV)/.test

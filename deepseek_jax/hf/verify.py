@@ -199,6 +199,9 @@ class Theirs:
       attn_implementation='eager',
       trust_remote_code=False,
     ).eval()
+    self._new_cache = lambda: transformers.DynamicCache(
+      config=self.model.config
+    )
 
   def run(self, case: Case) -> Compared:
     with self._torch.no_grad():
@@ -225,12 +228,13 @@ class Theirs:
     return Compared(out.logits.numpy(), [lens(x) for x in streams])
 
   def _decode(self, case):
-    torch, every, past = self._torch, [], None
+    torch, every = self._torch, []
+    past = self._new_cache()
     for start in (0, *range(case.prompt, case.ids.shape[1])):
       stop = start + 1 if start else case.prompt
       ids = torch.tensor(case.ids[:, start:stop])
-      out = self.model(ids, past_key_values=past, use_cache=True)
-      past = out.past_key_values
+      # By position: 5.24 gave the argument another name.
+      out = self.model(ids, None, None, past, use_cache=True)
       every.append(out.logits.numpy())
     return np.concatenate(every, axis=1)
 

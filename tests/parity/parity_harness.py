@@ -224,14 +224,13 @@ def decoded(pair: Pair, ids, prompt: int) -> np.ndarray:
 
 
 def their_decoded(pair: Pair, ids, prompt: int) -> np.ndarray:
-  every, past = [], None
+  every, past = [], transformers.DynamicCache(config=pair.theirs.config)
   with torch.no_grad():
     for start in (0, *range(prompt, ids.shape[1])):
       stop = prompt if start == 0 else start + 1
-      out = pair.theirs(
-        torch.tensor(ids[:, start:stop]), past_key_values=past, use_cache=True
-      )
-      past = out.past_key_values
+      # By position: 5.24 gave the argument another name.
+      more = torch.tensor(ids[:, start:stop])
+      out = pair.theirs(more, None, None, past, use_cache=True)
       every.append(out.logits.numpy())
   return np.concatenate(every, axis=1)
 

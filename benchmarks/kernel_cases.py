@@ -111,6 +111,19 @@ def grouped_fp8(shape):
   return Work(op, args, exact, flops / 2, moved, {'xla': bf16_one})
 
 
+def grouped_float8_bwd(shape):
+  rows, weights, grad, expert, _, flops = _grouped(shape)
+
+  def op(r, w, g, impl, float8=True):
+    fn = lambda r, w: grouped_matmul(r, w, expert, float8=float8, impl=impl)
+    return jax.vjp(fn, r, w)[1](g)
+
+  args, moved = (rows, weights, grad), 2 * nbytes(rows, weights, grad)
+  exact = functools.partial(op, impl='reference')
+  naive = {'xla': functools.partial(op, impl='gpu', float8=False)}
+  return Work(op, args, exact, flops, moved, naive)
+
+
 def grouped_small(shape):
   return shape._replace(
     counts=(2 * shape.block, 0, shape.block), dim=512, out=512
@@ -248,6 +261,11 @@ OPS = {
   'grouped_matmul_bwd': (grouped_shapes.BENCH, grouped_bwd, grouped_small),
   'grouped_swiglu': (grouped_shapes.BENCH, grouped_swiglu_fwd, grouped_small),
   'grouped_matmul_fp8': (grouped_shapes.BENCH, grouped_fp8, grouped_small),
+  'grouped_matmul_float8_bwd': (
+    grouped_shapes.BENCH,
+    grouped_float8_bwd,
+    grouped_small,
+  ),
   'permute': (permute_shapes.BENCH, gather, permute_small),
   'permute_fp8': (permute_shapes.BENCH, gather_fp8, permute_small),
   'combine': (permute_shapes.BENCH, combine, permute_small),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import aot_cases_sparse, permute
 from pallas_kernels.aot_case import Case
+from pallas_kernels.grouped_matmul import fp8 as grouped_fp8
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import (
   grouped_matmul,
@@ -116,6 +117,20 @@ def _grouped_fp8(counts, dim, out, block):
   return Case(fn, args, True)
 
 
+def _grouped_fp8_drhs(counts, dim, out, block):
+  f8, f32, i32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
+  E, M = len(counts), sum(counts)
+  args = (
+    ((dim, M), f8),
+    ((dim, M // 128), f32),
+    ((out, M), f8),
+    ((out, M // 128), f32),
+    ((M // block,), i32),
+    ((), i32),
+  )
+  return Case(lambda *a: grouped_fp8.outer(*a, E, jnp.bfloat16), args, True)
+
+
 def _router(name):
   shape = router_shapes.BENCH[name]
   args = (((shape.tokens, shape.experts), jnp.float32),)
@@ -175,6 +190,7 @@ CASES = {
   'grouped_swiglu_b64': _grouped_swiglu((64,) * 256, 7168, 2048, 64),
   'grouped_matmul_fp8_b128': _grouped_fp8((1024,) * 32, 7168, 4096, 128),
   'grouped_matmul_fp8_b64': _grouped_fp8((64,) * 256, 7168, 4096, 64),
+  'grouped_matmul_fp8_drhs': _grouped_fp8_drhs((1024,) * 32, 7168, 4096, 128),
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
   'mla_prefill': _mla_prefill(4096, False),
   'mla_prefill_bwd': _mla_prefill(4096, True),

@@ -6,12 +6,14 @@ D width in, F width out.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.quantize import dequantize, quantize
 
 __all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 
@@ -50,8 +52,94 @@ def _bwd(transpose, impl, saved, grad):
 _matmul.defvjp(_fwd, _bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _fp8(rows, row_scales, weights, weight_scales, expert, used, dtype, impl):
+  def gpu(*args):
+    from pallas_kernels.grouped_matmul import fp8
+
+    return fp8.forward(*args, dtype)
+
+  def plain(*args):
+    return reference.forward_fp8(*args, dtype)
+
+  args = (rows, row_scales, weights, weight_scales, expert, used)
+  return dispatch.run('grouped_matmul_fp8', impl, gpu, plain, *args)
+
+
+def _no_gradient(*_):
+  raise NotImplementedError(
+    'grouped_matmul_fp8 has no gradient; grouped_matmul(float8=True) has'
+  )
+
+
+_fp8.defvjp(lambda *args: (_fp8(*args), None), _no_gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _float8(rows, weights, block_expert, used, transpose, impl):
+  args = (rows, weights, block_expert, used, transpose, impl)
+  return _float8_fwd(*args)[0]
+
+
+def _float8_fwd(rows, weights, block_expert, used, transpose, impl):
+  x = quantize(rows, power_of_two=True, impl=impl)
+  w = _squares(weights, impl)
+  right = w if transpose else _turned(*w)
+  out = _fp8(*x, *right, block_expert, used, rows.dtype, impl)
+  return out, (x, w, block_expert, used, jnp.zeros((), weights.dtype))
+
+
+def _float8_bwd(transpose, impl, saved, grad):
+  x, w, expert, used, like = saved
+  g = quantize(grad, power_of_two=True, impl=impl)
+  right = _turned(*w) if transpose else w
+  drows = _fp8(*g, *right, expert, used, grad.dtype, impl)
+
+  def gpu(*args):
+    from pallas_kernels.grouped_matmul import fp8
+
+    return fp8.outer(*args)
+
+  block = grad.shape[0] // expert.shape[0]
+  rows = _over_rows(dequantize(*x, grad.dtype), block, impl)
+  pair = (rows, _over_rows(grad, block, impl))
+  left, right = reversed(pair) if transpose else pair
+  args = (*left, *right, expert, used, w[0].shape[0], grad.dtype)
+  dweights = dispatch.run(
+    'grouped_matmul_fp8.outer', impl, gpu, reference.outer_fp8, *args
+  )
+  return drows, dweights.astype(like.dtype), None, None
+
+
+_float8.defvjp(_float8_fwd, _float8_bwd)
+
+
+def _squares(weights, impl):
+  """weights [E D F] in float8 with a scale per 128 x 128."""
+  E, D, F = weights.shape
+  q, scales = quantize(weights.reshape(-1, F), block=(128, 128), impl=impl)
+  return q.reshape(E, D, F), scales.reshape(E, D // 128, F // 128)
+
+
+def _turned(weights, scales):
+  return weights.swapaxes(1, 2), scales.swapaxes(1, 2)
+
+
+def _over_rows(x, block, impl):
+  """x [M D] turned, in float8 with a scale per 128 rows of one expert."""
+  along = math.gcd(block, 128)
+  return quantize(x.T, block=(1, along), power_of_two=True, impl=impl)
+
+
 def grouped_matmul(
-  rows, weights, block_expert, *, used=None, transpose: bool = False, impl=None
+  rows,
+  weights,
+  block_expert,
+  *,
+  used=None,
+  transpose: bool = False,
+  float8: bool = False,
+  impl=None,
 ):
   """out[m] = rows[m] @ weights[block_expert[m // block]].
 
@@ -64,8 +152,14 @@ def grouped_matmul(
     used: [] int32, how many leading blocks hold rows (`plan.used`); the rows
       after them must be zero and may be skipped. None: all of them.
     transpose: multiply by the transposed matrices.
-    impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, D and F
-      multiples of 128).
+    float8: the three products of training in float8, as DeepSeek-V3 does
+      (arXiv:2412.19437, section 3.3.2): see `grouped_matmul_fp8`. Rows and
+      gradients have a scale per 128 of what is summed over (for the gradient
+      of the weights: per gcd(block, 128) rows), weights one per 128 x 128; D
+      and F are multiples of 128. The rows are kept in float8 until the
+      backward pass, so their scales, and the gradients', are powers of two.
+    impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, with
+      float8 of 128 * n for the gradient, D and F multiples of 128).
 
   Returns:
     [M F] of rows.dtype, accumulated in float32. Differentiable in rows and
@@ -84,7 +178,12 @@ def grouped_matmul(
     )
   layout = _layout(rows, block_expert, used)
   impl = dispatch.chosen(impl)
-  return _matmul(rows, weights, *layout, transpose, impl)
+  if not float8:
+    return _matmul(rows, weights, *layout, transpose, impl)
+  for width in weights.shape[1:]:
+    if width % 128:
+      raise ValueError(f'float8: width {width} is not a multiple of 128')
+  return _float8(rows, weights, *layout, transpose, impl)
 
 
 def _layout(rows, block_expert, used):
@@ -177,29 +276,6 @@ def grouped_swiglu(
   return _swiglu(rows, gate_up, *layout, limit, impl)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _fp8(rows, row_scales, weights, weight_scales, expert, used, dtype, impl):
-  def gpu(*args):
-    from pallas_kernels.grouped_matmul import fp8
-
-    return fp8.forward(*args, dtype)
-
-  def plain(*args):
-    return reference.forward_fp8(*args, dtype)
-
-  args = (rows, row_scales, weights, weight_scales, expert, used)
-  return dispatch.run('grouped_matmul_fp8', impl, gpu, plain, *args)
-
-
-def _no_gradient(*_):
-  raise NotImplementedError(
-    'grouped_matmul_fp8 has no gradient: use it inside a function with its own'
-  )
-
-
-_fp8.defvjp(lambda *args: (_fp8(*args), None), _no_gradient)
-
-
 def grouped_matmul_fp8(
   rows,
   row_scales,
@@ -227,7 +303,7 @@ def grouped_matmul_fp8(
       64 * n rows, D and F multiples of 128).
 
   Returns:
-    [M F] of dtype; it has no gradient.
+    [M F] of dtype. No gradient: grouped_matmul(float8=True) has one.
 
   Raises:
     ValueError: shapes that don't fit each other.

@@ -2,7 +2,8 @@
 
 Tensor cores add float8 products in about 14 bits, so each 128 of the contracted
 dimension start from zero, and their sum is scaled and added in float32
-(DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
+(DeepSeek-V3, arXiv:2412.19437, section 3.3.2). They want both operands with
+that dimension last.
 Legend: M rows, E experts, D width in, F width out.
 """
 
@@ -23,61 +24,148 @@ STAGES = 4
 STAGED = 64  # columns that leave through shared memory at once
 _TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def forward(
   rows, row_scales, weights, weight_scales, block_expert, used, dtype
 ):
   """rows [M D], weights [E F D], scales of both -> [M F] of dtype."""
-  if rows.dtype != FP8 or weights.dtype != FP8:
-    raise NotImplementedError(
-      f'dtype {rows.dtype}/{weights.dtype}, not {jnp.dtype(FP8).name}'
-    )
-  if dtype != jnp.bfloat16:
-    raise NotImplementedError(f'result in {jnp.dtype(dtype)}, not bfloat16')
+  _supported(rows, weights, dtype)
   (M, D), F = rows.shape, weights.shape[1]
   block = M // block_expert.shape[0]
-  tile = gpu.tile_of(block, F)
-  if tile.by_rows:
-    # Twice as many columns and the sum of a step: too many registers.
-    tile = gpu.Tile(tile.rows, STEP)
+  tile = _tile_of(block, F)
   steps = D // STEP
   # A copy is a multiple of 16 bytes.
   padded = jnp.pad(weight_scales, ((0, 0), (0, 0), (0, -steps % 4)))
+  scales = {
+    'weight_scale': plgpu.SMEM(
+      (tile.columns // STEP, padded.shape[2]), jnp.float32
+    ),
+    'scales_here': plgpu.Barrier(),
+  }
   return compat.kernel(
     functools.partial(_body, tile=tile, block=block),
     jax.ShapeDtypeStruct((M, F), dtype),
     grid={'m': M // tile.rows, 'n': F // tile.columns},
     threads=2,
-    scratch=_scratch(tile, padded.shape[2]),
+    scratch=_scratch(tile, 2 * tile.parts[0] + tile.parts[1]) | scales,
   )(rows, row_scales.T, weights, padded, block_expert, used[None])
 
 
-def _scratch(tile, steps):
+def outer(
+  rows, row_scales, grads, grad_scales, block_expert, used, num_experts, dtype
+):
+  """Sum over each expert's rows of rows @ grads.T: [E D F] of dtype.
+
+  Args:
+    rows, grads: [D M] and [F M] float8, turned.
+    row_scales, grad_scales: [D M/128], [F M/128] float32.
+    block_expert: [M // block]; blocks of one expert adjoin.
+    used, num_experts, dtype: as elsewhere.
+  """
+  _supported(rows, grads, dtype)
+  (D, M), F = rows.shape, grads.shape[0]
+  block = M // block_expert.shape[0]
+  if block % STEP:
+    raise NotImplementedError(f'blocks of {block} rows, not {STEP} * n')
+  for width in (D, F):
+    if width % STEP:
+      raise NotImplementedError(f'width {width}, not a multiple of {STEP}')
+  first, count = gpu.runs(block_expert, used, num_experts, block // STEP)
+  scales = {'grad_scale': plgpu.SMEM((STAGES, STEP), jnp.float32)}
+  return compat.kernel(
+    _outer_body,
+    jax.ShapeDtypeStruct((num_experts, D, F), dtype),
+    grid={'e': num_experts, 'm': D // STEP, 'n': F // STEP},
+    threads=2,
+    scratch=_scratch(gpu.Tile(STEP, STEP), arrivals=6) | scales,
+  )(rows, row_scales.T, grads, grad_scales.T, first, count)
+
+
+def _supported(left, right, dtype):
+  if left.dtype != FP8 or right.dtype != FP8:
+    raise NotImplementedError(
+      f'dtype {left.dtype}/{right.dtype}, not {jnp.dtype(FP8).name}'
+    )
+  if dtype != jnp.bfloat16:
+    raise NotImplementedError(f'result in {jnp.dtype(dtype)}, not bfloat16')
+
+
+def _tile_of(rows_multiple, columns):
+  tile = gpu.tile_of(rows_multiple, columns)
+  # Twice as many columns and the sum of a step: too many registers.
+  return gpu.Tile(tile.rows, STEP) if tile.by_rows else tile
+
+
+def _scratch(tile, arrivals):
+  """Tiles in shared memory; `arrivals` copies fill a stage."""
   parts_a, parts_b = tile.parts
   memory = lambda *shape: plgpu.SMEM(shape, FP8, transforms=_TILED)
   return {
     'a': memory(STAGES, parts_a, 64, STEP),
     'b': memory(STAGES, parts_b, tile.own_columns, STEP),
     'row_scale': plgpu.SMEM((STAGES, parts_a, 64), jnp.float32),
-    'weight_scale': plgpu.SMEM((tile.columns // STEP, steps), jnp.float32),
     'staged': plgpu.SMEM(
       (2, 64, STAGED), jnp.bfloat16, transforms=compat.TILED_16BIT
     ),
-    'scales_here': plgpu.Barrier(),
-    'here': plgpu.Barrier(
-      num_arrivals=2 * parts_a + parts_b, num_barriers=STAGES
-    ),
+    'here': plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES),
     'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
   }
 
 
+def _fill(steps, load):
+  """Warpgroup 0 starts the copies of the first stages."""
+
+  @pl.when(lax.axis_index('wg') == 0)
+  def _():
+    def fill(stage, _):
+      load(stage, stage)
+      return ()
+
+    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
+
+
+def _sums(steps, load, add, pieces, here, free):
+  """Float32 [64, width] pieces: `sums = add(k, stage, sums)` of every step."""
+
+  def step(k, sums):
+    stage = lax.rem(k, STAGES)
+    plgpu.barrier_wait(here.at[stage])
+    sums = add(k, stage, sums)
+
+    @pl.when(k + STAGES < steps)
+    def _():
+      plgpu.commit_smem()  # the scales were read before the copy writes anew
+      plgpu.barrier_arrive(free.at[stage])
+
+      @pl.when(lax.axis_index('wg') == 0)
+      def _():
+        plgpu.barrier_wait(free.at[stage])
+        load(k + STAGES, stage)
+
+    return sums
+
+  zeros = [compat.full(shape, 0.0, plgpu.Layout.WGMMA) for shape in pieces]
+  return lax.fori_loop(0, steps, step, tuple(zeros))
+
+
+def _product(a, b):
+  """a @ b.T of refs in shared memory, from zero."""
+
+  def run(ref):
+    compat.wgmma(ref, a, compat.transposed(b))
+    return ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
 def _body(
   rows, row_scales, weights, weight_scales, block_expert, used, out,
-  a, b, row_scale, weight_scale, staged, scales_here, here, free,
+  a, b, row_scale, staged, here, free, weight_scale, scales_here,
   *, tile, block,
 ):  # fmt: skip
-  m, n, w = (lax.axis_index(axis) for axis in ('m', 'n', 'wg'))
+  m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
   part_a, part_b = gpu.part(tile)
@@ -97,7 +185,7 @@ def _body(
       where = pl.ds(n * tile.columns + i * tile.own_columns, tile.own_columns)
       copy(weights.at[expert, where, inner], b.at[stage, i])
 
-  @pl.when(w == 0)
+  @pl.when(lax.axis_index('wg') == 0)
   def _():
     plgpu.copy_gmem_to_smem(
       weight_scales.at[expert, pl.ds(n * groups, groups)],
@@ -105,50 +193,25 @@ def _body(
       scales_here,
     )
 
-    def fill(stage, _):
-      load(stage, stage)
-      return ()
-
-    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
-
+  _fill(steps, load)
   plgpu.barrier_wait(scales_here)
   width = min(tile.own_columns, STEP)
   pieces = tile.own_columns // width
   # A warpgroup's first group; two share one if the tile has just one.
   first = lax.div(part_b * tile.own_columns, STEP)
 
-  def product(stage, piece):
-    def run(ref):
-      right = b.at[stage, part_b, pl.ds(piece * width, width)]
-      compat.wgmma(ref, a.at[stage, part_a], compat.transposed(right))
-      return ref[...]
-
-    return pl.run_scoped(run, plgpu.ACC((64, width), jnp.float32))
-
-  def step(k, sums):
-    stage = lax.rem(k, STAGES)
-    plgpu.barrier_wait(here.at[stage])
+  def add(k, stage, sums):
     own = compat.load(row_scale, (stage, part_a), _BY_ROW)
     out = []
     for piece, total in enumerate(sums):
       scale = own * weight_scale[first + piece, k]
       scale = lax.broadcast_in_dim(scale, total.shape, [0])
-      out.append(total + product(stage, piece) * scale)
-
-    @pl.when(k + STAGES < steps)
-    def _():
-      plgpu.commit_smem()  # the scales were read before the copy writes anew
-      plgpu.barrier_arrive(free.at[stage])
-
-      @pl.when(w == 0)
-      def _():
-        plgpu.barrier_wait(free.at[stage])
-        load(k + STAGES, stage)
-
+      columns = pl.ds(piece * width, width)
+      product = _product(a.at[stage, part_a], b.at[stage, part_b, columns])
+      out.append(total + product * scale)
     return tuple(out)
 
-  zero = compat.full((64, width), 0.0, plgpu.Layout.WGMMA)
-  sums = lax.fori_loop(0, steps, step, (zero,) * pieces)
+  sums = _sums(steps, load, add, [(64, width)] * pieces, here, free)
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
   for piece, total in enumerate(sums):
@@ -161,3 +224,46 @@ def _body(
       staged,
       width,
     )
+
+
+def _outer_body(
+  rows, row_scales, grads, grad_scales, first, count, out,
+  a, b, row_scale, staged, here, free, grad_scale,
+):  # fmt: skip
+  e, m, n, w = (lax.axis_index(axis) for axis in ('e', 'm', 'n', 'wg'))
+  start, steps = first[e], count[e]
+  columns = pl.ds(n * STEP, STEP)
+
+  def load(k, stage):
+    inner = pl.ds((start + k) * STEP, STEP)
+    copy = lambda source, to: plgpu.copy_gmem_to_smem(
+      source, to, here.at[stage]
+    )
+    for i in range(2):
+      where = pl.ds(m * STEP + i * 64, 64)
+      copy(rows.at[where, inner], a.at[stage, i])
+      copy(row_scales.at[start + k, where], row_scale.at[stage, i])
+    copy(grads.at[columns, inner], b.at[stage, 0])
+    copy(grad_scales.at[start + k, columns], grad_scale.at[stage])
+
+  _fill(steps, load)
+
+  def add(k, stage, sums):
+    (total,) = sums
+    spread = lambda scale, dim: lax.broadcast_in_dim(scale, total.shape, [dim])
+    down = compat.load(row_scale, (stage, w), _BY_ROW)
+    across = compat.load(grad_scale, (stage,), _BY_COLUMN)
+    product = _product(a.at[stage, w], b.at[stage, 0])
+    return (total + product * spread(down, 0) * spread(across, 1),)
+
+  (total,) = _sums(steps, load, add, [(64, STEP)], here, free)
+  gpu.store(
+    total,
+    lambda piece: out.at[
+      e,
+      pl.ds(m * STEP + w * 64, 64),
+      pl.ds(n * STEP + piece.start, piece.size),
+    ],
+    staged,
+    STEP,
+  )

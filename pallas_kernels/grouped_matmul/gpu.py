@@ -92,11 +92,7 @@ def outer(rows, grads, block_expert, used, num_experts):
   if block % STEP:
     raise NotImplementedError(f'blocks of {block} rows, not 64 * n')
   tile = tile_of(D, F)
-  index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
-  ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
-  own = (block_expert == ids) & (index < used)  # [E blocks]
-  count = own.sum(1, dtype=jnp.int32)
-  first = jnp.argmax(own, axis=1).astype(jnp.int32)
+  first, count = runs(block_expert, used, num_experts, block // STEP)
   body = functools.partial(_outer_body, tile=tile)
   return compat.kernel(
     body,
@@ -104,7 +100,16 @@ def outer(rows, grads, block_expert, used, num_experts):
     grid={'e': num_experts, 'm': D // tile.rows, 'n': F // tile.columns},
     threads=2,
     scratch=_scratch(tile, (STEP, 64), (STEP, tile.own_columns)),
-  )(rows, grads, first * (block // STEP), count * (block // STEP))
+  )(rows, grads, first, count)
+
+
+def runs(block_expert, used, num_experts, steps):
+  """First step and steps of each expert [E], of so many a block."""
+  index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
+  ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+  own = (block_expert == ids) & (index < used)  # [E blocks]
+  first = jnp.argmax(own, axis=1).astype(jnp.int32)
+  return first * steps, own.sum(1, dtype=jnp.int32) * steps
 
 
 def _scratch(tile, a_shape, b_shape):

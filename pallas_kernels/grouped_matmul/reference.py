@@ -106,3 +106,12 @@ def outer(rows, grads, block_expert, used, num_experts):
 
   zero = jnp.zeros((num_experts, D, F), jnp.float32)
   return _over_runs(run, zero, block_expert, used)
+
+
+def outer_fp8(
+  rows, row_scales, grads, grad_scales, block_expert, used, num_experts, dtype
+):
+  """rows [D M], grads [F M] and their scales -> [E D F] of dtype."""
+  x = quantize.dequantize(rows, row_scales, jnp.float32)
+  g = quantize.dequantize(grads, grad_scales, jnp.float32)
+  return outer(x.T, g.T, block_expert, used, num_experts).astype(dtype)

@@ -22,6 +22,7 @@ SCRIPTS = {
   'overwritten': 'interpreted.py',
   'grouped_swiglu': 'interpreted_experts.py',
   'grouped_matmul_fp8': 'interpreted_experts.py',
+  'grouped_matmul_float8': 'interpreted_experts.py',
   'permute_fp8': 'interpreted_experts.py',
   'latent_kv': 'interpreted_sparse.py',
   'indexer': 'interpreted_sparse.py',

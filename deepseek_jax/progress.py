@@ -57,25 +57,29 @@ class _PlainLines:
   """Lines for a log file: the first, one every ten seconds, the last."""
 
   def __init__(self, total: int | None, start: int):
-    self._total, self._start = total, start
-    self._begun = time.monotonic()
-    self._next = self._begun  # when the next line is due
+    del start  # of no account to a speed
+    self._total = total
+    self._first: tuple[int, float] | None = None  # step, and when it was done
+    self._next = -math.inf  # when the next line is due
     self._waiting: tuple[int, Mapping[str, float]] | None = None
 
   def update(self, step: int, row: Mapping[str, float]):
     self._waiting = (step, row)
     now = time.monotonic()
+    # The first step compiles: what is left is told by the later ones.
+    self._first = self._first or (step, now)
     if now >= self._next:
       self._next = now + _SECONDS_BETWEEN_LINES
-      self._print()
+      self._print(now)
 
-  def _print(self):
+  def _print(self, now):
     step, row = self._waiting
     self._waiting = None
     of = '' if self._total is None else f'/{self._total}'
     left = ''
-    if self._total is not None and self._start < step < self._total:
-      rate = (time.monotonic() - self._begun) / (step - self._start)
+    first, then = self._first
+    if self._total is not None and first < step < self._total:
+      rate = (now - then) / (step - first)
       left = f'  left {_clock(rate * (self._total - step))}'
     print(f'step {step}{of}  {_text(row)}{left}', flush=True)
 
@@ -84,7 +88,7 @@ class _PlainLines:
 
   def close(self):
     if self._waiting:
-      self._print()
+      self._print(time.monotonic())
 
 
 def _clock(seconds: float) -> str:

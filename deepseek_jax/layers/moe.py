@@ -55,6 +55,9 @@ class MoEConfig:
     balance: losses that keep them evenly used.
     capacity: None never drops a token.
     limit: clamp inside every expert, the shared ones too (FFNConfig).
+    float8: the routed experts' products in float8 with block scales, forward
+      and backward (V3, arXiv:2412.19437, section 3.3). What rows share a
+      scale in the weights' gradient depends on the batch and the mesh.
     redundant: further copies of busy experts, to serve with (see
       parallel/redundant.py); a model with them can't be trained.
   """
@@ -67,6 +70,7 @@ class MoEConfig:
   balance: BalanceConfig = BalanceConfig()
   capacity: CapacityConfig | None = None
   limit: float | None = None
+  float8: bool = False
   redundant: int = 0
 
   def __post_init__(self):
@@ -129,7 +133,14 @@ def drop(
 
 
 def apply_experts(
-  x, experts, weights, gate_up, down, *, limit: float | None = None
+  x,
+  experts,
+  weights,
+  gate_up,
+  down,
+  *,
+  limit: float | None = None,
+  float8: bool = False,
 ) -> jax.Array:
   """Routed experts on one device.
 
@@ -139,23 +150,35 @@ def apply_experts(
     weights: [N K] float32.
     gate_up: [E D 2 F]; down: [E F D].
     limit: see `swiglu`.
+    float8: see `MoEConfig`.
 
   Returns:
     [N D], the weighted sum of the chosen experts' outputs.
+
+  Raises:
+    InputError: float8 with widths on a device that 128 doesn't divide.
   """
   E, D, _, F = gate_up.shape
-  if _most_experts_chosen(*experts.shape, E):
+  if float8 and (D % 128 or F % 128):
+    raise InputError(
+      f"moe.float8: a device has {F} of each expert's width and dim = {D};"
+      ' both must be multiples of 128, or set moe.float8=False'
+    )
+  if not float8 and _most_experts_chosen(*experts.shape, E):
     return _apply_all(x, experts, weights, gate_up, down, limit)
   plan = permute.plan(experts, E)
   rows = permute.permute(x, plan)
-  h = _hidden(rows, gate_up.reshape(E, D, 2 * F), plan.block_expert, limit)
-  y = gmm.grouped_matmul(h, down, plan.block_expert)
+  gate_up = gate_up.reshape(E, D, 2 * F)
+  h = _hidden(rows, gate_up, plan.block_expert, limit, float8)
+  y = gmm.grouped_matmul(h, down, plan.block_expert, float8=float8)
   return permute.combine(y, weights, plan)
 
 
-def _hidden(rows, gate_up, block_expert, limit):
+def _hidden(rows, gate_up, block_expert, limit, float8):
   """rows [M D], gate_up [E D 2F] -> [M F] after the activation."""
   args = rows, gate_up, block_expert
+  if float8:
+    return swiglu(gmm.grouped_matmul(*args, float8=True), limit)
   return kernels.pick_local(
     'grouped_swiglu',
     lambda impl: gmm.grouped_swiglu(*args, limit=limit, impl=impl),
@@ -219,7 +242,10 @@ class MoE(nnx.Module):
   def routed(self, x: jax.Array, routing: Routing):
     """x [B T D] -> ([B T D], choices that no first buffer of a mesh held)."""
     B, T, D = x.shape
-    compute = functools.partial(apply_experts, limit=self.cfg.limit)
+    cfg = self.cfg
+    compute = functools.partial(
+      apply_experts, limit=cfg.limit, float8=cfg.float8
+    )
     weights = self.gate_up[...], self.down[...]
     if current():
       arrays = x, routing.experts, routing.weights

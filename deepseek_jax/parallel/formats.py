@@ -29,9 +29,12 @@ def encode(x: jax.Array, form: str) -> tuple[jax.Array, ...]:
   """x [M D] as the arrays that travel, each with M rows."""
   if form == 'float8':
     q, scales = quantize.quantize(x, block=(1, _GROUP))
-    # As bytes: not every backend's collectives know float8.
+    # As bits: not every backend's collectives know float8, and XLA:CPU's send
+    # bfloat16 as float32.
     return jax.lax.bitcast_convert_type(q, jnp.uint8), scales
-  return (x if form == 'compute' else x.astype(form),)
+  if form == 'bfloat16':
+    return (jax.lax.bitcast_convert_type(x.astype(form), jnp.uint16),)
+  return (x,)
 
 
 def decode(parts: tuple[jax.Array, ...], form: str, dtype) -> jax.Array:
@@ -40,7 +43,10 @@ def decode(parts: tuple[jax.Array, ...], form: str, dtype) -> jax.Array:
     q, scales = parts
     q = jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
     return quantize.dequantize(q, scales, jnp.dtype(dtype))
-  return parts[0].astype(dtype)
+  (x,) = parts
+  if form == 'bfloat16':
+    x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+  return x.astype(dtype)
 
 
 def row_bytes(dim: int, form: str, dtype) -> int:

@@ -1,8 +1,9 @@
 """Training through a pipeline is training without one.
 
 Float32: sums of floats in another order, so 1e-5 of the greatest value; what
-counts tokens, and biases, which move by the sign of a count, exactly. Muon
-turns rounding of its momenta up to 1e-4 (it divides by small singular values).
+counts tokens, and biases, which move by the sign of a count, exactly. Moments
+in bfloat16 may round the other way, 2^-7 of a number of 8 bits. Muon turns
+rounding of its momenta up to 1e-4 (it divides by small singular values).
 """
 
 import functools
@@ -43,7 +44,8 @@ class StepTest(parameterized.TestCase):
     for key, value in found['scalars'].items():
       self.assertLess(value, 1e-5, key)
     for part in ('params', 'moments', 'gate'):
-      self.assertLess(found[part], 1e-4 if name == 'muon' else 1e-5, part)
+      limit = {('bfloat16', 'moments'): 2**-7}.get((name, part), 1e-5)
+      self.assertLess(found[part], 1e-4 if name == 'muon' else limit, part)
     self.assertEqual(found['skipped'], 2 if name == 'skipped' else 0)
 
   def test_steps_on_two_stages_are_those_of_one_program(self):

@@ -12,6 +12,7 @@ wire are float32 and float8 here.
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import jax
@@ -133,6 +134,15 @@ def planned(program, state) -> dict:
   return out
 
 
+def _sources(collective) -> list[str]:
+  """Of each array: XLA names operations that it merged start/(one:another)."""
+  parts = collective.source.split(':')
+  if len(parts) != len(collective.arrays):
+    return [collective.source] * len(collective.arrays)
+  start = parts[0][: parts[0].rfind('/(')]
+  return parts[:1] + [start + part for part in parts[1:]]
+
+
 def measured(program, lowered, sizes, cut) -> dict:
   """What XLA made of the step; `sizes` are those of gradients, `cut` of those
   that fsdp cuts, whole."""
@@ -145,10 +155,13 @@ def measured(program, lowered, sizes, cut) -> dict:
     c._replace(arrays=(a,)).sent
     for c in found
     if c.kind == 'all-reduce'
-    for a in c.arrays
-    if a.dtype == 'f32' and math.prod(a.shape) in sizes
+    for a, source in zip(c.arrays, _sources(c))
+    if a.dtype == 'f32'
+    and math.prod(a.shape) in sizes
+    and 'transpose(' in source  # statistics may have such sizes too
   )
-  split = [c for c in found if 'attention/shard_map' in c.source]
+  # The first layers' scope stands in the brackets of what is made of them.
+  split = [c for c in found if re.search(r'attention\)*/shard_map', c.source)]
   at_least = 4 * program.micro_batch * SEQ_LEN  # a float32 per token
   sums = [
     c._replace(arrays=(a,))

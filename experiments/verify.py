@@ -36,7 +36,10 @@ _LENGTHS = flags.DEFINE_list(
 def tables(certificate: dict) -> list[Table]:
   """The certificate for people: by case, and by layer over all cases."""
   by_case = Table(title='Logits against transformers')
-  for name in ('case', 'tokens', 'max |diff|', 'mean |diff|', 'KL', 'top-1'):
+  by_case.caption = 'ties: choices of a top-k between equal scores'
+  for name in (
+    'case', 'tokens', 'max |diff|', 'mean |diff|', 'KL', 'top-1', 'ties'
+  ):  # fmt: skip
     by_case.add_column(name, justify='left' if name == 'case' else 'right')
   for row in certificate['cases']:
     by_case.add_row(
@@ -46,6 +49,7 @@ def tables(certificate: dict) -> list[Table]:
       f'{row["mean"]:.1e}',
       f'{row["kl"]:.1e}',
       f'{row["top1"]:.2%}',
+      str(row['tied']),
     )
   by_layer = Table(title='Logits of every layer through the final head')
   for name in ('layer', 'max |diff|', 'mean |diff|'):

@@ -2,7 +2,8 @@
 
 Both read the same folder, each with its own code, and see the same tokens in
 float32 with eager attention. Compared are the logits, also those that the head
-makes of every layer's output, so a fault shows in the layer that has it.
+makes of every layer's output, so a fault shows in the layer that has it. Of
+equal scores both choose the lowest (see ties.py).
 Legend: B batch, T tokens, D model, V vocabulary, L layers.
 """
 
@@ -21,7 +22,7 @@ from flax import nnx
 
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import loading, saving, v4_names
+from deepseek_jax.hf import loading, saving, ties, v4_names
 from deepseek_jax.hf.source import Source
 from deepseek_jax.layers.block import Block, BlockConfig
 from deepseek_jax.layers.context import Context
@@ -57,6 +58,7 @@ class Compared(NamedTuple):
 
   logits: np.ndarray  # [B T V]
   layers: list[np.ndarray]  # per layer [B T V], empty when decoding
+  tied: int = 0  # choices between equal scores, counted on transformers' side
 
 
 def cases(
@@ -204,10 +206,12 @@ class Theirs:
     )
 
   def run(self, case: Case) -> Compared:
-    with self._torch.no_grad():
+    with self._torch.no_grad(), ties.lowest_first() as seen:
       if case.prompt is not None:
-        return Compared(self._decode(case), [])
-      return self._forward(case)
+        out = Compared(self._decode(case), [])
+      else:
+        out = self._forward(case)
+    return out._replace(tied=seen['tied'])
 
   def _forward(self, case):
     torch, model, streams = self._torch, self.model, []
@@ -254,6 +258,7 @@ def difference(case: Case, ours: Compared, theirs: Compared) -> dict[str, Any]:
     **_gap(a, b),
     'kl': float((np.exp(p) * (p - q)).sum(axis=-1).max()),
     'top1': float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean()),
+    'tied': theirs.tied,
     'layers': layers,
   }
 

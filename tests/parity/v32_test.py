@@ -1,5 +1,6 @@
 """DeepSeek-V3.2 against transformers, and where that departs."""
 
+import contextlib
 import tempfile
 from unittest import mock
 
@@ -10,7 +11,14 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import hf
-from deepseek_jax.hf import config_json, config_render, names, saving, verify
+from deepseek_jax.hf import (
+  config_json,
+  config_render,
+  names,
+  saving,
+  ties,
+  verify,
+)
 from deepseek_jax.layers import indexer
 from deepseek_jax.layers.dsa import DSAConfig
 
@@ -254,6 +262,21 @@ class FilesTest(parameterized.TestCase):
       theirs.save_pretrained(folder)
       certificate = verify.certify(folder, lengths=(1, 9))
     self.assertTrue(certificate['passed'], certificate['cases'])
+
+  def test_the_certificate_breaks_ties_alike_and_counts_them(self):
+    theirs = ph.make_theirs('v32', index_topk=4, num_hidden_layers=1)
+    with ph.torch.no_grad():
+      # Every score is 0. Trained indexers have many: sums of ReLUs.
+      theirs.model.layers[0].self_attn.indexer.weights_proj.weight.zero_()
+    plain = contextlib.nullcontext({'tied': 0})
+    with tempfile.TemporaryDirectory() as folder:
+      theirs.save_pretrained(folder)
+      certificate = verify.certify(folder, lengths=(65,))
+      with mock.patch.object(ties, 'lowest_first', lambda: plain):
+        without = verify.certify(folder, lengths=(65,))
+    self.assertTrue(certificate['passed'], certificate['cases'])
+    self.assertGreater(max(c['tied'] for c in certificate['cases']), 0)
+    self.assertFalse(without['passed'])
 
 
 if __name__ == '__main__':

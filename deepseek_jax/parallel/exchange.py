@@ -329,6 +329,11 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
   hidden = tuple(there('mlp'))
   tokens = using.spec(('batch', 'seq'), arrays[0].shape[:2])
   over = tuple(n for part in tokens for n in _names(part))
+  if set(hidden) & set(over):
+    raise InputError(
+      f'mesh.rules.mlp = {rules["mlp"]!r}: cuts tokens too, so its devices'
+      ' have different ones; use an axis that batch and seq do not'
+    )
   group = _Group(using.exchange, compute, axis, size, mesh.axis_names)
   way = _way(group, axis in over)
 

@@ -172,6 +172,32 @@ def check(config: MeshConfig, abstract: dict[str, nnx.State]) -> None:
         f'mesh.rules.{name}: no parameter has such an axis;'
         f' {_nearest(name, known)}'
       )
+  _check_activations(config.rules)
+
+
+def _check_activations(rules: Rules):
+  """Tokens and what is computed of each are cut over different axes."""
+  if len(names(rules.get('experts'))) > 1:
+    raise InputError(
+      f'mesh.rules.experts = {rules["experts"]!r}: must be one mesh axis'
+    )
+  cut_by = {}
+  for name in ('batch', 'seq'):
+    for axis in names(rules.get(name)):
+      if axis in cut_by:
+        raise InputError(
+          f'mesh.rules.{name} = {rules[name]!r}: mesh.{axis} already cuts'
+          f' {cut_by[axis]!r}; name it once'
+        )
+      cut_by[axis] = name
+  for name in ('heads', 'kv_heads', 'mlp'):
+    for axis in names(rules.get(name)):
+      if axis in cut_by:
+        raise InputError(
+          f'mesh.rules.{name} = {rules[name]!r}: mesh.{axis} cuts'
+          f' {cut_by[axis]!r}, so its devices have different tokens; change'
+          f' mesh.rules.{name} or mesh.rules.{cut_by[axis]}'
+        )
 
 
 def _check_axis(config, name, axis, size, seen):

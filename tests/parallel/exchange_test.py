@@ -185,6 +185,22 @@ class TrafficTest(parameterized.TestCase):
     self.assertEqual(hops, (2, 1))  # lands on device 4
 
 
+class RulesTest(absltest.TestCase):
+  def test_hidden_units_on_an_axis_of_tokens_are_refused(self):
+    # Their sum would add up outputs of different tokens.
+    from jax.sharding import AbstractMesh
+
+    from deepseek_jax import sharding
+    from deepseek_jax.parallel import mesh
+
+    sizes = {'data': 2}
+    grid = AbstractMesh(tuple(sizes.get(a, 1) for a in mesh.AXES), mesh.AXES)
+    rules = mesh.MeshConfig().rules | {'mlp': 'data'}
+    arrays = (jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 2), jnp.int32), None)
+    with self.assertRaisesRegex(ds.InputError, "mlp = 'data': cuts tokens"):
+      exchange.run(None, arrays, (None, None), sharding.Using(grid, rules))
+
+
 class RaggedTest(absltest.TestCase):
   def test_it_lowers_for_gpu_and_tpu(self):
     from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec

@@ -35,6 +35,17 @@ class CheckTest(parameterized.TestCase):
       held_against(fsdp=2, rules=rules)
 
   @parameterized.parameters(
+    ({'mlp': 'data'}, "mlp = 'data': mesh.data cuts 'batch'"),
+    ({'heads': ('tensor', 'context')}, "mesh.context cuts 'seq'"),
+    ({'seq': ('context', 'expert')}, "mesh.expert already cuts 'batch'"),
+    ({'batch': ('data', 'data')}, 'mesh.data already cuts'),
+    ({'experts': ('expert', 'tensor')}, 'must be one mesh axis'),
+  )
+  def test_rules_that_would_mix_different_tokens(self, rules, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      held_against('mha', rules=MeshConfig().rules | rules)
+
+  @parameterized.parameters(
     ({'rules': {'embed': 'fdsp'}}, 'mesh.rules.embed.*did you mean fsdp'),
     ({'data': 0}, 'mesh.data = 0'),
     ({'data': 2.0}, 'mesh.data = 2.0'),

@@ -10,7 +10,18 @@ from absl.testing import absltest, parameterized
 from tests import fake_devices
 from tests.plan.mesh_audit_worker import CASES
 
-FAST = ('gqa_data', 'moe_expert', 'gqa_tensor', 'mla_fsdp')
+FAST = (
+  'gqa_data',
+  'mla_data',
+  'moe_expert',
+  'v3_expert',
+  'gqa_tensor',
+  'mha_tensor',
+  'mla_fsdp',
+  'mtp_fsdp',
+  'mla_context',
+  'gqa_context',
+)
 
 
 class MeshAuditTest(parameterized.TestCase):

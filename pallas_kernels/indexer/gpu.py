@@ -31,7 +31,6 @@ NOTHING = np.int32(-(2**31))  # below the integer of every score
 _TILE = plgpu.Layout.WGMMA
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-_STRIDED = plgpu.Layout.WG_STRIDED((CHUNK, BLOCK), vec_size=4)
 
 
 def indexer(q, k, w, first, last, top_k, near=None):
@@ -90,6 +89,7 @@ def _select(q, k, w, first, last, *, top_k, near):
     'qs': tile(2, H, DIM),
     'ks': tile(STAGES, BLOCK, DIM),
     'words': plgpu.SMEM((2, 2, CHUNK), jnp.int32),
+    'counts': plgpu.SMEM((2, CHUNK), jnp.int32),
     'q_here': plgpu.Barrier(num_barriers=2),
     'here': plgpu.Barrier(num_barriers=STAGES),
     'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
@@ -115,7 +115,7 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
   else:
     kept, *rest = rest
     kept = kept.at[worker, g]
-  qs, ks, words, q_here, here, free, done = rest
+  qs, ks, words, counts, q_here, here, free, done = rest
   workers = min(items, compat.num_sms())
   per_row = q.shape[1] // 2
 
@@ -142,7 +142,7 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
     _fill(kept, chunks[0] * CHUNK, start)
     _fill(kept, end, chunks[1] * CHUNK)
     plgpu.commit_smem()  # the other threads of the warpgroup read it
-    limits = _threshold(kept, chunks, top_k, k.shape[1])
+    limits = _threshold(kept, counts.at[g], chunks, top_k, k.shape[1])
     _emit(kept, words.at[g], out.at[b, t], chunks, limits)
     return ()
 
@@ -213,41 +213,46 @@ def _fill(kept, start, end):
   lax.fori_loop(start, end, row, ())
 
 
-def _read(kept, chunk, layout):
+def _read(kept, chunk):
   rows = pl.ds(chunk * CHUNK, CHUNK)
-  return compat.load(kept, rows, layout, optimized=False)
+  return compat.load(kept, rows, _TILE, optimized=False)
 
 
-def _count(kept, chunks, holds):
+def _count(kept, counts, chunks, holds):
   """How many keys have holds(integers, chunk)."""
 
   def add(chunk, total):
-    hit = holds(_read(kept, chunk, _STRIDED), chunk)
+    hit = holds(_read(kept, chunk), chunk)
     return total + hit.astype(jnp.int32)
 
-  zero = compat.full((CHUNK, BLOCK), 0, _STRIDED, jnp.int32)
-  return lax.fori_loop(*chunks, add, zero).sum()
+  zero = compat.full((CHUNK, BLOCK), 0, _TILE, jnp.int32)
+  # A sum across warps goes through shared memory that Mosaic sets aside once,
+  # for both warpgroups. So rows first, and of those every warp sums all.
+  counts[...] = lax.fori_loop(*chunks, add, zero).sum(axis=1)
+  plgpu.commit_smem()
+  return compat.load(counts, slice(None), _BY_COLUMN).sum()
 
 
-def _positions(chunk, layout):
+def _positions(chunk):
   iota = lambda axis: plgpu.broadcasted_iota(
-    jnp.int32, (CHUNK, BLOCK), axis, layout=layout
+    jnp.int32, (CHUNK, BLOCK), axis, layout=_TILE
   )
   return (chunk * CHUNK + iota(0)) * BLOCK + iota(1)
 
 
-def _threshold(kept, chunks, top_k, keys):
+def _threshold(kept, counts, chunks, top_k, keys):
   """(integer, position): chosen is above it, or equal and before there."""
+  count = functools.partial(_count, kept, counts, chunks)
 
   def bit(i, low):
     # From -2**31 up: adding 2**31 to it wraps to 0, as it should.
     next_ = low + lax.shift_left(jnp.int32(1), 31 - i)
-    enough = _count(kept, chunks, lambda x, _: x >= next_) >= top_k
+    enough = count(lambda x, _: x >= next_) >= top_k
     return jnp.where(enough, next_, low)
 
   level = lax.fori_loop(0, 32, bit, jnp.int32(NOTHING))
-  above = _count(kept, chunks, lambda x, _: x > level)
-  equal = _count(kept, chunks, lambda x, _: x == level)
+  above = count(lambda x, _: x > level)
+  equal = count(lambda x, _: x == level)
   wanted = top_k - above
   most = keys.bit_length()
   # All of them, as a rule: then nothing is searched.
@@ -257,9 +262,9 @@ def _threshold(kept, chunks, top_k, keys):
     further = place + lax.shift_left(jnp.int32(1), most - 1 - i)
 
     def before(x, chunk):
-      return (x == level) & (_positions(chunk, _STRIDED) < further)
+      return (x == level) & (_positions(chunk) < further)
 
-    few = _count(kept, chunks, before) <= wanted
+    few = count(before) <= wanted
     return jnp.where(few, further, place)
 
   place = lax.fori_loop(0, passes, step, jnp.int32(0))
@@ -275,8 +280,8 @@ def _emit(kept, words, out, chunks, limits):
 
     @pl.when(inside)
     def _():
-      x = _read(kept, c, _TILE)
-      tie = (x == level) & (_positions(c, _TILE) < place)
+      x = _read(kept, c)
+      tie = (x == level) & (_positions(c) < place)
       chosen = ((x > level) | tie) & (x != NOTHING)
       column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
       bit = lax.shift_left(jnp.ones_like(x), column & 31)

@@ -33,6 +33,37 @@ def export(case):
     )(*args)
 
 
+def within(jaxpr, threads=1):
+  """(operation, warpgroups that run it) of all there is inside."""
+  for eqn in jaxpr.eqns:
+    meshes = eqn.params.get('meshes') or (eqn.params.get('mesh'),)
+    inner = max(getattr(m, 'num_threads', None) or 1 for m in meshes)
+    yield eqn, threads
+    for value in eqn.params.values():
+      for part in value if isinstance(value, tuple | list) else (value,):
+        part = getattr(part, 'jaxpr', part)
+        if hasattr(part, 'eqns'):
+          yield from within(part, max(threads, inner))
+
+
+class HazardTest(parameterized.TestCase):
+  """What neither the compiler nor the interpreter refuses."""
+
+  @parameterized.product(name=sorted(aot_cases.CASES))
+  def test_no_sum_crosses_warps_where_warpgroups_run_side_by_side(self, name):
+    # Its scratch is one place for all warpgroups of a thread block.
+    case = aot_cases.CASES[name]
+    args = [jax.ShapeDtypeStruct(*arg) for arg in case.args]
+    several = 0
+    for eqn, threads in within(jax.make_jaxpr(case.fn)(*args).jaxpr):
+      several = max(several, threads)
+      reduces = eqn.primitive.name.startswith('reduce_')
+      if threads > 1 and reduces and eqn.invars[0].aval.ndim == 2:
+        self.assertEqual(eqn.params['axes'], (1,), name)
+    if name.startswith(('indexer', 'grouped', 'mla_decode', 'sparse_mla')):
+      self.assertEqual(several, 2)  # the walk saw inside the kernels
+
+
 class CudaExportTest(parameterized.TestCase):
   @parameterized.product(name=FAST)
   def test_kernel_lowers(self, name):

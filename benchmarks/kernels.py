@@ -16,6 +16,7 @@ import json
 import pathlib
 import statistics
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def device_us(fn, args, iterations=20) -> float:
 
   fn = jax.jit(fn)
   jax.block_until_ready(fn(*args))
-  _, times = profiler.measure(fn, iterations=iterations)(*args)
+  # One at a time: measure keeps the results of all its iterations.
+  times = [profiler.measure(fn)(*args)[1] for _ in range(iterations)]
   return 1e3 * statistics.median(times)
 
 
@@ -89,29 +91,32 @@ def time_case(work, rates) -> dict:
   return row
 
 
-def run(only: str, interpret: bool) -> dict:
-  rates = {} if interpret else floors()
-  rows = []
+def run(only: str, interpret: bool) -> Iterator[dict]:
+  """The report so far, after every case: one that fails costs itself alone."""
+  device = jax.devices()[0]
+  report = {
+    'device': device.device_kind,
+    'jax': jax.__version__,
+    'date': datetime.date.today().isoformat(),
+    'floors': {} if interpret else floors(),
+    'rows': [],
+  }
   for op, (shapes, make, small) in kernel_cases.OPS.items():
     if not op.startswith(only):
       continue
     for name, shape in shapes.items():
       row = {'op': op, 'shape': name}
-      row['error'] = relative_error(make(small(shape)))
-      if not interpret:
-        row |= time_case(make(shape), rates)
-      rows.append(row)
+      report['rows'].append(row)
+      try:
+        row['error'] = relative_error(make(small(shape)))
+        if not interpret:
+          row |= time_case(make(shape), report['floors'])
+      except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        row['note'] = str(error).splitlines()[0][:60]
       print(json.dumps(row), flush=True)
+      yield report
       if interpret:
         break  # one shape is enough to test the runner
-  device = jax.devices()[0]
-  return {
-    'device': device.device_kind,
-    'jax': jax.__version__,
-    'date': datetime.date.today().isoformat(),
-    'floors': rates,
-    'rows': rows,
-  }
 
 
 def table(report: dict) -> str:
@@ -139,19 +144,20 @@ def main(argv) -> int:
   flags = parser.parse_args(argv)
   if flags.interpret:
     with compat.interpreted():
-      print(table(run(flags.only, True)))
+      *_, report = run(flags.only, True)
+    print(table(report))
     return 0
   if jax.default_backend() != 'gpu':
     print('benchmarks.kernels: no GPU here, nothing to time', file=sys.stderr)
     return 2
-  report = run(flags.only, False)
   out = pathlib.Path(flags.out)
   out.mkdir(parents=True, exist_ok=True)
-  stem = f'kernels-{report["device"].replace(" ", "-")}-{report["jax"]}'
-  (out / f'{stem}.json').write_text(json.dumps(report, indent=1) + '\n')
-  (out / f'{stem}.md').write_text(table(report))
+  for report in run(flags.only, False):
+    stem = f'kernels-{report["device"].replace(" ", "-")}-{report["jax"]}'
+    (out / f'{stem}.json').write_text(json.dumps(report, indent=1) + '\n')
+    (out / f'{stem}.md').write_text(table(report))
   print(table(report))
-  return 0
+  return 1 if any('us' not in row for row in report['rows']) else 0
 
 
 if __name__ == '__main__':

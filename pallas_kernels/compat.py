@@ -16,6 +16,7 @@ import jax.numpy as jnp
 BEFORE_0_11 = jax.__version_info__ < (0, 11)
 _interpret = contextvars.ContextVar('pallas_kernels_interpret', default=None)
 
+SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
 # Layout of wgmma operands in shared memory: 8 rows by 128 bytes, swizzled.
 TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 

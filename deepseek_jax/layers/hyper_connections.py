@@ -8,12 +8,14 @@ Legend: B batch, T tokens, n streams, D model, M = n (n + 2) maps.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.residual import Residual
 from deepseek_jax.sharding import param
@@ -106,8 +108,16 @@ def maps(
     )
   )
   # The op takes rows first and ends on columns, as the checkpoints do.
-  comb = sinkhorn(
-    comb.reshape(-1, n, n), iterations=cfg.iterations, eps=cfg.eps
+  mixed = functools.partial(
+    sinkhorn,
+    comb.reshape(-1, n, n),
+    iterations=cfg.iterations,
+    eps=cfg.eps,
+  )
+  comb = kernels.pick(
+    'sinkhorn',
+    lambda impl: mixed(impl=impl),
+    lambda: mixed(impl='reference'),
   )
   comb = comb.reshape(*mix.shape[:-1], n, n)
   return jax.nn.sigmoid(pre) + cfg.eps, 2 * jax.nn.sigmoid(post), comb

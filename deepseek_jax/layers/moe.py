@@ -169,20 +169,21 @@ def apply_experts(
   plan = permute.plan(experts, E)
   rows = permute.permute(x, plan)
   gate_up = gate_up.reshape(E, D, 2 * F)
-  h = _hidden(rows, gate_up, plan.block_expert, limit, float8)
-  y = gmm.grouped_matmul(h, down, plan.block_expert, float8=float8)
+  how = {'used': plan.used}  # blocks of filler are skipped
+  h = _hidden(rows, gate_up, plan.block_expert, limit, float8, how)
+  y = gmm.grouped_matmul(h, down, plan.block_expert, float8=float8, **how)
   return permute.combine(y, weights, plan)
 
 
-def _hidden(rows, gate_up, block_expert, limit, float8):
+def _hidden(rows, gate_up, block_expert, limit, float8, how):
   """rows [M D], gate_up [E D 2F] -> [M F] after the activation."""
   args = rows, gate_up, block_expert
   if float8:
-    return swiglu(gmm.grouped_matmul(*args, float8=True), limit)
+    return swiglu(gmm.grouped_matmul(*args, float8=True, **how), limit)
   return kernels.pick_local(
     'grouped_swiglu',
-    lambda impl: gmm.grouped_swiglu(*args, limit=limit, impl=impl),
-    lambda: swiglu(gmm.grouped_matmul(*args), limit),
+    lambda impl: gmm.grouped_swiglu(*args, **how, limit=limit, impl=impl),
+    lambda: swiglu(gmm.grouped_matmul(*args, **how), limit),
   )
 
 

@@ -255,8 +255,8 @@ def grouped_swiglu(
     gate_up: [E D 2F], the gate's columns before the up-projection's.
     block_expert, used: as in grouped_matmul.
     limit: silu(min(gate, limit)) * clip(up, -limit, limit) (DeepSeek-V4).
-    impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, D a
-      multiple of 64, F of 128; the reference and the backward pass round the
+    impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, D and
+      F multiples of 128; the reference and the backward pass round the
       product to the rows' dtype, the forward kernel doesn't).
 
   Returns:

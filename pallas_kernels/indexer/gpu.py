@@ -198,7 +198,8 @@ def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
     total = (s * lax.broadcast_in_dim(weights, s.shape, [1])).sum(axis=1)
     at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=_TILE)
     at = at.max(axis=1) + (start + i) * BLOCK
-    seen = (at >= span[0]) & (at < span[1])
+    # A score that is nan is none, as in the reference.
+    seen = (at >= span[0]) & (at < span[1]) & (total > -jnp.inf)
     kept[start + i] = jnp.where(seen, _ordered(total), NOTHING)
     return ()
 

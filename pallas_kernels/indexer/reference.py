@@ -18,7 +18,8 @@ def choose(q, k, w, first, last, top_k):
   S = k.shape[0]
   at = jnp.arange(S, dtype=jnp.int32)
   seen = (at >= first[:, None]) & (at < last[:, None])
-  value = jnp.where(seen, scores(q, k, w), -jnp.inf)
+  value = scores(q, k, w)
+  value = jnp.where(seen & (value > -jnp.inf), value, -jnp.inf)  # nan too
   best, where = jax.lax.top_k(value, min(top_k, S))
   where = jnp.where(best > -jnp.inf, where.astype(jnp.int32), S)
   where = jnp.sort(where, axis=-1)

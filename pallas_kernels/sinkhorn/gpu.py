@@ -22,15 +22,26 @@ _LAYOUT = plgpu.Layout.WG_STRIDED((TOKENS,), vec_size=1)
 
 
 def sinkhorn(logits, iterations, eps):
+  _divisors(logits, iterations)
   body = functools.partial(_forward_body, iterations=iterations, eps=eps)
   return _call(body, {}, logits)
 
 
 def sinkhorn_bwd(logits, grad, iterations, eps):
-  n = logits.shape[-1]
   body = functools.partial(_backward_body, iterations=iterations, eps=eps)
-  divisors = plgpu.SMEM(((2 * iterations - 1) * n, TOKENS), jnp.float32)
+  divisors = _divisors(logits, iterations)
   return _call(body, {'divisors': divisors}, logits, grad)
+
+
+def _divisors(logits, iterations):
+  """What the backward pass keeps in shared memory, if it has room."""
+  shape = (2 * iterations - 1) * logits.shape[-1], TOKENS
+  room = compat.SHARED_MEMORY // 4 // TOKENS
+  if shape[0] > room:
+    raise NotImplementedError(
+      f'{iterations} iterations keep {shape[0]} divisors, more than {room}'
+    )
+  return plgpu.SMEM(shape, jnp.float32)
 
 
 def _call(body, scratch, *arrays):

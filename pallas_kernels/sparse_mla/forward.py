@@ -45,7 +45,8 @@ def attend(q_c, q_r, c, k_r, at, scale):
       jax.ShapeDtypeStruct(q_c.shape, q_c.dtype),
       jax.ShapeDtypeStruct((N, H), jnp.float32),
     ),
-    grid={'query': N, 'tile': H // HEADS},
+    # One axis: the others of a grid end at 65,535.
+    grid={'item': N * (H // HEADS)},
     threads=2,
     across_warps=False,
     scratch={
@@ -68,7 +69,9 @@ def _body(
   q_c, q_r, c, k_r, at, steps, out, lse,
   qc, qr, kc, kr, ps, stat, q_here, k_here, max_here, p_here, *, scale,
 ):  # fmt: skip
-  n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
+  item, w = lax.axis_index('item'), lax.axis_index('wg')
+  tiles = q_c.shape[1] // HEADS
+  n, tile = lax.div(item, tiles), lax.rem(item, tiles)
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
 
   @pl.when(w == 0)
@@ -139,6 +142,7 @@ def _body(
       plgpu.wgmma_wait(0)
 
     acc = compat.accumulate(acc, weigh)
+    plgpu.commit_smem()  # every warp is done reading what is fetched over
     fetch(block + 2)
     return acc, new_top, total
 

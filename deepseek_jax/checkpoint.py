@@ -76,6 +76,7 @@ class Checkpoints:
     *,
     keep: int = 2,
     verify: str = 'full',
+    read_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
   ):
     """Opens a folder of checkpoints.
@@ -84,6 +85,8 @@ class Checkpoints:
       directory: made when needed.
       keep: how many steps stay.
       verify: what `newest_whole` reads: 'full', 'sample' or 'off'.
+      read_only: beside a run that may be saving there now: nothing is made,
+        and no save under way is taken for one that died.
       say: takes one line for every save that failed.
     """
     import orbax.checkpoint as ocp
@@ -93,8 +96,10 @@ class Checkpoints:
     self._saving, self._failed = None, 0
     self.directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
-      cleanup_tmp_directories=True,
+      max_to_keep=None if read_only else keep,
+      cleanup_tmp_directories=not read_only,
+      create=not read_only,
+      read_only=read_only,
       async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
     # Named, so that a manager that has saved nothing knows how to read, too.

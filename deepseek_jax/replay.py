@@ -99,7 +99,7 @@ def _before(workdir, step, config, model, batches):
   """The state that is nearest before a step; moves `batches` there."""
   fresh = functools.partial(folder.fresh_state, config, model)
   with Checkpoints(
-    workdir / 'checkpoints', verify=config.safety.verify
+    workdir / 'checkpoints', verify=config.safety.verify, read_only=True
   ) as checkpoints:
     found = checkpoints.newest_whole(before=step)
     if found is None:

@@ -65,6 +65,18 @@ class CheckpointTest(parameterized.TestCase):
     again = ds.from_dict(ds.TransformerConfig, got.config)
     self.assertEqual(again, tiny.config('v3'))
 
+  def test_a_reader_leaves_a_save_under_way_alone(self):
+    self.store({'a': jnp.ones(3)})
+    begun = self.folder / '6.orbax-checkpoint-tmp'
+    begun.mkdir()
+    with Checkpoints(self.folder, read_only=True) as reader:
+      self.assertEqual(reader.newest_whole(), 5)
+      like = {'a': jax.ShapeDtypeStruct((3,), jnp.float32)}
+      np.testing.assert_array_equal(reader.restore(5, like).state['a'], 1)
+    self.assertTrue(begun.exists())
+    with Checkpoints(self.folder):  # a run that starts again clears it away
+      self.assertFalse(begun.exists())
+
   def test_a_saved_state_is_a_copy(self):
     checkpoints = self.enterContext(Checkpoints(self.folder))
     x = jnp.arange(1 << 16, dtype=jnp.float32)

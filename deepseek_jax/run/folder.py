@@ -105,7 +105,7 @@ def load(workdir: str | Path) -> Loaded:
   config = configs.from_dict(RunConfig, json.loads(path.read_text()))
   model = build(config.model)
   with Checkpoints(
-    workdir / 'checkpoints', verify=config.safety.verify
+    workdir / 'checkpoints', verify=config.safety.verify, read_only=True
   ) as checkpoints:
     step = checkpoints.newest_whole(say.warn)
     if step is None:

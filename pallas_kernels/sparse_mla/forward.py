@@ -45,8 +45,7 @@ def attend(q_c, q_r, c, k_r, at, scale):
       jax.ShapeDtypeStruct(q_c.shape, q_c.dtype),
       jax.ShapeDtypeStruct((N, H), jnp.float32),
     ),
-    # One axis: the others of a grid end at 65,535.
-    grid={'item': N * (H // HEADS)},
+    grid={'query': N, 'tile': H // HEADS},
     threads=2,
     across_warps=False,
     scratch={
@@ -69,9 +68,7 @@ def _body(
   q_c, q_r, c, k_r, at, steps, out, lse,
   qc, qr, kc, kr, ps, stat, q_here, k_here, max_here, p_here, *, scale,
 ):  # fmt: skip
-  item, w = lax.axis_index('item'), lax.axis_index('wg')
-  tiles = q_c.shape[1] // HEADS
-  n, tile = lax.div(item, tiles), lax.rem(item, tiles)
+  n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
 
   @pl.when(w == 0)

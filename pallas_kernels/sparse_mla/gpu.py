@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.sparse_mla import forward, latents, queries
 from pallas_kernels.sparse_mla.blocks import BLOCK, HEADS, LATENT, ROPE
 
+MOST = 65_535  # queries of one call: so far a grid goes in all but one axis
+
 
 def sparse_mla(q_c, q_r, c, k_r, index, scale):
   if any(a.dtype != jnp.bfloat16 for a in (q_c, q_r, c, k_r)):
@@ -37,13 +39,21 @@ def sparse_mla(q_c, q_r, c, k_r, index, scale):
   return out[:, :H].reshape(B, T, H, LATENT)
 
 
+def _in_parts(run, own):
+  """run(*own) on the queries [N ...], so many at a time as a grid can have."""
+  starts = range(0, own[0].shape[0], MOST)
+  parts = [run(*(a[start : start + MOST] for a in own)) for start in starts]
+  return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q_c, q_r, c, k_r, at, scale):
-  return forward.attend(q_c, q_r, c, k_r, at, scale)[0]
+  return _fwd(q_c, q_r, c, k_r, at, scale)[0]
 
 
 def _fwd(q_c, q_r, c, k_r, at, scale):
-  out, lse = forward.attend(q_c, q_r, c, k_r, at, scale)
+  run = lambda q_c, q_r, at: forward.attend(q_c, q_r, c, k_r, at, scale)
+  out, lse = _in_parts(run, (q_c, q_r, at))
   return out, (q_c, q_r, c, k_r, at, out, lse)
 
 
@@ -53,7 +63,8 @@ def _bwd(scale, saved, grad):
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1)  # [N H]
   own = (q_c, q_r, grad, lse, delta, at)
-  dq_c, dq_r = queries.queries(*own, c, k_r, scale)
+  run = lambda *own: queries.queries(*own, c, k_r, scale)
+  dq_c, dq_r = _in_parts(run, own)
   dc, dk_r = latents.latents(own, c, k_r, scale)
   return dq_c, dq_r, dc.astype(c.dtype), dk_r.astype(k_r.dtype), None
 

@@ -45,8 +45,7 @@ def queries(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
       jax.ShapeDtypeStruct(q_c.shape, q_c.dtype),
       jax.ShapeDtypeStruct(q_r.shape, q_r.dtype),
     ),
-    # One axis: the others of a grid end at 65,535.
-    grid={'item': N * (H // HEADS)},
+    grid={'query': N, 'tile': H // HEADS},
     threads=2,
     across_warps=False,
     scratch={
@@ -65,9 +64,7 @@ def _queries_body(
   q_c, q_r, grad, lse, delta, at, steps, c, k_r, dq_c, dq_r,
   qc, qr, gc, kc, kr, ps, ds, p_here, met, own_here, *, scale,
 ):  # fmt: skip
-  item, w = lax.axis_index('item'), lax.axis_index('wg')
-  tiles = q_c.shape[1] // HEADS
-  n, tile = lax.div(item, tiles), lax.rem(item, tiles)
+  n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
   for source, dest, part in (

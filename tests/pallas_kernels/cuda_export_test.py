@@ -1,10 +1,14 @@
 """Every kernel lowers for CUDA on an installation without a GPU."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
 
 from pallas_kernels import aot_cases
+from pallas_kernels.sparse_mla import sparse_mla
 
 # One small case per operation runs in the fast part.
 FAST = (
@@ -62,6 +66,22 @@ class HazardTest(parameterized.TestCase):
         self.assertEqual(eqn.params['axes'], (1,), name)
     if name.startswith(('indexer', 'grouped', 'mla_decode', 'sparse_mla')):
       self.assertEqual(several, 2)  # the walk saw inside the kernels
+
+  def test_a_grid_goes_no_further_than_it_can(self):
+    # All axes but the last end at 65,535.
+    bf, i32 = jnp.bfloat16, jnp.int32
+    args = [((1, 70_000, 64, n), bf) for n in (512, 64)]
+    args += [((1, 256, n), bf) for n in (512, 64)] + [((1, 70_000, 64), i32)]
+    op = functools.partial(sparse_mla, scale=1.0, impl='gpu')
+    seen = []
+    for eqn, _ in within(
+      jax.make_jaxpr(op)(*(jax.ShapeDtypeStruct(*a) for a in args)).jaxpr
+    ):
+      for m in eqn.params.get('meshes') or (eqn.params.get('mesh'),):
+        seen += [getattr(m, 'grid', ())]
+    grids = [grid for grid in seen if grid]
+    self.assertEqual(sum(grid[0] for grid in grids), 70_000)
+    self.assertLessEqual(max(max(grid[:-1]) for grid in grids), 65_535)
 
 
 class CudaExportTest(parameterized.TestCase):

@@ -192,24 +192,38 @@ def warnings(text: str) -> list[str]:
   ]
 
 
+def run(argv: list[str], devices: int, text: str = ''):
+  """Python as a process of its own, which sees so many fake devices."""
+  # Compiled to be read, not to be run: LLVM need not bother.
+  flags = (
+    f'--xla_force_host_platform_device_count={devices}'
+    ' --xla_llvm_disable_expensive_passes=true'
+  )
+  own = {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': flags,
+    'TF_CPP_MIN_LOG_LEVEL': '0',  # its warnings are read
+  }
+  return subprocess.run(
+    [sys.executable, *argv],
+    input=text,
+    env=os.environ | own,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
 def compile_step(program: Program) -> Compiled:
   """Compiles in a process of its own with as many fake devices as needed.
 
   Raises:
     RuntimeError: the process failed; with its last lines.
   """
-  # Compiled to be read, not to be run: LLVM need not bother.
-  flags = (
-    f'--xla_force_host_platform_device_count={program.mesh.devices}'
-    ' --xla_llvm_disable_expensive_passes=true'
-  )
-  done = subprocess.run(
-    [sys.executable, '-m', 'deepseek_jax.plan.compiled'],
-    input=json.dumps(to_dict(program)),
-    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=flags),
-    capture_output=True,
-    text=True,
-    check=False,
+  done = run(
+    ['-m', 'deepseek_jax.plan.compiled'],
+    program.mesh.devices,
+    json.dumps(to_dict(program)),
   )
   if done.returncode:
     lines = '\n'.join(done.stderr.splitlines()[-5:])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import os
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 from rich.console import Console
@@ -21,6 +23,18 @@ WARNING = (
   ' stack_frame_id=109}. As the last resort, SPMD will replicate the tensor.'
 )
 UNNAMED = WARNING.replace(', metadata={op_name="jit(f)/add_any"', ', x={"a"')
+
+# Cut by rows, wanted cut by columns: XLA:CPU gathers it whole, and says so.
+GATHERED = """
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+rows = NamedSharding(mesh, P(('a', 'b'), None, None))
+columns = NamedSharding(mesh, P(None, None, 'b'))
+cut = lambda x: jax.lax.with_sharding_constraint(jax.numpy.sin(x), columns)
+step = jax.jit(cut, in_shardings=rows, out_shardings=columns)
+step.lower(jax.ShapeDtypeStruct((8, 16, 16), 'float32')).compile()
+"""
 
 
 class ParseTest(parameterized.TestCase):
@@ -65,6 +79,13 @@ class ProgramTest(parameterized.TestCase):
     self.assertStartsWith(got[0], f'f32[1,12,16] jit(f)/add_any: {before} -> ')
     self.assertIn(after, got[0])
     self.assertIn('(unnamed)', got[1])
+
+  @parameterized.parameters('0', '2', '3')
+  def test_a_warning_of_xla_is_read_whatever_is_silenced(self, level):
+    with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL=level):
+      done = compiled.run(['-c', GATHERED], 4)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertLen(compiled.warnings(done.stderr), 1)
 
   def test_shown_with_what_was_compiled_and_what_it_warns_of(self):
     program = compiled.Program(

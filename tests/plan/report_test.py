@@ -119,6 +119,7 @@ class ReportTest(parameterized.TestCase):
     ({'batch': 1000}, 'batch = 1000: must be a multiple'),
     ({'mesh': plan.Mesh(data=4)}, 'mesh of 4 devices'),
     ({'batch': 128 * 31}, 'at least 2'),
+    ({'batch': 128 * 33}, '33 micro-batches .* an even number.* to 4352'),
     ({'utilization': 1.2}, 'utilization = 1.2'),
     ({'tokens': 0.0}, 'tokens = 0.0'),
     ({'grace': 0.0}, 'grace = 0.0'),

@@ -16,6 +16,7 @@ for a mesh of that many fake devices and shows what each would hold and send.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 
@@ -55,15 +56,23 @@ _COMPILE = flags.DEFINE_string(
   'Compile the training step for a mesh: 8x4x2 (in the order data, fsdp,'
   ' expert, tensor, context) or fsdp=8,expert=4.',
 )
+_FILES = ('--config', '-config', '--versus', '-versus')
 
 
 def _as_files(argv: list[str]) -> list[str]:
-  """--config=v3 becomes --config=experiments/configs/preset.py:v3."""
-  out = []
-  for arg in argv:
+  """--config=v3 becomes --config=experiments/configs/preset.py:v3.
+
+  So does --config v3: from here on both parts are one argument.
+  """
+  out, rest = [], list(argv)
+  while rest:
+    arg = rest.pop(0)
     flag, equals, value = arg.partition('=')
-    if flag.lstrip('-') in ('config', 'versus') and value in PRESETS:
-      arg = f'{flag}{equals}{preset.__file__}:{value}'
+    if flag in _FILES and not equals and rest and rest[0][:1] != '-':
+      value = rest.pop(0)
+      arg = f'{flag}={value}'
+    if flag in _FILES and value in PRESETS:
+      arg = f'{flag}={preset.__file__}:{value}'
     out.append(arg)
   return out
 
@@ -75,6 +84,16 @@ def _name(flag: str, argv: list[str]) -> str:
     if key.lstrip('-') == flag:
       return pathlib.Path(value.rpartition(':')[2]).stem
   return flag
+
+
+def _read(holder: flags.FlagHolder):
+  """A configuration or None; InputError where there is no such file."""
+  try:
+    if holder.value is not None:
+      holder.value.keys()  # one that did not load fails when it is used
+  except OSError as error:
+    raise InputError(f'--{holder.name}: {error}') from None
+  return holder.value
 
 
 def _of_run(run: loop.RunConfig) -> PlanConfig:
@@ -146,24 +165,44 @@ def timeline(made: plan.Report) -> pipeline.Timeline:
   return pipeline.simulate(schedule, pipeline.Durations())
 
 
+def _check_paths():
+  """What can't be written is told before the work, not after it."""
+  for holder in (_JSON, _PICTURE, _TIMELINE):
+    if not holder.value:
+      continue
+    path = pathlib.Path(holder.value)
+    wrong = None
+    if not path.parent.is_dir():
+      wrong = f'there is no folder {path.parent}; make it first'
+    elif path.is_dir():
+      wrong = 'is a folder; name a file in it'
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+      wrong = 'may not be written; name another file'
+    if wrong:
+      raise InputError(f'--{holder.name}={path}: {wrong}')
+
+
 def main(argv):
   del argv
-  if _CONFIG.value is None:
+  if _read(_CONFIG) is None:
     raise InputError(
       f'give --config=FILE, or --config=NAME of {", ".join(PRESETS)}'
     )
+  _check_paths()
   cluster = hardware.cluster(_CLUSTER.value)
-  names = {'config': _name('config', sys.argv)}
-  reports = {names['config']: report(_CONFIG.value, cluster)}
-  if _VERSUS.value is not None:
+  first = _name('config', sys.argv)
+  reports = {first: report(_CONFIG.value, cluster)}
+  if _read(_VERSUS) is not None:
     other = _name('versus', sys.argv)
     if other in reports:
       other += ' (versus)'
     reports[other] = report(_VERSUS.value, cluster)
-  Console().print(tables.render(reports))
-  first = names['config']
+  asked = None
   if _COMPILE.value:
     asked = program(reports[first], _COMPILE.value)
+    compiled.check(asked)
+  Console().print(tables.render(reports))
+  if asked:
     out = compiled.compile_step(asked)
     Console().print(tables.render_compiled(first, asked, out))
   if _JSON.value:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import deepseek_jax as ds
 from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import compiled, tables
 from deepseek_jax.plan.collectives import Total
 from tests import tiny
@@ -48,6 +49,10 @@ class ParseTest(parameterized.TestCase):
     got = compiled.parse_mesh(text)
     self.assertEqual(got, compiled.MeshConfig(**sizes))
 
+  def test_an_axis_given_twice_is_named(self):
+    with self.assertRaisesRegex(ds.InputError, 'fsdp is given twice'):
+      compiled.parse_mesh('fsdp=2,expert=2,fsdp=4')
+
   @parameterized.parameters('8xx4', 'a=4', '8,4', '', 'fsdp=x', '1x1x1x1x1x1x1')
   def test_mistakes_say_how_to_write_it(self, text):
     with self.assertRaisesRegex(ds.InputError, 'write 8x4x2'):
@@ -65,6 +70,23 @@ class ProgramTest(parameterized.TestCase):
       compiled.Program(
         tiny.config('v3'), compiled.MeshConfig(**sizes), seq_len=16
       )
+
+  @parameterized.parameters(
+    ({'tensor': 3}, 'does not divide by mesh.tensor = 3'),
+    (
+      {'expert': 2, 'exchange': ExchangeConfig(kind='ragged_all_to_all')},
+      'XLA has none for a CPU',
+    ),
+  )
+  def test_what_does_not_fit_is_named_here_and_by_the_process(
+    self, changes, message
+  ):
+    program = compiled.Program(
+      tiny.config('v3'), compiled.MeshConfig(**changes), seq_len=16
+    )
+    for way in (compiled.check, compiled.compile_step):
+      with self.assertRaisesRegex(ds.InputError, message):
+        way(program)
 
   def test_survives_json(self):
     program = compiled.Program(

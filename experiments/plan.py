@@ -8,9 +8,11 @@ python -m experiments.plan --config=v2_lite --compile=fsdp=8,expert=8
 
 --config takes a preset's name or a file with get_config(). A preset's plan has
 the fields `model` and `recipe` (--config.recipe.mesh.expert=64); v3 comes with
-its own recipe, the others are spread over all devices. Nothing is allocated,
-and nothing compiled but by --compile: it has XLA partition the training step
-for a mesh of that many fake devices and shows what each would hold and send.
+its own recipe, the others are spread over all devices. A file's plan is that
+of its run: on the run's mesh where it has one, by its rules and its exchange.
+Nothing is allocated, and nothing compiled but by --compile: it has XLA
+partition the training step for a mesh of that many fake devices, whatever the
+run's own sizes, and shows what each would hold and send.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from rich.console import Console
 
 from deepseek_jax import loop, plan
 from deepseek_jax.errors import InputError
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.plan import (
   compiled,
   hardware,
@@ -34,7 +37,7 @@ from deepseek_jax.plan import (
   schedules,
   tables,
 )
-from experiments import common
+from experiments import common, run_plan
 from experiments.configs import preset
 from experiments.configs.preset import PRESETS, PlanConfig
 
@@ -96,18 +99,6 @@ def _read(holder: flags.FlagHolder):
   return holder.value
 
 
-def _of_run(run: loop.RunConfig) -> PlanConfig:
-  """The plan of a training run's configuration."""
-  batch = run.train.batch
-  training = plan.Training(
-    seq_len=run.data.seq_len,
-    micro_batch=max(batch.size // batch.accumulate, 1),
-    optimizer=run.train.optimizer,
-  )
-  recipe = plan.Recipe(run.train.tokens, batch.size, training)
-  return PlanConfig(run.model, recipe)
-
-
 def fitted(config: PlanConfig, cluster: plan.Cluster) -> PlanConfig:
   """Spreads a plan that names no mesh over the cluster.
 
@@ -131,19 +122,36 @@ def fitted(config: PlanConfig, cluster: plan.Cluster) -> PlanConfig:
 def report(config, cluster: plan.Cluster) -> plan.Report:
   """The plan of an edited configuration, a preset's or a run's."""
   if 'recipe' in config:
-    made = common.frozen(PlanConfig, config)
-  else:
-    made = _of_run(common.frozen(loop.RunConfig, config))
-  made = fitted(made, cluster)
-  return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
+    made = fitted(common.frozen(PlanConfig, config), cluster)
+    return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
+  run = common.frozen(loop.RunConfig, config)
+  run_plan.check(run, cluster)
+  made = fitted(run_plan.plan_of(run), cluster)
+  out = plan.estimate(
+    made.model,
+    cluster=cluster,
+    recipe=made.recipe,
+    rules=run_plan.rules(run.mesh),
+  )
+  told = out.assumptions + run_plan.differences(run, out)
+  return dataclasses.replace(out, assumptions=told)
 
 
-def program(made: plan.Report, text: str) -> compiled.Program:
-  """The training step of a plan on the mesh that --compile names."""
-  run = made.recipe.training
+def program(made: plan.Report, text: str, config) -> compiled.Program:
+  """The training step of a plan on the mesh that --compile names.
+
+  Args:
+    made: the plan.
+    text: the mesh's sizes, all of them.
+    config: what was planned; a run's has rules and exchange of its own.
+  """
+  grid = MeshConfig()
+  if 'recipe' not in config:
+    grid = common.frozen(loop.RunConfig, config).mesh
+  run, asked = made.recipe.training, compiled.parse_mesh(text)
   return compiled.Program(
     made.config,
-    compiled.parse_mesh(text),
+    dataclasses.replace(asked, rules=grid.rules, exchange=grid.exchange),
     run.seq_len,
     run.micro_batch,
     run.optimizer,
@@ -199,7 +207,7 @@ def main(argv):
     reports[other] = report(_VERSUS.value, cluster)
   asked = None
   if _COMPILE.value:
-    asked = program(reports[first], _COMPILE.value)
+    asked = program(reports[first], _COMPILE.value, _CONFIG.value)
     compiled.check(asked)
   Console().print(tables.render(reports))
   if asked:

@@ -8,14 +8,17 @@ python -m experiments.plan --config=v2_lite --compile=fsdp=8,expert=8
 
 --config takes a preset's name or a file with get_config(). A preset's plan has
 the fields `model` and `recipe` (--config.recipe.mesh.expert=64); v3 comes with
-its own recipe, the others are spread over all devices. Nothing is allocated,
-and nothing compiled but by --compile: it has XLA partition the training step
-for a mesh of that many fake devices and shows what each would hold and send.
+its own recipe, the others are spread over all devices. A file's plan is that
+of its run: on the run's mesh where it has one, by its rules and its exchange.
+Nothing is allocated, and nothing compiled but by --compile: it has XLA
+partition the training step for a mesh of that many fake devices, whatever the
+run's own sizes, and shows what each would hold and send.
 """
 
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 
@@ -25,6 +28,7 @@ from rich.console import Console
 
 from deepseek_jax import loop, plan
 from deepseek_jax.errors import InputError
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.plan import (
   compiled,
   hardware,
@@ -33,7 +37,7 @@ from deepseek_jax.plan import (
   schedules,
   tables,
 )
-from experiments import common
+from experiments import common, run_plan
 from experiments.configs import preset
 from experiments.configs.preset import PRESETS, PlanConfig
 
@@ -55,15 +59,23 @@ _COMPILE = flags.DEFINE_string(
   'Compile the training step for a mesh: 8x4x2 (in the order data, fsdp,'
   ' expert, tensor, context) or fsdp=8,expert=4.',
 )
+_FILES = ('--config', '-config', '--versus', '-versus')
 
 
 def _as_files(argv: list[str]) -> list[str]:
-  """--config=v3 becomes --config=experiments/configs/preset.py:v3."""
-  out = []
-  for arg in argv:
+  """--config=v3 becomes --config=experiments/configs/preset.py:v3.
+
+  So does --config v3: from here on both parts are one argument.
+  """
+  out, rest = [], list(argv)
+  while rest:
+    arg = rest.pop(0)
     flag, equals, value = arg.partition('=')
-    if flag.lstrip('-') in ('config', 'versus') and value in PRESETS:
-      arg = f'{flag}{equals}{preset.__file__}:{value}'
+    if flag in _FILES and not equals and rest and rest[0][:1] != '-':
+      value = rest.pop(0)
+      arg = f'{flag}={value}'
+    if flag in _FILES and value in PRESETS:
+      arg = f'{flag}={preset.__file__}:{value}'
     out.append(arg)
   return out
 
@@ -77,16 +89,14 @@ def _name(flag: str, argv: list[str]) -> str:
   return flag
 
 
-def _of_run(run: loop.RunConfig) -> PlanConfig:
-  """The plan of a training run's configuration."""
-  batch = run.train.batch
-  training = plan.Training(
-    seq_len=run.data.seq_len,
-    micro_batch=max(batch.size // batch.accumulate, 1),
-    optimizer=run.train.optimizer,
-  )
-  recipe = plan.Recipe(run.train.tokens, batch.size, training)
-  return PlanConfig(run.model, recipe)
+def _read(holder: flags.FlagHolder):
+  """A configuration or None; InputError where there is no such file."""
+  try:
+    if holder.value is not None:
+      holder.value.keys()  # one that did not load fails when it is used
+  except OSError as error:
+    raise InputError(f'--{holder.name}: {error}') from None
+  return holder.value
 
 
 def fitted(config: PlanConfig, cluster: plan.Cluster) -> PlanConfig:
@@ -112,19 +122,36 @@ def fitted(config: PlanConfig, cluster: plan.Cluster) -> PlanConfig:
 def report(config, cluster: plan.Cluster) -> plan.Report:
   """The plan of an edited configuration, a preset's or a run's."""
   if 'recipe' in config:
-    made = common.frozen(PlanConfig, config)
-  else:
-    made = _of_run(common.frozen(loop.RunConfig, config))
-  made = fitted(made, cluster)
-  return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
+    made = fitted(common.frozen(PlanConfig, config), cluster)
+    return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
+  run = common.frozen(loop.RunConfig, config)
+  run_plan.check(run, cluster)
+  made = fitted(run_plan.plan_of(run), cluster)
+  out = plan.estimate(
+    made.model,
+    cluster=cluster,
+    recipe=made.recipe,
+    rules=run_plan.rules(run.mesh),
+  )
+  told = out.assumptions + run_plan.differences(run, out)
+  return dataclasses.replace(out, assumptions=told)
 
 
-def program(made: plan.Report, text: str) -> compiled.Program:
-  """The training step of a plan on the mesh that --compile names."""
-  run = made.recipe.training
+def program(made: plan.Report, text: str, config) -> compiled.Program:
+  """The training step of a plan on the mesh that --compile names.
+
+  Args:
+    made: the plan.
+    text: the mesh's sizes, all of them.
+    config: what was planned; a run's has rules and exchange of its own.
+  """
+  grid = MeshConfig()
+  if 'recipe' not in config:
+    grid = common.frozen(loop.RunConfig, config).mesh
+  run, asked = made.recipe.training, compiled.parse_mesh(text)
   return compiled.Program(
     made.config,
-    compiled.parse_mesh(text),
+    dataclasses.replace(asked, rules=grid.rules, exchange=grid.exchange),
     run.seq_len,
     run.micro_batch,
     run.optimizer,
@@ -146,24 +173,44 @@ def timeline(made: plan.Report) -> pipeline.Timeline:
   return pipeline.simulate(schedule, pipeline.Durations())
 
 
+def _check_paths():
+  """What can't be written is told before the work, not after it."""
+  for holder in (_JSON, _PICTURE, _TIMELINE):
+    if not holder.value:
+      continue
+    path = pathlib.Path(holder.value)
+    wrong = None
+    if not path.parent.is_dir():
+      wrong = f'there is no folder {path.parent}; make it first'
+    elif path.is_dir():
+      wrong = 'is a folder; name a file in it'
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+      wrong = 'may not be written; name another file'
+    if wrong:
+      raise InputError(f'--{holder.name}={path}: {wrong}')
+
+
 def main(argv):
   del argv
-  if _CONFIG.value is None:
+  if _read(_CONFIG) is None:
     raise InputError(
       f'give --config=FILE, or --config=NAME of {", ".join(PRESETS)}'
     )
+  _check_paths()
   cluster = hardware.cluster(_CLUSTER.value)
-  names = {'config': _name('config', sys.argv)}
-  reports = {names['config']: report(_CONFIG.value, cluster)}
-  if _VERSUS.value is not None:
+  first = _name('config', sys.argv)
+  reports = {first: report(_CONFIG.value, cluster)}
+  if _read(_VERSUS) is not None:
     other = _name('versus', sys.argv)
     if other in reports:
       other += ' (versus)'
     reports[other] = report(_VERSUS.value, cluster)
-  Console().print(tables.render(reports))
-  first = names['config']
+  asked = None
   if _COMPILE.value:
-    asked = program(reports[first], _COMPILE.value)
+    asked = program(reports[first], _COMPILE.value, _CONFIG.value)
+    compiled.check(asked)
+  Console().print(tables.render(reports))
+  if asked:
     out = compiled.compile_step(asked)
     Console().print(tables.render_compiled(first, asked, out))
   if _JSON.value:

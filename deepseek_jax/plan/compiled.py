@@ -121,16 +121,26 @@ def parse_mesh(text: str) -> MeshConfig:
     pairs = list(zip(AXES, sizes))
   if not all(size.isdigit() for _, size in pairs):
     raise InputError(f'compile = {text!r}: {how}')
-  for name, _ in pairs:
+  seen = [name for name, _ in pairs]
+  for name in seen:
     if name not in AXES:
       raise InputError(f'compile = {text!r}: no axis {name!r}; {how}')
+    if seen.count(name) > 1:
+      raise InputError(f'compile = {text!r}: {name} is given twice; {how}')
   return MeshConfig(**{name: int(size) for name, size in pairs})
+
+
+def check(program: Program) -> None:
+  """Raises InputError where model and mesh do not fit; compiles nothing."""
+  grid, model = program.mesh, program.model
+  meshes.check(grid, build(model).abstract)
+  grid.exchange.check(grid.ways('experts'), model.dim, 'cpu')
 
 
 def lower(program: Program):
   """The lowered step, its abstract state and batch; needs the devices."""
+  check(program)
   model, config = build(program.model), program.mesh
-  meshes.check(config, model.abstract)
   cfg = TrainConfig(1e12, BatchConfig(program.rows), program.optimizer)
   mesh = meshes.make(config)
   state = jax.eval_shape(
@@ -192,25 +202,42 @@ def warnings(text: str) -> list[str]:
   ]
 
 
-def compile_step(program: Program) -> Compiled:
-  """Compiles in a process of its own with as many fake devices as needed.
-
-  Raises:
-    RuntimeError: the process failed; with its last lines.
-  """
+def run(argv: list[str], devices: int, text: str = ''):
+  """Python as a process of its own, which sees so many fake devices."""
   # Compiled to be read, not to be run: LLVM need not bother.
   flags = (
-    f'--xla_force_host_platform_device_count={program.mesh.devices}'
+    f'--xla_force_host_platform_device_count={devices}'
     ' --xla_llvm_disable_expensive_passes=true'
   )
-  done = subprocess.run(
-    [sys.executable, '-m', 'deepseek_jax.plan.compiled'],
-    input=json.dumps(to_dict(program)),
-    env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=flags),
+  own = {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': flags,
+    'TF_CPP_MIN_LOG_LEVEL': '0',  # its warnings are read
+  }
+  return subprocess.run(
+    [sys.executable, *argv],
+    input=text,
+    env=os.environ | own,
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+def compile_step(program: Program) -> Compiled:
+  """Compiles in a process of its own with as many fake devices as needed.
+
+  Raises:
+    InputError: model and mesh do not fit.
+    RuntimeError: the process failed; with its last lines.
+  """
+  done = run(
+    ['-m', 'deepseek_jax.plan.compiled'],
+    program.mesh.devices,
+    json.dumps(to_dict(program)),
+  )
+  if done.returncode == InputError.status:
+    raise InputError(done.stdout.splitlines()[-1])
   if done.returncode:
     lines = '\n'.join(done.stderr.splitlines()[-5:])
     raise RuntimeError(f'the step does not compile:\n{lines}')
@@ -222,5 +249,9 @@ def compile_step(program: Program) -> Compiled:
 
 
 if __name__ == '__main__':
-  _made = compile_here(from_dict(Program, json.load(sys.stdin)))
+  try:
+    _made = compile_here(from_dict(Program, json.load(sys.stdin)))
+  except InputError as _error:  # what only tracing finds
+    print(' '.join(str(_error).split()))
+    sys.exit(InputError.status)
   print(json.dumps(dataclasses.asdict(_made)))

@@ -52,7 +52,7 @@ class Training:
   micro_batch: int = 1
   optimizer: OptimizerConfig = OptimizerConfig()
   zero: Literal[0, 1] = 0
-  dispatch: Literal['bfloat16', 'float8'] = 'bfloat16'
+  dispatch: Literal['float32', 'bfloat16', 'float8'] = 'bfloat16'
   schedule: Literal['1f1b', 'zb1p', 'dualpipe', 'dualpipev'] = '1f1b'
 
   def __post_init__(self):

@@ -251,6 +251,11 @@ def _check(config, cluster, recipe):
       f'batch = {recipe.batch}: gives {micro} micro-batches per device;'
       f' {run.schedule} needs at least 2 * mesh.stage = {2 * grid.stage}'
     )
+  if run.schedule == 'dualpipe' and grid.stage > 1 and micro % 2:
+    raise InputError(
+      f'batch = {recipe.batch}: gives {micro} micro-batches per device;'
+      f' dualpipe needs an even number; set batch to {recipe.batch + each}'
+    )
 
 
 def _assumptions(config, cluster, recipe) -> tuple[str, ...]:

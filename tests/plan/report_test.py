@@ -18,6 +18,7 @@ from deepseek_jax import plan
 from deepseek_jax.plan import hardware, pictures, pipeline, schedules, tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+TINY = 'experiments/configs/v3_tiny.py'
 
 
 @functools.cache
@@ -119,6 +120,7 @@ class ReportTest(parameterized.TestCase):
     ({'batch': 1000}, 'batch = 1000: must be a multiple'),
     ({'mesh': plan.Mesh(data=4)}, 'mesh of 4 devices'),
     ({'batch': 128 * 31}, 'at least 2'),
+    ({'batch': 128 * 33}, '33 micro-batches .* an even number.* to 4352'),
     ({'utilization': 1.2}, 'utilization = 1.2'),
     ({'tokens': 0.0}, 'tokens = 0.0'),
     ({'grace': 0.0}, 'grace = 0.0'),
@@ -222,11 +224,10 @@ class LauncherTest(Case):
     self.assertEqual(theirs['parameters']['total'], 8_030_261_248)
     self.assertTrue((folder / 'plan.png').exists())
 
-  def test_a_runs_file_and_its_tokens(self):
+  @parameterized.parameters(('--config=' + TINY,), ('--config', TINY))
+  def test_a_runs_file_and_its_tokens(self, *flags):
     folder = self.folder()
-    done = launch(
-      '--config=experiments/configs/v3_tiny.py', f'--json={folder}/plan.json'
-    )
+    done = launch(*flags, f'--json={folder}/plan.json')
     self.assertEqual(done.returncode, 0, done.stderr)
     recipe = json.loads((folder / 'plan.json').read_text())['v3_tiny']['recipe']
     self.assertEqual(recipe['training']['seq_len'], 256)
@@ -246,12 +247,19 @@ class LauncherTest(Case):
     (('--config=v3',), 'mesh of 2048 devices'),
     (('--config=v3', '--cluster=cray'), "cluster = 'cray'"),
     ((), '--config'),
+    (('--config', 'v3_tinny'), "No such file or directory: 'v3_tinny'"),
+    (('--config=v3_tiny', '--json=/no/x'), '--json=/no/x: there is no folder'),
+    (('--config=v3_tiny', '--picture=/no/x'), '--picture=/no/x: there is no'),
+    (('--config=v3_tiny', '--timeline=/'), '--timeline=/: is a folder'),
+    (('--config=v3_tiny', '--compile=tensor=3'), 'mesh.tensor = 3'),
+    (('--config=v3_tiny', '--compile=fsdp=2,fsdp=4'), 'fsdp is given twice'),
   )
   def test_mistakes_are_one_line_and_status_2(self, flags, message):
     done = launch(*flags)
     self.assertEqual(done.returncode, 2)
+    self.assertEqual(done.stdout, '')
     self.assertIn(message, done.stderr)
-    self.assertNotIn('Traceback', done.stderr)
+    self.assertLen(done.stderr.splitlines(), 1)
 
 
 if __name__ == '__main__':

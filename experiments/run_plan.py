@@ -1,0 +1,98 @@
+"""The plan of a training run: on its own mesh, by its rules and its exchange.
+
+A run without a mesh is left to be spread over the cluster.
+"""
+
+from deepseek_jax import loop, plan
+from deepseek_jax.errors import InputError
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.mesh import MeshConfig, names
+from deepseek_jax.plan.mesh import AXES
+from deepseek_jax.run import staged
+from deepseek_jax.transformer import build
+from experiments.configs.preset import PlanConfig
+
+# What plans take for granted of a batch [rows, tokens].
+_CUT = {'batch': ('data', 'fsdp', 'expert'), 'seq': ('context',)}
+
+
+def check(run: loop.RunConfig, cluster: plan.Cluster) -> None:
+  """Raises InputError where training would, or where a plan would mislead."""
+  grid, batch = run.mesh, run.train.batch
+  meshes.check(grid, build(run.model).abstract)
+  if grid.devices == 1:
+    return
+  if grid.devices != cluster.devices:
+    raise InputError(
+      f'mesh: {grid.spread} makes {grid.devices} devices, but the cluster has'
+      f' {cluster.devices}; give'
+      f' --cluster={cluster.accelerator.name}x{grid.devices}, or sizes that'
+      f' make up {cluster.devices}'
+    )
+  for name, axes in _CUT.items():
+    over = grid.rules.get(name)
+    differ = set(names(over)) ^ set(axes)
+    if any(getattr(grid, axis) > 1 for axis in differ):
+      raise InputError(
+        f'mesh.rules.{name} = {over!r}: plans know it cut by'
+        f' {", ".join(axes)} only; set it to {axes}, or the sizes of'
+        f' {", ".join(sorted(differ))} to 1'
+      )
+  meshes.check_batch(grid, batch.size, run.data.seq_len, batch.accumulate)
+  grid.exchange.check(grid.ways('experts'), run.model.dim)
+  if grid.stage > 1:
+    staged.schedule(grid, batch.accumulate)
+
+
+def _sent(run: loop.RunConfig, dtype: str) -> str:
+  return run.model.compute.dtype if dtype == 'compute' else dtype
+
+
+def plan_of(run: loop.RunConfig) -> PlanConfig:
+  """What is planned for a run; a batch passes as its micro-batches do."""
+  batch, grid = run.train.batch, run.mesh
+  training = plan.Training(
+    seq_len=run.data.seq_len,
+    micro_batch=max(batch.size // (batch.accumulate * grid.ways('batch')), 1),
+    optimizer=run.train.optimizer,
+    dispatch=_sent(run, grid.exchange.dispatch),
+    schedule=grid.schedule,
+  )
+  recipe = plan.Recipe(
+    tokens=run.train.tokens,
+    batch=batch.size,
+    training=training,
+    mesh=plan.Mesh(**{axis: getattr(grid, axis) for axis in AXES}),
+    node_limited=grid.exchange.kind == 'two_hop',
+  )
+  return PlanConfig(run.model, recipe)
+
+
+def rules(grid: MeshConfig) -> dict[str, tuple[str, ...]]:
+  """Of a run, as plans read them."""
+  return {name: names(over) for name, over in grid.rules.items()}
+
+
+def differences(run: loop.RunConfig, made: plan.Report) -> tuple[str, ...]:
+  """What the plan takes otherwise than the run, in words."""
+  out, exchange = [], run.mesh.exchange
+  if rules(run.mesh) != rules(MeshConfig()):
+    out.append('activations lie and travel as by the default mesh.rules')
+  expert, node = made.recipe.mesh.expert, made.cluster.accelerator.node
+  if expert == 1:
+    return tuple(out)
+  back = _sent(run, exchange.combine)
+  if back != 'bfloat16':
+    out.append(f"experts' results come back as bfloat16; the run's as {back}")
+  if exchange.kind == 'all_gather':
+    out.append(
+      'tokens travel to their experts alone; the run (mesh.exchange.kind ='
+      ' all_gather) sends all to every device of the expert axis'
+    )
+  nodes = -(-expert // int(node.value))
+  if exchange.kind == 'two_hop' and exchange.nodes != nodes:
+    out.append(
+      f'the expert axis spans {nodes} nodes of the cluster; the run says'
+      f' mesh.exchange.nodes = {exchange.nodes}'
+    )
+  return tuple(out)

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.parallel import formats
 from deepseek_jax.parallel import traffic as exchange_traffic
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import mesh as meshes
@@ -60,6 +61,19 @@ def rows_sent(
   }
 
 
+def _mixtures(config: TransformerConfig):
+  """(experts, layers, whether the backward pass runs them forward again).
+
+  Policies of 'dots' and 'full' alike: an exchange is not a plain matmul.
+  """
+  again = config.compute.remat != 'none'
+  made = [(b.ffn, repeat, again) for b, repeat in blocks(config)]
+  if config.mtp.depth:
+    # Prediction is not recomputed.
+    made.append((config.block(config.mtp.block).ffn, config.mtp.depth, False))
+  return [m for m in made if isinstance(m[0], MoEConfig)]
+
+
 def _experts(step: Step, node_limited: bool) -> list[Wire]:
   if step.mesh.expert == 1:
     return []
@@ -67,22 +81,26 @@ def _experts(step: Step, node_limited: bool) -> list[Wire]:
   there = row_bytes(D, training.dispatch)
   back = row_bytes(D, 'bfloat16')
   total = {'dispatch': {}, 'combine': {}}
-  blocks_ = [b for b in blocks(step.config) if isinstance(b[0].ffn, MoEConfig)]
-  if step.config.mtp.depth:
-    mtp = step.config.block(step.config.mtp.block)
-    if isinstance(mtp.ffn, MoEConfig):
-      blocks_.append((mtp, step.config.mtp.depth))
-  for block, repeat in blocks_:
-    rows = rows_sent(block.ffn, step.mesh.expert, step.node, node_limited)
+  for moe, repeat, again in _mixtures(step.config):
+    rows = rows_sent(moe, step.mesh.expert, step.node, node_limited)
     for link, copies in rows.items():
-      often = 2 * copies * step.tokens * repeat * step.layers
-      for kind, size in (('dispatch', there), ('combine', back)):
-        sent = total[kind].get(link, 0) + often * size
-        total[kind][link] = sent
+      often = copies * step.tokens * repeat * step.layers
+      # Results that come back from a node are added up as they are: their
+      # gradients need no weights, so they are not made again.
+      added = link == 'slow' and node_limited
+      sizes = {
+        'dispatch': (2 + again) * there,
+        'combine': (2 + again * (not added)) * back,
+      }
+      for kind, size in sizes.items():
+        total[kind][link] = total[kind].get(link, 0) + often * size
   path = 'one copy per node' if node_limited else 'one copy per expert'
+  passes = 'forward and backward'
+  if step.config.compute.remat != 'none':
+    passes += ', and forward again where the backward pass recomputes'
   how = {
-    'dispatch': f'{path}, {training.dispatch}, forward and backward',
-    'combine': f'{path}, bfloat16, forward and backward',
+    'dispatch': f'{path}, {training.dispatch}, {passes}',
+    'combine': f'{path}, bfloat16, {passes}',
   }
   return [
     Wire(f'expert {kind}', link, int(sent), how[kind])
@@ -176,9 +194,9 @@ def exchange_sent(
 ) -> int:
   """Bytes that one device sends to others by expert exchanges of one step.
 
-  What the compiled program sends in first rounds, filler included, where
-  nothing is recomputed; `traffic` counts the rows of even loads alone. With
-  the rows travel the numbers of their experts and, to another node, weights.
+  What the compiled program sends in first rounds, filler included; `traffic`
+  counts the rows of even loads alone. With the rows travel the numbers of
+  their experts and, to another node, weights.
 
   Args:
     config: a model.
@@ -190,18 +208,18 @@ def exchange_sent(
     raise InputError(
       f"exchange.kind = {exchange.kind!r}: must be 'all_to_all' or 'two_hop'"
     )
-  made = [b for b, repeat in blocks(config) for _ in range(repeat)]
-  made += [config.block(config.mtp.block)] * config.mtp.depth
+  form = lambda name: formats.row_bytes(config.dim, name, config.compute.dtype)
+  there, back = form(exchange.dispatch), form(exchange.combine)
   total = 0
-  for moe in (b.ffn for b in made if isinstance(b.ffn, MoEConfig)):
+  for moe, repeat, again in _mixtures(config):
     sizes = tokens, moe.top_k, moe.experts, devices
     rows = exchange_traffic.buffers(exchange, *sizes)
-    each = exchange_traffic.row_bytes(
-      exchange, config.dim, config.compute.dtype
-    )
     # int32 experts of a row; across nodes K of them, and K float32 weights
-    # with a gradient.
-    total += rows['fast'] * (each + 4) + rows['slow'] * (each + 12 * moe.top_k)
+    # with a gradient. What comes back from a node is not made again.
+    each = 2 * (there + back)
+    fast = each + 4 + again * (there + back + 4)
+    slow = each + 12 * moe.top_k + again * (there + 8 * moe.top_k)
+    total += repeat * (rows['fast'] * fast + rows['slow'] * slow)
   return total
 
 

@@ -39,6 +39,12 @@ def _with(attention):
   return dataclasses.replace(tiny.config('mla'), attention=attention)
 
 
+def _remat(name, policy):
+  config = tiny.config(name)
+  compute = dataclasses.replace(config.compute, remat=policy)
+  return dataclasses.replace(config, compute=compute)
+
+
 def _case(config, micro_batch=1, exchange=None, moments='float32', **sizes):
   return compiled.Program(
     config,
@@ -52,6 +58,7 @@ def _case(config, micro_batch=1, exchange=None, moments='float32', **sizes):
 CASES = {
   'gqa_data': lambda: _case(tiny.config('gqa'), data=8),
   'moe_expert': lambda: _case(tiny.config('step'), expert=2),
+  'remat_expert': lambda: _case(_remat('step', 'full'), expert=2),
   'mla_data': lambda: _case(tiny.config('mla'), 2, data=4, moments='bfloat16'),
   'v3_data': lambda: _case(tiny.config('v3'), data=4),
   'tied_data': lambda: _case(tiny.config('dense_mtp'), data=2),
@@ -73,6 +80,12 @@ CASES = {
   ),
   'v2_two_hop': lambda: _case(
     tiny.config('v2'),
+    exchange=ExchangeConfig(kind='two_hop', nodes=2),
+    expert=4,
+  ),
+  'dots_expert': lambda: _case(_remat('v3', 'dots'), expert=4),
+  'remat_two_hop': lambda: _case(
+    _remat('v2', 'full'),
     exchange=ExchangeConfig(kind='two_hop', nodes=2),
     expert=4,
   ),

@@ -243,10 +243,35 @@ class TrafficTest(parameterized.TestCase):
     run = plan.Training(64, dispatch=dtype)
     got = {w.purpose: w for w in sent(config, grid, run, batch=8).wires}
     tokens = 64 * 8 // 4
-    copies = 2 * 4 * tokens * K * 3 // 4  # both ways, 4 layers, 3 of 4 away
+    # Forward twice and back, 4 layers, 3 of 4 away.
+    copies = 3 * 4 * tokens * K * 3 // 4
     self.assertEqual(got['expert dispatch'].bytes, copies * row)
     self.assertEqual(got['expert combine'].bytes, copies * 2 * D)
     self.assertEqual(got['expert dispatch'].link, 'fast')
+
+  @parameterized.parameters(('none', 2, 2), ('dots', 3, 2), ('full', 3, 2))
+  def test_what_recomputing_sends_again(self, remat, passes, added):
+    config = ds.changed(model(depth=1), {'compute.remat': remat})
+    for node_limited in (False, True):
+      got = {
+        (w.purpose, w.link): w.bytes
+        for w in sent(
+          config,
+          plan.Mesh(expert=4),
+          plan.Training(64),
+          batch=8,
+          node=2,
+          node_limited=node_limited,
+        ).wires
+      }
+      rows = wire.rows_sent(config.moe, 4, 2, node_limited)
+      for kind, link in ((k, l) for k in ('dispatch', 'combine') for l in rows):
+        # Sums of a node are not made again; prediction runs once.
+        summed = node_limited and (kind, link) == ('combine', 'slow')
+        layers = 4 * (added if summed else passes) + 2
+        self.assertEqual(
+          got[f'expert {kind}', link], 64 * 2 * rows[link] * layers * 2 * D
+        )
 
   def test_tensor_context_and_stage(self):
     config, run = model(), plan.Training(64)

@@ -45,6 +45,7 @@ def rows_sent(
   other nodes cross the slow link. Node-limited (V3, section 3.2.2): one copy
   per node at most, to the device of the same place, then over fast links to
   the experts' devices. Mean over even loads; nodes at the router's limit.
+  `node`: devices of the expert axis that share one.
   """
   inside = min(expert, node)
   nodes = -(-expert // node)
@@ -80,9 +81,11 @@ def _experts(step: Step, node_limited: bool) -> list[Wire]:
   D, training = step.config.dim, step.training
   there = row_bytes(D, training.dispatch)
   back = row_bytes(D, 'bfloat16')
+  # Neighbours on the expert axis lie as far apart as faster axes are long.
+  near = max(1, step.node // (step.mesh.tensor * step.mesh.context))
   total = {'dispatch': {}, 'combine': {}}
   for moe, repeat, again in _mixtures(step.config):
-    rows = rows_sent(moe, step.mesh.expert, step.node, node_limited)
+    rows = rows_sent(moe, step.mesh.expert, near, node_limited)
     for link, copies in rows.items():
       often = copies * step.tokens * repeat * step.layers
       # Results that come back from a node are added up as they are: their

@@ -308,6 +308,31 @@ class TrafficTest(parameterized.TestCase):
       },
     )
 
+  @parameterized.parameters(
+    ({'tensor': 2}, 4),
+    ({'tensor': 2, 'context': 2}, 2),
+    ({'tensor': 4, 'context': 2}, 1),
+    ({'tensor': 2, 'context': 8}, 1),
+  )
+  def test_faster_axes_leave_experts_fewer_devices_of_a_node(self, axes, near):
+    config, run = model(), plan.Training(64)
+    config = dataclasses.replace(config, attention=GQAConfig(4, 4, 128))
+    at = lambda node_limited: {
+      w.link: w.bytes
+      for w in sent(
+        config, plan.Mesh(expert=8, **axes), run, node_limited=node_limited
+      ).wires
+      if w.purpose == 'expert dispatch'
+    }
+    for node_limited in (False, True):
+      got = at(node_limited)
+      rows = wire.rows_sent(config.moe, 8, near, node_limited)
+      tokens = 64 * 64 // 8 // axes.get('context', 1)
+      each = 3 * 4 * tokens * 2 * D  # passes, layers, bfloat16
+      want = {link: int(each * rows[link]) for link in rows if rows[link]}
+      self.assertEqual(got, want)
+    self.assertEqual('fast' in got, near > 1)
+
   def test_one_device_sends_nothing(self):
     self.assertEqual(sent(model(), plan.Mesh()).wires, ())
 

@@ -117,14 +117,17 @@ def _activations(step: Step) -> list[Wire]:
   """What tensor, context and stage axes send of activations."""
   config, mesh = step.config, step.mesh
   width = BYTES[config.compute.dtype]
-  row, out = config.dim * width, []
+  out = []
   if mesh.tensor > 1:
     out.append(_tensor(step, width))
   if mesh.context > 1:
     out += _context(step, width)
   if mesh.stage > 1:
     how = 'one activation forward and one gradient backward per token'
-    sent = 2 * step.tokens * row
+    streams = getattr(config.residual, 'streams', 1)
+    if streams > 1:
+      how += f' in each of {streams} streams'
+    sent = 2 * step.tokens * streams * config.dim * width
     out.append(Wire('stages', link_of(step, ('stage',)), sent, how))
   return out
 

@@ -3,12 +3,14 @@
 import dataclasses
 import fractions
 
+import jax
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.layers.router import RouterConfig
@@ -292,6 +294,17 @@ class TrafficTest(parameterized.TestCase):
     self.assertEqual(at(stage=4)['stages'], 2 * tokens * row)
     config = ds.changed(config, {'compute.remat': 'none'})
     self.assertEqual(at(context=4)['context'], 2 * once)
+
+  def test_stages_pass_on_every_stream(self):
+    config = dataclasses.replace(model(), residual=HyperConnectionsConfig(3))
+    run = plan.Training(64)
+    x = jax.ShapeDtypeStruct((8, 64, D), 'bfloat16')
+    stream = jax.eval_shape(config.residual.expand, x)
+    got = {
+      w.purpose: w.bytes
+      for w in sent(config, plan.Mesh(stage=4), run, batch=8).wires
+    }
+    self.assertEqual(got['stages'], 2 * 2 * stream.size)
 
   def test_wide_axes_use_the_slow_link(self):
     config = model()

@@ -10,7 +10,14 @@ from absl.testing import absltest, parameterized
 from tests import fake_devices
 from tests.plan.mesh_audit_worker import CASES
 
-FAST = ('gqa_data', 'moe_expert', 'remat_expert', 'gqa_tensor', 'mla_fsdp')
+FAST = (
+  'gqa_data',
+  'moe_expert',
+  'remat_expert',
+  'gqa_tensor',
+  'mla_fsdp',
+  'gqa_accumulated',
+)
 
 
 class MeshAuditTest(parameterized.TestCase):

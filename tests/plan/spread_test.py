@@ -175,16 +175,21 @@ class TrafficTest(parameterized.TestCase):
   def test_gradients_of_data_parallelism(self, n):
     config = model()
     total = plan.count_parameters(config).total
-    got = sent(config, plan.Mesh(data=n)).wires
-    self.assertLen(got, 1)
-    # Parameters of odd sizes are rounded down one by one.
-    self.assertAlmostEqual(got[0].bytes, ring(n, 4 * total, True), delta=64)
+    for often in (1, 3):  # micro-batches, each of which sums
+      got = sent(config, plan.Mesh(data=n), batch=often * n).wires
+      self.assertLen(got, 1)
+      # Parameters of odd sizes are rounded down one by one.
+      want = often * ring(n, 4 * total, True)
+      self.assertAlmostEqual(got[0].bytes, want, delta=64 * often)
 
   def test_zero_gathers_weights_in_the_compute_dtype(self):
     config, grid = model(), plan.Mesh(data=4)
-    plain = sent(config, grid).wires[0].bytes
-    zero = sent(config, grid, plan.Training(zero=1)).wires[0].bytes
-    self.assertAlmostEqual(zero / plain, 3 / 4, delta=0.01)
+    run = plan.Training(zero=1)
+    for often in (1, 2):  # gradients per micro-batch, weights per step
+      plain = sent(config, grid, batch=4 * often).wires[0].bytes
+      zero = sent(config, grid, run, batch=4 * often).wires[0].bytes
+      want = (2 * often + 1) / (4 * often)
+      self.assertAlmostEqual(zero / plain, want, delta=0.01)
 
   def test_dualpipes_two_ranks_of_a_stage_add_up_their_gradients(self):
     config, grid = model(8), plan.Mesh(stage=4, data=2)
@@ -196,18 +201,25 @@ class TrafficTest(parameterized.TestCase):
     want = ring(4, 4 * whole, True)
     self.assertAlmostEqual(got['gradients over data+stage'], want, delta=64)
 
-  def test_fsdp_gathers_layers_twice_and_scatters_once(self):
+  def test_a_pipelines_ranks_sum_gradients_once_per_step(self):
+    grid, run = plan.Mesh(stage=2, data=2), plan.Training(64)
+    one, many = (
+      [w.bytes for w in sent(model(), grid, run, batch=batch).wires[:1]]
+      for batch in (2, 32)
+    )
+    self.assertEqual(one, many)
+
+  def test_fsdp_gathers_layers_twice_and_scatters_once_per_micro_batch(self):
     config, grid = model(), plan.Mesh(fsdp=4)
     run = plan.Training(64)
     held = mesh.shares(config, grid)
     split = [s for found in held.values() for s in found if 'fsdp' in s.over]
-    want = 0
+    want, micro = 0, 16 // 4
     for s in split:
-      width = 2 if s.matrix else 4
-      often = 2 if s.name.startswith('segments.') else 1  # or embedding, head
-      want += 16 // 4 * often * ring(4, 2 * s.whole, False)
-      want += ring(4, 4 * s.whole, False)
-      self.assertIn(width, (2, 4))
+      # Embedding and head are the same for all micro-batches.
+      often = 2 * micro if s.name.startswith('segments.') else 1
+      want += often * ring(4, 2 * s.whole, False)
+      want += micro * ring(4, 4 * s.whole, False)
     got = {w.purpose: w.bytes for w in sent(config, grid, run, batch=16).wires}
     self.assertEqual(got['weights over fsdp'], want)
 

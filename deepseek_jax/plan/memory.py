@@ -140,8 +140,9 @@ def activation_bytes(
   """Bytes that the blocks of a pipeline rank keep for their backward pass.
 
   Every block keeps what its policy saves, for each micro-batch alive; the
-  block being differentiated needs all of its own. Context and tensor axes are
-  taken to divide it all, which leaves out what they repeat.
+  block being differentiated needs all of its own. The tensor axis divides
+  heads and hidden numbers; the context axis is taken to divide all, which
+  leaves out what it repeats.
   """
   policy = config.compute.remat if policy is None else policy
   runs = meshes.stages(config, mesh)
@@ -156,11 +157,10 @@ def activation_bytes(
         continue
       mtp = place[0] == 'mtp'
       block = config.block(config.mtp.block) if mtp else layers[place[1]]
-      kept = kept_bytes(config, block, training.seq_len)
+      kept = kept_bytes(config, block, training.seq_len, mesh.tensor)
       saved += alive * getattr(kept, policy)
       most = max(most, kept.none - getattr(kept, policy))
-  split = mesh.context * mesh.tensor
-  return training.micro_batch * (saved + most) // split
+  return training.micro_batch * (saved + most) // mesh.context
 
 
 def exchange_bytes(

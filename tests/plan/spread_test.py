@@ -17,6 +17,8 @@ from deepseek_jax.layers.router import RouterConfig
 from deepseek_jax.optim import OptimizerConfig
 from deepseek_jax.plan import memory, mesh, wire
 from deepseek_jax.transformer import ComputeConfig
+from tests import tiny
+from tests.parallel import split_worker
 
 D, F, V, E, K = 256, 128, 512, 8, 2
 EXPERTS = 3 * E * D * F  # of one layer
@@ -165,9 +167,33 @@ class ActivationsTest(parameterized.TestCase):
     alive = [memory._chunks_alive(grid, run, rank) for rank in range(4)]
     self.assertEqual(alive, [[4, 1], [3, 2], [2, 3], [1, 4]])
 
-  def test_tensor_and_context_axes_divide_it(self):
-    grid = plan.Mesh(tensor=2, context=4)
-    self.assertEqual(self.kept(grid), [self.kept()[0] // 8])
+  def test_context_axes_divide_it(self):
+    self.assertEqual(self.kept(plan.Mesh(context=4)), [self.kept()[0] // 4])
+
+  def test_inputs_are_whole_on_every_device_of_a_tensor_axis(self):
+    row = 2 * self.T * D
+    block = model().block('moe')
+    whole, half = (
+      memory.kept_bytes(model(), block, self.T, tensor) for tensor in (1, 2)
+    )
+    self.assertEqual((whole.full, half.full), (row, row))
+    self.assertBetween(half.none, whole.none / 2, whole.none - 1)
+    got = self.kept(plan.Mesh(tensor=2))
+    self.assertEqual(got, [8 * row + half.none - row])
+
+  @parameterized.parameters('mha', 'dsa', 'nsa', 'window', 'csa', 'hca')
+  def test_heads_of_every_attention_are_cut(self, name):
+    attention = split_worker.LAYERS[name]
+    config = dataclasses.replace(tiny.config('mla'), attention=attention)
+    whole, half = (
+      memory.kept_bytes(config, config.block('dense'), self.T, tensor)
+      for tensor in (1, 2)
+    )
+    self.assertEqual(whole.full, half.full)
+    self.assertLess(half.none, whole.none)
+    # Both sublayers' inputs, float32, are whole.
+    uncut = 4 * self.T * 2 * tiny.DIM
+    self.assertGreaterEqual(2 * half.none, whole.none + uncut)
 
 
 class TrafficTest(parameterized.TestCase):

@@ -15,6 +15,8 @@ from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.layers.router import RouterConfig
 from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.parallel import traffic
+from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import memory, mesh, wire
 from deepseek_jax.transformer import ComputeConfig
 from tests import tiny
@@ -194,6 +196,28 @@ class ActivationsTest(parameterized.TestCase):
     # Both sublayers' inputs, float32, are whole.
     uncut = 4 * self.T * 2 * tiny.DIM
     self.assertGreaterEqual(2 * half.none, whole.none + uncut)
+
+
+class ExchangeTest(parameterized.TestCase):
+  # 64 tokens of K = 2; on 8 devices of one expert each no buffer is longer
+  # than a device's tokens, on 4 of two experts, twice that.
+  @parameterized.parameters(
+    (8, 1.0, 16), (8, 2.0, 32), (8, 5.0, 64), (4, 2.0, 64), (4, 9.0, 128)
+  )
+  def test_buffers_are_those_of_the_exchange(self, n, factor, rows):
+    run = plan.Training(64, exchange_factor=factor)
+    got = memory.exchange_bytes(model(), plan.Mesh(expert=n), run)
+    self.assertEqual(got, n * rows * (2 * D + 2 * D))
+    # What the exchange itself sends to the others.
+    sizes = 64, K, E, n
+    sends = traffic.buffers(ExchangeConfig(factor=factor), *sizes)
+    self.assertEqual(sends['fast'], (n - 1) * rows)
+
+  def test_the_factor_is_the_exchanges_by_default(self):
+    want = plan.Training(exchange_factor=ExchangeConfig().factor)
+    self.assertEqual(plan.Training(), want)
+    with self.assertRaisesRegex(ds.InputError, 'exchange_factor = 0'):
+      plan.Training(exchange_factor=0)
 
 
 class TrafficTest(parameterized.TestCase):

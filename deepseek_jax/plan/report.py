@@ -35,7 +35,7 @@ class Recipe:
     dollars: per device and hour.
     cache_length: tokens at which the KV cache is also given.
     grace: seconds between the notice of a preemption and the end.
-    storage: bytes/s that one node writes to storage.
+    storage: bytes/s that one host writes to storage.
   """
 
   tokens: float = 1e12
@@ -280,7 +280,8 @@ def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
     ' of a block that fsdp gathers is left out',
     f'optimizer moments are {run.optimizer.moments}, ZeRO stage {run.zero}',
     f'{recipe.dollars:g} dollars per device and hour',
-    f'a node writes {recipe.storage / 1e9:g} GB/s to storage',
+    f'a host of {a.host.value:g} devices ({a.host.origin}) writes'
+    f' {recipe.storage / 1e9:g} GB/s to storage',
   )
 
 
@@ -324,8 +325,8 @@ def estimate(
   mine = fullest[config.compute.remat]
   step, method = _time(config, cluster, recipe, mine, sent)
   size = memory.checkpoint_bytes(config, run.optimizer, held)
-  nodes = -(-cluster.devices // int(cluster.accelerator.node.value))
-  seconds = size / (nodes * recipe.storage)
+  hosts = -(-cluster.devices // int(cluster.accelerator.host.value))
+  seconds = size / (hosts * recipe.storage)
   count = lambda seen: flop.count_flops(config, run.seq_len, seen=seen)
   return Report(
     config=config,

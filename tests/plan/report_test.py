@@ -94,6 +94,14 @@ class ReportTest(parameterized.TestCase):
     )
     self.assertFalse(report.checkpoint.in_time)
 
+  @parameterized.parameters(('v5px8960', 2240), ('910cx384', 48), ('h100x8', 1))
+  def test_every_host_writes_its_part(self, cluster, hosts):
+    devices = plan.cluster(cluster).devices
+    recipe = plan.Recipe(batch=devices, mesh=plan.Mesh(data=devices))
+    report = plan.estimate(ds.presets.v3_tiny(), cluster=cluster, recipe=recipe)
+    got = report.checkpoint.seconds
+    self.assertAlmostEqual(got, report.checkpoint.bytes / (hosts * 2e9))
+
   def test_json_keeps_exact_integers(self):
     read = json.loads(json.dumps(v3().to_dict()))
     self.assertEqual(read['parameters']['total'], 671_026_419_200)
@@ -170,7 +178,7 @@ class HardwareTest(parameterized.TestCase):
       else:
         self.assertEndsWith(figure.origin, 'UNVERIFIED')
 
-  @parameterized.parameters(('h800', 5), ('h100', 1), ('v5p', 0), ('910c', 5))
+  @parameterized.parameters(('h800', 6), ('h100', 2), ('v5p', 0), ('910c', 6))
   def test_a_plan_prints_the_flags(self, name, flags):
     report = plan.estimate(ds.presets.v3_tiny(), cluster=name)
     text = '\n'.join(report.assumptions)

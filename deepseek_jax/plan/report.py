@@ -96,10 +96,21 @@ class StepTime:
     parts = (self.compute, self.bubble, self.update, self.fast, self.slow)
     return sum(parts)
 
+  @property
+  def reachable(self) -> bool:
+    """Whether the plan is not below what is possible at full rates."""
+    return self.planned >= self.least
+
+  @property
+  def costed(self) -> float:
+    """What the run's cost rests on."""
+    return max(self.planned, self.least)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """The whole run at the recipe's utilization."""
+  """The whole run at the recipe's utilization, or at the least step time where
+  that is longer."""
 
   steps: int
   device_hours: float
@@ -169,6 +180,18 @@ class Report:
   def fits(self) -> bool:
     return self.device_bytes <= self.cluster.accelerator.memory.value
 
+  @property
+  def warnings(self) -> tuple[str, ...]:
+    """What of the recipe cannot be, in words."""
+    t = self.time
+    if t.reachable:
+      return ()
+    return (
+      f'{self.recipe.utilization:.1%} of the peak would be {t.planned:#.3g} s'
+      f' a step, below the least of {t.least:#.3g} s: cost is counted with the'
+      ' least',
+    )
+
   def to_dict(self) -> dict:
     """JSON values only, exact integers kept."""
     out = dataclasses.asdict(dataclasses.replace(self, config=None))
@@ -178,6 +201,8 @@ class Report:
       'fits': self.fits,
       'step_least': self.time.least,
       'step_most': self.time.most,
+      'step_costed': self.time.costed,
+      'warnings': list(self.warnings),
       'gflops_per_token': {k: f.per_token / 1e9 for k, f in self.flops.items()},
     }
     return out
@@ -217,7 +242,7 @@ def _time(config, cluster, recipe, held, sent):
 
 def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
   tokens = recipe.batch * recipe.training.seq_len
-  daily = cost.tokens_per_day(tokens, step.planned)
+  daily = cost.tokens_per_day(tokens, step.costed)
   hours = cost.device_hours(recipe.tokens, cluster.devices, daily)
   return Cost(
     steps=math.ceil(recipe.tokens / tokens),

@@ -94,6 +94,27 @@ class ReportTest(parameterized.TestCase):
     )
     self.assertFalse(report.checkpoint.in_time)
 
+  def test_no_run_costs_less_than_is_possible(self):
+    config = v3().config
+    self.assertEqual(v3().warnings, ())
+    self.assertEqual(v3().time.costed, v3().time.planned)
+    hopeful = plan.estimate(
+      config, cluster='h800x2048', recipe=plan.v3_recipe(0.99)
+    )
+    t = hopeful.time
+    self.assertLess(t.planned, t.least)
+    self.assertAlmostEqual(
+      hopeful.cost.device_hours / v3().cost.device_hours,
+      t.least / v3().time.planned,
+    )
+    derived = hopeful.to_dict()['derived']
+    self.assertEqual(derived['step_costed'], t.least)
+    console = Console(width=200, file=io.StringIO())
+    console.print(tables.render({'hopeful': hopeful}))
+    (line,) = derived['warnings']
+    for text in (f'WARNING: hopeful: {line}', '99.0%: below the least'):
+      self.assertIn(text, console.file.getvalue())
+
   @parameterized.parameters(('v5px8960', 2240), ('910cx384', 48), ('h100x8', 1))
   def test_every_host_writes_its_part(self, cluster, hosts):
     devices = plan.cluster(cluster).devices

@@ -15,6 +15,7 @@ from deepseek_jax.plan import flops as flop
 from deepseek_jax.plan.hardware import Cluster
 from deepseek_jax.plan.mesh import Mesh
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
+from deepseek_jax.plan.tensor_wire import uncounted
 from deepseek_jax.plan.wire import Traffic, traffic
 from deepseek_jax.transformer import TransformerConfig
 
@@ -182,11 +183,18 @@ class Report:
 
   @property
   def warnings(self) -> tuple[str, ...]:
-    """What of the recipe cannot be, in words."""
-    t = self.time
+    """What of the recipe cannot be, and what is not counted, in words."""
+    t, out = self.time, ()
+    missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
+    if missing:
+      out = (
+        f'mesh.tensor = {self.recipe.mesh.tensor}: what {", ".join(missing)}'
+        ' sums inside is not counted among the bytes sent',
+      )
     if t.reachable:
-      return ()
+      return out
     return (
+      *out,
       f'{self.recipe.utilization:.1%} of the peak would be {t.planned:#.3g} s'
       f' a step, below the least of {t.least:#.3g} s: cost is counted with the'
       ' least',

@@ -21,7 +21,7 @@ from deepseek_jax.plan.flops import blocks
 from deepseek_jax.plan.memory import BYTES, Training, row_bytes
 from deepseek_jax.plan.mesh import Mesh
 from deepseek_jax.plan.rings import Step, Wire, link_of, ring
-from deepseek_jax.plan.tensor_wire import layer_sums
+from deepseek_jax.plan.tensor_wire import layer_sums, uncounted
 from deepseek_jax.transformer import TransformerConfig
 
 
@@ -152,6 +152,8 @@ def _tensor(step: Step, width: int) -> Wire:
     'all-reduces of what row-cut matrices make forward, of what column-cut'
     ' ones are given backward, and of the cut vocabulary: 2 (n-1)/n each'
   )
+  if missing := uncounted(config):
+    how += f'; NOT COUNTED: what {", ".join(missing)} sums inside'
   sent = 2 * ring(n, int(step.tokens * size))
   return Wire('tensor', link_of(step, ('tensor',)), sent, how)
 

@@ -115,6 +115,16 @@ class ReportTest(parameterized.TestCase):
     for text in (f'WARNING: hopeful: {line}', '99.0%: below the least'):
       self.assertIn(text, console.file.getvalue())
 
+  @parameterized.parameters(('v32', 1), ('v3', 0), ('v4_flash', 1))
+  def test_a_plan_says_what_it_does_not_count(self, name, warnings):
+    recipe = plan.Recipe(mesh=plan.Mesh(tensor=8), utilization=0.1)
+    report = plan.estimate(
+      getattr(ds.presets, name)(), cluster='h100x8', recipe=recipe
+    )
+    self.assertLen(report.warnings, warnings)
+    for warning in report.warnings:
+      self.assertRegex(warning, r'mesh\.tensor = 8: .* is not counted')
+
   @parameterized.parameters(('v5px8960', 2240), ('910cx384', 48), ('h100x8', 1))
   def test_every_host_writes_its_part(self, cluster, hosts):
     devices = plan.cluster(cluster).devices

@@ -357,6 +357,22 @@ class TrafficTest(parameterized.TestCase):
     config = ds.changed(config, {'compute.remat': 'none'})
     self.assertEqual(at(context=4)['context'], 2 * once)
 
+  @parameterized.parameters('dsa', 'dsa_dense', 'nsa', 'window', 'csa', 'hca')
+  def test_sums_inside_sparse_attention_are_said_to_be_left_out(self, name):
+    attention = split_worker.LAYERS[name]
+    config = dataclasses.replace(tiny.config('mla'), attention=attention)
+    grid, kind = plan.Mesh(tensor=2), type(attention).__name__
+    (got,) = (w for w in sent(config, grid).wires if w.purpose == 'tensor')
+    self.assertEndsWith(got.formula, f'NOT COUNTED: what {kind} sums inside')
+    # Of attention the sum of the output alone.
+    numbers = 2 * (1 + 2) * tiny.DIM + 2 * tiny.DIM + 3
+    tokens = 64 * plan.Training().seq_len
+    self.assertEqual(got.bytes, ring(2, tokens * 4 * numbers, True))
+    (got,) = (
+      w for w in sent(tiny.config('mla'), grid).wires if w.purpose == 'tensor'
+    )
+    self.assertNotIn('NOT COUNTED', got.formula)
+
   def test_stages_pass_on_every_stream(self):
     config = dataclasses.replace(model(), residual=HyperConnectionsConfig(3))
     run = plan.Training(64)

@@ -6,6 +6,7 @@ any attention and any policy is counted as it is, before XLA fuses anything.
 Legend: T tokens, D model.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -33,6 +34,36 @@ class Kept(NamedTuple):
   none: int
   dots: int
   full: int
+
+
+# Of an attention and what it is made of: what rules of heads cut.
+_HEADS = ('heads', 'kv_heads', 'groups', 'index_heads')
+
+
+def _cut(config, names: tuple[str, ...], ways: int):
+  """A config with fields of these names divided, in those inside it too."""
+  changes = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name in names:
+      changes[field.name] = -(-value // ways)
+    elif dataclasses.is_dataclass(value):
+      changes[field.name] = _cut(value, names, ways)
+  return dataclasses.replace(config, **changes)
+
+
+def on_device(block: BlockConfig, tensor: int) -> BlockConfig:
+  """What one of `tensor` devices works on: its heads and hidden numbers.
+
+  What lies between, such as a block's input and latents, is whole on each.
+  """
+  if tensor == 1:
+    return block
+  return dataclasses.replace(
+    block,
+    attention=_cut(block.attention, _HEADS, tensor),
+    ffn=dataclasses.replace(block.ffn, width=-(-block.ffn.width // tensor)),
+  )
 
 
 def _depends(jaxpr, first: int) -> list[bool]:
@@ -107,7 +138,9 @@ def block_activations(
 
 
 def kept_bytes(
-  config: TransformerConfig, block: BlockConfig, length: int
+  config: TransformerConfig, block: BlockConfig, length: int, tensor: int = 1
 ) -> Kept:
-  """`block_activations` in the compute dtype of a model."""
+  """`block_activations` in a model's compute dtype, on one of the devices that
+  split its heads."""
+  block = on_device(block, tensor)
   return block_activations(block, config.dim, length, config.compute.dtype)

@@ -41,15 +41,16 @@ _WARNING = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is compiled: one step on one micro-batch per device.
+  """What is compiled: one step.
 
   Attributes:
     model: the configuration.
     mesh: axis sizes, rules, exchange of tokens; stages are separate programs,
       so stage must be 1.
     seq_len: tokens of a sequence.
-    micro_batch: sequences per device.
+    micro_batch: sequences per device at a time.
     optimizer: decides the moments' dtype.
+    accumulate: micro-batches that a device works on, one by one.
   """
 
   model: TransformerConfig
@@ -57,6 +58,7 @@ class Program:
   seq_len: int = 4096
   micro_batch: int = 1
   optimizer: OptimizerConfig = OptimizerConfig()
+  accumulate: int = 1
 
   def __post_init__(self):
     if self.mesh.stage > 1:
@@ -68,12 +70,12 @@ class Program:
       raise InputError(
         f'compile: a mesh of {self.mesh.devices} devices: at most {MOST}'
       )
-    meshes.check_batch(self.mesh, self.rows, self.seq_len)
+    meshes.check_batch(self.mesh, self.rows, self.seq_len, self.accumulate)
 
   @property
   def rows(self) -> int:
     """Sequences of the step."""
-    return self.mesh.ways('batch') * self.micro_batch
+    return self.mesh.ways('batch') * self.micro_batch * self.accumulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,8 @@ def lower(program: Program):
   """The lowered step, its abstract state and batch; needs the devices."""
   check(program)
   model, config = build(program.model), program.mesh
-  cfg = TrainConfig(1e12, BatchConfig(program.rows), program.optimizer)
+  batch = BatchConfig(program.rows, accumulate=program.accumulate)
+  cfg = TrainConfig(1e12, batch, program.optimizer)
   mesh = meshes.make(config)
   state = jax.eval_shape(
     lambda key: initial_state(model, cfg, model.init(key)), jax.random.key(0)

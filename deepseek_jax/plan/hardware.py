@@ -55,6 +55,7 @@ class Accelerator:
     fast: bytes/s to devices of its node (NVLink, ICI, UB).
     slow: bytes/s to other nodes (InfiniBand, data-centre network).
     node: devices that the fast links join.
+    host: devices of one operating system, which writes to storage.
   """
 
   name: str
@@ -65,6 +66,7 @@ class Accelerator:
   fast: Figure
   slow: Figure
   node: Figure
+  host: Figure
 
 
 _EIGHT = Figure(8, 'HGX and DGX servers hold eight')
@@ -72,6 +74,7 @@ _HOPPER = {
   'bf16': _vendor(989.5e12, _H100),
   'fp8': _vendor(1979e12, _H100),
   'node': _EIGHT,
+  'host': _EIGHT,
 }
 
 ACCELERATORS = {
@@ -82,6 +85,7 @@ ACCELERATORS = {
       bf16=Figure(989.5e12, f'{_H100}; the H800 has the same cores'),
       fp8=Figure(1979e12, f'{_H100}; the H800 has the same cores'),
       node=_EIGHT,
+      host=_EIGHT,
       memory=Figure(80e9, 'H100 datasheet; the H800 has the same memory'),
       memory_bandwidth=Figure(
         3.35e12, 'H100 datasheet, SXM; the H800 has the same memory'
@@ -117,6 +121,7 @@ ACCELERATORS = {
       fast=Figure(900e9, 'glennklockwood.com, NVLink 5, one direction'),
       slow=Figure(50e9, _IB),
       node=Figure(8, 'HGX B200 holds eight'),
+      host=Figure(8, 'HGX B200 holds eight'),
     ),
     Accelerator(
       'v5p',
@@ -127,6 +132,7 @@ ACCELERATORS = {
       fast=_vendor(600e9, f'{_TPU}: half of 1200 GB/s of both directions'),
       slow=_vendor(50e9 / 8, f'{_TPU}: data-centre network, 50 Gb/s per chip'),
       node=_vendor(8960, f'{_TPU}: chips of a pod'),
+      host=_vendor(4, f'{_TPU}: of 2x2x1, 4 chips, 1 host'),
     ),
     Accelerator(
       '910c',
@@ -137,6 +143,7 @@ ACCELERATORS = {
       fast=Figure(392e9, f'UB plane, two dies of 196 GB/s; {_CLOUDMATRIX}'),
       slow=Figure(50e9, f'RDMA plane, two dies of 200 Gb/s; {_CLOUDMATRIX}'),
       node=Figure(384, f'a super-node; {_CLOUDMATRIX}'),
+      host=Figure(8, f'a super-node has 48 compute nodes; {_CLOUDMATRIX}'),
     ),
   )
 }

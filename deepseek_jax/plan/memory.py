@@ -12,6 +12,7 @@ from typing import Literal
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.parallel import exchange
 from deepseek_jax.plan import mesh as meshes
 from deepseek_jax.plan.activations import kept_bytes
 from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
@@ -46,6 +47,8 @@ class Training:
     dispatch: what tokens travel to experts as; float8 adds a float32 scale
       per 128 numbers. They come back as bfloat16.
     schedule: of the pipeline: '1f1b', 'zb1p', 'dualpipe' or 'dualpipev'.
+    exchange_factor: rows of an expert exchange's buffers, as a multiple of an
+      even share.
   """
 
   seq_len: int = 4096
@@ -54,12 +57,17 @@ class Training:
   zero: Literal[0, 1] = 0
   dispatch: Literal['float32', 'bfloat16', 'float8'] = 'bfloat16'
   schedule: Literal['1f1b', 'zb1p', 'dualpipe', 'dualpipev'] = '1f1b'
+  exchange_factor: float = exchange.ExchangeConfig.factor
 
   def __post_init__(self):
     if self.seq_len < 1 or self.micro_batch < 1:
       raise InputError(
         f'seq_len = {self.seq_len}, micro_batch = {self.micro_batch}: must be'
         ' at least 1'
+      )
+    if self.exchange_factor <= 0:
+      raise InputError(
+        f'exchange_factor = {self.exchange_factor}: must be above 0'
       )
 
   @property
@@ -140,8 +148,9 @@ def activation_bytes(
   """Bytes that the blocks of a pipeline rank keep for their backward pass.
 
   Every block keeps what its policy saves, for each micro-batch alive; the
-  block being differentiated needs all of its own. Context and tensor axes are
-  taken to divide it all, which leaves out what they repeat.
+  block being differentiated needs all of its own. The tensor axis divides
+  heads and hidden numbers; the context axis is taken to divide all, which
+  leaves out what it repeats.
   """
   policy = config.compute.remat if policy is None else policy
   runs = meshes.stages(config, mesh)
@@ -156,24 +165,34 @@ def activation_bytes(
         continue
       mtp = place[0] == 'mtp'
       block = config.block(config.mtp.block) if mtp else layers[place[1]]
-      kept = kept_bytes(config, block, training.seq_len)
+      kept = kept_bytes(config, block, training.seq_len, mesh.tensor)
       saved += alive * getattr(kept, policy)
       most = max(most, kept.none - getattr(kept, policy))
-  split = mesh.context * mesh.tensor
-  return training.micro_batch * (saved + most) // split
+  return training.micro_batch * (saved + most) // mesh.context
 
 
 def exchange_bytes(
   config: TransformerConfig, mesh: Mesh, training: Training
 ) -> int:
-  """Buffers of one layer's dispatch and combine, evenly loaded experts."""
-  if mesh.expert == 1:
+  """Buffers of one layer's dispatch and combine, a copy per chosen expert.
+
+  For every device of the expert axis a buffer of `exchange_factor` even
+  shares, filled or not, as `exchange.share` makes it.
+  """
+  n = mesh.expert
+  if n == 1:
     return 0
   tokens = training.micro_batch * training.seq_len // mesh.context
   rows = [
-    tokens * block.ffn.top_k
-    for block, _ in blocks(config)
-    if isinstance(block.ffn, MoEConfig)
+    n
+    * exchange.share(
+      tokens * moe.top_k,
+      n,
+      tokens * min(moe.top_k, moe.experts // n),
+      training.exchange_factor,
+    )
+    for moe in (block.ffn for block, _ in blocks(config))
+    if isinstance(moe, MoEConfig)
   ]
   there = row_bytes(config.dim, training.dispatch)
   return max(rows, default=0) * (there + row_bytes(config.dim, 'bfloat16'))

@@ -15,6 +15,7 @@ from deepseek_jax.plan import flops as flop
 from deepseek_jax.plan.hardware import Cluster
 from deepseek_jax.plan.mesh import Mesh
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
+from deepseek_jax.plan.tensor_wire import uncounted
 from deepseek_jax.plan.wire import Traffic, traffic
 from deepseek_jax.transformer import TransformerConfig
 
@@ -35,7 +36,7 @@ class Recipe:
     dollars: per device and hour.
     cache_length: tokens at which the KV cache is also given.
     grace: seconds between the notice of a preemption and the end.
-    storage: bytes/s that one node writes to storage.
+    storage: bytes/s that one host writes to storage.
   """
 
   tokens: float = 1e12
@@ -96,10 +97,21 @@ class StepTime:
     parts = (self.compute, self.bubble, self.update, self.fast, self.slow)
     return sum(parts)
 
+  @property
+  def reachable(self) -> bool:
+    """Whether the plan is not below what is possible at full rates."""
+    return self.planned >= self.least
+
+  @property
+  def costed(self) -> float:
+    """What the run's cost rests on."""
+    return max(self.planned, self.least)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """The whole run at the recipe's utilization."""
+  """The whole run at the recipe's utilization, or at the least step time where
+  that is longer."""
 
   steps: int
   device_hours: float
@@ -169,6 +181,25 @@ class Report:
   def fits(self) -> bool:
     return self.device_bytes <= self.cluster.accelerator.memory.value
 
+  @property
+  def warnings(self) -> tuple[str, ...]:
+    """What of the recipe cannot be, and what is not counted, in words."""
+    t, out = self.time, ()
+    missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
+    if missing:
+      out = (
+        f'mesh.tensor = {self.recipe.mesh.tensor}: what {", ".join(missing)}'
+        ' sums inside is not counted among the bytes sent',
+      )
+    if t.reachable:
+      return out
+    return (
+      *out,
+      f'{self.recipe.utilization:.1%} of the peak would be {t.planned:#.3g} s'
+      f' a step, below the least of {t.least:#.3g} s: cost is counted with the'
+      ' least',
+    )
+
   def to_dict(self) -> dict:
     """JSON values only, exact integers kept."""
     out = dataclasses.asdict(dataclasses.replace(self, config=None))
@@ -178,6 +209,8 @@ class Report:
       'fits': self.fits,
       'step_least': self.time.least,
       'step_most': self.time.most,
+      'step_costed': self.time.costed,
+      'warnings': list(self.warnings),
       'gflops_per_token': {k: f.per_token / 1e9 for k, f in self.flops.items()},
     }
     return out
@@ -217,7 +250,7 @@ def _time(config, cluster, recipe, held, sent):
 
 def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
   tokens = recipe.batch * recipe.training.seq_len
-  daily = cost.tokens_per_day(tokens, step.planned)
+  daily = cost.tokens_per_day(tokens, step.costed)
   hours = cost.device_hours(recipe.tokens, cluster.devices, daily)
   return Cost(
     steps=math.ceil(recipe.tokens / tokens),
@@ -285,7 +318,8 @@ def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
     ' of a block that fsdp gathers is left out',
     f'optimizer moments are {run.optimizer.moments}, ZeRO stage {run.zero}',
     f'{recipe.dollars:g} dollars per device and hour',
-    f'a node writes {recipe.storage / 1e9:g} GB/s to storage',
+    f'a host of {a.host.value:g} devices ({a.host.origin}) writes'
+    f' {recipe.storage / 1e9:g} GB/s to storage',
   )
 
 
@@ -329,8 +363,8 @@ def estimate(
   mine = fullest[config.compute.remat]
   step, method = _time(config, cluster, recipe, mine, sent)
   size = memory.checkpoint_bytes(config, run.optimizer, held)
-  nodes = -(-cluster.devices // int(cluster.accelerator.node.value))
-  seconds = size / (nodes * recipe.storage)
+  hosts = -(-cluster.devices // int(cluster.accelerator.host.value))
+  seconds = size / (hosts * recipe.storage)
   count = lambda seen: flop.count_flops(config, run.seq_len, seen=seen)
   return Report(
     config=config,

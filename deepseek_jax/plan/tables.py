@@ -108,7 +108,10 @@ def _step() -> list[Row]:
     ('most: nothing overlaps', t('most')),
     (
       'planned',
-      lambda r: f'{seconds(r.time.planned)} at {r.recipe.utilization:.1%}',
+      lambda r: (
+        f'{seconds(r.time.planned)} at {r.recipe.utilization:.1%}'
+        + ('' if r.time.reachable else ': below the least')
+      ),
     ),
   ]
 
@@ -151,6 +154,11 @@ def render(reports: Mapping[str, Report]) -> Group:
     *(_wires(r) for r in reports.values() if r.traffic.wires),
     _table('Seconds of a step', _step(), reports),
     _table('Run', _run(), reports),
+    *(
+      Text(f'WARNING: {name}: {warning}')
+      for name, r in reports.items()
+      for warning in r.warnings
+    ),
     Text('Assumptions\n' + '\n'.join(f'- {a}' for a in first.assumptions)),
   ]
   return Group(*parts)

@@ -4,27 +4,38 @@ A matrix that is cut along what it sums over leaves a part of the sum on each
 device (the output projection, the second matrix of an FFN); one that is cut
 along what it makes leaves a part of its input's gradient on each. Both are
 all-reduced, once per layer and pass where one product makes all that is cut.
+Sparse and shared attentions sum more inside, which is not known: `uncounted`.
 Legend: D model, Q query latent, C key-value latent, R rope dim.
 """
 
-import functools
-
 from deepseek_jax.layers.block import BlockConfig
+from deepseek_jax.layers.gqa import GQAConfig
 from deepseek_jax.layers.mla import MLAConfig
 from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.plan.flops import blocks
+from deepseek_jax.transformer import TransformerConfig
 
 
-@functools.singledispatch
 def backward(attention, dim: int) -> int:
-  """Numbers of a token that attention's inputs get back from each device."""
-  return dim
+  """Numbers of a token that attention's inputs get back from each device.
+
+  0 where that is not known. By the very type: DSA is an MLA that sums more.
+  """
+  if type(attention) is GQAConfig:
+    return dim
+  if type(attention) is MLAConfig:
+    # Latents are whole on every device; what is made of them is cut.
+    return (attention.q_rank or dim) + attention.kv_rank + attention.rope_dim
+  return 0
 
 
-@backward.register
-def _latents(attention: MLAConfig, dim: int) -> int:
-  # Latents are whole on every device; what is made of them is cut.
-  a = attention
-  return (a.q_rank or dim) + a.kv_rank + a.rope_dim
+def uncounted(config: TransformerConfig) -> tuple[str, ...]:
+  """Attentions of which only the output's sum is counted."""
+  made = [block.attention for block, _ in blocks(config)]
+  if config.mtp.depth:
+    made.append(config.block(config.mtp.block).attention)
+  names = (type(a).__name__ for a in made if not backward(a, 1))
+  return tuple(dict.fromkeys(names))
 
 
 def layer_sums(block: BlockConfig, dim: int, forward: int) -> tuple[int, int]:

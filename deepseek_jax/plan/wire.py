@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.parallel import formats
 from deepseek_jax.parallel import traffic as exchange_traffic
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import mesh as meshes
@@ -20,7 +21,7 @@ from deepseek_jax.plan.flops import blocks
 from deepseek_jax.plan.memory import BYTES, Training, row_bytes
 from deepseek_jax.plan.mesh import Mesh
 from deepseek_jax.plan.rings import Step, Wire, link_of, ring
-from deepseek_jax.plan.tensor_wire import layer_sums
+from deepseek_jax.plan.tensor_wire import layer_sums, uncounted
 from deepseek_jax.transformer import TransformerConfig
 
 
@@ -44,6 +45,7 @@ def rows_sent(
   other nodes cross the slow link. Node-limited (V3, section 3.2.2): one copy
   per node at most, to the device of the same place, then over fast links to
   the experts' devices. Mean over even loads; nodes at the router's limit.
+  `node`: devices of the expert axis that share one.
   """
   inside = min(expert, node)
   nodes = -(-expert // node)
@@ -60,29 +62,48 @@ def rows_sent(
   }
 
 
+def _mixtures(config: TransformerConfig):
+  """(experts, layers, whether the backward pass runs them forward again).
+
+  Policies of 'dots' and 'full' alike: an exchange is not a plain matmul.
+  """
+  again = config.compute.remat != 'none'
+  made = [(b.ffn, repeat, again) for b, repeat in blocks(config)]
+  if config.mtp.depth:
+    # Prediction is not recomputed.
+    made.append((config.block(config.mtp.block).ffn, config.mtp.depth, False))
+  return [m for m in made if isinstance(m[0], MoEConfig)]
+
+
 def _experts(step: Step, node_limited: bool) -> list[Wire]:
   if step.mesh.expert == 1:
     return []
   D, training = step.config.dim, step.training
   there = row_bytes(D, training.dispatch)
   back = row_bytes(D, 'bfloat16')
+  # Neighbours on the expert axis lie as far apart as faster axes are long.
+  near = max(1, step.node // (step.mesh.tensor * step.mesh.context))
   total = {'dispatch': {}, 'combine': {}}
-  blocks_ = [b for b in blocks(step.config) if isinstance(b[0].ffn, MoEConfig)]
-  if step.config.mtp.depth:
-    mtp = step.config.block(step.config.mtp.block)
-    if isinstance(mtp.ffn, MoEConfig):
-      blocks_.append((mtp, step.config.mtp.depth))
-  for block, repeat in blocks_:
-    rows = rows_sent(block.ffn, step.mesh.expert, step.node, node_limited)
+  for moe, repeat, again in _mixtures(step.config):
+    rows = rows_sent(moe, step.mesh.expert, near, node_limited)
     for link, copies in rows.items():
-      often = 2 * copies * step.tokens * repeat * step.layers
-      for kind, size in (('dispatch', there), ('combine', back)):
-        sent = total[kind].get(link, 0) + often * size
-        total[kind][link] = sent
+      often = copies * step.tokens * repeat * step.layers
+      # Results that come back from a node are added up as they are: their
+      # gradients need no weights, so they are not made again.
+      added = link == 'slow' and node_limited
+      sizes = {
+        'dispatch': (2 + again) * there,
+        'combine': (2 + again * (not added)) * back,
+      }
+      for kind, size in sizes.items():
+        total[kind][link] = total[kind].get(link, 0) + often * size
   path = 'one copy per node' if node_limited else 'one copy per expert'
+  passes = 'forward and backward'
+  if step.config.compute.remat != 'none':
+    passes += ', and forward again where the backward pass recomputes'
   how = {
-    'dispatch': f'{path}, {training.dispatch}, forward and backward',
-    'combine': f'{path}, bfloat16, forward and backward',
+    'dispatch': f'{path}, {training.dispatch}, {passes}',
+    'combine': f'{path}, bfloat16, {passes}',
   }
   return [
     Wire(f'expert {kind}', link, int(sent), how[kind])
@@ -96,14 +117,17 @@ def _activations(step: Step) -> list[Wire]:
   """What tensor, context and stage axes send of activations."""
   config, mesh = step.config, step.mesh
   width = BYTES[config.compute.dtype]
-  row, out = config.dim * width, []
+  out = []
   if mesh.tensor > 1:
     out.append(_tensor(step, width))
   if mesh.context > 1:
     out += _context(step, width)
   if mesh.stage > 1:
     how = 'one activation forward and one gradient backward per token'
-    sent = 2 * step.tokens * row
+    streams = getattr(config.residual, 'streams', 1)
+    if streams > 1:
+      how += f' in each of {streams} streams'
+    sent = 2 * step.tokens * streams * config.dim * width
     out.append(Wire('stages', link_of(step, ('stage',)), sent, how))
   return out
 
@@ -128,6 +152,8 @@ def _tensor(step: Step, width: int) -> Wire:
     'all-reduces of what row-cut matrices make forward, of what column-cut'
     ' ones are given backward, and of the cut vocabulary: 2 (n-1)/n each'
   )
+  if missing := uncounted(config):
+    how += f'; NOT COUNTED: what {", ".join(missing)} sums inside'
   sent = 2 * ring(n, int(step.tokens * size))
   return Wire('tensor', link_of(step, ('tensor',)), sent, how)
 
@@ -176,9 +202,9 @@ def exchange_sent(
 ) -> int:
   """Bytes that one device sends to others by expert exchanges of one step.
 
-  What the compiled program sends in first rounds, filler included, where
-  nothing is recomputed; `traffic` counts the rows of even loads alone. With
-  the rows travel the numbers of their experts and, to another node, weights.
+  What the compiled program sends in first rounds, filler included; `traffic`
+  counts the rows of even loads alone. With the rows travel the numbers of
+  their experts and, to another node, weights.
 
   Args:
     config: a model.
@@ -190,18 +216,18 @@ def exchange_sent(
     raise InputError(
       f"exchange.kind = {exchange.kind!r}: must be 'all_to_all' or 'two_hop'"
     )
-  made = [b for b, repeat in blocks(config) for _ in range(repeat)]
-  made += [config.block(config.mtp.block)] * config.mtp.depth
+  form = lambda name: formats.row_bytes(config.dim, name, config.compute.dtype)
+  there, back = form(exchange.dispatch), form(exchange.combine)
   total = 0
-  for moe in (b.ffn for b in made if isinstance(b.ffn, MoEConfig)):
+  for moe, repeat, again in _mixtures(config):
     sizes = tokens, moe.top_k, moe.experts, devices
     rows = exchange_traffic.buffers(exchange, *sizes)
-    each = exchange_traffic.row_bytes(
-      exchange, config.dim, config.compute.dtype
-    )
     # int32 experts of a row; across nodes K of them, and K float32 weights
-    # with a gradient.
-    total += rows['fast'] * (each + 4) + rows['slow'] * (each + 12 * moe.top_k)
+    # with a gradient. What comes back from a node is not made again.
+    each = 2 * (there + back)
+    fast = each + 4 + again * (there + back + 4)
+    slow = each + 12 * moe.top_k + again * (there + 8 * moe.top_k)
+    total += repeat * (rows['fast'] * fast + rows['slow'] * slow)
   return total
 
 

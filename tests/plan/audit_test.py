@@ -259,6 +259,19 @@ class ActivationsTest(parameterized.TestCase):
     self.assertEqual(kept.full, 2 * T * D)
     self.assertGreater(kept.none, kept.dots)
 
+  def test_a_device_of_a_tensor_axis_keeps_its_heads_and_hidden_numbers(self):
+    D, T, F, a = DIM, 256, 1536, MLA
+    kept = activations.kept_bytes(
+      ds.changed(CONFIGS['mla'], {'compute.dtype': 'bfloat16'}),
+      CONFIGS['mla'].block('dense'),
+      T,
+      tensor=2,
+    )
+    whole = D + a.q_rank + a.kv_rank + a.rope_dim + D
+    cut = a.heads * (a.nope_dim + a.rope_dim + a.nope_dim + a.v_dim) + 2 * F
+    self.assertEqual(kept.dots, 2 * T * (whole + cut // 2))
+    self.assertEqual(kept.full, 2 * T * D)
+
   @parameterized.parameters('mla', 'gqa', 'v2_like')
   def test_layers_add_up_to_the_models_residuals(self, name):
     """Two layers more in the model keep twice what a block keeps."""

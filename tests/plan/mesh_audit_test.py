@@ -13,8 +13,10 @@ from tests.plan.mesh_audit_worker import CASES
 FAST = (
   'gqa_data',
   'mla_data',
+  'gqa_accumulated',
   'moe_expert',
   'v3_expert',
+  'remat_expert',
   'gqa_tensor',
   'mha_tensor',
   'mla_fsdp',

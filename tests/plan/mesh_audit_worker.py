@@ -39,19 +39,34 @@ def _with(attention):
   return dataclasses.replace(tiny.config('mla'), attention=attention)
 
 
-def _case(config, micro_batch=1, exchange=None, moments='float32', **sizes):
+def _remat(name, policy):
+  config = tiny.config(name)
+  compute = dataclasses.replace(config.compute, remat=policy)
+  return dataclasses.replace(config, compute=compute)
+
+
+def _case(
+  config,
+  micro_batch=1,
+  exchange=None,
+  moments='float32',
+  accumulate=1,
+  **sizes,
+):
   return compiled.Program(
     config,
     MeshConfig(exchange=exchange or ExchangeConfig(), **sizes),
     SEQ_LEN,
     micro_batch,
     OptimizerConfig(moments=moments),
+    accumulate,
   )
 
 
 CASES = {
   'gqa_data': lambda: _case(tiny.config('gqa'), data=8),
   'moe_expert': lambda: _case(tiny.config('step'), expert=2),
+  'remat_expert': lambda: _case(_remat('step', 'full'), expert=2),
   'mla_data': lambda: _case(tiny.config('mla'), 2, data=4, moments='bfloat16'),
   'v3_data': lambda: _case(tiny.config('v3'), data=4),
   'tied_data': lambda: _case(tiny.config('dense_mtp'), data=2),
@@ -76,6 +91,12 @@ CASES = {
     exchange=ExchangeConfig(kind='two_hop', nodes=2),
     expert=4,
   ),
+  'dots_expert': lambda: _case(_remat('v3', 'dots'), expert=4),
+  'remat_two_hop': lambda: _case(
+    _remat('v2', 'full'),
+    exchange=ExchangeConfig(kind='two_hop', nodes=2),
+    expert=4,
+  ),
   'mixed_expert': lambda: _case(tiny.config('mixed'), expert=4, data=2),
   'v3_expert_context': lambda: _case(
     tiny.config('v3'), expert=2, context=2, data=2
@@ -88,6 +109,22 @@ CASES = {
   'mla_fsdp': lambda: _case(tiny.config('mla'), fsdp=4),
   'mtp_fsdp': lambda: _case(tiny.config('dense_mtp'), fsdp=2),
   'lite_fsdp': lambda: _case(tiny.config('lite'), fsdp=4),
+  'gqa_accumulated': lambda: _case(tiny.config('gqa'), accumulate=4, data=2),
+  'expert_accumulated': lambda: _case(
+    _remat('step', 'full'), accumulate=2, expert=2
+  ),
+  'context_accumulated': lambda: _case(
+    tiny.config('v3'), accumulate=2, context=2, data=2
+  ),
+  'tensor_accumulated': lambda: _case(
+    tiny.config('mla'), accumulate=2, tensor=2
+  ),
+  'fsdp_accumulated': lambda: _case(
+    tiny.config('dense_mtp'), accumulate=2, fsdp=2
+  ),
+  'fsdp_remat_accumulated': lambda: _case(
+    _remat('dense_mtp', 'full'), accumulate=2, fsdp=2
+  ),
   'moe16b_all': lambda: _case(
     tiny.config('moe16b'), expert=2, fsdp=2, tensor=2
   ),
@@ -128,7 +165,7 @@ def planned(program, state) -> dict:
   }
   if grid.expert > 1:
     tokens = program.micro_batch * SEQ_LEN // grid.context
-    out['exchange'] = wire.exchange_sent(
+    out['exchange'] = program.accumulate * wire.exchange_sent(
       program.model, program.mesh.exchange, devices=grid.expert, tokens=tokens
     )
   return out

@@ -95,6 +95,45 @@ class ReportTest(parameterized.TestCase):
     )
     self.assertFalse(report.checkpoint.in_time)
 
+  def test_no_run_costs_less_than_is_possible(self):
+    config = v3().config
+    self.assertEqual(v3().warnings, ())
+    self.assertEqual(v3().time.costed, v3().time.planned)
+    hopeful = plan.estimate(
+      config, cluster='h800x2048', recipe=plan.v3_recipe(0.99)
+    )
+    t = hopeful.time
+    self.assertLess(t.planned, t.least)
+    self.assertAlmostEqual(
+      hopeful.cost.device_hours / v3().cost.device_hours,
+      t.least / v3().time.planned,
+    )
+    derived = hopeful.to_dict()['derived']
+    self.assertEqual(derived['step_costed'], t.least)
+    console = Console(width=200, file=io.StringIO())
+    console.print(tables.render({'hopeful': hopeful}))
+    (line,) = derived['warnings']
+    for text in (f'WARNING: hopeful: {line}', '99.0%: below the least'):
+      self.assertIn(text, console.file.getvalue())
+
+  @parameterized.parameters(('v32', 1), ('v3', 0), ('v4_flash', 1))
+  def test_a_plan_says_what_it_does_not_count(self, name, warnings):
+    recipe = plan.Recipe(mesh=plan.Mesh(tensor=8), utilization=0.1)
+    report = plan.estimate(
+      getattr(ds.presets, name)(), cluster='h100x8', recipe=recipe
+    )
+    self.assertLen(report.warnings, warnings)
+    for warning in report.warnings:
+      self.assertRegex(warning, r'mesh\.tensor = 8: .* is not counted')
+
+  @parameterized.parameters(('v5px8960', 2240), ('910cx384', 48), ('h100x8', 1))
+  def test_every_host_writes_its_part(self, cluster, hosts):
+    devices = plan.cluster(cluster).devices
+    recipe = plan.Recipe(batch=devices, mesh=plan.Mesh(data=devices))
+    report = plan.estimate(ds.presets.v3_tiny(), cluster=cluster, recipe=recipe)
+    got = report.checkpoint.seconds
+    self.assertAlmostEqual(got, report.checkpoint.bytes / (hosts * 2e9))
+
   def test_json_keeps_exact_integers(self):
     read = json.loads(json.dumps(v3().to_dict()))
     self.assertEqual(read['parameters']['total'], 671_026_419_200)
@@ -172,7 +211,7 @@ class HardwareTest(parameterized.TestCase):
       else:
         self.assertEndsWith(figure.origin, 'UNVERIFIED')
 
-  @parameterized.parameters(('h800', 5), ('h100', 1), ('v5p', 0), ('910c', 5))
+  @parameterized.parameters(('h800', 6), ('h100', 2), ('v5p', 0), ('910c', 6))
   def test_a_plan_prints_the_flags(self, name, flags):
     report = plan.estimate(ds.presets.v3_tiny(), cluster=name)
     text = '\n'.join(report.assumptions)

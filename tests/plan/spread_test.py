@@ -3,18 +3,24 @@
 import dataclasses
 import fractions
 
+import jax
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
 from deepseek_jax.layers.ffn import FFNConfig
 from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.layers.mtp import MTPConfig
 from deepseek_jax.layers.router import RouterConfig
 from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.parallel import traffic
+from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import memory, mesh, wire
 from deepseek_jax.transformer import ComputeConfig
+from tests import tiny
+from tests.parallel import split_worker
 
 D, F, V, E, K = 256, 128, 512, 8, 2
 EXPERTS = 3 * E * D * F  # of one layer
@@ -163,9 +169,55 @@ class ActivationsTest(parameterized.TestCase):
     alive = [memory._chunks_alive(grid, run, rank) for rank in range(4)]
     self.assertEqual(alive, [[4, 1], [3, 2], [2, 3], [1, 4]])
 
-  def test_tensor_and_context_axes_divide_it(self):
-    grid = plan.Mesh(tensor=2, context=4)
-    self.assertEqual(self.kept(grid), [self.kept()[0] // 8])
+  def test_context_axes_divide_it(self):
+    self.assertEqual(self.kept(plan.Mesh(context=4)), [self.kept()[0] // 4])
+
+  def test_inputs_are_whole_on_every_device_of_a_tensor_axis(self):
+    row = 2 * self.T * D
+    block = model().block('moe')
+    whole, half = (
+      memory.kept_bytes(model(), block, self.T, tensor) for tensor in (1, 2)
+    )
+    self.assertEqual((whole.full, half.full), (row, row))
+    self.assertBetween(half.none, whole.none / 2, whole.none - 1)
+    got = self.kept(plan.Mesh(tensor=2))
+    self.assertEqual(got, [8 * row + half.none - row])
+
+  @parameterized.parameters('mha', 'dsa', 'nsa', 'window', 'csa', 'hca')
+  def test_heads_of_every_attention_are_cut(self, name):
+    attention = split_worker.LAYERS[name]
+    config = dataclasses.replace(tiny.config('mla'), attention=attention)
+    whole, half = (
+      memory.kept_bytes(config, config.block('dense'), self.T, tensor)
+      for tensor in (1, 2)
+    )
+    self.assertEqual(whole.full, half.full)
+    self.assertLess(half.none, whole.none)
+    # Both sublayers' inputs, float32, are whole.
+    uncut = 4 * self.T * 2 * tiny.DIM
+    self.assertGreaterEqual(2 * half.none, whole.none + uncut)
+
+
+class ExchangeTest(parameterized.TestCase):
+  # 64 tokens of K = 2; on 8 devices of one expert each no buffer is longer
+  # than a device's tokens, on 4 of two experts, twice that.
+  @parameterized.parameters(
+    (8, 1.0, 16), (8, 2.0, 32), (8, 5.0, 64), (4, 2.0, 64), (4, 9.0, 128)
+  )
+  def test_buffers_are_those_of_the_exchange(self, n, factor, rows):
+    run = plan.Training(64, exchange_factor=factor)
+    got = memory.exchange_bytes(model(), plan.Mesh(expert=n), run)
+    self.assertEqual(got, n * rows * (2 * D + 2 * D))
+    # What the exchange itself sends to the others.
+    sizes = 64, K, E, n
+    sends = traffic.buffers(ExchangeConfig(factor=factor), *sizes)
+    self.assertEqual(sends['fast'], (n - 1) * rows)
+
+  def test_the_factor_is_the_exchanges_by_default(self):
+    want = plan.Training(exchange_factor=ExchangeConfig().factor)
+    self.assertEqual(plan.Training(), want)
+    with self.assertRaisesRegex(ds.InputError, 'exchange_factor = 0'):
+      plan.Training(exchange_factor=0)
 
 
 class TrafficTest(parameterized.TestCase):
@@ -173,16 +225,21 @@ class TrafficTest(parameterized.TestCase):
   def test_gradients_of_data_parallelism(self, n):
     config = model()
     total = plan.count_parameters(config).total
-    got = sent(config, plan.Mesh(data=n)).wires
-    self.assertLen(got, 1)
-    # Parameters of odd sizes are rounded down one by one.
-    self.assertAlmostEqual(got[0].bytes, ring(n, 4 * total, True), delta=64)
+    for often in (1, 3):  # micro-batches, each of which sums
+      got = sent(config, plan.Mesh(data=n), batch=often * n).wires
+      self.assertLen(got, 1)
+      # Parameters of odd sizes are rounded down one by one.
+      want = often * ring(n, 4 * total, True)
+      self.assertAlmostEqual(got[0].bytes, want, delta=64 * often)
 
   def test_zero_gathers_weights_in_the_compute_dtype(self):
     config, grid = model(), plan.Mesh(data=4)
-    plain = sent(config, grid).wires[0].bytes
-    zero = sent(config, grid, plan.Training(zero=1)).wires[0].bytes
-    self.assertAlmostEqual(zero / plain, 3 / 4, delta=0.01)
+    run = plan.Training(zero=1)
+    for often in (1, 2):  # gradients per micro-batch, weights per step
+      plain = sent(config, grid, batch=4 * often).wires[0].bytes
+      zero = sent(config, grid, run, batch=4 * often).wires[0].bytes
+      want = (2 * often + 1) / (4 * often)
+      self.assertAlmostEqual(zero / plain, want, delta=0.01)
 
   def test_dualpipes_two_ranks_of_a_stage_add_up_their_gradients(self):
     config, grid = model(8), plan.Mesh(stage=4, data=2)
@@ -194,18 +251,25 @@ class TrafficTest(parameterized.TestCase):
     want = ring(4, 4 * whole, True)
     self.assertAlmostEqual(got['gradients over data+stage'], want, delta=64)
 
-  def test_fsdp_gathers_layers_twice_and_scatters_once(self):
+  def test_a_pipelines_ranks_sum_gradients_once_per_step(self):
+    grid, run = plan.Mesh(stage=2, data=2), plan.Training(64)
+    one, many = (
+      [w.bytes for w in sent(model(), grid, run, batch=batch).wires[:1]]
+      for batch in (2, 32)
+    )
+    self.assertEqual(one, many)
+
+  def test_fsdp_gathers_layers_twice_and_scatters_once_per_micro_batch(self):
     config, grid = model(), plan.Mesh(fsdp=4)
     run = plan.Training(64)
     held = mesh.shares(config, grid)
     split = [s for found in held.values() for s in found if 'fsdp' in s.over]
-    want = 0
+    want, micro = 0, 16 // 4
     for s in split:
-      width = 2 if s.matrix else 4
-      often = 2 if s.name.startswith('segments.') else 1  # or embedding, head
-      want += 16 // 4 * often * ring(4, 2 * s.whole, False)
-      want += ring(4, 4 * s.whole, False)
-      self.assertIn(width, (2, 4))
+      # Embedding and head are the same for all micro-batches.
+      often = 2 * micro if s.name.startswith('segments.') else 1
+      want += often * ring(4, 2 * s.whole, False)
+      want += micro * ring(4, 4 * s.whole, False)
     got = {w.purpose: w.bytes for w in sent(config, grid, run, batch=16).wires}
     self.assertEqual(got['weights over fsdp'], want)
 
@@ -243,10 +307,35 @@ class TrafficTest(parameterized.TestCase):
     run = plan.Training(64, dispatch=dtype)
     got = {w.purpose: w for w in sent(config, grid, run, batch=8).wires}
     tokens = 64 * 8 // 4
-    copies = 2 * 4 * tokens * K * 3 // 4  # both ways, 4 layers, 3 of 4 away
+    # Forward twice and back, 4 layers, 3 of 4 away.
+    copies = 3 * 4 * tokens * K * 3 // 4
     self.assertEqual(got['expert dispatch'].bytes, copies * row)
     self.assertEqual(got['expert combine'].bytes, copies * 2 * D)
     self.assertEqual(got['expert dispatch'].link, 'fast')
+
+  @parameterized.parameters(('none', 2, 2), ('dots', 3, 2), ('full', 3, 2))
+  def test_what_recomputing_sends_again(self, remat, passes, added):
+    config = ds.changed(model(depth=1), {'compute.remat': remat})
+    for node_limited in (False, True):
+      got = {
+        (w.purpose, w.link): w.bytes
+        for w in sent(
+          config,
+          plan.Mesh(expert=4),
+          plan.Training(64),
+          batch=8,
+          node=2,
+          node_limited=node_limited,
+        ).wires
+      }
+      rows = wire.rows_sent(config.moe, 4, 2, node_limited)
+      for kind, link in ((k, l) for k in ('dispatch', 'combine') for l in rows):
+        # Sums of a node are not made again; prediction runs once.
+        summed = node_limited and (kind, link) == ('combine', 'slow')
+        layers = 4 * (added if summed else passes) + 2
+        self.assertEqual(
+          got[f'expert {kind}', link], 64 * 2 * rows[link] * layers * 2 * D
+        )
 
   def test_tensor_context_and_stage(self):
     config, run = model(), plan.Training(64)
@@ -268,6 +357,33 @@ class TrafficTest(parameterized.TestCase):
     config = ds.changed(config, {'compute.remat': 'none'})
     self.assertEqual(at(context=4)['context'], 2 * once)
 
+  @parameterized.parameters('dsa', 'dsa_dense', 'nsa', 'window', 'csa', 'hca')
+  def test_sums_inside_sparse_attention_are_said_to_be_left_out(self, name):
+    attention = split_worker.LAYERS[name]
+    config = dataclasses.replace(tiny.config('mla'), attention=attention)
+    grid, kind = plan.Mesh(tensor=2), type(attention).__name__
+    (got,) = (w for w in sent(config, grid).wires if w.purpose == 'tensor')
+    self.assertEndsWith(got.formula, f'NOT COUNTED: what {kind} sums inside')
+    # Of attention the sum of the output alone.
+    numbers = 2 * (1 + 2) * tiny.DIM + 2 * tiny.DIM + 3
+    tokens = 64 * plan.Training().seq_len
+    self.assertEqual(got.bytes, ring(2, tokens * 4 * numbers, True))
+    (got,) = (
+      w for w in sent(tiny.config('mla'), grid).wires if w.purpose == 'tensor'
+    )
+    self.assertNotIn('NOT COUNTED', got.formula)
+
+  def test_stages_pass_on_every_stream(self):
+    config = dataclasses.replace(model(), residual=HyperConnectionsConfig(3))
+    run = plan.Training(64)
+    x = jax.ShapeDtypeStruct((8, 64, D), 'bfloat16')
+    stream = jax.eval_shape(config.residual.expand, x)
+    got = {
+      w.purpose: w.bytes
+      for w in sent(config, plan.Mesh(stage=4), run, batch=8).wires
+    }
+    self.assertEqual(got['stages'], 2 * 2 * stream.size)
+
   def test_wide_axes_use_the_slow_link(self):
     config = model()
     for n, link in ((8, 'fast'), (16, 'slow')):
@@ -282,6 +398,31 @@ class TrafficTest(parameterized.TestCase):
         'weights over fsdp': 'fast',
       },
     )
+
+  @parameterized.parameters(
+    ({'tensor': 2}, 4),
+    ({'tensor': 2, 'context': 2}, 2),
+    ({'tensor': 4, 'context': 2}, 1),
+    ({'tensor': 2, 'context': 8}, 1),
+  )
+  def test_faster_axes_leave_experts_fewer_devices_of_a_node(self, axes, near):
+    config, run = model(), plan.Training(64)
+    config = dataclasses.replace(config, attention=GQAConfig(4, 4, 128))
+    at = lambda node_limited: {
+      w.link: w.bytes
+      for w in sent(
+        config, plan.Mesh(expert=8, **axes), run, node_limited=node_limited
+      ).wires
+      if w.purpose == 'expert dispatch'
+    }
+    for node_limited in (False, True):
+      got = at(node_limited)
+      rows = wire.rows_sent(config.moe, 8, near, node_limited)
+      tokens = 64 * 64 // 8 // axes.get('context', 1)
+      each = 3 * 4 * tokens * 2 * D  # passes, layers, bfloat16
+      want = {link: int(each * rows[link]) for link in rows if rows[link]}
+      self.assertEqual(got, want)
+    self.assertEqual('fast' in got, near > 1)
 
   def test_one_device_sends_nothing(self):
     self.assertEqual(sent(model(), plan.Mesh()).wires, ())

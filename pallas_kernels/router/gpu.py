@@ -67,7 +67,7 @@ def _unnormalised(x, scoring, top):
   # log(1 + small) loses small below 1e-3 or so; its series does not.
   series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0)))
   log = jnp.where(small < 1e-2, series, jnp.log(1.0 + small))
-  return jnp.sqrt(jnp.maximum(x, 0.0) + log)
+  return compat.sqrt(jnp.maximum(x, 0.0) + log)
 
 
 def _pieces(E):

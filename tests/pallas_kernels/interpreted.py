@@ -159,6 +159,19 @@ def check_router():
     bias = jnp.asarray(rng.integers(-2, 3, shape.experts) / 2, jnp.float32)
     op = functools.partial(router, top_k=shape.top_k, rule=shape.rule)
     compare(name, op, (logits, bias if shape.bias else None), 1e-6)
+  check_router_without_scores()
+
+
+def check_router_without_scores():
+  """A bias of -inf leaves the lower numbers first, none of them twice."""
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 72)), 'float32')
+  for groups, top_groups, group_score in ((1, 1, 'max'), (6, 2, 'top2')):
+    rule = router_shapes.Rule('sigmoid', groups, top_groups, group_score)
+    op = functools.partial(router, top_k=8, rule=rule)
+    few = np.full(72, -np.inf, np.float32)
+    few[[1, 70]] = 0, 1
+    for bias in (few, np.full(72, -np.inf, np.float32)):
+      compare(f'{groups} groups, -inf', op, (logits, jnp.asarray(bias)), 1e-6)
 
 
 def check_quantize():

@@ -55,7 +55,9 @@ def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
   Returns:
     experts [N K] int32, best first; weights [N K] float32; counts [E] int32,
     the tokens that chose each expert. The weights are differentiable in
-    logits; the choice and the bias have no gradient.
+    logits; the choice and the bias have no gradient. With nan among a token's
+    logits its experts are valid all the same. To the kernel nan is the best
+    score, so it shows in the weights; in XLA's top_k its sign decides.
 
   Raises:
     ValueError: a rule that doesn't fit E and top_k.

@@ -117,7 +117,9 @@ def _score(kept, bias, biased, scoring):
       scores = scores / _wide(total, scores.shape)
       kept[:, part] = scores
     lift = compat.load(bias, part, _BY_EXPERT, optimized=False)
-    biased[:, part] = scores + lax.broadcast_in_dim(lift, scores.shape, [1])
+    choice = scores + lax.broadcast_in_dim(lift, scores.shape, [1])
+    # A nan equals nothing, itself included; as the best it shows in a weight.
+    biased[:, part] = jnp.where(choice != choice, jnp.inf, choice)
 
 
 def _columns(part):

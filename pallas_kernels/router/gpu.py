@@ -51,12 +51,11 @@ def route(logits, bias, top_k, rule):
     ),
     grid={'block': blocks},
     scratch={
-      'kept': plgpu.SMEM((TOKENS, E), jnp.float32),
-      'biased': plgpu.SMEM((TOKENS, E), jnp.float32),
+      'kept': plgpu.SMEM((TOKENS, _row(E)), jnp.float32),
+      'biased': plgpu.SMEM((TOKENS, _row(E)), jnp.float32),
       'picks': plgpu.SMEM((top_k, TOKENS), jnp.int32),
       'gains': plgpu.SMEM((top_k, TOKENS), jnp.float32),
       'counted': plgpu.SMEM((E,), jnp.float32),
-      'here': plgpu.Barrier(),
     },
   )(padded, bias)
   turn = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
@@ -64,11 +63,20 @@ def route(logits, bias, top_k, rule):
   return turn(experts), turn(weights), counts.astype(jnp.int32).sum(axis=0)
 
 
+def _row(E):
+  """Length of a row of E scores in shared memory.
+
+  An odd multiple of 8: then the 8 rows of 32 bytes that a warp reads at once
+  are in different banks.
+  """
+  return E + 8 if E % 16 == 0 else E
+
+
 def _bytes(E, top_k):
   """Shared memory of one block, each array rounded up to 1 KiB."""
-  arrays = 2 * [TOKENS * E] + 2 * [TOKENS * top_k] + [E]
-  reductions, barrier = 2048, 8
-  return sum(-(-4 * n // 1024) * 1024 for n in arrays) + reductions + barrier
+  arrays = 2 * [TOKENS * _row(E)] + 2 * [TOKENS * top_k] + [E]
+  reductions = 2048
+  return sum(-(-4 * n // 1024) * 1024 for n in arrays) + reductions
 
 
 def _wide(values, shape):
@@ -93,26 +101,26 @@ def _pieces(stop, start=0):
   return [pl.ds(at, min(64, stop - at)) for at in range(start, stop, 64)]
 
 
-def _load(ref, part):
-  return compat.load(ref, (slice(None), part), _TILE)
+def _load(ref, part, **how):
+  return compat.load(ref, (slice(None), part), _TILE, **how)
 
 
-def _score(kept, bias, biased, scoring):
-  """Logits in `kept` become scores there, and scores + bias in `biased`."""
-  pieces = _pieces(kept.shape[1])
-  read = functools.partial(_load, kept)
+def _score(logits, kept, bias, biased, scoring):
+  """Scores of the logits go to `kept`, and scores + bias to `biased`."""
+  pieces = _pieces(bias.shape[0])
+  fetch = functools.partial(_load, logits, optimized=False)
   softmax = scoring == 'softmax'
   top = total = None
   if softmax:
-    top = functools.reduce(jnp.maximum, [read(p).max(axis=1) for p in pieces])
+    top = functools.reduce(jnp.maximum, [fetch(p).max(axis=1) for p in pieces])
   for part in pieces:
-    scores = _unnormalised(read(part), scoring, top)
+    scores = _unnormalised(fetch(part), scoring, top)
     kept[:, part] = scores
     if softmax:
       own = scores.sum(axis=1)
       total = own if total is None else total + own
   for part in pieces:
-    scores = read(part)
+    scores = _load(kept, part)
     if softmax:
       scores = scores / _wide(total, scores.shape)
       kept[:, part] = scores
@@ -152,9 +160,8 @@ def _group_score(biased, start, stop, group_score):
   return jnp.where(total != total, jnp.inf, total)  # inf - inf
 
 
-def _limit_groups(biased, rule):
+def _limit_groups(biased, E, rule):
   """Puts -inf in place of the scores of all but the best groups."""
-  E = biased.shape[1]
   size = E // rule.groups
   scores = [
     _group_score(biased, g * size, (g + 1) * size, rule.group_score)
@@ -178,11 +185,11 @@ def _limit_groups(biased, rule):
     biased[:, part] = choice
 
 
-def _next(biased, value, index):
+def _next(biased, E, value, index):
   """The best score after `value` of expert `index`, and its expert."""
   best = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   found = compat.full((TOKENS,), _NOWHERE, _BY_TOKEN, jnp.int32)
-  for part in _pieces(biased.shape[1]):
+  for part in _pieces(E):
     choice, column = _load(biased, part), _columns(part)
     old = _wide(value, choice.shape)
     later = column > _wide(index, choice.shape)
@@ -196,10 +203,10 @@ def _next(biased, value, index):
   return best, found
 
 
-def _at(kept, index):
+def _at(kept, E, index):
   """Per token the kept score of expert `index`."""
   gain = compat.full((TOKENS,), 0.0, _BY_TOKEN)
-  for part in _pieces(kept.shape[1]):
+  for part in _pieces(E):
     scores = _load(kept, part)
     chosen = _columns(part) == _wide(index, scores.shape)
     gain += jnp.where(chosen, scores, 0.0).sum(axis=1)
@@ -234,24 +241,22 @@ def _body(
   picks,
   gains,
   counted,
-  here,
   *,
   top_k,
   rule,
   tokens,
 ):
   block = lax.axis_index('block')
-  own = pl.ds(block * TOKENS, TOKENS)
-  plgpu.copy_gmem_to_smem(logits.at[own], kept, here)
-  plgpu.barrier_wait(here)
-  _score(kept, bias, biased, rule.scoring)
+  E = bias.shape[0]
+  own = logits.at[pl.ds(block * TOKENS, TOKENS)]
+  _score(own, kept, bias, biased, rule.scoring)
   if rule.groups > 1:
-    _limit_groups(biased, rule)
+    _limit_groups(biased, E, rule)
 
   def pick(k, carry):
     value, index, total = carry
-    value, index = _next(biased, value, index)
-    gain = _at(kept, index)
+    value, index = _next(biased, E, value, index)
+    gain = _at(kept, E, index)
     picks[k] = index
     gains[k] = gain
     return value, index, total + gain

@@ -119,6 +119,13 @@ def full(shape, value, layout, dtype=jnp.float32):
   return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
 
+def sqrt(x):
+  """Root of x >= 0; jax 0.10 lowers rsqrt alone (and gives nan for inf)."""
+  if BEFORE_0_11:
+    return x * jax.lax.rsqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+  return jnp.sqrt(x)
+
+
 def wgmma(acc, a, b):
   """acc += a @ b of refs in shared memory."""
   if is_interpreted():

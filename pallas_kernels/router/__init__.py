@@ -49,12 +49,15 @@ def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
     bias: [E] float32 or None, added to the scores for the choice alone.
     top_k: K.
     rule: see Rule.
-    impl: None, 'reference' or 'gpu' (float32, E a multiple of 8 up to 256).
+    impl: None, 'reference' or 'gpu' (float32, E a multiple of 8, up to 16
+      groups, and E + K up to about 430, by shared memory).
 
   Returns:
     experts [N K] int32, best first; weights [N K] float32; counts [E] int32,
     the tokens that chose each expert. The weights are differentiable in
-    logits; the choice and the bias have no gradient.
+    logits; the choice and the bias have no gradient. With nan among a token's
+    logits its experts are valid all the same. To the kernel nan is the best
+    score, so it shows in the weights; in XLA's top_k its sign decides.
 
   Raises:
     ValueError: a rule that doesn't fit E and top_k.

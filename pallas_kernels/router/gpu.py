@@ -1,8 +1,10 @@
-"""Routing on Hopper: 64 tokens per warpgroup, all their scores in registers.
+"""Routing on Hopper: 64 tokens per warpgroup, their scores in shared memory.
 
 The layout of a wgmma accumulator gives each token to four threads, so a
-maximum over experts is a few shuffles. The K best are found by K rounds of
-maximum, lowest index of that maximum, and -inf in its place.
+maximum over experts is a few shuffles. Round k finds the best score after that
+of round k - 1, in an order where equals follow their index: nothing has to be
+crossed out, and -inf is a score like any other. Scores come into registers 64
+experts at a time, so that many experts don't spill.
 """
 
 import functools
@@ -16,6 +18,8 @@ from jax import lax
 from pallas_kernels import compat
 
 TOKENS = 64
+_SMEM = 232448  # bytes of shared memory that a block can have
+_NOWHERE = 2**30  # above every expert
 _TILE = plgpu.Layout.WGMMA
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(1)
 _BY_EXPERT = plgpu.Layout.WGMMA.reduce(0)
@@ -25,8 +29,15 @@ def route(logits, bias, top_k, rule):
   N, E = logits.shape
   if logits.dtype != jnp.float32:
     raise NotImplementedError(f'logits are {logits.dtype}, not float32')
-  if E % 8 or E > 256:
-    raise NotImplementedError(f'{E} experts, not a multiple of 8 up to 256')
+  if E % 8:
+    raise NotImplementedError(f'{E} experts, not a multiple of 8')
+  if rule.groups > 16:
+    raise NotImplementedError(f'{rule.groups} groups, more than 16')
+  if _bytes(E, top_k) > _SMEM:
+    raise NotImplementedError(
+      f'{top_k} of {E} experts need {_bytes(E, top_k)} bytes of shared '
+      f'memory, more than {_SMEM}'
+    )
   blocks = -(-N // TOKENS)
   padded = jnp.pad(logits, ((0, blocks * TOKENS - N), (0, 0)))
   bias = jnp.zeros(E, jnp.float32) if bias is None else bias
@@ -40,17 +51,32 @@ def route(logits, bias, top_k, rule):
     ),
     grid={'block': blocks},
     scratch={
-      'kept': plgpu.SMEM((TOKENS, E), jnp.float32),
-      'biased': plgpu.SMEM((TOKENS, E), jnp.float32),
+      'kept': plgpu.SMEM((TOKENS, _row(E)), jnp.float32),
+      'biased': plgpu.SMEM((TOKENS, _row(E)), jnp.float32),
       'picks': plgpu.SMEM((top_k, TOKENS), jnp.int32),
       'gains': plgpu.SMEM((top_k, TOKENS), jnp.float32),
       'counted': plgpu.SMEM((E,), jnp.float32),
-      'here': plgpu.Barrier(),
     },
   )(padded, bias)
   turn = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
   # Each block has counted its own: no atomics, the same bits in every run.
   return turn(experts), turn(weights), counts.astype(jnp.int32).sum(axis=0)
+
+
+def _row(E):
+  """Length of a row of E scores in shared memory.
+
+  An odd multiple of 8: then the 8 rows of 32 bytes that a warp reads at once
+  are in different banks.
+  """
+  return E + 8 if E % 16 == 0 else E
+
+
+def _bytes(E, top_k):
+  """Shared memory of one block, each array rounded up to 1 KiB."""
+  arrays = 2 * [TOKENS * _row(E)] + 2 * [TOKENS * top_k] + [E]
+  reductions = 2048
+  return sum(-(-4 * n // 1024) * 1024 for n in arrays) + reductions
 
 
 def _wide(values, shape):
@@ -67,73 +93,81 @@ def _unnormalised(x, scoring, top):
   # log(1 + small) loses small below 1e-3 or so; its series does not.
   series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0)))
   log = jnp.where(small < 1e-2, series, jnp.log(1.0 + small))
-  return jnp.sqrt(jnp.maximum(x, 0.0) + log)
+  return compat.sqrt(jnp.maximum(x, 0.0) + log)
 
 
-def _pieces(E):
+def _pieces(stop, start=0):
   """Slices of the experts, small enough to leave registers to spare."""
-  width = 64 if E % 64 == 0 else E
-  return [pl.ds(start, width) for start in range(0, E, width)]
+  return [pl.ds(at, min(64, stop - at)) for at in range(start, stop, 64)]
 
 
-def _score(kept, bias, biased, scoring):
-  """Logits in `kept` become scores there, and scores + bias in `biased`."""
-  every = slice(None)
-  pieces = _pieces(kept.shape[1])
-  read = lambda part: compat.load(kept, (every, part), _TILE)
+def _load(ref, part, **how):
+  return compat.load(ref, (slice(None), part), _TILE, **how)
+
+
+def _score(logits, kept, bias, biased, scoring):
+  """Scores of the logits go to `kept`, and scores + bias to `biased`."""
+  pieces = _pieces(bias.shape[0])
+  fetch = functools.partial(_load, logits, optimized=False)
   softmax = scoring == 'softmax'
   top = total = None
   if softmax:
-    top = functools.reduce(jnp.maximum, [read(p).max(axis=1) for p in pieces])
+    top = functools.reduce(jnp.maximum, [fetch(p).max(axis=1) for p in pieces])
   for part in pieces:
-    scores = _unnormalised(read(part), scoring, top)
+    scores = _unnormalised(fetch(part), scoring, top)
     kept[:, part] = scores
     if softmax:
       own = scores.sum(axis=1)
       total = own if total is None else total + own
   for part in pieces:
-    scores = read(part)
+    scores = _load(kept, part)
     if softmax:
       scores = scores / _wide(total, scores.shape)
       kept[:, part] = scores
     lift = compat.load(bias, part, _BY_EXPERT, optimized=False)
-    biased[:, part] = scores + lax.broadcast_in_dim(lift, scores.shape, [1])
+    choice = scores + lax.broadcast_in_dim(lift, scores.shape, [1])
+    # A nan equals nothing, itself included; as the best it shows in a weight.
+    biased[:, part] = jnp.where(choice != choice, jnp.inf, choice)
 
 
-def _first(values, top, column):
-  """Per token the lowest column whose value is `top`."""
-  hit = values == _wide(top, values.shape)
-  return jnp.where(hit, column, jnp.int32(2**30)).min(axis=1)
+def _columns(part):
+  shape = (TOKENS, part.size)
+  return part.start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
 
 
-def _columns(shape):
-  return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
+def _first(hit, column):
+  """Per token the lowest column that is hit."""
+  return jnp.where(hit, column, _NOWHERE).min(axis=1)
 
 
-def _group(choice, g, size):
-  """The scores of group g, alone or with -inf around them, and the columns."""
-  if size % 8 == 0:
-    part = lax.slice(choice, (0, g * size), (TOKENS, (g + 1) * size))
-    return part, _columns(part.shape)
-  column = _columns(choice.shape)
-  inside = (column >= g * size) & (column < (g + 1) * size)
-  return jnp.where(inside, choice, -jnp.inf), column
-
-
-def _group_score(choice, g, rule):
-  """[tokens], the sum of the best or the best two of group g."""
-  part, column = _group(choice, g, choice.shape[1] // rule.groups)
-  best = part.max(axis=1)
-  if rule.group_score == 'max':
+def _group_score(biased, start, stop, group_score):
+  """[tokens], the sum of the best or the best two of experts start..stop-1."""
+  best = second = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
+  for part in _pieces(-(-stop // 8) * 8, start // 8 * 8):
+    choice, column = _load(biased, part), _columns(part)
+    inside = (column >= start) & (column < stop)
+    choice = jnp.where(inside, choice, -jnp.inf)
+    top = choice.max(axis=1)
+    if group_score == 'top2':
+      first = _first(choice == _wide(top, choice.shape), column)
+      other = jnp.where(column == _wide(first, choice.shape), -jnp.inf, choice)
+      own = jnp.maximum(jnp.minimum(best, top), other.max(axis=1))
+      second = jnp.maximum(second, own)
+    best = jnp.maximum(best, top)
+  if group_score == 'max':
     return best
-  first = _wide(_first(part, best, column), part.shape)
-  return best + jnp.where(column == first, -jnp.inf, part).max(axis=1)
+  total = best + second
+  return jnp.where(total != total, jnp.inf, total)  # inf - inf
 
 
-def _limit_groups(choice, rule):
-  scores = [_group_score(choice, g, rule) for g in range(rule.groups)]
-  size = choice.shape[1] // rule.groups
-  column = _columns(choice.shape)
+def _limit_groups(biased, E, rule):
+  """Puts -inf in place of the scores of all but the best groups."""
+  size = E // rule.groups
+  scores = [
+    _group_score(biased, g * size, (g + 1) * size, rule.group_score)
+    for g in range(rule.groups)
+  ]
+  ahead = []
   for g, own in enumerate(scores):
     # Groups that win against g: better, or as good and earlier.
     better = [
@@ -141,23 +175,40 @@ def _limit_groups(choice, rule):
       for i, other in enumerate(scores)
       if i != g
     ]
-    ahead = sum(b.astype(jnp.int32) for b in better)
-    lost = _wide(ahead, choice.shape) >= rule.top_groups
-    inside = (column >= g * size) & (column < (g + 1) * size)
-    choice = jnp.where(lost & inside, -jnp.inf, choice)
-  return choice
+    ahead.append(sum(b.astype(jnp.int32) for b in better))
+  for part in _pieces(E):
+    choice, column = _load(biased, part), _columns(part)
+    for g in range(part.start // size, -(-(part.start + part.size) // size)):
+      inside = (column >= g * size) & (column < (g + 1) * size)
+      lost = _wide(ahead[g], choice.shape) >= rule.top_groups
+      choice = jnp.where(lost & inside, -jnp.inf, choice)
+    biased[:, part] = choice
 
 
-def _at(kept, index):
-  """Per token the kept score of expert `index`.
+def _next(biased, E, value, index):
+  """The best score after `value` of expert `index`, and its expert."""
+  best = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
+  found = compat.full((TOKENS,), _NOWHERE, _BY_TOKEN, jnp.int32)
+  for part in _pieces(E):
+    choice, column = _load(biased, part), _columns(part)
+    old = _wide(value, choice.shape)
+    later = column > _wide(index, choice.shape)
+    left = (choice < old) | ((choice == old) & later)
+    top = jnp.where(left, choice, -jnp.inf).max(axis=1)
+    first = _first(left & (choice == _wide(top, choice.shape)), column)
+    # Of equals the lower, and any expert rather than none.
+    better = (top > best) | ((top == best) & (first < found))
+    best = jnp.where(better, top, best)
+    found = jnp.where(better, first, found)
+  return best, found
 
-  From shared memory and in pieces: two [tokens, experts] don't fit the
-  registers.
-  """
+
+def _at(kept, E, index):
+  """Per token the kept score of expert `index`."""
   gain = compat.full((TOKENS,), 0.0, _BY_TOKEN)
-  for part in _pieces(kept.shape[1]):
-    scores = compat.load(kept, (slice(None), part), _TILE)
-    chosen = _columns(scores.shape) == _wide(index - part.start, scores.shape)
+  for part in _pieces(E):
+    scores = _load(kept, part)
+    chosen = _columns(part) == _wide(index, scores.shape)
     gain += jnp.where(chosen, scores, 0.0).sum(axis=1)
   return gain
 
@@ -166,10 +217,10 @@ def _count(picks, counted, tokens):
   """How many of the first `tokens` picked each expert."""
   for part in _pieces(counted.shape[0]):
     shape = (TOKENS, part.size)
-    column = _columns(shape)
+    column = _columns(part)
 
-    def one(k, hits, part=part, column=column):
-      own = compat.load(picks, k, _BY_TOKEN) - part.start
+    def one(k, hits, column=column):
+      own = compat.load(picks, k, _BY_TOKEN)
       hit = column == _wide(own, column.shape)
       return hits + jnp.where(hit, 1.0, 0.0)
 
@@ -190,34 +241,30 @@ def _body(
   picks,
   gains,
   counted,
-  here,
   *,
   top_k,
   rule,
   tokens,
 ):
   block = lax.axis_index('block')
-  own = pl.ds(block * TOKENS, TOKENS)
-  plgpu.copy_gmem_to_smem(logits.at[own], kept, here)
-  plgpu.barrier_wait(here)
-  every = slice(None)
-  _score(kept, bias, biased, rule.scoring)
-  choice = compat.load(biased, every, _TILE)
+  E = bias.shape[0]
+  own = logits.at[pl.ds(block * TOKENS, TOKENS)]
+  _score(own, kept, bias, biased, rule.scoring)
   if rule.groups > 1:
-    choice = _limit_groups(choice, rule)
-  column = _columns(choice.shape)
+    _limit_groups(biased, E, rule)
 
   def pick(k, carry):
-    choice, total = carry
-    index = _first(choice, choice.max(axis=1), column)
-    chosen = column == _wide(index, choice.shape)
-    gain = _at(kept, index)
+    value, index, total = carry
+    value, index = _next(biased, E, value, index)
+    gain = _at(kept, E, index)
     picks[k] = index
     gains[k] = gain
-    return jnp.where(chosen, -jnp.inf, choice), total + gain
+    return value, index, total + gain
 
+  start = compat.full((TOKENS,), jnp.inf, _BY_TOKEN)
+  before = compat.full((TOKENS,), -1, _BY_TOKEN, jnp.int32)
   zero = compat.full((TOKENS,), 0.0, _BY_TOKEN)
-  _, total = lax.fori_loop(0, top_k, pick, (choice, zero))
+  _, _, total = lax.fori_loop(0, top_k, pick, (start, before, zero))
   norm = total + 1e-20 if rule.normalize else jnp.ones_like(total)
 
   def rescale(k, _):

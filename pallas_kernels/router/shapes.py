@@ -22,6 +22,10 @@ TEST = {
   'v3': Shape(64, 64, 8, Rule('sigmoid', 8, 4, 'top2', True, 2.5), True),
   'v4': Shape(1, 48, 6, Rule('sqrtsoftplus', scale=1.5), True),
   'all': Shape(3, 8, 8, Rule('sigmoid'), False),
+  # Experts in more than one piece, groups across the seams of pieces.
+  'v2_wide': Shape(3, 160, 6, Rule('softmax', 8, 3, 'max', False, 16.0), False),
+  'top2_wide': Shape(3, 240, 8, Rule('sigmoid', 3, 2), True),
+  'v4_wide': Shape(3, 384, 6, Rule('sqrtsoftplus', scale=2.5), True),
 }
 
 BENCH = {
@@ -31,5 +35,9 @@ BENCH = {
   'v3_decode_b128': Shape(
     128, 256, 8, Rule('sigmoid', 8, 4, 'top2', True, 2.5), True
   ),
+  'v2_t8192': Shape(
+    8192, 160, 6, Rule('softmax', 8, 3, 'max', False, 16.0), False
+  ),
+  'v4_pro_t8192': Shape(8192, 384, 6, Rule('sqrtsoftplus', scale=2.5), True),
   'v2_lite_t8192': Shape(8192, 64, 6, Rule('softmax', normalize=False), False),
 }

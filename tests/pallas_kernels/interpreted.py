@@ -159,6 +159,48 @@ def check_router():
     bias = jnp.asarray(rng.integers(-2, 3, shape.experts) / 2, jnp.float32)
     op = functools.partial(router, top_k=shape.top_k, rule=shape.rule)
     compare(name, op, (logits, bias if shape.bias else None), 1e-6)
+  check_router_without_scores()
+  check_router_nan()
+
+
+def check_router_without_scores():
+  """A bias of -inf leaves the lower numbers first, none of them twice."""
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 72)), 'float32')
+  for groups, top_groups, group_score in ((1, 1, 'max'), (6, 2, 'top2')):
+    rule = router_shapes.Rule('sigmoid', groups, top_groups, group_score)
+    op = functools.partial(router, top_k=8, rule=rule)
+    few = np.full(72, -np.inf, np.float32)
+    few[[1, 70]] = 0, 1
+    for bias in (few, np.full(72, -np.inf, np.float32)):
+      compare(f'{groups} groups, -inf', op, (logits, jnp.asarray(bias)), 1e-6)
+
+
+def check_router_nan():
+  """Tokens with nan get valid experts and weights that show it."""
+  draw = np.random.default_rng(0).normal(size=(4, 72)).astype(np.float32)
+  draw[1, 5] = np.nan
+  draw[2, 70] = -np.nan
+  draw[3] = np.nan
+  logits = jnp.asarray(draw)
+  for scoring in ('softmax', 'sigmoid', 'sqrtsoftplus'):
+    for groups, top_groups, group_score in ((1, 1, 'max'), (6, 2, 'top2')):
+      rule = router_shapes.Rule(scoring, groups, top_groups, group_score)
+      op = functools.partial(router, top_k=8, rule=rule)
+      want = jax.tree.map(np.asarray, op(logits, impl='reference'))
+      with compat.interpreted():
+        got = jax.tree.map(np.asarray, op(logits, impl='gpu'))
+      experts, weights, counts = got
+      np.testing.assert_array_equal(experts[0], want[0][0])
+      np.testing.assert_allclose(weights[0], want[1][0], rtol=1e-6)
+      assert all(len(set(row)) == 8 for row in experts.tolist()), experts
+      assert experts.min() >= 0 and experts.max() < 72, experts
+      assert np.isnan(weights[1:]).all(), weights
+      np.testing.assert_array_equal(
+        counts, np.bincount(experts.ravel(), minlength=72)
+      )
+      if scoring != 'softmax':
+        np.testing.assert_array_equal(experts[1:3, 0], [5, 70])
+      print(f'{scoring}, {groups} groups, nan: valid experts', flush=True)
 
 
 def check_quantize():

@@ -1,12 +1,15 @@
 """router against a loop over tokens and experts in float64."""
 
 import dataclasses
+import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from pallas_kernels import dispatch
 from pallas_kernels.router import Rule, reference, router
 from pallas_kernels.router.shapes import TEST
 
@@ -129,11 +132,26 @@ class RouterTest(parameterized.TestCase):
       router(jnp.zeros((2, 8)), top_k=4, rule=rule)
 
   def test_unsupported_kernel_shape_says_why(self):
-    with self.assertRaisesRegex(NotImplementedError, '264 experts'):
-      router(jnp.zeros((2, 264)), top_k=4, rule=Rule(), impl='gpu')
+    for experts, top_k, groups, reason in (
+      (260, 4, 1, '260 experts'),
+      (512, 4, 1, '4 of 512 experts need 272384 bytes of shared memory'),
+      (256, 256, 1, '256 of 256 experts need 269312 bytes of shared memory'),
+      (256, 4, 32, '32 groups'),
+    ):
+      logits = jnp.zeros((2, experts))
+      rule = Rule(groups=groups)
+      with self.assertRaisesRegex(NotImplementedError, reason):
+        router(logits, top_k=top_k, rule=rule, impl='gpu')
     with self.assertRaisesRegex(NotImplementedError, 'bfloat16'):
       logits = jnp.zeros((2, 8), jnp.bfloat16)
       router(logits, top_k=4, rule=Rule(), impl='gpu')
+
+  def test_too_little_shared_memory_falls_back_while_tracing(self):
+    op = functools.partial(router, top_k=256, rule=Rule())
+    logits = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    with mock.patch.object(dispatch, 'on_hopper', lambda: True):
+      experts, *_ = jax.eval_shape(op, logits)
+    self.assertEqual(experts.shape, (2, 256))
 
 
 if __name__ == '__main__':

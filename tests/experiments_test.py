@@ -50,7 +50,7 @@ def _corpus(folder: Path) -> Path:
 _MISTAKES = {
   'unknown_field': (
     ['--config.model.moe.topk=2'],
-    ['topk', 'top_k'],
+    ['--config.model.moe.topk: no field', 'did you mean', 'moe.top_k?'],
   ),
   'ill_typed': (['--config.model.dim=wide'], ['dim', 'wide']),
   'bad_choice': (
@@ -83,6 +83,14 @@ _MISTAKES = {
   'unknown_flag': (['--steps=3'], ['steps']),
   'no_such_config': (['--config=nothing.py'], ['nothing.py']),
 }
+# name -> (what the config file holds; None: there is none, words of the line)
+_CONFIG_FILES = {
+  'absent': (None, ['absent.py']),
+  'syntax': ('def get_config(:\n', ['SyntaxError', 'syntax.py, line 1']),
+  'raises': ('def get_config():\n  return 1 / 0\n', ['ZeroDivision', 'line 2']),
+  'ill_valued': ("raise ValueError('peak = 7')\n", ['peak = 7']),
+  'other': ('def get_config():\n  return 3\n', ['get_config()', 'int']),
+}
 
 
 class MistakesTest(parameterized.TestCase):
@@ -113,6 +121,24 @@ class MistakesTest(parameterized.TestCase):
     for words in _MISTAKES[name][1]:
       self.assertIn(words, lines[0])
     self.assertFalse((self.folder / 'runs' / name).exists())
+
+
+class ConfigFileTest(parameterized.TestCase):
+  @parameterized.parameters(*_CONFIG_FILES)
+  def test_without_other_flags_is_one_clear_line(self, name):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    text, words = _CONFIG_FILES[name]
+    path = folder / f'{name}.py'
+    if text is not None:
+      path.write_text(text)
+    run = _start(
+      folder, 'pretrain', f'--config={path}', f'--workdir={folder / "run"}'
+    )
+    _, err = run.communicate(timeout=100)
+    self.assertEqual(run.returncode, 2, msg=err)
+    self.assertLen(err.splitlines(), 1, msg=err)
+    for word in ('error: ', *words):
+      self.assertIn(word, err)
 
 
 class RunTest(absltest.TestCase):

@@ -217,13 +217,12 @@ def launch(
     except InputError as error:
       _fail(error, error.status)
     except OSError as error:
-      if error.errno not in _NO_ROOM:
-        raise
-      _fail(
-        f'{error.filename or "a file"}: {error.strerror}; make room and start'
-        ' again',
-        InputError.status,
-      )
+      told = error
+      if error.strerror:
+        told = f'{error.filename or "a file"}: {error.strerror}'
+      if error.errno in _NO_ROOM:
+        told = f'{told}; make room and start again'
+      _fail(told, InputError.status)
     except Preempted as error:
       print(error, flush=True)
       sys.exit(error.status)

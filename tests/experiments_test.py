@@ -141,6 +141,32 @@ class ConfigFileTest(parameterized.TestCase):
       self.assertIn(word, err)
 
 
+# name -> (flags, what the one line must say)
+_SAMPLE_MISTAKES = {
+  'bytes': (['--prompt=a\udcffb'], ['--prompt=', 'character 1', 'UTF-8']),
+  'after': (['--prompt=a', '--after=\udcff'], ['--after=', 'UTF-8']),
+  'temperature': (['--prompt=a', '--temperature=nan'], ['temperature = nan']),
+  'infinite': (['--prompt=a', '--temperature=inf'], ['temperature = inf']),
+  'none': (['--prompt=a', '--max_new_tokens=0'], ['--max_new_tokens=0']),
+  'seed': (['--prompt=a', f'--seed={2**63}'], ['--seed=', '64 bits']),
+  'prompt': ([], ['--prompt']),
+}
+
+
+class SampleMistakesTest(parameterized.TestCase):
+  @parameterized.parameters(*_SAMPLE_MISTAKES)
+  def test_is_one_clear_line_before_anything_is_read(self, name):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    flags, words = _SAMPLE_MISTAKES[name]
+    run = _start(folder, 'sample', f'--workdir={folder}', *flags)
+    out, err = run.communicate(timeout=100)
+    self.assertEqual(run.returncode, 2, msg=err)
+    self.assertEqual(out, '')
+    self.assertLen(err.splitlines(), 1, msg=err)
+    for word in ('error: ', *words):
+      self.assertIn(word, err)
+
+
 class RunTest(absltest.TestCase):
   def test_pretrain_then_sample(self):
     folder = Path(self.enter_context(tempfile.TemporaryDirectory()))

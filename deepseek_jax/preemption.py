@@ -59,4 +59,6 @@ class Preemption:
     self._noted = True
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not print, which a signal may find in the middle of another print.
-    os.write(2, b'\nwill end with this step and save it; Ctrl-C again: at once\n')
+    os.write(
+      2, b'\nwill end with this step and save it; Ctrl-C again: at once\n'
+    )

@@ -1,9 +1,10 @@
 """What every launcher shares: the process, the flags, clean errors.
 
 Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM or Ctrl-C and saved,
-start it again; 130 Ctrl-C with nothing new to save; 78 the run gave up, starting it again would repeat it (see RunAborted);
-79 a step hung, all stacks are on stderr (see watchdog), or lost another process
-of the run, start all again (JAX itself may end them by SIGABRT, 134).
+start it again; 130 Ctrl-C with nothing new to save; 78 the run gave up,
+starting it again would repeat it (see RunAborted); 79 a step hung, all stacks
+are on stderr (see watchdog), or lost another process of the run, start all
+again (JAX itself may end them by SIGABRT, 134).
 """
 
 import ctypes

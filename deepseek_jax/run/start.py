@@ -60,9 +60,7 @@ def check_source(config: RunConfig, model: Model, tokenizer) -> None:
     )
   warm_start.check_tokenizer(tokenizer, source)
   shapes = lambda m: jax.eval_shape(m.init, jax.random.key(0))
-  warm_start.variables(
-    shapes(model), shapes(build(theirs.model)), str(source)
-  )
+  warm_start.variables(shapes(model), shapes(build(theirs.model)), str(source))
 
 
 def _warm(source: str, state, steps: Steps | StagedSteps):

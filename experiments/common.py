@@ -218,7 +218,7 @@ def launch(
     except InputError as error:
       _fail(error, error.status)
     except OSError as error:
-      told = error
+      told = str(error) or type(error).__name__
       if error.strerror:
         told = f'{error.filename or "a file"}: {error.strerror}'
       if error.errno in _NO_ROOM:

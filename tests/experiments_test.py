@@ -141,6 +141,35 @@ class ConfigFileTest(parameterized.TestCase):
       self.assertIn(word, err)
 
 
+_PROGRAM = """
+from experiments import common
+def main(argv):
+  raise {error}
+common.launch(main)
+"""
+
+
+class LaunchTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("PermissionError(13, 'Permission denied', '/x')", 2, '/x: Permission'),
+    ("OSError(28, 'No space left', '/x')", 2, '/x: No space left; make room'),
+    ('OSError()', 2, 'OSError'),
+    ('KeyboardInterrupt', 130, 'interrupted'),
+  )
+  def test_is_one_clear_line(self, error, status, words):
+    run = subprocess.run(
+      [sys.executable, '-c', _PROGRAM.format(error=error)],
+      cwd=_ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(run.returncode, status, msg=run.stderr)
+    self.assertLen(run.stderr.splitlines(), 1, msg=run.stderr)
+    self.assertTrue(run.stderr.startswith('error: '))
+    self.assertIn(words, run.stderr)
+
+
 # name -> (flags, what the one line must say)
 _SAMPLE_MISTAKES = {
   'bytes': (['--prompt=a\udcffb'], ['--prompt=', 'character 1', 'UTF-8']),

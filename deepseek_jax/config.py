@@ -78,7 +78,9 @@ def from_dict(cls: type, values: Mapping, path: str = ''):
     return cls(**made)
   except InputError as error:
     where = path.rstrip('.')
-    raise InputError(f'{where}: {error}' if where else str(error)) from None
+    if not where or str(error).startswith(path):
+      raise
+    raise InputError(f'{where}: {error}') from None
 
 
 def _unknown(path, key, names, cls):

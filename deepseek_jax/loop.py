@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 
 from deepseek_jax import data as datalib
-from deepseek_jax import warm_start
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.last_steps import LastSteps
 from deepseek_jax.layers import ngram_hash
@@ -22,7 +21,7 @@ from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import Loaded, claim, fresh_state, load
 from deepseek_jax.run.record import Record, router_biases
 from deepseek_jax.run.staged import StagedSteps
-from deepseek_jax.run.start import start, with_classes
+from deepseek_jax.run.start import check_source, start, with_classes
 from deepseek_jax.run.step import Steps
 from deepseek_jax.run.trainer import Trainer
 from deepseek_jax.timeline import Timeline
@@ -82,11 +81,13 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       with distributed.first_goes_first():
         store = datalib.build(config.data)
         batches = datalib.Batches(store, config.data)
+        # A begun run has its weights, whatever became of their source.
+        begun = (workdir / 'config.json').exists()
+        if first and config.init_from and not begun:
+          check_source(config, model, store.tokenizer())
         claim(workdir, config)
       if first:
         store.tokenizer().save(str(workdir))
-        if config.init_from:
-          warm_start.check_tokenizer(workdir, Path(config.init_from))
     with Checkpoints(
       workdir / 'checkpoints',
       keep=config.keep,

@@ -6,6 +6,7 @@ custom). With `muon` it has the matrices, and AdamW the rest (see muon.py).
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -46,6 +47,16 @@ class OptimizerConfig:
         raise InputError(
           f'{name} = {getattr(self, name)}: must lie in 0..1, 1 excluded'
         )
+    # Written so that NaN is refused, too.
+    if not self.clip > 0:
+      raise InputError(
+        f'clip = {self.clip}: must be above 0, or gradients vanish; inf never'
+        ' clips'
+      )
+    if not 0 < self.eps < math.inf:
+      raise InputError(f'eps = {self.eps}: must be above 0 and finite')
+    if not 0 <= self.decay < math.inf:
+      raise InputError(f'decay = {self.decay}: must be 0 or more and finite')
 
 
 def stored_in(

@@ -1,6 +1,7 @@
 """The recipe of a run: what is trained, how long, and by which rule."""
 
 import dataclasses
+import math
 
 import optax
 from flax import nnx
@@ -38,6 +39,16 @@ class TrainConfig:
   recall_goal: float = 0.0
 
   def __post_init__(self):
+    if not 0 < self.tokens < math.inf:
+      raise InputError(
+        f'tokens = {self.tokens}: must be above 0 and finite; it is the'
+        ' length of the run'
+      )
+    if not self.gate.sigma >= 0:
+      raise InputError(
+        f'gate.sigma = {self.gate.sigma}: must be above 0, or 0 to judge'
+        ' finiteness only'
+      )
     if not 0 <= self.recall_goal <= 1:
       raise InputError(
         f'recall_goal = {self.recall_goal}: must be a share from 0 to 1'

@@ -7,6 +7,7 @@ Legend: B rows, T prompt slots, N new tokens, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -37,10 +38,13 @@ class SampleConfig:
   stop: tuple[int, ...] = ()
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+    # Written so that NaN is refused, too.
+    fine = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
+    if not fine or self.top_k < 0:
       raise InputError(
         f'temperature = {self.temperature}, top_k = {self.top_k}, top_p ='
-        f' {self.top_p}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1'
+        f' {self.top_p}: need finite temperature >= 0, top_k >= 0,'
+        ' 0 < top_p <= 1'
       )
 
 

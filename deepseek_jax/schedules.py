@@ -6,6 +6,7 @@ tokens, phases at 10T, 14.3T and 14.633T).
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -37,10 +38,10 @@ class ScheduleConfig:
   borders: tuple = (0.6, 0.9)
 
   def __post_init__(self):
-    if self.peak <= 0 or self.warmup < 0:
+    if not 0 < self.peak < math.inf or self.warmup < 0:
       raise InputError(
-        f'peak = {self.peak}, warmup = {self.warmup}: peak must be above 0,'
-        ' warmup 0 or more'
+        f'peak = {self.peak}, warmup = {self.warmup}: peak must be above 0'
+        ' and finite, warmup 0 or more'
       )
 
 

@@ -5,6 +5,7 @@ find their places; what the new model has besides (an indexer) keeps its
 initialisation.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,21 @@ def _name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
-def check_tokenizer(mine: Path, theirs: Path) -> None:
+def check_tokenizer(mine, theirs: Path) -> None:
   """Both runs must read text alike.
+
+  Args:
+    mine: the tokenizer of the run that begins.
+    theirs: folder of the run that it begins with.
 
   Raises:
     InputError: their tokenizers differ.
   """
-  files = [folder / 'tokenizer.json' for folder in (mine, theirs)]
-  if files[0].read_bytes() != files[1].read_bytes():
+  with tempfile.TemporaryDirectory() as folder:
+    mine.save(folder)
+    saved = (Path(folder) / 'tokenizer.json').read_bytes()
+  path = theirs / 'tokenizer.json'
+  if not path.exists() or path.read_bytes() != saved:
     raise InputError(
       f'init_from = {str(theirs)!r}: its tokenizer is another; use the same'
       ' data.tokenizer, data.vocab_size and corpus'

@@ -1,12 +1,14 @@
 """What every launcher shares: the process, the flags, clean errors.
 
-Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM and saved, start it
-again; 78 the run gave up, starting it again would repeat it (see RunAborted);
-79 a step hung, all stacks are on stderr (see watchdog), or lost another process
-of the run, start all again (JAX itself may end them by SIGABRT, 134).
+Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM or Ctrl-C and saved,
+start it again; 130 Ctrl-C with nothing new to save; 78 the run gave up,
+starting it again would repeat it (see RunAborted); 79 a step hung, all stacks
+are on stderr (see watchdog), or lost another process of the run, start all
+again (JAX itself may end them by SIGABRT, 134).
 """
 
 import ctypes
+import difflib
 import errno
 import os
 import sys
@@ -91,14 +93,81 @@ def _fail(message, status: int):
 def _parse(argv: list[str]) -> list[str]:
   """absl's flag parsing, any mistake as one line and status 2."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    _open_config()
+    return rest
   except flags.Error as error:
-    _fail(error, 2)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    # ml_collections' own errors name the field and its nearest match.
-    _fail(error.args[0] if error.args else error, 2)
+    _fail(_cause(error), 2)
+  except (AttributeError, KeyError) as error:
+    # ml_collections names the last part of the field alone.
+    plain = error.args[0] if error.args else error
+    _fail(_unknown_field(argv) or _cause(plain), 2)
+  except (TypeError, ValueError) as error:
+    _fail(_cause(error.args[0] if error.args else error), 2)
   except (OSError, ImportError) as error:
+    path = _config_path(argv)
+    if path and not os.path.exists(path):
+      _fail(f'--config={path}: no such file', 2)
     _fail(f'--config: {error}', 2)
+  except Exception as error:  # the user's file may raise anything
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = '' if isinstance(error, SyntaxError) else _place(at)
+    _fail(f'--config: {type(error).__name__}: {error}{where}', 2)
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+  return f' ({frame.filename}, line {frame.lineno})'
+
+
+def _open_config():
+  """Raises now what ml_collections keeps for the first look at a config."""
+  if 'config' not in flags.FLAGS or flags.FLAGS['config'].value is None:
+    return
+  config = flags.FLAGS['config'].value
+  try:
+    known = config.to_dict
+  except AttributeError:
+    known = None
+  if known is None:
+    raise TypeError(
+      f'--config: get_config() returns {type(config).__name__}; return a'
+      ' ConfigDict, as experiments.common.editable makes'
+    )
+
+
+def _cause(error) -> str:
+  """The last line of the traceback that ml_collections puts in a message."""
+  before, mark, trace = str(error).partition('Error whilst parsing config file')
+  return before + trace.strip().splitlines()[-1] if mark else before
+
+
+def _config_path(argv: list[str]) -> str | None:
+  given = [a.partition('=')[2] for a in argv if a.startswith('--config=')]
+  return given[-1] if given else None
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """What to say of the first --config.field that the config has not."""
+  named = [a[9:].partition('=')[0] for a in argv if a.startswith('--config.')]
+  path = _config_path(argv)
+  if path is None:
+    return None
+  config = flags.FLAGS['config'].parser.parse(path)
+  for field in named:
+    inner, known = config, 'config'
+    for part in field.split('.'):
+      if '[' in part or not isinstance(inner, config_dict.ConfigDict):
+        break
+      if part not in inner:
+        near = difflib.get_close_matches(part, list(inner), n=1, cutoff=0.5)
+        hint = (
+          f'did you mean --{known}.{near[0]}?'
+          if near
+          else f'--{known} has {", ".join(inner)}'
+        )
+        return f'--config.{field}: no field {known}.{part}; {hint}'
+      inner, known = inner[part], f'{known}.{part}'
+  return None
 
 
 def _keep_compiled_programs():
@@ -149,13 +218,12 @@ def launch(
     except InputError as error:
       _fail(error, error.status)
     except OSError as error:
-      if error.errno not in _NO_ROOM:
-        raise
-      _fail(
-        f'{error.filename or "a file"}: {error.strerror}; make room and start'
-        ' again',
-        InputError.status,
-      )
+      told = str(error) or type(error).__name__
+      if error.strerror:
+        told = f'{error.filename or "a file"}: {error.strerror}'
+      if error.errno in _NO_ROOM:
+        told = f'{told}; make room and start again'
+      _fail(told, InputError.status)
     except Preempted as error:
       print(error, flush=True)
       sys.exit(error.status)
@@ -168,4 +236,7 @@ def launch(
       lost = distributed.peer_lost(error)
       _fail(lost or error, lost.status if lost else 1)
 
-  app.run(guarded, flags_parser=_parse)
+  try:
+    app.run(guarded, flags_parser=_parse)
+  except KeyboardInterrupt:
+    _fail('interrupted; what was saved before stays', 130)

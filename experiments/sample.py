@@ -108,8 +108,30 @@ def _converse(source):
   )
 
 
+def _check_flags():
+  """What is wrong in any case is told before a model is read."""
+  sample.SampleConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+  if _NEW.value < 1:
+    raise InputError(f'--max_new_tokens={_NEW.value}: must be at least 1')
+  if not -(2**63) <= _SEED.value < 2**63:
+    raise InputError(f'--seed={_SEED.value}: must fit in 64 bits')
+  if not _CHAT.value and not _PROMPT.value:
+    raise InputError("give a --prompt='...', or --chat with --hf")
+  texts = [('prompt', text) for text in _PROMPT.value]
+  for name, text in [*texts, ('after', _AFTER.value or '')]:
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      # The shell's bytes that are no UTF-8 come as lone surrogates.
+      raise InputError(
+        f'--{name}={text!r}: character {error.start} is not UTF-8; give text'
+        ' in UTF-8'
+      ) from None
+
+
 def main(argv):
   del argv
+  _check_flags()
   source = _load()
   source = source._replace(
     variables=sample.prepare(source.model, source.variables)
@@ -117,14 +139,12 @@ def main(argv):
   if _CHAT.value:
     _converse(source)
     return
-  if not _PROMPT.value:
-    raise InputError("give a --prompt='...', or --chat with --hf")
   key = jax.random.key(_SEED.value)
   for text, prompt in zip(_PROMPT.value, _prompts(source.tokenizer)):
-    print(text, end='', flush=True)
-    for piece in chat.decode_stream(
-      source.tokenizer, _stream(source, prompt, key)
-    ):
+    pieces = chat.decode_stream(source.tokenizer, _stream(source, prompt, key))
+    first = next(pieces, '')  # what is wrong is told before the prompt
+    print(text, end=first, flush=True)
+    for piece in pieces:
       print(piece, end='', flush=True)
     print('' if _AFTER.value is None else _AFTER.value)
 

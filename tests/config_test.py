@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import math
 
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import schedules
+from deepseek_jax.data import DataConfig
 from deepseek_jax.layers.gqa import GQAConfig
 from deepseek_jax.layers.moe import CapacityConfig
+from deepseek_jax.run.config import EvaluateConfig, RunConfig
 from deepseek_jax.sample import SampleConfig
 from deepseek_jax.train import TrainConfig
 from deepseek_jax.transformer import Kind, TransformerConfig
@@ -219,6 +222,50 @@ class ChangedTest(parameterized.TestCase):
   def test_a_wrong_change_is_named(self, path, value, message):
     with self.assertRaisesRegex(ds.InputError, message):
       ds.changed(ds.presets.v3_tiny(), {path: value})
+
+  @parameterized.parameters(
+    ('evaluate.batch', 0, r'^evaluate\.batch = 0: must be at least 1$'),
+    ('evaluate.documents', 0, r'^evaluate\.documents = 0: must be'),
+    ('evaluate.every', -1, r'^evaluate\.every = -1: must be at least 0$'),
+    ('evaluate.stride', 0, r'^evaluate\.stride = 0: must be at least 1$'),
+    ('evaluate.stride', 257, r'^evaluate\.stride = 257: .*seq_len = 256$'),
+    ('data.heldout_fraction', 0.0, r'^evaluate\.every = 5: data\.heldout_fr'),
+    ('keep', 0, r'^keep = 0: must be at least 1'),
+    ('keep', -1, r'^keep = -1: must be at least 1'),
+    ('checkpoint_every', -1, r'^checkpoint_every = -1: must be'),
+    ('seed', 2**63, r'^seed = 9223372036854775808: must lie in'),
+    ('seed', -1, r'^seed = -1: must lie in'),
+    ('train.optimizer.clip', 0.0, r'^train\.optimizer: clip = 0\.0: must be'),
+    ('train.optimizer.clip', math.nan, r'optimizer: clip = nan: must be'),
+    ('train.optimizer.eps', 0.0, r'^train\.optimizer: eps = 0\.0: must be'),
+    ('train.optimizer.decay', -0.1, r'optimizer: decay = -0\.1: must be'),
+    ('train.tokens', 0.0, r'^train: tokens = 0\.0: must be above 0'),
+    ('train.tokens', math.nan, r'^train: tokens = nan: must be above 0'),
+    ('train.tokens', math.inf, r'^train: tokens = inf: must be above 0'),
+    ('train.schedule.peak', math.nan, r'^train\.schedule: peak = nan'),
+    ('train.schedule.peak', math.inf, r'^train\.schedule: peak = inf'),
+    ('train.gate.sigma', -1.0, r'^train: gate\.sigma = -1\.0: must be'),
+    ('train.gate.sigma', math.nan, r'^train: gate\.sigma = nan: must be'),
+    ('model.moe.capacity.factor', 0.0, r'capacity: factor = 0\.0, .*need'),
+    ('model.moe.capacity.devices', 0, r'capacity: .*devices = 0, .*need'),
+    ('model.moe.capacity.exempt', 1.5, r'capacity: .*exempt = 1\.5: need'),
+  )
+  def test_a_run_that_makes_no_sense_is_named(self, path, value, message):
+    run = RunConfig(
+      model=ds.changed(
+        ds.presets.v3_tiny(), {'moe.capacity': CapacityConfig()}
+      ),
+      data=DataConfig(vocab_size=260),
+      train=TrainConfig(1e6, schedules.BatchConfig(8)),
+      evaluate=EvaluateConfig(every=5),
+    )
+    values = node = ds.to_dict(run)
+    *parents, last = path.split('.')
+    for key in parents:
+      node = node[key]
+    node[last] = value
+    with self.assertRaisesRegex(ds.InputError, message):
+      ds.from_dict(RunConfig, values)
 
   def test_configurations_are_frozen(self):
     with self.assertRaises(dataclasses.FrozenInstanceError):

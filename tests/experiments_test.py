@@ -50,7 +50,7 @@ def _corpus(folder: Path) -> Path:
 _MISTAKES = {
   'unknown_field': (
     ['--config.model.moe.topk=2'],
-    ['topk', 'top_k'],
+    ['--config.model.moe.topk: no field', 'did you mean', 'moe.top_k?'],
   ),
   'ill_typed': (['--config.model.dim=wide'], ['dim', 'wide']),
   'bad_choice': (
@@ -83,6 +83,14 @@ _MISTAKES = {
   'unknown_flag': (['--steps=3'], ['steps']),
   'no_such_config': (['--config=nothing.py'], ['nothing.py']),
 }
+# name -> (what the config file holds; None: there is none, words of the line)
+_CONFIG_FILES = {
+  'absent': (None, ['absent.py']),
+  'syntax': ('def get_config(:\n', ['SyntaxError', 'syntax.py, line 1']),
+  'raises': ('def get_config():\n  return 1 / 0\n', ['ZeroDivision', 'line 2']),
+  'ill_valued': ("raise ValueError('peak = 7')\n", ['peak = 7']),
+  'other': ('def get_config():\n  return 3\n', ['get_config()', 'int']),
+}
 
 
 class MistakesTest(parameterized.TestCase):
@@ -113,6 +121,79 @@ class MistakesTest(parameterized.TestCase):
     for words in _MISTAKES[name][1]:
       self.assertIn(words, lines[0])
     self.assertFalse((self.folder / 'runs' / name).exists())
+
+
+class ConfigFileTest(parameterized.TestCase):
+  @parameterized.parameters(*_CONFIG_FILES)
+  def test_without_other_flags_is_one_clear_line(self, name):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    text, words = _CONFIG_FILES[name]
+    path = folder / f'{name}.py'
+    if text is not None:
+      path.write_text(text)
+    run = _start(
+      folder, 'pretrain', f'--config={path}', f'--workdir={folder / "run"}'
+    )
+    _, err = run.communicate(timeout=100)
+    self.assertEqual(run.returncode, 2, msg=err)
+    self.assertLen(err.splitlines(), 1, msg=err)
+    for word in ('error: ', *words):
+      self.assertIn(word, err)
+
+
+_PROGRAM = """
+from experiments import common
+def main(argv):
+  raise {error}
+common.launch(main)
+"""
+
+
+class LaunchTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("PermissionError(13, 'Permission denied', '/x')", 2, '/x: Permission'),
+    ("OSError(28, 'No space left', '/x')", 2, '/x: No space left; make room'),
+    ('OSError()', 2, 'OSError'),
+    ('KeyboardInterrupt', 130, 'interrupted'),
+  )
+  def test_is_one_clear_line(self, error, status, words):
+    run = subprocess.run(
+      [sys.executable, '-c', _PROGRAM.format(error=error)],
+      cwd=_ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(run.returncode, status, msg=run.stderr)
+    self.assertLen(run.stderr.splitlines(), 1, msg=run.stderr)
+    self.assertTrue(run.stderr.startswith('error: '))
+    self.assertIn(words, run.stderr)
+
+
+# name -> (flags, what the one line must say)
+_SAMPLE_MISTAKES = {
+  'bytes': (['--prompt=a\udcffb'], ['--prompt=', 'character 1', 'UTF-8']),
+  'after': (['--prompt=a', '--after=\udcff'], ['--after=', 'UTF-8']),
+  'temperature': (['--prompt=a', '--temperature=nan'], ['temperature = nan']),
+  'infinite': (['--prompt=a', '--temperature=inf'], ['temperature = inf']),
+  'none': (['--prompt=a', '--max_new_tokens=0'], ['--max_new_tokens=0']),
+  'seed': (['--prompt=a', f'--seed={2**63}'], ['--seed=', '64 bits']),
+  'prompt': ([], ['--prompt']),
+}
+
+
+class SampleMistakesTest(parameterized.TestCase):
+  @parameterized.parameters(*_SAMPLE_MISTAKES)
+  def test_is_one_clear_line_before_anything_is_read(self, name):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    flags, words = _SAMPLE_MISTAKES[name]
+    run = _start(folder, 'sample', f'--workdir={folder}', *flags)
+    out, err = run.communicate(timeout=100)
+    self.assertEqual(run.returncode, 2, msg=err)
+    self.assertEqual(out, '')
+    self.assertLen(err.splitlines(), 1, msg=err)
+    for word in ('error: ', *words):
+      self.assertIn(word, err)
 
 
 class RunTest(absltest.TestCase):

@@ -210,6 +210,22 @@ class LoopTest(parameterized.TestCase):
     self.assertGreater(config.steps, self.config.steps)
     self.assertGreaterEqual(int(run.state.sequences) * 32, ramp.tokens)
 
+  def test_what_cannot_be_a_folder_is_refused(self):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    file = folder / 'file'
+    file.write_text('mine')
+    for bad in (file, file / 'below', Path('/proc/foo')):
+      with self.assertRaisesRegex(InputError, f'workdir {bad}: cannot be made'):
+        loop.claim(bad, _config(folder))
+    self.assertEqual(file.read_text(), 'mine')
+
+  @parameterized.parameters('[]', '3', 'null')
+  def test_a_config_json_without_an_object_is_refused(self, text):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    (folder / 'config.json').write_text(text)
+    with self.assertRaisesRegex(InputError, r'config\.json is not a JSON obj'):
+      loop.claim(folder, _config(folder))
+
   def test_a_folder_with_other_files_is_refused(self):
     (self.folder / 'run').mkdir()
     (self.folder / 'run' / 'thesis.tex').write_text('precious')

@@ -1,6 +1,7 @@
 """Sampling: its probabilities are the training model's own."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -249,10 +250,16 @@ class MistakesTest(parameterized.TestCase):
       )
 
   @parameterized.parameters(
-    {'temperature': -0.1}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}
+    {'temperature': -0.1},
+    {'temperature': math.nan},
+    {'top_k': -1},
+    {'top_p': 0.0},
+    {'top_p': 1.1},
   )
   def test_settings_out_of_range_are_refused(self, **fields):
-    with self.assertRaisesRegex(ds.InputError, 'need temperature >= 0, top_k'):
+    with self.assertRaisesRegex(
+      ds.InputError, 'need finite temperature >= 0, top_k'
+    ):
       SampleConfig(**fields)
 
 

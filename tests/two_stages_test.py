@@ -141,7 +141,24 @@ class RunsTest(absltest.TestCase):
     other.mkdir()
     (other / 'tokenizer.json').write_text('{}')
     with self.assertRaisesRegex(ds.InputError, 'its tokenizer is another'):
-      warm_start.check_tokenizer(self.folder / 'warm', other)
+      warm_start.check_tokenizer(datalib.ByteTokenizer(), other)
+
+  def test_what_cannot_be_begun_with_leaves_the_folder_free(self):
+    unsaved = self.folder / 'unsaved'
+    unsaved.mkdir()
+    written = (self.folder / 'dense' / 'config.json').read_text()
+    (unsaved / 'config.json').write_text(written)
+    narrow = ds.changed(model(tiny.MLA), {'ffn.width': 8})
+    for source, changes, message in (
+      ('nope', {}, 'nope.*holds no run'),
+      ('unsaved', {}, 'unsaved.*has saved no checkpoint'),
+      ('dense', {'model': narrow}, r'dense.* is \['),
+    ):
+      config = run_config(self.folder, tiny.MLA, self.folder / source)
+      config = dataclasses.replace(config, **changes)
+      with self.assertRaisesRegex(ds.InputError, f'init_from = .*{message}'):
+        self.fit('free', config)
+      self.assertFalse((self.folder / 'free').exists())
 
 
 @functools.cache

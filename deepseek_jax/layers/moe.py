@@ -41,6 +41,14 @@ class CapacityConfig:
   devices: int = 1
   exempt: float = 0.1
 
+  def __post_init__(self):
+    if not self.factor > 0 or self.devices < 1 or not 0 <= self.exempt <= 1:
+      raise InputError(
+        f'factor = {self.factor}, devices = {self.devices}, exempt ='
+        f' {self.exempt}: need factor above 0, devices at least 1, exempt in'
+        ' 0..1'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:

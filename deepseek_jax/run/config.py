@@ -27,6 +27,16 @@ class EvaluateConfig:
   batch: int = 8
   stride: int | None = None
 
+  def __post_init__(self):
+    least = {'every': 0, 'documents': 1, 'batch': 1}
+    if self.stride is not None:
+      least['stride'] = 1
+    for name, number in least.items():
+      if getattr(self, name) < number:
+        raise InputError(
+          f'evaluate.{name} = {getattr(self, name)}: must be at least {number}'
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig:
@@ -82,6 +92,8 @@ class RunConfig:
 
   def __post_init__(self):
     configs.check_choices(self)
+    self._check_numbers()
+    self._check_validation()
     if self.data.vocab_size > self.model.vocab_size:
       raise InputError(
         f'data.vocab_size = {self.data.vocab_size}: more than'
@@ -94,6 +106,32 @@ class RunConfig:
         f'train.recall_goal = {self.train.recall_goal}: no attention of this'
         ' model measures recall, so the run would never reach it; set it to 0'
         " or take sparse attention with recall_queries or stage = 'dense'"
+      )
+
+  def _check_numbers(self):
+    if self.keep < 1:
+      raise InputError(
+        f'keep = {self.keep}: must be at least 1, or the run would leave no'
+        ' checkpoint'
+      )
+    if self.checkpoint_every < 0:
+      raise InputError(
+        f'checkpoint_every = {self.checkpoint_every}: must be at least 0'
+      )
+    if not 0 <= self.seed < 2**32:  # JAX takes others for one of these
+      raise InputError(f'seed = {self.seed}: must lie in 0..2**32 - 1')
+
+  def _check_validation(self):
+    evaluate, data = self.evaluate, self.data
+    if evaluate.every and not data.heldout_fraction:
+      raise InputError(
+        f'evaluate.every = {evaluate.every}: data.heldout_fraction = 0 leaves'
+        ' no document to validate on; raise it or set evaluate.every to 0'
+      )
+    if evaluate.stride is not None and evaluate.stride > data.seq_len:
+      raise InputError(
+        f'evaluate.stride = {evaluate.stride}: must be at most data.seq_len ='
+        f' {data.seq_len}'
       )
 
   @property

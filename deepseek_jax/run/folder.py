@@ -38,28 +38,62 @@ def claim(workdir: Path, config: RunConfig) -> None:
       ' process 0 wrote there; choose a folder that all processes share'
     )
   if path.exists():
-    try:
-      theirs = json.loads(path.read_text())
-    except ValueError:
-      raise InputError(
-        f'{path} is not JSON: mend it, or choose another --workdir'
-      ) from None
-    lines = _differences(_filled(theirs), mine)
+    lines = _differences(_filled(_object(path)), mine)
     if lines:
       raise InputError(
         f'workdir {workdir} holds another run ({"; ".join(lines[:3])}):'
         ' choose another --workdir or the same configuration'
       )
     return
-  if workdir.exists() and any(workdir.iterdir()):
+  _make(workdir)
+  if any(workdir.iterdir()):
     raise InputError(
       f'workdir {workdir} is not empty and holds no run: choose another'
       ' --workdir'
     )
-  workdir.mkdir(parents=True, exist_ok=True)
   scratch = path.with_suffix('.tmp')
   scratch.write_text(json.dumps(mine, indent=2) + '\n')
   os.replace(scratch, path)
+
+
+def _object(path: Path) -> dict:
+  try:
+    written = json.loads(path.read_text())
+  except ValueError:
+    written = None
+    what = 'is not JSON'
+  else:
+    what = 'is not a JSON object'
+  if not isinstance(written, dict):
+    raise InputError(f'{path} {what}: mend it, or choose another --workdir')
+  return written
+
+
+def _make(workdir: Path) -> None:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except (
+    FileExistsError,
+    FileNotFoundError,  # of /proc, which takes no folders
+    NotADirectoryError,
+    PermissionError,
+  ) as error:
+    raise InputError(
+      f'workdir {workdir}: cannot be made a folder ({error.strerror}); choose'
+      ' another --workdir'
+    ) from None
+
+
+def config_of(workdir: Path) -> RunConfig:
+  """The configuration that a run's folder holds.
+
+  Raises:
+    InputError: the folder holds no run, or its config.json is broken.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise InputError(f'workdir {workdir}: holds no run (no config.json)')
+  return configs.from_dict(RunConfig, _object(path))
 
 
 def _filled(written: dict) -> dict:

@@ -1,16 +1,22 @@
 """How a run begins: anew, from another run's weights, or where it ended."""
 
+from pathlib import Path
+
+import jax
+
 from deepseek_jax import data as datalib
 from deepseek_jax import warm_start
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.data.ngrams import token_classes
+from deepseek_jax.errors import InputError
 from deepseek_jax.layers import ngram_hash
 from deepseek_jax.parallel import distributed
 from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.folder import load
+from deepseek_jax.run.folder import config_of, load
 from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.run.step import Steps
+from deepseek_jax.transformer import Model, build
 
 
 def start(
@@ -33,6 +39,28 @@ def start(
   restored = checkpoints.restore(step, steps.like())
   batches.set_state(restored.data)
   return steps.adopt(restored.state), step
+
+
+def check_source(config: RunConfig, model: Model, tokenizer) -> None:
+  """What can be known of `init_from` before its weights are read.
+
+  Raises:
+    InputError: it holds no run with a checkpoint, or one that does not fit.
+  """
+  source = Path(config.init_from)
+  try:
+    theirs = config_of(source)
+  except InputError as error:
+    raise InputError(f'init_from = {str(source)!r}: {error}') from None
+  saved = source / 'checkpoints'
+  if not saved.is_dir() or not any(p.name.isdigit() for p in saved.iterdir()):
+    raise InputError(
+      f'init_from = {str(source)!r}: the run has saved no checkpoint; name one'
+      ' that has'
+    )
+  warm_start.check_tokenizer(tokenizer, source)
+  shapes = lambda m: jax.eval_shape(m.init, jax.random.key(0))
+  warm_start.variables(shapes(model), shapes(build(theirs.model)), str(source))
 
 
 def _warm(source: str, state, steps: Steps | StagedSteps):

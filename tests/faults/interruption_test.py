@@ -58,6 +58,24 @@ class PreemptionTest(runs.RunTest):
     spent = timeline.totals(folder / 'timeline.jsonl')
     self.assertGreater(spent['lost'], 0)
 
+  def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(self):
+    interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    # Before the first step is done there is nothing to save.
+    with self.before_step(1, interrupt), self.assertRaises(KeyboardInterrupt):
+      self.fit('interrupted')
+    with (
+      self.before_step(5, interrupt),
+      self.assertRaisesRegex(Preempted, 'step 5 is saved'),
+    ):
+      self.fit('interrupted')
+    self.assertIs(signal.getsignal(signal.SIGINT), before)
+    twice = lambda: (interrupt(), interrupt())
+    with self.before_step(7, twice), self.assertRaises(KeyboardInterrupt):
+      self.fit('interrupted')
+    self.assertIs(signal.getsignal(signal.SIGINT), before)
+    self.assert_same_as_straight('interrupted', self.fit('interrupted'))
+
   def test_safety_that_makes_no_sense_is_refused(self):
     with self.assertRaisesRegex(InputError, r'safety.hang_factor = -1'):
       runs.config(runs.home(), **{'safety.hang_factor': -1.0})

@@ -271,7 +271,7 @@ class CapacityTest(parameterized.TestCase):
   @parameterized.parameters(0.1, 0.35, 0.7)
   def test_the_exempt_share_holds_for_any_batch(self, share):
     # Everything is over a budget of 0, so only exempt sequences keep theirs.
-    cfg = CapacityConfig(0.0, 1, share)
+    cfg = CapacityConfig(1e-9, 1, share)
     rows = 200
     made = Routing(
       jnp.zeros((rows, 1, 1), jnp.int32), jnp.ones((rows, 1, 1)), None

@@ -2,8 +2,9 @@
 
 Gradients are summed over the devices that hold the same weights and see other
 tokens; what fsdp cuts is gathered where it is used, and its gradients scatter.
-The compiled step does both for every micro-batch; pipelines are planned as V3
-runs them, whose ranks add up gradients of all chunks before they are summed.
+The compiled step does both for every micro-batch. Of pipelines it is taken that
+ranks add up the gradients of all chunks first, which parallel/pipeline.py, a
+program per chunk, leaves to XLA.
 """
 
 import re

@@ -5,7 +5,7 @@ Matplotlib is imported on the first call and needs no window.
 
 import os
 
-from deepseek_jax.plan.flops import PARTS
+from deepseek_jax.plan.flops import INDEX, PARTS
 from deepseek_jax.plan.memory import CLASSES
 from deepseek_jax.plan.pipeline import Timeline
 from deepseek_jax.plan.report import POLICIES, Report
@@ -19,6 +19,9 @@ _COLORS = (
   '#8a5aa8',
   '#a67c1a',
   '#5b6470',
+  '#c28fb8',
+  '#8fae3c',
+  '#26292e',
 )
 _STYLE = {
   'font.size': 9,
@@ -50,7 +53,7 @@ def _style():
 def _stack(axes, row: int, parts, colors, height: float = 0.62):
   """A horizontal bar of (value, label), wide parts labelled inside."""
   left, limit = 0.0, axes.get_xlim()[1]
-  for (value, label), color in zip(parts, colors):
+  for (value, label), color in zip(parts, colors[: len(parts)], strict=True):
     axes.barh(row, value, height, left=left, color=color, linewidth=0)
     if label and value > 0.055 * limit:
       axes.text(
@@ -106,8 +109,11 @@ def _flops(axes, report: Report):
     ('not causal', report.flops['full']),
   )
   axes.set_xlim(0, 1.16 * max(f.per_token for _, f in rows) / 1e9)
+  used = [p for p in PARTS if report.flops['half'].forward.get(p)]
   for row, (_, count) in enumerate(rows):
-    each = [3 * count.forward.get(p, 0) / count.length / 1e9 for p in PARTS]
+    # As in Flops.training: by what an indexer chooses no gradient goes back.
+    passes = {p: 1 if p == INDEX else 3 for p in used}
+    each = [passes[p] * count.forward[p] / count.length / 1e9 for p in used]
     end = _stack(axes, row, [(v, f'{v:.0f}') for v in each], _COLORS)
     axes.text(end, row, f' {end:.1f} GFLOP', va='center')
   axes.set_yticks(range(len(rows)), [name for name, _ in rows])
@@ -115,9 +121,7 @@ def _flops(axes, report: Report):
   axes.set_xlabel('GFLOP per token, forward and backward')
   length = f'{report.recipe.training.seq_len:,}'
   axes.set_title(f'Training FLOPs of a token in a sequence of {length}')
-  used = report.flops['half'].forward
-  pairs = [(p, c) for p, c in zip(PARTS, _COLORS) if used.get(p)]
-  _legend(axes, *zip(*pairs))
+  _legend(axes, used, _COLORS)
 
 
 def _time(axes, report: Report):

@@ -313,6 +313,8 @@ def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
     f' recomputes (remat = {config.compute.remat!r})',
     'blocks are spread evenly over stages; transfers between them take no'
     ' time in the bubble; an overlapped pair takes F + B',
+    'gradients are summed over devices in every micro-batch, by pipelines once'
+    ' per step',
     'experts are evenly loaded; node-limited traffic is at its limit of nodes',
     'activations are what the blocks keep before XLA fuses anything; the copy'
     ' of a block that fsdp gathers is left out',

@@ -228,6 +228,22 @@ class ShownTest(Case):
     for word in ('671,026,419,200', '70,272', 'small', 'fits', '250.450 G'):
       self.assertIn(word, text)
 
+  @parameterized.parameters('v3', 'v4_flash', 'llama31_8b')
+  def test_bars_of_flops_leave_no_part_out(self, name):
+    from matplotlib.figure import Figure
+
+    report = (
+      v3() if name == 'v3' else plan.estimate(getattr(ds.presets, name)())
+    )
+    axes = Figure().subplots()
+    pictures._flops(axes, report)
+    shown = [t.get_text() for t in axes.texts]
+    for seen in ('half', 'full'):
+      want = report.flops[seen].per_token / 1e9
+      self.assertIn(f' {want:.1f} GFLOP', shown)
+    used = sum(n > 0 for n in report.flops['half'].forward.values())
+    self.assertLen(axes.get_legend().get_texts(), used)
+
   def test_pictures(self):
     from matplotlib import image
 

@@ -2,20 +2,17 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax import last_steps, metrics
 from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.errors import InputError
 from deepseek_jax.run import folder
-from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import train_step
 from deepseek_jax.transformer import build
 
@@ -59,10 +56,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   Raises:
     InputError: the folder holds no run, or its data changed.
   """
-  path = workdir / 'config.json'
-  if not path.exists():
-    raise InputError(f'workdir {workdir}: holds no run (no config.json)')
-  config = configs.from_dict(RunConfig, json.loads(path.read_text()))
+  config = folder.config_of(workdir)
   if step > config.steps:
     raise InputError(f'step = {step}: the run has {config.steps} steps')
   model = build(config.model)

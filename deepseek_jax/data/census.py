@@ -53,4 +53,5 @@ def _check_split(config, census):
     fix = f'{enough:.2f} or more, or to 0' if enough < 1 else '0'
     raise InputError(
       f'{fraction} holds out none of {total} documents: set it to {fix}'
+      ' (0 with evaluate.every=0)'
     )

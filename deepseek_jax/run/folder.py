@@ -133,10 +133,7 @@ def load(workdir: str | Path) -> Loaded:
     InputError: the folder holds no run, or none with a checkpoint.
   """
   workdir = Path(workdir)
-  path = workdir / 'config.json'
-  if not path.exists():
-    raise InputError(f'workdir {workdir}: holds no run (no config.json)')
-  config = configs.from_dict(RunConfig, json.loads(path.read_text()))
+  config = config_of(workdir)
   model = build(config.model)
   with Checkpoints(
     workdir / 'checkpoints', verify=config.safety.verify, read_only=True

@@ -50,7 +50,7 @@ def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
     top_k: K.
     rule: see Rule.
     impl: None, 'reference' or 'gpu' (float32, E a multiple of 8, up to 16
-      groups, and E + K up to about 430, by shared memory).
+      groups of 384 experts in all, E + K up to about 430 by shared memory).
 
   Returns:
     experts [N K] int32, best first; weights [N K] float32; counts [E] int32,

@@ -137,6 +137,7 @@ class RouterTest(parameterized.TestCase):
       (512, 4, 1, '4 of 512 experts need 272384 bytes of shared memory'),
       (256, 256, 1, '256 of 256 experts need 269312 bytes of shared memory'),
       (256, 4, 32, '32 groups'),
+      (424, 4, 8, '424 experts in groups'),
     ):
       logits = jnp.zeros((2, experts))
       rule = Rule(groups=groups)

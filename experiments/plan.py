@@ -42,6 +42,7 @@ from experiments.configs import preset
 from experiments.configs.preset import PRESETS, PlanConfig
 
 _CONFIG = common.define_config()
+flags.declare_key_flag('config')
 _VERSUS = config_flags.DEFINE_config_file(
   'versus', None, 'A second configuration, shown beside the first.'
 )

@@ -4,7 +4,8 @@
       --config.model.moe.top_k=2 --workdir=runs/top2
 
 On several devices say how the run is spread, e.g. --config.mesh.fsdp=2
---config.mesh.expert=4; a started run may go on spread otherwise.
+--config.mesh.expert=4; a started run may go on spread otherwise. Every field
+of a configuration is one of the config.json that a run writes.
 
 Under SLURM, Open MPI or Kubernetes all processes of a job make one run (see
 launch/); elsewhere name them with --coordinator, --processes and --process.
@@ -24,6 +25,9 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run; a started run goes on from it.'
 )
 flags.mark_flags_as_required(['config', 'workdir'])
+# What other modules define shows in --help, too.
+flags.declare_key_flag('config')
+flags.adopt_module_key_flags(processes)
 
 
 def main(argv):

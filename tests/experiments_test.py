@@ -46,6 +46,14 @@ def _corpus(folder: Path) -> Path:
   return folder
 
 
+class HelpTest(absltest.TestCase):
+  def test_help_shows_the_configuration_and_the_processes(self):
+    with tempfile.TemporaryDirectory() as folder:
+      out, _ = _start(Path(folder), 'pretrain', '--help').communicate(60)
+    for flag in ('--config:', '--workdir:', '--coordinator:'):
+      self.assertIn(flag, out)
+
+
 # name -> (flags, what the one line must say)
 _MISTAKES = {
   'unknown_field': (

@@ -38,7 +38,9 @@ class Preemption:
       signal.signal(number, handler)
 
   def _take(self, number: int, handler):
-    if self._main and number not in self._before:
+    # A job in the background may have been started deaf to Ctrl-C.
+    deaf = signal.getsignal(number) is signal.SIG_IGN
+    if self._main and not deaf and number not in self._before:
       self._before[number] = signal.signal(number, handler)
 
   def asked(self, step: int) -> bool:

@@ -302,7 +302,7 @@ class LauncherTest(Case):
     (('--config=v3',), 'mesh of 2048 devices'),
     (('--config=v3', '--cluster=cray'), "cluster = 'cray'"),
     ((), '--config'),
-    (('--config', 'v3_tinny'), "No such file or directory: 'v3_tinny'"),
+    (('--config', 'v3_tinny'), '--config=v3_tinny: no such file'),
     (('--config=v3_tiny', '--json=/no/x'), '--json=/no/x: there is no folder'),
     (('--config=v3_tiny', '--picture=/no/x'), '--picture=/no/x: there is no'),
     (('--config=v3_tiny', '--timeline=/'), '--timeline=/: is a folder'),

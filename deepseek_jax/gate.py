@@ -32,6 +32,10 @@ class GateConfig:
   patience: int = 10
 
   def __post_init__(self):
+    if not self.sigma >= 0:  # NaN is refused, too
+      raise InputError(
+        f'sigma = {self.sigma}: must be above 0, or 0 to judge finiteness only'
+      )
     if not 0 < self.decay < 1 or self.patience < 1:
       raise InputError(
         f'decay = {self.decay}, patience = {self.patience}: decay must lie'

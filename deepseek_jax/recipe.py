@@ -44,11 +44,6 @@ class TrainConfig:
         f'tokens = {self.tokens}: must be above 0 and finite; it is the'
         ' length of the run'
       )
-    if not self.gate.sigma >= 0:
-      raise InputError(
-        f'gate.sigma = {self.gate.sigma}: must be above 0, or 0 to judge'
-        ' finiteness only'
-      )
     if not 0 <= self.recall_goal <= 1:
       raise InputError(
         f'recall_goal = {self.recall_goal}: must be a share from 0 to 1'

@@ -177,21 +177,22 @@ def apply_experts(
   plan = permute.plan(experts, E)
   rows = permute.permute(x, plan)
   gate_up = gate_up.reshape(E, D, 2 * F)
-  how = {'used': plan.used}  # blocks of filler are skipped
-  h = _hidden(rows, gate_up, plan.block_expert, limit, float8, how)
-  y = gmm.grouped_matmul(h, down, plan.block_expert, float8=float8, **how)
+  h = _hidden(rows, gate_up, plan, limit, float8)
+  layout = {'block_expert': plan.block_expert, 'used': plan.used}
+  y = gmm.grouped_matmul(h, down, **layout, float8=float8)
   return permute.combine(y, weights, plan)
 
 
-def _hidden(rows, gate_up, block_expert, limit, float8, how):
+def _hidden(rows, gate_up, plan, limit, float8):
   """rows [M D], gate_up [E D 2F] -> [M F] after the activation."""
-  args = rows, gate_up, block_expert
+  layout = {'block_expert': plan.block_expert, 'used': plan.used}
+  args = rows, gate_up
   if float8:
-    return swiglu(gmm.grouped_matmul(*args, float8=True, **how), limit)
+    return swiglu(gmm.grouped_matmul(*args, **layout, float8=True), limit)
   return kernels.pick_local(
     'grouped_swiglu',
-    lambda impl: gmm.grouped_swiglu(*args, **how, limit=limit, impl=impl),
-    lambda: swiglu(gmm.grouped_matmul(*args, **how), limit),
+    lambda impl: gmm.grouped_swiglu(*args, **layout, limit=limit, impl=impl),
+    lambda: swiglu(gmm.grouped_matmul(*args, **layout), limit),
   )
 
 

@@ -5,8 +5,8 @@ python -m tests.plan.mesh_audit_worker CASE...
 Cases have no axis of stages: those are programs of their own. Wires of data,
 context and expert axes are compared on every mesh of these; those of fsdp and
 tensor where the mesh has that axis alone, as XLA's partitioner mixes them with
-others in ways of its own. The CPU carries bfloat16 as float32; formats on the
-wire are float32 and float8 here.
+others in ways of its own. The CPU carries bfloat16 as float32, but for the
+exchange, which sends its bits.
 """
 
 import dataclasses
@@ -85,6 +85,11 @@ CASES = {
     exchange=ExchangeConfig(dispatch='float8', factor=1.0),
     expert=2,
     data=2,
+  ),
+  'v3_bfloat16': lambda: _case(
+    tiny.config('v3'),
+    exchange=ExchangeConfig(dispatch='bfloat16', combine='bfloat16'),
+    expert=2,
   ),
   'v2_two_hop': lambda: _case(
     tiny.config('v2'),

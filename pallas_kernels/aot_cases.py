@@ -102,33 +102,18 @@ def _grouped_swiglu(counts, dim, out, block):
   return Case(fn, (((M, dim), bf), ((E, dim, 2 * out), bf), *layout), True)
 
 
-def _grouped_fp8(counts, dim, out, block):
+def _grouped_fp8(counts, dim, out, block, kind):
+  """'fwd', or 'drhs' of turned rows and gradients."""
   f8, f32, i32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
   E, M = len(counts), sum(counts)
-  args = (
-    ((M, dim), f8),
-    ((M, dim // 128), f32),
-    ((E, out, dim), f8),
-    ((E, out // 128, dim // 128), f32),
-    ((M // block,), i32),
-    ((), i32),
-  )
+  layout = (((M // block,), i32), ((), i32))
+  by_row = lambda n, m: (((n, m), f8), ((n, m // 128), f32))
+  if kind == 'drhs':
+    fn = lambda *a: grouped_fp8.outer(*a, E, jnp.bfloat16)
+    return Case(fn, (*by_row(dim, M), *by_row(out, M), *layout), True)
+  weights = ((E, out, dim), f8), ((E, out // 128, dim // 128), f32)
   fn = lambda *a: grouped_matmul_fp8(*a[:5], used=a[5], impl='gpu')
-  return Case(fn, args, True)
-
-
-def _grouped_fp8_drhs(counts, dim, out, block):
-  f8, f32, i32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
-  E, M = len(counts), sum(counts)
-  args = (
-    ((dim, M), f8),
-    ((dim, M // 128), f32),
-    ((out, M), f8),
-    ((out, M // 128), f32),
-    ((M // block,), i32),
-    ((), i32),
-  )
-  return Case(lambda *a: grouped_fp8.outer(*a, E, jnp.bfloat16), args, True)
+  return Case(fn, (*by_row(M, dim), *weights, *layout), True)
 
 
 def _router(name):
@@ -188,9 +173,11 @@ CASES = {
   },
   'grouped_swiglu_b128': _grouped_swiglu((1024,) * 32, 7168, 2048, 128),
   'grouped_swiglu_b64': _grouped_swiglu((64,) * 256, 7168, 2048, 64),
-  'grouped_matmul_fp8_b128': _grouped_fp8((1024,) * 32, 7168, 4096, 128),
-  'grouped_matmul_fp8_b64': _grouped_fp8((64,) * 256, 7168, 4096, 64),
-  'grouped_matmul_fp8_drhs': _grouped_fp8_drhs((1024,) * 32, 7168, 4096, 128),
+  'grouped_matmul_fp8_b128': _grouped_fp8((1024,) * 32, 7168, 4096, 128, 'fwd'),
+  'grouped_matmul_fp8_b64': _grouped_fp8((64,) * 256, 7168, 4096, 64, 'fwd'),
+  'grouped_matmul_fp8_drhs': _grouped_fp8(
+    (1024,) * 32, 7168, 4096, 128, 'drhs'
+  ),
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
   'mla_prefill': _mla_prefill(4096, False),
   'mla_prefill_bwd': _mla_prefill(4096, True),

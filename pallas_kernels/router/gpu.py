@@ -18,7 +18,6 @@ from jax import lax
 from pallas_kernels import compat
 
 TOKENS = 64
-_SMEM = 232448  # bytes of shared memory that a block can have
 _NOWHERE = 2**30  # above every expert
 _TILE = plgpu.Layout.WGMMA
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(1)
@@ -36,10 +35,10 @@ def route(logits, bias, top_k, rule):
   if rule.groups > 1 and E > 384:
     # 424 experts in 8 groups spill 76 bytes with jax 0.12.
     raise NotImplementedError(f'{E} experts in groups, more than 384')
-  if _bytes(E, top_k) > _SMEM:
+  if _bytes(E, top_k) > compat.SHARED_MEMORY:
     raise NotImplementedError(
       f'{top_k} of {E} experts need {_bytes(E, top_k)} bytes of shared '
-      f'memory, more than {_SMEM}'
+      f'memory, more than {compat.SHARED_MEMORY}'
     )
   blocks = -(-N // TOKENS)
   padded = jnp.pad(logits, ((0, blocks * TOKENS - N), (0, 0)))

@@ -129,7 +129,9 @@ def draw_grouped_matmul(shape):
   return *floats, jnp.asarray(expert, jnp.int32), jnp.asarray(used)
 
 
-def check_grouped_matmul():
+def compare_grouped_matmul(name, drawn, **how):
+  """Value and gradients, with the weights as they are and turned."""
+
   def both(rows, weights, grad, expert, used, transpose, impl):
     fn = functools.partial(
       grouped_matmul,
@@ -137,17 +139,21 @@ def check_grouped_matmul():
       used=used,
       transpose=transpose,
       impl=impl,
+      **how,
     )
     out, pull = jax.vjp(fn, rows, weights)
     return out, pull(grad)
 
+  rows, weights, *rest = drawn
+  for transpose in (False, True):
+    w = weights.swapaxes(1, 2) if transpose else weights
+    op = functools.partial(both, transpose=transpose)
+    compare(f'{name} transpose={transpose}', op, (rows, w, *rest), BF16)
+
+
+def check_grouped_matmul():
   for name, shape in grouped_shapes.TEST_GPU.items():
-    rows, weights, grad, expert, used = draw_grouped_matmul(shape)
-    for transpose in (False, True):
-      w = weights.swapaxes(1, 2) if transpose else weights
-      op = functools.partial(both, transpose=transpose)
-      label = f'{name} transpose={transpose}'
-      compare(label, op, (rows, w, grad, expert, used), BF16)
+    compare_grouped_matmul(name, draw_grouped_matmul(shape))
 
 
 def check_router():

@@ -13,7 +13,6 @@ import numpy as np
 
 from pallas_kernels import permute
 from pallas_kernels.grouped_matmul import (
-  grouped_matmul,
   grouped_matmul_fp8,
   grouped_swiglu,
 )
@@ -66,25 +65,10 @@ def check_grouped_matmul_fp8():
 
 
 def check_grouped_matmul_float8():
-  def both(rows, weights, grad, expert, used, transpose, impl):
-    fn = functools.partial(
-      grouped_matmul,
-      block_expert=expert,
-      used=used,
-      transpose=transpose,
-      float8=True,
-      impl=impl,
-    )
-    out, pull = jax.vjp(fn, rows, weights)
-    return out, pull(grad)
-
   # An expert with more steps than stages of the ring.
   shape = grouped_shapes.Shape((700, 0, 5), 128, 256, 128)
-  rows, weights, *rest = interpreted.draw_grouped_matmul(shape)
-  for transpose in (False, True):
-    given = weights.swapaxes(1, 2) if transpose else weights
-    op = functools.partial(both, transpose=transpose)
-    interpreted.compare(f'{transpose}', op, (rows, given, *rest), BF16)
+  drawn = interpreted.draw_grouped_matmul(shape)
+  interpreted.compare_grouped_matmul('ring', drawn, float8=True)
 
 
 def check_permute_fp8():

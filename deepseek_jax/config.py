@@ -32,6 +32,22 @@ def _classes(annotation) -> list[type]:
   return [c for c in _members(annotation) if dataclasses.is_dataclass(c)]
 
 
+def optional_fields(cls: type) -> dict[str, type]:
+  """Fields of a dataclass that may be None -> `str`, or `object` for others.
+
+  A text is told from a number by its field alone: '17' may be a folder's name.
+  Nothing for what is no dataclass.
+  """
+  if not dataclasses.is_dataclass(cls):
+    return {}
+  out = {}
+  for name, hint in typing.get_type_hints(cls).items():
+    members = set(_members(hint))
+    if type(None) in members:
+      out[name] = str if members == {str, type(None)} else object
+  return out
+
+
 def to_dict(config) -> dict[str, Any]:
   """A dataclass tree as nested plain dicts (JSON values and tuples)."""
   hints = typing.get_type_hints(type(config))

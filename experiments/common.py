@@ -7,13 +7,15 @@ are on stderr (see watchdog), or lost another process of the run, start all
 again (JAX itself may end them by SIGABRT, 134).
 """
 
+import ast
 import ctypes
 import difflib
 import errno
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
 
@@ -58,17 +60,27 @@ def cache_dir() -> Path:
 
 
 def editable(config) -> config_dict.ConfigDict:
-  """A dataclass tree as a ConfigDict for flags to edit, typed and locked."""
-  return _editable(configs.to_dict(config))
+  """A dataclass tree as a ConfigDict for flags to edit, typed and locked.
+
+  A field that may be None takes what a flag gives, as Python's literals are
+  read (--config.x=None too); `frozen` checks its type.
+  """
+  return _editable(config, configs.to_dict(config))
 
 
-def _editable(value):
-  if not isinstance(value, dict):
-    return value
-  out = config_dict.ConfigDict(
-    {k: _editable(v) for k, v in value.items()}, convert_dict=False
-  )
-  return out.lock()
+def _editable(config, plain: dict) -> config_dict.ConfigDict:
+  """Of `plain`, which is `config`, a dataclass or a mapping, as a dict."""
+  optional = configs.optional_fields(type(config))
+  held = config if isinstance(config, Mapping) else vars(config)
+  fields = {}
+  for name, value in plain.items():
+    if isinstance(value, dict):
+      value = _editable(held[name], value)
+    if value is None or name in optional:
+      kind = optional.get(name, object)
+      value = config_dict.FieldReference(value, field_type=kind)
+    fields[name] = value
+  return config_dict.ConfigDict(fields, convert_dict=False).lock()
 
 
 def frozen(cls: type, config: config_dict.ConfigDict):
@@ -101,9 +113,11 @@ def _parse(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError) as error:
     # ml_collections names the last part of the field alone.
     plain = error.args[0] if error.args else error
-    _fail(_unknown_field(argv) or _cause(plain), 2)
+    told = _in_file(error, argv) or _unknown_field(argv) or _cause(plain)
+    _fail(told, 2)
   except (TypeError, ValueError) as error:
-    _fail(_cause(error.args[0] if error.args else error), 2)
+    plain = error.args[0] if error.args else error
+    _fail(_inside_none(argv) or _cause(plain), 2)
   except (OSError, ImportError) as error:
     path = _config_path(argv)
     if path and not os.path.exists(path):
@@ -113,6 +127,27 @@ def _parse(argv: list[str]) -> list[str]:
     at = traceback.extract_tb(error.__traceback__)[-1]
     where = '' if isinstance(error, SyntaxError) else _place(at)
     _fail(f'--config: {type(error).__name__}: {error}{where}', 2)
+
+
+def _in_file(error: Exception, argv: list[str]) -> str | None:
+  """What to say of an unknown name in the config file; None if it is not."""
+  path = os.path.realpath((_config_path(argv) or '').partition(':')[0])
+  frames = traceback.extract_tb(error.__traceback__)
+  inside = [f for f in frames if os.path.realpath(f.filename) == path]
+  if not inside:
+    return None
+  # ml_collections shows all of a sub-config, and the nearest name at the end;
+  # an AttributeError of its own holds a KeyError, which holds the text.
+  text = error
+  while isinstance(text, Exception) and text.args:
+    text = text.args[0]
+  text = str(text)
+  near = re.search(r'Did you mean "(.*)" instead of "(.*)"', text)
+  if near:
+    what = f'no field {near[2]}; did you mean {near[1]}?'
+  else:
+    what = f'{type(error).__name__}: {text.partition(" and cannot be")[0]}'
+  return f'--config: {what}{_place(inside[-1])}'
 
 
 def _place(frame: traceback.FrameSummary) -> str:
@@ -146,14 +181,49 @@ def _config_path(argv: list[str]) -> str | None:
   return given[-1] if given else None
 
 
+def _named(argv: list[str]) -> dict[str, str]:
+  """Fields of the config that flags name -> the value that is given."""
+  parts = [a[9:].partition('=') for a in argv if a.startswith('--config.')]
+  return {field: value for field, _, value in parts}
+
+
+def _loaded(argv: list[str]):
+  """The config before flags change it; None if no file is named."""
+  path = _config_path(argv)
+  return path and flags.FLAGS['config'].parser.parse(path)
+
+
+def _inside_none(argv: list[str]) -> str | None:
+  """What to say of the first --config.a.b whose a is None."""
+  config = _loaded(argv)
+  for field, value in _named(argv).items():
+    inner, parts = config, field.split('.')
+    for depth, part in enumerate(parts[:-1], start=1):
+      if not isinstance(inner, config_dict.ConfigDict) or part not in inner:
+        break
+      inner = inner[part]
+      if inner is None:
+        whole = _literal(value)
+        for name in reversed(parts[depth:]):
+          whole = {name: whole}
+        above = 'config.' + '.'.join(parts[:depth])
+        return f'--config.{field}: {above} is None; write --{above}="{whole}"'
+  return None
+
+
+def _literal(text: str):
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
+
+
 def _unknown_field(argv: list[str]) -> str | None:
   """What to say of the first --config.field that the config has not."""
-  named = [a[9:].partition('=')[0] for a in argv if a.startswith('--config.')]
-  path = _config_path(argv)
-  if path is None:
+  config = _loaded(argv)
+  if config is None:
     return None
-  config = flags.FLAGS['config'].parser.parse(path)
-  for field in named:
+  for field in _named(argv):
     inner, known = config, 'config'
     for part in field.split('.'):
       if '[' in part or not isinstance(inner, config_dict.ConfigDict):
@@ -209,7 +279,10 @@ def launch(
 
   def guarded(argv):
     if len(argv) > 1 and not arguments:
-      _fail(f'unknown arguments {argv[1:]}: flags begin with --', 2)
+      _fail(
+        f'unknown arguments {argv[1:]}: flags begin with --, values follow a =',
+        2,
+      )
     _print_errors_once()
     try:
       join()

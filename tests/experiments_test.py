@@ -88,9 +88,25 @@ _MISTAKES = {
     ['--config.data.vocab_size=300'],
     ['data.vocab_size = 300', 'model.vocab_size = 261'],
   ),
+  'inside_none': (
+    ['--config.model.moe.capacity.factor=1.5'],
+    ['config.model.moe.capacity is None', '="{\'factor\': 1.5}"'],
+  ),
+  'ill_typed_optional': (
+    ['--config.model.attention.q_rank=wide'],
+    ["model.attention.q_rank = 'wide': is str, must be int or NoneType"],
+  ),
+  'value_apart': (['--config.model.dim', '8', '9'], ["['9']", 'follow a =']),
   'unknown_flag': (['--steps=3'], ['steps']),
   'no_such_config': (['--config=nothing.py'], ['nothing.py']),
 }
+_CHANGED = """from experiments.configs import v3_tiny
+
+def get_config():
+  config = v3_tiny.get_config()
+  config.model.{}
+  return config
+"""
 # name -> (what the config file holds; None: there is none, words of the line)
 _CONFIG_FILES = {
   'absent': (None, ['absent.py']),
@@ -98,6 +114,14 @@ _CONFIG_FILES = {
   'raises': ('def get_config():\n  return 1 / 0\n', ['ZeroDivision', 'line 2']),
   'ill_valued': ("raise ValueError('peak = 7')\n", ['peak = 7']),
   'other': ('def get_config():\n  return 3\n', ['get_config()', 'int']),
+  'misspelt': (
+    _CHANGED.format("moe.router.scorin = 'softmax'"),
+    ['no field scorin; did you mean scoring? (', 'misspelt.py, line 5)'],
+  ),
+  'unknown': (
+    _CHANGED.format('moe.router.zzzz = 1'),
+    ['Key "zzzz" does not exist (', 'unknown.py, line 5)'],
+  ),
 }
 
 

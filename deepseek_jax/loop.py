@@ -3,7 +3,8 @@
 The run's folder holds config.json, metrics.jsonl, timings.jsonl,
 timeline.jsonl, routing.npz and checkpoints/, and abort.jsonl if it gave up.
 Started again with the same configuration, a run goes on from its last whole
-checkpoint and sees the batches that it would have seen. Of several processes
+checkpoint and sees the batches that it would have seen. What changes no number
+that is trained may differ then (see run/folder.py). Of several processes
 the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
@@ -18,7 +19,7 @@ from deepseek_jax.parallel import distributed
 from deepseek_jax.preemption import Preemption
 from deepseek_jax.run import say
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
-from deepseek_jax.run.folder import Loaded, claim, fresh_state, load
+from deepseek_jax.run.folder import Loaded, claim, fresh_state, load, renew
 from deepseek_jax.run.record import Record, router_biases
 from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.run.start import check_source, start, with_classes
@@ -85,9 +86,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
         begun = (workdir / 'config.json').exists()
         if first and config.init_from and not begun:
           check_source(config, model, store.tokenizer())
-        claim(workdir, config)
-      if first:
-        store.tokenizer().save(str(workdir))
+        changes = claim(workdir, config)
     with Checkpoints(
       workdir / 'checkpoints',
       keep=config.keep,
@@ -96,6 +95,9 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     ) as checkpoints:
       with timeline.phase('restore' if checkpoints.steps() else 'init'):
         state, resumed = start(config, steps, checkpoints, batches)
+        if first:  # now that the data are known to be the run's
+          store.tokenizer().save(str(workdir))
+          renew(workdir, config)
         if model.config.engram_layers():
           state = with_classes(state, resumed, model, store)
           batches.ngrams = ngram_hash.host_hash(state.buffers)
@@ -104,6 +106,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       with record:
         if resumed:
           record.writer.log(f'resumed from step {resumed}')
+        for change in changes:
+          record.writer.log(f'config.json changed: {change}')
         kept = config.safety.last_steps if first else 0
         trainer = Trainer(
           config,

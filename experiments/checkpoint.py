@@ -6,7 +6,7 @@
 
 `verify` reads every byte and exits with 1 if a step is damaged. `prune` removes
 damaged steps, unfinished saves and all but the newest whole steps; it leaves
-everything as it is when no step is whole. No run may be writing to the folder.
+everything as it is when no step is whole, and when a run is under way.
 """
 
 import shutil
@@ -21,6 +21,7 @@ from rich.table import Table
 from deepseek_jax import integrity
 from deepseek_jax.errors import InputError
 from deepseek_jax.progress import short
+from deepseek_jax.run import lock
 from experiments import common
 
 _KEEP = flags.DEFINE_integer('keep', 1, 'Whole steps that prune leaves.', 1)
@@ -66,6 +67,8 @@ def verify(folder: Path) -> int:
 
 
 def prune(folder: Path, keep: int) -> int:
+  if (folder.parent / 'config.json').exists():
+    lock.take(folder.parent)
   every = steps(folder)
   whole = [p for p in every if integrity.problem(p) is None]
   if not whole:

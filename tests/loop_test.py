@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import evaluate, flight, loop, metrics, schedules, train
 from deepseek_jax.checkpoint import flatten
 from deepseek_jax.errors import InputError, RunAborted
-from deepseek_jax.run import step
+from deepseek_jax.run import lock, step
 
 
 def _write_corpus(folder: Path):
@@ -143,6 +144,68 @@ class FinishedRunTest(parameterized.TestCase):
       self._fit(config=other)
     self.assertEqual((self.folder / 'run' / 'config.json').read_bytes(), before)
 
+  def test_what_changes_no_trained_number_may_differ(self):
+    self._interrupted('other', 6)
+    moved = self.folder / 'moved' / 'corpus'
+    shutil.copytree(self.folder / 'corpus', moved)
+    changes = {
+      'keep': 3,
+      'checkpoint_every': 5,
+      'evaluate.every': 0,
+      'evaluate.batch': 2,
+      'train.gate.patience': 4,
+      'data.path': f'{moved}/',
+      'data.cache_dir': str(self.folder / 'moved' / 'cache'),
+    }
+    other = ds.changed(self.config, changes)
+    lines = []
+    log = lambda writer, text: lines.append(text)
+    with mock.patch.object(metrics.MetricsWriter, 'log', log):
+      resumed = self._fit('other', other)
+    left, right = flatten(self.trained.state), flatten(resumed.state)
+    for name in left:
+      np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+    saved = json.loads((self.folder / 'other' / 'config.json').read_text())
+    self.assertEqual(ds.from_dict(loop.RunConfig, saved), other)
+    told = [line for line in lines if line.startswith('config.json changed: ')]
+    self.assertLen(told, len(changes))
+    self.assertIn('config.json changed: keep: 10 there, 3 here', told)
+
+  def test_another_text_is_refused_and_nothing_overwritten(self):
+    folder = self.folder / 'run'
+    files = [folder / name for name in ('config.json', 'tokenizer.json')]
+    before = [file.read_bytes() for file in files]
+    shutil.copytree(self.folder / 'corpus', self.folder / 'longer')
+    (self.folder / 'longer' / 'more.py').write_text('x = 1\n' * 50)
+    path = str(self.folder / 'longer')
+    other = ds.changed(self.config, {'data.path': path})
+    with self.assertRaisesRegex(InputError, 'data.path: the token windows are'):
+      self._fit(config=other)
+    self.assertEqual([file.read_bytes() for file in files], before)
+
+  @parameterized.parameters(
+    {'seed': 1},
+    {'train.tokens': 9999.0},
+    {'evaluate.stride': 8},
+    {'evaluate.documents': 3},
+    {'data.seed': 1},
+    {'init_from': 'elsewhere'},
+    {'train.gate.sigma': 3.0},
+    {'model.compute.remat': 'full'},
+  )
+  def test_what_changes_numbers_may_not_differ(self, **changes):
+    other = ds.changed(self.config, changes)
+    field = next(iter(changes))
+    with self.assertRaisesRegex(InputError, f'holds another run .{field}: '):
+      self._fit(config=other)
+
+  def test_another_path_needs_a_checkpoint(self):
+    begun = self.folder / 'begun'
+    loop.claim(begun, self.config)
+    other = ds.changed(self.config, {'data.path': 'elsewhere'})
+    with self.assertRaisesRegex(InputError, 'holds another run .data.path: '):
+      loop.claim(begun, other)
+
   def test_load_needs_no_data(self):
     corpus = self.folder / 'corpus'
     away = corpus.rename(self.folder / 'away')
@@ -218,6 +281,22 @@ class LoopTest(parameterized.TestCase):
       with self.assertRaisesRegex(InputError, f'workdir {bad}: cannot be made'):
         loop.claim(bad, _config(folder))
     self.assertEqual(file.read_text(), 'mine')
+
+  def test_a_folder_that_a_run_is_using_is_refused(self):
+    folder = self.folder / 'used'
+    busy = mock.patch.object(lock, 'take', side_effect=InputError('under way'))
+    with busy, self.assertRaisesRegex(InputError, 'under way'):
+      loop.claim(folder, self.config)
+    self.assertEmpty(list(folder.iterdir()))
+    loop.claim(folder, self.config)
+    with busy, self.assertRaisesRegex(InputError, 'under way'):
+      loop.claim(folder, self.config)
+
+  @parameterized.parameters('.lock', 'config.tmp')
+  def test_what_a_run_leaves_that_never_began_is_no_hindrance(self, name):
+    (self.folder / 'run').mkdir()
+    (self.folder / 'run' / name).touch()
+    self.assertEqual(loop.claim(self.folder / 'run', self.config), [])
 
   @parameterized.parameters('[]', '3', 'null')
   def test_a_config_json_without_an_object_is_refused(self, text):

@@ -79,6 +79,7 @@ class Batches:
     self.windows = len(Windows(store.train, config.seq_len))  # in an epoch
     self._stream = {
       'train_sha256': store.train_sha256,
+      'heldout_sha256': store.heldout_sha256,
       'seq_len': config.seq_len,
       'seed': config.seed,
       'cross_document': config.cross_document,
@@ -124,12 +125,21 @@ class Batches:
 
   def set_state(self, state: dict) -> None:
     """Continues after `get_state`; InputError if it is of another stream."""
+    # Earlier versions did not save the hash of the held-out tokens.
+    state = {'heldout_sha256': self._stream['heldout_sha256'], **state}
     for name, value in self._stream.items():
-      if state.get(name) != value:
+      if state.get(name) == value:
+        continue
+      if name.endswith('sha256'):
         raise InputError(
-          f'data.{name}={value!r}: the saved run has {state.get(name)!r}; '
-          'resume with the data it started with'
+          'data.path: the token windows are not those that the saved run has'
+          f' read ({name} = {value} here, {state.get(name)} there); resume with'
+          ' the text that it started with'
         )
+      raise InputError(
+        f'data.{name}={value!r}: the saved run has {state.get(name)!r}; '
+        'resume with the data it started with'
+      )
     index = state.get('next_index')
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
       raise InputError(

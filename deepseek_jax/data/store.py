@@ -80,6 +80,10 @@ class Store:
   def train_sha256(self) -> str:
     return self.index['files'][TRAIN]['sha256']
 
+  @property
+  def heldout_sha256(self) -> str:
+    return self.index['files'][HELDOUT]['sha256']
+
   def tokenizer(self):
     """The tokenizer that made the store (loads it on every call)."""
     out = tokenizer_lib.from_file(self.path)

@@ -13,7 +13,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax.checkpoint import Checkpoints, flatten
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import distributed
-from deepseek_jax.run import say
+from deepseek_jax.run import lock, say
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import TrainState, initial_state
 from deepseek_jax.transformer import Model, build
@@ -23,37 +23,99 @@ def as_json(config: RunConfig) -> dict:
   return json.loads(json.dumps(configs.to_dict(config)))
 
 
-def claim(workdir: Path, config: RunConfig) -> None:
-  """Writes config.json, or checks that it is this run's.
+# What may differ when a run goes on, as it changes no number that is trained:
+# what faults do, where arrays lie, which files are kept, how often and in what
+# batches is validated, when to give up. A dot at the end takes in all below.
+_FREE = (
+  'safety.',
+  'mesh.',
+  'keep',
+  'checkpoint_every',
+  'tensorboard',
+  'evaluate.every',
+  'evaluate.batch',
+  'train.gate.patience',
+  'data.cache_dir',
+)
+_PREFIXES = tuple(name for name in _FREE if name.endswith('.'))
+_MOVED = 'data.path'  # so may this, if a checkpoint vouches for the windows
+_SCRATCH = 'config.tmp'
+
+
+def claim(workdir: Path, config: RunConfig) -> list[str]:
+  """Takes a folder for a run: writes config.json, or finds it to be this run's.
+
+  Returns:
+    How this configuration differs from that of config.json, one line a field,
+    where it may; see `renew`.
 
   Raises:
     InputError: the folder is another run's; names the first fields that differ.
-      Or several processes do not share it.
+      Or another run is under way in it, or several processes do not share it.
   """
   path = workdir / 'config.json'
-  mine = as_json(config)
-  if not distributed.first() and not path.exists():
-    raise InputError(
-      f'workdir {workdir}: process {jax.process_index()} does not see what'
-      ' process 0 wrote there; choose a folder that all processes share'
-    )
-  if path.exists():
-    lines = _differences(_filled(_object(path)), mine)
-    if lines:
+  if not distributed.first():
+    if not path.exists():
       raise InputError(
-        f'workdir {workdir} holds another run ({"; ".join(lines[:3])}):'
-        ' choose another --workdir or the same configuration'
+        f'workdir {workdir}: process {jax.process_index()} does not see what'
+        ' process 0 wrote there; choose a folder that all processes share'
       )
-    return
-  _make(workdir)
-  if any(workdir.iterdir()):
+    return _changes(workdir, config)
+  if path.exists():
+    _changes(workdir, config)  # what is another run's is not even locked
+  else:
+    _make(workdir)
+    _check_empty(workdir)
+  lock.take(workdir)
+  if path.exists():  # maybe by a run that was faster
+    return _changes(workdir, config)
+  renew(workdir, config)
+  return []
+
+
+def renew(workdir: Path, config: RunConfig) -> None:
+  """Writes config.json.
+
+  A run that goes on does so when its data are known to be those it began with:
+  the file has what the newest command said.
+  """
+  scratch = workdir / _SCRATCH
+  scratch.write_text(json.dumps(as_json(config), indent=2) + '\n')
+  os.replace(scratch, workdir / 'config.json')
+
+
+def _changes(workdir: Path, config: RunConfig) -> list[str]:
+  """What may differ and does; raises InputError where more does."""
+  there = _filled(_object(workdir / 'config.json'))
+  lines = _differences(there, as_json(config))
+  saved = has_checkpoint(workdir)
+  free = lambda n: n in _FREE or n.startswith(_PREFIXES)
+  wrong = [
+    line
+    for name, line in lines.items()
+    if not (free(name) or (name == _MOVED and saved))
+  ]
+  if wrong:
+    raise InputError(
+      f'workdir {workdir} holds another run ({"; ".join(wrong[:3])}):'
+      ' choose another --workdir or the same configuration'
+    )
+  return list(lines.values())
+
+
+def has_checkpoint(workdir: Path) -> bool:
+  """Whether a run has saved a step, be it a damaged one."""
+  saved = workdir / 'checkpoints'
+  return saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
+
+
+def _check_empty(workdir: Path) -> None:
+  """But for what a run leaves that ends before it has begun."""
+  if any(p.name not in (lock.FILE, _SCRATCH) for p in workdir.iterdir()):
     raise InputError(
       f'workdir {workdir} is not empty and holds no run: choose another'
       ' --workdir'
     )
-  scratch = path.with_suffix('.tmp')
-  scratch.write_text(json.dumps(mine, indent=2) + '\n')
-  os.replace(scratch, path)
 
 
 def _object(path: Path) -> dict:
@@ -104,16 +166,15 @@ def _filled(written: dict) -> dict:
     return written
 
 
-def _differences(theirs: dict, mine: dict) -> list[str]:
+def _differences(theirs: dict, mine: dict) -> dict[str, str]:
+  """Fields that differ -> how."""
   theirs, mine = flatten(theirs), flatten(mine)
-  names = dict.fromkeys([*theirs, *mine])
   absent = 'absent'
-  return [
-    f'{n}: {theirs.get(n, absent)!r} there, {mine.get(n, absent)!r} here'
-    for n in names
+  return {
+    n: f'{n}: {theirs.get(n, absent)!r} there, {mine.get(n, absent)!r} here'
+    for n in dict.fromkeys([*theirs, *mine])
     if theirs.get(n, absent) != mine.get(n, absent)
-    and not n.startswith(('safety.', 'mesh.'))
-  ]
+  }
 
 
 class Loaded(NamedTuple):

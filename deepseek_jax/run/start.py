@@ -13,7 +13,7 @@ from deepseek_jax.layers import ngram_hash
 from deepseek_jax.parallel import distributed
 from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.folder import config_of, load
+from deepseek_jax.run.folder import config_of, has_checkpoint, load
 from deepseek_jax.run.staged import StagedSteps
 from deepseek_jax.run.step import Steps
 from deepseek_jax.transformer import Model, build
@@ -52,8 +52,7 @@ def check_source(config: RunConfig, model: Model, tokenizer) -> None:
     theirs = config_of(source)
   except InputError as error:
     raise InputError(f'init_from = {str(source)!r}: {error}') from None
-  saved = source / 'checkpoints'
-  if not saved.is_dir() or not any(p.name.isdigit() for p in saved.iterdir()):
+  if not has_checkpoint(source):
     raise InputError(
       f'init_from = {str(source)!r}: the run has saved no checkpoint; name one'
       ' that has'

@@ -173,8 +173,15 @@ class PipelineTest(parameterized.TestCase):
   def test_a_state_of_another_corpus_is_refused(self):
     config = dataclasses.replace(self.config, heldout_fraction=0.2)
     state = data.Batches(data.build(config), config).get_state()
-    with self.assertRaisesRegex(InputError, 'train_sha256'):
+    with self.assertRaisesRegex(InputError, 'data.path: the token'):
       self.batches().set_state(state)
+
+  def test_a_state_without_the_hash_of_the_held_out_text_is_taken(self):
+    state = self.batches().get_state()
+    with self.assertRaisesRegex(InputError, 'heldout_sha256'):
+      self.batches().set_state(state | {'heldout_sha256': '0'})
+    del state['heldout_sha256']
+    self.batches().set_state(state)
 
   @parameterized.parameters(-1, 1.5, None, True, '3')
   def test_a_damaged_state_is_refused(self, index):

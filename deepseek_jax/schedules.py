@@ -121,16 +121,19 @@ class BatchConfig:
         f'size = {self.size}, accumulate = {self.accumulate}, increment ='
         f' {self.increment}: all must be at least 1'
       )
-    for n in {self.size, self.start or self.size, self.increment}:
-      if (
-        self.ramp_tokens and n % self.accumulate
-      ) or self.size % self.accumulate:
-        raise InputError(
-          f'accumulate = {self.accumulate}: must divide size, start and'
-          f' increment; it does not divide {n}'
-        )
+    self._check_accumulate()
     if self.ramp_tokens and not 0 < self.start <= self.size:
       raise InputError(f'start = {self.start}: must lie in 1..{self.size}')
+
+  def _check_accumulate(self):
+    names = ['size', 'start', 'increment'] if self.ramp_tokens else ['size']
+    for name in names:
+      number = getattr(self, name)
+      if number % self.accumulate:
+        raise InputError(
+          f'accumulate = {self.accumulate}: must divide {name} = {number}, for'
+          ' micro-batches of one size; change one of them'
+        )
 
   def at(self, tokens: int) -> int:
     """Sequences in the step that begins after `tokens`."""

@@ -124,10 +124,10 @@ class BatchTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'size': 0}, 'size = 0'),
-    ({'size': 8, 'accumulate': 3}, 'accumulate = 3: must divide'),
+    ({'size': 8, 'accumulate': 3}, 'accumulate = 3: must divide size = 8,'),
     (
       {'size': 8, 'start': 2, 'ramp_tokens': 9.0, 'accumulate': 4},
-      'accumulate = 4: must divide',
+      'accumulate = 4: must divide start = 2,',
     ),
     ({'size': 8, 'ramp_tokens': 9.0}, r'start = 0: must lie in 1\.\.8'),
     ({'size': 8, 'start': 9, 'ramp_tokens': 9.0}, 'start = 9: must lie'),

@@ -57,11 +57,11 @@ def documents(path: str) -> Iterator[Document]:
     )
   if os.path.isdir(root):
     return _directory(root, TEXT + RECORDS, ())
-  if not root.endswith(TEXT + RECORDS):
+  if not _has(root, TEXT + RECORDS):
     kinds = ' '.join(TEXT + RECORDS)
     raise InputError(f'data.path={path!r} is not one of {kinds}: convert it')
   name = os.path.basename(root)
-  if root.endswith(RECORDS):
+  if _has(root, RECORDS):
     return _read(root, name)
   return _pieces(name, _text(root))
 
@@ -122,8 +122,13 @@ def _files(root, suffixes, skip):
     parts = os.path.relpath(folder, root).split(os.sep)
     parts = () if parts == ['.'] else tuple(parts)
     for name in names:
-      if name.endswith(suffixes) and _wanted(name, skip):
+      if _has(name, suffixes) and _wanted(name, skip):
         yield (*parts, name)
+
+
+def _has(name, suffixes):
+  """Whether a file is of one of these kinds; 'A.TXT' is '.txt', too."""
+  return name.lower().endswith(suffixes)
 
 
 def _wanted(name, skip):
@@ -132,9 +137,9 @@ def _wanted(name, skip):
 
 
 def _read(path, name):
-  if path.endswith('.jsonl'):
+  if _has(path, '.jsonl'):
     docs = _jsonl(path, name)
-  elif path.endswith('.parquet'):
+  elif _has(path, '.parquet'):
     docs = _parquet(path, name)
   else:
     docs = [Document(name, _text(path))]
@@ -195,6 +200,10 @@ def _jsonl(path, name):
 def _record(line, where):
   try:
     record = json.loads(line)
+  except RecursionError as error:
+    raise InputError(
+      f'data.path: {where} is nested too deeply to be read: take it out'
+    ) from error
   except ValueError as error:
     raise InputError(
       f'data.path: {where} is not JSON ({error}): write one object a line'

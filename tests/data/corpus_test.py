@@ -77,6 +77,15 @@ class CorpusTest(parameterized.TestCase):
     records = self.read(os.path.join(self.root, 'a.jsonl'))
     self.assertEqual([doc.name for doc in records], ['a.jsonl:1', 'a.jsonl:3'])
 
+  def test_suffixes_may_be_in_capitals(self):
+    self.write('A.TXT', 'a')
+    self.write('b.Py', 'b')
+    self.write('C.JSONL', '{"text": "c"}')
+    names = ['A.TXT', 'C.JSONL:1', 'b.Py']
+    self.assertEqual([doc.name for doc in self.read()], names)
+    alone = self.read(os.path.join(self.root, 'A.TXT'))
+    self.assertEqual([doc.text for doc in alone], ['a'])
+
   def test_a_linked_folder_is_read_once_and_loops_end(self):
     outside = self.enterContext(tempfile.TemporaryDirectory())
     with open(os.path.join(outside, 'far.txt'), 'w') as file:
@@ -137,6 +146,7 @@ class CorpusTest(parameterized.TestCase):
     ('a.txt', b'ok \xe9t\xe9', 'a.txt', 'not UTF-8 (byte 3)'),
     ('a.jsonl', b'{"text": "ok"}\n{"text": "\xff"}', 'line 2', 'not UTF-8'),
     ('a.jsonl', '{"text": "ok"}\n{"text"', 'line 2', 'not JSON'),
+    ('a.jsonl', '{"text": "ok"}\n' + '[' * 200_000, 'line 2', 'too deeply'),
     ('a.jsonl', '{"txt": "ok"}', 'line 1', "no string 'text'"),
     ('a.jsonl', '{"text": 3}', 'line 1', "no string 'text'"),
     ('a.jsonl', '["text"]', 'line 1', "no string 'text'"),

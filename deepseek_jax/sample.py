@@ -8,6 +8,7 @@ Legend: B rows, T prompt slots, N new tokens, V vocabulary.
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -195,9 +196,43 @@ def _started(model, variables, prompt, cfg, new, slots):
       f'slots = {slots}: {lengths.max()} prompt and {new} new tokens need'
       f' {least}; raise slots or lower max_new_tokens'
     )
+  _check_room(model, len(tokens), slots, new)
   loop = _loop(model, cfg)
   variables = prepare(model, variables)
   return loop, variables, loop.prefill(variables, tokens, lengths, slots)
+
+
+def _check_room(model, rows: int, slots: int, new: int) -> None:
+  """Raises InputError where the cache alone is more than the device holds."""
+  # Sizes beyond int32 are no shapes; what grows with the length does evenly.
+  tried = min(slots, 1 << 20)
+  need = _cache_bytes(model, rows, tried) * slots / tried
+  room = _room()
+  if need > room:
+    raise InputError(
+      f'max_new_tokens = {new}: the cache of {rows} x {slots} tokens takes'
+      f' {need / 2**30:.1f} GiB, of {room / 2**30:.1f} that the device has;'
+      ' lower it, or give fewer or shorter prompts'
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _cache_bytes(model: Model, rows: int, slots: int) -> int:
+  shapes = jax.eval_shape(lambda: build_flat(model).init_cache(rows, slots))
+  leaves = jax.tree.leaves(shapes)
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _room() -> float:
+  """Bytes of memory of the device that computes; inf where it does not say."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  if device.platform != 'cpu':
+    return stats.get('bytes_limit', math.inf)
+  try:
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (AttributeError, OSError, ValueError):  # no POSIX system
+    return math.inf
 
 
 def prepare(model: Model, variables: dict) -> dict:

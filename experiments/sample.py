@@ -3,12 +3,16 @@
 python -m experiments.sample --workdir=runs/demo --prompt='def main('
 python -m experiments.sample --hf=DIR --chat
 python -m experiments.sample --workdir=runs/demo --prompt='x = ' --after='+ 1'
+python -m experiments.sample --workdir=runs/demo --prompt='a=' --prompt='b=' \\
+  --stop='#'
 """
 
+import itertools
 import os
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 
 import deepseek_jax as ds
@@ -20,10 +24,13 @@ from experiments import common
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
 _HF = flags.DEFINE_string('hf', None, 'Hugging Face folder, or one converted.')
 _PROMPT = flags.DEFINE_multi_string(
-  'prompt', [], 'Text to go on from; may be given several times.'
+  'prompt', [], 'Text to go on from; several are drawn as one batch.'
 )
 _AFTER = flags.DEFINE_string(
   'after', None, 'Text behind the hole: the model fills in the middle.'
+)
+_STOP = flags.DEFINE_multi_string(
+  'stop', [], 'Text to end before; may be given several times.'
 )
 _CHAT = flags.DEFINE_bool('chat', False, 'Hold a conversation (with --hf).')
 _NEW = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens at most.')
@@ -79,24 +86,56 @@ def _prompts(tokenizer) -> list[list[int]]:
 
 
 def _settings(tokenizer) -> sample.SampleConfig:
+  """A stop text that is one token ends a row as the end of a text does."""
+  encoded = [tokenizer.encode(s, special=True) for s in _STOP.value]
+  single = [ids[0] for ids in encoded if len(ids) == 1]
+  stop = (tokenizer.eos_id, *single)
   return sample.SampleConfig(
-    _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, (tokenizer.eos_id,)
+    _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, stop
   )
 
 
-def _stream(source, prompt, key):
-  drawn = sample.stream(
+def _drawn(source, prompts, key):
+  """Yields the next token of every prompt; None where its text has ended."""
+  cfg = _settings(source.tokenizer)
+  steps = sample.stream(
     source.model,
     source.variables,
-    [prompt],
-    _settings(source.tokenizer),
+    prompts,
+    cfg,
     max_new_tokens=_NEW.value,
     key=key,
   )
-  for tokens in drawn:
-    if tokens[0] == source.tokenizer.eos_id:
-      return
-    yield int(tokens[0])
+  ended = np.zeros(len(prompts), bool)
+  for tokens in steps:
+    ended |= np.isin(tokens, cfg.stop)
+    yield [None if end else int(t) for t, end in zip(tokens, ended)]
+
+
+def _stream(source, prompt, key):
+  return itertools.takewhile(
+    lambda token: token is not None,
+    (tokens[0] for tokens in _drawn(source, [prompt], key)),
+  )
+
+
+def _texts(source, prompts, key) -> list[str]:
+  """What follows several prompts, drawn as one batch."""
+  rows = [[] for _ in prompts]
+  going = set(range(len(prompts)))
+  for tokens in _drawn(source, prompts, key):
+    for i in sorted(going):
+      if tokens[i] is None:
+        going.remove(i)
+        continue
+      rows[i].append(tokens[i])
+      if _STOP.value:
+        text = source.tokenizer.decode(rows[i])
+        going -= {i} if any(s in text for s in _STOP.value) else set()
+    if not going:
+      break
+  texts = map(source.tokenizer.decode, rows)
+  return [''.join(chat.until([text], _STOP.value)) for text in texts]
 
 
 def _converse(source):
@@ -117,7 +156,12 @@ def _check_flags():
     raise InputError(f'--seed={_SEED.value}: must fit in 64 bits')
   if not _CHAT.value and not _PROMPT.value:
     raise InputError("give a --prompt='...', or --chat with --hf")
+  if _CHAT.value and _STOP.value:
+    raise InputError('--stop: ends texts of --prompt; leave it out with --chat')
+  if '' in _STOP.value:
+    raise InputError("--stop='': name the text to end before")
   texts = [('prompt', text) for text in _PROMPT.value]
+  texts += [('stop', text) for text in _STOP.value]
   for name, text in [*texts, ('after', _AFTER.value or '')]:
     try:
       text.encode()
@@ -140,13 +184,22 @@ def main(argv):
     _converse(source)
     return
   key = jax.random.key(_SEED.value)
-  for text, prompt in zip(_PROMPT.value, _prompts(source.tokenizer)):
-    pieces = chat.decode_stream(source.tokenizer, _stream(source, prompt, key))
-    first = next(pieces, '')  # what is wrong is told before the prompt
-    print(text, end=first, flush=True)
-    for piece in pieces:
-      print(piece, end='', flush=True)
-    print('' if _AFTER.value is None else _AFTER.value)
+  prompts = _prompts(source.tokenizer)
+  after = '' if _AFTER.value is None else _AFTER.value
+  if len(prompts) > 1:
+    drawn = _texts(source, prompts, key)
+    for prompt, text in zip(_PROMPT.value, drawn):
+      print(f'{prompt}{text}{after}')
+    return
+  pieces = chat.decode_stream(
+    source.tokenizer, _stream(source, prompts[0], key)
+  )
+  pieces = chat.until(pieces, _STOP.value)
+  first = next(pieces, '')  # what is wrong is told before the prompt
+  print(_PROMPT.value[0], end=first, flush=True)
+  for piece in pieces:
+    print(piece, end='', flush=True)
+  print(after)
 
 
 if __name__ == '__main__':

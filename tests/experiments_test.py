@@ -211,6 +211,9 @@ _SAMPLE_MISTAKES = {
   'none': (['--prompt=a', '--max_new_tokens=0'], ['--max_new_tokens=0']),
   'seed': (['--prompt=a', f'--seed={2**63}'], ['--seed=', '64 bits']),
   'prompt': ([], ['--prompt']),
+  'stop': (['--prompt=a', '--stop='], ["--stop=''"]),
+  'stop_bytes': (['--prompt=a', '--stop=\udcff'], ['--stop=', 'UTF-8']),
+  'stop_chat': (['--chat', '--stop=a'], ['--stop', '--chat']),
 }
 
 
@@ -268,16 +271,34 @@ class RunTest(absltest.TestCase):
       draw('--seed=2'),
       draw('--after=return x'),
       draw('--top_p=7'),
+      draw('--max_new_tokens=1000000000'),
+      draw('--temperature=0'),
+      draw('--temperature=0', '--prompt=import x'),
     ]
     texts = [run.communicate(timeout=300) for run in runs]
     codes = [run.returncode for run in runs]
-    self.assertEqual(codes, [0, 0, 0, 0, 2], msg=texts)
+    self.assertEqual(codes, [0, 0, 0, 0, 2, 2, 0, 0], msg=texts)
     outs = [out for out, _ in texts]
     self.assertTrue(outs[0].startswith('def f('))
     self.assertEqual(outs[0], outs[1])
     self.assertNotEqual(outs[0], outs[2])
     self.assertTrue(outs[3].rstrip().endswith('return x'))
     self.assertIn('top_p = 7', texts[4][1])
+    self.assertIn('max_new_tokens = 1000000000: the cache', texts[5][1])
+    self.assertLen(texts[5][1].splitlines(), 1)
+    alone, both = outs[6:]
+    self.assertTrue(both.startswith(f'{alone}import x'), msg=both)
+
+    text = alone.removeprefix('def f(').removesuffix('\n')
+    stop, end = text[3:5], text.find(text[3:5])
+    runs = [
+      draw('--temperature=0', f'--stop={stop}'),
+      draw('--temperature=0', f'--stop={stop}', '--prompt=import x'),
+    ]
+    one, two = [run.communicate(timeout=300)[0] for run in runs]
+    self.assertEqual(one, f'def f({text[:end]}\n')
+    self.assertTrue(two.startswith(f'{one}import x'), msg=two)
+    self.assertNotIn(stop, two[len(one) :].removeprefix('import x'))
 
 
 if __name__ == '__main__':

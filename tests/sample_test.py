@@ -60,6 +60,21 @@ class SampleTest(parameterized.TestCase):
         out.log_probs[b], want[b, at, out.tokens[b]], atol=1e-5, rtol=1e-5
       )
 
+  @parameterized.parameters(10**9, 10**13)
+  def test_a_cache_beyond_all_memory_is_refused(self, new):
+    model = tiny.model('gqa')
+    for draw in (ds.generate, lambda *a, **k: next(lib.stream(*a, **k))):
+      with self.assertRaisesRegex(
+        ds.InputError, f'max_new_tokens = {new}: the'
+      ):
+        draw(
+          model,
+          tiny.variables('gqa'),
+          PROMPT * 1000,
+          max_new_tokens=new,
+          key=jax.random.key(0),
+        )
+
   @parameterized.parameters('mixed', 'gqa')
   def test_greedy_takes_the_argmax_at_every_step(self, name):
     cfg = SampleConfig(temperature=0.0)

@@ -136,6 +136,30 @@ def decode_stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     yield tokenizer.decode(held)
 
 
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+  """Pieces of a text up to the first of `stops`; each is not empty.
+
+  What may be the beginning of one waits.
+  """
+  held = ''
+  for piece in pieces:
+    held += piece
+    found = [at for at in map(held.find, stops) if at >= 0]
+    if found:
+      yield held[: min(found)]
+      return
+    waits = max((_overlap(held, stop) for stop in stops), default=0)
+    ready, held = held[: len(held) - waits], held[len(held) - waits :]
+    yield ready
+  yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+  """How many characters at the end of `text` begin `stop`."""
+  sizes = range(min(len(text), len(stop) - 1), 0, -1)
+  return next((n for n in sizes if text.endswith(stop[:n])), 0)
+
+
 def converse(
   generate_stream: GenerateStream,
   tokenizer,

@@ -38,6 +38,30 @@ def _config(template):
   return {**_CONFIG, 'chat_template': template}
 
 
+class UntilTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (['ab', 'cd'], ['bc'], 'a'),
+    (['a', 'b', 'c'], ['abd', 'x'], 'abc'),
+    (['aa', 'b'], ['aab'], ''),
+    (['aaa', 'ab', 'z'], ['aab'], 'aa'),
+    (['x#y;'], [';', '#'], 'x'),
+    (['ab', ''], [], 'ab'),
+    ([], ['a'], ''),
+    (['a\n', '\nb'], ['\n\n'], 'a'),
+  )
+  def test_ends_before_the_first_stop(self, pieces, stops, want):
+    self.assertEqual(''.join(chat.until(pieces, stops)), want)
+
+  def test_waits_for_no_more_than_a_beginning(self):
+    pieces = chat.until(iter(['one t', 'wo', ' END', 'INGS']), ['ENDING'])
+    self.assertEqual(list(pieces), ['one t', 'wo', ' ', ''])
+
+  def test_draws_nothing_after_the_stop(self):
+    source = iter(['a', 'b;', 'c'])
+    self.assertEqual(''.join(chat.until(source, [';'])), 'ab')
+    self.assertEqual(list(source), ['c'])
+
+
 class RenderTest(parameterized.TestCase):
   def test_messages_become_the_text_of_the_template(self):
     self.assertEqual(

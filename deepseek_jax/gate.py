@@ -64,10 +64,13 @@ def initial_gate() -> GateState:
 _LEAST_DEVIATION = 0.05
 
 
-def judge(cfg: GateConfig, state: GateState, loss, grad_norm):
-  """Whether to apply the update -> (bool scalar, the next GateState)."""
+def judge(cfg: GateConfig, state: GateState, loss, grad_norm, sound=True):
+  """Whether to apply the update -> (bool scalar, the next GateState).
+
+  `sound` is whether the update itself is finite.
+  """
   seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
-  ok = jnp.isfinite(seen).all()
+  ok = jnp.isfinite(seen).all() & sound
   if cfg.sigma:
     deviation = jnp.maximum(
       jnp.sqrt(state.square), _LEAST_DEVIATION * jnp.abs(state.mean)

@@ -24,6 +24,7 @@ from deepseek_jax.update import (
   judged,
   move_biases,
   moving,
+  proposed,
   tokens_seen,
   updated,
 )
@@ -258,8 +259,9 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
 
   batch: 'tokens', 'segments', 'positions', each [B T+1] int32, B divisible by
   cfg.batch.accumulate. metrics: scalars 'loss', 'mtp_loss', 'balance_loss',
-  'grad_norm', 'learning_rate', 'applied', 'skipped', 'streak', of sparse
-  attention 'attention_loss' and 'recall', and per MoE layer 'load' [L E]
+  'grad_norm', 'update_norm' (at a learning rate of 1), 'learning_rate',
+  'applied', 'skipped', 'streak', of sparse attention 'attention_loss' and
+  'recall', and per MoE layer 'load' [L E]
   (choices in the global batch), 'dropped' [L] and `routing_statistics` [L ...];
   'block_norms' of the gradient, by block.
   Jit it with the state donated.
@@ -302,10 +304,13 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
     mtp_weight = cfg.mtp_weight.at(tokens, cfg.tokens)
     grads, metrics = gradients(state, batch, mtp_weight)
     norm = optax.tree.norm(grads)
-    verdict, gate, told = judged(cfg, state, metrics['loss'], norm, length)
     held = Held(state.params, state.buffers, state.moments)
+    proposal = proposed(optimizer, held, grads, norm)
+    verdict, gate, told = judged(
+      cfg, state, metrics['loss'], norm, jnp.sqrt(proposal.square), length
+    )
     loads = moving(metrics.pop('loads'), cfg.trainable)
-    held = updated(optimizer, held, grads, loads, verdict)
+    held = updated(held, proposal, loads, verdict)
     metrics |= told | {'block_norms': block_norms(grads)}
     sequences = state.sequences + jnp.uint32(batch['tokens'].shape[0])
     return TrainState(state.step + 1, sequences, *held, gate), metrics

@@ -343,6 +343,33 @@ class GateTest(parameterized.TestCase):
     same(copied(state.gate)[:3], before.gate[:3])
     self.assertEqual(int(metrics['streak']), 1)
 
+  @parameterized.parameters(-1.0, np.nan)
+  def test_an_update_that_is_not_finite_changes_nothing(self, second):
+    # The gradient is fine; the root of one damaged second moment is not.
+    state = initial()
+    clip, adam, *rest = state.moments
+    nu = adam.nu | {'embed': adam.nu['embed'].at[3, 1].set(second)}
+    damaged = (clip, adam._replace(nu=nu), *rest)
+    before = copied(state._replace(moments=damaged))
+    state, metrics = jitted()(state._replace(moments=damaged), batch())
+    self.assertTrue(np.isfinite(metrics['grad_norm']))
+    self.assertFalse(np.isfinite(metrics['update_norm']))
+    self.assertFalse(bool(metrics['applied']))
+    for field in ('params', 'buffers', 'moments'):
+      same(copied(getattr(state, field)), getattr(before, field))
+    same(copied(state.gate)[:3], before.gate[:3])
+    self.assertEqual((int(state.gate.skipped), int(state.gate.streak)), (1, 1))
+
+  def test_the_norm_of_the_update_is_that_of_what_is_added(self):
+    before = copied(initial().params)
+    state, metrics = jitted()(initial(), batch())
+    added = jax.tree.map(np.subtract, copied(state.params), before)
+    square = sum(
+      np.square(a, dtype=float).sum() for a in jax.tree.leaves(added)
+    )
+    norm = np.sqrt(square) / float(metrics['learning_rate'])
+    np.testing.assert_allclose(metrics['update_norm'], norm, rtol=1e-4)
+
 
 if __name__ == '__main__':
   absltest.main()

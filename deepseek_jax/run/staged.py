@@ -29,7 +29,15 @@ from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.step import check_mesh, compiling
 from deepseek_jax.train import TrainState
 from deepseek_jax.transformer import Model
-from deepseek_jax.update import Held, judged, moving, tokens_seen, updated
+from deepseek_jax.update import (
+  Held,
+  Proposal,
+  judged,
+  moving,
+  proposed,
+  tokens_seen,
+  updated,
+)
 
 
 class StagedState(NamedTuple):
@@ -74,7 +82,8 @@ class StagedSteps:
       optimizer_of(cfg, stage.abstract['params'])
       for stage in self._pipeline.stages
     ]
-    self._updates = list(map(self._update, range(mesh.stage)))
+    programs = map(self._programs, range(mesh.stage))
+    self._propose, self._update = zip(*programs)
     self._compiled = set()
 
   def _part(self, number: int) -> Held:
@@ -84,20 +93,21 @@ class StagedSteps:
     moments = self._rules[number].init(made['params'])
     return Held(made['params'], made['buffers'], moments)
 
-  def _update(self, number: int):
-    """The compiled update of a stage, which takes its state away."""
+  def _programs(self, number: int):
+    """Of a stage: what it proposes, and the update, which takes its state."""
     shapes = jax.eval_shape(functools.partial(self._part, number))
-    return jax.jit(
-      functools.partial(updated, self._rules[number]),
-      donate_argnums=0,
-      out_shardings=self._pipeline.shardings(number, shapes),
+    where = self._pipeline.shardings(number, shapes)
+    propose = jax.jit(
+      functools.partial(proposed, self._rules[number]),
+      donate_argnums=1,
+      out_shardings=Proposal(where.params, where.moments, None),
     )
+    return propose, jax.jit(updated, donate_argnums=0, out_shardings=where)
 
-  def _judged(self, state: StagedState, loss, squares):
-    """As `judged`, from the squares of the stages' norms."""
-    norm = jnp.sqrt(sum(squares))
-    length = self._config.data.seq_len
-    return judged(self._config.train, state, loss, norm, length)
+  def _judged(self, state: StagedState, loss, norm, squares):
+    """As `judged`, from the squares of the norms of the stages' updates."""
+    update_norm, length = jnp.sqrt(sum(squares)), self._config.data.seq_len
+    return judged(self._config.train, state, loss, norm, update_norm, length)
 
   def _gradients(self, state: StagedState, batch: dict):
     cfg = self._config
@@ -110,24 +120,34 @@ class StagedSteps:
     self.compiled(state, batch, writer)
     grads, metrics = self._gradients(state, batch)
     squares, norms = jax.device_get(tuple(zip(*map(self._squares, grads))))
+    norm = np.sqrt(np.sum(squares, dtype=np.float32))
+    proposals = self._proposed(state.held, grads, norm)
+    squares = jax.device_get([p.square for p in proposals])
     verdict, gate, told = jax.device_get(
-      self._judge(state._replace(held=()), metrics['loss'], squares)
+      self._judge(state._replace(held=()), metrics['loss'], norm, squares)
     )
-    held = self._updated(state.held, grads, metrics.pop('loads'), verdict)
+    held = self._updated(state.held, proposals, metrics.pop('loads'), verdict)
     metrics |= told | {'block_norms': self._whole_norms(norms)}
     rows = np.uint32(len(batch['tokens']))
     return StagedState(state.step + 1, state.sequences + rows, held, gate), (
       metrics
     )
 
-  def _updated(self, held, grads, loads, verdict) -> tuple[Held, ...]:
+  def _proposed(self, held, grads, norm) -> list[Proposal]:
+    out = []
+    for number, propose in enumerate(self._propose):
+      with sharding.under(self._pipeline.using[number]):
+        out.append(propose(held[number], grads[number], norm))
+    return out
+
+  def _updated(self, held, proposals, loads, verdict) -> tuple[Held, ...]:
     loads, out = cutting.nested(loads, '/'), []
     trainable = self._config.train.trainable
     for number, stage in enumerate(self._pipeline.stages):
       own = moving(cutting.flat(stage.take(loads), '/'), trainable)
       with sharding.under(self._pipeline.using[number]):
         out.append(
-          self._updates[number](held[number], grads[number], own, verdict)
+          self._update[number](held[number], proposals[number], own, verdict)
         )
     return tuple(out)
 

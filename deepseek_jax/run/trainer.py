@@ -117,7 +117,8 @@ class Trainer:
     raise RunAborted(
       f'{streak} updates in a row were not finite or exploded, the last at'
       f' step {number} (loss {float(metrics["loss"]):.4g}, gradient norm'
-      f' {float(metrics["grad_norm"]):.4g}); checkpoints are from before'
+      f' {float(metrics["grad_norm"]):.4g}, update norm'
+      f' {float(metrics["update_norm"]):.4g}); checkpoints are from before'
     )
 
   def _validate(self, number, state):

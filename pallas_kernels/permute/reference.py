@@ -9,7 +9,11 @@ from pallas_kernels.quantize import reference as quantize
 
 
 class Plan(NamedTuple):
-  """Where each (token, choice) goes; see `plan`. N K E M as there."""
+  """Where each (token, choice) goes; see `plan`. N K E M as there.
+
+  slot and source are inverse to each other: what spreads tokens may go by
+  either, and a row in neither would hold anything.
+  """
 
   slot: jax.Array  # [N K] row of the choice; M for one that goes nowhere
   source: jax.Array  # [M] flat choice n*K + k of each row; N*K for filler

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import kernel_cases_sparse
+from benchmarks import kernel_cases_sparse, kernel_torch
 from benchmarks.kernel_work import Work, bf16, fresh_keys, in_float32, nbytes
 from pallas_kernels import permute
 from pallas_kernels.grouped_matmul import (
@@ -28,6 +28,22 @@ from pallas_kernels.sinkhorn import shapes as sinkhorn_shapes
 from pallas_kernels.sinkhorn import sinkhorn
 
 
+def _triton_decode(q_c, q_r, c, k_r, table, lengths):
+  """jax's decoding in Triton; it knows no pages, so these are copied first."""
+  # An example of jax's, on its way out: then the report says so.
+  from jax.experimental.pallas.ops.gpu import decode_attention
+
+  if q_c.shape[1] > 1:
+    raise NotImplementedError('one new token at a time')
+  q = jnp.concatenate([q_c, q_r], axis=-1)[:, 0]
+  pages = jnp.concatenate([c, k_r], axis=-1)[table]
+  keys = pages.reshape(q.shape[0], -1, q.shape[-1])
+  out = decode_attention.mqa(
+    q, keys, keys, kv_seq_len=lengths, sm_scale=192**-0.5
+  )
+  return out[..., :512]
+
+
 def decode(shape):
   B, J = len(shape.lengths), -(-max(shape.lengths) // shape.page)
   k = fresh_keys(5)
@@ -43,7 +59,16 @@ def decode(shape):
   pairs = sum(shape.lengths) * shape.new * shape.heads
   moved = nbytes(args[0], args[1], args[0]) + sum(shape.lengths) * 576 * 2
   xla = functools.partial(op, impl='reference')
-  return Work(op, args, in_float32(op), 2 * pairs * 1088, moved, {'xla': xla})
+  flash_mla = lambda: kernel_torch.flash_mla_us(*args, 192**-0.5)
+  return Work(
+    op,
+    args,
+    in_float32(op),
+    2 * pairs * 1088,
+    moved,
+    {'xla': xla, 'triton': _triton_decode},
+    {'flash_mla': flash_mla},
+  )
 
 
 def decode_small(shape):
@@ -65,10 +90,10 @@ def grouped_fwd(shape):
   rows, weights, grad, expert, counts, flops = _grouped(shape)
   op = lambda r, w, impl: grouped_matmul(r, w, expert, impl=impl)
   ragged = lambda r, w: jax.lax.ragged_dot(r, w, counts)
-  moved = nbytes(rows, weights, grad)
-  return Work(
-    op, (rows, weights), in_float32(op), flops, moved, {'xla': ragged}
-  )
+  moved, args = nbytes(rows, weights, grad), (rows, weights)
+  torch = lambda: kernel_torch.grouped_mm_us(*args, counts)
+  naive, libraries = {'xla': ragged}, {'torch': torch}
+  return Work(op, args, in_float32(op), flops, moved, naive, libraries)
 
 
 def grouped_bwd(shape):
@@ -166,6 +191,32 @@ def combine(shape):
   return Work(op, (rows, weights), in_float32(op), 0, moved, {'xla': naive})
 
 
+def gather_bwd(shape):
+  plan, x, rows, _ = _layout(shape)
+
+  def op(grad, impl):
+    fn = lambda x: permute.permute(x, plan, impl=impl)
+    return jax.vjp(fn, jnp.zeros(x.shape, grad.dtype))[1](grad)[0]
+
+  xla = functools.partial(op, impl='reference')
+  moved = plan.slot.size * shape.dim * 2 + nbytes(x)
+  return Work(op, (rows,), in_float32(op), 0, moved, {'xla': xla})
+
+
+def combine_bwd(shape):
+  plan, x, rows, weights = _layout(shape)
+
+  def op(rows, weights, grad, impl):
+    fn = lambda r, w: permute.combine(r, w, plan, impl=impl)
+    return jax.vjp(fn, rows, weights)[1](grad)
+
+  xla = functools.partial(op, impl='reference')
+  read = plan.slot.size * shape.dim * 2
+  moved = read + nbytes(x, rows, weights, weights)
+  args = (rows, weights, x)
+  return Work(op, args, in_float32(op), 0, moved, {'xla': xla})
+
+
 def permute_small(shape):
   return shape._replace(tokens=97, experts=16, dim=1024)
 
@@ -252,6 +303,22 @@ def mix(shape):
   return Work(op, (logits,), xla, 0, 2 * nbytes(logits), {'xla': xla})
 
 
+def mix_bwd(shape):
+  k = fresh_keys(2)
+  size = (shape.tokens, shape.streams, shape.streams)
+  args = jax.random.normal(k[0], size), jax.random.normal(k[1], size)
+
+  def op(logits, grad, impl):
+    fn = functools.partial(sinkhorn, iterations=shape.iterations, impl=impl)
+    return jax.vjp(fn, logits)[1](grad)[0]
+
+  xla = functools.partial(op, impl='reference')
+  return Work(op, args, xla, 0, 3 * nbytes(args[0]), {'xla': xla})
+
+
+# The gradient of float8 weights takes blocks of 128 rows.
+_WIDE = {n: s for n, s in grouped_shapes.BENCH.items() if s.block == 128}
+
 # op: (shapes, work on a shape, a shape small enough to check).
 OPS = {
   'mla_decode': (decode_shapes.BENCH, decode, decode_small),
@@ -261,14 +328,12 @@ OPS = {
   'grouped_matmul_bwd': (grouped_shapes.BENCH, grouped_bwd, grouped_small),
   'grouped_swiglu': (grouped_shapes.BENCH, grouped_swiglu_fwd, grouped_small),
   'grouped_matmul_fp8': (grouped_shapes.BENCH, grouped_fp8, grouped_small),
-  'grouped_matmul_float8_bwd': (
-    grouped_shapes.BENCH,
-    grouped_float8_bwd,
-    grouped_small,
-  ),
+  'grouped_matmul_float8_bwd': (_WIDE, grouped_float8_bwd, grouped_small),
   'permute': (permute_shapes.BENCH, gather, permute_small),
   'permute_fp8': (permute_shapes.BENCH, gather_fp8, permute_small),
+  'permute_bwd': (permute_shapes.BENCH, gather_bwd, permute_small),
   'combine': (permute_shapes.BENCH, combine, permute_small),
+  'combine_bwd': (permute_shapes.BENCH, combine_bwd, permute_small),
   'router': (router_shapes.BENCH, route, lambda s: s._replace(tokens=150)),
   'quantize': (
     quantize_shapes.BENCH,
@@ -278,6 +343,11 @@ OPS = {
   'sinkhorn': (
     sinkhorn_shapes.BENCH,
     mix,
+    lambda s: s._replace(tokens=150),
+  ),
+  'sinkhorn_bwd': (
+    sinkhorn_shapes.BENCH,
+    mix_bwd,
     lambda s: s._replace(tokens=150),
   ),
   **kernel_cases_sparse.OPS,

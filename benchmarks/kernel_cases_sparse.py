@@ -27,12 +27,13 @@ def store(shape):
   slots = jax.random.permutation(k[4], shape.pages * shape.page)[:N]
   zeros = lambda n, dtype=jnp.bfloat16: jnp.zeros((*pages, n), dtype)
   cache = latent_kv.Pages(zeros(512), zeros(64))
+  write = latent_kv.latent_kv
   if shape.fp8:
     c = zeros(512, jnp.float8_e4m3fn)
     cache = latent_kv.FP8Pages(c, zeros(4, jnp.float32), zeros(64))
 
   def op(x, w, gain, cos, sin, slots, cache, impl):
-    new = latent_kv.latent_kv(x, w, gain, cos, sin, slots, cache, impl=impl)
+    new = write(x, w, gain, cos, sin, slots, cache, impl=impl)
     if not shape.fp8:
       return new
     flat = lambda a: a.reshape(-1, a.shape[-1])
@@ -41,7 +42,8 @@ def store(shape):
   args = (x, w, gain, jnp.cos(angles), jnp.sin(angles), slots, cache)
   xla = functools.partial(op, impl='reference')
   moved = nbytes(x, w) + N * (656 if shape.fp8 else 1152)
-  return Work(op, args, xla, 2.0 * N * D * 576, moved, {'xla': xla})
+  flops = 2.0 * N * D * 576
+  return Work(op, args, xla, flops, moved, {}, in_place=write)
 
 
 def store_small(shape):

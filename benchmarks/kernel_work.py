@@ -19,6 +19,9 @@ class Work:
     flops: useful floating-point operations.
     moved: bytes that have to be read and written at least.
     naive: other ways to compute it, by name; the plain XLA one is 'xla'.
+    libraries: functions that give their own microseconds, by name.
+    in_place: what to time instead, (*args, impl=...) -> the last argument
+      anew. That one is donated, as a cache is in use.
   """
 
   op: Callable
@@ -27,6 +30,8 @@ class Work:
   flops: float
   moved: float
   naive: dict[str, Callable]
+  libraries: dict[str, Callable] = dataclasses.field(default_factory=dict)
+  in_place: Callable | None = None
 
 
 def fresh_keys(count):

@@ -2,7 +2,8 @@
 
   python -m benchmarks.kernels [--only=OP] [--out=benchmarks/results]
 
-Times are medians of device time (CUPTI) without gaps between kernels. The floor
+Times are medians of device time (CUPTI) without gaps between kernels; a library
+of torch is timed by CUDA events. What fills a cache gets it donated. The floor
 is the larger of useful FLOPs over the rate of a large bfloat16 matmul and bytes
 over the rate of a large copy, both measured in the same run. Errors are against
 float32 on fresh random inputs of a smaller shape. Without a GPU it says so and
@@ -12,11 +13,12 @@ itself, and times nothing.
 
 import argparse
 import datetime
+import functools
 import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +37,35 @@ _COLUMNS = (
   ('of_floor', 'floor/time'),
   ('over_xla', 'XLA/time'),
   ('over_cudnn', 'cuDNN/time'),
+  ('over_torch', 'torch/time'),
+  ('over_flash_mla', 'FlashMLA/time'),
+  ('over_triton', 'Triton/time'),
   ('note', 'note'),
 )
+
+
+class InPlace:
+  """A jitted function whose last argument is donated and then its result."""
+
+  def __init__(self, fn, args):
+    *self.args, last = args
+    # Its own copy: the caller's is needed again.
+    self.last = jax.tree.map(jnp.copy, last)
+    self.fn = jax.jit(fn, donate_argnums=len(self.args))
+    # By these the profiler takes it for a jitted function.
+    for name in ('eval_shape', 'lower', 'trace'):
+      setattr(self, name, getattr(self.fn, name))
+
+  def __call__(self):
+    self.last = self.fn(*self.args, self.last)
+    return self.last
 
 
 def device_us(fn, args, iterations=20) -> float:
   """Median microseconds of device time of a compiled call."""
   from jax.experimental.mosaic.gpu import profiler
 
-  fn = jax.jit(fn)
+  fn = fn if isinstance(fn, InPlace) else jax.jit(fn)
   jax.block_until_ready(fn(*args))
   # One at a time: measure keeps the results of all its iterations.
   times = [profiler.measure(fn)(*args)[1] for _ in range(iterations)]
@@ -73,8 +95,24 @@ def relative_error(work) -> float:
   return float(worst)
 
 
+def case_us(work, impl: str) -> float:
+  op = functools.partial(work.in_place or work.op, impl=impl)
+  if work.in_place:
+    return device_us(InPlace(op, work.args), ())
+  return device_us(op, work.args)
+
+
+def contenders(work) -> Iterator[tuple[str, Callable[[], float]]]:
+  """Names, and calls that give microseconds."""
+  if work.in_place:
+    yield 'xla', lambda: case_us(work, 'reference')
+  for name, fn in work.naive.items():
+    yield name, lambda fn=fn: device_us(fn, work.args)
+  yield from work.libraries.items()
+
+
 def time_case(work, rates) -> dict:
-  us = device_us(lambda *a: work.op(*a, impl='gpu'), work.args)
+  us = case_us(work, 'gpu')
   floor = 1e6 * max(work.flops / rates['flops'], work.moved / rates['bytes'])
   row = {
     'us': us,
@@ -82,13 +120,16 @@ def time_case(work, rates) -> dict:
     'tbytes': work.moved / us * 1e-6,
     'of_floor': floor / us,
   }
-  for name, fn in work.naive.items():
+  notes = []
+  for name, call in contenders(work):
     try:
-      row[f'over_{name}'] = device_us(fn, work.args) / us
-    # Out of memory, or a library that is absent: no figure, but the reason.
-    except (jax.errors.JaxRuntimeError, ImportError, RuntimeError) as error:
-      row['note'] = f'{name}: {str(error).splitlines()[0][:60]}'
-  return row
+      row[f'over_{name}'] = call() / us
+    # Out of memory, or a library that is absent, of another version or not
+    # for these shapes: no figure, but the reason.
+    except Exception as error:
+      reason = str(error) or repr(error)
+      notes.append(f'{name}: {reason.splitlines()[0][:80]}')
+  return row | ({'note': '; '.join(notes)} if notes else {})
 
 
 def run(only: str, interpret: bool) -> Iterator[dict]:

@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 BEFORE_0_11 = jax.__version_info__ < (0, 11)
+BEFORE_0_12 = jax.__version_info__ < (0, 12)
 _interpret = contextvars.ContextVar('pallas_kernels_interpret', default=None)
 
 SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
@@ -113,6 +114,14 @@ def load(ref, index, layout, *, optimized=True):
   if BEFORE_0_11:
     return plgpu.load(ref, index, layout=layout, optimized=optimized)
   return plgpu.load(ref.at[index], layout=layout, optimized=optimized)
+
+
+def store(ref, index, value):
+  """ref[index] = value, in global memory, by whatever pieces there are."""
+  if BEFORE_0_12:
+    ref[index] = value
+  else:
+    plgpu.store(ref.at[index], value, optimized=False)
 
 
 def full(shape, value, layout, dtype=jnp.float32):

@@ -1,8 +1,8 @@
 """Which implementation of an operation runs: the reference or the GPU kernel.
 
 `impl=None` takes the kernel on a Hopper GPU and the XLA reference elsewhere;
-where the kernel can't take the shapes it falls back and says why, once. Inside
-`using` None is one of the two.
+where the kernel can't take the shapes (no kernel takes an empty array) it falls
+back and says why, once. Inside `using` None is one of the two.
 """
 
 import contextlib
@@ -53,6 +53,13 @@ def on_hopper() -> bool:
   return str(device.compute_capability).startswith('9')
 
 
+def _launch(gpu: Callable, args):
+  """gpu(*args), unless an array is empty: no kernel has an empty grid."""
+  if any(getattr(a, 'size', 1) == 0 for a in jax.tree.leaves(args)):
+    raise NotImplementedError('an argument is empty')
+  return gpu(*args)
+
+
 def run(op: str, impl: str | None, gpu: Callable, reference: Callable, *args):
   """Calls `gpu(*args)` or `reference(*args)`.
 
@@ -73,13 +80,13 @@ def run(op: str, impl: str | None, gpu: Callable, reference: Callable, *args):
   if impl == 'reference':
     return reference(*args)
   if impl == 'gpu':
-    return gpu(*args)
+    return _launch(gpu, args)
   if not on_hopper():
     reason = 'reference in use: the default device is not a Hopper GPU'
     say_once(logging.INFO, op, reason)
     return reference(*args)
   try:
-    return gpu(*args)
+    return _launch(gpu, args)
   except NotImplementedError as error:
     say_once(logging.WARNING, op, f'reference in use: {error}')
     return reference(*args)

@@ -100,7 +100,7 @@ def _float8_bwd(transpose, impl, saved, grad):
 
     return fp8.outer(*args)
 
-  block = grad.shape[0] // expert.shape[0]
+  block = grad.shape[0] // max(expert.shape[0], 1)
   rows = _over_rows(dequantize(*x, grad.dtype), block, impl)
   pair = (rows, _over_rows(grad, block, impl))
   left, right = reversed(pair) if transpose else pair
@@ -190,7 +190,7 @@ def _layout(rows, block_expert, used):
   """block_expert and used as arrays, checked against the rows."""
   block_expert = jnp.asarray(block_expert)
   blocks = block_expert.shape[0]
-  if rows.shape[0] % blocks:
+  if rows.shape[0] % blocks if blocks else rows.shape[0]:
     raise ValueError(
       f'{rows.shape[0]} rows are no multiple of the {blocks} blocks'
     )

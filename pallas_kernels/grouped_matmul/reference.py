@@ -63,7 +63,8 @@ def forward(rows, weights, block_expert, used, transpose):
   """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
   M, F = rows.shape[0], weights.shape[1 if transpose else 2]
   if M <= _GATHER:
-    picked = jnp.repeat(weights[block_expert], M // len(block_expert), axis=0)
+    block = M // max(len(block_expert), 1)
+    picked = jnp.repeat(weights[block_expert], block, axis=0)
     form = 'MD,MFD->MF' if transpose else 'MD,MDF->MF'
     out = jnp.einsum(form, rows, picked, preferred_element_type=jnp.float32)
     return out.astype(rows.dtype)
@@ -105,6 +106,8 @@ def outer(rows, grads, block_expert, used, num_experts):
     return total.at[expert].add(part)
 
   zero = jnp.zeros((num_experts, D, F), jnp.float32)
+  if not M:
+    return zero
   return _over_runs(run, zero, block_expert, used)
 
 

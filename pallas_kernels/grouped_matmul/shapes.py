@@ -33,6 +33,8 @@ BENCH = {
   'g8_m4096_down': Shape((4096,) * 8, 2048, 7168, 128),
   'g32_m1024_up': Shape((1024,) * 32, 7168, 4096, 128),
   'g256_m128_up': Shape((128,) * 256, 7168, 4096, 128),
+  'g256_m64_up': Shape((64,) * 256, 7168, 4096, 64),
+  'g256_m64_down': Shape((64,) * 256, 2048, 7168, 64),
 }
 
 # Widths in 128 as float8 needs them; the kernels take these too.

@@ -29,7 +29,9 @@ def choose(q, k, w, first, last, top_k):
 
 
 def indexer(q, k, w, first, last, top_k):
-  H, S = q.shape[2], k.shape[1]
+  (B, T, H, _), S = q.shape, k.shape[1]
+  if 0 in (B, T, S):
+    return jnp.full((B, T, top_k), -1, jnp.int32)
   size = max(1, _ENTRIES // (H * S))
 
   def row(q, k, w, first, last):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 def gather_pages(pages, table):
   """pages [P G D], table [B J] -> [B J*G D]."""
-  B = table.shape[0]
-  return pages[table].reshape(B, -1, pages.shape[-1])
+  (B, J), (_, G, D) = table.shape, pages.shape
+  return pages[table].reshape(B, J * G, D)
 
 
 def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales=None):
@@ -23,7 +23,7 @@ def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales=None):
   mask = jnp.arange(keys.shape[1]) < seen[..., None]  # [B T S]
   mask = mask[:, :, None]
   scores = jnp.where(mask, scores, -1e30)
-  top = scores.max(-1, keepdims=True)
+  top = scores.max(-1, keepdims=True, initial=-1e30)
   weights = jnp.where(mask, jnp.exp((scores - top) * scale), 0)
   total = weights.sum(-1, keepdims=True)
   weights = weights / jnp.where(total > 0, total, 1)

@@ -1,40 +1,64 @@
-"""Weighted sums of gathered rows on Hopper: all of permute and combine.
+"""permute, combine and their gradients on Hopper, both ways by token.
 
-permute, combine and their gradients to rows are one kernel:
-out[i] = sum_j scale[i, j] * x[index[i, j]], where an index past the end adds
-nothing. A warpgroup reads each row in 16-byte pieces straight into registers
-and keeps several rows in flight; nothing goes through shared memory.
+Out to rows (permute, permute_fp8, combine_bwd) a warpgroup reads a token once,
+keeps it in registers and writes it to all of its slots; more programs of the
+same launch clear the rows that are nobody's. Each row has one writer. Back from
+rows (combine, permute_bwd) a warpgroup gathers a token's slots and adds:
+out[n] = sum_k scale[n, k] * x[slot[n, k]]. A slot past the end is nowhere.
+A thread moves up to 16 bytes at once, and nothing goes through shared memory.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array
 
 from pallas_kernels import compat
 from pallas_kernels.quantize import gpu as quantize
+from pallas_kernels.quantize.reference import FP8
 
 _THREADS = 128
-_IN_FLIGHT = 8  # rows that a warpgroup reads at once
+_IN_FLIGHT = 8  # times 16 bytes that a thread reads at once
+_ROWS = 8  # that one program of filler looks at
+
+
+class _Part(NamedTuple):
+  """How a warpgroup moves part of a row, a slice of the second axis.
+
+  Attributes:
+    size: of the slice.
+    read: (x, n, part) -> value in registers.
+    write: (value, row, part, *outs).
+    zero: () -> value for filler.
+  """
+
+  size: int
+  read: Callable
+  write: Callable
+  zero: Callable
 
 
 def permute(x, plan):
-  K = plan.slot.shape[1]
-  return _gather(x, plan.source[:, None] // K, None)
+  out = jax.ShapeDtypeStruct((plan.source.shape[0], x.shape[1]), x.dtype)
+  return _spread(x, plan, out, _plain(x))
 
 
 def permute_fp8(x, plan, power_of_two):
-  q, scales = quantize.quantize(x, (1, 128), power_of_two)
-  token = plan.source // plan.slot.shape[1]
-  # Four numbers travel as one float32, which no kernel changes on its way.
-  words = q.reshape(*q.shape[:-1], -1, 4)
-  words = lax.bitcast_convert_type(words, jnp.float32)
-  moved = _gather(words, token[:, None], None)
-  rows = lax.bitcast_convert_type(moved, q.dtype).reshape(-1, q.shape[-1])
-  return rows, jnp.take(scales, token, axis=0, mode='fill', fill_value=0)
+  how = _quantised(x, power_of_two)
+  N, M, blocks = x.shape[0], plan.source.shape[0], x.shape[1] // quantize.SIDE
+  outs = (
+    jax.ShapeDtypeStruct((M, blocks, quantize.SIDE), FP8),
+    jax.ShapeDtypeStruct((M, blocks), jnp.float32),
+  )
+  tiles = x.reshape(N, blocks, quantize.SIDE)
+  rows, scales = _spread(tiles, plan, outs, how)
+  return rows.reshape(M, -1), scales
 
 
 def permute_bwd(grad, plan):
@@ -46,22 +70,174 @@ def combine(rows, weights, plan):
 
 
 def combine_bwd(rows, weights, plan, grad):
-  flat = weights.astype(jnp.float32).reshape(-1, 1)
-  scale = jnp.take(flat, plan.source, axis=0, mode='fill', fill_value=0)
-  token = plan.source[:, None] // plan.slot.shape[1]
-  drows = _gather(grad.astype(rows.dtype), token, scale)
-  dots = _dots(grad.astype(rows.dtype), rows, plan.slot)
-  return drows, dots.astype(weights.dtype)
+  how = _plain(rows)
+  outs = (
+    jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+    # A sum for each part of a token.
+    jax.ShapeDtypeStruct(
+      (rows.shape[1] // how.size, *weights.shape), jnp.float32
+    ),
+  )
+  drows, dots = _by_token(
+    functools.partial(_weigh, how),
+    lambda row, part, *refs: how.write(how.zero(), row, part, refs[3]),
+    how.size,
+    plan,
+    (grad.astype(rows.dtype), rows, weights.astype(jnp.float32)),
+    outs,
+  )
+  return drows, dots.sum(0).astype(weights.dtype)
 
 
 def _chunk(x) -> int:
   """Columns that one warpgroup reads at once: up to 16 bytes a thread."""
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f'dtype {x.dtype}, not bfloat16 or float32')
+  quantize.check_dtype(x)
   for vector in (16 // x.dtype.itemsize, 4, 2):
     if x.shape[-1] % (_THREADS * vector) == 0:
       return _THREADS * vector
   raise NotImplementedError(f'width {x.shape[-1]}, not a multiple of 256')
+
+
+def _together(count: int) -> int:
+  """The largest part of `count` pieces that divides it."""
+  return max(n for n in range(1, _IN_FLIGHT + 1) if count % n == 0)
+
+
+def _plain(x) -> _Part:
+  """Columns of [N D] as they are."""
+  chunk = _chunk(x)
+  size = chunk * _together(x.shape[1] // chunk)
+  layout = plgpu.Layout.WG_STRIDED((size,), vec_size=chunk // _THREADS)
+
+  def write(value, row, part, out):
+    out[row, part] = value
+
+  return _Part(
+    size,
+    lambda x, n, part: compat.load(x, (n, part), layout, optimized=False),
+    write,
+    lambda: compat.full((size,), 0.0, layout, x.dtype),
+  )
+
+
+def _quantised(x, power_of_two) -> _Part:
+  """Blocks of [N D/128 128] in float8, with their scales."""
+  quantize.check_dtype(x)
+  tile = next((n for n in (8, 4) if x.shape[1] % (n * quantize.SIDE) == 0), 0)
+  if not tile:
+    raise NotImplementedError(f'width {x.shape[1]}, not a multiple of 512')
+  size = tile * _together(x.shape[1] // (tile * quantize.SIDE))
+  layout = _within_warps(tile)
+
+  def read(x, n, part):
+    values = compat.load(x, (n, part, slice(None)), layout, optimized=False)
+    return quantize.by_row(values.astype(jnp.float32), power_of_two)
+
+  def write(value, row, part, out, scales):
+    compat.store(out, (row, part, slice(None)), value[0])
+    compat.store(scales, (row, part), value[1])
+
+  def zero():
+    q = compat.full((size, quantize.SIDE), 0.0, layout).astype(FP8)
+    return q, compat.full((size,), 0.0, layout.reduce(1))
+
+  return _Part(size, read, write, zero)
+
+
+def _within_warps(tile: int):
+  """Layout of [8 128] or [4 128] and multiples: a warp has whole rows."""
+  rows = tile // 4  # of a warp
+  below = (2, 128) if rows == 2 else (128,)
+  return plgpu.Layout.TILED(
+    fragmented_array.Tiling(((tile, 128), below, (tile,))),
+    warp_dims=(-3 - rows,),
+    lane_dims=(-3, -2)[2 - rows :],
+    vector_dim=-1,
+  )
+
+
+def _by_token(token, clear, size, plan, inputs, outs):
+  """One launch that writes all rows, by token and, if filler, by row.
+
+  Args:
+    token: (n, part, slot, *refs): writes this part of a token's rows.
+    clear: (row, part, *refs): writes it for a row of filler.
+    size: of a part.
+    plan: of the layout.
+    inputs: arrays; the first is by token, and [N D] or [N D/128 128].
+    outs: shapes of the results. refs are those of inputs and results.
+  """
+  (N, K), M = plan.slot.shape, plan.source.shape[0]
+
+  def body(slot, source, *refs):
+    part = pl.ds(lax.axis_index('part') * size, size)
+    program = lax.axis_index('program')
+
+    @pl.when(program < N)
+    def _():
+      token(program, part, slot, *refs)
+
+    @pl.when(program >= N)
+    def _():
+      # Past the end is the last row again.
+      top = (program - N) * _ROWS
+      rows = [jnp.minimum(top + i, M - 1) for i in range(_ROWS)]
+      empty = [source[row] >= N * K for row in rows]
+      for row, is_filler in zip(rows, empty):
+        pl.when(is_filler)(functools.partial(clear, row, part, *refs))
+
+  # Programs last: all axes but that one end at 65,535.
+  grid = {
+    'part': inputs[0].shape[1] // size,
+    'program': N + pl.cdiv(M, _ROWS),
+  }
+  return compat.kernel(body, outs, grid=grid)(plan.slot, plan.source, *inputs)
+
+
+def _spread(x, plan, outs, how):
+  """Every token to all of its rows, zeros to the others."""
+
+  def token(n, part, slot, x, *outs):
+    value = how.read(x, n, part)
+
+    def choice(k, _):
+      row = slot[n, k]
+
+      @pl.when(row < outs[0].shape[0])
+      def _():
+        how.write(value, row, part, *outs)
+
+      return ()
+
+    lax.fori_loop(0, slot.shape[1], choice, ())
+
+  clear = lambda row, part, _, *outs: how.write(how.zero(), row, part, *outs)
+  return _by_token(token, clear, how.size, plan, (x,), outs)
+
+
+def _weigh(how, n, part, slot, grad, rows, weights, drows, dots):
+  """weights[n, k] * grad[n] to every row of n, and <grad[n], row>."""
+  at, M = lax.axis_index('part'), rows.shape[0]
+  own = how.read(grad, n, part)
+
+  def choice(k, _):
+    row = slot[n, k]
+
+    @pl.when(row < M)
+    def _():
+      gradient = own.astype(jnp.float32)
+      value = how.read(rows, row, part).astype(jnp.float32)
+      scaled = gradient * weights[n, k]
+      how.write(scaled.astype(own.dtype), row, part, drows)
+      dots[at, n, k] = (gradient * value).sum()
+
+    @pl.when(row >= M)
+    def _():
+      dots[at, n, k] = jnp.float32(0)
+
+    return ()
+
+  lax.fori_loop(0, slot.shape[1], choice, ())
 
 
 def _rows_per_block(count: int, terms: int) -> int:
@@ -115,31 +291,3 @@ def _gather_body(x, index, *rest, rows, chunk):
     return ()
 
   lax.fori_loop(0, x.shape[1] // chunk, column, ())
-
-
-def _dots(x, y, index):
-  """out[i, j] = <x[i], y[index[i, j]]> in float32."""
-  chunk = _chunk(x)
-  return compat.kernel(
-    functools.partial(_dots_body, chunk=chunk),
-    jax.ShapeDtypeStruct(index.shape, jnp.float32),
-    grid={'row': index.shape[0]},
-  )(x, y, index)
-
-
-def _dots_body(x, y, index, out, *, chunk):
-  i = lax.axis_index('row')
-  layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=chunk // _THREADS)
-  terms = range(index.shape[1])
-
-  def column(c, totals):
-    columns = pl.ds(c * chunk, chunk)
-    own = _read(x, i, columns)
-    return tuple(
-      totals[j] + own * _read(y, index[i, j], columns) for j in terms
-    )
-
-  zero = compat.full((chunk,), 0.0, layout)
-  totals = lax.fori_loop(0, x.shape[1] // chunk, column, (zero,) * len(terms))
-  for j in terms:
-    out[i, j] = totals[j].sum()

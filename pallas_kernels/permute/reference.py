@@ -9,7 +9,11 @@ from pallas_kernels.quantize import reference as quantize
 
 
 class Plan(NamedTuple):
-  """Where each (token, choice) goes; see `plan`. N K E M as there."""
+  """Where each (token, choice) goes; see `plan`. N K E M as there.
+
+  slot and source are inverse to each other: what spreads tokens may go by
+  either, and a row in neither would hold anything.
+  """
 
   slot: jax.Array  # [N K] row of the choice; M for one that goes nowhere
   source: jax.Array  # [M] flat choice n*K + k of each row; N*K for filler
@@ -46,6 +50,9 @@ def plan(experts, num_experts, block) -> Plan:
   N, K = experts.shape
   E, C = num_experts, N * K
   M = num_blocks(C, E, block) * block
+  if not C:
+    rows, blocks, none = (jnp.zeros(n, jnp.int32) for n in (M, M // block, E))
+    return Plan(experts.astype(jnp.int32), rows, blocks, none)
   flat = experts.reshape(C).astype(jnp.int32)
   flat = jnp.where((flat < 0) | (flat >= E), E, flat)
   # One operand to sort, and the order among equals is the index: stable.
@@ -70,6 +77,8 @@ def plan(experts, num_experts, block) -> Plan:
 
 def _take(x, index):
   """Rows of x; an index past the end gives zeros."""
+  if not x.shape[0]:
+    return jnp.zeros((*index.shape, *x.shape[1:]), x.dtype)
   return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
 

@@ -29,6 +29,8 @@ TEST_GPU = {
   'plain': Shape(11, 3, 5, 256, 8, nowhere=0.3),
   'one_token': Shape(1, 2, 32, 512, 4),
   'all_nowhere': Shape(2, 2, 4, 256, 4, nowhere=1.0),
+  'empty_experts': Shape(5, 1, 40, 256, 2),
+  'in_parts': Shape(3, 2, 4, 2304, 3, nowhere=0.2),
 }
 
 # DeepSeek-V3: 256 experts, 8 choices, width 7168; V2-Lite: 64, 6, 2048.

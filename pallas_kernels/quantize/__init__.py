@@ -63,7 +63,7 @@ _quantize.defvjp(lambda *args: (_quantize(*args), None), _no_gradient)
 
 def dequantize(q, scales, dtype=jnp.float32):
   """q [N D] float8, scales [N/R D/C] -> [N D] of dtype."""
-  if q.shape[0] % scales.shape[0] or q.shape[1] % scales.shape[1]:
+  if any(n % m if m else n for n, m in zip(q.shape, scales.shape)):
     raise ValueError(
       f'scales {list(scales.shape)} do not divide q {list(q.shape)}'
     )

@@ -16,9 +16,20 @@ _TILE = plgpu.Layout.WGMMA
 _STRIDED = plgpu.Layout.WG_STRIDED((SIDE, SIDE), vec_size=8)
 
 
-def quantize(x, block, power_of_two):
+def check_dtype(x):
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f'dtype {x.dtype}, not bfloat16 or float32')
+
+
+def by_row(values, power_of_two):
+  """values [R 128] float32 in registers -> float8 and scales [R]."""
+  own, gain = reference.scales_of(jnp.abs(values).max(axis=1), power_of_two)
+  gain = lax.broadcast_in_dim(gain, values.shape, [0])
+  return (values * gain).astype(reference.FP8), own
+
+
+def quantize(x, block, power_of_two):
+  check_dtype(x)
   if block == (1, SIDE):
     return _rows(x, power_of_two)
   if block == (SIDE, SIDE):
@@ -54,10 +65,7 @@ def _rows_body(x, q, scales, tile, small, scale, here, *, power_of_two):
   plgpu.copy_gmem_to_smem(x.at[rows, columns], tile, here)
   plgpu.barrier_wait(here)
   values = compat.load(tile, slice(None), _TILE).astype(jnp.float32)
-  own, gain = reference.scales_of(jnp.abs(values).max(axis=1), power_of_two)
-  gain = lax.broadcast_in_dim(gain, values.shape, [0])
-  small[...] = (values * gain).astype(small.dtype)
-  scale[...] = own
+  small[...], scale[...] = by_row(values, power_of_two)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(small, q.at[rows, columns])
   plgpu.copy_smem_to_gmem(scale, scales.at[column, rows])

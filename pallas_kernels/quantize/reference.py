@@ -34,6 +34,8 @@ def quantize(x, block, power_of_two):
 
 
 def dequantize(q, scales, dtype):
+  if not q.size:
+    return q.astype(dtype)
   block = (q.shape[0] // scales.shape[0], q.shape[1] // scales.shape[1])
   parts = _blocks(q.astype(jnp.float32), block)
   return (parts * scales[:, None, :, None]).reshape(q.shape).astype(dtype)

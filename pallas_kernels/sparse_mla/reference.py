@@ -24,6 +24,8 @@ def attend(q_c, q_r, index, c, k_r, scale):
 
 
 def sparse_mla(q_c, q_r, c, k_r, index, scale):
+  if not index.size:
+    return jnp.zeros_like(q_c)
   size = max(1, _ENTRIES // (index.shape[-1] * (c.shape[-1] + k_r.shape[-1])))
 
   def row(args):

@@ -13,11 +13,13 @@ from pallas_kernels.sparse_mla import sparse_mla
 # One small case per operation runs in the fast part.
 FAST = (
   'combine',
+  'combine_bwd',
   'grouped_matmul_fwd_b128',
   'indexer',
   'latent_kv_prefill_t8192_fp8',
   'mla_decode_h16',
   'permute',
+  'permute_fp8',
   'mla_decode_fp8_h128',
   'sparse_mla',
 )

@@ -148,6 +148,8 @@ class PermuteTest(parameterized.TestCase):
     plan = op.plan(jnp.zeros((4, 1), jnp.int32), 1, block=4)
     with self.assertRaisesRegex(NotImplementedError, 'width 100'):
       op.permute(jnp.zeros((4, 100)), plan, impl='gpu')
+    with self.assertRaisesRegex(NotImplementedError, 'width 640'):
+      op.permute_fp8(jnp.zeros((4, 640)), plan, impl='gpu')
     with self.assertRaisesRegex(NotImplementedError, 'dtype float16'):
       rows = jnp.zeros((4, 256), jnp.float16)
       op.combine(rows, jnp.ones((4, 1)), plan, impl='gpu')

@@ -1,0 +1,123 @@
+"""The benchmark's cases and contenders, as far as a CPU can tell."""
+
+import importlib
+import warnings
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from benchmarks import kernel_cases, kernel_torch, kernels
+from benchmarks.kernel_work import Work, bf16, fresh_keys
+
+RATES = {'flops': 1e12, 'bytes': 1e12}
+
+
+def small_case(op) -> Work:
+  shapes, make, small = kernel_cases.OPS[op]
+  return make(small(next(iter(shapes.values()))))
+
+
+def reference_error(work) -> float:
+  """Of the case's operation without a kernel, as a share of the largest."""
+  got = work.op(*work.args, impl='reference')
+  want = jax.jit(work.exact)(*work.args)
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+  wide = lambda a: np.asarray(a, np.float64)
+  return max(
+    np.abs(wide(g) - wide(w)).max() / np.abs(wide(w)).max() for g, w in pairs
+  )
+
+
+def hopper():
+  device = jax.sharding.AbstractDevice('NVIDIA H200', 132, 'cuda')
+  explicit = jax.sharding.AxisType.Explicit
+  return jax.sharding.AbstractMesh(
+    (1,), ('x',), (explicit,), abstract_device=device
+  )
+
+
+class BenchmarkTest(parameterized.TestCase):
+  def test_every_direction_of_every_operation_is_timed(self):
+    backward = ('permute', 'combine', 'sinkhorn', 'mla_prefill', 'sparse_mla')
+    for op in (*backward, 'grouped_matmul'):
+      self.assertIn(op, kernel_cases.OPS)
+      self.assertIn(op + '_bwd', kernel_cases.OPS)
+    blocks = {s.block for s in kernel_cases.OPS['grouped_matmul'][0].values()}
+    self.assertEqual(blocks, {64, 128})
+
+  @parameterized.parameters('permute_bwd', 'combine_bwd', 'sinkhorn_bwd')
+  def test_a_case_computes_what_it_is_compared_with(self, op):
+    work = small_case(op)
+    self.assertLess(reference_error(work), 2**-7)
+    self.assertGreater(work.moved, 0)
+
+  def test_a_cache_is_donated_call_after_call(self):
+    work = small_case('latent_kv')
+    call = kernels.InPlace(
+      lambda *a: work.in_place(*a, impl='reference'), work.args
+    )
+    self.assertIsInstance(call, jax.stages.Wrapped)
+    first = call().c
+    second = call()
+    self.assertTrue(first.is_deleted())
+    want = work.in_place(*work.args, impl='reference')
+    np.testing.assert_array_equal(second.c, want.c)
+
+  def test_torchs_grouped_matmul_is_the_same_product(self):
+    counts = jnp.asarray([24, 0, 40])
+    rows, weights = (
+      bf16(key, *size)
+      for key, size in zip(fresh_keys(2), ((64, 32), (3, 32, 48)))
+    )
+    got = kernel_torch.grouped_mm(rows, weights, counts)()
+    want = jax.lax.ragged_dot(
+      rows, weights, counts, preferred_element_type=jnp.float32
+    )
+    error = np.abs(got.float().numpy() - want).max() / np.abs(want).max()
+    self.assertLess(error, 2**-8)
+
+  def test_an_absent_library_is_a_note_with_its_reason(self):
+    work = small_case('mla_decode')
+    with mock.patch.object(kernels, 'device_us', lambda *_: 5.0):
+      row = kernels.time_case(work, RATES)
+    self.assertEqual(row['over_xla'], 1)
+    self.assertRegex(row['note'], 'flash_mla: torch .* finds no CUDA')
+
+    def absent(name):
+      raise ImportError(f'No module named {name}')
+
+    kernel_torch.torch_with_cuda.cache_clear()
+    work = small_case('grouped_matmul')
+    with (
+      mock.patch.object(kernels, 'device_us', lambda *_: 5.0),
+      mock.patch.object(importlib, 'import_module', absent),
+    ):
+      row = kernels.time_case(work, RATES)
+    self.assertEqual(row['note'], 'torch: No module named torch')
+    self.assertNotIn('over_torch', row)
+
+  def test_jaxs_triton_decoding_refuses_latents_by_itself(self):
+    shapes = (
+      ((4, 1, 128, 512), jnp.bfloat16),
+      ((4, 1, 128, 64), jnp.bfloat16),
+      ((256, 64, 512), jnp.bfloat16),
+      ((256, 64, 64), jnp.bfloat16),
+      ((4, 64), jnp.int32),
+      ((4,), jnp.int32),
+    )
+    args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    fn = jax.jit(small_case('mla_decode').naive['triton'])
+    with (
+      warnings.catch_warnings(),
+      jax.sharding.use_abstract_mesh(hopper()),
+      self.assertRaisesRegex(Exception, 'power of 2'),
+    ):
+      warnings.simplefilter('ignore', DeprecationWarning)
+      jax.export.export(fn, platforms=['cuda'])(*args)
+
+
+if __name__ == '__main__':
+  absltest.main()

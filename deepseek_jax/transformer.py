@@ -18,6 +18,7 @@ from deepseek_jax import kernels
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import changed, check_choices
 from deepseek_jax.errors import InputError
+from deepseek_jax.layers import lookup
 from deepseek_jax.layers.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.engram import EngramConfig
@@ -345,7 +346,7 @@ class Transformer(nnx.Module):
   def embedded(self, tokens: jax.Array) -> jax.Array:
     """[B T] -> [B T D]."""
     # Whole rows: a lookup in cut ones is cut along D, which nothing fits.
-    return shard(self.embed[...], 'vocab', None)[tokens]
+    return lookup.rows(shard(self.embed[...], 'vocab', None), tokens)
 
   def enter(self, ctx: Context) -> jax.Array:
     """The stream before the first block."""
@@ -541,10 +542,15 @@ def _check_tokens(tokens, cache):
     raise InputError(
       f'tokens: {tokens.dtype}{list(tokens.shape)}; must be integers [B T]'
     )
-  if cache is not None and tokens.shape[1] > cache.slots:
+  if cache is None:
+    return
+  held = 0
+  if not isinstance(cache.length, jax.core.Tracer):  # inside jit it is unknown
+    held = int(jnp.max(cache.length, initial=0))
+  if held + tokens.shape[1] > cache.slots:
     raise InputError(
-      f'{tokens.shape[1]} tokens do not fit a cache of {cache.slots} slots;'
-      ' make it longer with init_cache(batch, slots)'
+      f'{tokens.shape[1]} tokens after {held} do not fit a cache of'
+      f' {cache.slots} slots; make it longer with init_cache(batch, slots)'
     )
 
 

@@ -211,11 +211,19 @@ class DecodeTest(parameterized.TestCase):
   def test_prompts_longer_than_the_cache_are_refused(self):
     cache = tiny.model('gqa').init_cache(1, 8)
     with self.assertRaisesRegex(
-      ds.InputError, '9 tokens do not fit a cache of 8 slots; make it longer'
+      ds.InputError, '9 tokens after 0 do not fit a cache of 8 slots; make it'
     ):
       tiny.model('gqa').apply(
         tiny.variables('gqa'), jnp.ones((1, 9), jnp.int32), cache=cache
       )
+
+  def test_tokens_beyond_a_cache_are_refused_where_its_length_is_known(self):
+    model, variables = tiny.model('gqa'), tiny.variables('gqa')
+    out = model.apply(
+      variables, tiny.tokens(1, 8), cache=model.init_cache(1, 8)
+    )
+    with self.assertRaisesRegex(ds.InputError, '1 tokens after 8 do not fit'):
+      model.apply(variables, tiny.tokens(1, 1), cache=out.cache)
 
   def test_write_puts_valid_tokens_at_their_slots(self):
     buffer = jnp.zeros((2, 4, 1))

@@ -19,7 +19,7 @@ from flax import nnx
 
 from deepseek_jax.data import ngrams
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers import ring
+from deepseek_jax.layers import lookup, ring
 from deepseek_jax.layers.context import Context
 from deepseek_jax.sharding import Buffer, param, shard
 
@@ -163,7 +163,8 @@ class Engram(nnx.Module):
 
   def read(self, rows: jax.Array) -> jax.Array:
     """The table's rows [B T K], side by side: [B T E]."""
-    return self.table[...][rows].reshape(*rows.shape[:2], self.cfg.width)
+    read = lookup.rows(self.table[...], rows)
+    return read.reshape(*rows.shape[:2], self.cfg.width)
 
   def gates(self, stream: jax.Array, memory: jax.Array) -> jax.Array:
     """How far each stream [B T n D] wants the memory [B T E]: [B T n]."""

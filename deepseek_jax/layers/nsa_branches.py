@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.layers import query_blocks
+from deepseek_jax.layers import lookup, query_blocks
 from deepseek_jax.layers.indexer import best
 
 _NEG = -1e30
@@ -156,7 +156,7 @@ def gathered_attention(q, k, v, at, scale: float) -> jax.Array:
     [B T G J V].
   """
   # A padded query may stand beyond the last slot.
-  pick = lambda keys, rows: keys.at[rows].get(mode='clip')
+  pick = lambda keys, rows: lookup.rows(keys, rows, 'clip')
   over_groups = jax.vmap(pick, (1, 1), 1)  # [S G .], [T G M] -> [T G M .]
   take = lambda keys: jax.vmap(over_groups)(keys, jnp.maximum(at, 0))
   scores = jnp.einsum(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.layers import lookup
+
 # Numbers that a block may make per array: 256 MiB of float32.
 _MOST = 1 << 26
 
@@ -42,7 +44,7 @@ def sight(positions: jax.Array, segments, fresh: bool) -> Sight:
 
 def rows(keys: jax.Array, chosen: jax.Array) -> jax.Array:
   """keys [B S ...] at chosen [B ...] -> [B ..., ...]; -1 gives any row."""
-  pick = lambda one, at: one.at[at].get(mode='promise_in_bounds')
+  pick = lambda one, at: lookup.rows(one, at, 'promise_in_bounds')
   return jax.vmap(pick)(keys, jnp.maximum(chosen, 0))
 
 

@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from deepseek_jax import kernels
@@ -34,7 +33,8 @@ class CapacityConfig:
   Attributes:
     factor: budget of a device, in average loads.
     devices: device groups of neighbouring experts.
-    exempt: share of the sequences that lose nothing.
+    exempt: share of the sequences that lose nothing: by a hash of their
+      tokens, so the same ones whatever batch or device they are in.
   """
 
   factor: float = 1.0
@@ -106,18 +106,35 @@ class MoEConfig:
     return MoE(self, dim, std=std, rngs=rngs)
 
 
+def exempted(tokens: jax.Array, share: float) -> jax.Array:
+  """tokens [B T] int32 -> [B] bool, true for this share of all sequences."""
+  u32 = jnp.uint32
+  T = tokens.shape[1]
+  odd = jnp.arange(T, dtype=u32) * u32(0x9E3779B1) * u32(2) + u32(1)
+  # Whole numbers: a sum over a sequence that is cut comes out the same.
+  h = ((tokens.astype(u32) + u32(1)) * odd).sum(axis=1, dtype=u32)
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    h = (h ^ (h >> u32(shift))) * u32(factor)
+  return (h >> u32(8)).astype(jnp.float32) * 2.0**-24 < share
+
+
 def drop(
-  routing: Routing, experts: int, cfg: CapacityConfig
+  routing: Routing, experts: int, cfg: CapacityConfig, exempt: jax.Array
 ) -> tuple[Routing, jax.Array]:
   """Keeps each device within its budget, lowest affinity dropped first.
 
-  Returns the routing with dropped choices sent nowhere, and their number.
+  Args:
+    routing: of all choices.
+    experts: E.
+    cfg: what a device takes.
+    exempt: [B] bool, sequences that lose nothing.
+
+  Returns:
+    The routing with dropped choices sent nowhere, and their number.
   """
   B, T, K = routing.experts.shape
   flat = routing.experts.reshape(-1)
   device = flat // (experts // cfg.devices)  # `devices` for padding
-  # Counted in float64: in float32 a share of 0.7 exempts a row too many.
-  exempt = np.diff(np.floor(np.arange(B + 1) * cfg.exempt + 1e-9)) > 0  # [B]
   affinity = jnp.where(exempt[:, None, None], jnp.inf, routing.weights)
   order = jnp.lexsort((-affinity.reshape(-1), device))
   counts = jnp.bincount(device, length=cfg.devices + 1)
@@ -295,7 +312,8 @@ class MoE(nnx.Module):
       bias = self.router.bias[...] if cfg.router.bias else None
       stats |= routing_statistics.statistics(routing, bias, cfg.router)
     if cfg.capacity and ctx.train:
-      routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity)
+      free = exempted(ctx.tokens, cfg.capacity.exempt)
+      routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity, free)
     if cfg.redundant:
       routing = self.pick_copies(routing)
     y, missed = self.routed(x, routing)

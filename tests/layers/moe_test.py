@@ -11,11 +11,18 @@ from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.moe import CapacityConfig, MoE, MoEConfig, drop
+from deepseek_jax.layers.moe import (
+  CapacityConfig,
+  MoE,
+  MoEConfig,
+  drop,
+  exempted,
+)
 from deepseek_jax.layers.router import RouterConfig, Routing
 from tests import reference, tiny
 
 DIM, B, T = 16, 2, 24
+TOKENS = np.random.default_rng(3).integers(0, 64, (B, T)).astype(np.int32)
 CONFIGS = {
   'v3': tiny.V3_MOE,
   'v2': tiny.V2_MOE,
@@ -36,7 +43,7 @@ def jitted(name, train=True):
   graphdef, _ = built(name)
 
   def run(weights, x, segments):
-    ctx = Context(None, None, segments, train=train)
+    ctx = Context(TOKENS, None, segments, train=train)
     return nnx.merge(graphdef, weights)(x, ctx)
 
   return jax.jit(run)
@@ -218,14 +225,10 @@ CAPACITY = dataclasses.replace(
 _DROP = jax.jit(drop, static_argnums=(1, 2))
 
 
-def dropped_by_hand(experts, weights, cfg, num_experts):
+def dropped_by_hand(experts, weights, cfg, num_experts, exempt):
   """Which choices lose their place [B T K], one device at a time."""
   B, T, K = experts.shape
   size = num_experts // cfg.devices
-  exempt = [
-    int((b + 1) * cfg.exempt + 1e-6) > int(b * cfg.exempt + 1e-6)
-    for b in range(B)
-  ]
   lost = np.zeros(experts.shape, bool)
   everywhere = int((experts < num_experts).sum())
   budget = cfg.factor * everywhere / cfg.devices
@@ -236,18 +239,19 @@ def dropped_by_hand(experts, weights, cfg, num_experts):
     )
     for rank, i in enumerate(ranked):
       lost[i] = rank >= budget and not exempt[i[0]]
-  return lost, exempt
+  return lost
 
 
 class CapacityTest(parameterized.TestCase):
   @parameterized.parameters(
-    (0.5, 2, 0.25), (1.0, 8, 0.0), (1.0, 2, 0.5), (1.3, 1, 0.0), (0.5, 8, 1.0)
+    (0.5, 2, 2), (1.0, 8, 0), (1.0, 2, 4), (1.3, 1, 0), (0.5, 8, 8)
   )
   def test_drops_the_lowest_affinities_of_a_full_device(
     self, factor, devices, exempt
   ):
-    cfg = CapacityConfig(factor, devices, exempt)
+    cfg = CapacityConfig(factor, devices)
     rng = np.random.default_rng(0)
+    free = np.arange(8) < exempt
     shares = np.arange(1, 9) / 36  # uneven, so that devices overflow
     experts = np.stack(
       [
@@ -259,27 +263,28 @@ class CapacityTest(parameterized.TestCase):
     weights = rng.permutation(240).reshape(8, 10, 3).astype(np.float32) + 1
     weights[experts == 8] = 0
     made = Routing(jnp.asarray(experts), jnp.asarray(weights), None)
-    got, count = _DROP(made, 8, cfg)
-    lost, exempted = dropped_by_hand(experts, weights, cfg, 8)
+    got, count = _DROP(made, 8, cfg, free)
+    lost = dropped_by_hand(experts, weights, cfg, 8, free)
     np.testing.assert_array_equal(got.experts, np.where(lost, 8, experts))
     np.testing.assert_array_equal(got.weights, np.where(lost, 0, weights))
     self.assertEqual(int(count), lost.sum())
-    self.assertEqual(sum(exempted), int(8 * exempt))
-    if factor < 1 and exempt < 1:
+    if factor < 1 and exempt < 8:
       self.assertGreater(int(count), 0)
 
-  @parameterized.parameters(0.1, 0.35, 0.7)
-  def test_the_exempt_share_holds_for_any_batch(self, share):
-    # Everything is over a budget of 0, so only exempt sequences keep theirs.
-    cfg = CapacityConfig(1e-9, 1, share)
-    rows = 200
-    made = Routing(
-      jnp.zeros((rows, 1, 1), jnp.int32), jnp.ones((rows, 1, 1)), None
-    )
-    got, _ = _DROP(made, 1, cfg)
-    kept = np.cumsum(np.asarray(got.experts)[:, 0, 0] == 0)
-    want = np.floor(np.arange(1, rows + 1) * share + 1e-6)
-    np.testing.assert_array_equal(kept, want)
+  @parameterized.parameters(0.0, 0.1, 0.7, 1.0)
+  def test_exempts_this_share_of_sequences_in_any_batch(self, share):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (4000, 12)).astype(np.int32)
+    tokens[1::2] = tokens[::2]  # neighbours differ in one token
+    tokens[1::2, 5] += 1
+    free = np.asarray(exempted(tokens, share))
+    # Five standard deviations of 4,000 draws.
+    slack = 5 * np.sqrt(share * (1 - share) / 4000)
+    self.assertAlmostEqual(free.mean(), share, delta=slack)
+    both = (free[::2] & free[1::2]).mean()
+    self.assertAlmostEqual(both, share**2, delta=slack * 2**0.5)
+    alone = [bool(exempted(row[None], share)[0]) for row in tokens[:40]]
+    self.assertEqual(alone, free[:40].tolist())
 
   def test_drops_in_training_and_never_in_evaluation(self):
     weights = built('capacity')[1]
@@ -292,7 +297,9 @@ class CapacityTest(parameterized.TestCase):
     # Loads count what was asked for, so that balancing sees the overflow.
     np.testing.assert_array_equal(trained['load'], stats['load'])
     changed = np.abs(np.asarray(z - y)).max(axis=(1, 2)) > 1e-6
-    self.assertEqual(changed.tolist(), [True, False])  # the second is exempt
+    free = np.asarray(exempted(TOKENS, 0.5)).tolist()
+    self.assertCountEqual(free, [False, True])
+    self.assertEqual(changed.tolist(), np.logical_not(free).tolist())
 
 
 if __name__ == '__main__':

@@ -36,6 +36,11 @@ class GateConfig:
       raise InputError(
         f'sigma = {self.sigma}: must be above 0, or 0 to judge finiteness only'
       )
+    if self.sigma and self.warmup < 1:
+      raise InputError(
+        f'warmup = {self.warmup}: must be at least 1, for there is nothing to'
+        ' compare the first step with'
+      )
     if not 0 < self.decay < 1 or self.patience < 1:
       raise InputError(
         f'decay = {self.decay}, patience = {self.patience}: decay must lie'

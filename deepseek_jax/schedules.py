@@ -43,6 +43,22 @@ class ScheduleConfig:
         f'peak = {self.peak}, warmup = {self.warmup}: peak must be above 0'
         ' and finite, warmup 0 or more'
       )
+    if not 0 <= self.end <= 1:
+      raise InputError(
+        f'end = {self.end}: must lie in 0..1, a share of the peak'
+      )
+    self._check_borders()
+
+  def _check_borders(self):
+    used = {'v2': self.borders, 'wsd': self.borders[:1]}.get(self.kind)
+    if used is None:
+      return
+    inside = all(0 <= b < 1 for b in used)  # NaN is refused, too
+    if not used or not inside or list(used) != sorted(used):
+      raise InputError(
+        f'borders = {self.borders}: {self.kind} needs shares of the run from 0'
+        ' to below 1, in rising order'
+      )
 
 
 def _cosine(share):
@@ -80,6 +96,13 @@ class SwitchConfig:
   first: float
   last: float
   until: float
+
+  def __post_init__(self):
+    if not all(map(math.isfinite, (self.first, self.last, self.until))):
+      raise InputError(
+        f'first = {self.first}, last = {self.last}, until = {self.until}: all'
+        ' must be finite'
+      )
 
   def at(self, tokens, total_tokens: float):
     share = jnp.asarray(tokens, jnp.float32) / total_tokens
@@ -121,6 +144,10 @@ class BatchConfig:
         f'size = {self.size}, accumulate = {self.accumulate}, increment ='
         f' {self.increment}: all must be at least 1'
       )
+    if not 0 <= self.ramp_tokens < math.inf:
+      raise InputError(
+        f'ramp_tokens = {self.ramp_tokens}: must be 0 or more, and finite'
+      )
     self._check_accumulate()
     if self.ramp_tokens and not 0 < self.start <= self.size:
       raise InputError(f'start = {self.start}: must lie in 1..{self.size}')
@@ -134,6 +161,10 @@ class BatchConfig:
           f'accumulate = {self.accumulate}: must divide {name} = {number}, for'
           ' micro-batches of one size; change one of them'
         )
+
+  def after(self, sequences: int) -> int:
+    """The next size of the ramp."""
+    return min(sequences + self.increment, self.size)
 
   def at(self, tokens: int) -> int:
     """Sequences in the step that begins after `tokens`."""

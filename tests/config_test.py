@@ -245,6 +245,7 @@ class ChangedTest(parameterized.TestCase):
     ('train.schedule.peak', math.nan, r'^train\.schedule: peak = nan'),
     ('train.schedule.peak', math.inf, r'^train\.schedule: peak = inf'),
     ('train.gate.sigma', -1.0, r'^train\.gate: sigma = -1\.0: must be'),
+    ('train.gate.warmup', 0, r'^train\.gate: warmup = 0: must be at least 1'),
     ('train.gate.sigma', math.nan, r'^train\.gate: sigma = nan: must be'),
     ('model.moe.capacity.factor', 0.0, r'capacity: factor = 0\.0, .*need'),
     ('model.moe.capacity.devices', 0, r'capacity: .*devices = 0, .*need'),

@@ -273,6 +273,14 @@ class LoopTest(parameterized.TestCase):
     self.assertGreater(config.steps, self.config.steps)
     self.assertGreaterEqual(int(run.state.sequences) * 32, ramp.tokens)
 
+  def test_a_ramp_with_a_size_that_the_mesh_cannot_share_is_refused(self):
+    batch = schedules.BatchConfig(8, start=4, increment=1, ramp_tokens=1e3)
+    train = dataclasses.replace(self.config.train, batch=batch)
+    mesh = dataclasses.replace(self.config.mesh, data=2)
+    config = dataclasses.replace(self.config, train=train, mesh=mesh)
+    with self.assertRaisesRegex(InputError, '5 sequences'):
+      step.check_mesh(config)
+
   def test_what_cannot_be_a_folder_is_refused(self):
     folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
     file = folder / 'file'

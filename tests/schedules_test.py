@@ -79,6 +79,18 @@ class LearningRateTest(parameterized.TestCase):
       cfg = ScheduleConfig(kind, peak=1.0, warmup=0)
       self.assertAlmostEqual(rate(cfg, 0, 1.2, 1.0), 0.1, places=6)
 
+  @parameterized.parameters(
+    ({'kind': 'wsd', 'borders': ()}, r'borders = \(\): wsd needs'),
+    ({'kind': 'wsd', 'borders': (1.0,)}, r'borders = \(1\.0,\): wsd'),
+    ({'kind': 'v2', 'borders': (60, 90)}, r'borders = \(60, 90\): v2'),
+    ({'kind': 'v2', 'borders': (0.9, 0.6)}, 'in rising order'),
+    ({'kind': 'v2', 'borders': (0.6, np.nan)}, 'borders = '),
+    ({'kind': 'cosine', 'end': np.nan}, 'end = nan: must lie in'),
+  )
+  def test_shapes_that_no_run_has_are_refused(self, fields, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      ScheduleConfig(**fields)
+
   @parameterized.parameters(({'peak': 0.0},), ({'warmup': -1},))
   def test_nonsense_is_refused(self, fields):
     with self.assertRaisesRegex(ds.InputError, 'peak = .*, warmup = '):
@@ -100,6 +112,13 @@ class SwitchTest(parameterized.TestCase):
     switch = SwitchConfig(2.0, 5.0, 0.5)
     self.assertEqual(float(switch.at(49.0, 100.0)), 2.0)
     self.assertEqual(float(switch.at(50.0, 100.0)), 5.0)
+
+  @parameterized.parameters(0, 1, 2)
+  def test_values_that_are_no_number_are_refused(self, which):
+    values = [1.0, 1.0, 1.0]
+    values[which] = np.nan
+    with self.assertRaisesRegex(ds.InputError, 'nan.*must be finite'):
+      SwitchConfig(*values)
 
 
 class BatchTest(parameterized.TestCase):
@@ -129,6 +148,7 @@ class BatchTest(parameterized.TestCase):
       {'size': 8, 'start': 2, 'ramp_tokens': 9.0, 'accumulate': 4},
       'accumulate = 4: must divide start = 2,',
     ),
+    ({'size': 8, 'ramp_tokens': np.nan}, 'ramp_tokens = nan: must be 0 or'),
     ({'size': 8, 'ramp_tokens': 9.0}, r'start = 0: must lie in 1\.\.8'),
     ({'size': 8, 'start': 9, 'ramp_tokens': 9.0}, 'start = 9: must lie'),
   )

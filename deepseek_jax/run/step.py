@@ -92,7 +92,8 @@ class Steps:
 def check_mesh(config: RunConfig) -> None:
   """Raises InputError where batches or experts do not fit the mesh."""
   batch = config.train.batch
-  for rows in {batch.at(0), batch.size}:
+  # What fits these fits every size of the ramp.
+  for rows in {batch.at(0), batch.after(batch.at(0)), batch.size}:
     length = config.data.seq_len
     meshes.check_batch(config.mesh, rows, length, batch.accumulate)
   exchange, ways = config.mesh.exchange, config.mesh.ways('experts')

@@ -67,19 +67,28 @@ class _Row(NamedTuple):
 
 
 def restrict(logits: jax.Array, cfg: SampleConfig) -> jax.Array:
-  """logits [B V] after temperature, top-k and top-p; the rest at -inf."""
-  logits = logits / cfg.temperature
+  """logits [B V] after temperature, top-k and top-p; the rest at -inf.
+
+  The largest is 0. Ties at a border go to the lower token.
+  """
+  # Below 0 first: a tiny temperature then gives -inf, never inf. One that
+  # float32 can't hold would be 0.
+  least = max(cfg.temperature, float(jnp.finfo(jnp.float32).tiny))
+  logits = (logits - logits.max(axis=-1, keepdims=True)) / least
   if not cfg.top_k and cfg.top_p == 1:
     return logits
   V = logits.shape[-1]
-  ordered = jnp.sort(logits, axis=-1, descending=True)
+  order = jnp.argsort(
+    logits, axis=-1, descending=True
+  )  # stable: ties by number
+  ordered = jnp.take_along_axis(logits, order, axis=-1)
   keep = jnp.arange(V) < (cfg.top_k or V)
   if cfg.top_p < 1:
     probs = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     keep = keep & (before < cfg.top_p)  # the first token always stays
-  least = jnp.where(keep, ordered, jnp.inf).min(axis=-1, keepdims=True)
-  return jnp.where(logits >= least, logits, -jnp.inf)
+  cut = jnp.where(keep, ordered, -jnp.inf)
+  return jnp.put_along_axis(logits, order, cut, axis=-1, inplace=False)
 
 
 def draw(logits: jax.Array, key, index, cfg: SampleConfig) -> jax.Array:

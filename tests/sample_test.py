@@ -201,8 +201,22 @@ class DrawTest(parameterized.TestCase):
       finite = np.isfinite(kept)
       self.assertEqual(set(np.flatnonzero(finite)), allowed(row, cfg))
       np.testing.assert_allclose(
-        kept[finite], row[finite] / cfg.temperature, rtol=1e-6
+        kept[finite], (row[finite] - row.max()) / cfg.temperature, atol=1e-6
       )
+
+  @parameterized.parameters(
+    (SampleConfig(top_k=1), [0]),
+    (SampleConfig(top_k=3), [0, 1, 2]),
+    (SampleConfig(top_p=0.3), [0, 1, 2]),
+    (SampleConfig(top_k=4, top_p=0.5), [0, 1]),
+  )
+  def test_ties_at_the_border_go_to_the_lower_numbers(self, cfg, want):
+    got = np.asarray(lib.restrict(jnp.full((1, 8), 0.5), cfg))
+    self.assertEqual(np.flatnonzero(np.isfinite(got[0])).tolist(), want)
+
+  def test_the_least_temperature_draws_the_likeliest(self):
+    got = lib.restrict(jnp.asarray([[1.0, 2, 30, 9]]), SampleConfig(1e-38))
+    self.assertEqual(np.flatnonzero(np.isfinite(got[0])).tolist(), [2])
 
   def test_draws_follow_the_tempered_probabilities(self):
     rows, cfg = 20000, SampleConfig(0.7, top_k=6)

@@ -21,7 +21,9 @@ class DataConfig:
     DeepSeek-V3 (arXiv:2412.19437, section 4.1).
   heldout_fraction: share of the documents that is never trained on.
   cross_document: whether a token may attend to an earlier document of its
-    window; True in DeepSeek-V3's pre-training.
+    window; True in DeepSeek-V3's pre-training. Without it no token of a
+    training document follows another document, so a first token is never
+    learnt; validation, which begins each document with EOS, charges it.
   seed: decides the order of the windows and the fill-in-the-middle splits.
   cache_dir: where token windows are kept; None is ~/.cache/deepseek_jax.
   """

@@ -73,14 +73,12 @@ def restrict(logits: jax.Array, cfg: SampleConfig) -> jax.Array:
   """
   # Below 0 first: a tiny temperature then gives -inf, never inf. One that
   # float32 can't hold would be 0.
-  least = max(cfg.temperature, float(jnp.finfo(jnp.float32).tiny))
-  logits = (logits - logits.max(axis=-1, keepdims=True)) / least
+  temperature = max(cfg.temperature, float(jnp.finfo(jnp.float32).tiny))
+  logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
   if not cfg.top_k and cfg.top_p == 1:
     return logits
   V = logits.shape[-1]
-  order = jnp.argsort(
-    logits, axis=-1, descending=True
-  )  # stable: ties by number
+  order = jnp.argsort(logits, axis=-1, descending=True)  # stable
   ordered = jnp.take_along_axis(logits, order, axis=-1)
   keep = jnp.arange(V) < (cfg.top_k or V)
   if cfg.top_p < 1:

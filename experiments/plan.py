@@ -29,11 +29,15 @@ from rich.console import Console
 from deepseek_jax import loop, plan
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.pipeline.simulate import (
+  Durations,
+  SimulatedStep,
+  simulate,
+)
 from deepseek_jax.plan import (
   compiled,
   hardware,
   pictures,
-  pipeline,
   schedules,
   tables,
 )
@@ -159,7 +163,7 @@ def program(made: plan.Report, text: str, config) -> compiled.Program:
   )
 
 
-def timeline(made: plan.Report) -> pipeline.Timeline:
+def timeline(made: plan.Report) -> SimulatedStep:
   """One training step of a plan's pipeline, simulated in units of F."""
   run, grid = made.recipe.training, made.recipe.mesh
   makers = {'1f1b': schedules.one_f_one_b, 'dualpipe': schedules.dualpipe}
@@ -171,7 +175,7 @@ def timeline(made: plan.Report) -> pipeline.Timeline:
   micro = made.recipe.batch // (grid.batch * run.micro_batch)
   shown = min(micro, 2 * grid.stage + 4)  # more of them repeat the middle
   schedule = makers[run.schedule](grid.stage, shown)
-  return pipeline.simulate(schedule, pipeline.Durations())
+  return simulate(schedule, Durations())
 
 
 def _check_paths():

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from deepseek_jax import files
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import safetensors_io
 
 MAX_TEMPLATE = 1 << 20  # characters of a template
 
@@ -28,7 +28,7 @@ def template_config(folder: str) -> dict[str, Any]:
   InputError if the folder has no template.
   """
   folder = os.path.expanduser(folder)
-  config = safetensors_io.load_json(
+  config = files.load_json(
     os.path.join(folder, 'tokenizer_config.json'), 10 << 20
   )
   beside = os.path.join(folder, 'chat_template.jinja')

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax import files
 from deepseek_jax.errors import InputError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
@@ -52,36 +53,6 @@ class Entry(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def load_json(path: str, limit: int = MAX_HEADER) -> dict:
-  """A JSON object from a file of at most `limit` bytes."""
-  try:
-    size = os.path.getsize(path)
-    if size > limit:
-      raise InputError(f'{path}: {size} bytes; at most {limit} are read')
-    with open(path, 'rb') as file:
-      return parse_json(file.read(), path)
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read: {error.strerror}') from None
-
-
-def parse_json(data: bytes, where: str) -> dict:
-  """A JSON object without repeated keys."""
-
-  def unique(pairs):
-    out = dict(pairs)
-    if len(out) != len(pairs):
-      raise ValueError('a key occurs twice')
-    return out
-
-  try:
-    out = json.loads(data.decode(), object_pairs_hook=unique)
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{where}: not valid JSON: {error}') from None
-  if not isinstance(out, dict):
-    raise InputError(f'{where}: holds no JSON object')
-  return out
-
-
 def read_header(path: str) -> dict[str, Entry]:
   """The checked tensors of one file."""
   try:
@@ -95,7 +66,7 @@ def read_header(path: str) -> dict[str, Entry]:
         )
       if length < 2 or 8 + length > size:
         raise InputError(f'{path}: truncated, or not a safetensors file')
-      header = parse_json(file.read(length), f'{path}: header')
+      header = files.parse_json(file.read(length), f'{path}: header')
   except OSError as error:
     raise InputError(f'{path}: cannot be read: {error.strerror}') from None
   header.pop('__metadata__', None)
@@ -169,7 +140,7 @@ def read_folder(folder: str) -> dict[str, Entry]:
         ' read'
       )
     return read_header(single)
-  listed = load_json(index).get('weight_map')
+  listed = files.load_json(index).get('weight_map')
   if not isinstance(listed, dict) or not listed:
     raise InputError(f'{index}: has no weight_map')
   entries = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax import files
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import (
   config_json,
@@ -49,7 +50,7 @@ class Source:
     Raises InputError for whatever is missing, damaged or not understood.
     """
     self.folder = folder = os.path.expanduser(folder)
-    fields = safetensors_io.load_json(os.path.join(folder, 'config.json'))
+    fields = files.load_json(os.path.join(folder, 'config.json'))
     parsed = config_json.parse(fields)
     self.carried = parsed.carried
     self._block = tuple(

@@ -24,9 +24,10 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Mesh
 
+from deepseek_jax import files
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import loading, names, safetensors_io
+from deepseek_jax.hf import loading, names
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read
 from deepseek_jax.sharding import Rules
@@ -128,7 +129,7 @@ def create(
   about = json.loads(json.dumps(about))
   if not os.path.exists(os.path.join(folder, MODEL)):
     _create(folder, config, dtype, share, about)
-  there = safetensors_io.load_json(os.path.join(folder, MODEL))
+  there = files.load_json(os.path.join(folder, MODEL))
   for key, value in about.items():
     if there.get(key) != value:
       raise InputError(
@@ -176,7 +177,7 @@ def _declare(path, leaf: Leaf, dtype: str, share: Share):
   """Replaces an array of one number by an empty one of the true shape."""
   folder = os.path.join(path, leaf.name)
   declared = os.path.join(folder, '.zarray')
-  fields = safetensors_io.load_json(declared)
+  fields = files.load_json(declared)
   shutil.rmtree(folder)
   os.makedirs(folder)
   one = np.dtype('float32') if leaf.full_precision else None
@@ -201,7 +202,7 @@ class Store:
 
   def __init__(self, folder: str):
     self.folder = folder = os.path.expanduser(folder)
-    about = safetensors_io.load_json(os.path.join(folder, MODEL))
+    about = files.load_json(os.path.join(folder, MODEL))
     self.config = from_dict(TransformerConfig, about['config'])
     self.dtype, self.notes = about['dtype'], about['notes']
     self.leaves = names.leaves(self.config)

@@ -27,7 +27,7 @@ from deepseek_jax.parallel import pipeline_sums, stage_calls
 from deepseek_jax.parallel import stages as cutting
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.pipeline_step import Place, Step, add
-from deepseek_jax.plan.pipeline import Durations, simulate
+from deepseek_jax.pipeline.simulate import Durations, simulate
 from deepseek_jax.plan.schedules import Schedule
 from deepseek_jax.train import Shares, targets
 from deepseek_jax.transformer import TransformerConfig

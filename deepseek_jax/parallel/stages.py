@@ -17,7 +17,7 @@ from flax import nnx
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.plan import mesh as meshes
+from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.transformer import (
   Functional,
   Transformer,
@@ -165,7 +165,7 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
       f'mesh.stage = {count}: a model with memories (engram) has no stages; set'
       ' it to 1 and another axis to that'
     )
-  runs = meshes.stages(config, meshes.Mesh(stage=count))
+  runs = stage_places(config, count)
   out = []
   for number, places in enumerate(runs):
     last = number == count - 1

@@ -13,6 +13,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.layers.moe import MoEConfig
 from deepseek_jax.optim import OptimizerConfig
 from deepseek_jax.parallel import exchange
+from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.plan import mesh as meshes
 from deepseek_jax.plan.activations import kept_bytes
 from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
@@ -153,7 +154,7 @@ def activation_bytes(
   leaves out what it repeats.
   """
   policy = config.compute.remat if policy is None else policy
-  runs = meshes.stages(config, mesh)
+  runs = stage_places(config, mesh.stage)
   held = [rank]
   if training.both_ends and mesh.stage > 1:
     held = [rank, mesh.stage - 1 - rank]

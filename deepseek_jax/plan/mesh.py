@@ -15,6 +15,7 @@ from flax import nnx
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel.mesh import RULES
+from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.transformer import TransformerConfig, build
 
 # As people write them: the order of --compile=8x4x2.
@@ -154,27 +155,6 @@ def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
   return [('block', first + r * step + position) for r in range(repeat)]
 
 
-def stages(config: TransformerConfig, mesh: Mesh) -> tuple[tuple, ...]:
-  """Places of each pipeline stage: layers and MTP blocks in even runs.
-
-  A last stage that reads the embedding (a tied head, or multi-token
-  prediction) holds it too.
-  """
-  layers = [('block', i) for i in range(config.layers)]
-  layers += [('mtp', k) for k in range(config.mtp.depth)]
-  P, n = mesh.stage, len(layers)
-  if n < P:
-    raise InputError(
-      f'mesh.stage = {P}: more than the {n} blocks; set it to {n} or less'
-    )
-  runs = [layers[s * n // P : (s + 1) * n // P] for s in range(P)]
-  runs[0].insert(0, ('start',))
-  if P > 1 and (config.tied or config.mtp.depth):
-    runs[-1].append(('start',))
-  runs[-1].append(('end',))
-  return tuple(map(tuple, runs))
-
-
 def ranks(
   config: TransformerConfig, mesh: Mesh, *, both_ends: bool = False
 ) -> tuple[tuple, ...]:
@@ -185,7 +165,7 @@ def ranks(
     mesh: its stage axis is the number of ranks.
     both_ends: rank r holds stages r and P - 1 - r (DualPipe).
   """
-  runs = stages(config, mesh)
+  runs = stage_places(config, mesh.stage)
   if not both_ends or mesh.stage == 1:
     return runs
   pairs = zip(runs, reversed(runs))

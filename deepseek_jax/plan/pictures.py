@@ -5,9 +5,9 @@ Matplotlib is imported on the first call and needs no window.
 
 import os
 
+from deepseek_jax.pipeline.simulate import SimulatedStep
 from deepseek_jax.plan.flops import INDEX, PARTS
 from deepseek_jax.plan.memory import CLASSES
-from deepseek_jax.plan.pipeline import Timeline
 from deepseek_jax.plan.report import POLICIES, Report
 
 _COLORS = (
@@ -200,7 +200,9 @@ def draw_plan(report: Report, path: str | os.PathLike, name: str = 'Plan'):
     figure.savefig(path, dpi=130)
 
 
-def draw_timeline(timeline: Timeline, path: str | os.PathLike, title: str = ''):
+def draw_timeline(
+  timeline: SimulatedStep, path: str | os.PathLike, title: str = ''
+):
   """Writes a pipeline's timeline: ranks downwards, time to the right."""
   from matplotlib.figure import Figure
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from deepseek_jax.config import to_dict
 from deepseek_jax.errors import InputError
+from deepseek_jax.pipeline.simulate import Durations
 from deepseek_jax.plan import cost, hardware, memory, mesh, pipeline
 from deepseek_jax.plan import flops as flop
 from deepseek_jax.plan.hardware import Cluster
@@ -233,7 +234,7 @@ def _time(config, cluster, recipe, held, sent):
   parts = grid.stage * grid.tensor * grid.context
   forward = sum(count.forward.values()) * run.micro_batch / parts / peak
   again = sum(count.repeated.values()) * run.micro_batch / parts / peak
-  times = pipeline.Durations(forward, 2 * forward + again, forward)
+  times = Durations(forward, 2 * forward + again, forward)
   method = pipeline.method(run.schedule, grid.stage, times)
   bubble = method.bubble if grid.stage > 1 else 0.0
   state = sum(held[name] for name in memory.CLASSES[:4])

@@ -6,8 +6,9 @@ import itertools
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.plan import pipeline, schedules
-from deepseek_jax.plan.pipeline import Durations, method, simulate
+from deepseek_jax.pipeline.simulate import Durations, simulate
+from deepseek_jax.plan import schedules
+from deepseek_jax.plan.pipeline import method
 
 
 class OneFOneBTest(parameterized.TestCase):
@@ -138,7 +139,7 @@ class SimulatorTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, 'stages = 5'):
       method('dualpipe', 5, Durations())
     with self.assertRaisesRegex(ds.InputError, 'weight'):
-      pipeline.Durations(1, 2, 3)
+      Durations(1, 2, 3)
 
 
 if __name__ == '__main__':

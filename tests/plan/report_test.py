@@ -15,7 +15,8 @@ from rich.console import Console
 
 import deepseek_jax as ds
 from deepseek_jax import plan
-from deepseek_jax.plan import hardware, pictures, pipeline, schedules, tables
+from deepseek_jax.pipeline.simulate import Durations, simulate
+from deepseek_jax.plan import hardware, pictures, schedules, tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TINY = 'experiments/configs/v3_tiny.py'
@@ -249,7 +250,7 @@ class ShownTest(Case):
 
     folder = self.folder()
     pictures.draw_plan(v3(), folder / 'plan.png', 'DeepSeek-V3')
-    line = pipeline.simulate(schedules.dualpipe(4, 10), pipeline.Durations())
+    line = simulate(schedules.dualpipe(4, 10), Durations())
     pictures.draw_timeline(line, folder / 'line.png', 'DualPipe:')
     for name in ('plan.png', 'line.png'):
       pixels = image.imread(folder / name)

@@ -17,6 +17,7 @@ from deepseek_jax.layers.router import RouterConfig
 from deepseek_jax.optim import OptimizerConfig
 from deepseek_jax.parallel import traffic
 from deepseek_jax.parallel.exchange import ExchangeConfig
+from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.plan import memory, mesh, wire
 from deepseek_jax.transformer import ComputeConfig
 from tests import tiny
@@ -65,7 +66,7 @@ class StagesTest(parameterized.TestCase):
     config = model(5, depth)
     grid = plan.Mesh(stage=stage)
     held = mesh.shares(config, grid)
-    runs = mesh.stages(config, grid)
+    runs = stage_places(config, grid.stage)
     self.assertEqual({p for run in runs for p in run}, set(held))
     sizes = [sum(p[0] in ('block', 'mtp') for p in run) for run in runs]
     self.assertEqual(sum(sizes), 5 + depth)
@@ -82,7 +83,7 @@ class StagesTest(parameterized.TestCase):
 
   def test_more_stages_than_blocks(self):
     with self.assertRaisesRegex(ds.InputError, 'mesh.stage = 9'):
-      mesh.stages(model(4), plan.Mesh(stage=9))
+      stage_places(model(4), 9)
 
   def test_wrong_axes_are_named(self):
     with self.assertRaisesRegex(ds.InputError, 'mesh.model'):

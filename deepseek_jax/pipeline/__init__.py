@@ -1,0 +1,1 @@
+"""Pipelines: schedules as data, stages of a model, the step through them."""

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.csa import CSAConfig
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.indexer import IndexerConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
+from deepseek_jax.model.attention.csa import CSAConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.context import Context
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 DIM = 512

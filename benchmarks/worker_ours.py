@@ -7,11 +7,13 @@ import numpy as np
 import deepseek_jax as ds
 import experiments.common  # noqa: F401, sets JAX up as every launcher does
 from benchmarks import contest
-from deepseek_jax import sample, schedules, train
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.infer import sampling as sample
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.train import schedules
+from deepseek_jax.train import step as train
 
 
 def config() -> ds.TransformerConfig:

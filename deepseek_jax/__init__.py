@@ -8,11 +8,11 @@ out = model.apply(variables, tokens)
 """
 
 from deepseek_jax import hf, plan, presets
-from deepseek_jax.cache import Cache
 from deepseek_jax.config import changed, from_dict, to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.sample import SampleConfig, generate, stream
-from deepseek_jax.transformer import (
+from deepseek_jax.infer.sampling import SampleConfig, generate, stream
+from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.transformer import (
   Model,
   Output,
   TransformerConfig,

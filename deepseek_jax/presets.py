@@ -7,23 +7,27 @@ arXiv:2407.21783.
 
 import dataclasses
 
-from deepseek_jax.layers.balance import BalanceConfig
-from deepseek_jax.layers.csa import CSAConfig
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.engram import EngramConfig
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.hca import HCAConfig
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.layers.indexer import IndexerConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.nsa import NSAConfig
-from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
-from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
-from deepseek_jax.transformer import Kind, TransformerConfig
+from deepseek_jax.model.attention.csa import CSAConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.attention.hca import HCAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.nsa import NSAConfig
+from deepseek_jax.model.attention.rope import (
+  Llama3Config,
+  RopeConfig,
+  YarnConfig,
+)
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.memory.engram import EngramConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.transformer import Kind, TransformerConfig
 
 
 def layout(dense: int, moe: int) -> tuple:

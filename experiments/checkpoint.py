@@ -18,10 +18,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax import integrity
+from deepseek_jax.console import short
 from deepseek_jax.errors import InputError
-from deepseek_jax.progress import short
-from deepseek_jax.run import lock
+from deepseek_jax.run import integrity, lock
 from experiments import common
 
 _KEEP = flags.DEFINE_integer('keep', 1, 'Whole steps that prune leaves.', 1)

@@ -43,7 +43,7 @@ from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
 from deepseek_jax.errors import InputError, Preempted, RunAborted  # noqa: E402
-from deepseek_jax.parallel import distributed  # noqa: E402
+from deepseek_jax.parallel import processes as distributed  # noqa: E402
 
 # Other threads' arenas map big buffers in anew whatever malloc is told, and
 # free them some time after a step's results are there; so steps run on this

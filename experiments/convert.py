@@ -22,10 +22,11 @@ from rich.progress import (
   TransferSpeedColumn,
 )
 
-from deepseek_jax import hf, loop
+from deepseek_jax import hf
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import saving, store
 from deepseek_jax.hf.source import Source, fingerprint
+from deepseek_jax.run import fit as loop
 from experiments import common
 
 _FROM = flags.DEFINE_string('from', None, 'Folder to read.', required=True)

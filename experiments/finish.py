@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax import data as datalib
-from deepseek_jax import evaluate, flight, sample
-from deepseek_jax.loop import Run
+from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_parameters
-from deepseek_jax.report import Sample, write_report
+from deepseek_jax.record import routing as flight
+from deepseek_jax.record.report.page import Sample, write_report
+from deepseek_jax.run.fit import Run
+from deepseek_jax.train import evaluate
 
 _NEW_TOKENS = 96
 _HEAD = re.compile(r'^ *def \w+\(.*\):\n', re.MULTILINE)

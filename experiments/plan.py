@@ -26,21 +26,17 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from deepseek_jax import loop, plan
+from deepseek_jax import plan
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.pipeline import chunk_orders as schedules
 from deepseek_jax.pipeline.simulate import (
   Durations,
   SimulatedStep,
   simulate,
 )
-from deepseek_jax.plan import (
-  compiled,
-  hardware,
-  pictures,
-  schedules,
-  tables,
-)
+from deepseek_jax.plan import compiled, hardware, pictures, tables
+from deepseek_jax.run import fit as loop
 from experiments import common, run_plan
 from experiments.configs import preset
 from experiments.configs.preset import PRESETS, PlanConfig

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax import loop
-from deepseek_jax.parallel import distributed, placement
+from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.run import fit as loop
 from experiments import common, finish, processes
 
 _CONFIG = common.define_config()

@@ -1,11 +1,11 @@
 """Flags of launchers that may run as several processes.
 
-Without them the environment decides, see deepseek_jax/parallel/distributed.py.
+Without them the environment decides, see deepseek_jax/parallel/processes.py.
 """
 
 from absl import flags
 
-from deepseek_jax.parallel import distributed
+from deepseek_jax.parallel import processes as distributed
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'Of several processes: host:port of process 0.'

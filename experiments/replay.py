@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax import replay
+from deepseek_jax.run import replay
 from experiments import common
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')

@@ -3,13 +3,14 @@
 A run without a mesh is left to be spread over the cluster.
 """
 
-from deepseek_jax import loop, plan
+from deepseek_jax import plan
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.transformer import build
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.mesh import MeshConfig, names
-from deepseek_jax.plan.mesh import AXES
-from deepseek_jax.run import staged
-from deepseek_jax.transformer import build
+from deepseek_jax.plan.device_shares import AXES
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run import staged_steps as staged
 from experiments.configs.preset import PlanConfig
 
 # What plans take for granted of a batch [rows, tokens].

@@ -16,9 +16,11 @@ import numpy as np
 from absl import flags
 
 import deepseek_jax as ds
-from deepseek_jax import hf, loop, sample
+from deepseek_jax import hf
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import chat
+from deepseek_jax.infer import chat
+from deepseek_jax.infer import sampling as sample
+from deepseek_jax.run import fit as loop
 from experiments import common
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')

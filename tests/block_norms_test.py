@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
-from deepseek_jax.block_norms import block_norms
+from deepseek_jax.train.gradient_norms import block_norms
 from tests import tiny
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import train
-from deepseek_jax.checkpoint import Checkpoints, differences, flatten
-from deepseek_jax.optim import OptimizerConfig
-from deepseek_jax.schedules import BatchConfig
+from deepseek_jax.run.checkpoint import Checkpoints, differences, flatten
+from deepseek_jax.train import step as train
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import BatchConfig
 from tests import tiny
 
 DATA = {'position': 17, 'seed': [1, 2]}

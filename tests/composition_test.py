@@ -13,22 +13,22 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import train
-from deepseek_jax.layers.csa import CSAConfig
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.engram import EngramConfig
-from deepseek_jax.layers.hca import HCAConfig
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.layers.indexer import IndexerConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.nsa import NSAConfig
-from deepseek_jax.layers.residual import ResidualConfig
-from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
-from deepseek_jax.optim import OptimizerConfig
-from deepseek_jax.schedules import BatchConfig, ScheduleConfig
-from deepseek_jax.train import TrainConfig
-from deepseek_jax.transformer import Kind
+from deepseek_jax.model.attention.csa import CSAConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.hca import HCAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.nsa import NSAConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.memory.engram import EngramConfig
+from deepseek_jax.model.residual import ResidualConfig
+from deepseek_jax.model.transformer import Kind
+from deepseek_jax.train import step as train
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import BatchConfig, ScheduleConfig
+from deepseek_jax.train.step import TrainConfig
 from tests import tiny
 
 T = 14  # so few tokens that experts compile to little

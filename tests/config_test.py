@@ -7,14 +7,14 @@ import math
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import schedules
 from deepseek_jax.data import DataConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.moe import CapacityConfig
+from deepseek_jax.infer.sampling import SampleConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.model.transformer import Kind, TransformerConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig
-from deepseek_jax.sample import SampleConfig
-from deepseek_jax.train import TrainConfig
-from deepseek_jax.transformer import Kind, TransformerConfig
+from deepseek_jax.train import schedules
+from deepseek_jax.train.step import TrainConfig
 
 PRESETS = (
   'moe_16b',

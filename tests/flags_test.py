@@ -5,10 +5,10 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from deepseek_jax import config as configs
-from deepseek_jax import loop
-from deepseek_jax.layers.moe import CapacityConfig
-from deepseek_jax.layers.rope import YarnConfig
-from deepseek_jax.muon import MuonConfig
+from deepseek_jax.model.attention.rope import YarnConfig
+from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.run import fit as loop
+from deepseek_jax.train.muon import MuonConfig
 from experiments import common
 from experiments.configs import engram_tiny, v3_tiny, v4_tiny
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax import flight
 from deepseek_jax.errors import InputError
+from deepseek_jax.record import routing as flight
 
 _REDUCE = {
   'load': 'sum',

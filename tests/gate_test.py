@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.gate import GateConfig, initial_gate, judge
+from deepseek_jax.train.gate import GateConfig, initial_gate, judge
 
 CFG = GateConfig(warmup=20)
 

@@ -12,16 +12,16 @@ from absl.testing import absltest
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import kernels
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.indexer import IndexerConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.transformer import ComputeConfig
+from deepseek_jax.model import kernels
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.transformer import ComputeConfig
 from pallas_kernels import compat, dispatch
 from tests import tiny
 

@@ -9,7 +9,7 @@ import yaml
 from absl.testing import absltest, parameterized
 
 from deepseek_jax import errors
-from deepseek_jax.parallel.distributed import find_cluster
+from deepseek_jax.parallel.processes import find_cluster
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH = ROOT / 'launch' / 'slurm.sbatch'

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.losses import linear_cross_entropy, token_log_probs
+from deepseek_jax.train.cross_entropy import (
+  linear_cross_entropy,
+  token_log_probs,
+)
 
 N, D, V = 42, 8, 32
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax import metrics
 from deepseek_jax.errors import InputError
+from deepseek_jax.record import metrics
 
 
 def _run(workdir, steps, resume_step=None):

@@ -11,12 +11,13 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import muon, optim
-from deepseek_jax.layers.engram import EngramConfig
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.muon import MuonConfig
-from deepseek_jax.transformer import Kind
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.memory.engram import EngramConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.transformer import Kind
+from deepseek_jax.train import muon
+from deepseek_jax.train import optimizer as optim
+from deepseek_jax.train.muon import MuonConfig
 from tests import tiny
 
 RATE = 0.01

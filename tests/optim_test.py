@@ -8,8 +8,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import optim
-from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.train import optimizer as optim
+from deepseek_jax.train.optimizer import OptimizerConfig
 from tests import tiny
 
 RATE = 0.01

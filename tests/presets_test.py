@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers.rope import Llama3Config, YarnConfig
+from deepseek_jax.model.attention.rope import Llama3Config, YarnConfig
 from deepseek_jax.plan import count_parameters
 from tests import tiny
 

@@ -16,8 +16,18 @@ from absl.testing import absltest, parameterized
 from matplotlib import colormaps
 from PIL import Image
 
-from deepseek_jax import figures, flight, metrics, report, routing_figures
 from deepseek_jax.errors import InputError
+from deepseek_jax.record import metrics
+from deepseek_jax.record import routing as flight
+from deepseek_jax.record.report import (
+  curves as figures,
+)
+from deepseek_jax.record.report import (
+  expert_figures as routing_figures,
+)
+from deepseek_jax.record.report import (
+  page as report,
+)
 
 _HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(2)>$x_$&'
 

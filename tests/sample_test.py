@@ -9,8 +9,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import sample as lib
-from deepseek_jax.sample import SampleConfig
+from deepseek_jax.infer import sampling as lib
+from deepseek_jax.infer.sampling import SampleConfig
 from tests import tiny
 
 PROMPT = [[5, 9, 2, 33, 7], [11], [3, 1, 4, 1, 5, 9, 2, 6, 5]]

@@ -6,8 +6,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import schedules
-from deepseek_jax.schedules import BatchConfig, ScheduleConfig, SwitchConfig
+from deepseek_jax.train import schedules
+from deepseek_jax.train.schedules import (
+  BatchConfig,
+  ScheduleConfig,
+  SwitchConfig,
+)
 
 V3_TOKENS = 14.8e12
 

@@ -13,14 +13,18 @@ import numpy as np
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers.balance import BalanceConfig
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
-from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.rope import (
+  Llama3Config,
+  RopeConfig,
+  YarnConfig,
+)
+from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.mtp import MTPConfig
 
 VOCAB, DIM = 64, 16
 

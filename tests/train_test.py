@@ -9,11 +9,15 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax import train
-from deepseek_jax.gate import GateConfig
-from deepseek_jax.optim import OptimizerConfig
-from deepseek_jax.schedules import BatchConfig, ScheduleConfig, SwitchConfig
-from deepseek_jax.train import Shares, TrainConfig
+from deepseek_jax.train import step as train
+from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import (
+  BatchConfig,
+  ScheduleConfig,
+  SwitchConfig,
+)
+from deepseek_jax.train.step import Shares, TrainConfig
 from tests import reference, tiny
 
 B, T = 8, 12

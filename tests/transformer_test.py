@@ -11,12 +11,14 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import cache as caching
-from deepseek_jax.layers import block as blocks
-from deepseek_jax.layers import context, ffn, gqa, mla, moe, mtp, norm, residual
-from deepseek_jax.layers import router as routers
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.transformer import Kind, positions_in, unstack
+from deepseek_jax.model import block as blocks
+from deepseek_jax.model import cache as caching
+from deepseek_jax.model import context, mtp, norm, residual
+from deepseek_jax.model.attention import gqa, mla
+from deepseek_jax.model.experts import ffn, moe
+from deepseek_jax.model.experts import router as routers
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.transformer import Kind, positions_in, unstack
 from tests import reference, tiny
 
 T = 24

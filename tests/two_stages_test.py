@@ -12,12 +12,23 @@ from absl.testing import absltest
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax import frozen, loop, metrics, schedules, train, warm_start
-from deepseek_jax.checkpoint import flatten
-from deepseek_jax.gate import GateConfig
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.indexer import IndexerConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.record import metrics
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run.checkpoint import flatten
+from deepseek_jax.train import (
+  schedules,
+  warm_start,
+)
+from deepseek_jax.train import (
+  step as train,
+)
+from deepseek_jax.train import (
+  trainable as frozen,
+)
+from deepseek_jax.train.gate import GateConfig
 from tests import tiny
 
 T = 32

@@ -4,8 +4,8 @@ import jax
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.nsa import NSAConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.plan import count_parameters
 from tests import tiny
 

@@ -13,11 +13,11 @@ from flax import nnx
 from jax.extend import core
 
 import deepseek_jax as ds
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.csa import CSAConfig
-from deepseek_jax.layers.hca import HCAConfig
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
+from deepseek_jax.model.attention.csa import CSAConfig
+from deepseek_jax.model.attention.hca import HCAConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from tests import tiny
 
 T = 27
@@ -167,7 +167,7 @@ class MixtureTest(parameterized.TestCase):
       tiny.config('v3'),
       attention=attention,
       layout=(((kind,), repeat),),
-      mtp=ds.transformer.MTPConfig(0),
+      mtp=ds.model.transformer.MTPConfig(0),
       **change,
     )
     cfg = ds.from_dict(type(cfg), ds.to_dict(cfg))

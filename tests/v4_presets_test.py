@@ -5,7 +5,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers import rope
+from deepseek_jax.model.attention import rope
 from deepseek_jax.plan import count_parameters
 from deepseek_jax.plan.attention import attention_cost
 from experiments.configs import v4_tiny

@@ -11,6 +11,6 @@ from deepseek_jax.data.corpus import (
 from deepseek_jax.data.heldout import Heldout, xz_bits_per_byte
 from deepseek_jax.data.infill import fim
 from deepseek_jax.data.pipeline import Batches, dataset, segment
-from deepseek_jax.data.store import HeldoutDocument, Store
+from deepseek_jax.data.token_store import HeldoutDocument, Store
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer, from_file
 from deepseek_jax.data.windows import build

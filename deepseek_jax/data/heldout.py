@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from deepseek_jax.data.corpus import unit_hash
-from deepseek_jax.data.store import Store
+from deepseek_jax.data.token_store import Store
 from deepseek_jax.errors import InputError
 
 

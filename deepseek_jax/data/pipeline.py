@@ -12,7 +12,7 @@ import hashlib
 import numpy as np
 
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.store import TRAIN, Store
+from deepseek_jax.data.token_store import TRAIN, Store
 from deepseek_jax.errors import InputError
 
 

@@ -12,7 +12,8 @@ import shutil
 
 import numpy as np
 
-from deepseek_jax.data import corpus, infill, store
+from deepseek_jax.data import corpus, infill
+from deepseek_jax.data import token_store as store
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.census import census_of

@@ -7,7 +7,7 @@ kind: a field that is in no table here is an error.
 
 from typing import Any, NamedTuple
 
-from deepseek_jax.hf import v32
+from deepseek_jax.hf.families import v32
 
 REQUIRED = object()
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import from_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields as fields_of
-from deepseek_jax.hf import rope_json, v4_config, v32
-from deepseek_jax.layers.mtp import MTPConfig
+from deepseek_jax.hf import rope_json
+from deepseek_jax.hf.families import v4 as v4_config
+from deepseek_jax.hf.families import v32
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.presets import layout
-from deepseek_jax.transformer import TransformerConfig
 
 
 class Parsed(NamedTuple):

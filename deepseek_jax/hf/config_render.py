@@ -8,13 +8,15 @@ from typing import Any
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields as fields_of
-from deepseek_jax.hf import rope_json, v4_config, v4_names, v32
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.residual import ResidualConfig
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.hf import rope_json
+from deepseek_jax.hf.families import v4 as v4_config
+from deepseek_jax.hf.families import v4_names, v32
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.residual import ResidualConfig
+from deepseek_jax.model.transformer import TransformerConfig
 
 
 def render(

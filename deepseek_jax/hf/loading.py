@@ -9,11 +9,11 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from deepseek_jax import sharding
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read, Source
-from deepseek_jax.sharding import Rules
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.sharding import Rules
 
 CHUNK = 1 << 26  # bytes handled at once
 

@@ -18,13 +18,13 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import v4_names, v32
-from deepseek_jax.hf.rows import Row
-from deepseek_jax.layers.block import BlockConfig
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.transformer import TransformerConfig, build
+from deepseek_jax.hf.families import v4_names, v32
+from deepseek_jax.hf.row import Row
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.block import BlockConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.transformer import TransformerConfig, build
 
 Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
 

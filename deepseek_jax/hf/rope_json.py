@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
+from deepseek_jax.model.attention.rope import (
+  Llama3Config,
+  RopeConfig,
+  YarnConfig,
+)
 
 _YARN = {
   'factor': 'factor',

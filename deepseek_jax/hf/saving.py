@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_render, fp8, names, safetensors_io, v4_names
+from deepseek_jax.hf import config_render, fp8, names, safetensors_io
+from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.model.transformer import TransformerConfig
 
 _SCALE = '_scale_inv'
 STEP = 1 << 24  # numbers handled at once

@@ -13,14 +13,8 @@ import numpy as np
 
 from deepseek_jax import files
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import (
-  config_json,
-  fp8,
-  mxfp4,
-  names,
-  safetensors_io,
-  v4_names,
-)
+from deepseek_jax.hf import config_json, fp8, mxfp4, names, safetensors_io
+from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf
 
 _SCALE = '_scale_inv'

@@ -30,8 +30,8 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.hf import loading, names
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read
-from deepseek_jax.sharding import Rules
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.parallel.sharding import Rules
 
 MODEL = 'model.json'
 VARIABLES = 'variables'

@@ -22,13 +22,14 @@ from flax import nnx
 
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import loading, saving, ties, v4_names
+from deepseek_jax.hf import loading, saving, ties
+from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.source import Source
-from deepseek_jax.layers.block import Block, BlockConfig
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.sharding import Buffer
-from deepseek_jax.transformer import build, positions_in
+from deepseek_jax.model.block import Block, BlockConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.transformer import build, positions_in
+from deepseek_jax.parallel.sharding import Buffer
 
 LENGTHS = (1, 7, 64, 300)
 MAX_LOGIT = 1e-4

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import formats, queues, sums, wires
+from deepseek_jax.parallel import collectives as sums
+from deepseek_jax.parallel import formats, queues, wires
 from deepseek_jax.parallel.wires import Wire
 from pallas_kernels import permute
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax import sharding
-from deepseek_jax.parallel.context import Along
+from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.sequence import Along
 
 _NEG = -1e30
 _BLOCK = 1024  # keys expanded at a time, at most

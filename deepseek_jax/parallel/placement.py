@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax import sharding
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig, Rules
 

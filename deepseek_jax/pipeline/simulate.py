@@ -8,7 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.plan.schedules import Chunk, Schedule, Step
+from deepseek_jax.pipeline.chunk_orders import Chunk, Schedule, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from deepseek_jax.plan.attention import (
   Term,
   attention_cost,
 )
+from deepseek_jax.plan.device_shares import RULES, Mesh, mesh_of
 from deepseek_jax.plan.flops import (
   CONVENTIONS,
   count_flops,
@@ -20,7 +21,6 @@ from deepseek_jax.plan.memory import (
   checkpoint_bytes,
   device_bytes,
 )
-from deepseek_jax.plan.mesh import RULES, Mesh, mesh_of
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
 from deepseek_jax.plan.report import Recipe, Report, estimate, v3_recipe
-from deepseek_jax.plan.wire import traffic
+from deepseek_jax.plan.wire.traffic import traffic

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from deepseek_jax.layers.block import Block, BlockConfig
-from deepseek_jax.layers.context import Context
-from deepseek_jax.sharding import Buffer
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.model.block import Block, BlockConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.parallel.sharding import Buffer
 
 
 class Kept(NamedTuple):

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.nsa import NSAConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.nsa import NSAConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 
 
 @dataclasses.dataclass(frozen=True)

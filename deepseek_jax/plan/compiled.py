@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax import sharding
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.plan.collectives import Total, collectives, totals
-from deepseek_jax.plan.mesh import AXES
-from deepseek_jax.schedules import BatchConfig
-from deepseek_jax.train import TrainConfig, initial_state, train_step
-from deepseek_jax.transformer import TransformerConfig, build
+from deepseek_jax.plan.compiled_collectives import Total, collectives, totals
+from deepseek_jax.plan.device_shares import AXES
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import BatchConfig
+from deepseek_jax.train.step import TrainConfig, initial_state, train_step
 
 MOST = 256  # devices; more take minutes and tell nothing new
 _WARNING = re.compile(

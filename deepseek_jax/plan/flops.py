@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers.block import BlockConfig
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.moe import MoEConfig
+from deepseek_jax.model.block import BlockConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.plan.attention import Term, attention_cost
-from deepseek_jax.transformer import TransformerConfig
 
 Seen = Literal['half', 'full', 'triangle', 'blocks']
 CONVENTIONS = {

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel import exchange
 from deepseek_jax.pipeline.cut import stage_places
-from deepseek_jax.plan import mesh as meshes
+from deepseek_jax.plan import device_shares as meshes
 from deepseek_jax.plan.activations import kept_bytes
 from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
+from deepseek_jax.plan.device_shares import Mesh, Share
 from deepseek_jax.plan.flops import blocks
-from deepseek_jax.plan.mesh import Mesh, Share
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.train.optimizer import OptimizerConfig
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'float8': 1}
 CLASSES = (

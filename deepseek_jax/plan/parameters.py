@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import TransformerConfig, build
 
 
 @dataclasses.dataclass(frozen=True)

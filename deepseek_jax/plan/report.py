@@ -10,15 +10,25 @@ from collections.abc import Mapping
 
 from deepseek_jax.config import to_dict
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.pipeline.simulate import Durations
-from deepseek_jax.plan import cost, hardware, memory, mesh, pipeline
+from deepseek_jax.plan import (
+  bubbles as pipeline,
+)
+from deepseek_jax.plan import (
+  cost,
+  hardware,
+  memory,
+)
+from deepseek_jax.plan import (
+  device_shares as mesh,
+)
 from deepseek_jax.plan import flops as flop
+from deepseek_jax.plan.device_shares import Mesh
 from deepseek_jax.plan.hardware import Cluster
-from deepseek_jax.plan.mesh import Mesh
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
-from deepseek_jax.plan.tensor_wire import uncounted
-from deepseek_jax.plan.wire import Traffic, traffic
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.plan.wire.tensor_wire import uncounted
+from deepseek_jax.plan.wire.traffic import Traffic, traffic
 
 POLICIES = ('none', 'dots', 'full')
 

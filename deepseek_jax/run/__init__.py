@@ -1,1 +1,1 @@
-"""The parts of a training run; `deepseek_jax.loop` puts them together."""
+"""The parts of a training run; `deepseek_jax.run.fit` puts them together."""

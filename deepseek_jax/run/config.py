@@ -4,11 +4,11 @@ import dataclasses
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax import integrity
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.train import TrainConfig
-from deepseek_jax.transformer import TransformerConfig
+from deepseek_jax.run import integrity
+from deepseek_jax.train.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

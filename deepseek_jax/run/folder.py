@@ -10,13 +10,13 @@ import jax
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax.checkpoint import Checkpoints, flatten
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import distributed
+from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import lock, say
+from deepseek_jax.run.checkpoint import Checkpoints, flatten
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.train import TrainState, initial_state
-from deepseek_jax.transformer import Model, build
+from deepseek_jax.train.step import TrainState, initial_state
 
 
 def as_json(config: RunConfig) -> dict:

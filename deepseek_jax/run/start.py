@@ -5,18 +5,18 @@ from pathlib import Path
 import jax
 
 from deepseek_jax import data as datalib
-from deepseek_jax import warm_start
-from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.data.ngrams import token_classes
 from deepseek_jax.errors import InputError
-from deepseek_jax.layers import ngram_hash
-from deepseek_jax.parallel import distributed
+from deepseek_jax.model.memory import ngram_hash
+from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import say
+from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import config_of, has_checkpoint, load
-from deepseek_jax.run.staged import StagedSteps
-from deepseek_jax.run.step import Steps
-from deepseek_jax.transformer import Model, build
+from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.run.steps import Steps
+from deepseek_jax.train import warm_start
 
 
 def start(

@@ -9,18 +9,18 @@ import jax
 import numpy as np
 
 from deepseek_jax import data as datalib
-from deepseek_jax import last_steps
-from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.errors import Preempted, RunAborted
-from deepseek_jax.last_steps import LastSteps
-from deepseek_jax.preemption import Preemption
+from deepseek_jax.record import last_steps
+from deepseek_jax.record.last_steps import LastSteps
+from deepseek_jax.record.timeline import Timeline
+from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
-from deepseek_jax.run.record import Record
-from deepseek_jax.run.staged import StagedSteps
-from deepseek_jax.run.step import Steps
-from deepseek_jax.timeline import Timeline
-from deepseek_jax.watchdog import Watchdog
+from deepseek_jax.run.preemption import Preemption
+from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.run.step_record import Record
+from deepseek_jax.run.steps import Steps
+from deepseek_jax.run.watchdog import Watchdog
 
 
 @dataclasses.dataclass

@@ -7,8 +7,11 @@ a token reads eight rows; the data pipeline hashes n-grams to rows ahead.
 """
 
 import deepseek_jax as ds
-from deepseek_jax import loop, optim, schedules, train
 from deepseek_jax.data import DataConfig
+from deepseek_jax.run import fit as loop
+from deepseek_jax.train import optimizer as optim
+from deepseek_jax.train import schedules
+from deepseek_jax.train import step as train
 from experiments.common import editable
 
 

@@ -7,8 +7,11 @@ blocks of 16 tokens and a window of 64, of 256 tokens.
 """
 
 import deepseek_jax as ds
-from deepseek_jax import loop, optim, schedules, train
 from deepseek_jax.data import DataConfig
+from deepseek_jax.run import fit as loop
+from deepseek_jax.train import optimizer as optim
+from deepseek_jax.train import schedules
+from deepseek_jax.train import step as train
 from experiments.common import editable
 
 

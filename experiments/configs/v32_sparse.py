@@ -8,8 +8,10 @@ over the tokens that they pick; the model learns from its own.
 """
 
 import deepseek_jax as ds
-from deepseek_jax import loop, schedules, train
 from deepseek_jax.data import DataConfig
+from deepseek_jax.run import fit as loop
+from deepseek_jax.train import schedules
+from deepseek_jax.train import step as train
 from experiments.common import editable
 
 

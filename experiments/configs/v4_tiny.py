@@ -15,8 +15,18 @@ V4 begins dense and warms its indexers up; so does this, in runs that each
 """
 
 import deepseek_jax as ds
-from deepseek_jax import loop, muon, optim, schedules, train
 from deepseek_jax.data import DataConfig
+from deepseek_jax.run import fit as loop
+from deepseek_jax.train import (
+  muon,
+  schedules,
+)
+from deepseek_jax.train import (
+  optimizer as optim,
+)
+from deepseek_jax.train import (
+  step as train,
+)
 from experiments.common import editable
 
 

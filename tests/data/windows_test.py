@@ -9,7 +9,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax import data
-from deepseek_jax.data import corpus, infill, store, windows
+from deepseek_jax.data import corpus, infill, windows
+from deepseek_jax.data import token_store as store
 from deepseek_jax.errors import InputError
 
 EOS, BEGIN, HOLE, END = 1, 2, 3, 4  # of the byte tokenizer

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax import integrity
-from deepseek_jax.checkpoint import Checkpoints
 from deepseek_jax.errors import InputError
+from deepseek_jax.run import integrity
+from deepseek_jax.run.checkpoint import Checkpoints
 from experiments import checkpoint as launcher
 from tests.faults import ledger
 

@@ -13,9 +13,9 @@ import pytest
 from absl.testing import absltest
 
 from deepseek_jax import data as datalib
-from deepseek_jax import last_steps, replay, timeline
 from deepseek_jax.errors import InputError, Preempted
-from deepseek_jax.run import say
+from deepseek_jax.record import last_steps, timeline
+from deepseek_jax.run import replay, say
 from tests.faults import damage_test, ledger, runs
 
 
@@ -151,7 +151,7 @@ class ReplayTest(runs.RunTest):
 
 _HANG = """
 import sys, time
-from deepseek_jax.watchdog import Watchdog
+from deepseek_jax.run.watchdog import Watchdog
 watchdog = Watchdog(5, 0.5, lambda seconds: print('hung', flush=True))
 for _ in range(4):
   with watchdog.step():

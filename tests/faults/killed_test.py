@@ -8,7 +8,7 @@ import pytest
 from absl.testing import absltest
 
 from deepseek_jax import data as datalib
-from deepseek_jax import integrity
+from deepseek_jax.run import integrity
 from tests.faults import launches, ledger, runs
 
 _ROUNDS = 20

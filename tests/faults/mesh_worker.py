@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import deepseek_jax as ds
-from deepseek_jax import loop
-from deepseek_jax.checkpoint import Checkpoints, flatten
 from deepseek_jax.parallel import placement
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run.checkpoint import Checkpoints, flatten
 from tests.faults import runs
 
 MESHES = ((4, 2), (1, 1), (2, 2), (8, 1))

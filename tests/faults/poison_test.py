@@ -10,10 +10,11 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from deepseek_jax import data as datalib
-from deepseek_jax import last_steps, loop, metrics, replay
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import RunAborted
-from deepseek_jax.run import folder
+from deepseek_jax.record import last_steps, metrics
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run import folder, replay
 from tests.faults import ledger, runs
 
 _BEL = '\a'  # thrice in every document

@@ -12,10 +12,11 @@ from absl.testing import absltest
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax import loop, presets
-from deepseek_jax.checkpoint import flatten
-from deepseek_jax.schedules import BatchConfig, ScheduleConfig
-from deepseek_jax.train import TrainConfig
+from deepseek_jax import presets
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run.checkpoint import flatten
+from deepseek_jax.train.schedules import BatchConfig, ScheduleConfig
+from deepseek_jax.train.step import TrainConfig
 
 LENGTH, ROWS = 16, 4
 

@@ -16,10 +16,12 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax import data as datalib
-from deepseek_jax import last_steps, loop
-from deepseek_jax.checkpoint import flatten
-from deepseek_jax.parallel import distributed, placement
-from deepseek_jax.run import step
+from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.record import last_steps
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run import steps as step
+from deepseek_jax.run.checkpoint import flatten
 from experiments import common, processes
 from tests.faults import runs
 

@@ -6,12 +6,12 @@ import sys
 import numpy as np
 
 from deepseek_jax.hf import saving
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.presets import layout
-from deepseek_jax.transformer import TransformerConfig
 
 CONFIG = TransformerConfig(
   vocab_size=64000,

@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import chat
+from deepseek_jax.infer import chat
 
 # In the manner of the released templates.
 _TEMPLATE = (

@@ -5,8 +5,8 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_json, config_render
-from deepseek_jax.layers.balance import BalanceConfig
-from deepseek_jax.layers.moe import CapacityConfig
+from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.moe import CapacityConfig
 
 # As released, field by field.
 _V3 = {

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as ds
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.rope import RopeConfig, YarnConfig
-from deepseek_jax.layers.router import RouterConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.presets import layout
 
 V3 = ds.TransformerConfig(

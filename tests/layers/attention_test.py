@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.layers.attention import cached_attention, causal_attention
+from deepseek_jax.model.attention.softmax import (
+  cached_attention,
+  causal_attention,
+)
 from tests import reference
 
 SCALE = 0.4

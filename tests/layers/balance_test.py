@@ -6,10 +6,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers import balance as lib
-from deepseek_jax.layers.balance import BalanceConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.router import Routing
+from deepseek_jax.model.experts import balance as lib
+from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import Routing
 from tests import reference
 
 B, T, E, K, DEVICES, LIMIT = 3, 10, 8, 3, 4, 2

@@ -6,9 +6,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from deepseek_jax.layers.compressor import Compressor, CompressorConfig
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.rope import RopeConfig
+from deepseek_jax.model.attention.compressor import Compressor, CompressorConfig
+from deepseek_jax.model.attention.rope import RopeConfig
+from deepseek_jax.model.context import Context
 from tests import tiny
 
 DIM, RATIO = 6, 3

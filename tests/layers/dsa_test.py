@@ -11,11 +11,17 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import chosen_latents, dsa, query_blocks
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.dsa import DSA, DSAConfig
-from deepseek_jax.layers.indexer import IndexerConfig
-from deepseek_jax.layers.mla import MLA
+from deepseek_jax.model.attention import (
+  dsa,
+  query_blocks,
+)
+from deepseek_jax.model.attention import (
+  dsa_reading as chosen_latents,
+)
+from deepseek_jax.model.attention.dsa import DSA, DSAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.mla import MLA
+from deepseek_jax.model.context import Context
 from tests import reference, sparse_reference, tiny
 
 DIM, T, K = 16, 20, 4

@@ -11,14 +11,16 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax import muon, optim, sharding
 from deepseek_jax.data import ngrams
-from deepseek_jax.layers import ngram_hash
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.engram import Engram, EngramConfig
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.transformer import Kind
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.memory import ngram_hash
+from deepseek_jax.model.memory.engram import Engram, EngramConfig
+from deepseek_jax.model.transformer import Kind
+from deepseek_jax.parallel import sharding
+from deepseek_jax.train import muon
+from deepseek_jax.train import optimizer as optim
 from tests import reference, tiny
 
 T, DIM = 24, 16
@@ -287,8 +289,8 @@ class ModelTest(parameterized.TestCase):
       done, cache = done + news, out.cache
 
   def test_unstacked_for_sampling_it_is_the_same(self):
-    flat = ds.transformer.unstack(config())
-    apart = ds.transformer.unstack(config(), variables())
+    flat = ds.model.transformer.unstack(config())
+    apart = ds.model.transformer.unstack(config(), variables())
     got = jax.jit(ds.build(flat).apply)(apart, tokens(), **whole()).logits
     want = jitted()(variables(), tokens(), **whole()).logits
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
@@ -357,7 +359,7 @@ class TablesTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'engram': None}, 'kinds.memory.engram = True: needs engram'),
     (
-      {'mtp': ds.transformer.MTPConfig(1, 'memory')},
+      {'mtp': ds.model.transformer.MTPConfig(1, 'memory')},
       "mtp.block = 'memory': has a memory",
     ),
     (

@@ -4,7 +4,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers.ffn import FFN, FFNConfig, swiglu
+from deepseek_jax.model.experts.ffn import FFN, FFNConfig, swiglu
 from tests import reference, tiny
 
 

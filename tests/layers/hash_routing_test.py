@@ -9,10 +9,10 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import ffn, moe
-from deepseek_jax.layers import router as lib
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.router import Router, RouterConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts import ffn, moe
+from deepseek_jax.model.experts import router as lib
+from deepseek_jax.model.experts.router import Router, RouterConfig
 from tests import tiny
 
 V4 = RouterConfig(scoring='sqrtsoftplus', scale=1.5)
@@ -115,7 +115,7 @@ class HashTest(parameterized.TestCase):
 
   def test_a_model_keeps_one_table_per_layer_in_its_buffers(self):
     kinds = {
-      'hash': ds.transformer.Kind(
+      'hash': ds.model.transformer.Kind(
         'moe',
         (
           ('moe.router.bias', False),

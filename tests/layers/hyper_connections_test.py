@@ -10,10 +10,10 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import hyper_connections as hc
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.residual import ResidualConfig
+from deepseek_jax.model import hyper_connections as hc
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.residual import ResidualConfig
 from tests import tiny
 
 DIM = 6

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers.indexer import (
+from deepseek_jax.model.attention.indexer import (
   Indexer,
   IndexerConfig,
   IndexQuery,
@@ -20,7 +20,7 @@ from deepseek_jax.layers.indexer import (
   divergence,
   index_scores,
 )
-from deepseek_jax.layers.query_blocks import Sight, over_blocks
+from deepseek_jax.model.attention.query_blocks import Sight, over_blocks
 from tests import reference, sparse_reference, tiny
 
 DIM, LATENT, T = 16, 12, 14

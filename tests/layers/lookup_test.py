@@ -6,7 +6,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers import lookup, query_blocks
+from deepseek_jax.model import lookup
+from deepseek_jax.model.attention import query_blocks
 from tests import tiny
 
 

@@ -10,8 +10,8 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.mla import MLA, Latent
+from deepseek_jax.model.attention.mla import MLA, Latent
+from deepseek_jax.model.context import Context
 from tests import reference, tiny
 
 DIM, T = 16, 20

@@ -10,15 +10,15 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.moe import (
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts.moe import (
   CapacityConfig,
   MoE,
   MoEConfig,
   drop,
   exempted,
 )
-from deepseek_jax.layers.router import RouterConfig, Routing
+from deepseek_jax.model.experts.router import RouterConfig, Routing
 from tests import reference, tiny
 
 DIM, B, T = 16, 2, 24

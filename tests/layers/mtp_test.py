@@ -3,8 +3,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.mtp import MTPConfig, shifted
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.mtp import MTPConfig, shifted
 
 
 class ShiftedTest(parameterized.TestCase):

@@ -3,7 +3,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.model.norm import RMSNorm
 from tests import reference
 
 

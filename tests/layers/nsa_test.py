@@ -10,10 +10,10 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import nsa_branches
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.nsa import NSA, NSAConfig
-from deepseek_jax.layers.rope import RopeConfig
+from deepseek_jax.model.attention import nsa_branches
+from deepseek_jax.model.attention.nsa import NSA, NSAConfig
+from deepseek_jax.model.attention.rope import RopeConfig
+from deepseek_jax.model.context import Context
 from tests import reference, sparse_reference, tiny
 
 DIM, T = 12, 29

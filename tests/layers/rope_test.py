@@ -6,8 +6,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.layers import rope as lib
-from deepseek_jax.layers.rope import Llama3Config, RopeConfig, YarnConfig
+from deepseek_jax.model.attention import rope as lib
+from deepseek_jax.model.attention.rope import (
+  Llama3Config,
+  RopeConfig,
+  YarnConfig,
+)
 from tests import reference
 
 YARN = RopeConfig(scaling=YarnConfig())

@@ -9,10 +9,10 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import router as lib
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.router import Router, RouterConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts import router as lib
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import Router, RouterConfig
 from tests import reference, tiny
 
 GREEDY = RouterConfig(scoring='softmax', bias=False, normalize=False)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.layers import routing_statistics
-from deepseek_jax.layers.router import RouterConfig, Routing, choose
+from deepseek_jax.model.experts import statistics as routing_statistics
+from deepseek_jax.model.experts.router import RouterConfig, Routing, choose
 
 B, T = 2, 12
 

@@ -11,13 +11,19 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.layers import compressor, partial_attention, ring
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.csa import CSAConfig
-from deepseek_jax.layers.entry_reading import Reading
-from deepseek_jax.layers.hca import HCAConfig
-from deepseek_jax.layers.rope import RopeConfig, YarnConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
+from deepseek_jax.model.attention import (
+  compressor,
+  ring,
+)
+from deepseek_jax.model.attention import (
+  partial_softmax as partial_attention,
+)
+from deepseek_jax.model.attention.csa import CSAConfig
+from deepseek_jax.model.attention.csa_reading import Reading
+from deepseek_jax.model.attention.hca import HCAConfig
+from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.context import Context
 from tests import reference, tiny
 from tests.layers import v4_reference
 

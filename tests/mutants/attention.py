@@ -2,9 +2,9 @@
 
 from tests.mutants.mutant import Mutant
 
-_ROPE = 'deepseek_jax/layers/rope.py'
-_MLA = 'deepseek_jax/layers/mla.py'
-_CORE = 'deepseek_jax/layers/attention.py'
+_ROPE = 'deepseek_jax/model/attention/rope.py'
+_MLA = 'deepseek_jax/model/attention/mla.py'
+_CORE = 'deepseek_jax/model/attention/softmax.py'
 _ROPE_TEST = 'tests/layers/rope_test.py'
 _MLA_TEST = 'tests/layers/mla_test.py'
 _CORE_TEST = 'tests/layers/attention_test.py'
@@ -148,7 +148,7 @@ MUTANTS = (
   ),
   Mutant(
     'padding_enters_the_cache',
-    'deepseek_jax/cache.py',
+    'deepseek_jax/model/cache.py',
     'jnp.where(valid, positions, buffer.shape[1])',
     'positions',
     ('tests/transformer_test.py::write_puts_valid_tokens',),
@@ -157,7 +157,7 @@ MUTANTS = (
   ),
   Mutant(
     'norm_in_low_precision',
-    'deepseek_jax/layers/norm.py',
+    'deepseek_jax/model/norm.py',
     'y = x.astype(jnp.float32)\n',
     'y = x\n',
     ('tests/layers/norm_test.py::bfloat16_rounds_only',),
@@ -166,7 +166,7 @@ MUTANTS = (
   ),
   Mutant(
     'norm_eps_outside_the_root',
-    'deepseek_jax/layers/norm.py',
+    'deepseek_jax/model/norm.py',
     'jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)',
     '1 / (jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True)) + self.eps)',
     ('tests/layers/norm_test.py::equals_float64',),

@@ -2,8 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-_HASH = 'deepseek_jax/layers/ngram_hash.py'
-_ENGRAM = 'deepseek_jax/layers/engram.py'
+_HASH = 'deepseek_jax/model/memory/ngram_hash.py'
+_ENGRAM = 'deepseek_jax/model/memory/engram.py'
 _ENGRAM_TEST = 'tests/layers/engram_test.py'
 _NGRAMS_TEST = 'tests/data/ngrams_test.py'
 
@@ -61,7 +61,7 @@ MUTANTS = (
   ),
   Mutant(
     'tables_decay_beside_muon',
-    'deepseek_jax/optim.py',
+    'deepseek_jax/train/optimizer.py',
     'not split and not table and (matrix or cfg.muon.vectors)',
     'not split and (matrix or cfg.muon.vectors)',
     (f'{_ENGRAM_TEST}::tables_do_not_decay_beside_muon',),

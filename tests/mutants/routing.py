@@ -2,9 +2,9 @@
 
 from tests.mutants.mutant import Mutant
 
-_ROUTER = 'deepseek_jax/layers/router.py'
-_MOE = 'deepseek_jax/layers/moe.py'
-_BALANCE = 'deepseek_jax/layers/balance.py'
+_ROUTER = 'deepseek_jax/model/experts/router.py'
+_MOE = 'deepseek_jax/model/experts/moe.py'
+_BALANCE = 'deepseek_jax/model/experts/balance.py'
 _ROUTER_TEST = 'tests/layers/router_test.py'
 _MOE_TEST = 'tests/layers/moe_test.py'
 _BALANCE_TEST = 'tests/layers/balance_test.py'
@@ -115,7 +115,7 @@ MUTANTS = (
   ),
   Mutant(
     'gate_and_up_exchanged',
-    'deepseek_jax/layers/ffn.py',
+    'deepseek_jax/model/experts/ffn.py',
     'return jax.nn.silu(gate) * up',
     'return gate * jax.nn.silu(up)',
     ('tests/layers/ffn_test.py::gate_comes_first',),

@@ -2,11 +2,11 @@
 
 from tests.mutants.mutant import Mutant
 
-_INDEXER = 'deepseek_jax/layers/indexer.py'
-_DSA = 'deepseek_jax/layers/dsa.py'
-_CHOSEN = 'deepseek_jax/layers/chosen_latents.py'
-_NSA = 'deepseek_jax/layers/nsa.py'
-_BRANCHES = 'deepseek_jax/layers/nsa_branches.py'
+_INDEXER = 'deepseek_jax/model/attention/indexer.py'
+_DSA = 'deepseek_jax/model/attention/dsa.py'
+_CHOSEN = 'deepseek_jax/model/attention/dsa_reading.py'
+_NSA = 'deepseek_jax/model/attention/nsa.py'
+_BRANCHES = 'deepseek_jax/model/attention/nsa_branches.py'
 _NSA_TEST = 'tests/layers/nsa_test.py'
 _INDEXER_TEST = 'tests/layers/indexer_test.py'
 _DSA_TEST = 'tests/layers/dsa_test.py'

@@ -2,8 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-_TRAIN = 'deepseek_jax/train.py'
-_MTP = 'deepseek_jax/layers/mtp.py'
+_TRAIN = 'deepseek_jax/train/step.py'
+_MTP = 'deepseek_jax/model/mtp.py'
 _FP8 = 'deepseek_jax/hf/fp8.py'
 _PIPELINE = 'deepseek_jax/data/pipeline.py'
 _TRAIN_TEST = 'tests/train_test.py'
@@ -105,7 +105,7 @@ MUTANTS = (
   ),
   Mutant(
     'skipped_updates_applied',
-    'deepseek_jax/update.py',
+    'deepseek_jax/train/update.py',
     'lambda n, o: jnp.where(verdict.applied, n, o), new, old',
     'lambda n, o: n, new, old',
     (f'{_TRAIN_TEST}::an_exploding_batch_changes_nothing',),
@@ -113,7 +113,7 @@ MUTANTS = (
   ),
   Mutant(
     'gate_looks_at_the_loss_alone',
-    'deepseek_jax/gate.py',
+    'deepseek_jax/train/gate.py',
     'ok = jnp.isfinite(seen).all()',
     'ok = jnp.isfinite(loss)',
     ('tests/gate_test.py::only_finiteness_is_judged',),
@@ -121,7 +121,7 @@ MUTANTS = (
   ),
   Mutant(
     'norm_weights_decay',
-    'deepseek_jax/optim.py',
+    'deepseek_jax/train/optimizer.py',
     "len(axes) > 1 and 'tables' not in axes",
     "len(axes) > 0 and 'tables' not in axes",
     ('tests/optim_test.py::matrices_decay_and_norms_do_not',),

@@ -2,12 +2,12 @@
 
 from tests.mutants.mutant import Mutant
 
-_COMPRESSOR = 'deepseek_jax/layers/compressor.py'
-_SHARED = 'deepseek_jax/layers/shared_kv.py'
-_PARTS = 'deepseek_jax/layers/partial_attention.py'
-_STREAMS = 'deepseek_jax/layers/hyper_connections.py'
-_ROUTER = 'deepseek_jax/layers/router.py'
-_MUON = 'deepseek_jax/muon.py'
+_COMPRESSOR = 'deepseek_jax/model/attention/compressor.py'
+_SHARED = 'deepseek_jax/model/attention/shared_kv.py'
+_PARTS = 'deepseek_jax/model/attention/partial_softmax.py'
+_STREAMS = 'deepseek_jax/model/hyper_connections.py'
+_ROUTER = 'deepseek_jax/model/experts/router.py'
+_MUON = 'deepseek_jax/train/muon.py'
 _SHARED_TEST = 'tests/layers/shared_kv_test.py'
 _STREAMS_TEST = 'tests/layers/hyper_connections_test.py'
 _ROUTING_TEST = 'tests/layers/hash_routing_test.py'
@@ -130,7 +130,7 @@ MUTANTS = (
   ),
   Mutant(
     'swiglu_not_clamped',
-    'deepseek_jax/layers/ffn.py',
+    'deepseek_jax/model/experts/ffn.py',
     'gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)',
     'gate, up = jnp.minimum(gate, limit), jnp.minimum(up, limit)',
     (f'{_ROUTING_TEST}::gate_is_clamped_above',),
@@ -139,7 +139,7 @@ MUTANTS = (
   ),
   Mutant(
     'shared_expert_not_clamped',
-    'deepseek_jax/layers/moe.py',
+    'deepseek_jax/model/experts/moe.py',
     'shared = FFNConfig(cfg.shared * F, cfg.limit)',
     'shared = FFNConfig(cfg.shared * F)',
     (f'{_ROUTING_TEST}::routed_and_shared_experts_both',),

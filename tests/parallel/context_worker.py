@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from deepseek_jax import sharding, train
-from deepseek_jax.layers.attention import causal_attention
-from deepseek_jax.layers.mla import Latent, latent_attention
+from deepseek_jax.model.attention.mla import Latent, latent_attention
+from deepseek_jax.model.attention.softmax import causal_attention
+from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.gathered_attention import expand_latents
-from deepseek_jax.train import Shares
+from deepseek_jax.train import step as train
+from deepseek_jax.train.step import Shares
 from tests import tiny
 from tests.parallel.pipeline_worker import error
 

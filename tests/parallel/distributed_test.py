@@ -8,8 +8,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import distributed, placement
-from deepseek_jax.parallel.distributed import Cluster, find_cluster
+from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.parallel.processes import Cluster, find_cluster
 
 _SLURM = {
   'SLURM_JOB_ID': '7',

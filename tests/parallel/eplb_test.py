@@ -4,7 +4,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.parallel import eplb
+from deepseek_jax.infer import eplb
 
 WEIGHT = [
   [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

@@ -10,13 +10,14 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.parallel import exchange, formats, queues, traffic
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.parallel import exchange, formats, queues
 from deepseek_jax.parallel.exchange import ExchangeConfig
-from deepseek_jax.plan import wire
-from deepseek_jax.transformer import ComputeConfig
+from deepseek_jax.plan.wire import expert_wire as traffic
+from deepseek_jax.plan.wire import traffic as wire
 from tests import fake_devices
 from tests.scale import exchanges
 
@@ -190,8 +191,7 @@ class RulesTest(absltest.TestCase):
     # Their sum would add up outputs of different tokens.
     from jax.sharding import AbstractMesh
 
-    from deepseek_jax import sharding
-    from deepseek_jax.parallel import mesh
+    from deepseek_jax.parallel import mesh, sharding
 
     sizes = {'data': 2}
     grid = AbstractMesh(tuple(sizes.get(a, 1) for a in mesh.AXES), mesh.AXES)
@@ -205,9 +205,8 @@ class RaggedTest(absltest.TestCase):
   def test_it_lowers_for_gpu_and_tpu(self):
     from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-    from deepseek_jax import sharding
-    from deepseek_jax.layers.moe import apply_experts
-    from deepseek_jax.parallel import mesh
+    from deepseek_jax.model.experts.moe import apply_experts
+    from deepseek_jax.parallel import mesh, sharding
 
     cfg = mesh.MeshConfig(expert=4)
     shape = tuple(getattr(cfg, a) for a in mesh.AXES)

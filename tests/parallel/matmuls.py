@@ -7,7 +7,7 @@ A branch that may be skipped counts as if it ran.
 import math
 import re
 
-from deepseek_jax.plan import collectives
+from deepseek_jax.plan import compiled_collectives as collectives
 
 _DEFINED = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]')
 _DOT = re.compile(r' dot\((?:\w+\[[^ ]* )?%?([\w.\-]+)')

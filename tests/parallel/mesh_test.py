@@ -5,10 +5,9 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
 import deepseek_jax as ds
-from deepseek_jax import sharding
-from deepseek_jax.parallel import mesh
+from deepseek_jax.parallel import mesh, sharding
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.plan import mesh as planned
+from deepseek_jax.plan import device_shares as planned
 from tests import tiny
 
 
@@ -101,7 +100,7 @@ class LayoutTest(absltest.TestCase):
     self.assertCountEqual(mesh.AXES, planned.AXES)
 
   def test_moments_lie_where_their_parameters_do(self):
-    from deepseek_jax import train
+    from deepseek_jax.train import step as train
     from tests.scale import invariance
 
     model = tiny.model('v3')

@@ -8,8 +8,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.parallel import pipeline, stages
-from deepseek_jax.plan import schedules
+from deepseek_jax.pipeline import chunk_orders as schedules
+from deepseek_jax.pipeline import pipeline, stages
 from tests import fake_devices, tiny
 
 CASES = (

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from deepseek_jax import train
-from deepseek_jax.parallel.pipeline import Pipeline
-from deepseek_jax.plan import schedules
-from deepseek_jax.train import Shares
+from deepseek_jax.pipeline import chunk_orders as schedules
+from deepseek_jax.pipeline.pipeline import Pipeline
+from deepseek_jax.train import step as train
+from deepseek_jax.train.step import Shares
 from tests import tiny
 
 T, WEIGHT = 12, 0.3

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest
 
 import deepseek_jax as ds
-from deepseek_jax.parallel import redundant
+from deepseek_jax.infer import redundant_experts as redundant
 from tests import tiny
 
 E, COPIES, DEVICES = 8, 16, 4

@@ -15,16 +15,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deepseek_jax import sharding
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.csa import CSAConfig
-from deepseek_jax.layers.dsa import DSAConfig
-from deepseek_jax.layers.hca import HCAConfig
-from deepseek_jax.layers.indexer import IndexerConfig
-from deepseek_jax.layers.nsa import NSAConfig
-from deepseek_jax.layers.shared_kv import SharedKVConfig
+from deepseek_jax.model.attention.csa import CSAConfig
+from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.hca import HCAConfig
+from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.nsa import NSAConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import RULES
-from deepseek_jax.plan.collectives import collectives
+from deepseek_jax.plan.compiled_collectives import collectives
 from tests import tiny
 from tests.parallel.context_worker import mesh_of
 from tests.parallel.matmuls import matmuls

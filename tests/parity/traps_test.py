@@ -16,7 +16,8 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax import hf
 from deepseek_jax.hf import fp8
-from deepseek_jax.layers import mla, router
+from deepseek_jax.model.attention import mla
+from deepseek_jax.model.experts import router
 
 _CHOOSE, _LIMIT = router.choose, router.limit_groups
 _YARN = {'rope_scaling': ph.yarn(mscale=0.7, mscale_all_dim=1.3)}

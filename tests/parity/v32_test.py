@@ -19,8 +19,8 @@ from deepseek_jax.hf import (
   ties,
   verify,
 )
-from deepseek_jax.layers import indexer
-from deepseek_jax.layers.dsa import DSAConfig
+from deepseek_jax.model.attention import indexer
+from deepseek_jax.model.attention.dsa import DSAConfig
 
 CASES = {
   'yarn': {

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import deepseek_jax as ds
 from deepseek_jax import hf
-from deepseek_jax.hf import safetensors_io, v4_config, v4_names, verify
+from deepseek_jax.hf import safetensors_io, verify
+from deepseek_jax.hf.families import v4 as v4_config
+from deepseek_jax.hf.families import v4_names
 
 YARN = {
   'type': 'yarn',

@@ -6,7 +6,7 @@ import numpy as np
 import parity_harness as ph
 
 from deepseek_jax import hf
-from deepseek_jax.hf import v4_names
+from deepseek_jax.hf.families import v4_names
 
 torch, transformers = ph.torch, ph.transformers
 

@@ -19,17 +19,19 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AbstractMesh, Mesh
 
 import deepseek_jax as ds
-from deepseek_jax import plan, sharding
-from deepseek_jax.layers import attention
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.mla import MLAConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.optim import OptimizerConfig, adamw
-from deepseek_jax.plan import activations, flops, memory, mesh
-from deepseek_jax.transformer import ComputeConfig
+from deepseek_jax import plan
+from deepseek_jax.model.attention import softmax as attention
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.parallel import sharding
+from deepseek_jax.plan import activations, flops, memory
+from deepseek_jax.plan import device_shares as mesh
+from deepseek_jax.train.optimizer import OptimizerConfig, adamw
 
 DIM = 512
 MLA = MLAConfig(

@@ -2,7 +2,7 @@
 
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.plan.collectives import (
+from deepseek_jax.plan.compiled_collectives import (
   Array,
   Collective,
   collectives,

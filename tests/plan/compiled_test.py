@@ -12,7 +12,7 @@ import deepseek_jax as ds
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import compiled, tables
-from deepseek_jax.plan.collectives import Total
+from deepseek_jax.plan.compiled_collectives import Total
 from tests import tiny
 
 WARNING = (

@@ -18,12 +18,14 @@ import sys
 import jax
 
 from deepseek_jax import plan
-from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.model.transformer import build
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.plan import compiled, mesh, wire
-from deepseek_jax.plan.collectives import collectives
-from deepseek_jax.transformer import build
+from deepseek_jax.plan import compiled
+from deepseek_jax.plan import device_shares as mesh
+from deepseek_jax.plan.compiled_collectives import collectives
+from deepseek_jax.plan.wire import traffic as wire
+from deepseek_jax.train.optimizer import OptimizerConfig
 from tests import tiny
 from tests.parallel import split_worker
 

@@ -6,9 +6,9 @@ import itertools
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
+from deepseek_jax.pipeline import chunk_orders as schedules
 from deepseek_jax.pipeline.simulate import Durations, simulate
-from deepseek_jax.plan import schedules
-from deepseek_jax.plan.pipeline import method
+from deepseek_jax.plan.bubbles import method
 
 
 class OneFOneBTest(parameterized.TestCase):

@@ -12,8 +12,8 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.gqa import GQAConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.plan import attention, cost, flops
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 import deepseek_jax as ds
 from deepseek_jax import plan
+from deepseek_jax.pipeline import chunk_orders as schedules
 from deepseek_jax.pipeline.simulate import Durations, simulate
-from deepseek_jax.plan import hardware, pictures, schedules, tables
+from deepseek_jax.plan import hardware, pictures, tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TINY = 'experiments/configs/v3_tiny.py'

@@ -6,8 +6,9 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
-from deepseek_jax.layers.nsa import NSAConfig
-from deepseek_jax.plan import flops, mesh
+from deepseek_jax.model.attention.nsa import NSAConfig
+from deepseek_jax.plan import device_shares as mesh
+from deepseek_jax.plan import flops
 
 MILLION = 1 << 20
 V32, PRO, FLASH = (

@@ -8,18 +8,20 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
-from deepseek_jax.layers.ffn import FFNConfig
-from deepseek_jax.layers.gqa import GQAConfig
-from deepseek_jax.layers.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.layers.moe import MoEConfig
-from deepseek_jax.layers.mtp import MTPConfig
-from deepseek_jax.layers.router import RouterConfig
-from deepseek_jax.optim import OptimizerConfig
-from deepseek_jax.parallel import traffic
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.transformer import ComputeConfig
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.pipeline.cut import stage_places
-from deepseek_jax.plan import memory, mesh, wire
-from deepseek_jax.transformer import ComputeConfig
+from deepseek_jax.plan import device_shares as mesh
+from deepseek_jax.plan import memory
+from deepseek_jax.plan.wire import expert_wire as traffic
+from deepseek_jax.plan.wire import traffic as wire
+from deepseek_jax.train.optimizer import OptimizerConfig
 from tests import tiny
 from tests.parallel import split_worker
 

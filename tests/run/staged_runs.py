@@ -14,8 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from deepseek_jax import loop, metrics
-from deepseek_jax.checkpoint import flatten
+from deepseek_jax.record import metrics
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run.checkpoint import flatten
 from tests.faults import runs
 from tests.run.staged_worker import gap
 

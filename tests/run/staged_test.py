@@ -13,11 +13,11 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax import train
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.run import staged
+from deepseek_jax.run import staged_steps as staged
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.schedules import BatchConfig
+from deepseek_jax.train import step as train
+from deepseek_jax.train.schedules import BatchConfig
 from tests import fake_devices, tiny
 from tests.run import staged_runs, staged_worker
 

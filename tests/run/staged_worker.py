@@ -13,16 +13,20 @@ import numpy as np
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax import train
-from deepseek_jax.gate import GateConfig
-from deepseek_jax.metrics import NoMetrics
-from deepseek_jax.muon import MuonConfig
-from deepseek_jax.optim import OptimizerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.record.metrics import NoMetrics
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.staged import StagedSteps
-from deepseek_jax.run.step import Steps
-from deepseek_jax.schedules import BatchConfig, ScheduleConfig, SwitchConfig
+from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.run.steps import Steps
+from deepseek_jax.train import step as train
+from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.muon import MuonConfig
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import (
+  BatchConfig,
+  ScheduleConfig,
+  SwitchConfig,
+)
 from tests import tiny
 
 B, T, STEPS = 4, 12, 2

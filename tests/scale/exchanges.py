@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax import sharding
-from deepseek_jax.layers.moe import apply_experts
-from deepseek_jax.parallel import exchange, mesh, traffic
+from deepseek_jax.model.experts.moe import apply_experts
+from deepseek_jax.parallel import exchange, mesh, sharding
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.plan.collectives import collectives
+from deepseek_jax.plan.compiled_collectives import collectives
+from deepseek_jax.plan.wire import expert_wire as traffic
 
 B, T, E, K, F = 8, 6, 8, 3, 8
 A2A = ExchangeConfig(factor=1.0)

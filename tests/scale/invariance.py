@@ -17,18 +17,23 @@ import numpy as np
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax import losses, train
-from deepseek_jax.gate import GateConfig
-from deepseek_jax.layers.moe import CapacityConfig
-from deepseek_jax.metrics import NoMetrics
-from deepseek_jax.optim import OptimizerConfig
+from deepseek_jax.model.experts.moe import CapacityConfig
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.record.metrics import NoMetrics
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.staged import StagedSteps
-from deepseek_jax.schedules import BatchConfig, ScheduleConfig, SwitchConfig
-from deepseek_jax.train import TrainConfig
+from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.train import cross_entropy as losses
+from deepseek_jax.train import step as train
+from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import (
+  BatchConfig,
+  ScheduleConfig,
+  SwitchConfig,
+)
+from deepseek_jax.train.step import TrainConfig
 from tests import tiny
 
 B, T = 8, 12

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from deepseek_jax import loop
+from deepseek_jax.run import fit as loop
 from tests.faults import runs
 from tests.scale.invariance import gap
 

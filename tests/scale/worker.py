@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax import loop
-from deepseek_jax.parallel import distributed
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.run import fit as loop
 from experiments import common, processes
 from tests.faults import runs
 from tests.scale import resume

@@ -1,0 +1,263 @@
+"""V4's compressor: one key-value entry for every m tokens (V4 section 2.3).
+
+A softmax over the tokens of a window, taken for each channel by itself, weighs
+their projections; a learned bias marks places in the window. With overlap an
+entry draws on the window before, too, through a second series of projections.
+Documents are compressed each from its own start; the tokens after the last
+whole window wait until it is full, and no entry is made of them.
+Legend: B batch, T tokens, L tokens with those before, S entries, m ratio,
+J series (2 with overlap: window before, own window), C entry dim, R = J m.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.model import cache as caching
+from deepseek_jax.model.attention import ring
+from deepseek_jax.model.attention.rope import RopeConfig, rope
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel.sequence import WHOLE, Along, in_a_row
+from deepseek_jax.parallel.sharding import param
+
+_NEG = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressorConfig:
+  """Shapes of a compressor; the layer makes it of its own configuration."""
+
+  ratio: int
+  overlap: bool
+  dim: int
+  rope_dim: int
+  rope: RopeConfig
+  norm_eps: float
+
+  @property
+  def series(self) -> int:
+    return 2 if self.overlap else 1
+
+  def cache(self, batch: int, slots: int, dtype) -> 'Compressed':
+    """An empty cache: C numbers per m slots, and a remainder."""
+    waiting = (batch, self.series * self.ratio, self.series, self.dim)
+    return Compressed(
+      jnp.zeros((batch, max(1, slots // self.ratio), self.dim), dtype),
+      jnp.zeros(waiting, jnp.float32),
+      jnp.zeros(waiting, jnp.float32),
+    )
+
+
+class Compressed(NamedTuple):
+  """Entries so far, and the projections of the last R tokens (a ring)."""
+
+  entries: jax.Array  # [B S C]
+  kv: jax.Array  # [B R J C] float32
+  gate: jax.Array  # [B R J C] float32
+
+
+class View(NamedTuple):
+  """The entries that queries see: `count` of them from `first` on."""
+
+  first: jax.Array  # [B T] int32
+  count: jax.Array  # [B T] int32, floor((t + 1) / m) at position t
+
+  def mask(self, entries: int) -> jax.Array:
+    """[B T S] bool."""
+    at = jnp.arange(entries)
+    first, count = self.first[..., None], self.count[..., None]
+    return (at >= first) & (at < first + count)
+
+
+def tail_rope(x: jax.Array, positions, cfg: RopeConfig, dim: int) -> jax.Array:
+  """Turns the last `dim` channels of x [B T ... C] to positions [B T]."""
+  rest, last = jnp.split(x, [x.shape[-1] - dim], axis=-1)
+  return jnp.concatenate([rest, rope(last, positions, cfg)], axis=-1)
+
+
+def _segments(ctx: Context) -> jax.Array:
+  if ctx.segments is None:
+    return jnp.ones_like(ctx.positions)
+  return ctx.segments
+
+
+def window_ends(positions, segments, ratio: int) -> jax.Array:
+  """[B L] bool: whether a whole window of a document ends at a token."""
+  L = positions.shape[1]
+  back = lambda a, n: jnp.pad(a, [(0, 0), (n, 0)], constant_values=-1)[:, :L]
+  whole = back(segments, ratio - 1) == segments
+  whole &= back(positions, ratio - 1) == positions - (ratio - 1)
+  at_end = (positions + 1) % ratio == 0
+  return whole & at_end & (segments > 0) & (jnp.arange(L) >= ratio - 1)
+
+
+def view(ctx: Context, ratio: int, fresh: bool) -> View:
+  """What each token sees: of a fresh batch's entries, or of a cache's."""
+  if fresh:
+    return fresh_view(ctx.positions, _segments(ctx), ratio)
+  count = (ctx.positions + 1) // ratio
+  return View(jnp.zeros_like(count), count)
+
+
+def fresh_view(positions, segments, ratio: int, along: Along = WHOLE) -> View:
+  """What own tokens see of the entries of all; arguments [B T]."""
+  positions, segments = along.gather((positions, segments))
+  ends = window_ends(positions, segments, ratio).astype(jnp.int32)
+  so_far = jnp.cumsum(ends, axis=1)
+  new = segments[:, 1:] != segments[:, :-1]
+  new |= positions[:, 1:] != positions[:, :-1] + 1
+  new = jnp.pad(new, [(0, 0), (1, 0)], constant_values=True)
+  # Entries of all documents lie one after the other.
+  first = jax.lax.cummax(jnp.where(new, so_far - ends, 0), axis=1)
+  return along.own(View(first, jnp.where(segments > 0, so_far - first, 0)))
+
+
+class Tokens(NamedTuple):
+  """Projections of the tokens that entries may draw on."""
+
+  kv: jax.Array  # [B L J C] float32
+  gate: jax.Array  # [B L J C] float32
+  positions: jax.Array  # [B L]
+  segments: jax.Array  # [B L]
+
+
+class Compressor(nnx.Module):
+  def __init__(self, cfg: CompressorConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, J, C = dim, cfg.series, cfg.dim
+    init, zeros = nnx.initializers.normal(std), nnx.initializers.zeros
+    axes = ('embed', 'series', None)
+    self.kv = param(rngs, init, (D, J, C), axes)
+    self.gate = param(rngs, init, (D, J, C), axes)
+    self.bias = param(
+      rngs, zeros, (cfg.ratio, J * C), (None, None), full_precision=True
+    )
+    self.norm = RMSNorm(C, eps=cfg.norm_eps, rngs=rngs)
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: Compressed | None
+  ) -> tuple[jax.Array, Compressed | None]:
+    """x [B T D] -> (entries [B S C], cache with these tokens).
+
+    The entries are those of a fresh batch's documents, one after the other
+    (see `view`), or all that the cache holds.
+    """
+    own = self.tokens(x, ctx)
+    T, m = x.shape[1], self.cfg.ratio
+    if past is None or ctx.fresh:
+      made, at = complete(self.cfg, self.weights(), own, max(1, T // m))
+    else:
+      tokens = _after(past, own)
+      made, at = complete(self.cfg, self.weights(), tokens, -(-T // m), T)
+    made = made.astype(x.dtype)
+    if past is None:
+      return made, None
+    entries = caching.write(past.entries, made, at // m, at >= 0)
+    write = lambda a, new: ring.write(a, new, ctx.positions, ctx.valid)
+    past = Compressed(
+      entries, write(past.kv, own.kv), write(past.gate, own.gate)
+    )
+    return made if ctx.fresh else entries, past
+
+  def tokens(self, x: jax.Array, ctx: Context) -> Tokens:
+    """What entries draw on, of x [B T D]."""
+    f32 = {'preferred_element_type': jnp.float32}
+    kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
+    gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
+    return Tokens(kv, gate, ctx.positions, _segments(ctx))
+
+  def weights(self) -> tuple[jax.Array, RMSNorm]:
+    """What else entries are made with: the bias [m J C] and the norm."""
+    shape = self.cfg.ratio, self.cfg.series, self.cfg.dim
+    return self.bias[...].reshape(shape), self.norm
+
+
+def complete(
+  cfg: CompressorConfig, weights, tokens: Tokens, count: int, new: int = 0
+) -> tuple[jax.Array, jax.Array]:
+  """The entries of windows that end in the last `new` tokens, or in any.
+
+  Args:
+    cfg: of the compressor; weights: its `weights`.
+    tokens: L of them.
+    count: S, how many entries at most.
+    new: see above; 0 is all.
+
+  Returns:
+    [B S C] float32, and the positions where their windows start [B S]; -1 is
+    no entry.
+  """
+  m = cfg.ratio
+  ends = window_ends(tokens.positions, tokens.segments, m)
+  (B, L), whole = ends.shape, ends
+  if new:
+    ends &= jnp.arange(L) >= L - new
+  number = jnp.where(ends, jnp.cumsum(ends, axis=1) - 1, count)
+  rows = jnp.arange(B)[:, None]
+  end = (
+    jnp.full((B, count), -1)
+    .at[rows, number]
+    .set(jnp.broadcast_to(jnp.arange(L), (B, L)), mode='drop')
+  )
+  own = end[..., None] + jnp.arange(1 - m, 1)  # [B S m]
+  bias, norm = weights
+  value, logit = _windows(tokens, own, bias, -1)
+  if cfg.overlap:
+    value_before, logit_before = _windows(tokens, own - m, bias, 0)
+    there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
+    same = tokens.segments[rows, jnp.maximum(end - m, 0)]
+    there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
+    logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
+    value = jnp.concatenate([value_before, value], axis=2)
+    logit = jnp.concatenate([logit_before, logit], axis=2)
+  entry = norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))
+  start = tokens.positions[rows, jnp.maximum(own[..., 0], 0)]
+  entry = tail_rope(entry, start, cfg.rope, cfg.rope_dim)
+  return entry, jnp.where(end >= 0, start, -1)
+
+
+def _windows(tokens, at, bias, series):
+  """Values and logits [B S m C] of one series at tokens `at` [B S m]."""
+  rows = jnp.arange(at.shape[0])[:, None, None]
+  pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
+  return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
+
+
+def fresh_entries(
+  cfg: CompressorConfig, weights, tokens: Tokens, dtype, along: Along = WHOLE
+) -> jax.Array:
+  """The entries of all documents [B S C], one after the other (see `view`).
+
+  Each device makes those whose windows end in its own tokens. They may draw on
+  tokens of devices before; only finished entries go to all.
+  """
+  T, m = tokens.positions.shape[1], cfg.ratio
+  if not along.axis:
+    return complete(cfg, weights, tokens, max(1, T // m))[0].astype(dtype)
+  before = cfg.series * m - 1
+  fills = Tokens(0, 0, -1, -1)
+  joined = lambda a, fill: jnp.concatenate(
+    [along.before(a, before, fill), a], axis=1
+  )
+  tokens = jax.tree.map(joined, tokens, fills)
+  made, at = complete(cfg, weights, tokens, -(-T // m), T)
+  made, there = along.gather((made.astype(dtype), at >= 0))
+  return in_a_row(made, there, max(1, T * along.ways // m))
+
+
+def _after(past: Compressed, new: Tokens) -> Tokens:
+  """The tokens that wait in a cache, and the new ones after them."""
+  R, start = past.kv.shape[1], new.positions[:, 0]
+  positions = ring.before(start, R)
+  waiting = Tokens(
+    ring.unroll(past.kv, start),
+    ring.unroll(past.gate, start),
+    positions,
+    (positions >= 0).astype(new.segments.dtype),
+  )
+  new = new._replace(segments=(new.segments > 0).astype(new.segments.dtype))
+  return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), waiting, new)

@@ -1,0 +1,205 @@
+"""Compressed sparse attention, CSA (V4 section 2.3.1).
+
+Of every m tokens (4) one entry is made, each drawing on the window before too,
+and an indexer picks the `top_k` entries that a query reads. The indexer has a
+smaller compressor of its own. Picked entries are gathered, k rows per query,
+for a block of queries at a time; the indexer's scores alone see all entries.
+What the indexer learns from is unpublished for V4. Here it is what V3.2 does:
+the divergence of its softmax over the entries that are read from the
+attention's to them, with detached inputs; all entries in the dense first stage.
+Legend: B batch, T queries, S entries, K picked ones, D model, Q query latent,
+H heads, C head dim, J index heads, I index dim.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model.attention import compressor
+from deepseek_jax.model.attention.compressor import (
+  Compressed,
+  Compressor,
+  CompressorConfig,
+)
+from deepseek_jax.model.attention.csa_reading import Reading
+from deepseek_jax.model.attention.indexer import IndexQuery
+from deepseek_jax.model.attention.partial_softmax import Part
+from deepseek_jax.model.context import Context
+from deepseek_jax.parallel.sequence import Along
+from deepseek_jax.parallel.sharding import param
+
+
+@dataclasses.dataclass(frozen=True)
+class CSAConfig:
+  """Which entries there are and which are read.
+
+  Attributes:
+    ratio: tokens of an entry (m).
+    top_k: entries that a query reads.
+    index_heads, index_dim: shapes of the indexer.
+    stage: 'dense' reads all entries while the indexer learns to imitate it
+      (V4 begins so), 'sparse' those that the indexer picks.
+    loss: weight of the indexer's loss.
+    recall_queries: of a sequence in the sparse stage, on which training
+      measures how much of the attention to all entries lies on the picked
+      ones; 0: none.
+    block: queries at a time, at most.
+  """
+
+  ratio: int = 4
+  top_k: int = 512
+  index_heads: int = 64
+  index_dim: int = 128
+  stage: Literal['dense', 'sparse'] = 'sparse'
+  loss: float = 1.0
+  recall_queries: int = 8
+  block: int = 128
+
+  @property
+  def measures_recall(self) -> bool:
+    """Whether training reports it."""
+    return self.stage == 'dense' or self.recall_queries > 0
+
+  def __post_init__(self):
+    if self.recall_queries < 0:
+      raise InputError(
+        f'csa.recall_queries = {self.recall_queries}: must be 0 or more'
+      )
+    for name in ('ratio', 'top_k', 'index_heads', 'index_dim', 'block'):
+      if getattr(self, name) < 1:
+        raise InputError(
+          f'csa.{name} = {getattr(self, name)}: must be at least 1'
+        )
+
+
+class CSACache(NamedTuple):
+  entries: Compressed
+  keys: Compressed  # the indexer's
+
+
+class EntryIndexer(nnx.Module):
+  """Scores entries for queries, from detached inputs."""
+
+  def __init__(
+    self,
+    cfg: CSAConfig,
+    compress: CompressorConfig,
+    dim: int,
+    latent: int,
+    *,
+    std,
+    rngs: nnx.Rngs,
+  ):
+    self.cfg, self.compress = cfg, compress
+    J, I = cfg.index_heads, cfg.index_dim
+    init = nnx.initializers.normal(std)
+    self.q = param(rngs, init, (latent, J, I), ('q_latent', 'heads', None))
+    self.weights = param(rngs, init, (dim, J), ('embed', None))
+    self.compressor = Compressor(compress, dim, std=std, rngs=rngs)
+
+  def query(self, x, latent, positions) -> IndexQuery:
+    """Of x [B T D] and the queries' latent [B T Q]."""
+    q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])
+    q = compressor.tail_rope(
+      q, positions, self.compress.rope, self.compress.rope_dim
+    )
+    weight = jnp.einsum(
+      'BTD,DJ->BTJ', x, self.weights[...], preferred_element_type=jnp.float32
+    )
+    return IndexQuery(q, weight * (q.shape[2] * q.shape[3]) ** -0.5)
+
+
+class CSA(nnx.Module):
+  """The entries and how queries read the picked ones."""
+
+  def __init__(
+    self,
+    cfg: CSAConfig,
+    compress: CompressorConfig,
+    dim: int,
+    latent: int,
+    *,
+    std,
+    rngs: nnx.Rngs,
+  ):
+    self.cfg = cfg
+    self.compressor = Compressor(compress, dim, std=std, rngs=rngs)
+    keys = dataclasses.replace(compress, dim=cfg.index_dim)
+    self.indexer = EntryIndexer(cfg, keys, dim, latent, std=std, rngs=rngs)
+
+  def __call__(
+    self,
+    q: jax.Array,
+    x: jax.Array,
+    latent: jax.Array,
+    ctx: Context,
+    past: CSACache,
+    *,
+    scale: float,
+  ) -> tuple[Part, CSACache]:
+    """Reads the cache and x [B T D] by turned queries q [B T H C].
+
+    Args:
+      q, x: see above.
+      latent: [B T Q], what the queries were made of.
+      ctx: the tokens.
+      past: entries and index keys so far.
+      scale: multiplies the scores.
+
+    Returns:
+      Attention to the entries, and the cache with these tokens.
+    """
+    entries, kept = self.compressor(x, ctx, past.entries)
+    keys, kept_keys = self.indexer.compressor(x, ctx, past.keys)
+    query = self.indexer.query(x, latent, ctx.positions)
+    view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
+    reading = Reading(self.cfg, q, query, view, entries, keys, scale)
+    return reading.part()[0], CSACache(kept, kept_keys)
+
+  def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
+    """Of a fresh batch: what entries draw on, what queries bring, weights."""
+    detached = jax.lax.stop_gradient((x, latent))
+    makers = self.compressor, self.indexer.compressor
+    tokens = makers[0].tokens(x, ctx), makers[1].tokens(detached[0], ctx)
+    query = self.indexer.query(*detached, ctx.positions)
+    return tokens, query, tuple(maker.weights() for maker in makers)
+
+
+def fresh(
+  cfg: CSAConfig,
+  compress: tuple[CompressorConfig, CompressorConfig],
+  along: Along,
+  q: jax.Array,
+  tokens,
+  query: IndexQuery,
+  weights,
+  *,
+  scale: float,
+  learn: bool,
+) -> tuple[Part, dict]:
+  """Attention of own queries to the entries of all.
+
+  Args:
+    cfg: what is read; compress: how entries and index keys are made.
+    along: which part this is.
+    q: [B T H C].
+    tokens, query, weights: see CSA.inputs.
+    scale: multiplies the scores.
+    learn: whether the indexer's loss is wanted.
+
+  Returns:
+    The part, and if `learn` the indexer's 'loss' and, if measured, 'recall',
+    [B] each.
+  """
+  entries, keys = (
+    compressor.fresh_entries(*one, q.dtype, along)
+    for one in zip(compress, weights, tokens)
+  )
+  where = tokens[0].positions, tokens[0].segments
+  view = compressor.fresh_view(*where, cfg.ratio, along)
+  reading = Reading(cfg, q, query, view, entries, keys, scale, learn, along)
+  return reading.part()

@@ -1,0 +1,159 @@
+"""How queries read compressed entries, and what their indexer learns (V4).
+
+Picked entries are gathered, k rows per query, for a block of queries at a time;
+the indexer's scores alone see all entries (section 2.3.1).
+Legend: B batch, T queries, S entries, K picked ones, H heads, C head dim, I
+index dim.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.attention import indexer as index
+from deepseek_jax.model.attention.compressor import View
+from deepseek_jax.model.attention.indexer import IndexQuery
+from deepseek_jax.model.attention.indexer_loss import sampled
+from deepseek_jax.model.attention.partial_softmax import Part, attend
+from deepseek_jax.model.attention.query_blocks import over_blocks, rows
+from deepseek_jax.parallel.sequence import WHOLE, Along
+
+
+class Rule(Protocol):
+  """What a reading takes of a CSAConfig."""
+
+  top_k: int
+  stage: str
+  recall_queries: int
+  block: int
+  measures_recall: bool
+
+
+class Reading(NamedTuple):
+  """Own queries and all entries.
+
+  Attributes:
+    cfg: which entries are read, and what is measured.
+    q: [B T H C]; query: the indexer's.
+    view: the entries that queries see.
+    entries: [B S C]; keys: [B S I], the indexer's.
+    scale: multiplies the scores.
+    learn: whether the indexer's loss is wanted.
+    along: which part of sequences and heads this is.
+  """
+
+  cfg: Rule
+  q: jax.Array
+  query: IndexQuery
+  view: View
+  entries: jax.Array
+  keys: jax.Array
+  scale: float
+  learn: bool = False
+  along: Along = WHOLE
+
+  def part(self) -> tuple[Part, dict[str, jax.Array]]:
+    """Attention to the entries, and what the indexer learns from.
+
+    Returns:
+      The part, and if `learn` the indexer's 'loss' and, if measured, 'recall':
+      the share of the attention to all entries that lies on the `top_k`. Each
+      is [B], a mean over the queries that see an entry.
+    """
+    # With no more entries than that, all would be picked.
+    dense = self.cfg.stage == 'dense' or self.entries.shape[1] <= self.cfg.top_k
+    part, stats = self._all() if dense else self._chosen(self.choose())
+    if not self.cfg.measures_recall:
+      stats.pop('recall', None)
+    return part, stats
+
+  def choose(self) -> jax.Array:
+    """The entries that each query reads: [B T K] int32, -1 for none.
+
+    Of equal scores the lowest entry wins, in prefill and decoding alike.
+    """
+    query, keys = jax.lax.stop_gradient((self.query, self.keys))
+    S = keys.shape[1]
+
+    def block(one):
+      query, view = one
+      scores = index.index_scores(query, keys, self.along)
+      return index.best(scores, view.mask(S), min(self.cfg.top_k, S))
+
+    numbers = S * query.q.shape[2]
+    return over_blocks(block, (query, self.view), self.cfg.block, numbers)
+
+  def _shares(self, weights: jax.Array) -> jax.Array:
+    """The mean over all heads of weights [B T H S], detached."""
+    mean = jax.lax.stop_gradient(weights).mean(axis=2)
+    return self.along.mean_of_heads(mean)
+
+  def _mean(self, values, view: View, weights=1.0) -> jax.Array:
+    """Of [B T] over all devices' queries that see an entry, weighted: [B]."""
+    counted = (view.count > 0) * weights
+    total = jnp.where(counted > 0, values, 0) * counted
+    total = total.sum(axis=1), counted.sum(axis=1)
+    total, count = self.along.sum_of_parts(total)
+    return total / jnp.maximum(count, 1)
+
+  def _chosen(self, chosen):
+    """Each query's own entries, gathered -> (part, statistics)."""
+
+    def block(one):
+      q, query, at = one
+      seen = at >= 0
+      part, weights = attend(q, rows(self.entries, at), seen, self.scale)
+      if not self.learn:
+        return part, None
+      scores = index.index_scores(query, rows(self.keys, at), self.along)
+      return part, index.divergence(self._shares(weights), scores, seen)
+
+    numbers = chosen.shape[-1] * (self.entries.shape[-1] + self.q.shape[2])
+    queries = self.q, self.query, chosen
+    part, loss = over_blocks(block, queries, self.cfg.block, numbers)
+    if not self.learn:
+      return part, {}
+    stats = {'loss': self._mean(loss, self.view)}
+    if self.cfg.recall_queries:
+      stats['recall'] = self._recall(chosen)
+    return part, stats
+
+  def _recall(self, chosen) -> jax.Array:
+    """Of some queries, spread over the sequence: [B]."""
+    along, T = self.along, self.q.shape[1]
+    at, counts = (
+      jnp.asarray(a)[along.index]
+      for a in sampled(T, self.cfg.recall_queries, along.ways)
+    )
+    some = lambda a: a[:, at]
+    q, view, chosen = jax.tree.map(some, (self.q, self.view, chosen))
+    q, entries = jax.lax.stop_gradient((q, self.entries))
+    weights = attend(q, entries, view.mask(entries.shape[1]), self.scale)[1]
+    caught = index.caught(self._shares(weights), chosen)
+    return self._mean(caught, view, counts)
+
+  def _all(self):
+    """All entries that there are -> (part, statistics)."""
+    S = self.entries.shape[1]
+    k = min(self.cfg.top_k, S)
+
+    def block(one):
+      q, query, view = one
+      seen = view.mask(S)
+      part, weights = attend(q, self.entries, seen, self.scale)
+      if not self.learn:
+        return part, None
+      shares = self._shares(weights)
+      scores = index.index_scores(query, self.keys, self.along)
+      chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
+      caught = index.caught(shares, chosen)
+      return part, (index.divergence(shares, scores, seen), caught)
+
+    numbers = S * max(self.q.shape[2], self.query.q.shape[2])
+    queries = self.q, self.query, self.view
+    part, stats = over_blocks(block, queries, self.cfg.block, numbers)
+    if not self.learn:
+      return part, {}
+    means = (self._mean(a, self.view) for a in stats)
+    return part, dict(zip(('loss', 'recall'), means))

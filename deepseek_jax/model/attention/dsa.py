@@ -1,0 +1,263 @@
+"""DeepSeek sparse attention (V3.2, arXiv:2512.02556, section 2.1).
+
+Latent attention in which a query reads only the `top_k` tokens that a lightning
+indexer picks, the same ones for all heads. Their latents are gathered, k rows
+per query, for a block of queries at a time: no array and no product of the
+heads ever has T * S entries. The indexer learns from a loss of its own, the
+divergence of its softmax from the attention's head-summed one; its inputs are
+detached, so it takes nothing from the model's loss and gives nothing to it.
+Legend: B batch, T queries, S keys, K chosen keys, D model, H heads, C latent,
+N no-rope dim, R rope dim, V value dim, I index dim.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import cache as caching
+from deepseek_jax.model import kernels
+from deepseek_jax.model.attention import indexer as index
+from deepseek_jax.model.attention import indexer_loss, query_blocks
+from deepseek_jax.model.attention.dsa_reading import read_by_kernel, read_chosen
+from deepseek_jax.model.attention.indexer import (
+  Indexer,
+  IndexerConfig,
+  IndexQuery,
+)
+from deepseek_jax.model.attention.indexer_loss import Scene
+from deepseek_jax.model.attention.mla import (
+  MLA,
+  Latent,
+  MLAConfig,
+  read_latents,
+)
+from deepseek_jax.model.attention.query_blocks import Sight
+from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import gathered_attention
+from deepseek_jax.parallel import sequence as context
+from deepseek_jax.parallel.gathered_attention import Sequence
+from deepseek_jax.parallel.sequence import WHOLE
+from pallas_kernels.indexer import indexer
+from pallas_kernels.mla_prefill import segment_starts
+
+
+@dataclasses.dataclass(frozen=True)
+class DSAConfig(MLAConfig):
+  """Latent attention of sparse reading.
+
+  Attributes:
+    indexer: its shapes.
+    top_k: tokens that a query reads.
+    stage: 'dense' attends to everything while the indexer learns to imitate
+      it (the warm-up), 'sparse' reads what the indexer picks.
+    loss: weight of the indexer's loss. The paper leaves its reduction open:
+      here the mean over a sequence's tokens, then over sequences.
+    recall_queries: of a sequence in the sparse stage, on which training
+      measures how much of dense attention's mass is chosen; 0: none.
+    block: queries at a time, at most.
+  """
+
+  indexer: IndexerConfig = IndexerConfig()
+  top_k: int = 2048
+  stage: Literal['dense', 'sparse'] = 'sparse'
+  loss: float = 1.0
+  recall_queries: int = 8
+  block: int = 128
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ('top_k', 'block'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    if self.recall_queries < 0:
+      raise InputError(
+        f'recall_queries = {self.recall_queries}: must be 0 or more'
+      )
+    if self.indexer.dim < self.rope_dim:
+      raise InputError(
+        f'indexer.dim = {self.indexer.dim}: must be at least rope_dim ='
+        f' {self.rope_dim}'
+      )
+
+  @property
+  def measures_recall(self) -> bool:
+    """Whether training reports it."""
+    return self.stage == 'dense' or self.recall_queries > 0
+
+  def cache(self, batch: int, slots: int, dtype) -> 'SparseLatent':
+    """An empty cache: C + R numbers and an index key of I per slot."""
+    latent = super().cache(batch, slots, dtype)
+    shape = (batch, slots, self.indexer.dim)
+    return SparseLatent(*latent, jnp.zeros(shape, dtype))
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'DSA':
+    return DSA(self, dim, std=std, rngs=rngs)
+
+
+class SparseLatent(NamedTuple):
+  """All that the layer remembers of a token; also its cache."""
+
+  c: jax.Array  # [B S C], normed
+  kr: jax.Array  # [B S R], turned
+  index: jax.Array  # [B S I], normed and turned
+
+
+def choose_by_kernel(query: IndexQuery, keys, sight: Sight, k: int, impl):
+  """`index.choose` in ascending order, without its scores in memory."""
+  first = jnp.zeros_like(sight.places)
+  if sight.segments is not None:
+    first = segment_starts(sight.segments)
+  span = first, sight.places + 1
+  return indexer(query.q, keys, query.weight, *span, top_k=k, impl=impl)
+
+
+class DSA(MLA):
+  """Latent attention to the tokens that the indexer picks."""
+
+  def __init__(self, cfg: DSAConfig, dim: int, *, std, rngs: nnx.Rngs):
+    super().__init__(cfg, dim, std=std, rngs=rngs)
+    self.indexer = Indexer(
+      cfg.indexer,
+      dim,
+      cfg.q_rank or dim,
+      cfg.rope_dim,
+      cfg.rope,
+      std=std,
+      rngs=rngs,
+    )
+
+  def remember(self, x: jax.Array, positions: jax.Array) -> SparseLatent:
+    """What is cached of x [B T D]."""
+    key = self.indexer.key(jax.lax.stop_gradient(x), positions)
+    return SparseLatent(*self.latent(x, positions), key)
+
+  def index_query(self, x: jax.Array, positions: jax.Array) -> IndexQuery:
+    """The indexer's queries of x [B T D], detached from the model."""
+    x, latent = jax.lax.stop_gradient((x, self.query_latent(x)))
+    return self.indexer.query(x, latent, positions)
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: SparseLatent | None = None
+  ) -> tuple[jax.Array, SparseLatent | None, dict]:
+    """x [B T D] -> (y [B T D], cache with these tokens, statistics).
+
+    Statistics are of training: 'loss' of the indexer (a scalar, weighted), and
+    'recall', the share of dense attention's mass at its `top_k` choices.
+    """
+    q = self.query(x, ctx.positions)
+    new = self.remember(x, ctx.positions)
+    fresh = past is None or ctx.fresh
+    if past is not None:
+      write = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
+      past = SparseLatent(*map(write, past, new))
+    query = self.index_query(x, ctx.positions)
+    if not fresh:
+      return self.project(self.cached(q, query, past, ctx)), past, {}
+    y, stats = self.fresh(q, query, new, ctx)
+    return self.project(y), past, stats
+
+  def dense(self, keys: int) -> bool:
+    """Whether queries read all, as they would choose all of so few."""
+    return self.cfg.stage == 'dense' or keys <= self.cfg.top_k
+
+  def cached(self, q, query: IndexQuery, past: SparseLatent, ctx: Context):
+    """What queries read of a cache: [B T H V]."""
+    if self.dense(past.c.shape[1]):
+      return self.attend(*q, None, Latent(*past[:2]), ctx)
+    sight = query_blocks.sight(ctx.positions, ctx.segments, fresh=False)
+    chosen = choose(self.cfg, query, past.index, sight)
+    return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
+
+  def fresh(self, q, query: IndexQuery, new: SparseLatent, ctx: Context):
+    """Tokens that see only each other -> ([B T H V], statistics)."""
+    (B, T, H, _), cfg = q[0].shape, self.cfg
+    if self.dense(T) and not ctx.train:
+      return self.attend(*q, Latent(*new[:2]), None, ctx), {}
+    body = _dense if self.dense(T) else _sparse
+    rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+    names = 'loss', 'recall'
+    if not self.dense(T) and not cfg.recall_queries:
+      names = ('loss',)
+    out = heads, {name: ('batch',) for name in names if ctx.train}
+    y, stats = context.split(
+      functools.partial(body, cfg, ctx.train),
+      (q, query, new, ctx.segments, self.kv_up[...]),
+      (heads, heads, rows, rows, (None, 'heads')),
+      out,
+      batch=B,
+      seq=T,
+      heads=math.gcd(H, cfg.indexer.heads),
+    )
+    stats = {name: values.mean() for name, values in stats.items()}
+    if 'loss' in stats:
+      stats['loss'] *= cfg.loss
+    return y, stats
+
+
+def choose(cfg: DSAConfig, query, keys, sight, key_segments=None, along=WHOLE):
+  """The `top_k` keys [B S I] that each query reads: [B T K] int32."""
+  own = lambda: index.choose(
+    query,
+    keys,
+    sight,
+    cfg.top_k,
+    key_segments=key_segments,
+    most=cfg.block,
+    along=along,
+  )
+  by_kernel = lambda impl: choose_by_kernel(query, keys, sight, cfg.top_k, impl)
+  return kernels.pick('indexer', by_kernel, own)
+
+
+def read(cfg: DSAConfig, q, keys: SparseLatent, ups, chosen, *, shares: bool):
+  """Attention to the chosen; with the `shares` that the loss wants, or not."""
+  args = q, keys[:2], ups, chosen
+  own = lambda: read_chosen(*args, scale=cfg.scale, most=cfg.block)
+  if shares:
+    return own()
+  by_kernel = lambda impl: read_by_kernel(*args, scale=cfg.scale, impl=impl)
+  return kernels.pick('sparse_mla', by_kernel, own)
+
+
+def _scene(cfg, along, q, query, new, segments, up) -> Scene:
+  """What own tokens see of all; gathers their latents and index keys."""
+  seen = gathered_attention.sequence(along, q[0].shape[1], segments)
+  places = seen.first + jnp.arange(q[0].shape[1])
+  sight = Sight(jnp.broadcast_to(places, q[0].shape[:2]), segments)
+  keys, k_up = along.gather(new), up[..., : cfg.nope_dim]
+  return Scene(
+    q, keys[:2], k_up, query, keys.index, sight, seen.keys, cfg.scale, along
+  )
+
+
+def _dense(cfg, train, along, q, query, new, segments, up):
+  """Attention to all -> (y, the indexer's loss and recall)."""
+  del train  # or this would be MLA's
+  scene = _scene(cfg, along, q, query, new, segments, up)
+  seen = Sequence(scene.sight.places[0, 0], segments, scene.segments)
+  q, latents = jnp.concatenate(q, axis=-1), Latent(*scene.latents)
+  y = read_latents(along, q, latents, up, seen, cfg.scale)
+  k = min(cfg.top_k, scene.keys.shape[1])
+  return y, indexer_loss.over_all(scene, k, cfg.block)
+
+
+def _sparse(cfg, train, along, q, query, new, segments, up):
+  """Attention to the chosen -> (y, the indexer's loss and recall)."""
+  scene = _scene(cfg, along, q, query, new, segments, up)
+  ups = jnp.split(up, [cfg.nope_dim], axis=-1)
+  keys, sight = SparseLatent(*scene.latents, scene.keys), scene.sight
+  chosen = choose(cfg, query, keys.index, sight, scene.segments, along)
+  found = read(cfg, q, keys, ups, chosen, shares=train)
+  if not train:
+    return found.y, {}
+  shares = along.mean_of_heads(jax.lax.stop_gradient(found.shares))
+  stats = indexer_loss.over_chosen(scene, chosen, shares, cfg.block)
+  if cfg.recall_queries:
+    stats['recall'] = indexer_loss.recall(scene, chosen, cfg.recall_queries)
+  return found.y, stats

@@ -1,0 +1,152 @@
+"""Multi-head, grouped-query and multi-query attention (arXiv:2305.13245).
+
+The baselines of MLA: kv_heads = heads is MHA, 1 is MQA, between is GQA.
+Legend: B batch, T queries, S cache slots, D model, H heads, G key heads,
+K head dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import cache as caching
+from deepseek_jax.model.attention.rope import (
+  RopeConfig,
+  rope,
+  softmax_multiplier,
+)
+from deepseek_jax.model.attention.softmax import (
+  cached_attention,
+  causal_attention,
+)
+from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import gathered_attention
+from deepseek_jax.parallel import sequence as context
+from deepseek_jax.parallel.gathered_attention import repeat_groups
+from deepseek_jax.parallel.sharding import param, shard, ways
+
+
+@dataclasses.dataclass(frozen=True)
+class GQAConfig:
+  heads: int
+  kv_heads: int
+  head_dim: int
+  rope: RopeConfig = RopeConfig(interleaved=False)
+
+  def __post_init__(self):
+    for name in ('heads', 'kv_heads', 'head_dim'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    if self.heads % self.kv_heads:
+      raise InputError(
+        f'kv_heads = {self.kv_heads}: must divide heads = {self.heads}'
+      )
+    if self.head_dim % 2:
+      raise InputError(f'head_dim = {self.head_dim}: must be even for rope')
+
+  @property
+  def scale(self) -> float:
+    return self.head_dim**-0.5 * softmax_multiplier(self.rope)
+
+  def cache(self, batch: int, slots: int, dtype) -> 'KeyValue':
+    """An empty cache: 2 G K numbers per slot."""
+    shape = (batch, slots, self.kv_heads, self.head_dim)
+    return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'GQA':
+    return GQA(self, dim, std=std, rngs=rngs)
+
+
+class KeyValue(NamedTuple):
+  k: jax.Array  # [B S G K], turned
+  v: jax.Array  # [B S G K]
+
+
+def grouped_attention(
+  q: jax.Array,
+  keys: KeyValue,
+  *,
+  scale: float,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """Causal attention of a batch to itself, on each device's part.
+
+  Args:
+    q: [B T H K].
+    keys: of the same tokens.
+    scale: multiplies the scores.
+    segments: [B T] int32 document of each token, or None for one document.
+
+  Returns:
+    [B T H K].
+  """
+
+  def local(along, q, keys, segments):
+    if not along.axis:
+      return causal_attention(q, *keys, scale=scale, segments=segments)
+    seen = gathered_attention.sequence(along, q.shape[1], segments)
+    every = tuple(along.gather(keys))
+    return gathered_attention.attend(repeat_groups, q, every, (), seen, scale)
+
+  H, G = q.shape[2], keys.k.shape[2]
+  if ways('heads', H) != ways('heads', G):  # so few groups cannot be cut
+    keys = KeyValue(*repeat_groups(q.shape[2:], keys))
+  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+  return context.split(
+    local,
+    (q, keys, segments),
+    (heads, heads, rows),
+    heads,
+    **dict(zip(heads, q.shape)),
+  )
+
+
+class GQA(nnx.Module):
+  def __init__(self, cfg: GQAConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, H, G, K = dim, cfg.heads, cfg.kv_heads, cfg.head_dim
+    init = nnx.initializers.normal(std)
+    self.q = param(rngs, init, (D, H, K), ('embed', 'heads', None))
+    self.k = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
+    self.v = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
+    self.out = param(rngs, init, (H, K, D), ('heads', None, 'embed'))
+
+  def projections(self, x: jax.Array):
+    """x [B T D] -> q [B T H K], k and v [B T G K], not turned."""
+    weights = self.q[...], self.k[...], self.v[...]
+    D, G, K = weights[1].shape
+    if ways('heads', G) == 1:
+      return tuple(jnp.einsum('BTD,DGK->BTGK', x, w) for w in weights)
+    # As one product, by groups: its gradient is summed over devices once.
+    apart = [w.reshape(D, G, -1, K) for w in weights]
+    both = jnp.concatenate(apart, axis=2)
+    y = jnp.einsum('BTD,DGJK->BTGJK', x, both)
+    parts = jnp.split(y, [y.shape[3] - 2, y.shape[3] - 1], axis=3)
+    return tuple(part.reshape(*x.shape[:2], -1, K) for part in parts)
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: KeyValue | None = None
+  ) -> tuple[jax.Array, KeyValue | None, dict]:
+    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
+    cfg = self.cfg
+    q, k, v = self.projections(x)
+    q, k = (rope(a, ctx.positions, cfg.rope) for a in (q, k))
+    q = shard(q, 'batch', 'seq', 'heads', None)
+    if past is not None:
+      past = KeyValue(
+        *(
+          caching.write(b, n, ctx.positions, ctx.valid)
+          for b, n in zip(past, (k, v))
+        )
+      )
+    if past is None or ctx.fresh:
+      how = {'scale': cfg.scale, 'segments': ctx.segments}
+      y = grouped_attention(q, KeyValue(k, v), **how)
+    else:
+      y = cached_attention(q, *past, ctx.positions, scale=cfg.scale)
+    y = shard(y, 'batch', 'seq', 'heads', None)
+    return jnp.einsum('BTHK,HKD->BTD', y, self.out[...]), past, {}

@@ -1,0 +1,320 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Keys and values of all heads are up-projections of one latent `c`; only `c`
+(after its norm) and one shared rotary key (after rope) are cached.
+Legend: B batch, T queries, S cache slots, D model, H heads, Q query latent,
+C key-value latent, N no-rope dim, R rope dim, V value dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import cache as caching
+from deepseek_jax.model import kernels
+from deepseek_jax.model.attention.rope import (
+  RopeConfig,
+  frequencies,
+  rope,
+  softmax_multiplier,
+  table_multiplier,
+)
+from deepseek_jax.model.attention.softmax import (
+  cached_attention,
+  causal_attention,
+)
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel import gathered_attention
+from deepseek_jax.parallel import sequence as context
+from deepseek_jax.parallel.gathered_attention import Sequence, expand_latents
+from deepseek_jax.parallel.sequence import Along
+from deepseek_jax.parallel.sharding import param, shard
+from pallas_kernels.latent_kv import Pages, latent_kv
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_prefill import mla_prefill
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Shapes of latent attention; `q_rank` None leaves queries uncompressed."""
+
+  heads: int
+  q_rank: int | None
+  kv_rank: int
+  nope_dim: int
+  rope_dim: int
+  v_dim: int
+  rope: RopeConfig = RopeConfig()
+  norm_eps: float = 1e-6
+
+  def __post_init__(self):
+    for name in ('heads', 'kv_rank', 'nope_dim', 'rope_dim', 'v_dim'):
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    if self.rope_dim % 2:
+      raise InputError(f'rope_dim = {self.rope_dim}: must be even')
+
+  @property
+  def scale(self) -> float:
+    """Softmax scale over all N + R dims, YaRN's mscale squared included."""
+    return (self.nope_dim + self.rope_dim) ** -0.5 * softmax_multiplier(
+      self.rope
+    )
+
+  def cache(self, batch: int, slots: int, dtype) -> 'Latent':
+    """An empty cache: C + R numbers per slot."""
+    return Latent(
+      jnp.zeros((batch, slots, self.kv_rank), dtype),
+      jnp.zeros((batch, slots, self.rope_dim), dtype),
+    )
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MLA':
+    return MLA(self, dim, std=std, rngs=rngs)
+
+
+class Latent(NamedTuple):
+  """All that MLA remembers of a token; also its cache."""
+
+  c: jax.Array  # [B S C], normed
+  kr: jax.Array  # [B S R], turned
+
+
+def read_latents(
+  along: Along, q, latents: Latent, up, seen: Sequence, scale: float
+) -> jax.Array:
+  """Causal attention of own queries [B T H N+R] to the latents of all.
+
+  Args:
+    along: which part these queries are.
+    q, latents: see above.
+    up: [C H N+V].
+    seen: what the queries may see.
+    scale: multiplies the scores.
+
+  Returns:
+    [B T H V].
+  """
+  if along.axis:
+    return gathered_attention.attend(
+      expand_latents, q, latents, up, seen, scale
+    )
+  k, v = expand_latents(q.shape[2:], latents, up)
+  how = {'scale': scale, 'segments': seen.queries}
+  return kernels.pick(
+    'mla_prefill',
+    lambda impl: mla_prefill(q, k, v, **how, impl=impl),
+    lambda: causal_attention(q, k, v, **how),
+  )
+
+
+def latent_attention(
+  q: jax.Array,
+  latents: Latent,
+  up: jax.Array,
+  *,
+  scale: float,
+  segments: jax.Array | None = None,
+) -> jax.Array:
+  """Causal attention of a batch to its own latents, on each device's part.
+
+  Args:
+    q: [B T H N+R].
+    latents: of the same tokens.
+    up: [C H N+V].
+    scale: multiplies the scores.
+    segments: [B T] int32 document of each token, or None for one document.
+
+  Returns:
+    [B T H V].
+  """
+
+  def local(along, q, latents, up, segments):
+    seen = gathered_attention.sequence(along, q.shape[1], segments)
+    return read_latents(along, q, along.gather(latents), up, seen, scale)
+
+  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+  return context.split(
+    local,
+    (q, latents, up, segments),
+    (heads, rows, (None, 'heads'), rows),
+    heads,
+    **dict(zip(heads, q.shape)),
+  )
+
+
+class MLA(nnx.Module):
+  """Latent attention with expanded and absorbed forms of one computation."""
+
+  def __init__(self, cfg: MLAConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, H, Q, C = dim, cfg.heads, cfg.q_rank, cfg.kv_rank
+    N, R, V = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
+    init = nnx.initializers.normal(std)
+    if Q is not None:
+      self.q_down = param(rngs, init, (D, Q), ('embed', 'q_latent'))
+      self.q_norm = RMSNorm(Q, eps=cfg.norm_eps, rngs=rngs)
+    self.q_up = param(
+      rngs,
+      init,
+      (Q or D, H, N + R),
+      ('q_latent' if Q else 'embed', 'heads', None),
+    )
+    self.kv_down = param(rngs, init, (D, C + R), ('embed', None))
+    self.kv_norm = RMSNorm(C, eps=cfg.norm_eps, rngs=rngs)
+    self.kv_up = param(rngs, init, (C, H, N + V), ('kv_latent', 'heads', None))
+    self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
+
+  def query_latent(self, x: jax.Array) -> jax.Array:
+    """The normed query latent [B T Q], or x itself when uncompressed."""
+    return x if self.cfg.q_rank is None else self.q_norm(x @ self.q_down[...])
+
+  def query(self, x: jax.Array, positions: jax.Array):
+    """x [B T D] -> no-rope part [B T H N] and turned rope part [B T H R]."""
+    q = jnp.einsum('BTQ,QHK->BTHK', self.query_latent(x), self.q_up[...])
+    q = shard(q, 'batch', 'seq', 'heads', None)
+    qn, qr = jnp.split(q, [self.cfg.nope_dim], axis=-1)
+    return qn, rope(qr, positions, self.cfg.rope)
+
+  def latent(self, x: jax.Array, positions: jax.Array) -> Latent:
+    """What is cached of x [B T D]: normed latent, turned rope key (no norm)."""
+    c, kr = jnp.split(x @ self.kv_down[...], [self.cfg.kv_rank], axis=-1)
+    return Latent(self.kv_norm(c), rope(kr, positions, self.cfg.rope))
+
+  def write(self, x, ctx: Context, latent: Latent | None, past: Latent):
+    """The cache with x [B T D]; `latent` is of x, or None if not needed yet."""
+
+    def own():
+      new = self.latent(x, ctx.positions) if latent is None else latent
+      put = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
+      return Latent(*map(put, past, new))
+
+    if latent is not None:
+      return own()
+    by_kernel = lambda impl: self.stored(x, ctx, past, impl)
+    return kernels.pick('latent_kv', by_kernel, own)
+
+  def stored(self, x, ctx: Context, past: Latent, impl) -> Latent:
+    """`write` by the kernel that computes and stores in one."""
+    S, at = past.c.shape[1], ctx.positions
+    inside = at < S if ctx.valid is None else (at < S) & ctx.valid
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
+    slots = jnp.where(inside, row + at, -1)
+    angles = at[..., None] * jnp.asarray(
+      frequencies(self.cfg.rope, self.cfg.rope_dim), jnp.float32
+    )
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    turn = table_multiplier(self.cfg.rope)
+    cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
+    cache = latent_kv(
+      flat(x),
+      self.kv_down[...],
+      self.kv_norm.scale[...],
+      cos,
+      sin,
+      slots.reshape(-1),
+      Pages(*past),
+      eps=self.cfg.norm_eps,
+      interleaved=self.cfg.rope.interleaved,
+      impl=impl,
+    )
+    return Latent(*cache)
+
+  def ups(self) -> tuple[jax.Array, jax.Array]:
+    """What makes of a latent keys [C H N] and values [C H V]."""
+    k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
+    return k_up, v_up
+
+  def absorbed(self, qn, qr, latent: Latent, positions) -> jax.Array:
+    """Attention on the latents themselves (V2 section 2.1.2) -> [B T H V].
+
+    k_up goes into the query and v_up into the output, so all heads share one
+    key and value of C + R numbers: cheap where queries are few.
+    """
+    k_up, v_up = self.ups()
+    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+    f32 = {'preferred_element_type': jnp.float32}
+    scores = jnp.einsum('BTHC,BSC->BHTS', qc, latent.c, **f32)
+    scores += jnp.einsum('BTHR,BSR->BHTS', qr, latent.kr, **f32)
+    visible = positions[..., None] >= jnp.arange(latent.c.shape[1])  # [B T S]
+    scores = jnp.where(visible[:, None], scores * self.cfg.scale, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latent.c.dtype)
+    # Heads before tokens: the other way round XLA:CPU turns the whole cache.
+    mixed = jnp.einsum('BHTS,BSC->BHTC', weights, latent.c)
+    return jnp.einsum('BHTC,CHV->BTHV', mixed, v_up)
+
+  def decoded(self, qn, qr, latent: Latent, positions, impl) -> jax.Array:
+    """`absorbed` by the kernel of decoding; tokens must follow one another."""
+    if qn.shape[1] > 1:
+      # It takes the queries of a row for its last tokens; these may be any.
+      return self.absorbed(qn, qr, latent, positions)
+    k_up, v_up = self.ups()
+    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+    # A row of the cache is one page.
+    table = jnp.arange(qn.shape[0], dtype=jnp.int32)[:, None]
+    mixed = mla_decode(
+      qc,
+      qr,
+      *latent,
+      table,
+      positions[:, -1].astype(jnp.int32) + 1,
+      scale=self.cfg.scale,
+      impl=impl,
+    )
+    return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+
+  def absorbing_pays(self, queries: int) -> bool:
+    """Whether the absorbed form costs less than expanding the cached keys.
+
+    Per key and head: `queries` wider products against one up-projection.
+    """
+    cfg = self.cfg
+    wider = 2 * cfg.kv_rank - cfg.nope_dim - cfg.v_dim
+    return queries * wider < cfg.kv_rank * (cfg.nope_dim + cfg.v_dim)
+
+  def attend(self, qn, qr, latent, past, ctx: Context) -> jax.Array:
+    """Attention to `latent`, these tokens, or to the cache `past`, dense.
+
+    Args:
+      qn, qr: as `query` returns them.
+      latent: of the same tokens.
+      past: the cache with these tokens written, or None.
+      ctx: of these tokens.
+
+    Returns:
+      [B T H V].
+    """
+    if past is None or ctx.fresh:
+      q = jnp.concatenate([qn, qr], axis=-1)
+      how = {'scale': self.cfg.scale, 'segments': ctx.segments}
+      return latent_attention(q, latent, self.kv_up[...], **how)
+    if self.absorbing_pays(qn.shape[1]):
+      return kernels.pick(
+        'mla_decode',
+        lambda impl: self.decoded(qn, qr, past, ctx.positions, impl),
+        lambda: self.absorbed(qn, qr, past, ctx.positions),
+      )
+    q = jnp.concatenate([qn, qr], axis=-1)
+    k, v = expand_latents(q.shape[2:], past, self.kv_up[...])
+    return cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
+
+  def project(self, y: jax.Array) -> jax.Array:
+    """Heads' values [B T H V] -> [B T D]."""
+    y = shard(y, 'batch', 'seq', 'heads', None)
+    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...])
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: Latent | None = None
+  ) -> tuple[jax.Array, Latent | None, dict]:
+    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
+    qn, qr = self.query(x, ctx.positions)
+    latent = None
+    if past is None or ctx.fresh:
+      latent = self.latent(x, ctx.positions)
+    if past is not None:
+      past = self.write(x, ctx, latent, past)
+    return self.project(self.attend(qn, qr, latent, past, ctx)), past, {}

@@ -1,0 +1,280 @@
+"""Native sparse attention (arXiv:2502.11089).
+
+Three branches with keys and values of their own, each with its softmax, are
+added under gates: compressed blocks of the whole past, the tokens of a few
+selected blocks, a sliding window. A block's score is what the compressed branch
+gives to it, summed over the heads of a group, which reads one choice of blocks.
+Compressed blocks cover `block` tokens, one every `stride`, complete ones only;
+all blocks are counted from the start of a document. Left open by the paper and
+chosen here: rope turns queries and all keys before compression; gates are one
+matrix; the compressing MLPs have one hidden layer and serve all groups.
+Legend: B batch, T queries, S keys, D model, H heads, G groups, J = H / G,
+K query/key dim, V value dim, E compressed entries, l block, F hidden,
+N selected blocks, M gathered tokens.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import cache as caching
+from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.model.attention.nsa_branches import (
+  CMP,
+  SLC,
+  WIN,
+  Entries,
+  Keys,
+  Queries,
+  attend,
+  block_starts,
+  document_starts,
+  keys_of,
+)
+from deepseek_jax.model.attention.rope import (
+  RopeConfig,
+  rope,
+  softmax_multiplier,
+)
+from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import sequence as context
+from deepseek_jax.parallel.sequence import Along, in_a_row
+from deepseek_jax.parallel.sharding import param, shard
+
+
+@dataclasses.dataclass(frozen=True)
+class NSAConfig:
+  """Shapes, and what each branch reads.
+
+  Attributes:
+    heads, kv_heads: of queries and of keys; a group is the heads of one key.
+    qk_dim, v_dim: K and V.
+    block, stride: tokens of a compressed block, and between two of them.
+    hidden: F, of the compressing MLPs.
+    select_block, select: tokens of a selected block, and how many are read.
+    initial, local: of these the first of a document and the last up to the
+      query's own, which are always read.
+    window: tokens of the sliding window, the query's own included.
+    rope: of queries and keys.
+    queries: at a time, at most.
+  """
+
+  heads: int
+  kv_heads: int
+  qk_dim: int
+  v_dim: int
+  block: int = 32
+  stride: int = 16
+  hidden: int = 192
+  select_block: int = 64
+  select: int = 16
+  initial: int = 1
+  local: int = 2
+  window: int = 512
+  rope: RopeConfig = RopeConfig(interleaved=False)
+  queries: int = 64
+
+  def __post_init__(self):
+    positive = ('heads', 'kv_heads', 'qk_dim', 'v_dim', 'block', 'stride')
+    positive += ('hidden', 'select_block', 'select', 'window', 'queries')
+    for name in positive:
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    if self.heads % self.kv_heads:
+      raise InputError(
+        f'kv_heads = {self.kv_heads}: must divide heads = {self.heads}'
+      )
+    if self.qk_dim % 2:
+      raise InputError(f'qk_dim = {self.qk_dim}: must be even for rope')
+    for name in ('block', 'select_block'):
+      if getattr(self, name) % self.stride:
+        raise InputError(
+          f'stride = {self.stride}: must divide {name} = {getattr(self, name)}'
+        )
+    if self.block > self.select_block:
+      raise InputError(
+        f'block = {self.block}: must be at most select_block ='
+        f' {self.select_block}'
+      )
+    if not 0 <= self.initial + self.local <= self.select:
+      raise InputError(
+        f'select = {self.select}: must be at least initial + local ='
+        f' {self.initial + self.local}'
+      )
+
+  @property
+  def scale(self) -> float:
+    return self.qk_dim**-0.5 * softmax_multiplier(self.rope)
+
+  def cache(self, batch: int, slots: int, dtype) -> 'NSACache':
+    """An empty cache: three keys and values a slot, and compressed ones."""
+    G, K, V = self.kv_heads, self.qk_dim, self.v_dim
+    entries = max(1, (slots - self.block) // self.stride + 1)
+    empty = lambda *shape: jnp.zeros((batch, *shape), dtype)
+    return NSACache(
+      empty(slots, 3, G, K),
+      empty(slots, 3, G, V),
+      empty(entries, G, K),
+      empty(entries, G, V),
+    )
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'NSA':
+    return NSA(self, dim, std=std, rngs=rngs)
+
+
+class NSACache(NamedTuple):
+  """Tokens by slot, compressed entries by their number."""
+
+  k: jax.Array  # [B S 3 G K], turned
+  v: jax.Array  # [B S 3 G V]
+  ck: jax.Array  # [B E G K]
+  cv: jax.Array  # [B E G V]
+
+
+class Compressor(nnx.Module):
+  """A block's vectors, each with its place added -> one: an MLP."""
+
+  def __init__(self, cfg: NSAConfig, width: int, *, std, rngs: nnx.Rngs):
+    l, F = cfg.block, cfg.hidden
+    init = nnx.initializers.normal(std)
+    self.place = param(rngs, init, (l, width), (None, None))
+    self.up = param(rngs, init, (l, width, F), (None, 'width', None))
+    self.down = param(rngs, init, (F, width), (None, 'width'))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B E l G K] -> [B E G K]."""
+    x = x + self.place[...][:, None]
+    hidden = jax.nn.silu(jnp.einsum('BElGK,lKF->BEGF', x, self.up[...]))
+    return jnp.einsum('BEGF,FK->BEGK', hidden, self.down[...])
+
+
+class NSA(nnx.Module):
+  """Compressed, selected and sliding attention under gates."""
+
+  def __init__(self, cfg: NSAConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, H, G, K, V = dim, cfg.heads, cfg.kv_heads, cfg.qk_dim, cfg.v_dim
+    init = nnx.initializers.normal(std)
+    heads = ('embed', 'heads', None)
+    branches = ('embed', 'branches', 'kv_heads', None)
+    self.q = param(rngs, init, (D, H, K), heads)
+    self.k = param(rngs, init, (D, 3, G, K), branches)
+    self.v = param(rngs, init, (D, 3, G, V), branches)
+    self.compress_k = Compressor(cfg, K, std=std, rngs=rngs)
+    self.compress_v = Compressor(cfg, V, std=std, rngs=rngs)
+    self.gate = param(rngs, init, (D, H, 3), heads)
+    self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
+
+  def remember(self, k, v, ctx: Context, past: NSACache) -> NSACache:
+    """The cache with these tokens and the blocks that they complete."""
+    cfg, write = self.cfg, caching.write
+    k = write(past.k, k, ctx.positions, ctx.valid)
+    v = write(past.v, v, ctx.positions, ctx.valid)
+    T, begin = ctx.positions.shape[1], ctx.positions[:, :1]
+    end = begin + (T if ctx.valid is None else ctx.valid.sum(1, keepdims=True))
+    number = jnp.maximum((begin - cfg.block + cfg.stride) // cfg.stride, 0)
+    number = number + jnp.arange(-(-T // cfg.stride))  # that may end in here
+    start = number * cfg.stride
+    made = compressed(self.compress, keys_of(CMP, k, v), start, cfg)
+    done = start + cfg.block <= end
+    ck = write(past.ck, made.k, number, done)
+    return NSACache(k, v, ck, write(past.cv, made.v, number, done))
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: NSACache | None = None
+  ) -> tuple[jax.Array, NSACache | None, dict]:
+    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
+    cfg, (B, T, _) = self.cfg, x.shape
+    turn = lambda a: rope(a, ctx.positions, cfg.rope)
+    q = turn(jnp.einsum('BTD,DHK->BTHK', x, self.q[...]))
+    q = shard(q, 'batch', 'seq', 'heads', None)
+    k = turn(jnp.einsum('BTD,DCGK->BTCGK', x, self.k[...]))
+    v = jnp.einsum('BTD,DCGK->BTCGK', x, self.v[...])
+    gates = jnp.einsum(
+      'BTD,DHC->BTHC', x, self.gate[...], preferred_element_type=jnp.float32
+    )
+    gates = jax.nn.sigmoid(gates)
+    if past is None:
+      y = self.fresh(q, k, v, gates, ctx.segments)
+    else:
+      past = self.remember(k, v, ctx, past)
+      first, start = jnp.zeros((B, T), jnp.int32), jnp.arange(past.ck.shape[1])
+      start = jnp.broadcast_to(start * cfg.stride, past.ck.shape[:2])
+      entries = Entries(past.ck, past.cv, start)
+      queries = grouped(q, ctx.positions, first, gates, cfg.kv_heads)
+      keys = (keys_of(branch, past.k, past.v) for branch in (SLC, WIN))
+      y = attend(queries, *keys, entries, cfg).reshape(*q.shape[:3], -1)
+    y = shard(y, 'batch', 'seq', 'heads', None)
+    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}
+
+  @property
+  def compress(self) -> tuple[Compressor, Compressor]:
+    """Of keys, of values."""
+    return self.compress_k, self.compress_v
+
+  def fresh(self, q, k, v, gates, segments) -> jax.Array:
+    """Tokens that see only each other: [B T H V]."""
+    rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+    keys = ('batch', 'seq', None, 'heads')
+    B, T = q.shape[:2]
+    return context.split(
+      functools.partial(_fresh, self.cfg),
+      (q, k, v, gates, segments, self.compress),
+      (heads, keys, keys, heads, rows, ()),
+      heads,
+      batch=B,
+      seq=T,
+      heads=self.cfg.kv_heads,
+    )
+
+
+def compressed(
+  compress: tuple[Compressor, Compressor], keys: Keys, start, cfg: NSAConfig
+) -> Entries:
+  """The blocks of keys that begin at places start [B E]."""
+  rows = jnp.maximum(start - keys.begin, 0)[..., None] + jnp.arange(cfg.block)
+  rows = jnp.minimum(rows, keys.k.shape[1] - 1)
+  k, v = (query_blocks.rows(a, rows) for a in keys[:2])
+  return Entries(compress[0](k), compress[1](v), start)
+
+
+def grouped(q, place, first, gates, groups: int) -> Queries:
+  """Queries of q [B T H K] and gates [B T H 3], by groups of heads."""
+  by_group = lambda a: a.reshape(*a.shape[:2], groups, -1, a.shape[-1])
+  return Queries(by_group(q), place, first, by_group(gates))
+
+
+def _with_before(along: Along, keys: Keys, count: int) -> Keys:
+  """Own tokens after the `count` before them."""
+  if not along.axis:
+    return keys
+  join = lambda a: jnp.concatenate([along.before(a, count), a], axis=1)
+  begin = along.index * keys.k.shape[1] - count
+  return Keys(join(keys.k), join(keys.v), begin)
+
+
+def _fresh(cfg: NSAConfig, along: Along, q, k, v, gates, segments, compress):
+  """Own queries; only selected tokens and compressed blocks come from all."""
+  (B, T), groups = q.shape[:2], k.shape[3]
+  begin, every = along.index * T, T * along.ways
+  first = document_starts(along.gather(segments), (B, every))
+  first = along.own(first)
+  size = -(-T // cfg.stride) if along.axis else None
+  start = block_starts(first, cfg, begin, size)
+  near = _with_before(along, keys_of(CMP, k, v), cfg.block - 1)
+  entries = along.gather(compressed(compress, near, start, cfg))
+  if along.axis:
+    there = entries.start >= 0
+    keep = lambda a: in_a_row(a, there, max(1, every // cfg.stride))
+    entries = jax.tree.map(keep, entries)
+  place = jnp.broadcast_to(begin + jnp.arange(T), (B, T))
+  selected = Keys(*along.gather(tuple(keys_of(SLC, k, v)[:2])))
+  window = _with_before(along, keys_of(WIN, k, v), cfg.window - 1)
+  queries = grouped(q, place, first, gates, groups)
+  y = attend(queries, selected, window, entries, cfg)
+  return y.reshape(*q.shape[:3], -1)

@@ -1,0 +1,234 @@
+"""What each branch of native sparse attention reads (arXiv:2502.11089).
+
+Pure functions of queries and keys that lie in one place; `cfg` is an NSAConfig.
+Legend: B batch, T queries, S keys, H heads, G groups, J = H / G, K query/key
+dim, V value dim, E compressed entries, N selected blocks, M gathered tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.model import lookup
+from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.model.attention.indexer import best
+
+_NEG = -1e30
+CMP, SLC, WIN = range(3)  # the branches, in this order in all weights
+
+
+class Entries(NamedTuple):
+  """Compressed blocks."""
+
+  k: jax.Array  # [B E G K]
+  v: jax.Array  # [B E G V]
+  start: jax.Array  # [B E] int32, place of the first token; -1: no entry
+
+
+class Queries(NamedTuple):
+  """A block of queries and where they stand."""
+
+  q: jax.Array  # [B T G J K]
+  place: jax.Array  # [B T] int32, the query's own among the keys
+  first: jax.Array  # [B T] int32, where its document begins
+  gates: jax.Array  # [B T G J 3] float32
+
+
+def document_starts(segments: jax.Array | None, shape) -> jax.Array:
+  """Per token the place where its document begins, [B T] int32."""
+  if segments is None:
+    return jnp.zeros(shape, jnp.int32)
+  index = jnp.arange(shape[1])
+  first = jnp.ones((shape[0], 1), bool)
+  new = jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
+  return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+
+
+def block_starts(
+  first: jax.Array, cfg, begin=0, size: int | None = None
+) -> jax.Array:
+  """Places where the complete compressed blocks of a batch begin.
+
+  Args:
+    first: [B T] as `document_starts` gives it.
+    cfg: sizes.
+    begin: place of the first of these T tokens, in which the blocks end.
+    size: E, T over the stride by default.
+
+  Returns:
+    [B E], -1 for none.
+  """
+  T = first.shape[1]
+  # Beyond the end of its document's first block.
+  grown = begin + jnp.arange(T) + 1 - first - cfg.block
+  ends = (grown >= 0) & (grown % cfg.stride == 0)
+  size = size or max(1, T // cfg.stride)
+  pick = lambda row: jnp.nonzero(row, size=size, fill_value=-1)[0]
+  ends = jax.vmap(pick)(ends)
+  return jnp.where(ends < 0, -1, begin + ends - cfg.block + 1)
+
+
+def overlaps(cfg) -> np.ndarray:
+  """How many strides a selected block shares with the entries about it.
+
+  For blocks of 64 and entries of 32 every 16: 1, 2, 2, 2, 1, from the entry
+  that begins a stride before the block (equation 9, whose printed index holds
+  when it counts from 1).
+  """
+  a, b = cfg.select_block // cfg.stride, cfg.block // cfg.stride
+  m = np.arange(a + b - 1)
+  return np.minimum(np.minimum(m + 1, a + b - 1 - m), min(a, b))
+
+
+def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
+  """Softmax over the last axis; all 0 where nothing is seen."""
+  p = jax.nn.softmax(jnp.where(seen, scores, _NEG), axis=-1)
+  return jnp.where(seen, p, 0)
+
+
+def compressed_branch(one: Queries, entries: Entries, cfg):
+  """-> (output [B T G J V], attention [B T G J E] float32)."""
+  seen = entries.start >= 0
+  start, end = entries.start, entries.start + cfg.block - 1
+  seen = seen[:, None] & (start[:, None] >= one.first[..., None])
+  seen &= end[:, None] <= one.place[..., None]
+  scores = jnp.einsum(
+    'BTGJK,BEGK->BTGJE', one.q, entries.k, preferred_element_type=jnp.float32
+  )
+  p = masked_softmax(scores * cfg.scale, seen[:, :, None, None])
+  return jnp.einsum(
+    'BTGJE,BEGV->BTGJV', p.astype(entries.v.dtype), entries.v
+  ), p
+
+
+def select(one: Queries, p, entries: Entries, keys: int, cfg):
+  """The blocks that each group reads.
+
+  Args:
+    one: the queries; p: their attention to the entries [B T G J E].
+    entries: what p is of.
+    keys: tokens that there are; bounds the number of blocks.
+    cfg: sizes.
+
+  Returns:
+    [B T G N] int32 numbers of blocks within the query's document; -1: none.
+  """
+  B, T, G = p.shape[:3]
+  blocks = -(-keys // cfg.select_block)
+  shares = jax.lax.stop_gradient(p).sum(axis=3)  # [B T G E]
+  weights = overlaps(cfg)
+  # The number of the first entry of the query's document. Entries of other
+  # documents have no attention, so reading beyond its own adds nothing.
+  before = (entries.start[:, None] < one.first[..., None]) & (
+    entries.start[:, None] >= 0
+  )
+  strides = np.arange(blocks)[:, None] * (cfg.select_block // cfg.stride)
+  near = strides - (cfg.block // cfg.stride - 1) + np.arange(len(weights))
+  at = before.sum(axis=-1)[..., None, None] + near  # [B T blocks m]
+  inside = (at >= 0) & (at < shares.shape[-1])
+  at = jnp.where(inside, at, 0).reshape(B, T, 1, -1)
+  found = jnp.take_along_axis(
+    shares, jnp.broadcast_to(at, (B, T, G, at.shape[-1])), axis=-1
+  ).reshape(B, T, G, blocks, -1)
+  scores = jnp.where(inside[:, :, None], found * weights, 0).sum(axis=-1)
+  own = (one.place - one.first)[..., None, None] // cfg.select_block
+  number = jnp.arange(blocks)
+  always = (number < cfg.initial) | (
+    (number <= own) & (number > own - cfg.local)
+  )
+  scores = jnp.where(always, 1e30, scores)
+  seen = jnp.broadcast_to(number <= own, scores.shape)
+  flat = lambda a: a.reshape(B, T * G, blocks)
+  chosen = best(flat(scores), flat(seen), min(cfg.select, blocks))
+  return chosen.reshape(B, T, G, -1)
+
+
+def gathered_attention(q, k, v, at, scale: float) -> jax.Array:
+  """Attention of each query to rows of its own.
+
+  Args:
+    q: [B T G J K]; k: [B S G K]; v: [B S G V].
+    at: [B T G M] int32 rows; -1 is none.
+    scale: multiplies the scores.
+
+  Returns:
+    [B T G J V].
+  """
+  # A padded query may stand beyond the last slot.
+  pick = lambda keys, rows: lookup.rows(keys, rows, 'clip')
+  over_groups = jax.vmap(pick, (1, 1), 1)  # [S G .], [T G M] -> [T G M .]
+  take = lambda keys: jax.vmap(over_groups)(keys, jnp.maximum(at, 0))
+  scores = jnp.einsum(
+    'BTGJK,BTGMK->BTGJM', q, take(k), preferred_element_type=jnp.float32
+  )
+  p = masked_softmax(scores * scale, (at >= 0)[:, :, :, None])
+  return jnp.einsum('BTGJM,BTGMV->BTGJV', p.astype(v.dtype), take(v))
+
+
+def selected_rows(one: Queries, chosen, cfg) -> jax.Array:
+  """Tokens of the chosen blocks up to the query, [B T G N * select_block]."""
+  begin = one.first[..., None, None] + chosen * cfg.select_block
+  rows = begin[..., None] + jnp.arange(cfg.select_block)
+  seen = (chosen >= 0)[..., None] & (rows <= one.place[..., None, None, None])
+  return jnp.where(seen, rows, -1).reshape(*chosen.shape[:3], -1)
+
+
+def window_rows(one: Queries, groups: int, cfg) -> jax.Array:
+  """The last `window` tokens of the document, [B T G window]."""
+  rows = one.place[..., None] - jnp.arange(cfg.window)
+  rows = jnp.where(rows >= one.first[..., None], rows, -1)[:, :, None]
+  return jnp.broadcast_to(rows, (*rows.shape[:2], groups, cfg.window))
+
+
+class Keys(NamedTuple):
+  """Tokens of one branch."""
+
+  k: jax.Array  # [B S G K]
+  v: jax.Array  # [B S G V]
+  begin: jax.Array | int = 0  # place of the first of them
+
+
+def keys_of(branch: int, k: jax.Array, v: jax.Array) -> Keys:
+  """One branch of k [B S 3 G K] and v [B S 3 G V]."""
+  return Keys(k[:, :, branch], v[:, :, branch])
+
+
+def attend(
+  queries: Queries,
+  selected: Keys,
+  window: Keys,
+  entries: Entries,
+  cfg,
+) -> jax.Array:
+  """All branches, gated and added.
+
+  Args:
+    queries: T of them.
+    selected: all tokens of the second branch.
+    window: of the third, at least what the queries' windows hold.
+    entries: the compressed branch.
+    cfg: sizes.
+
+  Returns:
+    [B T G J V].
+  """
+  S, G = selected.k.shape[1:3]
+
+  def block(one: Queries):
+    def read(keys, at):
+      at = jnp.where(at >= 0, at - keys.begin, -1)
+      return gathered_attention(one.q, keys.k, keys.v, at, cfg.scale)
+
+    far, p = compressed_branch(one, entries, cfg)
+    chosen = select(one, p, entries, S, cfg)
+    near = read(selected, selected_rows(one, chosen, cfg))
+    last = read(window, window_rows(one, G, cfg))
+    gates = one.gates.astype(far.dtype)
+    return sum(y * gates[..., i, None] for i, y in enumerate((far, near, last)))
+
+  gathered = cfg.select * cfg.select_block + cfg.window
+  numbers = G * gathered * (cfg.qk_dim + cfg.v_dim)
+  numbers += cfg.heads * entries.k.shape[1]
+  return query_blocks.over_blocks(block, queries, cfg.queries, numbers)

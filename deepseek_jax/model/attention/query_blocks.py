@@ -1,0 +1,80 @@
+"""Queries a block at a time, and which keys each of them may see.
+
+A query of sparse attention has scores, indices and gathered keys of its own;
+in blocks, memory holds them for a few queries, forwards and backwards.
+Legend: B batch, T queries, S keys, n queries of a block.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model import lookup
+
+# Numbers that a block may make per array: 256 MiB of float32.
+_MOST = 1 << 26
+
+
+class Sight(NamedTuple):
+  """What queries see: keys up to their own place, in their own segment."""
+
+  places: jax.Array  # [B T] int32, the query's own place among the keys
+  segments: jax.Array | None = None  # [B T]; None: all keys are of one
+
+  def mask(self, keys: jax.Array, key_segments=None) -> jax.Array:
+    """Visible keys; `keys` are places [S], or per query [B T K]."""
+    seen = keys <= self.places[..., None]
+    if self.segments is None:
+      return seen
+    if keys.ndim == 1:
+      return seen & (self.segments[..., None] == key_segments[:, None])
+    theirs = rows(key_segments, keys)
+    return seen & (self.segments[..., None] == theirs)
+
+
+def sight(positions: jax.Array, segments, fresh: bool) -> Sight:
+  """Of tokens among themselves when `fresh`, else of a cache by position."""
+  if not fresh:
+    return Sight(positions)
+  places = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+  return Sight(places, segments)
+
+
+def rows(keys: jax.Array, chosen: jax.Array) -> jax.Array:
+  """keys [B S ...] at chosen [B ...] -> [B ..., ...]; -1 gives any row."""
+  pick = lambda one, at: lookup.rows(one, at, 'promise_in_bounds')
+  return jax.vmap(pick)(keys, jnp.maximum(chosen, 0))
+
+
+def over_blocks(
+  f: Callable[[Any], Any], queries: Any, most: int, numbers: int = 1
+) -> Any:
+  """f of every block of queries, put together again.
+
+  The backward pass runs a block anew instead of keeping what it made.
+
+  Args:
+    f: block of `queries` [B n ...] -> tree of [B n ...].
+    queries: tree of [B T ...].
+    most: queries of a block.
+    numbers: what f makes per query and row of the batch; bounds a block too.
+  """
+  B, T = jax.tree.leaves(queries)[0].shape[:2]
+  count = -(-T // max(1, min(most, _MOST // (B * numbers))))
+  if count == 1:
+    return f(queries)
+  size = -(-T // count)
+
+  def split(a):
+    rest = [(0, 0)] * (a.ndim - 2)
+    a = jnp.pad(a, [(0, 0), (0, size * count - T), *rest])
+    return jnp.moveaxis(a.reshape(B, count, size, *a.shape[2:]), 1, 0)
+
+  def join(a):
+    a = jnp.moveaxis(a, 0, 1)
+    return a.reshape(B, count * size, *a.shape[3:])[:, :T]
+
+  blocks = jax.tree.map(split, queries)
+  return jax.tree.map(join, jax.lax.map(jax.checkpoint(f), blocks))

@@ -1,0 +1,290 @@
+"""V4's attention (section 2.3): one key-value head, a window, far entries.
+
+Every head reads the same vectors, as keys and as values: those of the last W
+tokens and, as a layer's `compress` says, entries that stand for many tokens
+(csa.py, hca.py). Rope turns their last channels, so what is read carries the
+turn of its place; turning the output back by the query's own makes it depend
+on distances alone. A sink per head takes part in the softmax. The output goes
+through a low-rank projection of each group of heads.
+Legend: B batch, T queries, D model, Q query latent, H heads, C head dim,
+R rope dims, G groups, K = H C / G, O output rank, W window.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model.attention import csa, hca, ring
+from deepseek_jax.model.attention.compressor import (
+  Compressed,
+  CompressorConfig,
+  tail_rope,
+)
+from deepseek_jax.model.attention.csa import CSA, CSACache, CSAConfig
+from deepseek_jax.model.attention.hca import HCA, HCAConfig
+from deepseek_jax.model.attention.partial_softmax import (
+  Part,
+  join,
+  window_attention,
+)
+from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel import sequence as context
+from deepseek_jax.parallel.sharding import param, shard
+
+# Cos and sin are not multiplied: the released models use no mscale.
+COMPRESS_ROPE = RopeConfig(
+  theta=160000.0,
+  scaling=YarnConfig(
+    factor=16.0,
+    original_length=65536,
+    mscale=None,
+    mscale_all_dim=None,
+    attention_factor=1.0,
+  ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedKVConfig:
+  """Shapes, and what a layer reads beside its window.
+
+  Attributes:
+    heads, head_dim: of the queries; keys and values are one head.
+    rope_dim: the last channels of a head, which are turned.
+    q_rank: of the queries' latent.
+    groups, o_rank: of the output projection.
+    window: tokens that are read one by one, the query's own included.
+    rope: of layers with a window alone.
+    compress_rope: of all that is turned in layers with entries.
+    compress: what entries there are.
+    csa, hca: their settings.
+    norm_eps: of all norms inside.
+  """
+
+  heads: int
+  head_dim: int
+  rope_dim: int
+  q_rank: int
+  groups: int
+  o_rank: int
+  window: int = 128
+  rope: RopeConfig = RopeConfig()
+  compress_rope: RopeConfig = COMPRESS_ROPE
+  compress: Literal['none', 'csa', 'hca'] = 'none'
+  csa: CSAConfig = CSAConfig()
+  hca: HCAConfig = HCAConfig()
+  norm_eps: float = 1e-6
+
+  def __post_init__(self):
+    sizes = ('heads', 'head_dim', 'q_rank', 'groups', 'o_rank', 'window')
+    for name in sizes:
+      if getattr(self, name) < 1:
+        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    if self.heads % self.groups:
+      raise InputError(
+        f'groups = {self.groups}: must divide heads = {self.heads}'
+      )
+    most = self.head_dim
+    if self.compress == 'csa':
+      most = min(most, self.csa.index_dim)
+    if self.rope_dim % 2 or not 0 < self.rope_dim <= most:
+      raise InputError(
+        f'rope_dim = {self.rope_dim}: must be even and lie in 2..{most}, the'
+        ' least of head_dim and csa.index_dim'
+      )
+
+  @property
+  def scale(self) -> float:
+    return self.head_dim**-0.5
+
+  @property
+  def turn(self) -> RopeConfig:
+    """The rope of this layer."""
+    return self.rope if self.compress == 'none' else self.compress_rope
+
+  @property
+  def measures_recall(self) -> bool:
+    """Whether training reports it."""
+    return self.compress == 'csa' and self.csa.measures_recall
+
+  def compressor(self) -> CompressorConfig | None:
+    """Of this layer's entries."""
+    if self.compress == 'none':
+      return None
+    csa = self.compress == 'csa'
+    return CompressorConfig(
+      ratio=self.csa.ratio if csa else self.hca.ratio,
+      overlap=csa,
+      dim=self.head_dim,
+      rope_dim=self.rope_dim,
+      rope=self.compress_rope,
+      norm_eps=self.norm_eps,
+    )
+
+  def cache(self, batch: int, slots: int, dtype) -> 'SharedKVCache':
+    """An empty cache: W vectors, and C numbers for every m slots."""
+    window = jnp.zeros((batch, self.window, self.head_dim), dtype)
+    compress = self.compressor()
+    if compress is None:
+      return SharedKVCache(window, None)
+    far = compress.cache(batch, slots, dtype)
+    if self.compress == 'csa':
+      keys = dataclasses.replace(compress, dim=self.csa.index_dim)
+      far = CSACache(far, keys.cache(batch, slots, dtype))
+    return SharedKVCache(window, far)
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'SharedKV':
+    return SharedKV(self, dim, std=std, rngs=rngs)
+
+
+class SharedKVCache(NamedTuple):
+  window: jax.Array  # [B W C], a ring of turned vectors
+  far: CSACache | Compressed | None
+
+
+class SharedKV(nnx.Module):
+  def __init__(self, cfg: SharedKVConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, H, C, Q = dim, cfg.heads, cfg.head_dim, cfg.q_rank
+    G, O = cfg.groups, cfg.o_rank
+    init = nnx.initializers.normal(std)
+    norm = lambda width: RMSNorm(width, eps=cfg.norm_eps, rngs=rngs)
+    self.q_down = param(rngs, init, (D, Q), ('embed', 'q_latent'))
+    self.q_norm = norm(Q)
+    self.q_up = param(rngs, init, (Q, H, C), ('q_latent', 'heads', None))
+    self.kv = param(rngs, init, (D, C), ('embed', None))
+    self.kv_norm = norm(C)
+    zeros = nnx.initializers.zeros
+    self.sinks = param(rngs, zeros, (H,), ('heads',), full_precision=True)
+    self.out_down = param(
+      rngs, init, (H // G * C, G, O), (None, 'groups', None)
+    )
+    self.out_up = param(rngs, init, (G, O, D), ('heads', None, 'embed'))
+    make = {'std': std, 'rngs': rngs}
+    if cfg.compress == 'csa':
+      self.far = CSA(cfg.csa, cfg.compressor(), D, Q, **make)
+    elif cfg.compress == 'hca':
+      self.far = HCA(cfg.compressor(), D, **make)
+
+  def query(self, x: jax.Array, positions) -> tuple[jax.Array, jax.Array]:
+    """x [B T D] -> turned queries [B T H C], their latent [B T Q]."""
+    latent = self.q_norm(x @ self.q_down[...])
+    q = jnp.einsum('BTQ,QHC->BTHC', latent, self.q_up[...])
+    wide = q.astype(jnp.float32)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    q = (wide * jax.lax.rsqrt(mean + self.cfg.norm_eps)).astype(q.dtype)
+    q = shard(q, 'batch', 'seq', 'heads', None)
+    return tail_rope(q, positions, self.cfg.turn, self.cfg.rope_dim), latent
+
+  def output(self, y: jax.Array, positions) -> jax.Array:
+    """What heads read [B T H C] -> [B T D]: turned back, then projected."""
+    y = tail_rope(y, -positions, self.cfg.turn, self.cfg.rope_dim)
+    y = y.astype(self.out_up[...].dtype)
+    y = y.reshape(*y.shape[:2], self.cfg.groups, -1)
+    y = jnp.einsum('BTGK,KGO->BTGO', y, self.out_down[...])
+    return jnp.einsum('BTGO,GOD->BTD', y, self.out_up[...])
+
+  def __call__(
+    self, x: jax.Array, ctx: Context, past: SharedKVCache | None = None
+  ) -> tuple[jax.Array, SharedKVCache | None, dict]:
+    """x [B T D] -> (y [B T D], cache with these tokens, statistics).
+
+    In a call with a cache a row is one document, and its padding comes last.
+    Statistics: those of CSA, in training.
+    """
+    cfg = self.cfg
+    q, latent = self.query(x, ctx.positions)
+    kv = self.kv_norm(x @ self.kv[...])
+    kv = tail_rope(kv, ctx.positions, cfg.turn, cfg.rope_dim)
+    if past is None:
+      parts, stats = self._fresh(q, kv, x, latent, ctx)
+    else:
+      parts, past = self._cached(q, kv, x, latent, ctx, past)
+      stats = {}
+    y = self.output(join(parts, self.sinks[...]), ctx.positions)
+    return y, past, stats
+
+  def _fresh(self, q, kv, x, latent, ctx: Context):
+    """Of a batch that sees only itself: the parts, statistics."""
+    cfg, (B, T, H, _) = self.cfg, q.shape
+    segments = ctx.segments
+    if segments is None:
+      segments = jnp.ones_like(ctx.positions)
+    tokens = query = weights = None
+    rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
+    out, index_heads = [Part(heads, heads)], H
+    if cfg.compress != 'none':
+      tokens, query, weights = self.far.inputs(x, latent, ctx)
+      out *= 2
+    learn = ctx.train and cfg.compress == 'csa'
+    if query is not None:
+      index_heads = query.q.shape[2]
+    names = ('loss', 'recall') if cfg.measures_recall else ('loss',)
+    parts, stats = context.split(
+      functools.partial(_fresh, cfg, learn),
+      (q, kv, segments, tokens, query, weights),
+      (heads, rows, rows, rows, heads, ()),
+      (out, {name: ('batch',) for name in names if learn}),
+      batch=B,
+      seq=T,
+      heads=math.gcd(H, index_heads),
+    )
+    stats = {name: values.mean() for name, values in stats.items()}
+    if learn:
+      stats['loss'] *= cfg.csa.loss
+    return parts, stats
+
+  def _cached(self, q, kv, x, latent, ctx: Context, past: SharedKVCache):
+    """Of tokens that follow a cache: the parts, the cache with them."""
+    cfg, history = self.cfg, None
+    segments = ctx.segments
+    if segments is None:
+      segments = jnp.ones_like(ctx.positions)
+    if not ctx.fresh:
+      start = ctx.positions[:, 0]
+      there = ring.before(start, cfg.window) >= 0
+      history = (
+        ring.unroll(past.window, start),
+        jnp.where(there, 1, -1).astype(segments.dtype),
+      )
+      segments = (segments > 0).astype(segments.dtype)
+    parts, far = [], None
+    parts.append(
+      window_attention(
+        q, kv, segments, cfg.window, scale=cfg.scale, history=history
+      )
+    )
+    if cfg.compress != 'none':
+      part, far = self.far(q, x, latent, ctx, past.far, scale=cfg.scale)
+      parts.append(part)
+    window = ring.write(past.window, kv, ctx.positions, ctx.valid)
+    return parts, SharedKVCache(window, far)
+
+
+def _fresh(
+  cfg: SharedKVConfig, learn, along, q, kv, segments, tokens, query, weights
+):
+  """Parts of own queries; a window reaches into the devices before."""
+  history, W = None, cfg.window
+  if along.axis:
+    history = along.before(kv, W - 1), along.before(segments, W - 1, -1)
+  near = window_attention(q, kv, segments, W, scale=cfg.scale, history=history)
+  if cfg.compress == 'none':
+    return [near], {}
+  make, scale = cfg.compressor(), cfg.scale
+  if cfg.compress == 'hca':
+    return [near, hca.fresh(make, along, q, tokens, weights, scale)], {}
+  makes = make, dataclasses.replace(make, dim=cfg.csa.index_dim)
+  how = {'scale': scale, 'learn': learn}
+  part, stats = csa.fresh(
+    cfg.csa, makes, along, q, tokens, query, weights, **how
+  )
+  return [near, part], stats

@@ -1,0 +1,326 @@
+"""DeepSeekMoE (arXiv:2401.06066): shared experts, fine-grained routed experts.
+
+y = shared(x) + sum of the chosen experts' outputs times their weights.
+Dropless: each expert takes as many tokens as choose it. V2's capacity factor
+(arXiv:2405.04434 section 2.2.4) is an option of training.
+Legend: B batch, T tokens, D model, E experts, K chosen, F expert hidden.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import kernels
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts import balance
+from deepseek_jax.model.experts import statistics as routing_statistics
+from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.ffn import FFN, FFNConfig, swiglu
+from deepseek_jax.model.experts.router import Router, RouterConfig, Routing
+from deepseek_jax.parallel import exchange
+from deepseek_jax.parallel.sharding import Buffer, current, param
+from pallas_kernels import grouped_matmul as gmm
+from pallas_kernels import permute
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityConfig:
+  """V2's token dropping: a device takes `factor` times its average load.
+
+  Attributes:
+    factor: budget of a device, in average loads.
+    devices: device groups of neighbouring experts.
+    exempt: share of the sequences that lose nothing: by a hash of their
+      tokens, so the same ones whatever batch or device they are in.
+  """
+
+  factor: float = 1.0
+  devices: int = 1
+  exempt: float = 0.1
+
+  def __post_init__(self):
+    if not self.factor > 0 or self.devices < 1 or not 0 <= self.exempt <= 1:
+      raise InputError(
+        f'factor = {self.factor}, devices = {self.devices}, exempt ='
+        f' {self.exempt}: need factor above 0, devices at least 1, exempt in'
+        ' 0..1'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Shapes of a MoE layer.
+
+  Attributes:
+    experts: routed experts E.
+    top_k: experts per token K.
+    width: hidden size of one expert F.
+    shared: shared experts; they form one SwiGLU of shared * width.
+    router: how experts are chosen and weighted.
+    balance: losses that keep them evenly used.
+    capacity: None never drops a token.
+    limit: clamp inside every expert, the shared ones too (FFNConfig).
+    float8: the routed experts' products in float8 with block scales, forward
+      and backward (V3, arXiv:2412.19437, section 3.3). What rows share a
+      scale in the weights' gradient depends on the batch and the mesh.
+    redundant: further copies of busy experts, to serve with (see
+      parallel/redundant.py); a model with them can't be trained.
+  """
+
+  experts: int
+  top_k: int
+  width: int
+  shared: int = 1
+  router: RouterConfig = RouterConfig()
+  balance: BalanceConfig = BalanceConfig()
+  capacity: CapacityConfig | None = None
+  limit: float | None = None
+  float8: bool = False
+  redundant: int = 0
+
+  def __post_init__(self):
+    if self.experts < 1 or self.width < 1 or self.shared < 0:
+      raise InputError(
+        f'experts = {self.experts}, width = {self.width}, shared ='
+        f' {self.shared}: experts and width must be at least 1, shared 0'
+      )
+    if not 1 <= self.top_k <= self.experts:
+      raise InputError(
+        f'top_k = {self.top_k}: must lie in 1..experts = {self.experts}'
+      )
+    FFNConfig(self.width, self.limit)  # checks both
+    if self.redundant < 0:
+      raise InputError(f'redundant = {self.redundant}: must not be negative')
+    self.router.check(self.experts, self.top_k)
+    self.balance.check(self.experts)
+    if self.capacity and self.experts % self.capacity.devices:
+      raise InputError(
+        f'capacity.devices = {self.capacity.devices}: must divide experts ='
+        f' {self.experts}'
+      )
+
+  def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MoE':
+    return MoE(self, dim, std=std, rngs=rngs)
+
+
+def exempted(tokens: jax.Array, share: float) -> jax.Array:
+  """tokens [B T] int32 -> [B] bool, true for this share of all sequences."""
+  u32 = jnp.uint32
+  T = tokens.shape[1]
+  odd = jnp.arange(T, dtype=u32) * u32(0x9E3779B1) * u32(2) + u32(1)
+  # Whole numbers: a sum over a sequence that is cut comes out the same.
+  h = ((tokens.astype(u32) + u32(1)) * odd).sum(axis=1, dtype=u32)
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    h = (h ^ (h >> u32(shift))) * u32(factor)
+  return (h >> u32(8)).astype(jnp.float32) * 2.0**-24 < share
+
+
+def drop(
+  routing: Routing, experts: int, cfg: CapacityConfig, exempt: jax.Array
+) -> tuple[Routing, jax.Array]:
+  """Keeps each device within its budget, lowest affinity dropped first.
+
+  Args:
+    routing: of all choices.
+    experts: E.
+    cfg: what a device takes.
+    exempt: [B] bool, sequences that lose nothing.
+
+  Returns:
+    The routing with dropped choices sent nowhere, and their number.
+  """
+  B, T, K = routing.experts.shape
+  flat = routing.experts.reshape(-1)
+  device = flat // (experts // cfg.devices)  # `devices` for padding
+  affinity = jnp.where(exempt[:, None, None], jnp.inf, routing.weights)
+  order = jnp.lexsort((-affinity.reshape(-1), device))
+  counts = jnp.bincount(device, length=cfg.devices + 1)
+  start = jnp.cumsum(counts) - counts
+  rank = (
+    jnp.zeros_like(flat)
+    .at[order]
+    .set(jnp.arange(flat.size, dtype=flat.dtype) - start[device[order]])
+  )
+  budget = cfg.factor * counts[: cfg.devices].sum() / cfg.devices
+  kept = (rank < budget) | jnp.repeat(exempt, T * K)
+  dropped = ~kept & (flat < experts)
+  kept = (~dropped).reshape(B, T, K)
+  return (
+    routing._replace(
+      experts=jnp.where(kept, routing.experts, experts),
+      weights=jnp.where(kept, routing.weights, 0.0),
+    ),
+    dropped.sum(),
+  )
+
+
+def apply_experts(
+  x,
+  experts,
+  weights,
+  gate_up,
+  down,
+  *,
+  limit: float | None = None,
+  float8: bool = False,
+) -> jax.Array:
+  """Routed experts on one device.
+
+  Args:
+    x: [N D] tokens.
+    experts: [N K] int32, E for nowhere.
+    weights: [N K] float32.
+    gate_up: [E D 2 F]; down: [E F D].
+    limit: see `swiglu`.
+    float8: see `MoEConfig`.
+
+  Returns:
+    [N D], the weighted sum of the chosen experts' outputs.
+
+  Raises:
+    InputError: float8 with widths on a device that 128 doesn't divide.
+  """
+  E, D, _, F = gate_up.shape
+  if float8 and (D % 128 or F % 128):
+    raise InputError(
+      f"moe.float8: a device has {F} of each expert's width and dim = {D};"
+      ' both must be multiples of 128, or set moe.float8=False'
+    )
+  if not float8 and _most_experts_chosen(*experts.shape, E):
+    return _apply_all(x, experts, weights, gate_up, down, limit)
+  plan = permute.plan(experts, E)
+  rows = permute.permute(x, plan)
+  gate_up = gate_up.reshape(E, D, 2 * F)
+  h = _hidden(rows, gate_up, plan, limit, float8)
+  layout = {'block_expert': plan.block_expert, 'used': plan.used}
+  y = gmm.grouped_matmul(h, down, **layout, float8=float8)
+  return permute.combine(y, weights, plan)
+
+
+def _hidden(rows, gate_up, plan, limit, float8):
+  """rows [M D], gate_up [E D 2F] -> [M F] after the activation."""
+  layout = {'block_expert': plan.block_expert, 'used': plan.used}
+  args = rows, gate_up
+  if float8:
+    return swiglu(gmm.grouped_matmul(*args, **layout, float8=True), limit)
+  return kernels.pick_local(
+    'grouped_swiglu',
+    lambda impl: gmm.grouped_swiglu(*args, **layout, limit=limit, impl=impl),
+    lambda: swiglu(gmm.grouped_matmul(*args, **layout), limit),
+  )
+
+
+def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
+  """Whether so few tokens choose so many experts that reading them all pays.
+
+  Then the weights' bytes are the cost, and all of them would be read anyway.
+  """
+  return tokens <= 16 and 2 * tokens * top_k >= experts
+
+
+def _apply_all(x, experts, weights, gate_up, down, limit):
+  """apply_experts with every expert run on every token: decoding batches."""
+  E, D, _, F = gate_up.shape
+  hit = experts[..., None] == jnp.arange(E)  # [N K E]
+  share = (weights[..., None] * hit).sum(axis=1).astype(x.dtype)  # [N E]
+  # Batched over experts: as one wide product it would transpose the weights.
+  # In parts of D: XLA:CPU takes twice as long for longer sums (measured).
+  parts = next(n for n in range(-(-D // 256), D + 1) if D % n == 0)
+  x = jnp.broadcast_to(x, (E, *x.shape)).reshape(E, -1, parts, D // parts)
+  w = gate_up.reshape(E, parts, D // parts, 2 * F)
+  h = jnp.einsum('ENJD,EJDF->EJNF', x, w).sum(axis=1)
+  h = swiglu(h, limit)
+  return jnp.einsum('ENF,EFD->ND', h * share.T[..., None], down)
+
+
+class MoE(nnx.Module):
+  def __init__(self, cfg: MoEConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = cfg
+    E, D, F = cfg.experts, dim, cfg.width
+    init = nnx.initializers.normal(std)
+    self.router = Router(cfg.router, D, E, cfg.top_k, std=std, rngs=rngs)
+    R = E + cfg.redundant
+    self.gate_up = param(
+      rngs, init, (R, D, 2, F), ('experts', 'embed', None, 'mlp')
+    )
+    self.down = param(rngs, init, (R, F, D), ('experts', 'mlp', 'embed'))
+    if cfg.redundant:
+      first = jnp.arange(E, dtype=jnp.int32)[:, None]
+      copies = jnp.tile(first, (1, cfg.redundant + 1))
+      self.copies = Buffer(copies, axes=(None, None))  # of each expert
+      self.copy_count = Buffer(jnp.ones(E, jnp.int32), axes=(None,))
+    if cfg.shared:
+      shared = FFNConfig(cfg.shared * F, cfg.limit)
+      self.shared = FFN(shared, D, std=std, rngs=rngs)
+
+  def pick_copies(self, routing: Routing) -> Routing:
+    """Experts -> copies of them, which tokens take in turn."""
+    E, last = self.cfg.experts, self.cfg.experts + self.cfg.redundant
+    chosen = routing.experts
+    turn = jnp.arange(chosen.size // chosen.shape[-1]).reshape(chosen.shape[:2])
+    expert = jnp.minimum(chosen, E - 1)
+    turn = turn[..., None] % self.copy_count[...][expert]
+    copy = self.copies[...][expert, turn]
+    return routing._replace(experts=jnp.where(chosen < E, copy, last))
+
+  def routed(self, x: jax.Array, routing: Routing):
+    """x [B T D] -> ([B T D], choices that no first buffer of a mesh held)."""
+    B, T, D = x.shape
+    cfg = self.cfg
+    compute = functools.partial(
+      apply_experts, limit=cfg.limit, float8=cfg.float8
+    )
+    weights = self.gate_up[...], self.down[...]
+    if current():
+      arrays = x, routing.experts, routing.weights
+      return exchange.run(compute, arrays, weights, current())
+    y = compute(
+      x.reshape(B * T, D),
+      routing.experts.reshape(B * T, -1),
+      routing.weights.reshape(B * T, -1),
+      *weights,
+    )
+    return y.reshape(B, T, D), jnp.int32(0)
+
+  def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
+    """x [B T D] -> (y [B T D], statistics).
+
+    Statistics: 'load' [E] int32, tokens that chose each expert; 'experts'
+    [B T K] int32; 'dropped' int32, choices over capacity; 'losses', the
+    balance losses without their weights; 'loss', their weighted sum; while
+    training also those of `routing_statistics`.
+    """
+    cfg = self.cfg
+    routing = self.router(x, ctx)
+    values = balance.losses(cfg.balance, routing, ctx.valid)
+    stats = {
+      'load': routing.load,
+      'experts': routing.experts,
+      'dropped': jnp.int32(0),
+      'losses': values,
+      'loss': balance.weighted(cfg.balance, values),
+    }
+    if cfg.redundant and ctx.train:
+      raise InputError(
+        f'moe.redundant = {cfg.redundant}: copies of experts are for serving;'
+        ' train with 0'
+      )
+    if ctx.train:
+      bias = self.router.bias[...] if cfg.router.bias else None
+      stats |= routing_statistics.statistics(routing, bias, cfg.router)
+    if cfg.capacity and ctx.train:
+      free = exempted(ctx.tokens, cfg.capacity.exempt)
+      routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity, free)
+    if cfg.redundant:
+      routing = self.pick_copies(routing)
+    y, missed = self.routed(x, routing)
+    using = current()
+    if using and not using.exchange.dropless:
+      stats['dropped'] += missed
+    if cfg.shared:
+      y = y + self.shared(x, ctx)[0]
+    return y, stats

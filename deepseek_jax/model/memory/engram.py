@@ -1,0 +1,213 @@
+"""Engram: tables read by the hash of the last tokens (arXiv:2601.07372).
+
+A layer with a memory looks up one row per n-gram order and head, makes a value
+and, for each residual stream, a key of them, and adds the value to the stream
+as far as key and stream agree. Tables grow without costing FLOPs. Which rows,
+is the matter of ngram_hash.py. V4.1's memory is `conv` 0; neither form has
+biases here.
+Legend: B batch, T tokens, n streams, D model, L layers with tables, N longest
+n-gram, O = N - 1 orders, H tables of an order, K = O H, E width of a token's
+rows together.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.data import ngrams
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import lookup
+from deepseek_jax.model.attention import ring
+from deepseek_jax.model.context import Context
+from deepseek_jax.parallel.sharding import Buffer, param, shard
+
+_ROWS = 128  # tables are filled up to a multiple, so that meshes divide them
+
+
+@dataclasses.dataclass(frozen=True)
+class EngramConfig:
+  """The memory of all layers that have one.
+
+  Attributes:
+    base: rows of a table; the next unused prime from here on.
+    longest: the longest n-gram N; there are tables for 2 to N tokens.
+    heads: tables of an order H.
+    dim: width of an order's rows together.
+    conv: taps of a convolution over tokens, N apart; 0: none.
+    classes: kinds of tokens V_c; 0: as many as there are tokens.
+    seed: of the hash.
+    norm_eps: of its norms.
+  """
+
+  base: int
+  longest: int = 3
+  heads: int = 8
+  dim: int = 512
+  conv: int = 4
+  classes: int = 0
+  seed: int = 0
+  norm_eps: float = 1e-6
+
+  def __post_init__(self):
+    for name, least in (('base', 2), ('longest', 2), ('heads', 1), ('dim', 1)):
+      if getattr(self, name) < least:
+        raise InputError(
+          f'engram.{name} = {getattr(self, name)}: must be at least {least}'
+        )
+    if self.conv < 0 or self.classes < 0:
+      raise InputError(
+        f'engram.conv = {self.conv}, engram.classes = {self.classes}: must not'
+        ' be negative'
+      )
+    if self.conv == 1:
+      raise InputError('engram.conv = 1: one tap sees no other token; use 0')
+    if self.dim % self.heads:
+      raise InputError(
+        f'engram.dim = {self.dim}: must be a multiple of heads = {self.heads}'
+      )
+
+  def sizes(self, layers: int) -> np.ndarray:
+    """Rows of every table [L O H]."""
+    return ngrams.primes(self.base, layers, self.longest - 1, self.heads)
+
+  def rows(self, layers: int) -> int:
+    """Rows of a layer's tables together, the same in each of `layers`."""
+    sizes = self.sizes(layers)
+    most = int(sizes.reshape(layers, -1).sum(axis=1).max())
+    rows = -(-most // _ROWS) * _ROWS
+    if rows >= 2**31:
+      raise InputError(
+        f'engram.base = {self.base}: {rows} rows in a layer, int32 counts'
+        ' fewer than 2^31; lower it'
+      )
+    return rows
+
+  @property
+  def width(self) -> int:
+    """E."""
+    return (self.longest - 1) * self.dim
+
+  @property
+  def reach(self) -> int:
+    """How many tokens the convolution looks back."""
+    return max(self.conv - 1, 0) * self.longest
+
+  def cache(self, batch: int, streams: int, dim: int, dtype):
+    """What the convolution keeps; None without one."""
+    if not self.reach:
+      return None
+    return jnp.zeros((batch, self.reach + 1, streams, dim), dtype)
+
+
+def reaches(ctx: Context, back: int) -> jax.Array:
+  """Whether the token `back` places before is of the same document [B T]."""
+  inside = ctx.positions >= back
+  if ctx.segments is None or back == 0:
+    return inside
+  beyond = jnp.arange(ctx.positions.shape[1]) < back  # in the cache, if at all
+  same = jnp.roll(ctx.segments, back, axis=1) == ctx.segments
+  return inside & (beyond | same)
+
+
+def with_past(past, new, ctx: Context, reach: int):
+  """new [B T ...] after the `reach` entries before it: [B reach+T ...]."""
+  if past is None:
+    before = jnp.zeros((new.shape[0], reach, *new.shape[2:]), new.dtype)
+  else:
+    before = ring.unroll(past, ctx.positions[:, 0]).astype(new.dtype)
+  return jnp.concatenate([before, new], axis=1)
+
+
+class Engram(nnx.Module):
+  """The memory of one layer."""
+
+  def __init__(
+    self,
+    cfg: EngramConfig,
+    dim: int,
+    *,
+    streams: int,
+    rows: int,
+    std,
+    rngs: nnx.Rngs,
+  ):
+    self.cfg = cfg
+    E, n, D = cfg.width, streams, dim
+    init = nnx.initializers.normal(std)
+    self.table = param(
+      rngs, init, (rows, cfg.dim // cfg.heads), ('tables', None)
+    )
+    self.key = param(rngs, init, (E, n, D), (None, 'streams', 'embed'))
+    self.value = param(rngs, init, (E, D), (None, 'embed'))
+    self.query_norm, self.key_norm = (self._scale(n * D, rngs) for _ in 'qk')
+    if cfg.reach:
+      self.conv_norm = self._scale(n * D, rngs)
+      zeros = nnx.initializers.zeros
+      self.conv = param(rngs, zeros, (cfg.conv, n, D), (None, None, None))
+    # Which of the layers with a memory this is; the model's maker says.
+    self.number = Buffer(jnp.int32(0), axes=())
+
+  @staticmethod
+  def _scale(size, rngs):
+    ones = nnx.initializers.ones
+    return param(rngs, ones, (size,), (None,), full_precision=True)
+
+  def _norm(self, x, scale):
+    """Each stream of x [B T n D] by itself, in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x * x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean + self.cfg.norm_eps)
+    return x * scale[...].astype(jnp.float32).reshape(x.shape[2:])
+
+  def read(self, rows: jax.Array) -> jax.Array:
+    """The table's rows [B T K], side by side: [B T E]."""
+    read = lookup.rows(self.table[...], rows)
+    return read.reshape(*rows.shape[:2], self.cfg.width)
+
+  def gates(self, stream: jax.Array, memory: jax.Array) -> jax.Array:
+    """How far each stream [B T n D] wants the memory [B T E]: [B T n]."""
+    key = jnp.einsum('BTE,EnD->BTnD', memory, self.key[...])
+    key = self._norm(key, self.key_norm)
+    agree = (key * self._norm(stream, self.query_norm)).sum(axis=-1)
+    agree = agree * stream.shape[-1] ** -0.5
+    # The square root spreads what is near 0, where random pairs lie.
+    root = jnp.sqrt(jnp.maximum(jnp.abs(agree), 1e-6))
+    return jax.nn.sigmoid(jnp.sign(agree) * root)
+
+  def mixed(self, x: jax.Array, ctx: Context, past):
+    """Each channel of x [B T n D] over tokens -> (the same shape, cache)."""
+    x = self._norm(x, self.conv_norm).astype(x.dtype)
+    reach, N, T = self.cfg.reach, self.cfg.longest, x.shape[1]
+    joined = with_past(past, x, ctx, reach)
+    y = jnp.zeros(x.shape, jnp.float32)
+    for k in range(self.cfg.conv):
+      tap = joined[:, reach - N * k :][:, :T]
+      seen = reaches(ctx, N * k)[..., None, None]
+      y += jnp.where(seen, tap, 0) * self.conv[k]
+    if past is not None:
+      past = ring.write(past, x, ctx.positions, ctx.valid)
+    return jax.nn.silu(y), past
+
+  def __call__(self, stream: jax.Array, ctx: Context, past=None):
+    """The stream ([B T D] or [B T n D]) with its memory -> (stream, cache).
+
+    Reads the rows that ctx.rows holds for this layer.
+    """
+    if ctx.rows is None:
+      raise InputError(
+        'engram: the rows of these n-grams were not hashed; call the whole'
+        ' model, as stages of a pipeline do not hash'
+      )
+    x = stream if stream.ndim == 4 else stream[:, :, None]
+    rows = jnp.take(ctx.rows, self.number[...], axis=2)
+    memory = shard(self.read(rows), 'batch', 'seq', None)
+    value = memory @ self.value[...]
+    y = self.gates(x, memory)[..., None] * value[:, :, None]
+    y = y.astype(stream.dtype)
+    if self.cfg.reach:
+      more, past = self.mixed(y, ctx, past)
+      y = y + more.astype(y.dtype)
+    return stream + y.reshape(stream.shape), past

@@ -1,0 +1,113 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+Depth k predicts token i+k+1 from the state of depth k-1 at i and the embedding
+of token i+k, through one more block; embedding and head are the main model's.
+The released checkpoints concatenate [embedding; hidden] where the paper writes
+[hidden; embedding]; the checkpoints' order is kept. The paper leaves open on
+which side of the final norm the state is taken; like transformers, after it.
+V4 keeps the streams of its hyper-connections apart: embedding and every stream
+are projected by themselves and added, and the block's streams go on.
+Legend: B batch, T tokens, D model, n streams.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model.block import Block, BlockConfig
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel.sharding import param
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+  """Which tokens are predicted, and how.
+
+  Attributes:
+    depth: tokens predicted beyond the next (0: none).
+    block: their kind.
+    streams: each residual stream is taken up by itself (V4).
+  """
+
+  depth: int = 1
+  block: str = 'moe'
+  streams: bool = False
+
+  def __post_init__(self):
+    if self.depth < 0:
+      raise InputError(f'mtp.depth = {self.depth}: must be 0 or more')
+
+  def build(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+    """One depth."""
+    kind = StreamMTP if self.streams else MTP
+    return kind(block, dim, std=std, rngs=rngs)
+
+
+class MTP(nnx.Module):
+  """One depth, as in V3."""
+
+  def __init__(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+    self.cfg = block
+    norm = lambda: RMSNorm(dim, eps=block.norm_eps, rngs=rngs)
+    init = nnx.initializers.normal(std)
+    self.embed_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
+    self.merge = param(rngs, init, (2 * dim, dim), (None, 'embed'))
+    self.block = Block(block, dim, std=std, rngs=rngs)
+    self.residual = block.residual.head(dim, std=std, rngs=rngs)
+
+  def __call__(self, hidden: jax.Array, embedded: jax.Array, ctx: Context):
+    """States and embeddings [B T D] -> (states [B T D], statistics)."""
+    x = [self.embed_norm(embedded), self.hidden_norm(hidden)]
+    x = jnp.concatenate(x, axis=-1) @ self.merge[...]
+    x, _, stats = self.block(self.cfg.residual.expand(x), ctx)
+    return self.norm(self.residual.collapse(x)), stats
+
+  def readout(self, state: jax.Array) -> jax.Array:
+    """A state -> what the head reads [B T D]."""
+    return state
+
+
+class StreamMTP(nnx.Module):
+  """One depth over separate streams, as in V4; its state is the streams."""
+
+  def __init__(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+    norm = lambda: RMSNorm(dim, eps=block.norm_eps, rngs=rngs)
+    init = nnx.initializers.normal(std)
+    self.embed_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
+    self.embed_proj = param(rngs, init, (dim, dim), ('embed', None))
+    self.hidden_proj = param(rngs, init, (dim, dim), ('embed', None))
+    self.block = Block(block, dim, std=std, rngs=rngs)
+    self.residual = block.residual.head(dim, std=std, rngs=rngs)
+
+  def __call__(self, stream: jax.Array, embedded: jax.Array, ctx: Context):
+    """Streams [B T n D], embeddings [B T D] -> (streams, statistics)."""
+    e = self.embed_norm(embedded) @ self.embed_proj[...]
+    x = self.hidden_norm(stream) @ self.hidden_proj[...]
+    x, _, stats = self.block(e[:, :, None] + x, ctx)
+    return x, stats
+
+  def readout(self, stream: jax.Array) -> jax.Array:
+    """Streams [B T n D] -> what the head reads [B T D]."""
+    return self.norm(self.residual.collapse(stream))
+
+
+def shifted(ctx: Context, depth: int) -> Context:
+  """The context in which `depth` runs: token i+depth takes the place of i.
+
+  Places with no such token in their document become padding, so they enter no
+  load and no loss. Positions stay those of i.
+  """
+  T = ctx.tokens.shape[1]
+  segments = ctx.segments
+  if segments is None:
+    segments = jnp.ones_like(ctx.tokens)
+  same = jnp.roll(segments, -depth, axis=1) == segments
+  inside = jnp.arange(T) < T - depth
+  return ctx._replace(
+    tokens=jnp.roll(ctx.tokens, -depth, axis=1),
+    segments=jnp.where(same & inside, segments, 0),
+  )

@@ -1,0 +1,598 @@
+"""The transformer: the only place that knows the order of layers.
+
+A model is data: `TransformerConfig` holds one sub-config per idea and a layout
+that names kinds of blocks; it expands into segments, short patterns of blocks
+that repeat and are scanned over. `build` turns it into pure functions.
+Legend: B batch, T tokens, D model, V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import changed, check_choices
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import kernels, lookup
+from deepseek_jax.model.block import AttentionConfig, Block, BlockConfig
+from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.memory.engram import EngramConfig
+from deepseek_jax.model.memory.ngram_hash import NGramHash
+from deepseek_jax.model.mtp import MTPConfig, shifted
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.residual import ResidualConfig
+from deepseek_jax.parallel.sharding import Buffer, param, shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of block that a layout can name.
+
+  Attributes:
+    ffn: which sub-config is its FFN, 'ffn' (dense) or 'moe'.
+    change: where it departs from the model's sub-configs, as pairs of a
+      dotted field and a value: (('attention.rope.theta', 160000.0),).
+    engram: whether it begins with a memory.
+  """
+
+  ffn: Literal['ffn', 'moe'] = 'moe'
+  change: tuple = ()
+  engram: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How the same numbers are computed.
+
+  Attributes:
+    dtype: of activations and matmuls; norms, router and softmax stay float32.
+    scan: layers of a segment are scanned over (else unrolled).
+    remat: what the backward pass recomputes: nothing, all but matmul
+      outputs, or whole layers.
+    kernels: None takes kernels where the device has them, and the layers' own
+      code elsewhere; 'gpu' and 'reference' force them or what they are
+      checked against.
+  """
+
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  scan: bool = True
+  remat: Literal['none', 'dots', 'full'] = 'none'
+  kernels: Literal['reference', 'gpu'] | None = None
+
+  def __post_init__(self):
+    if self.kernels not in (None, 'reference', 'gpu'):
+      raise InputError(
+        f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A pattern of blocks, applied `repeat` times."""
+
+  blocks: tuple[BlockConfig, ...]
+  repeat: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Everything about a model.
+
+  Attributes:
+    vocab_size: V.
+    dim: D.
+    layout: pairs (names of kinds, repeat), e.g.
+      ((('dense',), 3), (('moe',), 58)).
+    attention, ffn, moe, residual: the shared sub-configs, one per idea.
+    kinds: what the layout's names mean.
+    mtp: multi-token prediction.
+    engram: the memory of the kinds that have one.
+    norm_eps: of the block norms and the final norm.
+    init_std: of every weight matrix at initialisation.
+    tied: embedding and head are one matrix.
+    compute: how, not what, is computed.
+  """
+
+  vocab_size: int
+  dim: int
+  layout: tuple
+  attention: AttentionConfig
+  ffn: FFNConfig | None = None
+  moe: MoEConfig | None = None
+  residual: ResidualConfig | HyperConnectionsConfig = ResidualConfig()
+  kinds: dict[str, Kind] = dataclasses.field(
+    default_factory=lambda: {'dense': Kind('ffn'), 'moe': Kind('moe')}
+  )
+  mtp: MTPConfig = MTPConfig(depth=0)
+  engram: EngramConfig | None = None
+  norm_eps: float = 1e-6
+  init_std: float = 0.006
+  tied: bool = False
+  compute: ComputeConfig = ComputeConfig()
+
+  def __post_init__(self):
+    check_choices(self)
+    if self.vocab_size < 1 or self.dim < 1:
+      raise InputError(
+        f'vocab_size = {self.vocab_size}, dim = {self.dim}: must be positive'
+      )
+    if not self.layout:
+      raise InputError('layout = (): name at least one block')
+    flat = isinstance(self.residual, ResidualConfig)
+    if self.mtp.depth and self.mtp.streams and flat:
+      raise InputError(
+        'mtp.streams = True: the residual has one stream; use'
+        ' hyper-connections or mtp.streams = False'
+      )
+    if self.mtp.depth and self.block(self.mtp.block).engram:
+      raise InputError(
+        f'mtp.block = {self.mtp.block!r}: has a memory, which prediction'
+        ' blocks cannot have; choose a kind with engram = False'
+      )
+    for block in [b for s in self.segments() for b in s.blocks]:
+      check_choices(block)  # kinds may change whole parts
+      router = getattr(block.ffn, 'router', None)
+      if router and router.hash_vocab not in (0, self.vocab_size):
+        raise InputError(
+          f'router.hash_vocab = {router.hash_vocab}: must be vocab_size ='
+          f' {self.vocab_size}, or 0'
+        )
+
+  @property
+  def layers(self) -> int:
+    return sum(len(s.blocks) * s.repeat for s in self.segments())
+
+  def block(self, name: str) -> BlockConfig:
+    """The block that the layout calls `name`."""
+    if name not in self.kinds:
+      raise InputError(
+        f'layout names {name!r}: not one of kinds = {sorted(self.kinds)}'
+      )
+    kind = self.kinds[name]
+    parts = {
+      'attention': self.attention,
+      'ffn': self.ffn,
+      'moe': self.moe,
+      'residual': self.residual,
+    }
+    for path, value in kind.change:
+      top, _, rest = path.partition('.')
+      if top not in parts:
+        raise InputError(f'kinds.{name}.change: no sub-config {top!r}')
+      parts[top] = changed(parts[top], {rest: value}) if rest else value
+    ffn = parts[kind.ffn]
+    if ffn is None:
+      raise InputError(
+        f'layout names {name!r}, which needs {kind.ffn} = ...: it is None'
+      )
+    if not kind.engram:
+      return BlockConfig(
+        parts['attention'], ffn, parts['residual'], self.norm_eps
+      )
+    if self.engram is None:
+      raise InputError(
+        f'kinds.{name}.engram = True: needs engram = ...: it is None'
+      )
+    return BlockConfig(
+      parts['attention'],
+      ffn,
+      parts['residual'],
+      self.norm_eps,
+      self.engram,
+      self.engram.rows(len(self.engram_layers())),
+    )
+
+  def engram_layers(self) -> tuple[int, ...]:
+    """Numbers of the layers with a memory, in order."""
+    names = [n for names, repeat in self.layout for n in names * repeat]
+    has = lambda name: name in self.kinds and self.kinds[name].engram
+    return tuple(i for i, name in enumerate(names) if has(name))
+
+  def segments(self) -> tuple[Segment, ...]:
+    """The layout with its names looked up."""
+    out = []
+    for entry in self.layout:
+      try:
+        names, repeat = entry
+        ok = not isinstance(names, str) and int(repeat) == repeat > 0
+      except (TypeError, ValueError):
+        ok = False
+      if not ok:
+        raise InputError(
+          f"layout entry {entry!r}: write (('kind', ...), repeat)"
+        )
+      out.append(Segment(tuple(self.block(n) for n in names), int(repeat)))
+    return tuple(out)
+
+
+class Output(NamedTuple):
+  """What a call of the model returns.
+
+  Attributes:
+    logits: [B T V] float32.
+    hidden: [B T D], the state that the head reads (after the final norm).
+    cache: the cache with these tokens, or None.
+    aux: {'segments': per segment, per block of its pattern, statistics
+      stacked over repeats; 'mtp': per depth, its statistics; 'mtp_hidden':
+      per depth, [B T D]}.
+  """
+
+  logits: jax.Array
+  hidden: jax.Array
+  cache: Cache | None
+  aux: dict[str, Any]
+
+
+def positions_in(segments: jax.Array) -> jax.Array:
+  """Position of each token within its run of equal segments [B T]."""
+  index = jnp.arange(segments.shape[1])
+  first = jnp.ones_like(segments[:, :1], bool)
+  new = jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
+  return index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+
+
+class Transformer(nnx.Module):
+  def __init__(
+    self,
+    cfg: TransformerConfig,
+    *,
+    rngs: nnx.Rngs,
+    repeats: tuple[slice, ...] | None = None,
+  ):
+    """Makes all layers, or some.
+
+    Args:
+      cfg: the model's configuration.
+      rngs: of `params`.
+      repeats: of each segment, those to make, with the weights that they have
+        in the whole model; by default all.
+    """
+    self.cfg = cfg
+    D, V, std = cfg.dim, cfg.vocab_size, cfg.init_std
+    init = nnx.initializers.normal(std)
+    self.embed = param(rngs, init, (V, D), ('vocab', 'embed'))
+    segments = cfg.segments()
+    repeats = repeats or (slice(None),) * len(segments)
+    self.segments = nnx.List(
+      [self._stack(*which, rngs) for which in zip(segments, repeats)]
+    )
+    self._number_engrams()
+    if cfg.engram_layers():
+      self.ngrams = NGramHash(cfg.engram, V, cfg.engram_layers())
+    self.residual = cfg.residual.head(D, std=std, rngs=rngs)
+    self.norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
+    if not cfg.tied:
+      self.head = param(rngs, init, (D, V), ('embed', 'vocab'))
+    if cfg.mtp.depth:
+      block = cfg.block(cfg.mtp.block)
+      self.mtp = nnx.List(
+        [
+          cfg.mtp.build(block, D, std=std, rngs=rngs)
+          for _ in range(cfg.mtp.depth)
+        ]
+      )
+
+  def _stack(self, segment: Segment, repeats: slice, rngs: nnx.Rngs):
+    D, std = self.cfg.dim, self.cfg.init_std
+
+    def pattern(key):
+      rngs = nnx.Rngs(key)
+      return nnx.List([Block(b, D, std=std, rngs=rngs) for b in segment.blocks])
+
+    keys = jax.random.split(rngs.params(), segment.repeat)
+    return jax.vmap(pattern)(keys[repeats])
+
+  def _number_engrams(self):
+    """Tells each layer with a memory which of them it is."""
+    number = 0
+    for segment, blocks in zip(self.cfg.segments(), self.segments):
+      own = [i for i, b in enumerate(segment.blocks) if b.engram]
+      for place, i in enumerate(own):
+        each = number + place + len(own) * jnp.arange(segment.repeat)
+        blocks[i].engram.number = Buffer(each.astype(jnp.int32), axes=())
+      number += len(own) * segment.repeat
+
+  def hashed(self, ctx: Context, cache: Cache | None):
+    """ctx with the rows of its n-grams, if not given, and what is kept."""
+    if not self.cfg.engram_layers():
+      return ctx, None
+    rows, recent = self.ngrams(ctx, cache and cache.recent)
+    return (ctx if ctx.rows is not None else ctx._replace(rows=rows)), recent
+
+  def head_weight(self) -> jax.Array:
+    """[D V]."""
+    return self.embed[...].T if self.cfg.tied else self.head[...]
+
+  def _remat(self, body):
+    policies = {
+      'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      'full': None,
+    }
+    if self.cfg.compute.remat == 'none':
+      return body
+    return jax.checkpoint(body, policy=policies[self.cfg.compute.remat])
+
+  def _segment(self, blocks, stream, ctx: Context, caches):
+    """Runs one segment's repeats -> (stream, caches, statistics)."""
+
+    def body(stream, layer):
+      out = []
+      for block, past in zip(*layer):
+        stream, past, stats = block(stream, ctx, past)
+        out.append((past, stats))
+      return stream, tuple(zip(*out))
+
+    body = self._remat(body)
+    repeat = jax.tree.leaves(blocks)[0].shape[0]
+    if self.cfg.compute.scan and repeat > 1:
+      stream, (caches, stats) = jax.lax.scan(body, stream, (blocks, caches))
+      return stream, caches, stats
+    each = []
+    for i in range(repeat):
+      layer = jax.tree.map(lambda a, i=i: a[i], (blocks, caches))
+      stream, out = body(stream, layer)
+      each.append(out)
+    caches, stats = jax.tree.map(lambda *a: jnp.stack(a), *each)
+    return stream, caches, stats
+
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """[B T] -> [B T D]."""
+    # Whole rows: a lookup in cut ones is cut along D, which nothing fits.
+    return lookup.rows(shard(self.embed[...], 'vocab', None), tokens)
+
+  def enter(self, ctx: Context) -> jax.Array:
+    """The stream before the first block."""
+    stream = self.cfg.residual.expand(self.embedded(ctx.tokens))
+    return shard(stream, 'batch', 'seq', *(None,) * (stream.ndim - 2))
+
+  def through(self, stream, ctx: Context, cache: Cache | None):
+    """All blocks -> (stream, caches and statistics per segment)."""
+    caches, statistics = [], []
+    for i, blocks in enumerate(self.segments):
+      past = cache.layers[i] if cache else (None,) * len(blocks)
+      stream, past, stats = self._segment(blocks, stream, ctx, past)
+      caches.append(past)
+      statistics.append(stats)
+    return stream, caches, statistics
+
+  def leave(self, stream, ctx: Context, mtp: bool):
+    """The stream after the last block -> (hidden [B T D], MTP's aux)."""
+    hidden, aux = self.norm(self.residual.collapse(stream)), {}
+    if mtp and self.cfg.mtp.depth:
+      state = stream if self.cfg.mtp.streams else hidden
+      aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx)
+    return hidden, aux
+
+  def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
+    ctx, recent = self.hashed(ctx, cache)
+    stream, caches, statistics = self.through(self.enter(ctx), ctx, cache)
+    hidden, aux = self.leave(stream, ctx, mtp)
+    aux = {'segments': statistics, **aux}
+    logits = jnp.einsum(
+      'BTD,DV->BTV',
+      hidden,
+      self.head_weight(),
+      preferred_element_type=jnp.float32,
+    )
+    if cache:
+      new = ctx.tokens.shape[1] if ctx.valid is None else ctx.valid.sum(axis=1)
+      cache = Cache(
+        tuple(caches), cache.length + new, cache.slots, False, recent
+      )
+    return Output(logits, hidden, cache, aux)
+
+  def _mtp(self, state, ctx: Context):
+    statistics, states = [], []
+    for depth, module in enumerate(self.mtp, start=1):
+      at = shifted(ctx, depth)
+      state, stats = module(state, self.embedded(at.tokens), at)
+      statistics.append(stats)
+      states.append(module.readout(state))
+    return statistics, states
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A transformer as pure functions over plain nested dicts.
+
+  Attributes:
+    config: the model's configuration.
+    init: key -> {'params': {...}, 'buffers': {...}}, float32.
+    apply: see `build`.
+    init_cache: (batch, slots) -> empty Cache in the compute dtype.
+    head: variables -> [D V], what turns `hidden` into logits.
+    cast: variables -> the same in the compute dtype, but for the parameters
+      that stay float32; apply does it too, so do it once before a loop.
+    abstract: key-free nnx.State of shapes, dtypes and axis names.
+  """
+
+  config: TransformerConfig
+  init: Callable[[jax.Array], dict]
+  apply: Callable[..., Output]
+  init_cache: Callable[[int, int], Cache]
+  head: Callable[[dict], jax.Array]
+  cast: Callable[[dict], dict]
+  abstract: dict[str, nnx.State]
+
+
+class Functional(NamedTuple):
+  """A module as pure functions, see `functional`."""
+
+  abstract: dict[str, nnx.State]
+  init: Callable[[jax.Array], dict]
+  cast: Callable[[dict], dict]
+  merge: Callable[[dict], nnx.Module]
+
+
+def functional(make: Callable[[jax.Array], nnx.Module], dtype) -> Functional:
+  """Takes a module apart into functions of plain dicts; allocates no array.
+
+  Args:
+    make: key -> module.
+    dtype: of computing.
+
+  Returns:
+    abstract and init as in Model, cast likewise; merge: variables -> module.
+  """
+  abstract = jax.eval_shape(make, jax.random.key(0))
+  graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)
+
+  def init(key):
+    _, params, buffers = nnx.split(make(key), nnx.Param, Buffer)
+    return {
+      'params': nnx.to_pure_dict(params),
+      'buffers': nnx.to_pure_dict(buffers),
+    }
+
+  is_variable = lambda v: isinstance(v, nnx.Variable)
+  kept = nnx.to_pure_dict(
+    jax.tree.map(
+      lambda v: v.replace(v.get_metadata().get('full_precision', False)),
+      params,
+      is_leaf=is_variable,
+    )
+  )
+
+  def cast(variables):
+    one = lambda p, keep: p.astype(jnp.float32 if keep else dtype)
+    return {**variables, 'params': jax.tree.map(one, variables['params'], kept)}
+
+  def merge(variables):
+    return nnx.merge(graphdef, variables['params'], variables['buffers'])
+
+  return Functional({'params': params, 'buffers': buffers}, init, cast, merge)
+
+
+def build(config: TransformerConfig) -> Model:
+  """Makes the pure functions of a model; allocates no array.
+
+  apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
+  train=False, mtp=False, ngrams=None) -> Output, with
+    tokens: [B T] int32.
+    positions: [B T] int32; by default those after the cached tokens, or from 0
+      within each segment.
+    segment_ids: [B T] int32, the document of each token: it sees no other. 0
+      is padding, which is cached, routed and counted nowhere. None: all of a
+      row is one document.
+    cache: from `init_cache` or an earlier Output.
+    train: applies what is for training only (capacity).
+    mtp: runs the multi-token prediction blocks too.
+    ngrams: [B T L K] int32, rows of the memories' tables that the data
+      pipeline has hashed; by default they are hashed here, to the same.
+  """
+  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
+  dtype = jnp.dtype(config.compute.dtype)
+  abstract, init, cast, merge = functional(make, dtype)
+
+  def apply(
+    variables,
+    tokens,
+    *,
+    positions=None,
+    segment_ids=None,
+    cache=None,
+    train=False,
+    mtp=False,
+    ngrams=None,
+  ):
+    _check_tokens(tokens, cache)
+    if positions is None:
+      positions = _default_positions(tokens, segment_ids, cache)
+    fresh = cache is None or cache.fresh
+    ctx = Context(tokens, positions, segment_ids, train, fresh, ngrams)
+    with kernels.using(config.compute.kernels):
+      return merge(cast(variables))(ctx, cache, mtp)
+
+  def init_cache(batch, slots):
+    layers = []
+    for segment in config.segments():
+      one = lambda b: b.cache(batch, slots, config.dim, dtype)
+      empty = [one(b) for b in segment.blocks]
+      stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
+      layers.append(tuple(jax.tree.map(stack, empty)))
+    recent = None
+    if config.engram_layers():
+      recent = jnp.zeros((batch, config.engram.longest), jnp.int32)
+    length = jnp.zeros(batch, jnp.int32)
+    return Cache(tuple(layers), length, slots, recent=recent)
+
+  head = lambda variables: merge(cast(variables)).head_weight()
+  return Model(config, init, apply, init_cache, head, cast, abstract)
+
+
+def _default_positions(tokens, segment_ids, cache):
+  B, T = tokens.shape
+  if cache is not None and not cache.fresh:
+    return cache.length[:, None] + jnp.arange(T)
+  if segment_ids is not None:
+    return positions_in(segment_ids)
+  return jnp.broadcast_to(jnp.arange(T), (B, T))
+
+
+def _check_tokens(tokens, cache):
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise InputError(
+      f'tokens: {tokens.dtype}{list(tokens.shape)}; must be integers [B T]'
+    )
+  if cache is None:
+    return
+  held = 0
+  if not isinstance(cache.length, jax.core.Tracer):  # inside jit it is unknown
+    held = int(jnp.max(cache.length, initial=0))
+  if held + tokens.shape[1] > cache.slots:
+    raise InputError(
+      f'{tokens.shape[1]} tokens after {held} do not fit a cache of'
+      f' {cache.slots} slots; make it longer with init_cache(batch, slots)'
+    )
+
+
+def unstack(config: TransformerConfig, variables: dict | None = None):
+  """The same model with every layer a segment of its own.
+
+  Decoding wants it: taking a layer out of a stack copies its weights.
+
+  Args:
+    config: a model's configuration.
+    variables: its variables, to be taken apart too.
+
+  Returns:
+    The new configuration, or the new variables if `variables` are given.
+  """
+  if variables is None:
+    names = [n for names, repeat in config.layout for n in names * repeat]
+    layout = tuple(((name,), 1) for name in names)
+    return dataclasses.replace(config, layout=layout)
+
+  def apart(tree):
+    if 'segments' not in tree:
+      return tree
+    layers, number = {}, 0
+    for i, segment in enumerate(config.segments()):
+      for r in range(segment.repeat):
+        for j in range(len(segment.blocks)):
+          stack = tree['segments'].get(i, {}).get(j)
+          if stack is not None:  # a dense block has no buffers
+            one = jax.tree.map(lambda a, r=r: a[r : r + 1], stack)
+            layers[number] = {0: one}
+          number += 1
+    return {**tree, 'segments': layers}
+
+  return {kind: apart(tree) for kind, tree in variables.items()}
+
+
+def moe_statistics(aux: dict, name: str) -> jax.Array | None:
+  """One MoE statistic of all layers in order, [L_moe, ...]; None if dense."""
+  out = []
+  for patterns in aux['segments']:
+    picked = [s['ffn'][name] for s in patterns if name in s['ffn']]
+    if picked:
+      stacked = jnp.stack(picked, axis=1)  # [repeat, blocks, ...]
+      out.append(stacked.reshape(-1, *stacked.shape[2:]))
+  return jnp.concatenate(out) if out else None

@@ -1,0 +1,145 @@
+"""Context parallelism: sequences split over devices.
+
+Each device keeps the queries of its own tokens. What they read of other tokens
+is gathered where it is small (latents, entries, index keys) or comes from the
+devices before where it lies near (a window, a block that straddles a border).
+Left to XLA's partitioner, a loop over blocks of queries runs on every device
+for the queries of all, and the operand of a top-k is gathered.
+Legend: B batch, T tokens of a device, S of all, N places.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.parallel import collectives as sums
+from deepseek_jax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Along:
+  """Which part a device works on; by default it has all of everything.
+
+  Attributes:
+    axis: the mesh axis that cuts sequences, or None.
+    ways: into how many parts.
+    heads: the mesh axes that cut heads.
+  """
+
+  axis: str | None = None
+  ways: int = 1
+  heads: tuple[str, ...] = ()
+
+  @property
+  def index(self):
+    """Number of this part."""
+    return jax.lax.axis_index(self.axis) if self.axis else 0
+
+  def gather(self, tree: Any) -> Any:
+    """Arrays [B T ...] -> [B S ...] of all tokens; their gradients scatter."""
+    if not self.axis:
+      return tree
+    one = lambda a: jax.lax.all_gather(a, self.axis, axis=1, tiled=True)
+    return jax.tree.map(one, tree)
+
+  def own(self, tree: Any) -> Any:
+    """Arrays [B S ...] -> [B T ...] of this device's tokens."""
+    if not self.axis:
+      return tree
+
+    def one(a):
+      size = a.shape[1] // self.ways
+      return jax.lax.dynamic_slice_in_dim(a, self.index * size, size, axis=1)
+
+    return jax.tree.map(one, tree)
+
+  def before(self, x: jax.Array, count: int, fill=0) -> jax.Array:
+    """The `count` tokens before the own ones [B T ...], `fill` before all.
+
+    They may be more than the neighbour has; then those before it send, too.
+    """
+    T, parts, left = x.shape[1], [], count
+    for hop in range(1, self.ways):
+      size = min(left, T)
+      if not size:
+        break
+      pairs = [(i, i + hop) for i in range(self.ways - hop)]
+      part = jax.lax.ppermute(x[:, T - size :], self.axis, pairs)
+      if fill:
+        part = jnp.where(self.index >= hop, part, jnp.asarray(fill, x.dtype))
+      parts.insert(0, part)
+      left -= size
+    ahead = jnp.full((x.shape[0], left, *x.shape[2:]), fill, x.dtype)
+    return jnp.concatenate([ahead, *parts], axis=1)
+
+  def mean_of_heads(self, x: jax.Array) -> jax.Array:
+    """The mean of what devices with other heads have."""
+    return jax.lax.pmean(x, self.heads) if self.heads else x
+
+  def sum_of_heads(self, x: jax.Array) -> jax.Array:
+    """The sum of what devices with other heads have; they go on alike."""
+    return sums.total(x, self.heads) if self.heads else x
+
+  def sum_of_parts(self, tree: Any) -> Any:
+    """The sums of what devices with other tokens have."""
+    return jax.lax.psum(tree, self.axis) if self.axis else tree
+
+
+WHOLE = Along()
+
+
+def mesh_axis(length: int) -> str | None:
+  """The mesh axis that splits a sequence of `length`; None if none does."""
+  using = sharding.current()
+  name = using and using.rules.get('seq')
+  if isinstance(name, tuple):
+    name = name[0] if len(name) == 1 else None
+  if not name or using.mesh.shape[name] == 1 or length % using.mesh.shape[name]:
+    return None
+  return name
+
+
+def in_a_row(x: jax.Array, there: jax.Array, count: int) -> jax.Array:
+  """The first `count` of x [B N ...] that are `there` [B N], in order."""
+  order = jnp.argsort(~there, axis=1, stable=True)[:, :count]
+  return jnp.take_along_axis(
+    x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
+  )
+
+
+def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int):
+  """f(along, *args), on each device for its own part of the sequences.
+
+  To be traced inside `sharding.use`; where nothing splits sequences, f has all.
+
+  Args:
+    f: takes an Along and the parts of args.
+    args: trees of arrays.
+    axes: for each of args the logical names of its arrays' first axes, which
+      must be among `sizes`; () is on all devices.
+    out: the same for the tree that f returns.
+    sizes: of the named axes, 'seq' among them.
+  """
+  axis = mesh_axis(sizes['seq'])
+  if axis is None:
+    return f(WHOLE, *args)
+  using = sharding.current()
+  cut = {name: using.over(name, size) for name, size in sizes.items()}
+  spec = lambda names: PartitionSpec(*(cut.get(name) or None for name in names))
+  named = lambda a: (
+    isinstance(a, tuple) and all(n is None or isinstance(n, str) for n in a)
+  )
+  over = lambda tree: jax.tree.map(spec, tree, is_leaf=named)
+  heads = tuple(n for n in cut.get('heads', ()) if using.mesh.shape[n] > 1)
+  along = Along(axis, using.mesh.shape[axis], heads)
+  return jax.shard_map(
+    lambda *parts: f(along, *parts),
+    mesh=using.mesh,
+    in_specs=tuple(map(spec, axes)),
+    out_specs=over(out),
+    check_vma=False,
+  )(*args)

@@ -1,0 +1,230 @@
+"""The report of a run: one HTML file that needs nothing else.
+
+`write_report` reads what the run left in its folder and draws it: scalars
+(`metrics.jsonl`, `timings.jsonl`), routing (`routing.npz`), time by phase
+(`timeline.jsonl`, lines `{"phase": "step", "seconds": 1.5}`) and the resolved
+configuration (`config.json`). Each is optional. The page loads nothing from
+anywhere, prints in full, and shows text that the model wrote as text only.
+
+Legend: N intervals, L MoE layers, E experts.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.console import short
+from deepseek_jax.errors import InputError
+from deepseek_jax.record import metrics
+from deepseek_jax.record.report import curves as figures
+from deepseek_jax.record.report.expert_section import routing_section
+
+# Scalar -> its title and unit, in the order of the page; the others follow.
+_SCALARS = {
+  'loss': ('Loss', 'nats per token'),
+  'bits_per_byte': ('Bits per byte', ''),
+  'mtp_loss': ('MTP loss', 'nats per token'),
+  'grad_norm': ('Gradient norm', ''),
+  'learning_rate': ('Learning rate', ''),
+}
+_SPLITS = {
+  'train': 'training',
+  'validation': 'validation',
+  'val': 'validation',
+  'eval': 'validation',
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+  """A text of the model: it wrote `text` after `prompt`."""
+
+  prompt: str
+  text: str
+  kind: str = 'sample'
+
+
+def write_report(
+  workdir: str | os.PathLike,
+  *,
+  title: str,
+  facts: Mapping[str, str | int | float],
+  samples: Sequence[Sample] = (),
+  notes: Sequence[str] = (),
+) -> Path:
+  """Writes `workdir/report.html` and returns its path.
+
+  Args:
+    workdir: the run's folder.
+    title: headline of the page.
+    facts: what to know first, in order: name -> value, such as bits per byte,
+      that of `xz -9` beside it, tokens per second, parameters.
+    samples: texts by the model; untrusted, escaped.
+    notes: paragraphs under the headline.
+
+  Raises:
+    InputError: a file in the folder is not what its name promises.
+  """
+  import jinja2
+
+  workdir = Path(workdir)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  page = environment.get_template('report.html.jinja').render(
+    title=title,
+    facts=[(name, *_fact(value)) for name, value in facts.items()],
+    notes=notes,
+    curves=_curves(workdir),
+    routing=routing_section(workdir / 'routing.npz'),
+    timeline=_timeline(workdir / 'timeline.jsonl'),
+    samples=[_visible(sample) for sample in samples],
+    config=_config(workdir / 'config.json'),
+  )
+  path = workdir / 'report.html'
+  scratch = path.with_suffix('.tmp')
+  # A lone surrogate, which a byte-level sampler can give, has no UTF-8.
+  scratch.write_bytes(page.encode('utf-8', 'backslashreplace'))
+  scratch.replace(path)
+  return path
+
+
+def _fact(value: str | int | float) -> tuple[str, str]:
+  """A headline value in short, and exactly where that says less."""
+  if isinstance(value, str):
+    return value, ''
+  if isinstance(value, (int, np.integer)):
+    return _count(int(value))
+  return short(float(value)), ''
+
+
+def _count(value: int) -> tuple[str, str]:
+  for unit, size in (('T', 10**12), ('B', 10**9), ('M', 10**6)):
+    if abs(value) >= size:
+      return f'{value / size:.4g} {unit}', f'{value:,}'
+  return f'{value:,}', ''
+
+
+def _curves(workdir: Path) -> dict[str, Any] | None:
+  """Figures of all scalars, and the numbers behind them."""
+  rows = metrics.read(workdir), metrics.read(workdir, 'timings')
+  named = [_by_name(r) for r in rows]
+  panels = _panels(named[0]) + _panels(named[1])
+  if not panels:
+    return None
+  broken = [
+    (name, int(s[~np.isfinite(v)][0]), int((~np.isfinite(v)).sum()))
+    for name, (s, v) in named[0].items()
+    if not np.isfinite(v).all()
+  ]
+  steps = [row['step'] for row in rows[0] + rows[1]]
+  parts = [part for part in (panels[:1], panels[1:]) if part]
+  return {
+    'title': panels[0].title,
+    'linear': [figures.curves(part) for part in parts],
+    'log': [
+      figures.curves(part, log_x=True) for part in parts if max(steps) >= 10
+    ],
+    'averaged': max(len(s.steps) for p in panels for s in p.series)
+    > figures.POINTS,
+    'broken': broken,
+    'table': [_summary(n, *c) for n, c in (named[0] | named[1]).items()],
+  }
+
+
+def _by_name(rows: Sequence[Mapping[str, float]]):
+  """Scalar -> (steps, values), in the order in which names appeared."""
+  points: dict[str, list] = {}
+  for row in rows:
+    for name, value in row.items():
+      if name != 'step':
+        points.setdefault(name, []).append((row['step'], value))
+  return {
+    name: (np.array([s for s, _ in p]), np.array([v for _, v in p], float))
+    for name, p in points.items()
+  }
+
+
+def _panels(curves: Mapping[str, tuple]) -> list[figures.Panel]:
+  """One panel per scalar, its training and validation curves together."""
+  panels: dict[str, list] = {}
+  for name, (steps, values) in curves.items():
+    first, _, rest = re.sub('[/.]', '_', name).partition('_')
+    split, base = 'training', name
+    if first in _SPLITS and rest:
+      split, base = _SPLITS[first], rest
+    series = figures.Series(split, steps, values)
+    panels.setdefault(base, []).append(series)
+  order = [*_SCALARS, *(name for name in panels if name not in _SCALARS)]
+  return [_panel(name, panels[name]) for name in order if name in panels]
+
+
+def _panel(name: str, series: list[figures.Series]) -> figures.Panel:
+  title, unit = _SCALARS.get(name, (figures.title(name), ''))
+  if [s.label for s in series] == ['validation']:
+    title = f'Validation {title[:1].lower()}{title[1:]}'
+  return figures.Panel(title, unit, series)
+
+
+def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
+  finite = np.isfinite(values)
+  best = (
+    f'{short(values[finite].min())} at step'
+    f' {steps[finite][values[finite].argmin()]}'
+    if finite.any()
+    else '—'
+  )
+  return (
+    name,
+    len(values),
+    short(values[0]),
+    short(values[-1]),
+    best,
+  )
+
+
+def _timeline(path: Path) -> list[tuple[str, float, float]]:
+  """Phases with their seconds and percent of all, the longest first."""
+  if not path.exists():
+    return []
+  seconds: dict[str, float] = {}
+  for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
+    try:
+      row = json.loads(line)
+      seconds.setdefault(row['phase'], 0.0)
+      seconds[row['phase']] += float(row['seconds'])
+    except (ValueError, KeyError, TypeError):
+      raise InputError(
+        f'{path}, line {number}: {line[:60]!r} is not'
+        ' {"phase": name, "seconds": number}; remove the line'
+      ) from None
+  total = math.fsum(seconds.values())
+  rows = sorted(seconds.items(), key=lambda item: -item[1])
+  return [(p, s, 100 * s / total if total else 0.0) for p, s in rows]
+
+
+def _visible(sample: Sample) -> Sample:
+  """Control characters as pictures of themselves; nothing vanishes."""
+  picture = lambda match: chr(0x2400 + ord(match[0]))
+  shown = lambda text: re.sub(r'[\x00-\x08\x0b-\x1f]', picture, text)
+  return Sample(shown(sample.prompt), shown(sample.text), shown(sample.kind))
+
+
+def _config(path: Path) -> str:
+  if not path.exists():
+    return ''
+  try:
+    return json.dumps(json.loads(path.read_text('utf-8')), indent=2)
+  except ValueError as error:
+    raise InputError(f'{path} is not JSON ({error}): write it anew') from None

@@ -1,0 +1,124 @@
+"""A training run: data, steps, metrics, checkpoints, resumption.
+
+The run's folder holds config.json, metrics.jsonl, timings.jsonl,
+timeline.jsonl, routing.npz and checkpoints/, and abort.jsonl if it gave up.
+Started again with the same configuration, a run goes on from its last whole
+checkpoint and sees the batches that it would have seen. What changes no number
+that is trained may differ then (see run/folder.py). Of several processes
+the first writes; all save and read the checkpoints, in a folder that all share.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from deepseek_jax import data as datalib
+from deepseek_jax.model.memory import ngram_hash
+from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.record.last_steps import LastSteps
+from deepseek_jax.record.timeline import Timeline
+from deepseek_jax.run import say
+from deepseek_jax.run.checkpoint import Checkpoints
+from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
+from deepseek_jax.run.folder import Loaded, claim, fresh_state, load, renew
+from deepseek_jax.run.preemption import Preemption
+from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.run.start import check_source, start, with_classes
+from deepseek_jax.run.step_record import Record, router_biases
+from deepseek_jax.run.steps import Steps
+from deepseek_jax.run.trainer import Trainer
+from deepseek_jax.train.step import TrainState
+
+__all__ = [
+  'EvaluateConfig',
+  'Loaded',
+  'Run',
+  'RunConfig',
+  'SafetyConfig',
+  'claim',
+  'fit',
+  'fresh_state',
+  'load',
+  'router_biases',
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a finished run leaves in memory."""
+
+  config: RunConfig
+  model: Model
+  store: datalib.Store
+  state: TrainState
+  tokens_per_second: float | None  # median of this launch; None without steps
+
+  @property
+  def variables(self) -> dict:
+    return {'params': self.state.params, 'buffers': self.state.buffers}
+
+
+def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
+  """Trains from the last whole checkpoint, or from the start, to the end.
+
+  Args:
+    config: the run.
+    workdir: its folder; must be new, or this run's.
+    console: shows progress.
+
+  Raises:
+    InputError: the configuration, the data or the folder are wrong.
+    RunAborted: too many updates in a row were not fit to be applied.
+    Preempted: SIGTERM came; the step that was under way is saved.
+  """
+  workdir = Path(workdir)
+  with Preemption() as preemption:
+    first = distributed.first()
+    timeline = Timeline(workdir / 'timeline.jsonl' if first else None)
+    with timeline.phase('init'):
+      model = build(config.model)
+      # Whatever does not fit is found here.
+      steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
+      with distributed.first_goes_first():
+        store = datalib.build(config.data)
+        batches = datalib.Batches(store, config.data)
+        # A begun run has its weights, whatever became of their source.
+        begun = (workdir / 'config.json').exists()
+        if first and config.init_from and not begun:
+          check_source(config, model, store.tokenizer())
+        changes = claim(workdir, config)
+    with Checkpoints(
+      workdir / 'checkpoints',
+      keep=config.keep,
+      verify=config.safety.verify,
+      say=say.warn,
+    ) as checkpoints:
+      with timeline.phase('restore' if checkpoints.steps() else 'init'):
+        state, resumed = start(config, steps, checkpoints, batches)
+        if first:  # now that the data are known to be the run's
+          store.tokenizer().save(str(workdir))
+          renew(workdir, config)
+        if model.config.engram_layers():
+          state = with_classes(state, resumed, model, store)
+          batches.ngrams = ngram_hash.host_hash(state.buffers)
+      timeline.begin(resumed)
+      record = Record(config, model, workdir, resumed, console=console)
+      with record:
+        if resumed:
+          record.writer.log(f'resumed from step {resumed}')
+        for change in changes:
+          record.writer.log(f'config.json changed: {change}')
+        kept = config.safety.last_steps if first else 0
+        trainer = Trainer(
+          config,
+          store,
+          batches,
+          steps,
+          checkpoints,
+          record,
+          preemption,
+          timeline,
+          LastSteps(workdir / 'abort.jsonl', kept),
+        )
+        state = steps.whole(trainer.run(state))
+  return Run(config, model, store, state, record.tokens_per_second)

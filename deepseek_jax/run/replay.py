@@ -1,0 +1,115 @@
+"""Repeats steps of a run from its checkpoint, to look at one of them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from deepseek_jax import data as datalib
+from deepseek_jax.errors import InputError
+from deepseek_jax.model.transformer import build
+from deepseek_jax.record import last_steps, metrics
+from deepseek_jax.run import folder
+from deepseek_jax.run.checkpoint import Checkpoints
+from deepseek_jax.train.step import train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+  """One step, repeated.
+
+  Attributes:
+    step: completed steps, this one too.
+    loss, grad_norm: as they come now.
+    written: what the run wrote of them then; empty if that is lost.
+    batch: what it read, see `last_steps.identity`; of several processes' rows
+      those that were written down.
+    block_norms: of the gradient, by block, see `block_norms`.
+    written_batch: what the run wrote of the batch when it gave up, or {}.
+  """
+
+  step: int
+  loss: float
+  grad_norm: float
+  written: dict[str, float]
+  batch: dict
+  block_norms: dict[str, list | float] = dataclasses.field(default_factory=dict)
+  written_batch: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def same(self) -> bool:
+    """Whether all that was written came back; True if nothing was."""
+    numbers = all(
+      value == getattr(self, name)
+      or (math.isnan(value) and math.isnan(getattr(self, name)))
+      for name, value in self.written.items()
+    )
+    return numbers and self.written_batch in ({}, self.batch)
+
+
+def replay(workdir: Path, step: int) -> Iterator[Replayed]:
+  """Repeats the steps from the newest whole checkpoint before `step` to it.
+
+  Raises:
+    InputError: the folder holds no run, or its data changed.
+  """
+  config = folder.config_of(workdir)
+  if step > config.steps:
+    raise InputError(f'step = {step}: the run has {config.steps} steps')
+  model = build(config.model)
+  batches = datalib.Batches(datalib.build(config.data), config.data)
+  state = _before(workdir, step, config, model, batches)
+  run = jax.jit(
+    train_step(model, config.train, cross_document=config.data.cross_document),
+    donate_argnums=0,
+  )
+  written, aborted = _written(workdir), _written_batches(workdir)
+  for number in range(int(state.step) + 1, step + 1):
+    tokens = int(state.sequences) * config.data.seq_len
+    first = batches.get_state()['next_index']
+    size = config.train.batch.at(tokens)
+    batch = batches.next(size)
+    state, out = run(state, batch)
+    known = aborted.get(number, {})
+    start, end = known.get('rows', (0, size))
+    block = start // (end - start), size // (end - start)
+    rows = {'tokens': batch['tokens'][start:end]}
+    place = last_steps.identity(first, size, block, rows)
+    yield Replayed(
+      number,
+      float(out['loss']),
+      float(out['grad_norm']),
+      written.get(number, {}),
+      place,
+      jax.tree.map(lambda a: a.tolist(), jax.device_get(out['block_norms'])),
+      known,
+    )
+
+
+def _before(workdir, step, config, model, batches):
+  """The state that is nearest before a step; moves `batches` there."""
+  fresh = functools.partial(folder.fresh_state, config, model)
+  with Checkpoints(
+    workdir / 'checkpoints', verify=config.safety.verify, read_only=True
+  ) as checkpoints:
+    found = checkpoints.newest_whole(before=step)
+    if found is None:
+      return jax.jit(fresh)()
+    restored = checkpoints.restore(found, jax.eval_shape(fresh))
+  batches.set_state(restored.data)
+  return restored.state
+
+
+def _written_batches(workdir: Path) -> dict[int, dict]:
+  if not (workdir / last_steps.FILE).exists():
+    return {}
+  return {row['step']: row['batch'] for row in last_steps.read(workdir)}
+
+
+def _written(workdir: Path) -> dict[int, dict[str, float]]:
+  rows = metrics.read(workdir)
+  names = ('loss', 'grad_norm')
+  return {r['step']: {n: r[n] for n in names} for r in rows if 'loss' in r}

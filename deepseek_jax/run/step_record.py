@@ -1,0 +1,185 @@
+"""What steps leave in a run's folder: scalars, and how tokens were routed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.record import metrics as metric_files
+from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
+from deepseek_jax.record.routing import FlightRecorder, max_violation
+from deepseek_jax.run import say
+from deepseek_jax.run.config import RunConfig
+
+_SCALARS = (
+  'loss',
+  'mtp_loss',
+  'balance_loss',
+  'attention_loss',
+  'recall',
+  'grad_norm',
+  'learning_rate',
+  'skipped',
+)
+
+
+class Record:
+  """Writes the numbers of steps, of several processes in the first alone.
+
+  Attributes:
+    writer: of metrics and lines.
+    recalls: of the steps so far, those before a resumption too.
+  """
+
+  def __init__(
+    self,
+    config: RunConfig,
+    model: Model,
+    workdir: Path,
+    resumed: int,
+    *,
+    console: bool,
+  ):
+    first = distributed.first()
+    self._model, self._speeds = model, []
+    self.writer = _writer(config, workdir, resumed, console)
+    self._routing = _recorder(workdir, model, resumed or -1) if first else None
+    self.recalls = _recalls(workdir, resumed)
+
+  def __enter__(self) -> 'Record':
+    return self
+
+  def __exit__(self, *error):
+    self.writer.__exit__(*error)
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """Median over the steps but the first, which waits for the compiler."""
+    speeds = self._speeds[1:] or self._speeds
+    return float(np.median(speeds)) if speeds else None
+
+  def step(
+    self,
+    number: int,
+    metrics: dict,
+    buffers: Callable[[], dict],
+    tokens: int,
+    seconds: float,
+  ):
+    """Writes a step.
+
+    Args:
+      number: completed steps, this one too.
+      metrics: what it returned, on the host.
+      buffers: gives the model's buffers after it.
+      tokens: that it read.
+      seconds: that it took.
+    """
+    scalars = {k: float(metrics[k]) for k in _SCALARS if k in metrics}
+    if 'recall' in scalars:
+      self.recalls.append(scalars['recall'])
+    if self._routing:
+      violation = max_violation(np.asarray(metrics['load']))
+      scalars['max_violation'] = float(violation.mean())
+      self._record_routing(number, metrics, buffers())
+    speed = tokens / seconds
+    self._speeds.append(speed)
+    timings = {'tokens_per_second': speed, 'seconds': seconds}
+    self.writer.write(number, scalars, timings)
+
+  def _record_routing(self, number, metrics, buffers):
+    load, together = (np.asarray(metrics[k]) for k in ('load', 'together'))
+    biases = router_biases(self._model, buffers)
+    if biases is None:
+      biases = np.zeros(load.shape, np.float32)
+    # N tokens that choose K experts are N K choices and N K^2 pairs.
+    tokens = load.sum(axis=-1) ** 2 / np.maximum(together.sum((-2, -1)), 1)
+    tokens = np.maximum(tokens, 1)
+    self._routing.record(
+      number,
+      load=load,
+      dropped=metrics['dropped'],
+      bias=biases,
+      entropy=metrics['entropy'] / tokens,
+      moved=metrics['moved'] / tokens,
+      together=together,
+    )
+
+  def save(self) -> None:
+    """Puts on disk what is not there yet."""
+    if self._routing:
+      self._routing.save()
+
+
+def _writer(config, workdir, resumed: int, console: bool):
+  if not distributed.first():
+    return NoMetrics()
+  return MetricsWriter(
+    workdir,
+    total_steps=config.steps,
+    tensorboard=config.tensorboard,
+    console=console,
+    resume_step=resumed or -1,
+  )
+
+
+def _recalls(workdir: Path, resumed: int) -> list[float]:
+  """Those of the steps before, for a run that ends by them."""
+  rows = metric_files.read(workdir) if resumed else []
+  return [r['recall'] for r in rows if 'recall' in r and r['step'] <= resumed]
+
+
+def _recorder(workdir, model, resume) -> FlightRecorder | None:
+  layers, number = [], 0
+  for segment in model.config.segments():
+    for _ in range(segment.repeat):
+      for block in segment.blocks:
+        if hasattr(block.ffn, 'experts'):
+          layers.append(number)
+        number += 1
+  if not layers:
+    return None
+  path = workdir / 'routing.npz'
+  record = lambda: FlightRecorder(
+    path,
+    {
+      'load': 'sum',
+      'dropped': 'sum',
+      'bias': 'last',
+      'entropy': 'mean',
+      'moved': 'mean',
+    },
+    coarse={'together': 'sum'},
+    layers=layers,
+    resume_step=resume,
+  )
+  try:
+    return record()
+  except InputError as error:
+    # Of an earlier version, which recorded less: both files stay.
+    path.rename(path.with_name(f'routing-until-{resume}.npz'))
+    say.warn(f'{error}; it is now routing-until-{resume}.npz')
+    return record()
+
+
+def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
+  """[L E] in layer order, 0 where a layer has none; None if no layer has."""
+  out, found = [], False
+  for i, segment in enumerate(model.config.segments()):
+    stacks = []
+    for j, block in enumerate(segment.blocks):
+      if not hasattr(block.ffn, 'experts'):
+        continue
+      place = buffers.get('segments', {}).get(i, {}).get(j, {})
+      bias = place.get('ffn', {}).get('router', {}).get('bias')
+      found = found or bias is not None
+      if bias is None:
+        bias = np.zeros((segment.repeat, block.ffn.experts), np.float32)
+      stacks.append(np.asarray(bias))
+    if stacks:
+      stacked = np.stack(stacks, axis=1)
+      out.append(stacked.reshape(-1, stacked.shape[-1]))
+  return np.concatenate(out) if found else None

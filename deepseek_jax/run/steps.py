@@ -1,0 +1,128 @@
+"""The step of a run in one program, and where its state and batches lie."""
+
+import functools
+import time
+
+import jax
+import numpy as np
+
+from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import placement
+from deepseek_jax.run import folder
+from deepseek_jax.run.config import RunConfig
+from deepseek_jax.train import evaluate
+from deepseek_jax.train.step import TrainState, train_step
+
+
+class Steps:
+  """Compiled train steps, one per batch size, and what compiling cost.
+
+  Raises:
+    InputError: the mesh does not fit the devices, the model or the batches.
+  """
+
+  def __init__(self, model: Model, config: RunConfig):
+    check_mesh(config)
+    self._where = placement.choose(config.mesh, model.abstract)
+    self._model = model
+    self._fresh = functools.partial(folder.fresh_state, config, model)
+    step = train_step(
+      model, config.train, cross_document=config.data.cross_document
+    )
+    state = jax.eval_shape(self._fresh)
+    where = self._where
+    places = where.shardings(state, model.abstract), where.copied
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
+    self._compiled = {}
+
+  def __call__(self, state: TrainState, batch, writer):
+    """-> the next state, metrics."""
+    return self.compiled(state, batch, writer)(state, batch)
+
+  def compiled(self, state: TrainState, batch, writer):
+    """The step for batches of this size."""
+    rows = batch['tokens'].shape[0]
+    if rows not in self._compiled:
+      with compiling(rows, writer), self._where.use():
+        self._compiled[rows] = self._step.lower(state, batch).compile()
+    return self._compiled[rows]
+
+  def begin(self) -> TrainState:
+    """The state of a new run, each part made where it lies."""
+    return self._where.make(self._fresh, self._model.abstract)
+
+  def like(self) -> TrainState:
+    """Shapes, dtypes and places of what a checkpoint holds."""
+    return self._where.abstract(self._fresh, self._model.abstract)
+
+  def adopt(self, state: TrainState) -> TrainState:
+    """A restored state as steps take it."""
+    return state
+
+  def whole(self, state: TrainState) -> TrainState:
+    """A state as a checkpoint holds it."""
+    return state
+
+  def buffers(self, state: TrainState) -> dict:
+    """The model's buffers."""
+    return state.buffers
+
+  def with_variables(self, state: TrainState, variables: dict) -> TrainState:
+    """The state with other parameters and buffers."""
+    places = self._where.shardings(variables, self._model.abstract)
+    variables = jax.jit(lambda v: v, out_shardings=places)(variables)
+    return state._replace(**variables)
+
+  def block(self, size: int) -> tuple[int, int]:
+    """Which block of a batch's rows this process reads."""
+    return self._where.block(size)
+
+  def batch(self, rows: dict[str, np.ndarray], size: int) -> dict:
+    """A global batch from the rows of this process."""
+    return self._where.batch(rows, size)
+
+  def bits_per_byte(self, state: TrainState, heldout) -> float:
+    """Of held-out documents."""
+    variables = {'params': state.params, 'buffers': state.buffers}
+    with self._where.use():
+      return evaluate.bits_per_byte(self._model, variables, heldout)
+
+
+def check_mesh(config: RunConfig) -> None:
+  """Raises InputError where batches or experts do not fit the mesh."""
+  batch = config.train.batch
+  # What fits these fits every size of the ramp.
+  for rows in {batch.at(0), batch.after(batch.at(0)), batch.size}:
+    length = config.data.seq_len
+    meshes.check_batch(config.mesh, rows, length, batch.accumulate)
+  exchange, ways = config.mesh.exchange, config.mesh.ways('experts')
+  exchange.check(ways, config.model.dim, jax.default_backend())
+
+
+class compiling:
+  """Tells how long compiling took, and whether it was done before."""
+
+  def __init__(self, rows: int, writer):
+    self._rows, self._writer = rows, writer
+
+  def __enter__(self):
+    self._start, self._hits = time.perf_counter(), _cache_hits[0]
+
+  def __exit__(self, *error):
+    if error[0] is None:
+      source = 'from the cache' if _cache_hits[0] > self._hits else 'anew'
+      self._writer.log(
+        f'compiled the step for {self._rows} sequences in'
+        f' {time.perf_counter() - self._start:.1f} s, {source}'
+      )
+
+
+_cache_hits = [0]
+
+
+def _count_hits(event: str, **_) -> None:
+  _cache_hits[0] += event == '/jax/compilation_cache/cache_hits'
+
+
+jax.monitoring.register_event_listener(_count_hits)

@@ -1,0 +1,80 @@
+"""The recipe of a run: what is trained, how long, and by which rule."""
+
+import dataclasses
+import math
+
+import optax
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.train import schedules
+from deepseek_jax.train import trainable as frozen
+from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.optimizer import OptimizerConfig, update_rule
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The recipe of a run, but for its data.
+
+  Attributes:
+    tokens: length of the run.
+    batch: sequences per step.
+    optimizer, schedule, gate: see there.
+    mtp_weight: lambda of the MTP loss.
+    bias_rate: step of the router bias (gamma), frozen by its schedule.
+    trainable: names; only parameters and router biases with one of them in
+      their path change ('indexer': the warm-up of sparse attention). (): all.
+    recall_goal: the run ends early, once the mean recall of its last ten
+      steps is this much; 0: never.
+  """
+
+  tokens: float
+  batch: schedules.BatchConfig
+  optimizer: OptimizerConfig = OptimizerConfig()
+  schedule: schedules.ScheduleConfig = schedules.ScheduleConfig()
+  gate: GateConfig = GateConfig()
+  mtp_weight: schedules.SwitchConfig = schedules.v3_mtp_weight()
+  bias_rate: schedules.SwitchConfig = schedules.v3_bias_rate()
+  trainable: tuple = ()
+  recall_goal: float = 0.0
+
+  def __post_init__(self):
+    if not 0 < self.tokens < math.inf:
+      raise InputError(
+        f'tokens = {self.tokens}: must be above 0 and finite; it is the'
+        ' length of the run'
+      )
+    if not 0 <= self.recall_goal <= 1:
+      raise InputError(
+        f'recall_goal = {self.recall_goal}: must be a share from 0 to 1'
+      )
+
+
+def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
+  """What is trained of a model's parameters; None is everything.
+
+  Raises:
+    InputError: `cfg.trainable` names what the model has not.
+  """
+  if cfg.trainable:
+    frozen.check(abstract, cfg.trainable)
+  return part_of_stage(cfg, abstract)
+
+
+def part_of_stage(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
+  """As `part_of`, of some of a model's parameters, be it none."""
+  return frozen.part(abstract, cfg.trainable) if cfg.trainable else None
+
+
+def optimizer_of(
+  cfg: TrainConfig, abstract: nnx.State
+) -> optax.GradientTransformationExtraArgs:
+  """The update rule of a model's parameters, or of a stage's.
+
+  Its update takes `norm`, that of the whole model's gradient.
+  """
+  part = part_of_stage(cfg, abstract)
+  if part is None:
+    return update_rule(cfg.optimizer, abstract)
+  return part.only(update_rule(cfg.optimizer, part.abstract))

@@ -1,0 +1,63 @@
+"""Held-out loss: bits per byte of documents, each read by itself."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel.sharding import Using, current
+from deepseek_jax.train.cross_entropy import linear_cross_entropy
+
+
+def negative_log_likelihood(hidden, head, batch) -> jax.Array:
+  """-ln of the probability of a held-out batch's tokens, each by its weight.
+
+  Args:
+    hidden: [B T D].
+    head: [D V].
+    batch: of a data.Heldout.
+  """
+  return linear_cross_entropy(
+    hidden.reshape(-1, hidden.shape[-1]),
+    head,
+    batch['tokens'][:, 1:].reshape(-1),
+    batch['weights'].reshape(-1),
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _nll(model: Model, using: Using | None) -> Callable:
+  del using  # what is traced depends on it, which jit does not know
+
+  def nll(variables, batch):
+    out = model.apply(
+      variables,
+      batch['tokens'][:, :-1],
+      positions=batch['positions'][:, :-1],
+      segment_ids=batch['segments'][:, :-1],
+    )
+    return negative_log_likelihood(out.hidden, model.head(variables), batch)
+
+  return jax.jit(nll)
+
+
+def bits_per_byte(model: Model, variables: dict, heldout) -> float:
+  """-log2 of the probability of all held-out tokens, over their bytes.
+
+  Args:
+    model, variables: the model.
+    heldout: a data.Heldout.
+  """
+  nll = _nll(model, current())
+  return bits_per_byte_by(lambda batch: nll(variables, batch), heldout)
+
+
+def bits_per_byte_by(nll: Callable[[dict], jax.Array], heldout) -> float:
+  """As `bits_per_byte`, by what `nll` says of every batch."""
+  total = 0.0
+  for batch in heldout:
+    # NumPy's, which jit may place on as many devices as the variables are on.
+    arrays = {k: v for k, v in batch.items() if k != 'document'}
+    total += float(nll(arrays))
+  return heldout.bits_per_byte(total)

@@ -1,0 +1,176 @@
+"""AdamW as in the V3 recipe (arXiv:2412.19437 sections 3.3 and 4.2), or Muon.
+
+Master weights are float32; the moments may be stored in bfloat16. Under AdamW
+only matrices decay: norm weights do not (the papers do not say; it is the
+custom). With `muon` it has the matrices, and AdamW the rest (see muon.py).
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.train import muon
+from deepseek_jax.train.muon import MuonConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """What an update is made of.
+
+  Attributes:
+    beta1, beta2, eps, decay: AdamW's.
+    clip: greatest global gradient norm.
+    moments: dtype in which they are stored.
+    muon: what matrices get; None: AdamW.
+    table_rate: how much faster the rows of n-gram tables learn, of which a
+      step reads few (Engram, arXiv:2601.07372: 5, and no decay).
+  """
+
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  decay: float = 0.1
+  clip: float = 1.0
+  moments: Literal['float32', 'bfloat16'] = 'float32'
+  muon: MuonConfig | None = None
+  table_rate: float = 5.0
+
+  def __post_init__(self):
+    for name in ('beta1', 'beta2'):
+      if not 0 <= getattr(self, name) < 1:
+        raise InputError(
+          f'{name} = {getattr(self, name)}: must lie in 0..1, 1 excluded'
+        )
+    # Written so that NaN is refused, too.
+    if not self.clip > 0:
+      raise InputError(
+        f'clip = {self.clip}: must be above 0, or gradients vanish; inf never'
+        ' clips'
+      )
+    if not 0 < self.eps < math.inf:
+      raise InputError(f'eps = {self.eps}: must be above 0 and finite')
+    if not 0 <= self.decay < math.inf:
+      raise InputError(f'decay = {self.decay}: must be 0 or more and finite')
+
+
+def stored_in(
+  dtype, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`inner` in float32, its floating-point state kept in `dtype`."""
+
+  def cast(tree, to):
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(to) if floating(x) else x, tree)
+
+  def update(grads, state, params=None):
+    updates, state = inner.update(grads, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  init = lambda params: cast(inner.init(params), dtype)
+  return optax.GradientTransformation(init, update)
+
+
+def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
+  """Scales gradients so that their norm is at most `limit`.
+
+  `norm` is that of the whole gradient, of which a pipeline stage has a part;
+  left out, it is that of what is given.
+  """
+
+  def update(grads, state, params=None, *, norm=None, **more):
+    del params, more
+    norm = optax.tree.norm(grads) if norm is None else norm
+    one = lambda g: jnp.where(norm < limit, g, g / norm * limit)
+    return jax.tree.map(one, grads), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _where(holds, abstract: nnx.State) -> dict:
+  """Whether `holds` of the axis names of each parameter."""
+  one = lambda v: v.replace(holds(v.get_metadata()['axes']))
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  return nnx.to_pure_dict(jax.tree.map(one, abstract, is_leaf=leaf))
+
+
+def tables(abstract: nnx.State) -> dict:
+  """True for the rows of n-gram memories."""
+  return _where(lambda axes: 'tables' in axes, abstract)
+
+
+def matrices(abstract: nnx.State) -> dict:
+  """True for parameters of two or more axes; stacks and tables add none."""
+  return _where(lambda axes: len(axes) > 1 and 'tables' not in axes, abstract)
+
+
+def faster_tables(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformation:
+  """Updates of n-gram tables times `table_rate`; nothing where none are."""
+  mask = tables(abstract)
+  if not any(jax.tree.leaves(mask)):
+    return optax.identity()
+  return optax.masked(optax.scale(cfg.table_rate), mask)
+
+
+def adamw(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformationExtraArgs:
+  """The update direction for a learning rate of 1; sign included.
+
+  Args:
+    cfg: the recipe.
+    abstract: the model's abstract parameters.
+  """
+  moments = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+  if cfg.moments != 'float32':
+    moments = stored_in(jnp.dtype(cfg.moments), moments)
+  return optax.chain(
+    clipped(cfg.clip),
+    moments,
+    optax.add_decayed_weights(cfg.decay, mask=matrices(abstract)),
+    faster_tables(cfg, abstract),
+    optax.scale(-1.0),
+  )
+
+
+def with_muon(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformationExtraArgs:
+  """As `adamw`, with Muon for the matrices; `cfg.muon` is not None."""
+  how = muon.splits(abstract)
+  adam = (cfg.beta1, cfg.beta2, cfg.eps)
+  moments = muon.scale_by_muon(cfg.muon, adam, how)
+  if cfg.moments != 'float32':
+    moments = stored_in(jnp.dtype(cfg.moments), moments)
+  is_split = lambda s: s is None or isinstance(s, muon.Split)
+  mine = jax.tree.map(lambda s: s is not None, how, is_leaf=is_split)
+  others = jax.tree.map(
+    lambda split, matrix, table: (
+      not split and not table and (matrix or cfg.muon.vectors)
+    ),
+    mine,
+    matrices(abstract),
+    tables(abstract),
+  )
+  return optax.chain(
+    clipped(cfg.clip),
+    moments,
+    optax.add_decayed_weights(cfg.muon.decay, mask=mine),
+    optax.add_decayed_weights(cfg.decay, mask=others),
+    faster_tables(cfg, abstract),
+    optax.scale(-1.0),
+  )
+
+
+def update_rule(
+  cfg: OptimizerConfig, abstract: nnx.State
+) -> optax.GradientTransformationExtraArgs:
+  """The update direction for a learning rate of 1, as `cfg` has it."""
+  return adamw(cfg, abstract) if cfg.muon is None else with_muon(cfg, abstract)

@@ -1,0 +1,175 @@
+"""The second half of a step: from gradients to the next variables.
+
+Every part of a model, all of it or one pipeline stage, proposes an update. The
+whole batch is judged once, by its loss, the norm of its gradient and that of
+the update; then every part takes its proposal, or none does.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.model.experts.balance import updated_bias
+from deepseek_jax.train import schedules
+from deepseek_jax.train.config import TrainConfig
+from deepseek_jax.train.gate import GateState, judge
+
+
+class Held(NamedTuple):
+  """What an update changes, of a model or of a part of it."""
+
+  params: Any
+  buffers: Any
+  moments: Any
+
+
+class Proposal(NamedTuple):
+  """What an update would change a part of a model by.
+
+  Attributes:
+    updates: of the parameters, at a learning rate of 1.
+    moments: after it.
+    square: of the updates' norm, over parameters that are finite.
+  """
+
+  updates: Any
+  moments: Any
+  square: jax.Array
+
+
+class Verdict(NamedTuple):
+  """What all parts of a model must know of a step.
+
+  Attributes:
+    applied: whether the update is.
+    rate: learning rate.
+    bias_rate: gamma of the router biases.
+  """
+
+  applied: jax.Array
+  rate: jax.Array
+  bias_rate: jax.Array
+
+
+def tokens_seen(state, length: int) -> jax.Array:
+  """float32, tokens before this step, of sequences of `length`."""
+  return state.sequences.astype(jnp.float32) * length
+
+
+def proposed(
+  optimizer: optax.GradientTransformationExtraArgs,
+  held: Held,
+  grads,
+  norm: jax.Array,
+) -> Proposal:
+  """The update of a part of a model.
+
+  Args:
+    optimizer: of `recipe.optimizer_of`.
+    held: before the step.
+    grads: shaped as held.params.
+    norm: of the whole model's gradient.
+  """
+  updates, moments = optimizer.update(
+    grads, held.moments, held.params, norm=norm
+  )
+  # Decay makes the update of a parameter that is no number none, too; that
+  # one is lost already, and may be one that no batch reads.
+  square = lambda p, u: jnp.sum(jnp.square(jnp.where(jnp.isfinite(p), u, 0)))
+  squares = jax.tree.leaves(jax.tree.map(square, held.params, updates))
+  return Proposal(updates, moments, sum(squares, jnp.float32(0)))
+
+
+def judged(
+  cfg: TrainConfig,
+  state,
+  loss: jax.Array,
+  norm: jax.Array,
+  update_norm: jax.Array,
+  length: int,
+) -> tuple[Verdict, GateState, dict]:
+  """What becomes of a step.
+
+  Args:
+    cfg: the recipe.
+    state: before the step; `step`, `sequences` and `gate` are read.
+    loss: of the global batch.
+    norm: of its gradient.
+    update_norm: of what the optimizer makes of it; a gradient that is finite
+      may give one that is not, with moments that are damaged.
+    length: tokens of a sequence.
+
+  Returns:
+    The verdict, the gate's next state, and the metrics that tell of them.
+  """
+  tokens = tokens_seen(state, length)
+  sound = jnp.isfinite(update_norm)
+  applied, gate = judge(cfg.gate, state.gate, loss, norm, sound)
+  verdict = Verdict(
+    applied,
+    schedules.learning_rate(cfg.schedule, state.step, tokens, cfg.tokens),
+    cfg.bias_rate.at(tokens, cfg.tokens),
+  )
+  metrics = {
+    'grad_norm': norm,
+    'update_norm': update_norm,
+    'learning_rate': verdict.rate,
+    'applied': applied,
+    'skipped': gate.skipped,
+    'streak': gate.streak,
+  }
+  return verdict, gate, metrics
+
+
+def updated(
+  held: Held,
+  proposal: Proposal,
+  loads: dict[str, jax.Array],
+  verdict: Verdict,
+) -> Held:
+  """The variables and moments after a step.
+
+  Args:
+    held: before the step.
+    proposal: see `proposed`.
+    loads: of the routers in held.buffers, see `move_biases`.
+    verdict: on the step.
+  """
+  step = lambda p, u: p + verdict.rate * u
+  params = jax.tree.map(step, held.params, proposal.updates)
+  buffers = move_biases(held.buffers, loads, verdict.bias_rate)
+  keep = lambda new, old: jax.tree.map(
+    lambda n, o: jnp.where(verdict.applied, n, o), new, old
+  )
+  return keep(Held(params, buffers, proposal.moments), held)
+
+
+def moving(loads: dict, names: tuple) -> dict:
+  """The loads of routers whose bias has one of `names` in its path; (): all."""
+  path = lambda place: (*place.split('/'), 'ffn', 'router', 'bias')
+  return {
+    place: load
+    for place, load in loads.items()
+    if not names or any(name in path(place) for name in names)
+  }
+
+
+def move_biases(buffers, loads, rate):
+  """Buffers with every router bias moved by its layer's load.
+
+  Args:
+    buffers: the model's buffers.
+    loads: 'segments/i/j' or 'mtp/k/block' -> load [... E] of the global batch.
+    rate: gamma.
+  """
+  moved = jax.tree.map(lambda b: b, buffers)  # a copy of the dicts
+  for place, load in loads.items():
+    node = moved
+    for key in place.split('/'):
+      node = node.get(int(key) if key.isdigit() else key, {})
+    router = node.get('ffn', {}).get('router', {})
+    if 'bias' in router:
+      router['bias'] = updated_bias(router['bias'], load, rate)
+  return moved

@@ -1,5 +1,6 @@
 """Text files -> documents -> tokens on disk -> seeded, resumable batches."""
 
+from deepseek_jax.data.batches import Batches, dataset, segment
 from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.corpus import (
@@ -10,7 +11,6 @@ from deepseek_jax.data.corpus import (
 )
 from deepseek_jax.data.heldout import Heldout, xz_bits_per_byte
 from deepseek_jax.data.infill import fim
-from deepseek_jax.data.pipeline import Batches, dataset, segment
 from deepseek_jax.data.token_store import HeldoutDocument, Store
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer, from_file
 from deepseek_jax.data.windows import build

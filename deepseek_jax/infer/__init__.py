@@ -1,0 +1,1 @@
+"""Inference: sampling, chat, placement of redundant experts."""

@@ -1,0 +1,1 @@
+"""Models: a configuration becomes a pair of pure functions over plain dicts."""

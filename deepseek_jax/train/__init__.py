@@ -1,0 +1,1 @@
+"""The training step: objective, optimizer, schedules, gate, evaluation."""

@@ -11,7 +11,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax import data
-from deepseek_jax.data import pipeline
+from deepseek_jax.data import batches as pipeline
 from deepseek_jax.errors import InputError
 
 RAMP = (4, 4, 8, 12, 16, 8, 4)

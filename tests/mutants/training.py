@@ -5,7 +5,7 @@ from tests.mutants.mutant import Mutant
 _TRAIN = 'deepseek_jax/train/step.py'
 _MTP = 'deepseek_jax/model/mtp.py'
 _FP8 = 'deepseek_jax/hf/fp8.py'
-_PIPELINE = 'deepseek_jax/data/pipeline.py'
+_PIPELINE = 'deepseek_jax/data/batches.py'
 _TRAIN_TEST = 'tests/train_test.py'
 _MTP_TEST = 'tests/layers/mtp_test.py'
 _FP8_TEST = 'tests/hf/fp8_test.py'

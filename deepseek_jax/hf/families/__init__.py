@@ -1,0 +1,1 @@
+"""One module per family of Hugging Face checkpoints."""

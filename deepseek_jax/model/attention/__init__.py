@@ -1,0 +1,1 @@
+"""Attentions, one idea per file, and what they share."""

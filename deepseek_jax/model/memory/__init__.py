@@ -1,0 +1,1 @@
+"""Engram: memory looked up by hashed n-grams."""

@@ -1,15 +1,20 @@
 """deepseek_jax: efficient sparse transformers in JAX.
 
 import deepseek_jax as ds
-config = ds.presets.v3_tiny()
+
+config = ds.presets.v3_tiny()                # a model
 model = ds.build(config)
 variables = model.init(jax.random.key(0))
 out = model.apply(variables, tokens)
+
+run = ds.fit(ds.recipes.v3_tiny(), 'runs/v3')  # a run: model, data, training
+loaded = ds.load('runs/v3')
 """
 
-from deepseek_jax import hf, plan, presets
+from deepseek_jax import hf, plan, presets, recipes
 from deepseek_jax.config import changed, from_dict, to_dict
-from deepseek_jax.errors import InputError
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.infer.sampling import SampleConfig, generate, stream
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import (
@@ -19,3 +24,23 @@ from deepseek_jax.model.transformer import (
   build,
   moe_statistics,
 )
+from deepseek_jax.parallel.exchange import ExchangeConfig
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.record.metrics import read as read_metrics
+from deepseek_jax.record.report.page import write_report
+from deepseek_jax.record.routing import load as read_routing
+from deepseek_jax.record.routing import max_violation
+from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
+from deepseek_jax.run.fit import Run, fit
+from deepseek_jax.run.folder import Loaded, load
+from deepseek_jax.train.config import TrainConfig
+from deepseek_jax.train.evaluate import bits_per_byte
+from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.muon import MuonConfig
+from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.schedules import (
+  BatchConfig,
+  ScheduleConfig,
+  SwitchConfig,
+)
+from deepseek_jax.train.step import TrainState, initial_state, train_step

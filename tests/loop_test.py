@@ -213,6 +213,18 @@ class FinishedRunTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'holds another run .data.path: '):
       loop.claim(begun, other)
 
+  def test_an_earlier_step_can_be_loaded(self):
+    saved = sorted(
+      int(p.name) for p in (self.folder / 'run' / 'checkpoints').iterdir()
+    )
+    first = ds.load(self.folder / 'run', step=saved[0])
+    self.assertEqual(first.step, saved[0])
+    self.assertEqual(ds.load(self.folder / 'run').step, saved[-1])
+    trained = np.asarray(self.trained.state.params['embed'])
+    self.assertTrue((first.variables['params']['embed'] != trained).any())
+    with self.assertRaisesRegex(InputError, r'step = 4: .* has saved \d+, \d+'):
+      ds.load(self.folder / 'run', step=4)
+
   def test_load_needs_no_data(self):
     corpus = self.folder / 'corpus'
     away = corpus.rename(self.folder / 'away')

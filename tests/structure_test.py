@@ -29,12 +29,12 @@ RANK = {
   'deepseek_jax.plan': 7,
   'deepseek_jax.run': 7,
   'deepseek_jax.recipes': 8,
-  'deepseek_jax': 8,  # the face
-  'deepseek_jax.cli': 9,
-  'experiments': 10,
-  'notebooks': 10,
-  'benchmarks': 10,
-  'tests': 11,
+  'deepseek_jax': 9,  # the face
+  'deepseek_jax.cli': 10,
+  'experiments': 11,
+  'notebooks': 11,
+  'benchmarks': 11,
+  'tests': 12,
 }
 NNX = {
   'Module',

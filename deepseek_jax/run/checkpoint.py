@@ -166,6 +166,15 @@ class Checkpoints:
       )
     return None
 
+  def check(self, step: int) -> None:
+    """Raises InputError unless the manifest of `step` vouches for it."""
+    reason = integrity.problem(self.directory / str(step), self._verify)
+    if reason is not None:
+      raise InputError(
+        f'{self.directory}: checkpoint {step} is rejected: {reason}; name'
+        f' another of {self.steps()}'
+      )
+
   def set_aside_after(self, step: int) -> None:
     """Moves later steps to `<directory>-rejected`; they block their numbers."""
     aside = self.directory.with_name(self.directory.name + '-rejected')

@@ -187,11 +187,15 @@ class Loaded(NamedTuple):
   step: int
 
 
-def load(workdir: str | Path) -> Loaded:
-  """The newest checkpoint of a run; needs none of its data.
+def load(workdir: str | Path, step: int | None = None) -> Loaded:
+  """Returns a run read back from its folder; needs none of its data.
+
+  Args:
+    workdir: the run's folder.
+    step: of the checkpoint; None is the newest whole one.
 
   Raises:
-    InputError: the folder holds no run, or none with a checkpoint.
+    InputError: the folder holds no run, or no whole checkpoint of that step.
   """
   workdir = Path(workdir)
   config = config_of(workdir)
@@ -199,14 +203,29 @@ def load(workdir: str | Path) -> Loaded:
   with Checkpoints(
     workdir / 'checkpoints', verify=config.safety.verify, read_only=True
   ) as checkpoints:
-    step = checkpoints.newest_whole(say.warn)
-    if step is None:
-      raise InputError(f'workdir {workdir}: the run has saved no checkpoint')
+    step = _step_to_load(checkpoints, workdir, step)
     fresh = functools.partial(fresh_state, config, model)
     state = checkpoints.restore(step, jax.eval_shape(fresh)).state
   variables = {'params': state.params, 'buffers': state.buffers}
   tokenizer = datalib.from_file(str(workdir / 'tokenizer.json'))
   return Loaded(config, model, variables, tokenizer, step)
+
+
+def _step_to_load(checkpoints: Checkpoints, workdir: Path, asked) -> int:
+  """Returns the step asked for, or the newest whole one."""
+  if asked is None:
+    newest = checkpoints.newest_whole(say.warn)
+    if newest is None:
+      raise InputError(f'workdir {workdir}: the run has saved no checkpoint')
+    return newest
+  saved = checkpoints.steps()
+  if asked not in saved:
+    raise InputError(
+      f'step = {asked!r}: workdir {workdir} has saved'
+      f' {", ".join(map(str, saved)) or "no step"}; name one of these'
+    )
+  checkpoints.check(asked)
+  return asked
 
 
 def fresh_state(config: RunConfig, model: Model) -> TrainState:

@@ -7,25 +7,8 @@ a token reads eight rows; the data pipeline hashes n-grams to rows ahead.
 """
 
 import deepseek_jax as ds
-from deepseek_jax.data import DataConfig
-from deepseek_jax.run import fit as loop
-from deepseek_jax.train import optimizer as optim
-from deepseek_jax.train import schedules
-from deepseek_jax.train import step as train
 from experiments.common import editable
 
 
 def get_config():
-  model = ds.presets.engram_tiny()
-  return editable(
-    loop.RunConfig(
-      model=model,
-      data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
-      train=train.TrainConfig(
-        tokens=2e5,
-        batch=schedules.BatchConfig(size=8),
-        optimizer=optim.OptimizerConfig(),
-        schedule=schedules.ScheduleConfig(peak=3e-3, warmup=10),
-      ),
-    )
-  )
+  return editable(ds.recipes.engram_tiny())

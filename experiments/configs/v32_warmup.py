@@ -13,24 +13,8 @@ another --config.data.seed is text in another order.
 """
 
 import deepseek_jax as ds
-from deepseek_jax.data import DataConfig
-from deepseek_jax.run import fit as loop
-from deepseek_jax.train import schedules
-from deepseek_jax.train import step as train
 from experiments.common import editable
 
 
 def get_config():
-  model = ds.changed(ds.presets.v32_tiny(), {'attention.stage': 'dense'})
-  return editable(
-    loop.RunConfig(
-      model=model,
-      data=DataConfig(vocab_size=model.vocab_size, seq_len=256),
-      train=train.TrainConfig(
-        tokens=1e5,
-        batch=schedules.BatchConfig(size=8),
-        schedule=schedules.ScheduleConfig('constant', peak=1e-3, warmup=0),
-        trainable=('indexer',),
-      ),
-    )
-  )
+  return editable(ds.recipes.v32_warmup())

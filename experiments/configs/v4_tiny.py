@@ -15,36 +15,8 @@ V4 begins dense and warms its indexers up; so does this, in runs that each
 """
 
 import deepseek_jax as ds
-from deepseek_jax.data import DataConfig
-from deepseek_jax.run import fit as loop
-from deepseek_jax.train import (
-  muon,
-  schedules,
-)
-from deepseek_jax.train import (
-  optimizer as optim,
-)
-from deepseek_jax.train import (
-  step as train,
-)
 from experiments.common import editable
 
 
 def get_config():
-  model = ds.presets.v4_tiny()
-  return editable(
-    loop.RunConfig(
-      model=model,
-      data=DataConfig(
-        vocab_size=model.vocab_size, seq_len=256, cross_document=False
-      ),
-      train=train.TrainConfig(
-        tokens=1.2e5,
-        batch=schedules.BatchConfig(size=8),
-        optimizer=optim.OptimizerConfig(eps=1e-20, muon=muon.MuonConfig()),
-        schedule=schedules.ScheduleConfig(peak=8e-3, warmup=10),
-      ),
-      evaluate=loop.EvaluateConfig(every=30),
-      checkpoint_every=60,
-    )
-  )
+  return editable(ds.recipes.v4_tiny())

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -132,6 +133,14 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   using = _current[-1]
   sharding = NamedSharding(using.mesh, using.spec(axes, x.shape))
   return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def known(x) -> np.ndarray | None:
+  """The values of an array on the host; None inside jit, or of other hosts."""
+  traced = isinstance(x, jax.core.Tracer)
+  if traced or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    return None
+  return np.asarray(x)
 
 
 def shardings(abstract, mesh: Mesh, rules: Rules):

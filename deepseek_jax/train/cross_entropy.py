@@ -8,7 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel.sharding import shard, ways
+from deepseek_jax.errors import InputError
+from deepseek_jax.parallel.sharding import known, shard, ways
+
+IGNORED = -100  # a label that counts nowhere, by PyTorch's custom
 
 
 def _logits(hidden, head):
@@ -17,42 +20,57 @@ def _logits(hidden, head):
   )
 
 
-def _chunks(n: int, size: int) -> int:
-  """The smallest number of equal chunks of at most `size` that make up n."""
-  return next(c for c in range(-(-n // size), n + 1) if n % c == 0)
-
-
 def _split(size: int, *arrays):
   """Arrays [N ...] in equal chunks [chunks n ...] of at most `size` tokens.
 
-  On a mesh of every device: a chunk has some tokens of each, so that all work
-  on it and none is sent.
+  Zeros fill the last chunk up: less than one a chunk, whatever divides N. On a
+  mesh every device fills up its own tokens: a chunk has some of each, so that
+  all work on it and none is sent.
   """
   N = arrays[0].shape[0]
   devices = ways('batch', N)
-  chunks = _chunks(N // devices, size)
+  chunks = max(1, -(-N // devices // size))
+  length = -(-N // devices // chunks)
 
   def one(a):
-    if devices > 1:
-      a = a.reshape(devices, chunks, -1, *a.shape[1:]).swapaxes(0, 1)
-      a = a.reshape(chunks, N // chunks, *a.shape[3:])
-      return shard(a, 'batch', *(None,) * (a.ndim - 2))
-    return a.reshape(chunks, -1, *a.shape[1:])
+    a = a.reshape(devices, N // devices, *a.shape[1:])
+    filler = [(0, 0)] * a.ndim
+    filler[1] = (0, chunks * length - N // devices)
+    a = jnp.pad(a, filler) if filler[1][1] else a
+    a = a.reshape(devices, chunks, length, *a.shape[2:]).swapaxes(0, 1)
+    a = a.reshape(chunks, devices * length, *a.shape[3:])
+    return shard(a, 'batch', *(None,) * (a.ndim - 2)) if devices > 1 else a
 
   return tuple(map(one, arrays))
 
 
-def _join(parts):
+def _join(parts, N: int):
   """What `_split` took apart: [chunks n ...] -> [N ...]."""
   chunks, n = parts.shape[:2]
-  devices = ways('batch', chunks * n)
-  if devices > 1:
-    parts = parts.reshape(chunks, devices, -1, *parts.shape[2:])
-    parts = parts.swapaxes(0, 1).reshape(chunks, n, *parts.shape[3:])
-  return parts.reshape(chunks * n, *parts.shape[2:])
+  devices = ways('batch', N)
+  parts = parts.reshape(chunks, devices, n // devices, *parts.shape[2:])
+  parts = parts.swapaxes(0, 1).reshape(devices, -1, *parts.shape[3:])
+  return parts[:, : N // devices].reshape(N, *parts.shape[2:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _check_labels(labels, counted, vocab: int) -> None:
+  """Raises InputError for a counted label outside 0..vocab - 1, if known."""
+  labels, counted = known(labels), known(counted)
+  if labels is None or counted is None:  # traced: the result is NaN
+    return
+  wrong = labels[((labels < 0) | (labels >= vocab)) & counted]
+  if wrong.size:
+    raise InputError(
+      f'labels: {wrong[0]} is outside the vocabulary of {vocab}; give what is'
+      f' not to be predicted the weight 0, or to token_log_probs {IGNORED}'
+    )
+
+
+def _or_nan(values, labels, vocab: int):
+  """values [n], NaN where the label is outside the vocabulary."""
+  return jnp.where((labels >= 0) & (labels < vocab), values, jnp.nan)
+
+
 def linear_cross_entropy(hidden, head, labels, weights, chunk: int = 1024):
   """The weighted sum of -log softmax(hidden @ head)[label].
 
@@ -62,12 +80,24 @@ def linear_cross_entropy(hidden, head, labels, weights, chunk: int = 1024):
 
   Args:
     hidden: [N D]; head: [D V].
-    labels: [N] int32; weights: [N] float32.
+    labels: [N] int32, of any value where the weight is 0.
+    weights: [N] float32.
     chunk: tokens at a time, at most; on a mesh of each device.
 
   Returns:
-    float32 scalar.
+    float32 scalar; NaN, as the gradients, where a traced label with a weight
+    is outside the vocabulary.
+
+  Raises:
+    InputError: such a label is known when this is called.
   """
+  _check_labels(labels, jnp.not_equal(weights, 0), head.shape[-1])
+  return _cross_entropy(hidden, head, labels, weights, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, head, labels, weights, chunk):
+  weights = _counted(labels, weights, head.shape[-1])
   parts = _split(chunk, hidden, labels, weights)
 
   def one(total, part):
@@ -75,6 +105,11 @@ def linear_cross_entropy(hidden, head, labels, weights, chunk: int = 1024):
     return total + _nll(_logits(hidden, head), labels, weights)[0], None
 
   return jax.lax.scan(one, jnp.float32(0), parts)[0]
+
+
+def _counted(labels, weights, vocab: int):
+  """weights [N], NaN where a label that counts is outside the vocabulary."""
+  return jnp.where(weights == 0, 0.0, _or_nan(weights, labels, vocab))
 
 
 def _nll(logits, labels, weights):
@@ -86,6 +121,7 @@ def _nll(logits, labels, weights):
 
 
 def _forward(hidden, head, labels, weights, chunk):
+  weights = _counted(labels, weights, head.shape[-1])
   parts = _split(chunk, hidden, labels, weights)
   transposed = head.T  # once, not per chunk
 
@@ -103,7 +139,7 @@ def _forward(hidden, head, labels, weights, chunk):
 
   start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
   (total, dhead), dhidden = jax.lax.scan(one, start, parts)
-  return total, (_join(dhidden), dhead.astype(head.dtype))
+  return total, (_join(dhidden, len(hidden)), dhead.astype(head.dtype))
 
 
 def _backward(chunk, gradients, g):
@@ -113,26 +149,37 @@ def _backward(chunk, gradients, g):
   return scale(dhidden), scale(dhead), None, None
 
 
-linear_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def token_log_probs(hidden, head, labels, chunk: int = 1024) -> jax.Array:
   """log softmax(hidden @ head)[label] per token; logits are recomputed.
 
   Args:
-    hidden: [... D]; head: [D V]; labels: [...] int32.
+    hidden: [... D]; head: [D V].
+    labels: [...] int32; IGNORED (-100) is no token.
     chunk: tokens at a time, at most.
 
   Returns:
-    [...] float32, differentiable.
+    [...] float32, differentiable; 0 where the label is IGNORED, without a
+    gradient; NaN where another traced label is outside the vocabulary.
+
+  Raises:
+    InputError: such a label is known when this is called.
   """
+  _check_labels(labels, labels != IGNORED, head.shape[-1])
   flat = hidden.reshape(-1, hidden.shape[-1])
   parts = _split(chunk, flat, labels.reshape(-1))
 
   @jax.checkpoint
   def one(part):
     logits = _logits(part[0], head)
-    picked = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    labels = jnp.where(part[1] == IGNORED, 0, part[1])
+    at = jnp.clip(labels, 0, head.shape[-1] - 1)
+    picked = jnp.take_along_axis(logits, at[:, None], axis=-1)[:, 0]
+    said = picked - jax.nn.logsumexp(logits, axis=-1)
+    # A factor, not a choice: gradients become NaN, too.
+    said *= _or_nan(jnp.ones_like(said), labels, head.shape[-1])
+    return jnp.where(part[1] == IGNORED, 0.0, said)
 
-  return _join(jax.lax.map(one, parts)).reshape(labels.shape)
+  return _join(jax.lax.map(one, parts), len(flat)).reshape(labels.shape)

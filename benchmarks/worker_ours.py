@@ -79,7 +79,7 @@ def _train(model, variables, tokens):
   )
   batch = dict.fromkeys(('tokens', 'segments', 'positions'), tokens)
   state = [train.initial_state(model, cfg, variables)]
-  step = jax.jit(train.train_step(model, cfg), donate_argnums=0)
+  step = jax.jit(train.train_step(model, cfg, padding=False), donate_argnums=0)
 
   def run():
     state[0], metrics = step(state[0], batch)

@@ -15,10 +15,11 @@ from deepseek_jax.model import block as blocks
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import context, mtp, norm, residual
 from deepseek_jax.model.attention import gqa, mla
+from deepseek_jax.model.context import positions_in
 from deepseek_jax.model.experts import ffn, moe
 from deepseek_jax.model.experts import router as routers
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.model.transformer import Kind, positions_in, unstack
+from deepseek_jax.model.transformer import Kind, unstack
 from tests import reference, tiny
 
 T = 24

@@ -26,9 +26,9 @@ from deepseek_jax.hf import loading, saving, ties
 from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.source import Source
 from deepseek_jax.model.block import Block, BlockConfig
-from deepseek_jax.model.context import Context
+from deepseek_jax.model.context import Context, context
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.transformer import build, positions_in
+from deepseek_jax.model.transformer import build
 from deepseek_jax.parallel.sharding import Buffer
 
 LENGTHS = (1, 7, 64, 300)
@@ -135,10 +135,10 @@ class Ours:
   def _streams(self, case, segments) -> Iterator[jax.Array]:
     stream = self.variables['params']['embed'][case.ids]
     stream = self.config.residual.expand(stream)
-    positions = positions_in(segments)
+    ctx = context(jnp.asarray(case.ids), segments, self.config.vocab_size)
     for block, params, buffers in self._blocks():
       run = _block(block, self.config.dim)
-      stream = run(params, buffers, stream, case.ids, positions, segments)
+      stream = run(params, buffers, stream, *ctx[:3])
       yield stream
 
   def _blocks(self):

@@ -1,15 +1,19 @@
 """What every layer may know of the tokens it works on.
 
-Legend: B batch, T tokens.
+Legend: B batch, T tokens, V vocabulary.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Context(NamedTuple):
-  """The batch as layers see it; the flags are Python values, never traced."""
+  """The batch as layers see it; the flags are Python values, never traced.
+
+  `context` makes one of a caller's arrays.
+  """
 
   tokens: jax.Array  # [B T] int32
   positions: jax.Array  # [B T] int32, from 0 within a document
@@ -22,3 +26,65 @@ class Context(NamedTuple):
   def valid(self) -> jax.Array | None:
     """[B T] bool, False on padding; None when there is none."""
     return None if self.segments is None else self.segments > 0
+
+
+def positions_in(segments: jax.Array) -> jax.Array:
+  """Returns the position of each token in its run of equal segments [B T]."""
+  index = jnp.arange(segments.shape[1])
+  return index - jax.lax.cummax(jnp.where(_begins(segments), index, 0), axis=1)
+
+
+def documents(segments: jax.Array) -> jax.Array:
+  """Numbers the runs of equal segments [B T] of each row, from 1; 0 stays 0.
+
+  Some layers compare documents by their number, others look for where one
+  ends: with a number for each run both mean the same.
+  """
+  real = segments > 0
+  number = jnp.cumsum(_begins(segments) & real, axis=1, dtype=jnp.int32)
+  return jnp.where(real, number, 0)
+
+
+def _begins(segments):
+  first = jnp.ones_like(segments[:, :1], bool)
+  return jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
+
+
+def context(
+  tokens: jax.Array,
+  segments: jax.Array | None,
+  vocab: int,
+  *,
+  positions: jax.Array | None = None,
+  rows: jax.Array | None = None,
+  cached: bool = False,
+  **flags: bool,
+) -> Context:
+  """Makes the context of tokens: the one place that reads a caller's arrays.
+
+  Each run of equal segment ids becomes a document of its own, and what padding
+  holds is not read, so it may be anything.
+
+  Args:
+    tokens: [B T] int32. Below 0 or from V on is no token: its embedding is NaN.
+    segments: [B T] int32 or None, as of `transformer.build`.
+    vocab: V.
+    positions: [B T] int32; by default from 0 in each document.
+    rows: as in Context.
+    cached: whether there is a cache, where a row is one document. Rows with
+      more have no token then: their logits are NaN.
+    **flags: as in Context.
+  """
+  if segments is None:
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return Context(tokens, positions, None, rows=rows, **flags)
+  real = segments > 0
+  tokens = jnp.where(real | ((tokens >= 0) & (tokens < vocab)), tokens, 0)
+  if positions is None:
+    positions = positions_in(segments)
+  segments = documents(segments)
+  if cached:
+    several = segments.max(axis=1, keepdims=True, initial=0) > 1
+    tokens = jnp.where(several, -1, tokens)
+  return Context(tokens, positions, segments, rows=rows, **flags)

@@ -32,12 +32,25 @@ def _rows_bwd(shape, mode, index, grad):
 _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
-def rows(table: jax.Array, index: jax.Array, mode: str | None = None):
-  """table [V ...], index [...] int32 -> [... ...]; `mode` as in `at[].get`.
+def rows(
+  table: jax.Array, index: jax.Array, mode: str = 'fill', fill=None
+) -> jax.Array:
+  """Returns rows of a table; first derivatives only, but in float32.
 
-  First derivatives only, but in float32.
+  Args:
+    table: [V ...].
+    index: [...] int32.
+    mode: of `at[].get`. 'fill' gives `fill` where no row has that number, be
+      it below 0, and no row its gradient; the others are for numbers that are
+      known to be rows'.
+    fill: for integers; floats are filled with NaN.
+
+  Returns:
+    [... ...].
   """
+  if mode == 'fill':
+    index = jnp.where(index < 0, table.shape[0], index)
   short = jnp.issubdtype(table.dtype, jnp.floating) and table.itemsize < 4
   if short:
     return _rows(table.shape, mode, table, index)
-  return table.at[index].get(mode=mode)
+  return table.at[index].get(mode=mode, fill_value=fill)

@@ -16,10 +16,11 @@ from flax import nnx
 
 from deepseek_jax.config import changed, check_choices
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import given as inputs
 from deepseek_jax.model import kernels, lookup
 from deepseek_jax.model.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.context import Context
+from deepseek_jax.model.context import Context, context
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
@@ -53,6 +54,9 @@ class ComputeConfig:
 
   Attributes:
     dtype: of activations and matmuls; norms, router and softmax stay float32.
+      On a GPU JAX multiplies float32 as TF32 (10 bits of mantissa) unless
+      jax_default_matmul_precision says otherwise; only the products of router
+      and hyper-connections ask for all of float32.
     scan: layers of a segment are scanned over (else unrolled).
     remat: what the backward pass recomputes: nothing, all but matmul
       outputs, or whole layers.
@@ -228,14 +232,6 @@ class Output(NamedTuple):
   hidden: jax.Array
   cache: Cache | None
   aux: dict[str, Any]
-
-
-def positions_in(segments: jax.Array) -> jax.Array:
-  """Position of each token within its run of equal segments [B T]."""
-  index = jnp.arange(segments.shape[1])
-  first = jnp.ones_like(segments[:, :1], bool)
-  new = jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
-  return index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
 
 
 class Transformer(nnx.Module):
@@ -475,17 +471,25 @@ def build(config: TransformerConfig) -> Model:
 
   apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
   train=False, mtp=False, ngrams=None) -> Output, with
-    tokens: [B T] int32.
+    tokens: [B T] int32, each 0..V - 1 but on padding, where it may be anything.
+      Another number is an InputError; inside jit, where it can't be known, it
+      gives NaN logits in its row and changes no other.
     positions: [B T] int32; by default those after the cached tokens, or from 0
-      within each segment.
-    segment_ids: [B T] int32, the document of each token: it sees no other. 0
-      is padding, which is cached, routed and counted nowhere. None: all of a
-      row is one document.
-    cache: from `init_cache` or an earlier Output.
+      within each document.
+    segment_ids: [B T] int32. A run of equal ids is a document, which sees no
+      other: the same id further on is another document. 0 (or less) is
+      padding, which is cached, routed and counted nowhere. None: all of a row
+      is one document.
+    cache: from `init_cache` or an earlier Output. With one, a row is one
+      document: segment_ids tell its tokens, 1, from the padding around them, 0;
+      after the first call padding comes last. More documents in a row are an
+      InputError, and NaN logits in that row inside jit: decode a packed row as
+      rows of their own.
     train: applies what is for training only (capacity).
     mtp: runs the multi-token prediction blocks too.
     ngrams: [B T L K] int32, rows of the memories' tables that the data
-      pipeline has hashed; by default they are hashed here, to the same.
+      pipeline has hashed; by default they are hashed here, to the same. What
+      is no row is treated as what is no token.
   """
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   dtype = jnp.dtype(config.compute.dtype)
@@ -502,11 +506,21 @@ def build(config: TransformerConfig) -> Model:
     mtp=False,
     ngrams=None,
   ):
-    _check_tokens(tokens, cache)
-    if positions is None:
-      positions = _default_positions(tokens, segment_ids, cache)
+    given = inputs.Given(tokens, positions, segment_ids, ngrams)
+    inputs.check(config, given, cache)
     fresh = cache is None or cache.fresh
-    ctx = Context(tokens, positions, segment_ids, train, fresh, ngrams)
+    if positions is None and not fresh:
+      positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    ctx = context(
+      tokens,
+      segment_ids,
+      config.vocab_size,
+      positions=positions,
+      rows=ngrams,
+      cached=cache is not None,
+      train=train,
+      fresh=fresh,
+    )
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp)
 
@@ -525,32 +539,6 @@ def build(config: TransformerConfig) -> Model:
 
   head = lambda variables: merge(cast(variables)).head_weight()
   return Model(config, init, apply, init_cache, head, cast, abstract)
-
-
-def _default_positions(tokens, segment_ids, cache):
-  B, T = tokens.shape
-  if cache is not None and not cache.fresh:
-    return cache.length[:, None] + jnp.arange(T)
-  if segment_ids is not None:
-    return positions_in(segment_ids)
-  return jnp.broadcast_to(jnp.arange(T), (B, T))
-
-
-def _check_tokens(tokens, cache):
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise InputError(
-      f'tokens: {tokens.dtype}{list(tokens.shape)}; must be integers [B T]'
-    )
-  if cache is None:
-    return
-  held = 0
-  if not isinstance(cache.length, jax.core.Tracer):  # inside jit it is unknown
-    held = int(jnp.max(cache.length, initial=0))
-  if held + tokens.shape[1] > cache.slots:
-    raise InputError(
-      f'{tokens.shape[1]} tokens after {held} do not fit a cache of'
-      f' {cache.slots} slots; make it longer with init_cache(batch, slots)'
-    )
 
 
 def unstack(config: TransformerConfig, variables: dict | None = None):

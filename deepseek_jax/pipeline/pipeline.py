@@ -68,7 +68,7 @@ class Pipeline:
     schedule: of plan.schedules; says how many micro-batches there are.
     rules: logical axis -> mesh axis inside a stage.
     exchange: how tokens reach experts of other devices of a stage.
-    cross_document: as in `train_step`.
+    cross_document, padding: as in `train_step`.
     trainable: as in `TrainConfig`.
 
   Raises:
@@ -84,6 +84,7 @@ class Pipeline:
     rules: sharding.Rules | None = None,
     exchange: ExchangeConfig | None = None,
     cross_document: bool = True,
+    padding: bool = True,
     trainable: tuple[str, ...] = (),
   ):
     ranks = slices(mesh)
@@ -97,7 +98,7 @@ class Pipeline:
       sharding.Using(rank, rules or {}, exchange or ExchangeConfig())
       for rank in ranks
     )
-    self.cross_document = cross_document
+    self._documents = cross_document, padding
     # Any durations give an order that no chunk has to wait in.
     self._order = simulate(schedule, Durations()).spans
     chunks = {c for s in self._order if s.rank == 0 for c in s.step}
@@ -197,7 +198,7 @@ class Pipeline:
         params = params if part is None else part.detached(params)
         own = {'params': params, 'buffers': variables['buffers']}
         return stage_calls.trained(
-          stage, own, stream, batch, shares, self.cross_document
+          stage, own, stream, batch, shares, *self._documents
         )
 
       out, pull, metrics = jax.vjp(
@@ -258,7 +259,7 @@ class Pipeline:
         f'batch of {rows} sequences: must divide by the {count} micro-batches'
         ' of the schedule'
       )
-    weights = targets(batch, self.cross_document)[-1]
+    weights = targets(batch, *self._documents)[-1]
     denominator = float(np.maximum(np.asarray(weights).sum(), 1.0))
     shares = Shares(np.float32(denominator), count, np.float32(mtp_weight))
     micro = jax.tree.map(

@@ -6,7 +6,7 @@ Legend: B sequences, T tokens.
 import jax.numpy as jnp
 
 from deepseek_jax.model import kernels
-from deepseek_jax.model.context import Context
+from deepseek_jax.model.context import Context, context
 from deepseek_jax.pipeline.stages import Stage
 from deepseek_jax.train.evaluate import negative_log_likelihood
 from deepseek_jax.train.step import (
@@ -19,7 +19,13 @@ from deepseek_jax.train.step import (
 
 
 def trained(
-  stage: Stage, variables, stream, batch, shares: Shares, cross_document: bool
+  stage: Stage,
+  variables,
+  stream,
+  batch,
+  shares: Shares,
+  cross_document: bool,
+  padding: bool = True,
 ):
   """A stage's part of the loss of a micro-batch, for jax.vjp.
 
@@ -30,6 +36,7 @@ def trained(
     batch: as in `loss_and_metrics`; of one micro-batch.
     shares: how it counts.
     cross_document: documents see each other.
+    padding: as in `train_step`.
 
   Returns:
     ((stream, loss), metrics): the stream is None for the last stage; the
@@ -37,10 +44,14 @@ def trained(
     those of `loss_and_metrics` that the stage knows.
   """
   module = stage.functional.merge(variables)
-  tokens, segments, positions, *wanted = targets(batch, cross_document)
-  if positions is None:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  ctx = Context(tokens, positions, segments, train=True)
+  tokens, segments, positions, *wanted = targets(batch, cross_document, padding)
+  ctx = context(
+    tokens,
+    segments,
+    stage.config.vocab_size,
+    positions=positions,
+    train=True,
+  )
   stream, statistics = _through(stage, module, stream, ctx)
   aux, loss, metrics = {'segments': statistics}, jnp.float32(0), {}
   if stage.last:
@@ -75,10 +86,11 @@ def read(stage: Stage, variables, stream, batch):
     The stream; of the last stage `evaluate.negative_log_likelihood`.
   """
   module = stage.functional.merge(variables)
-  ctx = Context(
+  ctx = context(
     batch['tokens'][:, :-1],
-    batch['positions'][:, :-1],
     batch['segments'][:, :-1],
+    stage.config.vocab_size,
+    positions=batch['positions'][:, :-1],
   )
   stream, _ = _through(stage, module, stream, ctx)
   if not stage.last:

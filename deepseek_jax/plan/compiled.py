@@ -159,7 +159,7 @@ def lower(program: Program):
   )
   batch = dict.fromkeys(('tokens', 'segments', 'positions'), row)
   step = jax.jit(
-    train_step(model, cfg),
+    train_step(model, cfg, padding=False),
     donate_argnums=0,
     out_shardings=(where, None),
     keep_unused=True,

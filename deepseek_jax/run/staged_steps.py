@@ -73,6 +73,7 @@ class StagedSteps:
       rules=mesh.rules,
       exchange=mesh.exchange,
       cross_document=config.data.cross_document,
+      padding=False,  # windows are full
       trainable=cfg.trainable,
     )
     self._reader = Reader(self._pipeline)

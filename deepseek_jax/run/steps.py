@@ -28,7 +28,10 @@ class Steps:
     self._model = model
     self._fresh = functools.partial(folder.fresh_state, config, model)
     step = train_step(
-      model, config.train, cross_document=config.data.cross_document
+      model,
+      config.train,
+      cross_document=config.data.cross_document,
+      padding=False,  # windows are full
     )
     state = jax.eval_shape(self._fresh)
     where = self._where

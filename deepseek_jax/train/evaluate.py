@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel.sharding import Using, current
@@ -16,13 +17,14 @@ def negative_log_likelihood(hidden, head, batch) -> jax.Array:
   Args:
     hidden: [B T D].
     head: [D V].
-    batch: of a data.Heldout.
+    batch: of a data.Heldout, or arrays like it; padding weighs 0.
   """
+  real = batch['segments'][:, 1:] > 0
   return linear_cross_entropy(
     hidden.reshape(-1, hidden.shape[-1]),
     head,
     batch['tokens'][:, 1:].reshape(-1),
-    batch['weights'].reshape(-1),
+    jnp.where(real, batch['weights'], 0.0).reshape(-1),
   )
 
 

@@ -68,25 +68,34 @@ def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
   )
 
 
-def targets(batch, cross_document: bool):
-  """A batch as the model reads it, and what it should say.
+def targets(batch, cross_document: bool, padding: bool = True):
+  """Returns a batch as the model reads it, and what it should predict.
+
+  A token is predicted from the one before it unless either is padding, or
+  they are of two documents that don't see each other.
+
+  Args:
+    batch: as in `loss_and_metrics`.
+    cross_document, padding: as in `train_step`.
 
   Returns:
-    tokens, segments, positions (the last two None when documents see each
-    other), labels, and weights float32: each [B T].
+    tokens; segments, None where all are one document; positions, None for the
+    default ones; labels; weights float32: each [B T].
   """
   tokens, segments = batch['tokens'], batch['segments']
-  weights = jnp.ones(tokens[:, 1:].shape, jnp.float32)
-  if cross_document:
+  if cross_document and not padding:
+    weights = jnp.ones(tokens[:, 1:].shape, jnp.float32)
     return tokens[:, :-1], None, None, tokens[:, 1:], weights
-  inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-  return (
-    tokens[:, :-1],
-    segments[:, :-1],
-    batch['positions'][:, :-1],
-    tokens[:, 1:],
-    inside.astype(jnp.float32),
-  )
+  real = segments > 0
+  inside = real[:, 1:] & real[:, :-1]
+  segments, positions = segments[:, :-1], None
+  if cross_document:
+    segments = real[:, :-1].astype(jnp.int32)
+  else:
+    inside = inside & (batch['segments'][:, 1:] == segments)
+    positions = batch['positions'][:, :-1]
+  weights = inside.astype(jnp.float32)
+  return tokens[:, :-1], segments, positions, tokens[:, 1:], weights
 
 
 def _cross_entropy(hidden, head, labels, weights):
@@ -122,7 +131,13 @@ class Shares(NamedTuple):
 
 
 def loss_and_metrics(
-  model: Model, variables, batch, shares: Shares, *, cross_document: bool
+  model: Model,
+  variables,
+  batch,
+  shares: Shares,
+  *,
+  cross_document: bool,
+  padding: bool = True,
 ):
   """This micro-batch's share of the loss of its global batch.
 
@@ -132,14 +147,16 @@ def loss_and_metrics(
     batch: 'tokens', 'segments', 'positions', each [B T+1] int32, and maybe
       'ngrams' [B T+1 L K] int32, see model.apply.
     shares: how it counts. V3 divides the MTP loss by all tokens, too.
-    cross_document: documents see each other.
+    cross_document, padding: as in `train_step`.
 
   Returns:
     The loss, and metrics that add up over micro-batches: 'loss' (cross
     entropy), 'mtp_loss', 'balance_loss', 'load' [L E], 'dropped' [L] and
     'loads', by the block's place (MTP's too).
   """
-  tokens, segments, positions, labels, weights = targets(batch, cross_document)
+  tokens, segments, positions, labels, weights = targets(
+    batch, cross_document, padding
+  )
   mtp = model.config.mtp.depth > 0
   ngrams = batch.get('ngrams')
   out = model.apply(
@@ -251,11 +268,21 @@ def _loads(aux):
   }
 
 
-def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
+def train_step(
+  model: Model,
+  cfg: TrainConfig,
+  *,
+  cross_document: bool = True,
+  padding: bool = True,
+):
   """Makes the step: (TrainState, batch) -> (TrainState, metrics).
 
   With `cross_document` the documents of a window see each other (V3's
   pre-training); else segments and positions of the batch keep them apart.
+  Segment 0 is padding: neither predicted nor attended to, nor counted in
+  loads, balance losses and routing statistics; it separates what lies on its
+  two sides. padding=False is for batches that have none: with cross_document
+  segments are not read then, which spares the masks.
 
   batch: 'tokens', 'segments', 'positions', each [B T+1] int32, B divisible by
   cfg.batch.accumulate. metrics: scalars 'loss', 'mtp_loss', 'balance_loss',
@@ -270,7 +297,7 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
   part = part_of(cfg, model.abstract['params'])
 
   def gradients(state, batch, mtp_weight):
-    weights = targets(batch, cross_document)[-1]
+    weights = targets(batch, cross_document, padding)[-1]
     shares = Shares(
       jnp.maximum(weights.sum(), 1.0), cfg.batch.accumulate, mtp_weight
     )
@@ -280,7 +307,12 @@ def train_step(model: Model, cfg: TrainConfig, *, cross_document: bool = True):
         params = part.detached(params)
       variables = {'params': params, 'buffers': state.buffers}
       return loss_and_metrics(
-        model, variables, micro, shares, cross_document=cross_document
+        model,
+        variables,
+        micro,
+        shares,
+        cross_document=cross_document,
+        padding=padding,
       )
 
     grad = jax.grad(loss, has_aux=True)

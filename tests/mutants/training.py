@@ -74,20 +74,20 @@ MUTANTS = (
   Mutant(
     'first_token_of_the_next_document_predicted',
     _TRAIN,
-    'inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)',
-    'inside = segments[:, 1:] > 0',
+    "inside = inside & (batch['segments'][:, 1:] == segments)",
+    'inside = inside & True',
     (f'{_LOSS}1',),
     'a document knows nothing of the one after it',
   ),
   Mutant(
     'micro_batches_weigh_alike',
     _TRAIN,
-    '        model, variables, micro, shares, cross_document=cross_document\n',
-    '        model,\n        variables,\n        micro,\n'
+    '        micro,\n        shares,\n',
+    '        micro,\n'
     '        shares._replace(\n'
     '          denominator=cfg.batch.accumulate\n'
     '          * jnp.maximum(targets(micro, cross_document)[-1].sum(), 1.0)\n'
-    '        ),\n        cross_document=cross_document,\n',
+    '        ),\n',
     (f'{_TRAIN_TEST}::accumulation_changes_no_number',),
     'transformers 34191: gradient accumulation of unequal batches',
   ),

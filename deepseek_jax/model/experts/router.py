@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.model import kernels
+from deepseek_jax.model import kernels, lookup
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import per_device as local
 from deepseek_jax.parallel.sharding import Buffer, param
@@ -202,7 +202,8 @@ class Router(nnx.Module):
     )
     scores, load = score(logits, self.cfg.scoring), None
     if self.cfg.hash_vocab:
-      experts = self.table[...][ctx.tokens]
+      nowhere = scores.shape[-1]  # for what is no token
+      experts = lookup.rows(self.table[...], ctx.tokens, fill=nowhere)
       weights = weigh(scores, experts, self.cfg)
     else:
       bias = self.bias[...] if self.cfg.bias else None

@@ -203,6 +203,8 @@ class Engram(nnx.Module):
       )
     x = stream if stream.ndim == 4 else stream[:, :, None]
     rows = jnp.take(ctx.rows, self.number[...], axis=2)
+    if ctx.valid is not None:  # padding may hold anything
+      rows = jnp.where(ctx.valid[..., None], rows, 0)
     memory = shard(self.read(rows), 'batch', 'seq', None)
     value = memory @ self.value[...]
     y = self.gates(x, memory)[..., None] * value[:, :, None]

@@ -15,6 +15,7 @@ from flax import nnx
 
 from deepseek_jax.data import ngrams
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import lookup
 from deepseek_jax.model.attention import ring
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.memory.engram import EngramConfig, reaches, with_past
@@ -86,9 +87,12 @@ class NGramHash(nnx.Module):
     self.primes = make(sizes, jnp.int32)
 
   def __call__(self, ctx: Context, past=None):
-    """Rows [B T L K] of ctx.tokens, and `past` [B N] with their classes."""
+    """Rows [B T L K] of ctx.tokens, and `past` [B N] with their classes.
+
+    An n-gram with a number that is no token has the row -1, which none is.
+    """
     N = self.cfg.longest
-    classes = self.classes[...][ctx.tokens]
+    classes = lookup.rows(self.classes[...], ctx.tokens, fill=-1)
     joined = with_past(past, classes, ctx, N - 1)
     T = classes.shape[1]
     window = jnp.stack(
@@ -100,9 +104,11 @@ class NGramHash(nnx.Module):
     )
     if past is not None:
       past = ring.write(past, classes, ctx.positions, ctx.valid)
-    return rows_on_device(
+    rows = rows_on_device(
       window, self.multipliers[...], self.primes[...], self.bits
-    ), past
+    )
+    whole = (window >= 0).all(axis=-1)[..., None, None]
+    return jnp.where(whole, rows, -1), past
 
 
 def host_hash(buffers: dict) -> ngrams.NGrams:

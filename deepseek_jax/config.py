@@ -9,12 +9,22 @@ field and its nearest match. A field that may hold one of several dataclasses
 import dataclasses
 import difflib
 import functools
+import numbers
+import operator
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from deepseek_jax.errors import InputError
+
+_LARGEST_INT = 2**31 - 1
+_LARGEST = float(np.finfo(np.float32).max)
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def kind_name(cls: type) -> str:
@@ -50,14 +60,25 @@ def optional_fields(cls: type) -> dict[str, type]:
 
 def to_dict(config) -> dict[str, Any]:
   """A dataclass tree as nested plain dicts (JSON values and tuples)."""
-  hints = typing.get_type_hints(type(config))
+  hints = _hints(type(config))
   out = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     out[field.name] = _plain(value)
-    if dataclasses.is_dataclass(value) and len(_classes(hints[field.name])) > 1:
-      out[field.name] = {'kind': kind_name(type(value)), **out[field.name]}
+    kind = _kind(_classes(hints[field.name]), value)
+    if kind:
+      out[field.name] = {'kind': kind, **out[field.name]}
   return out
+
+
+def _kind(classes, value) -> str | None:
+  """What names the class of a field's value; None where there is one class."""
+  if not classes or not dataclasses.is_dataclass(value):
+    return None
+  cls = type(value)
+  if cls not in classes:
+    return f'{cls.__module__}:{cls.__qualname__}'
+  return kind_name(cls) if len(classes) > 1 else None
 
 
 def _plain(value):
@@ -72,7 +93,7 @@ def _plain(value):
 
 def from_dict(cls: type, values: Mapping, path: str = ''):
   """The dataclass `cls` from nested mappings; `path` prefixes messages."""
-  hints = typing.get_type_hints(cls)
+  hints = _hints(cls)
   names = [f.name for f in dataclasses.fields(cls)]
   for key in values:
     if key not in names:
@@ -94,8 +115,11 @@ def from_dict(cls: type, values: Mapping, path: str = ''):
     return cls(**made)
   except InputError as error:
     where = path.rstrip('.')
+    above_it, _, last = where.rpartition('.')
     if not where or str(error).startswith(path):
       raise
+    if str(error).startswith(f'{last}.'):
+      raise InputError(f'{above_it}.{error}') from None
     raise InputError(f'{where}: {error}') from None
 
 
@@ -111,7 +135,7 @@ def _value(annotation, value, path):
   classes = _classes(annotation)
   if classes and isinstance(value, Mapping):
     return _choose(classes, dict(value), path)
-  if classes and isinstance(value, tuple(classes)):
+  if classes and _fits(classes, value):
     return value
   origin = typing.get_origin(annotation)
   if origin is dict and isinstance(value, Mapping):
@@ -120,14 +144,57 @@ def _value(annotation, value, path):
   return _scalar(annotation, value, path)
 
 
+def _fits(classes, value) -> bool:
+  """Whether a field of these dataclasses takes a value.
+
+  A user's own dataclass fits where a module is built: if it has the methods
+  that all of `classes` have, `build` among them.
+  """
+  if isinstance(value, tuple(classes)):
+    return True
+  if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    return False
+  shared = functools.reduce(set.intersection, map(_methods, classes))
+  return 'build' in shared and shared <= _methods(type(value))
+
+
+def _methods(cls: type) -> set[str]:
+  public = (name for name in dir(cls) if not name.startswith('_'))
+  return {name for name in public if callable(getattr(cls, name))}
+
+
 def _choose(classes, value, path):
+  by_kind = {kind_name(c): c for c in classes}
+  if ':' in str(value.get('kind')):
+    own = _imported(value.pop('kind'), path)
+    return _value(
+      functools.reduce(operator.or_, classes),
+      from_dict(own, value, f'{path}.'),
+      path,
+    )
   if len(classes) == 1:
     return from_dict(classes[0], value, f'{path}.')
-  by_kind = {kind_name(c): c for c in classes}
   kind = value.pop('kind', None)
   if kind not in by_kind:
     raise InputError(f'{path}.kind = {kind!r}: must be one of {list(by_kind)}')
   return from_dict(by_kind[kind], value, f'{path}.')
+
+
+def _imported(kind: str, path: str) -> type:
+  """The user's dataclass 'module:Class'.
+
+  Its module must be imported already: a file must not decide what code runs.
+  """
+  module, _, name = str(kind).partition(':')
+  found = sys.modules.get(module)
+  for part in name.split('.'):
+    found = getattr(found, part, None)
+  if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+    raise InputError(
+      f'{path}.kind = {kind!r}: no such dataclass is imported; import {module}'
+      ' before this is read'
+    )
+  return found
 
 
 def _scalar(annotation, value, path):
@@ -188,29 +255,145 @@ def check_choices(config, path: str = '') -> None:
         check_choices(one, f'{path}{field.name}.{key}{key and "."}')
 
 
-def changed(config, changes: Mapping[str, Any]):
-  """A copy of `config` with dotted fields changed.
+def at_least(config, prefix: str = '', **least: float) -> None:
+  """Raises InputError unless each named field is finite and at least so much.
 
-  changed(config, {'moe.router.scoring': 'softmax'}) is an ablation.
+  at_least(self, heads=1, dropout=0); `prefix` goes before a field's name in
+  the message: 'engram.'.
   """
-  for path, value in changes.items():
-    config = _changed(config, path.split('.'), value, path)
-  return config
+  for name, low in least.items():
+    number = _number(config, prefix, name)
+    if number is not None and not number >= low:
+      _refuse(config, prefix, name, f'must be at least {low}')
 
 
-def _changed(config, parts, value, path):
+def above(config, prefix: str = '', **below: float) -> None:
+  """Raises InputError unless each named field is finite and above so much."""
+  for name, low in below.items():
+    number = _number(config, prefix, name)
+    if number is not None and not number > low:
+      _refuse(config, prefix, name, f'must be above {low}')
+
+
+def within(
+  config, prefix: str = '', *, ends: str = '[]', **ranges: tuple[float, float]
+) -> None:
+  """Raises InputError unless each named field lies in its (low, high).
+
+  A parenthesis in `ends` excludes that end, as in '[)'.
+  """
+  for name, (low, high) in ranges.items():
+    number = _number(config, prefix, name)
+    if number is None:
+      continue
+    inside = low <= number <= high
+    outside = [x for x, end in zip((low, high), ends) if end in '()']
+    if not inside or number in outside:
+      less = f', {" and ".join(map(str, outside))} excluded' if outside else ''
+      _refuse(config, prefix, name, f'must lie in {low}..{high}{less}')
+
+
+def finite(config, *names: str, prefix: str = '') -> None:
+  """Raises InputError unless the named fields are finite numbers."""
+  for name in names:
+    _number(config, prefix, name)
+
+
+def _refuse(config, prefix, name, what):
+  raise InputError(f'{prefix}{name} = {getattr(config, name)!r}: {what}')
+
+
+def _number(config, prefix: str, name: str):
+  """The field, once it is a number that a device can hold; or None."""
+  value = getattr(config, name)
+  members = _members(_hints(type(config))[name])
+  if value is None and type(None) in members:
+    return None
+  whole = float not in members
+  kind = numbers.Integral if whole else numbers.Real
+  if isinstance(value, bool) or not isinstance(value, kind):
+    what = 'a whole number' if whole else 'a number'
+    _refuse(config, prefix, name, f'must be {what}')
+  largest = _LARGEST_INT if whole else _LARGEST
+  if not -largest <= value <= largest:  # NaN is refused, too
+    bits = 'an integer' if whole else 'a float'
+    _refuse(config, prefix, name, f'must be finite, and fit {bits} of 32 bits')
+  return value
+
+
+def changed(config, changes: Mapping[str, Any]):
+  """Returns a copy of `config` with dotted fields changed.
+
+  changed(config, {'moe.router.scoring': 'softmax'}) is an ablation. Fields
+  that depend on each other may be changed in one call, in any order: only the
+  result is checked.
+
+  Raises:
+    InputError: there is no such field, or the result makes no sense.
+  """
+  return changed_by(config, changes.items())
+
+
+def changed_by(config, changes):
+  """As `changed`, by pairs of a path and a value; the last of a path holds."""
+  edits = _Edits()
+  for path, value in changes:
+    edits.add(str(path).split('.'), value)
+  return _changed(config, edits, '', None)
+
+
+class _Edits:
+  """Changes of a field: a value for all of it, then those inside."""
+
+  def __init__(self):
+    self.whole, self.inside = (), {}
+
+  def add(self, parts: list[str], value) -> None:
+    if not parts:  # what was changed inside before is gone
+      self.whole, self.inside = (value,), {}
+    else:
+      self.inside.setdefault(parts[0], _Edits()).add(parts[1:], value)
+
+
+def _changed(config, edits: _Edits, path: str, annotation):
+  """The value at `path` after its edits; `annotation` None allows anything."""
+  for value in edits.whole:
+    config = _value(annotation, value, path) if annotation else value
+  if not edits.inside:
+    return config
+  below = lambda name: f'{path}.{name}'.removeprefix('.')
   if isinstance(config, Mapping):
-    inner = config.get(parts[0])
-    new = _changed(inner, parts[1:], value, path) if parts[1:] else value
-    return {**config, parts[0]: new}
-  if not dataclasses.is_dataclass(config):
-    raise InputError(f'{path}: {parts[0]} is a field of {config!r}')
-  names = [f.name for f in dataclasses.fields(config)]
-  if parts[0] not in names:
-    raise InputError(_unknown('', path, names, type(config)))
-  if parts[1:]:
-    value = _changed(getattr(config, parts[0]), parts[1:], value, path)
-  else:
-    hints = typing.get_type_hints(type(config))
-    value = _value(hints[parts[0]], value, path)
-  return dataclasses.replace(config, **{parts[0]: value})
+    inner = (typing.get_args(annotation) or (None, None))[1]
+    one = lambda k, e: _changed(config.get(k), e, below(k), inner)
+    return {**config, **{k: one(k, e) for k, e in edits.inside.items()}}
+  names = []
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    names = [f.name for f in dataclasses.fields(config)]
+  hints, new = _hints(type(config)) if names else {}, {}
+  for name, edit in edits.inside.items():
+    if not names:
+      raise InputError(f'{below(name)}: {name} is a field of {config!r}')
+    if name not in names:
+      raise InputError(_unknown('', below(name), names, type(config)))
+    new[name] = _changed(getattr(config, name), edit, below(name), hints[name])
+  return dataclasses.replace(config, **new)
+
+
+def key(config):
+  """What two configurations have in common if they are equal; hashable.
+
+  Dicts, which have no hash, are compared by their items in any order, classes
+  by identity and numbers with their types.
+  """
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    fields = (f.name for f in dataclasses.fields(config))
+    return type(config), *((f, key(getattr(config, f))) for f in fields)
+  if isinstance(config, Mapping):
+    return dict, frozenset((k, key(v)) for k, v in config.items())
+  if isinstance(config, list | tuple):
+    return tuple, *map(key, config)
+  try:
+    hash(config)
+  except TypeError:
+    return type(config), id(config)
+  return type(config), config

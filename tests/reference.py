@@ -305,8 +305,8 @@ def loss(config, variables, batch, mtp_weight, cross_document):
   for tokens, segments, positions in zip(
     batch['tokens'], batch['segments'], batch['positions']
   ):
-    if cross_document:
-      segments, positions = np.ones(T + 1, int), np.arange(T + 1)
+    if cross_document:  # padding, which comes last, is no document
+      segments, positions = np.minimum(segments, 1), np.arange(T + 1)
     hidden, states, trace = forward(
       config, variables, tokens[:T], positions[:T], segments[:T]
     )

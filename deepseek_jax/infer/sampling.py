@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.config import at_least, within
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Model, build, unstack
@@ -39,14 +40,8 @@ class SampleConfig:
   stop: tuple[int, ...] = ()
 
   def __post_init__(self):
-    # Written so that NaN is refused, too.
-    fine = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
-    if not fine or self.top_k < 0:
-      raise InputError(
-        f'temperature = {self.temperature}, top_k = {self.top_k}, top_p ='
-        f' {self.top_p}: need finite temperature >= 0, top_k >= 0,'
-        ' 0 < top_p <= 1'
-      )
+    at_least(self, temperature=0, top_k=0)
+    within(self, top_p=(0, 1), ends='(]')
 
 
 class Sampled(NamedTuple):

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.attention.mla import MLAConfig
@@ -40,6 +41,10 @@ class BlockConfig:
   norm_eps: float = 1e-6
   engram: EngramConfig | None = None
   engram_rows: int = 0
+
+  def __post_init__(self):
+    above(self, norm_eps=0)
+    at_least(self, engram_rows=0)
 
   def cache(self, batch: int, slots: int, dim: int, dtype):
     """An empty cache: the attention's, and with a memory a pair of both."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import above, at_least, finite
 from deepseek_jax.model import kernels
 from deepseek_jax.model.residual import Residual
 from deepseek_jax.parallel.sharding import param
@@ -45,11 +45,9 @@ class HyperConnectionsConfig:
   diagonal: float = 1.0
 
   def __post_init__(self):
-    for name in ('streams', 'iterations'):
-      if getattr(self, name) < 1:
-        raise InputError(
-          f'residual.{name} = {getattr(self, name)}: must be at least 1'
-        )
+    at_least(self, 'residual.', streams=1, iterations=1)
+    above(self, 'residual.', eps=0, norm_eps=0)
+    finite(self, 'alpha', 'diagonal', prefix='residual.')
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> Residual:
     """The connection of one sublayer."""

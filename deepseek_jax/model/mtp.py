@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import at_least
 from deepseek_jax.model.block import Block, BlockConfig
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
@@ -38,8 +38,7 @@ class MTPConfig:
   streams: bool = False
 
   def __post_init__(self):
-    if self.depth < 0:
-      raise InputError(f'mtp.depth = {self.depth}: must be 0 or more')
+    at_least(self, 'mtp.', depth=0)
 
   def build(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
     """One depth."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import changed, check_choices
+from deepseek_jax.config import above, at_least, changed_by, check_choices
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import given as inputs
 from deepseek_jax.model import kernels, lookup
@@ -123,10 +123,8 @@ class TransformerConfig:
 
   def __post_init__(self):
     check_choices(self)
-    if self.vocab_size < 1 or self.dim < 1:
-      raise InputError(
-        f'vocab_size = {self.vocab_size}, dim = {self.dim}: must be positive'
-      )
+    at_least(self, vocab_size=1, dim=1, init_std=0)
+    above(self, norm_eps=0)
     if not self.layout:
       raise InputError('layout = (): name at least one block')
     flat = isinstance(self.residual, ResidualConfig)
@@ -166,11 +164,11 @@ class TransformerConfig:
       'moe': self.moe,
       'residual': self.residual,
     }
-    for path, value in kind.change:
-      top, _, rest = path.partition('.')
+    for path, _ in kind.change:
+      top = path.partition('.')[0]
       if top not in parts:
         raise InputError(f'kinds.{name}.change: no sub-config {top!r}')
-      parts[top] = changed(parts[top], {rest: value}) if rest else value
+    parts = changed_by(parts, kind.change)
     ffn = parts[kind.ffn]
     if ffn is None:
       raise InputError(

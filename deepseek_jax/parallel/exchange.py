@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import collectives as sums
 from deepseek_jax.parallel import formats, queues, wires
@@ -53,10 +54,8 @@ class ExchangeConfig:
   nodes: int = 1
 
   def __post_init__(self):
-    if self.factor <= 0:
-      raise InputError(f'factor = {self.factor}: must be above 0')
-    if self.nodes < 1:
-      raise InputError(f'nodes = {self.nodes}: must be at least 1')
+    above(self, factor=0)
+    at_least(self, nodes=1)
 
   def check(self, devices: int, dim: int, platform: str = 'gpu') -> None:
     """Raises InputError where `devices` can't exchange rows of `dim` so."""

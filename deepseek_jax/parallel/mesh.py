@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel.exchange import ExchangeConfig
 
@@ -72,10 +73,7 @@ class MeshConfig:
   exchange: ExchangeConfig = ExchangeConfig()
 
   def __post_init__(self):
-    for name in AXES:
-      size = getattr(self, name)
-      if type(size) is not int or size < 1:
-        raise InputError(f'mesh.{name} = {size!r}: must be an integer >= 1')
+    at_least(self, 'mesh.', **dict.fromkeys(AXES, 1))
     for name, over in self.rules.items():
       for axis in names(over):
         if axis not in AXES:

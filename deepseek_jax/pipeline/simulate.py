@@ -7,6 +7,7 @@ inputs allow. Transfers between ranks take no time.
 import dataclasses
 from typing import NamedTuple
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.pipeline.chunk_orders import Chunk, Schedule, Step
 
@@ -28,8 +29,8 @@ class Durations:
   overlapped: float | None = None
 
   def __post_init__(self):
-    if not 0 <= self.weight <= self.backward or self.forward < 0:
-      raise InputError(f'{self}: needs 0 <= weight <= backward, forward >= 0')
+    at_least(self, 'durations.', forward=0, weight=0, overlapped=0)
+    at_least(self, 'durations.', backward=self.weight)
 
   @property
   def pair(self) -> float:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.config import at_least, from_dict, to_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel import mesh as meshes
@@ -61,6 +61,7 @@ class Program:
   accumulate: int = 1
 
   def __post_init__(self):
+    at_least(self, 'compile.', seq_len=1, micro_batch=1, accumulate=1)
     if self.mesh.stage > 1:
       raise InputError(
         f'compile: mesh.stage = {self.mesh.stage}: every stage is a program of'

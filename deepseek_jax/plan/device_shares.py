@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel.mesh import RULES
@@ -34,10 +35,7 @@ class Mesh:
   stage: int = 1
 
   def __post_init__(self):
-    for name in AXES:
-      size = getattr(self, name)
-      if type(size) is not int or size < 1:
-        raise InputError(f'mesh.{name} = {size!r}: must be an integer >= 1')
+    at_least(self, 'mesh.', **dict.fromkeys(AXES, 1))
 
   @property
   def devices(self) -> int:

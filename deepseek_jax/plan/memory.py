@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.transformer import TransformerConfig
@@ -61,15 +62,8 @@ class Training:
   exchange_factor: float = exchange.ExchangeConfig.factor
 
   def __post_init__(self):
-    if self.seq_len < 1 or self.micro_batch < 1:
-      raise InputError(
-        f'seq_len = {self.seq_len}, micro_batch = {self.micro_batch}: must be'
-        ' at least 1'
-      )
-    if self.exchange_factor <= 0:
-      raise InputError(
-        f'exchange_factor = {self.exchange_factor}: must be above 0'
-      )
+    at_least(self, seq_len=1, micro_batch=1)
+    above(self, exchange_factor=0)
 
   @property
   def both_ends(self) -> bool:

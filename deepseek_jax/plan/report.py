@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from deepseek_jax.config import to_dict
+from deepseek_jax.config import above, at_least, to_dict, within
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.pipeline.simulate import Durations
@@ -62,20 +62,9 @@ class Recipe:
   storage: float = 2e9
 
   def __post_init__(self):
-    if self.tokens <= 0 or self.batch < 1 or self.dollars < 0:
-      raise InputError(
-        f'tokens = {self.tokens}, batch = {self.batch}, dollars ='
-        f' {self.dollars}: tokens and batch must be positive, dollars not'
-        ' negative'
-      )
-    if not 0 < self.utilization <= 1:
-      raise InputError(
-        f'utilization = {self.utilization}: must lie in 0..1, 0 excluded'
-      )
-    if self.grace <= 0 or self.storage <= 0:
-      raise InputError(
-        f'grace = {self.grace}, storage = {self.storage}: must be positive'
-      )
+    above(self, tokens=0, grace=0, storage=0)
+    at_least(self, batch=1, cache_length=1, dollars=0)
+    within(self, utilization=(0, 1), ends='(]')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -28,14 +29,7 @@ class EvaluateConfig:
   stride: int | None = None
 
   def __post_init__(self):
-    least = {'every': 0, 'documents': 1, 'batch': 1}
-    if self.stride is not None:
-      least['stride'] = 1
-    for name, number in least.items():
-      if getattr(self, name) < number:
-        raise InputError(
-          f'evaluate.{name} = {getattr(self, name)}: must be at least {number}'
-        )
+    at_least(self, 'evaluate.', every=0, documents=1, batch=1, stride=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +52,7 @@ class SafetyConfig:
 
   def __post_init__(self):
     integrity.check_choice(self.verify)
-    for name in ('hang_factor', 'hang_seconds', 'last_steps'):
-      if getattr(self, name) < 0:
-        raise InputError(
-          f'safety.{name} = {getattr(self, name)}: must not be negative'
-        )
+    at_least(self, 'safety.', hang_factor=0, hang_seconds=0, last_steps=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +99,9 @@ class RunConfig:
       )
 
   def _check_numbers(self):
-    if self.keep < 1:
-      raise InputError(
-        f'keep = {self.keep}: must be at least 1, or the run would leave no'
-        ' checkpoint'
-      )
-    if self.checkpoint_every < 0:
-      raise InputError(
-        f'checkpoint_every = {self.checkpoint_every}: must be at least 0'
-      )
-    if not 0 <= self.seed < 2**32:  # JAX takes others for one of these
+    at_least(self, keep=1, checkpoint_every=0)
+    whole = isinstance(self.seed, int)
+    if not whole or not 0 <= self.seed < 2**32:  # JAX takes others for these
       raise InputError(f'seed = {self.seed}: must lie in 0..2**32 - 1')
 
   def _check_validation(self):

@@ -1,12 +1,11 @@
 """The recipe of a run: what is trained, how long, and by which rule."""
 
 import dataclasses
-import math
 
 import optax
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import above, within
 from deepseek_jax.train import schedules
 from deepseek_jax.train import trainable as frozen
 from deepseek_jax.train.gate import GateConfig
@@ -40,15 +39,8 @@ class TrainConfig:
   recall_goal: float = 0.0
 
   def __post_init__(self):
-    if not 0 < self.tokens < math.inf:
-      raise InputError(
-        f'tokens = {self.tokens}: must be above 0 and finite; it is the'
-        ' length of the run'
-      )
-    if not 0 <= self.recall_goal <= 1:
-      raise InputError(
-        f'recall_goal = {self.recall_goal}: must be a share from 0 to 1'
-      )
+    above(self, tokens=0)
+    within(self, recall_goal=(0, 1))
 
 
 def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import at_least, within
 from deepseek_jax.errors import InputError
 
 
@@ -32,19 +33,12 @@ class GateConfig:
   patience: int = 10
 
   def __post_init__(self):
-    if not self.sigma >= 0:  # NaN is refused, too
-      raise InputError(
-        f'sigma = {self.sigma}: must be above 0, or 0 to judge finiteness only'
-      )
+    at_least(self, sigma=0, warmup=0, patience=1)
+    within(self, decay=(0, 1), ends='()')
     if self.sigma and self.warmup < 1:
       raise InputError(
         f'warmup = {self.warmup}: must be at least 1, for there is nothing to'
         ' compare the first step with'
-      )
-    if not 0 < self.decay < 1 or self.patience < 1:
-      raise InputError(
-        f'decay = {self.decay}, patience = {self.patience}: decay must lie'
-        ' between 0 and 1, patience must be at least 1'
       )
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import above, at_least, within
 
 # Eight rounds that drive all singular values near 1, two that settle there.
 COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
@@ -49,10 +49,9 @@ class MuonConfig:
   vectors: bool = True
 
   def __post_init__(self):
-    if not 0 <= self.momentum < 1:
-      raise InputError(
-        f'muon.momentum = {self.momentum}: must lie in 0..1, 1 excluded'
-      )
+    within(self, 'muon.', momentum=(0, 1), ends='[)')
+    above(self, 'muon.', rms=0)
+    at_least(self, 'muon.', decay=0)
 
 
 class Split(NamedTuple):

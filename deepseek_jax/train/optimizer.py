@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import above, at_least, within
 from deepseek_jax.train import muon
 from deepseek_jax.train.muon import MuonConfig
 
@@ -42,21 +42,11 @@ class OptimizerConfig:
   table_rate: float = 5.0
 
   def __post_init__(self):
-    for name in ('beta1', 'beta2'):
-      if not 0 <= getattr(self, name) < 1:
-        raise InputError(
-          f'{name} = {getattr(self, name)}: must lie in 0..1, 1 excluded'
-        )
-    # Written so that NaN is refused, too.
-    if not self.clip > 0:
-      raise InputError(
-        f'clip = {self.clip}: must be above 0, or gradients vanish; inf never'
-        ' clips'
-      )
-    if not 0 < self.eps < math.inf:
-      raise InputError(f'eps = {self.eps}: must be above 0 and finite')
-    if not 0 <= self.decay < math.inf:
-      raise InputError(f'decay = {self.decay}: must be 0 or more and finite')
+    within(self, beta1=(0, 1), beta2=(0, 1), ends='[)')
+    above(self, eps=0, table_rate=0)
+    at_least(self, decay=0)
+    if self.clip != math.inf:  # which never clips; 0 would leave no gradient
+      above(self, clip=0)
 
 
 def stored_in(

@@ -6,11 +6,11 @@ tokens, phases at 10T, 14.3T and 14.633T).
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax.numpy as jnp
 
+from deepseek_jax.config import above, at_least, finite, within
 from deepseek_jax.errors import InputError
 
 _V3_TOKENS = 14.8e12
@@ -38,15 +38,9 @@ class ScheduleConfig:
   borders: tuple = (0.6, 0.9)
 
   def __post_init__(self):
-    if not 0 < self.peak < math.inf or self.warmup < 0:
-      raise InputError(
-        f'peak = {self.peak}, warmup = {self.warmup}: peak must be above 0'
-        ' and finite, warmup 0 or more'
-      )
-    if not 0 <= self.end <= 1:
-      raise InputError(
-        f'end = {self.end}: must lie in 0..1, a share of the peak'
-      )
+    above(self, peak=0)
+    at_least(self, warmup=0)
+    within(self, end=(0, 1))
     self._check_borders()
 
   def _check_borders(self):
@@ -98,11 +92,8 @@ class SwitchConfig:
   until: float
 
   def __post_init__(self):
-    if not all(map(math.isfinite, (self.first, self.last, self.until))):
-      raise InputError(
-        f'first = {self.first}, last = {self.last}, until = {self.until}: all'
-        ' must be finite'
-      )
+    at_least(self, first=0, last=0)
+    finite(self, 'until')  # before or after the whole run, too
 
   def at(self, tokens, total_tokens: float):
     share = jnp.asarray(tokens, jnp.float32) / total_tokens
@@ -139,15 +130,7 @@ class BatchConfig:
   accumulate: int = 1
 
   def __post_init__(self):
-    if self.size < 1 or self.accumulate < 1 or self.increment < 1:
-      raise InputError(
-        f'size = {self.size}, accumulate = {self.accumulate}, increment ='
-        f' {self.increment}: all must be at least 1'
-      )
-    if not 0 <= self.ramp_tokens < math.inf:
-      raise InputError(
-        f'ramp_tokens = {self.ramp_tokens}: must be 0 or more, and finite'
-      )
+    at_least(self, size=1, accumulate=1, increment=1, start=0, ramp_tokens=0)
     self._check_accumulate()
     if self.ramp_tokens and not 0 < self.start <= self.size:
       raise InputError(f'start = {self.start}: must lie in 1..{self.size}')

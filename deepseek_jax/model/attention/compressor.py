@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model.attention import ring
 from deepseek_jax.model.attention.rope import RopeConfig, rope
@@ -37,6 +38,10 @@ class CompressorConfig:
   rope_dim: int
   rope: RopeConfig
   norm_eps: float
+
+  def __post_init__(self):
+    at_least(self, 'compressor.', ratio=1, dim=1, rope_dim=1)
+    above(self, 'compressor.', norm_eps=0)
 
   @property
   def series(self) -> int:

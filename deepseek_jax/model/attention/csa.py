@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import at_least
 from deepseek_jax.model.attention import compressor
 from deepseek_jax.model.attention.compressor import (
   Compressed,
@@ -65,15 +65,8 @@ class CSAConfig:
     return self.stage == 'dense' or self.recall_queries > 0
 
   def __post_init__(self):
-    if self.recall_queries < 0:
-      raise InputError(
-        f'csa.recall_queries = {self.recall_queries}: must be 0 or more'
-      )
-    for name in ('ratio', 'top_k', 'index_heads', 'index_dim', 'block'):
-      if getattr(self, name) < 1:
-        raise InputError(
-          f'csa.{name} = {getattr(self, name)}: must be at least 1'
-        )
+    at_least(self, 'csa.', ratio=1, top_k=1, index_heads=1, index_dim=1)
+    at_least(self, 'csa.', block=1, recall_queries=0, loss=0)
 
 
 class CSACache(NamedTuple):

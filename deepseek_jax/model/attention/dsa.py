@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
@@ -72,13 +73,7 @@ class DSAConfig(MLAConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ('top_k', 'block'):
-      if getattr(self, name) < 1:
-        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
-    if self.recall_queries < 0:
-      raise InputError(
-        f'recall_queries = {self.recall_queries}: must be 0 or more'
-      )
+    at_least(self, top_k=1, block=1, recall_queries=0, loss=0)
     if self.indexer.dim < self.rope_dim:
       raise InputError(
         f'indexer.dim = {self.indexer.dim}: must be at least rope_dim ='

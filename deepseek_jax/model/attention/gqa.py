@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model.attention.rope import (
@@ -38,9 +39,7 @@ class GQAConfig:
   rope: RopeConfig = RopeConfig(interleaved=False)
 
   def __post_init__(self):
-    for name in ('heads', 'kv_heads', 'head_dim'):
-      if getattr(self, name) < 1:
-        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    at_least(self, heads=1, kv_heads=1, head_dim=1)
     if self.heads % self.kv_heads:
       raise InputError(
         f'kv_heads = {self.kv_heads}: must divide heads = {self.heads}'

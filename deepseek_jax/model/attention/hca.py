@@ -10,7 +10,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import at_least
 from deepseek_jax.model.attention import compressor
 from deepseek_jax.model.attention.compressor import (
   Compressed,
@@ -31,8 +31,7 @@ class HCAConfig:
   ratio: int = 128
 
   def __post_init__(self):
-    if self.ratio < 1:
-      raise InputError(f'hca.ratio = {self.ratio}: must be at least 1')
+    at_least(self, 'hca.', ratio=1)
 
 
 class HCA(nnx.Module):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import above, at_least
 from deepseek_jax.model.attention.query_blocks import Sight, over_blocks
 from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.parallel.sequence import WHOLE, Along
@@ -37,11 +37,8 @@ class IndexerConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
-    for name in ('heads', 'dim'):
-      if getattr(self, name) < 1:
-        raise InputError(
-          f'indexer.{name} = {getattr(self, name)}: must be at least 1'
-        )
+    at_least(self, 'indexer.', heads=1, dim=1)
+    above(self, 'indexer.', norm_eps=0)
 
 
 class LayerNorm(nnx.Module):

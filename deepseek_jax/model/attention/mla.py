@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
@@ -53,9 +54,9 @@ class MLAConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
-    for name in ('heads', 'kv_rank', 'nope_dim', 'rope_dim', 'v_dim'):
-      if getattr(self, name) < 1:
-        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    at_least(self, heads=1, q_rank=1, kv_rank=1)
+    at_least(self, nope_dim=1, rope_dim=1, v_dim=1)
+    above(self, norm_eps=0)
     if self.rope_dim % 2:
       raise InputError(f'rope_dim = {self.rope_dim}: must be even')
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model.attention import query_blocks
@@ -80,11 +81,9 @@ class NSAConfig:
   queries: int = 64
 
   def __post_init__(self):
-    positive = ('heads', 'kv_heads', 'qk_dim', 'v_dim', 'block', 'stride')
-    positive += ('hidden', 'select_block', 'select', 'window', 'queries')
-    for name in positive:
-      if getattr(self, name) < 1:
-        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    at_least(self, heads=1, kv_heads=1, qk_dim=1, v_dim=1, block=1, stride=1)
+    at_least(self, hidden=1, select_block=1, select=1, window=1, queries=1)
+    at_least(self, initial=0, local=0)
     if self.heads % self.kv_heads:
       raise InputError(
         f'kv_heads = {self.kv_heads}: must divide heads = {self.heads}'
@@ -101,7 +100,7 @@ class NSAConfig:
         f'block = {self.block}: must be at most select_block ='
         f' {self.select_block}'
       )
-    if not 0 <= self.initial + self.local <= self.select:
+    if self.initial + self.local > self.select:
       raise InputError(
         f'select = {self.select}: must be at least initial + local ='
         f' {self.initial + self.local}'

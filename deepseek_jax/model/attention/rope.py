@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 
 
@@ -34,6 +35,12 @@ class YarnConfig:
   mscale_all_dim: float | None = 1.0
   attention_factor: float | None = None
 
+  def __post_init__(self):
+    at_least(self, 'yarn.', factor=1, original_length=1)
+    at_least(self, 'yarn.', mscale=0, mscale_all_dim=0)
+    above(self, 'yarn.', beta_slow=0, attention_factor=0)
+    at_least(self, 'yarn.', beta_fast=self.beta_slow)
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Config:
@@ -44,6 +51,11 @@ class Llama3Config:
   high_factor: float = 4.0
   original_length: int = 8192
 
+  def __post_init__(self):
+    at_least(self, 'llama3.', factor=1, original_length=1)
+    above(self, 'llama3.', low_factor=0)
+    above(self, 'llama3.', high_factor=self.low_factor)
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -52,8 +64,7 @@ class RopeConfig:
   scaling: YarnConfig | Llama3Config | None = None
 
   def __post_init__(self):
-    if self.theta <= 1:
-      raise InputError(f'rope.theta = {self.theta}: must be above 1')
+    above(self, 'rope.', theta=1)
 
 
 def mscale(factor: float, weight: float | None) -> float:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.attention import csa, hca, ring
 from deepseek_jax.model.attention.compressor import (
@@ -84,10 +85,9 @@ class SharedKVConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
-    sizes = ('heads', 'head_dim', 'q_rank', 'groups', 'o_rank', 'window')
-    for name in sizes:
-      if getattr(self, name) < 1:
-        raise InputError(f'{name} = {getattr(self, name)}: must be at least 1')
+    at_least(self, heads=1, head_dim=1, rope_dim=1, q_rank=1)
+    at_least(self, groups=1, o_rank=1, window=1)
+    above(self, norm_eps=0)
     if self.heads % self.groups:
       raise InputError(
         f'groups = {self.groups}: must divide heads = {self.heads}'

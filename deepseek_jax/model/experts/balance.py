@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.router import Routing
 from deepseek_jax.parallel import per_device as local
@@ -36,8 +37,13 @@ class BalanceConfig:
   devices: int = 1
   device_limit: int = 1
 
+  def __post_init__(self):
+    at_least(self, 'balance.', sequence=0, expert=0, device=0, communication=0)
+    at_least(self, 'balance.', devices=1, device_limit=1)
+
   def check(self, experts: int) -> None:
-    if self.devices < 1 or experts % self.devices:
+    """Raises InputError where the device groups don't fit the experts."""
+    if experts % self.devices:
       raise InputError(
         f'balance.devices = {self.devices}: must divide experts = {experts}'
       )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import above, at_least
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel.sharding import param, shard, ways
 
@@ -22,10 +22,8 @@ class FFNConfig:
   limit: float | None = None
 
   def __post_init__(self):
-    if self.width < 1:
-      raise InputError(f'width = {self.width}: must be at least 1')
-    if self.limit is not None and self.limit <= 0:
-      raise InputError(f'limit = {self.limit}: must be above 0, or None')
+    at_least(self, width=1)
+    above(self, limit=0)
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'FFN':
     return FFN(self, dim, std=std, rngs=rngs)

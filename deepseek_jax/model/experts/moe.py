@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import above, at_least, within
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import kernels
 from deepseek_jax.model.context import Context
@@ -43,12 +44,9 @@ class CapacityConfig:
   exempt: float = 0.1
 
   def __post_init__(self):
-    if not self.factor > 0 or self.devices < 1 or not 0 <= self.exempt <= 1:
-      raise InputError(
-        f'factor = {self.factor}, devices = {self.devices}, exempt ='
-        f' {self.exempt}: need factor above 0, devices at least 1, exempt in'
-        ' 0..1'
-      )
+    above(self, 'capacity.', factor=0)
+    at_least(self, 'capacity.', devices=1)
+    within(self, 'capacity.', exempt=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +81,12 @@ class MoEConfig:
   redundant: int = 0
 
   def __post_init__(self):
-    if self.experts < 1 or self.width < 1 or self.shared < 0:
-      raise InputError(
-        f'experts = {self.experts}, width = {self.width}, shared ='
-        f' {self.shared}: experts and width must be at least 1, shared 0'
-      )
-    if not 1 <= self.top_k <= self.experts:
+    at_least(self, experts=1, top_k=1, width=1, shared=0, redundant=0)
+    above(self, limit=0)
+    if self.top_k > self.experts:
       raise InputError(
         f'top_k = {self.top_k}: must lie in 1..experts = {self.experts}'
       )
-    FFNConfig(self.width, self.limit)  # checks both
-    if self.redundant < 0:
-      raise InputError(f'redundant = {self.redundant}: must not be negative')
     self.router.check(self.experts, self.top_k)
     self.balance.check(self.experts)
     if self.capacity and self.experts % self.capacity.devices:

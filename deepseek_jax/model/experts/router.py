@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import kernels, lookup
 from deepseek_jax.model.context import Context
@@ -49,13 +50,17 @@ class RouterConfig:
   scale: float = 1.0
   hash_vocab: int = 0
 
+  def __post_init__(self):
+    at_least(self, 'router.', groups=1, top_groups=1, hash_vocab=0)
+    above(self, 'router.', scale=0)
+
   def check(self, experts: int, top_k: int) -> None:
     """Raises InputError where groups, experts and top_k don't fit."""
-    if self.groups < 1 or experts % self.groups:
+    if experts % self.groups:
       raise InputError(
         f'router.groups = {self.groups}: must divide experts = {experts}'
       )
-    if not 1 <= self.top_groups <= self.groups:
+    if self.top_groups > self.groups:
       raise InputError(
         f'router.top_groups = {self.top_groups}: must lie in 1..groups ='
         f' {self.groups}'
@@ -72,12 +77,10 @@ class RouterConfig:
         "router.group_score = 'top2': needs groups of at least 2 experts;"
         " lower router.groups or use 'max'"
       )
-    if self.hash_vocab < 0 or (
-      self.hash_vocab and (self.bias or self.groups > 1)
-    ):
+    if self.hash_vocab and (self.bias or self.groups > 1):
       raise InputError(
-        f'router.hash_vocab = {self.hash_vocab}: must be 0 or more, and a table'
-        ' that chooses needs router.bias = False and router.groups = 1'
+        f'router.hash_vocab = {self.hash_vocab}: a table that chooses needs'
+        ' router.bias = False and router.groups = 1'
       )
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.config import above, at_least
 from deepseek_jax.data import ngrams
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lookup
@@ -52,16 +53,9 @@ class EngramConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
-    for name, least in (('base', 2), ('longest', 2), ('heads', 1), ('dim', 1)):
-      if getattr(self, name) < least:
-        raise InputError(
-          f'engram.{name} = {getattr(self, name)}: must be at least {least}'
-        )
-    if self.conv < 0 or self.classes < 0:
-      raise InputError(
-        f'engram.conv = {self.conv}, engram.classes = {self.classes}: must not'
-        ' be negative'
-      )
+    at_least(self, 'engram.', base=2, longest=2, heads=1, dim=1)
+    at_least(self, 'engram.', conv=0, classes=0, seed=0)
+    above(self, 'engram.', norm_eps=0)
     if self.conv == 1:
       raise InputError('engram.conv = 1: one tap sees no other token; use 0')
     if self.dim % self.heads:

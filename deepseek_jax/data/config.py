@@ -39,18 +39,21 @@ class DataConfig:
   cache_dir: str | None = None
 
   def __post_init__(self):
-    text, number = "'stdlib', a file or a directory", 'a whole number >= 1'
+    text, number = (
+      "'stdlib', a file or a directory",
+      'a whole number >= 1 that 31 bits hold',
+    )
     model = "'bpe', 'bytes' or the path of a tokenizer.json"
     seed = 'a whole number from 0 to 2**32 - 1'
     self._expect('path', _is_name(self.path), text)
     self._expect('tokenizer', _is_name(self.tokenizer), model)
-    self._expect('vocab_size', _is_int(self.vocab_size, 1), number)
-    self._expect('seq_len', _is_int(self.seq_len, 1), number)
+    for size in ('vocab_size', 'seq_len'):
+      fits = _is_int(getattr(self, size), 1) and getattr(self, size) < 2**31
+      self._expect(size, fits, number)
     self._expect('fim_rate', _is_share(self.fim_rate), 'a share from 0 to 1')
     held = _is_share(self.heldout_fraction) and self.heldout_fraction < 1
     self._expect('heldout_fraction', held, 'a share from 0 to below 1')
-    in_range = _is_int(self.seed, 0) and self.seed < 2**32
-    self._expect('seed', in_range, seed)
+    self._expect('seed', _is_int(self.seed, 0), seed)
 
   def _expect(self, field, holds, what):
     if not holds:
@@ -71,8 +74,9 @@ def _is_name(value):
 
 def _is_int(value, least):
   number = isinstance(value, int) and not isinstance(value, bool)
-  return number and value >= least
+  return number and least <= value < 2**32
 
 
 def _is_share(value):
-  return isinstance(value, int | float) and 0 <= value <= 1
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and 0 <= value <= 1

@@ -8,6 +8,7 @@ Legend: B rows, T prompt slots, N new tokens, V vocabulary.
 import dataclasses
 import functools
 import math
+import numbers
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -42,6 +43,11 @@ class SampleConfig:
   def __post_init__(self):
     at_least(self, temperature=0, top_k=0)
     within(self, top_p=(0, 1), ends='(]')
+    each = self.stop if isinstance(self.stop, tuple) else (None,)
+    if not all(isinstance(t, numbers.Integral) and t >= 0 for t in each):
+      raise InputError(
+        f'stop = {self.stop!r}: must be a tuple of token numbers'
+      )
 
 
 class Sampled(NamedTuple):
@@ -316,7 +322,8 @@ def generate(
   key: jax.Array | None = None,
 ) -> list[list[int]]:
   """The new tokens of each row, ending with a stop token if one was drawn."""
-  cfg = SampleConfig(temperature, top_k, top_p, tuple(stop))
+  stop = tuple(stop) if isinstance(stop, Sequence) else stop
+  cfg = SampleConfig(temperature, top_k, top_p, stop)
   out = sample(
     model, variables, prompt, cfg, max_new_tokens=max_new_tokens, key=key
   )

@@ -47,6 +47,14 @@ class Kind:
   change: tuple = ()
   engram: bool = False
 
+  def __post_init__(self):
+    pair = lambda c: isinstance(c, tuple | list) and len(c) == 2
+    for change in self.change:
+      if not pair(change) or not isinstance(change[0], str):
+        raise InputError(
+          f"kind.change = {self.change!r}: write pairs, (('field', value),)"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
@@ -158,6 +166,8 @@ class TransformerConfig:
         f'layout names {name!r}: not one of kinds = {sorted(self.kinds)}'
       )
     kind = self.kinds[name]
+    if not isinstance(kind, Kind):
+      raise InputError(f'kinds.{name} = {kind!r}: must be a Kind')
     parts = {
       'attention': self.attention,
       'ffn': self.ffn,
@@ -204,7 +214,7 @@ class TransformerConfig:
       try:
         names, repeat = entry
         ok = not isinstance(names, str) and int(repeat) == repeat > 0
-      except (TypeError, ValueError):
+      except (TypeError, ValueError, OverflowError):
         ok = False
       if not ok:
         raise InputError(

@@ -100,7 +100,7 @@ class RunConfig:
 
   def _check_numbers(self):
     at_least(self, keep=1, checkpoint_every=0)
-    whole = isinstance(self.seed, int)
+    whole = type(self.seed) is int
     if not whole or not 0 <= self.seed < 2**32:  # JAX takes others for these
       raise InputError(f'seed = {self.seed}: must lie in 0..2**32 - 1')
 

@@ -39,14 +39,12 @@ class DataConfig:
   cache_dir: str | None = None
 
   def __post_init__(self):
-    text, number = (
-      "'stdlib', a file or a directory",
-      'a whole number >= 1 that 31 bits hold',
-    )
+    text, number = "'stdlib', a file or a directory", 'a whole number >= 1'
     model = "'bpe', 'bytes' or the path of a tokenizer.json"
     seed = 'a whole number from 0 to 2**32 - 1'
     self._expect('path', _is_name(self.path), text)
     self._expect('tokenizer', _is_name(self.tokenizer), model)
+    number += ' that int32 holds'
     for size in ('vocab_size', 'seq_len'):
       fits = _is_int(getattr(self, size), 1) and getattr(self, size) < 2**31
       self._expect(size, fits, number)

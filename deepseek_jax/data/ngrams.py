@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.errors import InputError
+
 PAD = 0  # the class of padding and of what is before a document's start
 _WITNESSES = (2, 3, 5, 7)  # decide every number below 3,215,031,751
 
@@ -105,8 +107,18 @@ class NGrams(NamedTuple):
   how: Hash
 
   def __call__(self, tokens, segments, positions) -> np.ndarray:
-    """int32 [B T] each -> rows [B T L K] int32."""
-    classes = self.classes[tokens].astype(np.int64)
+    """int32 [B T] each -> rows [B T L K] int32.
+
+    Raises:
+      InputError: a token is outside the vocabulary; padding may be.
+    """
+    inside = (tokens >= 0) & (tokens < len(self.classes))
+    wrong = tokens[~inside & (segments > 0)]
+    if wrong.size:
+      raise InputError(
+        f'tokens: {wrong[0]} is outside the vocabulary of {len(self.classes)}'
+      )
+    classes = self.classes[np.where(inside, tokens, 0)].astype(np.int64)
     longest = self.how.multipliers.shape[1]
     window = look_back(classes, positions, segments, longest)
     return rows(window, self.how).astype(np.int32)

@@ -22,6 +22,7 @@ from deepseek_jax.config import at_least, within
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Model, build, unstack
+from deepseek_jax.parallel.sharding import Using, current
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,8 @@ class _Loop(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _loop(model: Model, cfg: SampleConfig) -> _Loop:
+def _loop(model: Model, cfg: SampleConfig, using: Using | None) -> _Loop:
+  del using  # what is traced depends on it, which jit does not know
   flat = build_flat(model)
 
   def prefill(variables, tokens, lengths, slots):
@@ -177,7 +179,7 @@ def _padded(prompt) -> tuple[np.ndarray, np.ndarray]:
 
   T is rounded up, so that prompts of similar length share a compilation.
   """
-  rows = [np.asarray(row, np.int32).reshape(-1) for row in prompt]
+  rows = [_row(row) for row in prompt]
   if not rows or min(len(row) for row in rows) == 0:
     raise InputError('prompt: needs at least one row, each with a token')
   lengths = np.array([len(row) for row in rows], np.int32)
@@ -185,6 +187,17 @@ def _padded(prompt) -> tuple[np.ndarray, np.ndarray]:
   for padded, row in zip(out, rows):
     padded[: len(row)] = row
   return out, lengths
+
+
+def _row(row) -> np.ndarray:
+  """One prompt, [T] int32."""
+  array = np.asarray(row)
+  if array.size and (array.ndim != 1 or array.dtype.kind not in 'iu'):
+    raise InputError(
+      f'prompt: {row!r} is no row of token ids; give rows, as [[1, 2, 3]]'
+    )
+  # Clipped: 2^32 + 5 must not become 5.
+  return np.clip(array, -1, 2**31 - 1).astype(np.int32)
 
 
 def _started(model, variables, prompt, cfg, new, slots):
@@ -205,7 +218,7 @@ def _started(model, variables, prompt, cfg, new, slots):
       f' {least}; raise slots or lower max_new_tokens'
     )
   _check_room(model, len(tokens), slots, new)
-  loop = _loop(model, cfg)
+  loop = _loop(model, cfg, current())
   variables = prepare(model, variables)
   return loop, variables, loop.prefill(variables, tokens, lengths, slots)
 
@@ -250,7 +263,7 @@ def prepare(model: Model, variables: dict) -> dict:
   """
   if _is_prepared(model, variables):
     return variables
-  return _prepare(model)(variables)
+  return _prepare(model, current())(variables)
 
 
 def _is_prepared(model, variables):
@@ -271,7 +284,8 @@ def build_flat(model: Model) -> Model:
 
 
 @functools.lru_cache(maxsize=32)
-def _prepare(model):
+def _prepare(model, using):
+  del using  # as in _loop
   return jax.jit(lambda v: unstack(model.config, model.cast(v)))
 
 
@@ -292,7 +306,7 @@ def sample(
     prompt: B rows of token ids.
     cfg: how tokens are drawn.
     max_new_tokens: N.
-    key: of the draws; may be None when the temperature is 0.
+    key: of the draws, or its seed; may be None when the temperature is 0.
     slots: length of the cache; by default what the longest row needs.
 
   Raises:
@@ -357,4 +371,6 @@ def stream(
 def _checked_key(key, cfg):
   if key is None and cfg.temperature > 0:
     raise InputError('key: sampling at a temperature above 0 needs one')
+  if isinstance(key, int):
+    return jax.random.key(key)
   return jax.random.key(0) if key is None else key

@@ -7,6 +7,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import above, at_least, changed_by, check_choices
+from deepseek_jax.config import above, at_least, changed_by, check_choices, key
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import given as inputs
 from deepseek_jax.model import kernels, lookup
@@ -406,6 +407,9 @@ class Transformer(nnx.Module):
 class Model:
   """A transformer as pure functions over plain nested dicts.
 
+  Two that `build` made of equal configurations are equal, and so share what
+  was compiled for one of them.
+
   Attributes:
     config: the model's configuration.
     init: key -> {'params': {...}, 'buffers': {...}}, float32.
@@ -424,6 +428,29 @@ class Model:
   head: Callable[[dict], jax.Array]
   cast: Callable[[dict], dict]
   abstract: dict[str, nnx.State]
+
+  @functools.cached_property
+  def _key(self):
+    # What `build` made is as the configuration says; a function that a user
+    # put in its place is itself.
+    one = lambda f: f.__qualname__ if _built(f) else f
+    functions = self.init, self.apply, self.init_cache, self.head, self.cast
+    return key(self.config), *map(one, functions)
+
+  def __eq__(self, other):
+    return isinstance(other, Model) and self._key == other._key
+
+  def __hash__(self):
+    return hash(self._key)
+
+
+def _built(function) -> bool:
+  """Whether a function of a Model comes from `build`."""
+  name = getattr(function, '__qualname__', '')
+  makers = tuple(f'{f.__name__}.<locals>' for f in (build, functional))
+  return getattr(function, '__module__', '') == __name__ and name.startswith(
+    makers
+  )
 
 
 class Functional(NamedTuple):
@@ -499,6 +526,11 @@ def build(config: TransformerConfig) -> Model:
       pipeline has hashed; by default they are hashed here, to the same. What
       is no row is treated as what is no token.
   """
+  if not isinstance(config, TransformerConfig):
+    raise InputError(
+      f'config: {config!r} is no TransformerConfig; presets are functions that'
+      ' make one, as ds.presets.v3_tiny()'
+    )
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   dtype = jnp.dtype(config.compute.dtype)
   abstract, init, cast, merge = functional(make, dtype)

@@ -26,6 +26,7 @@ from deepseek_jax.model.transformer import (
 )
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.record.metric import Metric
 from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
 from deepseek_jax.record.routing import load as read_routing
@@ -37,6 +38,14 @@ from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.evaluate import bits_per_byte
 from deepseek_jax.train.gate import GateConfig
 from deepseek_jax.train.muon import MuonConfig
+from deepseek_jax.train.objective import (
+  Inputs,
+  Objective,
+  Predictions,
+  PretrainingConfig,
+  Shares,
+  next_token,
+)
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import (
   BatchConfig,

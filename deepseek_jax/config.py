@@ -78,7 +78,9 @@ def _kind(classes, value) -> str | None:
   cls = type(value)
   if cls not in classes:
     return f'{cls.__module__}:{cls.__qualname__}'
-  return kind_name(cls) if len(classes) > 1 else None
+  # Fields tell one class from none; a class without fields needs its name.
+  named = len(classes) > 1 or not dataclasses.fields(cls)
+  return kind_name(cls) if named else None
 
 
 def _plain(value):
@@ -172,7 +174,8 @@ def _choose(classes, value, path):
       from_dict(own, value, f'{path}.'),
       path,
     )
-  if len(classes) == 1:
+  named = len(classes) > 1 or not dataclasses.fields(classes[0])
+  if not named or (len(classes) == 1 and 'kind' not in value):
     return from_dict(classes[0], value, f'{path}.')
   kind = value.pop('kind', None)
   if kind not in by_kind:

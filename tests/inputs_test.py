@@ -208,7 +208,7 @@ class TokensTest(parameterized.TestCase):
         variables('gqa'),
         batch,
         Shares(30.0, 1, 0.3),
-        cross_document=True,
+        tiny.PRETRAINING,
       )[0]
     )
     self.assertTrue(np.isfinite(step(batch)))
@@ -303,7 +303,7 @@ def padded():
 
 
 @functools.cache
-def gradient(name, cross_document=True):
+def gradient(name):
   def loss(params, buffers, batch):
     held = {'params': params, 'buffers': buffers}
     return train.loss_and_metrics(
@@ -311,7 +311,7 @@ def gradient(name, cross_document=True):
       held,
       batch,
       Shares(20.0, 1, 0.3),
-      cross_document=cross_document,
+      tiny.PRETRAINING,
     )
 
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -321,11 +321,11 @@ class PaddingTest(parameterized.TestCase):
   def test_it_weighs_nothing(self):
     batch = padded()
     real = batch['segments'] > 0
-    weights = np.asarray(train.targets(batch, True)[-1])
+    inputs = tiny.PRETRAINING.inputs
+    weights = np.asarray(inputs(batch).weights)
     np.testing.assert_array_equal(weights, real[:, 1:] & real[:, :-1])
-    np.testing.assert_array_equal(
-      train.targets(batch, True, padding=False)[-1], 1
-    )
+    alone = inputs({'tokens': batch['tokens']}).weights
+    np.testing.assert_array_equal(alone, 1)
 
   def test_what_it_holds_changes_no_loss_load_or_gradient(self):
     batch, held = padded(), tiny.variables('step')
@@ -344,18 +344,16 @@ class PaddingTest(parameterized.TestCase):
 
   def test_a_batch_without_any_is_read_as_ever(self):
     batch = {**padded(), 'segments': np.ones((2, T + 1), np.int32)}
-    whole = lambda batch, padding: train.loss_and_metrics(
+    whole = lambda batch: train.loss_and_metrics(
       tiny.model('llama'),
       tiny.variables('llama'),
       batch,
       Shares(40.0, 1, 0.3),
-      cross_document=True,
-      padding=padding,
+      tiny.PRETRAINING,
     )[0]
+    alone = {'tokens': batch['tokens']}
     self.assertAlmostEqual(
-      float(jax.jit(whole, static_argnums=1)(batch, True)),
-      float(jax.jit(whole, static_argnums=1)(batch, False)),
-      delta=1e-6,
+      float(jax.jit(whole)(batch)), float(jax.jit(whole)(alone)), delta=1e-6
     )
 
   def test_evaluation_counts_none(self):

@@ -19,6 +19,7 @@ from PIL import Image
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import metrics
 from deepseek_jax.record import routing as flight
+from deepseek_jax.record.metric import Metric, describe
 from deepseek_jax.record.report import (
   curves as figures,
 )
@@ -46,6 +47,7 @@ def _viridis(share):
 
 
 def _write_scalars(workdir, steps):
+  describe(workdir, {'loss': Metric('Loss', 'nats per token')})
   with metrics.MetricsWriter(workdir, console=False) as writer:
     for step in range(1, steps + 1):
       row = {'loss': 5 / step, 'grad_norm': 1.0 + step % 3, _HOSTILE: 1.0}

@@ -25,8 +25,18 @@ from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.train.objective import PretrainingConfig
 
 VOCAB, DIM = 64, 16
+
+PRETRAINING = PretrainingConfig().build(None)
+
+
+def together(batch):
+  """Returns a batch whose documents attend to each other; padding stays."""
+  real = (batch['segments'] > 0).astype(np.int32)
+  return {'tokens': batch['tokens'], 'segments': real}
+
 
 YARN = RopeConfig(scaling=YarnConfig(factor=4.0, original_length=16))
 MLA = MLAConfig(2, 12, 16, 8, 4, 6, rope=YARN)

@@ -10,14 +10,16 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.train import step as train
+from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.objective import Shares
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import (
   BatchConfig,
   ScheduleConfig,
   SwitchConfig,
 )
-from deepseek_jax.train.step import Shares, TrainConfig
+from deepseek_jax.train.update import move_biases
 from tests import reference, tiny
 
 B, T = 8, 12
@@ -35,9 +37,9 @@ RECIPE = TrainConfig(
 
 
 @functools.cache
-def jitted(accumulate=1, name='step', cross_document=False):
+def jitted(accumulate=1, name='step'):
   cfg = dataclasses.replace(RECIPE, batch=BatchConfig(B, accumulate=accumulate))
-  step = train.train_step(tiny.model(name), cfg, cross_document=cross_document)
+  step = train.train_step(tiny.model(name), cfg)
   return jax.jit(step, donate_argnums=0)
 
 
@@ -68,7 +70,7 @@ def small_batch():
 
 
 @functools.cache
-def gradient(name, cross_document):
+def gradient(name):
   """Jitted loss, metrics and gradient of two sequences."""
 
   def loss(params, buffers, batch, count, mtp_weight):
@@ -78,7 +80,7 @@ def gradient(name, cross_document):
       variables,
       batch,
       Shares(count, 1, mtp_weight),
-      cross_document=cross_document,
+      tiny.PRETRAINING,
     )
 
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -100,7 +102,9 @@ class LossTest(parameterized.TestCase):
     self.assertLess(count, 2 * T)
     self.assertLess(int(inside.sum()), 2 * T - 4)
     variables = tiny.variables(name)
-    (loss, metrics), grads = gradient(name, cross_document)(
+    if cross_document:
+      data = tiny.together(data)
+    (loss, metrics), grads = gradient(name)(
       variables['params'], variables['buffers'], data, float(count), 0.3
     )
     self.assertAlmostEqual(float(loss), want, delta=2e-5)
@@ -187,7 +191,7 @@ class StepTest(parameterized.TestCase):
       'segments/1/0': np.stack([one(2), one(5)]),
       'mtp/0/block': one(4),
     }
-    moved = train.move_biases(buffers, loads, 0.5)
+    moved = move_biases(buffers, loads, 0.5)
     bias = lambda b: [
       *b['segments'][1][0]['ffn']['router']['bias'],
       b['mtp'][0]['block']['ffn']['router']['bias'],
@@ -264,11 +268,9 @@ class StepTest(parameterized.TestCase):
     variables = jax.tree.map(jnp.array, tiny.variables('llama'))
     state = train.initial_state(ds.build(cfg), recipe, variables)
     state, metrics = jax.jit(train.train_step(ds.build(cfg), recipe))(
-      state, batch()
+      state, tiny.together(batch())
     )
-    want, seen = jitted(name='llama', cross_document=True)(
-      initial('llama'), batch()
-    )
+    want, seen = jitted(name='llama')(initial('llama'), tiny.together(batch()))
     # Activations carry 8 bits through two layers; the loss averages them.
     self.assertAlmostEqual(
       float(metrics['loss']), float(seen['loss']), delta=0.02

@@ -19,6 +19,7 @@ from deepseek_jax.record import metrics
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.train import (
+  layer_losses,
   schedules,
   warm_start,
 )
@@ -220,7 +221,7 @@ class WarmUpTest(absltest.TestCase):
       shares = train.Shares(jnp.float32(4 * T), 1, jnp.float32(0))
       variables = {'params': params, 'buffers': state.buffers}
       return train.loss_and_metrics(
-        made, variables, batch(), shares, cross_document=True
+        made, variables, batch(), shares, tiny.PRETRAINING
       )[0]
 
     grads = jax.jit(jax.grad(loss))(state.params)
@@ -236,7 +237,7 @@ class WarmUpTest(absltest.TestCase):
     stacked = jax.tree.map(lambda a: jnp.stack([a, 3 * a]), layer(1.0, 0.2))
     aux = {'segments': [[stacked]], 'mtp': [layer(2.0, 0.4)]}
     shares = train.Shares(jnp.float32(1), 2, jnp.float32(0))
-    loss, row = train.attention_losses(aux, shares)
+    loss, row = layer_losses.attention_losses(aux, shares)
     self.assertAlmostEqual(float(loss), (1 + 3 + 2) / 2, places=6)
     self.assertAlmostEqual(float(row['attention_loss']), 3, places=6)
     self.assertAlmostEqual(float(row['recall']), 1.2 / 3 / 2, places=6)

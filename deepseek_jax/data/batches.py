@@ -93,9 +93,9 @@ class Batches:
     """This process's rows of the next global batch of `batch_size` windows.
 
     Processes hold equal blocks, in order. Returns int32 arrays
-    [batch_size / process_count, T + 1]: tokens; segments, the number of the
-    document in the window from 1 (all 1 if documents may attend to each other;
-    0 is for padding); positions, from the start of the segment. And ngrams
+    [batch_size / process_count, T + 1]: tokens; unless documents may attend to
+    each other segments, the number of the document in the window from 1 (0 is
+    for padding), and positions, from the start of the segment. And ngrams
     [.. T + 1, L, K], if the attribute is set.
     """
     if batch_size < 1 or batch_size % process_count:
@@ -114,7 +114,9 @@ class Batches:
     self._next += batch_size
     eos_id = None if self._cross_document else self._eos_id
     segments, positions = segment(tokens, eos_id)
-    out = {'tokens': tokens, 'segments': segments, 'positions': positions}
+    out = {'tokens': tokens}
+    if not self._cross_document:
+      out |= {'segments': segments, 'positions': positions}
     if self.ngrams is not None:
       out['ngrams'] = self.ngrams(tokens, segments, positions)
     return out

@@ -32,7 +32,7 @@ from deepseek_jax.pipeline.chunk_orders import Schedule
 from deepseek_jax.pipeline.one_pass import Place, Step, add
 from deepseek_jax.pipeline.simulate import Durations, simulate
 from deepseek_jax.train import trainable as frozen
-from deepseek_jax.train.step import Shares, targets
+from deepseek_jax.train.objective import Objective, PretrainingConfig, Shares
 
 
 def slices(mesh: Mesh) -> tuple[Mesh, ...]:
@@ -68,7 +68,7 @@ class Pipeline:
     schedule: of plan.schedules; says how many micro-batches there are.
     rules: logical axis -> mesh axis inside a stage.
     exchange: how tokens reach experts of other devices of a stage.
-    cross_document, padding: as in `train_step`.
+    objective: what is optimised; None is next-token prediction.
     trainable: as in `TrainConfig`.
 
   Raises:
@@ -83,8 +83,7 @@ class Pipeline:
     *,
     rules: sharding.Rules | None = None,
     exchange: ExchangeConfig | None = None,
-    cross_document: bool = True,
-    padding: bool = True,
+    objective: Objective | None = None,
     trainable: tuple[str, ...] = (),
   ):
     ranks = slices(mesh)
@@ -98,7 +97,7 @@ class Pipeline:
       sharding.Using(rank, rules or {}, exchange or ExchangeConfig())
       for rank in ranks
     )
-    self._documents = cross_document, padding
+    self.objective = objective or PretrainingConfig().build(None)
     # Any durations give an order that no chunk has to wait in.
     self._order = simulate(schedule, Durations()).spans
     chunks = {c for s in self._order if s.rank == 0 for c in s.step}
@@ -198,7 +197,7 @@ class Pipeline:
         params = params if part is None else part.detached(params)
         own = {'params': params, 'buffers': variables['buffers']}
         return stage_calls.trained(
-          stage, own, stream, batch, shares, *self._documents
+          stage, own, stream, batch, shares, self.objective
         )
 
       out, pull, metrics = jax.vjp(
@@ -245,8 +244,8 @@ class Pipeline:
 
     Args:
       held: variables by stage, from `split`.
-      batch: 'tokens', 'segments', 'positions', each [B T+1] int32, B divisible
-        by the schedule's micro-batches.
+      batch: what the objective reads, arrays [B ...], B divisible by the
+        schedule's micro-batches.
       mtp_weight: lambda.
 
     Returns:
@@ -259,7 +258,7 @@ class Pipeline:
         f'batch of {rows} sequences: must divide by the {count} micro-batches'
         ' of the schedule'
       )
-    weights = targets(batch, *self._documents)[-1]
+    weights = self.objective.inputs(batch).weights
     denominator = float(np.maximum(np.asarray(weights).sum(), 1.0))
     shares = Shares(np.float32(denominator), count, np.float32(mtp_weight))
     micro = jax.tree.map(

@@ -9,13 +9,8 @@ from deepseek_jax.model import kernels
 from deepseek_jax.model.context import Context, context
 from deepseek_jax.pipeline.stages import Stage
 from deepseek_jax.train.evaluate import negative_log_likelihood
-from deepseek_jax.train.step import (
-  Shares,
-  attention_losses,
-  routing_losses,
-  targets,
-  token_losses,
-)
+from deepseek_jax.train.layer_losses import attention_losses, routing_losses
+from deepseek_jax.train.objective import Objective, Predictions, Shares
 
 
 def trained(
@@ -24,10 +19,9 @@ def trained(
   stream,
   batch,
   shares: Shares,
-  cross_document: bool,
-  padding: bool = True,
+  objective: Objective,
 ):
-  """A stage's part of the loss of a micro-batch, for jax.vjp.
+  """Returns a stage's part of the loss of a micro-batch, for jax.vjp.
 
   Args:
     stage: whose.
@@ -35,8 +29,7 @@ def trained(
     stream: [B T ...] of the stage before; None for the first.
     batch: as in `loss_and_metrics`; of one micro-batch.
     shares: how it counts.
-    cross_document: documents see each other.
-    padding: as in `train_step`.
+    objective: what is optimised; its loss is the last stage's.
 
   Returns:
     ((stream, loss), metrics): the stream is None for the last stage; the
@@ -44,23 +37,22 @@ def trained(
     those of `loss_and_metrics` that the stage knows.
   """
   module = stage.functional.merge(variables)
-  tokens, segments, positions, *wanted = targets(batch, cross_document, padding)
+  inputs = objective.inputs(batch)
   ctx = context(
-    tokens,
-    segments,
+    inputs.tokens,
+    inputs.segments,
     stage.config.vocab_size,
-    positions=positions,
+    positions=inputs.positions,
     train=True,
   )
   stream, statistics = _through(stage, module, stream, ctx)
   aux, loss, metrics = {'segments': statistics}, jnp.float32(0), {}
   if stage.last:
     with kernels.using(stage.config.compute.kernels):
-      hidden, ahead = module.leave(stream, ctx, mtp=True)
+      hidden, ahead = module.leave(stream, ctx, mtp=objective.mtp)
     aux, stream = aux | ahead, None
-    loss, metrics = token_losses(
-      hidden, aux, module.head_weight(), wanted, shares
-    )
+    predictions = Predictions(hidden, module.head_weight(), aux)
+    loss, metrics = objective(predictions, inputs, shares)
   for losses in (routing_losses, attention_losses):
     extra, more = losses(aux, shares)
     loss, metrics = loss + extra, metrics | more

@@ -158,9 +158,9 @@ def lower(program: Program):
   row = jax.ShapeDtypeStruct(
     (program.rows, program.seq_len + 1), jnp.int32, sharding=cut
   )
-  batch = dict.fromkeys(('tokens', 'segments', 'positions'), row)
+  batch = {'tokens': row}
   step = jax.jit(
-    train_step(model, cfg, padding=False),
+    train_step(model, cfg),
     donate_argnums=0,
     out_shardings=(where, None),
     keep_unused=True,

@@ -9,7 +9,8 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.run import integrity
-from deepseek_jax.train.step import TrainConfig
+from deepseek_jax.train.config import TrainConfig
+from deepseek_jax.train.objective import PretrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ class RunConfig:
 
   Attributes:
     model, data, train, evaluate, safety, mesh: see there.
+    objective: what is optimised: any dataclass with `build(model)` that returns
+      an `Objective`.
     seed: of the initialisation; the data have their own.
     checkpoint_every: steps between checkpoints (0: only at the end).
     keep: checkpoints that stay.
@@ -71,6 +74,7 @@ class RunConfig:
   model: TransformerConfig
   data: datalib.DataConfig
   train: TrainConfig
+  objective: PretrainingConfig = PretrainingConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   safety: SafetyConfig = SafetyConfig()
   mesh: MeshConfig = MeshConfig()

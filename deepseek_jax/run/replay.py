@@ -63,12 +63,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   batches = datalib.Batches(datalib.build(config.data), config.data)
   state = _before(workdir, step, config, model, batches)
   run = jax.jit(
-    train_step(
-      model,
-      config.train,
-      cross_document=config.data.cross_document,
-      padding=False,
-    ),
+    train_step(model, config.train, config.objective),
     donate_argnums=0,
   )
   written, aborted = _written(workdir), _written_batches(workdir)

@@ -72,8 +72,7 @@ class StagedSteps:
       order,
       rules=mesh.rules,
       exchange=mesh.exchange,
-      cross_document=config.data.cross_document,
-      padding=False,  # windows are full
+      objective=config.objective.build(model),
       trainable=cfg.trainable,
     )
     self._reader = Reader(self._pipeline)

@@ -9,21 +9,21 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record import metrics as metric_files
+from deepseek_jax.record.metric import Metric, describe
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.record.routing import FlightRecorder, max_violation
 from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
+from deepseek_jax.train import layer_losses
+from deepseek_jax.train.step import metrics_of
 
-_SCALARS = (
-  'loss',
-  'mtp_loss',
-  'balance_loss',
-  'attention_loss',
-  'recall',
-  'grad_norm',
-  'learning_rate',
-  'skipped',
-)
+# What a run adds to the metrics of its steps.
+METRICS = {
+  'bits_per_byte': Metric('Bits per byte'),
+  'max_violation': Metric('MaxVio', 'of the fullest expert, mean of layers'),
+  'tokens_per_second': Metric('Tokens per second'),
+  'seconds': Metric('Seconds', 'of a step'),
+}
 
 
 class Record:
@@ -46,6 +46,9 @@ class Record:
     first = distributed.first()
     self._model, self._speeds = model, []
     self.writer = _writer(config, workdir, resumed, console)
+    if first:
+      objective = config.objective.build(model)
+      describe(workdir, metrics_of(objective) | METRICS)
     self._routing = _recorder(workdir, model, resumed or -1) if first else None
     self.recalls = _recalls(workdir, resumed)
 
@@ -78,7 +81,7 @@ class Record:
       tokens: that it read.
       seconds: that it took.
     """
-    scalars = {k: float(metrics[k]) for k in _SCALARS if k in metrics}
+    scalars = scalars_of(metrics)
     if 'recall' in scalars:
       self.recalls.append(scalars['recall'])
     if self._routing:
@@ -114,6 +117,12 @@ class Record:
       self._routing.save()
 
 
+def scalars_of(metrics: dict) -> dict[str, float]:
+  """Returns those of a step's metrics that are numbers, whatever their name."""
+  alone = lambda v: not isinstance(v, dict) and np.ndim(v) == 0
+  return {k: float(v) for k, v in metrics.items() if alone(v)}
+
+
 def _writer(config, workdir, resumed: int, console: bool):
   if not distributed.first():
     return NoMetrics()
@@ -142,17 +151,12 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
         number += 1
   if not layers:
     return None
-  path = workdir / 'routing.npz'
+  path, per_layer = workdir / 'routing.npz', layer_losses.METRICS
   record = lambda: FlightRecorder(
     path,
-    {
-      'load': 'sum',
-      'dropped': 'sum',
-      'bias': 'last',
-      'entropy': 'mean',
-      'moved': 'mean',
-    },
-    coarse={'together': 'sum'},
+    {n: per_layer[n].over for n in ('load', 'dropped', 'entropy', 'moved')}
+    | {'bias': 'last'},
+    coarse={'together': per_layer['together'].over},
     layers=layers,
     resume_step=resume,
   )

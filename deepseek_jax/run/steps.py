@@ -27,12 +27,7 @@ class Steps:
     self._where = placement.choose(config.mesh, model.abstract)
     self._model = model
     self._fresh = functools.partial(folder.fresh_state, config, model)
-    step = train_step(
-      model,
-      config.train,
-      cross_document=config.data.cross_document,
-      padding=False,  # windows are full
-    )
+    step = train_step(model, config.train, config.objective)
     state = jax.eval_shape(self._fresh)
     where = self._where
     places = where.shardings(state, model.abstract), where.copied

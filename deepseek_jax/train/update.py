@@ -12,9 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.model.experts.balance import updated_bias
+from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import schedules
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateState, judge
+
+METRICS = {
+  'grad_norm': Metric('Gradient norm'),
+  'update_norm': Metric('Update norm', 'at a learning rate of 1'),
+  'learning_rate': Metric('Learning rate'),
+  'applied': Metric('Updates applied'),
+  'skipped': Metric('Updates skipped', 'so far', over='last'),
+  'streak': Metric('Updates skipped in a row', over='last'),
+}
 
 
 class Held(NamedTuple):

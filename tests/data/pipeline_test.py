@@ -114,7 +114,7 @@ class PipelineTest(parameterized.TestCase):
     np.testing.assert_array_equal(steady.next(sum(RAMP))['tokens'], joined)
 
   def test_batches_are_int32_of_the_stated_shape(self):
-    batch = self.batches().next(8, 1, 2)
+    batch = self.batches(cross_document=False).next(8, 1, 2)
     self.assertEqual(set(batch), {'tokens', 'segments', 'positions'})
     for value in batch.values():
       self.assertEqual((value.shape, value.dtype), ((4, 17), np.int32))
@@ -122,9 +122,7 @@ class PipelineTest(parameterized.TestCase):
 
   def test_one_segment_if_documents_may_attend_to_each_other(self):
     batch = self.batches(cross_document=True).next(32)
-    np.testing.assert_array_equal(batch['segments'], np.ones((32, 17)))
-    expected = np.tile(np.arange(17), (32, 1))
-    np.testing.assert_array_equal(batch['positions'], expected)
+    self.assertEqual(set(batch), {'tokens'})
 
   def test_segments_follow_the_documents_else(self):
     together = self.batches(cross_document=True).next(32)['tokens']

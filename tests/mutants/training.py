@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant
 
 _TRAIN = 'deepseek_jax/train/step.py'
+_OBJECTIVE = 'deepseek_jax/train/objective.py'
 _MTP = 'deepseek_jax/model/mtp.py'
 _FP8 = 'deepseek_jax/hf/fp8.py'
 _PIPELINE = 'deepseek_jax/data/batches.py'
@@ -41,7 +42,7 @@ MUTANTS = (
   ),
   Mutant(
     'mtp_predicts_the_next_token',
-    _TRAIN,
+    _OBJECTIVE,
     'shifted = jnp.roll(labels, -depth, axis=1)',
     'shifted = labels',
     (f'{_LOSS}1',),
@@ -49,15 +50,15 @@ MUTANTS = (
   ),
   Mutant(
     'mtp_loss_divided_by_its_own_tokens',
-    _TRAIN,
+    _OBJECTIVE,
     "metrics['mtp_loss'] = extra / shares.denominator",
-    "metrics['mtp_loss'] = extra / (weights[:, 1:].sum())",
+    "metrics['mtp_loss'] = extra / (inputs.weights[:, 1:].sum())",
     (f'{_TRAIN_TEST}::both_losses_divide_by_all_tokens',),
     'V2/V3 trap 8: the divisor is T',
   ),
   Mutant(
     'mtp_losses_added_up',
-    _TRAIN,
+    _OBJECTIVE,
     'return total / max(len(states), 1)',
     'return total',
     (f'{_LOSS}1',),
@@ -65,7 +66,7 @@ MUTANTS = (
   ),
   Mutant(
     'balance_loss_left_out_of_the_loss',
-    _TRAIN,
+    'deepseek_jax/train/layer_losses.py',
     "    loss += metrics['balance_loss']\n",
     '',
     (f'{_LOSS}0',),
@@ -73,21 +74,21 @@ MUTANTS = (
   ),
   Mutant(
     'first_token_of_the_next_document_predicted',
-    _TRAIN,
-    "inside = inside & (batch['segments'][:, 1:] == segments)",
-    'inside = inside & True',
+    _OBJECTIVE,
+    'inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)',
+    'inside = (segments[:, :-1] > 0) & (segments[:, 1:] > 0)',
     (f'{_LOSS}1',),
     'a document knows nothing of the one after it',
   ),
   Mutant(
     'micro_batches_weigh_alike',
     _TRAIN,
-    '        micro,\n        shares,\n',
-    '        micro,\n'
-    '        shares._replace(\n'
-    '          denominator=cfg.batch.accumulate\n'
-    '          * jnp.maximum(targets(micro, cross_document)[-1].sum(), 1.0)\n'
-    '        ),\n',
+    'return loss_and_metrics(model, variables, micro, shares, built)',
+    'own = shares._replace(\n'
+    '        denominator=cfg.batch.accumulate\n'
+    '        * jnp.maximum(built.inputs(micro).weights.sum(), 1.0)\n'
+    '      )\n'
+    '      return loss_and_metrics(model, variables, micro, own, built)',
     (f'{_TRAIN_TEST}::accumulation_changes_no_number',),
     'transformers 34191: gradient accumulation of unequal batches',
   ),

@@ -72,7 +72,7 @@ def attention(sizes: dict, packed: bool) -> float:
 def model(name: str, sizes: dict, rows: int = 4, length: int = 16) -> dict:
   """Loss, metrics and gradients of a whole model."""
   batch = tiny.documents(rows, length + 1, 0, 5)
-  weights = train.targets(batch, False)[-1]
+  weights = tiny.PRETRAINING.inputs(batch).weights
   shares = Shares(np.float32(weights.sum()), 1, np.float32(0.3))
 
   def gradient(params, buffers, batch):
@@ -81,7 +81,7 @@ def model(name: str, sizes: dict, rows: int = 4, length: int = 16) -> dict:
       {'params': params, 'buffers': buffers},
       batch,
       shares,
-      cross_document=False,
+      tiny.PRETRAINING,
     )
     return jax.value_and_grad(loss, has_aux=True)(params)
 

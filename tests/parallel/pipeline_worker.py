@@ -40,7 +40,9 @@ CASES = {
 def whole(name, rows, cross_document):
   """Metrics and gradient of the model in one piece, in one program."""
   model, batch = tiny.model(name), tiny.documents(rows, T + 1, 0, 5)
-  weights = train.targets(batch, cross_document)[-1]
+  if cross_document:
+    batch = tiny.together(batch)
+  weights = tiny.PRETRAINING.inputs(batch).weights
   shares = Shares(np.float32(weights.sum()), 1, np.float32(WEIGHT))
 
   @jax.jit
@@ -50,7 +52,7 @@ def whole(name, rows, cross_document):
       {'params': params, 'buffers': buffers},
       batch,
       shares,
-      cross_document=cross_document,
+      tiny.PRETRAINING,
     )
     return jax.grad(loss, has_aux=True)(params)
 
@@ -79,7 +81,6 @@ def case(name: str) -> dict:
     Mesh(devices.reshape(*axes.values()), tuple(axes)),
     getattr(schedules, schedule)(*sizes),
     rules=rules,
-    cross_document=cross_document,
   )
   held = pipeline.split(tiny.variables(model))
   copied = pipeline.copied(held)

@@ -138,7 +138,7 @@ def step(name: str, mesh: MeshConfig, micro_batches: int = 1):
   begun = jax.device_put(begun, where.shardings(begun, model(name).abstract))
   batch = where.batch(tiny.documents(B, T + 1, 0, 3), B)
   cfg = recipe(micro_batches)
-  run = train.train_step(model(name), cfg, cross_document=False)
+  run = train.train_step(model(name), cfg)
   with where.use():
     compiled = jax.jit(run).lower(begun, batch).compile()
   return jax.device_get(compiled(begun, batch))

@@ -11,8 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.experts.router import RouterConfig, Routing, choose
+from deepseek_jax.record.metric import Metric
 
-NAMES = ('entropy', 'moved', 'together')
+METRICS = {
+  'entropy': Metric('Gate entropy', 'of a uniform choice', per='layer'),
+  'moved': Metric('Moved by the bias', 'share of tokens', per='layer'),
+  'together': Metric('Chosen together', 'pairs', per='layer', over='sum'),
+}
 _GROUPS = 64  # counted pairs are at most so many squared
 
 

@@ -23,17 +23,11 @@ import numpy as np
 from deepseek_jax.console import short
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import metrics
+from deepseek_jax.record.metric import Metric, described
 from deepseek_jax.record.report import curves as figures
 from deepseek_jax.record.report.expert_section import routing_section
 
 # Scalar -> its title and unit, in the order of the page; the others follow.
-_SCALARS = {
-  'loss': ('Loss', 'nats per token'),
-  'bits_per_byte': ('Bits per byte', ''),
-  'mtp_loss': ('MTP loss', 'nats per token'),
-  'grad_norm': ('Gradient norm', ''),
-  'learning_rate': ('Learning rate', ''),
-}
 _SPLITS = {
   'train': 'training',
   'validation': 'validation',
@@ -119,8 +113,8 @@ def _count(value: int) -> tuple[str, str]:
 def _curves(workdir: Path) -> dict[str, Any] | None:
   """Figures of all scalars, and the numbers behind them."""
   rows = metrics.read(workdir), metrics.read(workdir, 'timings')
-  named = [_by_name(r) for r in rows]
-  panels = _panels(named[0]) + _panels(named[1])
+  named, known = [_by_name(r) for r in rows], described(workdir)
+  panels = _panels(named[0], known) + _panels(named[1], known)
   if not panels:
     return None
   broken = [
@@ -156,7 +150,9 @@ def _by_name(rows: Sequence[Mapping[str, float]]):
   }
 
 
-def _panels(curves: Mapping[str, tuple]) -> list[figures.Panel]:
+def _panels(
+  curves: Mapping[str, tuple], known: Mapping[str, Metric]
+) -> list[figures.Panel]:
   """One panel per scalar, its training and validation curves together."""
   panels: dict[str, list] = {}
   for name, (steps, values) in curves.items():
@@ -166,12 +162,16 @@ def _panels(curves: Mapping[str, tuple]) -> list[figures.Panel]:
       split, base = _SPLITS[first], rest
     series = figures.Series(split, steps, values)
     panels.setdefault(base, []).append(series)
-  order = [*_SCALARS, *(name for name in panels if name not in _SCALARS)]
-  return [_panel(name, panels[name]) for name in order if name in panels]
+  order = [*known, *(name for name in panels if name not in known)]
+  return [
+    _panel(known.get(name, Metric(figures.title(name))), panels[name])
+    for name in order
+    if name in panels
+  ]
 
 
-def _panel(name: str, series: list[figures.Series]) -> figures.Panel:
-  title, unit = _SCALARS.get(name, (figures.title(name), ''))
+def _panel(known: Metric, series: list[figures.Series]) -> figures.Panel:
+  title, unit = known.title, known.unit
   if [s.label for s in series] == ['validation']:
     title = f'Validation {title[:1].lower()}{title[1:]}'
   return figures.Panel(title, unit, series)

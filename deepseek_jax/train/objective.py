@@ -1,0 +1,170 @@
+"""What a run optimises, as an argument of the training step.
+
+An objective is anything with `build(model) -> Objective`. It sees the hidden
+states, the head and the batch, and returns a loss; what layers add by
+themselves (balance, indexers) is in `layer_losses`. The same objective runs on
+one device, on a mesh and in the last stage of a pipeline.
+Legend: B sequences, T tokens, D model, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.parallel import per_device
+from deepseek_jax.record.metric import Metric
+from deepseek_jax.train.cross_entropy import linear_cross_entropy
+
+
+class Inputs(NamedTuple):
+  """What the model reads of a batch, and what it should predict."""
+
+  tokens: jax.Array  # [B T] int32
+  segments: jax.Array | None  # [B T] int32; None: each row is one document
+  positions: jax.Array | None  # [B T] int32; None: from each document's start
+  labels: jax.Array  # [B T] int32
+  weights: jax.Array  # [B T] float32, of each label in the loss
+  batch: Mapping[str, jax.Array]  # all that the batch holds
+
+
+class Predictions(NamedTuple):
+  """What the model makes of the inputs."""
+
+  hidden: jax.Array  # [B T D], after the final norm
+  head: jax.Array  # [D V]
+  aux: dict  # 'mtp_hidden', where tokens further ahead are predicted
+
+
+class Shares(NamedTuple):
+  """How a micro-batch's loss counts in that of its global batch."""
+
+  denominator: jax.Array  # sum of the weights of the global batch
+  micro_batches: int  # in the global batch; all of one size
+  mtp_weight: jax.Array  # lambda
+
+
+def next_token(batch: Mapping[str, jax.Array]) -> Inputs:
+  """Returns the inputs and labels of next-token prediction.
+
+  The batch is read as `model.apply` reads it: without segments each row is one
+  document and nothing is padding; with them tokens attend to their own segment
+  alone, and segment 0 is padding. A token is predicted from the one before it
+  in its document.
+
+  Args:
+    batch: 'tokens' [B T+1] int32, and maybe 'segments' and 'positions', alike.
+  """
+  tokens, segments = batch['tokens'], batch.get('segments')
+  ahead, positions = tokens[:, 1:], batch.get('positions')
+  if positions is not None:
+    positions = positions[:, :-1]
+  if segments is None:
+    weights = jnp.ones(ahead.shape, jnp.float32)
+    return Inputs(tokens[:, :-1], None, positions, ahead, weights, batch)
+  inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  return Inputs(
+    tokens[:, :-1],
+    segments[:, :-1],
+    positions,
+    ahead,
+    inside.astype(jnp.float32),
+    batch,
+  )
+
+
+class Objective(NamedTuple):
+  """A loss of a model.
+
+  Attributes:
+    loss: (Predictions, Inputs, Shares) -> (scalar, metrics). This
+      micro-batch's share of the global batch's loss: a sum over tokens divided
+      by `shares.denominator`. Metrics are such shares too, scalars by name;
+      'loss' is the loss unless they say otherwise.
+    inputs: batch -> Inputs; pure, as every stage of a pipeline calls it.
+    mtp: tokens further ahead are predicted, where the model can.
+    metrics: describes those of `loss`, by name.
+  """
+
+  loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
+  inputs: Callable[[Mapping[str, jax.Array]], Inputs] = next_token
+  mtp: bool = True
+  metrics: Mapping[str, Metric] = {}
+
+  def __call__(self, predictions: Predictions, inputs: Inputs, shares: Shares):
+    """Returns the loss and its metrics.
+
+    Raises:
+      InputError: a metric is no scalar.
+    """
+    loss, metrics = self.loss(predictions, inputs, shares)
+    metrics = {'loss': loss, **metrics}
+    for name, value in {'the loss': loss, **metrics}.items():
+      if jnp.ndim(value):
+        raise InputError(
+          f'objective: {name} has the shape {list(jnp.shape(value))}; return'
+          ' scalars, each a share of the global batch'
+        )
+    return loss, metrics
+
+
+class ObjectiveConfig(Protocol):
+  """A configuration that is built to an objective."""
+
+  def build(self, model: Any) -> Objective:
+    """Returns the objective for `model`, a `Model`."""
+
+
+METRICS = {
+  'loss': Metric('Loss', 'nats per token'),
+  'mtp_loss': Metric('MTP loss', 'nats per token'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig:
+  """Next-token prediction, and MTP where the model has it (V3 section 2.2)."""
+
+  def build(self, model: Any) -> Objective:
+    """Returns the objective; it asks nothing of the model."""
+    del model
+    return Objective(_pretraining, metrics=METRICS)
+
+
+def _pretraining(predictions: Predictions, inputs: Inputs, shares: Shares):
+  hidden, head, aux = predictions
+  main = _cross_entropy(hidden, head, inputs.labels, inputs.weights)
+  metrics = {'loss': main / shares.denominator}
+  loss = metrics['loss']
+  if 'mtp_hidden' in aux:
+    extra = _mtp_loss(aux['mtp_hidden'], head, inputs.labels, inputs.weights)
+    metrics['mtp_loss'] = extra / shares.denominator  # by all tokens, as in V3
+    loss += shares.mtp_weight * metrics['mtp_loss']
+  return loss, metrics
+
+
+def _cross_entropy(hidden, head, labels, weights):
+  """Returns the weighted sum over tokens: [B T D], [D V], [B T], [B T]."""
+  one = lambda hidden, labels, weights, head: linear_cross_entropy(
+    hidden, head, labels, weights
+  )
+  return per_device.token_sum(one, (hidden, labels, weights), head)
+
+
+def _mtp_loss(states, head, labels, weights):
+  """Returns the sum of the MTP cross entropies, averaged over depths.
+
+  Depth k at i predicts label i+k, where that lies in i's document.
+  """
+  total = jnp.float32(0)
+  T = labels.shape[1]
+  alive = weights
+  for depth, hidden in enumerate(states, start=1):
+    shifted = jnp.roll(labels, -depth, axis=1)
+    inside = jnp.arange(T) < T - depth
+    alive = alive * jnp.roll(weights, -depth, axis=1) * inside
+    total += _cross_entropy(hidden, head, shifted, alive)
+  return total / max(len(states), 1)

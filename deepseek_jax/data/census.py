@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from deepseek_jax.data import corpus
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.errors import InputError
 
 
@@ -16,22 +17,26 @@ class Census(NamedTuple):
   heldout: int
   characters: int  # of the training documents
   nearest: float  # the least fraction that holds out a document
+  left_out: str  # a line for the user, or ''
 
 
 def census_of(config: DataConfig) -> Census:
   """Reads the corpus once; InputError if its split leaves a part empty."""
-  digest = corpus.Digest()
+  digest, out = corpus.Digest(), LeftOut(config.path)
   train = heldout = characters = 0
   nearest = 1.0
-  for doc in corpus.documents(config.path):
+  for doc in corpus.documents(config.path, out):
     digest.add(doc)
-    nearest = min(nearest, corpus.held_out_hash(doc.name))
-    if corpus.is_held_out(doc.name, config.heldout_fraction):
+    nearest = min(nearest, corpus.held_out_hash(doc.text))
+    if corpus.is_held_out(doc.text, config.heldout_fraction):
       heldout += 1
     else:
       train += 1
       characters += len(doc.text)
-  census = Census(digest.hexdigest(), train, heldout, characters, nearest)
+  out.check_records(train + heldout)
+  census = Census(
+    digest.hexdigest(), train, heldout, characters, nearest, out.line()
+  )
   _check_split(config, census)
   return census
 
@@ -40,9 +45,9 @@ def _check_split(config, census):
   total = census.train + census.heldout
   fraction = f'data.heldout_fraction={config.heldout_fraction}'
   if not total:
-    kinds = ' '.join(corpus.TEXT + corpus.RECORDS)
+    wrong = census.left_out or f'data.path={config.path!r}'
     raise InputError(
-      f'data.path={config.path!r} has no text: give files ({kinds}) with some'
+      f'{wrong}: has no text: give files with some: {corpus.KINDS}'
     )
   if not census.train:
     raise InputError(

@@ -11,7 +11,9 @@ class DataConfig:
   """Text -> tokens -> windows; every field changes what the model reads.
 
   path: 'stdlib' (the source of the running interpreter's standard library), a
-    text file, or a directory of .txt, .py, .md, .jsonl and .parquet files.
+    file or a directory of .txt, .py, .md, .jsonl, .json, .parquet and .arrow
+    files, all but the last two also as .gz and .zst. Of a Hugging Face dataset
+    the training split is read; what else is left out is reported.
   tokenizer: 'bpe' (byte-level BPE trained on the training documents), 'bytes',
     or the path of a Hugging Face tokenizer.json.
   vocab_size: 'bpe' trains exactly so many tokens; otherwise it is the model's
@@ -19,7 +21,8 @@ class DataConfig:
   seq_len: T, the tokens that the model reads at once; windows hold T + 1.
   fim_rate: share of the training documents in fill-in-the-middle form; 0.1 in
     DeepSeek-V3 (arXiv:2412.19437, section 4.1).
-  heldout_fraction: share of the documents that is never trained on.
+  heldout_fraction: share of the documents, chosen by a hash of their text,
+    that is never trained on.
   cross_document: whether a token may attend to an earlier document of its
     window; True in DeepSeek-V3's pre-training. Without it no token of a
     training document follows another document, so a first token is never

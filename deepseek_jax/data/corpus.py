@@ -1,22 +1,21 @@
 """Documents: real text without a download, or the user's own files.
 
 A document is a name and a text. The order is that of the sorted names; the
-split into training and held-out documents looks at the name alone, so adding
-documents moves no other one across it.
+split into training and held-out documents looks at the text alone, so adding
+documents moves no other one across it, and no copy of one lies on both sides.
 """
 
-import fnmatch
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from deepseek_jax.data import files, left_out, readers
+from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.errors import InputError
 
-TEXT = ('.txt', '.py', '.md')
-RECORDS = ('.jsonl', '.parquet')
+KINDS = readers.KINDS
 STDLIB = 'stdlib'
 
 # Tests are left out because many hold binary or broken text on purpose; the
@@ -31,7 +30,6 @@ _STDLIB_SKIP = (
   '_sysconfigdata*',
   'sitecustomize.py',
 )
-_PIECE = 16384  # characters; about the mean length of a stdlib module
 
 
 class Document(NamedTuple):
@@ -39,31 +37,38 @@ class Document(NamedTuple):
   text: str
 
 
-def documents(path: str) -> Iterator[Document]:
+def documents(path: str, out: LeftOut | None = None) -> Iterator[Document]:
   """Yields the non-empty documents under `path`, in the order of their names.
 
-  A text file given by itself is cut into documents of about 16,000 characters
-  at blank lines, so that some of it can be held out. Raises InputError if the
-  path is missing or of an unknown kind; reading raises it for text that isn't
-  UTF-8 and for a record without a 'text' field.
+  A text file given by itself, and one of more than 16 million characters, is
+  cut into documents of about 16,000 characters at blank lines, so that some of
+  it can be held out. `out` collects what is not read. Raises InputError if the
+  path is missing or of an unknown kind, or if more of it is left out than
+  read; reading raises it for text that isn't UTF-8 and for a record without a
+  'text' field.
   """
+  out = LeftOut(path) if out is None else out
   if path == STDLIB:
     root = sysconfig.get_paths()['stdlib']
-    return _directory(root, ('.py',), _STDLIB_SKIP)
+    return _read(files.modules(root, _STDLIB_SKIP), out)
   root = os.path.expanduser(path)
   if not os.path.exists(root):
     raise InputError(
       f"data.path={path!r} does not exist: give 'stdlib', a file or a directory"
     )
   if os.path.isdir(root):
-    return _directory(root, TEXT + RECORDS, ())
-  if not _has(root, TEXT + RECORDS):
-    kinds = ' '.join(TEXT + RECORDS)
-    raise InputError(f'data.path={path!r} is not one of {kinds}: convert it')
-  name = os.path.basename(root)
-  if _has(root, RECORDS):
-    return _read(root, name)
-  return _pieces(name, _text(root))
+    return _read(files.find(root, out), out)
+  return _read([files.one(root)], out, whole=False)
+
+
+def _read(found, out, *, whole=True):
+  for file in found:
+    stem = os.fsencode(file.name).decode('utf-8', 'backslashreplace')
+    for place, text in readers.texts(file, whole=whole):
+      if text is None:
+        out.add(left_out.NULL, file.name)
+      elif text:
+        yield Document(stem + place, text)
 
 
 class Digest:
@@ -95,158 +100,14 @@ def unit_hash(*parts: str) -> float:
   return int.from_bytes(digest[:6], 'big') / 2**48  # exact in a double
 
 
-def held_out_hash(name: str) -> float:
-  """The fraction above which a document of that name is held out."""
-  return unit_hash('held out', name)
+def held_out_hash(text: str) -> float:
+  """The fraction above which a document of that text is held out."""
+  return unit_hash('held out', text)
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-  """Whether the document of that name is kept from training."""
-  return held_out_hash(name) < fraction
+def is_held_out(text: str, fraction: float) -> bool:
+  """Whether a document of that text is kept from training.
 
-
-def _directory(root, suffixes, skip):
-  for path in sorted(_files(root, suffixes, skip)):
-    yield from _read(os.path.join(root, *path), '/'.join(path))
-
-
-def _files(root, suffixes, skip):
-  """Paths of the files under `root` as tuples, which sort as trees do."""
-  seen = set()  # links to folders are followed, but no folder is read twice
-  for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
-    if os.path.realpath(folder) in seen:
-      folders[:] = []
-      continue
-    seen.add(os.path.realpath(folder))
-    folders[:] = sorted(name for name in folders if _wanted(name, skip))
-    parts = os.path.relpath(folder, root).split(os.sep)
-    parts = () if parts == ['.'] else tuple(parts)
-    for name in names:
-      if _has(name, suffixes) and _wanted(name, skip):
-        yield (*parts, name)
-
-
-def _has(name, suffixes):
-  """Whether a file is of one of these kinds; 'A.TXT' is '.txt', too."""
-  return name.lower().endswith(suffixes)
-
-
-def _wanted(name, skip):
-  hidden = name.startswith('.') or name == '__pycache__'
-  return not hidden and not any(fnmatch.fnmatch(name, s) for s in skip)
-
-
-def _read(path, name):
-  if _has(path, '.jsonl'):
-    docs = _jsonl(path, name)
-  elif _has(path, '.parquet'):
-    docs = _parquet(path, name)
-  else:
-    docs = [Document(name, _text(path))]
-  return (doc for doc in docs if doc.text)
-
-
-def _pieces(name, text):
-  start, number = 0, 0
-  while start < len(text):
-    end = start + _PIECE
-    for mark in ('\n\n', '\n'):
-      at = text.find(mark, end, end + _PIECE)
-      if at >= 0:
-        end = at + len(mark)
-        break
-    yield Document(f'{name}:{number}', text[start:end])
-    start, number = end, number + 1
-
-
-def _text(path):
-  """Exactly the file's characters: line ends are not translated."""
-  with _opened(path) as file:
-    return _utf8(file.read(), path)
-
-
-def _opened(path):
-  try:
-    return open(path, 'rb')
-  except OSError as error:
-    _raise(error)
-
-
-def _raise(error):
-  raise InputError(
-    f'data.path: cannot read {error.filename} ({error.strerror}): '
-    'make it readable or take it away'
-  ) from error
-
-
-def _utf8(data, where):
-  try:
-    return data.decode('utf-8')
-  except UnicodeDecodeError as error:
-    raise InputError(
-      f'data.path: {where} is not UTF-8 (byte {error.start}): '
-      'convert it (iconv -t utf-8) or take it away'
-    ) from error
-
-
-def _jsonl(path, name):
-  with _opened(path) as file:
-    for number, line in enumerate(file, 1):
-      where = f'{path} line {number}'
-      if line.strip():
-        yield Document(f'{name}:{number}', _record(_utf8(line, where), where))
-
-
-def _record(line, where):
-  try:
-    record = json.loads(line)
-  except RecursionError as error:
-    raise InputError(
-      f'data.path: {where} is nested too deeply to be read: take it out'
-    ) from error
-  except ValueError as error:
-    raise InputError(
-      f'data.path: {where} is not JSON ({error}): write one object a line'
-    ) from error
-  text = record.get('text') if isinstance(record, dict) else None
-  return _checked(text, where)
-
-
-def _parquet(path, name):
-  import pyarrow
-
-  try:
-    for number, text in enumerate(_column(path)):
-      yield Document(f'{name}:{number}', _checked(text, f'{path} row {number}'))
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise InputError(
-      f'data.path: {path} is not a sound parquet file of UTF-8 text: '
-      'write it again or take it away'
-    ) from error
-
-
-def _column(path):
-  import pyarrow.parquet
-
-  with pyarrow.parquet.ParquetFile(path) as file:
-    names = file.schema_arrow.names
-    if 'text' not in names:
-      raise InputError(
-        f"data.path: {path} has no column 'text' but {', '.join(names)}: "
-        'rename one'
-      )
-    for batch in file.iter_batches(columns=['text']):
-      yield from batch.column(0).to_pylist()
-
-
-def _checked(text, where):
-  if not isinstance(text, str):
-    raise InputError(f"data.path: {where} has no string 'text': add the field")
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair
-    raise InputError(
-      f'data.path: {where} is not valid Unicode (character {error.start}): '
-      'mend or remove it'
-    ) from error
-  return text
+  The text decides, not the name: copies of a document are on one side.
+  """
+  return held_out_hash(text) < fraction

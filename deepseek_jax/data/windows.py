@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,19 +20,24 @@ from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.census import census_of
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError
+from deepseek_jax.run import say as say_lib
 
 _BPE_CHARACTERS = 1 << 26  # a larger corpus is sampled to train the BPE on
 _BATCH_CHARACTERS = 1 << 22  # encoded at once: bounds the memory
 
 
-def build(config: DataConfig) -> store.Store:
+def build(
+  config: DataConfig, *, say: Callable[[str], None] = say_lib.warn
+) -> store.Store:
   """The token windows of a config, from the cache if they are there.
 
   Reads the corpus to hash it, tokenises it unless that was done before, and
-  verifies the store. Raises InputError if an input or the cached store is
-  wrong.
+  verifies the store. `say` takes a line on what of data.path is not read.
+  Raises InputError if an input or the cached store is wrong.
   """
   census = census_of(config)
+  if census.left_out:
+    say(census.left_out)
   recipe = _recipe(config, census)
   text = json.dumps(recipe, sort_keys=True)
   key = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -59,6 +65,7 @@ def _recipe(config, census):
     'corpus_sha256': census.sha256,
     'tokenizer': tokenizer,
     'heldout_fraction': config.heldout_fraction,
+    'heldout_by': 'text',  # by name in earlier versions
     'fim_rate': config.fim_rate,
     'fim_seed': config.seed if config.fim_rate else None,
   }
@@ -119,7 +126,7 @@ def _bpe_texts(config, census):
   """The training documents, or a sample of them if they are very many."""
   share = _BPE_CHARACTERS / max(census.characters, 1)
   for doc in corpus.documents(config.path):
-    held = corpus.is_held_out(doc.name, config.heldout_fraction)
+    held = corpus.is_held_out(doc.text, config.heldout_fraction)
     if not held and corpus.unit_hash('bpe', doc.name) < share:
       yield doc.text
 
@@ -169,7 +176,7 @@ def _encoded(config, tokenizer):
   for docs in _batched(corpus.documents(config.path)):
     plans = []
     for doc in docs:
-      held = corpus.is_held_out(doc.name, config.heldout_fraction)
+      held = corpus.is_held_out(doc.text, config.heldout_fraction)
       cut = None if held else infill.fim(doc, config.fim_rate, config.seed)
       plans.append((doc, held, cut))
     texts = [text for doc, _, cut in plans for text in cut or (doc.text,)]

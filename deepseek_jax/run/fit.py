@@ -80,7 +80,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       # Whatever does not fit is found here.
       steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
       with distributed.first_goes_first():
-        store = datalib.build(config.data)
+        told = say.warn if first else lambda line: None
+        store = datalib.build(config.data, say=told)
         batches = datalib.Batches(store, config.data)
         # A begun run has its weights, whatever became of their source.
         begun = (workdir / 'config.json').exists()

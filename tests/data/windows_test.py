@@ -61,7 +61,7 @@ class WindowsTest(parameterized.TestCase):
     decode = data.ByteTokenizer().decode
     parts = {True: built.heldout, False: built.train}
     for held, tokens in parts.items():
-      expected = [d for d in docs if data.is_held_out(d.name, 0.1) == held]
+      expected = [d for d in docs if data.is_held_out(d.text, 0.1) == held]
       self.assertNotEmpty(expected)
       found = [decode(ids) for ids in split_at_eos(tokens)]
       self.assertEqual(found, [doc.text for doc in expected])
@@ -79,7 +79,7 @@ class WindowsTest(parameterized.TestCase):
     docs = built.heldout_documents()
     self.assertEqual(
       {doc.name for doc in docs},
-      {name for name in texts if data.is_held_out(name, 0.1)},
+      {n for n, text in texts.items() if data.is_held_out(text, 0.1)},
     )
     self.assertEqual(built.heldout_texts(), [texts[d.name] for d in docs])
     decode = data.ByteTokenizer().decode
@@ -93,7 +93,7 @@ class WindowsTest(parameterized.TestCase):
     built = data.build(self.config(fim_rate=rate))
     decode, cut = data.ByteTokenizer().decode, 0
     docs = [
-      d for d in data.documents(self.root) if not data.is_held_out(d.name, 0.1)
+      d for d in data.documents(self.root) if not data.is_held_out(d.text, 0.1)
     ]
     streams = split_at_eos(built.train)
     self.assertLen(streams, len(docs))
@@ -157,7 +157,7 @@ class WindowsTest(parameterized.TestCase):
     with mock.patch.object(windows, 'train_bpe', train):
       data.build(self.config(tokenizer='bpe'))
     docs = data.documents(self.root)
-    expected = [d.text for d in docs if not data.is_held_out(d.name, 0.1)]
+    expected = [d.text for d in docs if not data.is_held_out(d.text, 0.1)]
     self.assertEqual(seen, expected)
 
   def test_a_large_corpus_is_sampled_to_train_the_bpe(self):
@@ -196,7 +196,7 @@ class WindowsTest(parameterized.TestCase):
       [
         d.text
         for d in data.documents(self.root)
-        if data.is_held_out(d.name, 0.1)
+        if data.is_held_out(d.text, 0.1)
       ],
     )
 
@@ -292,8 +292,8 @@ class WindowsTest(parameterized.TestCase):
     one = os.path.join(self.root, 'part0')
     for name in os.listdir(one)[1:]:
       os.remove(os.path.join(one, name))
-    name = os.listdir(one)[0]
-    fraction = (corpus.held_out_hash(name) + 1) / 2
+    (doc,) = data.documents(one)
+    fraction = (corpus.held_out_hash(doc.text) + 1) / 2
     with self.assertRaisesRegex(InputError, 'holds out all 1 documents'):
       data.build(self.config(path=one, heldout_fraction=fraction))
 

@@ -126,6 +126,8 @@ def _opened(file):
 
 
 def _unpacked(raw, packed):
+  if packed and not os.fstat(raw.fileno()).st_size:
+    raise EOFError('it is empty')
   if packed == '.gz':
     import gzip
 

@@ -4,12 +4,27 @@ Launchers print its one line and exit with status 2; anything else is a defect
 and keeps its traceback.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 # The same command, started again, goes on from the last checkpoint: preempted
 # and saved; a step hung or lost a peer; ended by SIGABRT, as JAX does when a
 # peer is silent, by SIGKILL or by SIGTERM.
 START_AGAIN = (77, 79, 134, 137, 143)
 # It would fail again: a defect, bad input, a run that gave up.
 DO_NOT_START_AGAIN = (1, 2, 78)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """Adds a path to an OSError that names none, as one of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      error.filename = os.fspath(path)
+    raise
 
 
 class InputError(ValueError):

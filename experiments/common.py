@@ -50,6 +50,8 @@ from deepseek_jax.parallel import processes as distributed  # noqa: E402
 # thread (on two cores 2.5 to 2.1 s a step, and no second set of buffers).
 jax.config.update('jax_cpu_enable_async_dispatch', False)
 
+# Flags of the launchers that say where they write.
+_WRITTEN = ('workdir', 'to', 'out', 'json', 'picture', 'timeline')
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -263,6 +265,15 @@ def _print_errors_once():
   sys.unraisablehook = hook
 
 
+def _place_of(error: OSError) -> str:
+  """The file that the system refused, or the folders that are written to."""
+  if isinstance(error.filename, str | bytes) and error.filename:
+    return os.fsdecode(error.filename)
+  given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
+  places = [f'--{n}={given[n]}' for n in _WRITTEN if given.get(n)]
+  return f'a file below {" or ".join(places)}' if places else 'a file'
+
+
 def launch(
   main: Callable[[list[str]], None],
   *,
@@ -291,9 +302,7 @@ def launch(
     except InputError as error:
       _fail(error, error.status)
     except OSError as error:
-      told = str(error) or type(error).__name__
-      if error.strerror:
-        told = f'{error.filename or "a file"}: {error.strerror}'
+      told = f'{_place_of(error)}: {error.strerror or error}'
       if error.errno in _NO_ROOM:
         told = f'{told}; make room and start again'
       _fail(told, InputError.status)

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from deepseek_jax import plan
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.pipeline import chunk_orders as schedules
 from deepseek_jax.pipeline.simulate import (
@@ -216,7 +216,8 @@ def main(argv):
     Console().print(tables.render_compiled(first, asked, out))
   if _JSON.value:
     out = {name: made.to_dict() for name, made in reports.items()}
-    pathlib.Path(_JSON.value).write_text(json.dumps(out, indent=2) + '\n')
+    with naming(_JSON.value):
+      pathlib.Path(_JSON.value).write_text(json.dumps(out, indent=2) + '\n')
   if _PICTURE.value:
     pictures.draw_plan(reports[first], _PICTURE.value, _TITLE.value or first)
   if _TIMELINE.value:

@@ -14,7 +14,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 from deepseek_jax.hf import verify
 from experiments import common
 
@@ -81,7 +81,7 @@ def main(argv):
     max_kl=_MAX_KL.value,
     lengths=_lengths(),
   )
-  with open(_OUT.value, 'w', encoding='utf-8') as file:
+  with naming(_OUT.value), open(_OUT.value, 'w', encoding='utf-8') as file:
     json.dump(certificate, file, indent=2)
   console = Console()
   for table in tables(certificate):

@@ -17,7 +17,7 @@ from deepseek_jax.errors import InputError, RunAborted
 from deepseek_jax.record import metrics
 from deepseek_jax.record import routing as flight
 from deepseek_jax.run import fit as loop
-from deepseek_jax.run import lock
+from deepseek_jax.run import lock, say, trainer
 from deepseek_jax.run import steps as step
 from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.train import evaluate, schedules
@@ -318,6 +318,28 @@ class LoopTest(parameterized.TestCase):
     loop.claim(folder, self.config)
     with busy, self.assertRaisesRegex(InputError, 'under way'):
       loop.claim(folder, self.config)
+
+  def test_a_run_below_its_own_text_goes_on(self):
+    config = ds.changed(
+      self.config,
+      {'data.path': str(self.folder), 'train.tokens': 6 * 4 * 32.0},
+    )
+
+    def dying(*args):
+      raise KeyboardInterrupt
+
+    with (
+      mock.patch.object(trainer.Trainer, '_validate', dying),
+      self.assertRaises(KeyboardInterrupt),
+    ):
+      self._fit('runs/x', config)
+    self.assertTrue((self.folder / 'runs/x/metrics.jsonl').read_text())
+    with mock.patch.object(say, 'warn') as warned:
+      run = self._fit('runs/x', config)
+    self.assertEqual(int(run.state.step), 6)
+    (line,) = [call.args[0] for call in warned.call_args_list]
+    self.assertIn("1 a run's folder (runs/x/)", line)
+    self.assertIn('1 a token store (cache/tokens/', line)
 
   @parameterized.parameters('.lock', 'config.tmp')
   def test_what_a_run_leaves_that_never_began_is_no_hindrance(self, name):

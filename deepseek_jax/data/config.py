@@ -51,6 +51,8 @@ class DataConfig:
     for size in ('vocab_size', 'seq_len'):
       fits = _is_int(getattr(self, size), 1) and getattr(self, size) < 2**31
       self._expect(size, fits, number)
+    cache = self.cache_dir or None
+    self._expect('cache_dir', cache is None or _is_name(cache), 'a directory')
     self._expect('fim_rate', _is_share(self.fim_rate), 'a share from 0 to 1')
     held = _is_share(self.heldout_fraction) and self.heldout_fraction < 1
     self._expect('heldout_fraction', held, 'a share from 0 to below 1')
@@ -70,7 +72,7 @@ class DataConfig:
 
 
 def _is_name(value):
-  return isinstance(value, str) and value != ''
+  return isinstance(value, str) and value != '' and '\0' not in value
 
 
 def _is_int(value, least):

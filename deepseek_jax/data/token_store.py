@@ -119,7 +119,13 @@ def read_index(path: str) -> dict:
     raise InputError(
       f'{path} is no token store ({INDEX} is missing): build it again'
     ) from error
-  except (ValueError, LookupError, AttributeError, TypeError) as error:
+  except (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+  ) as error:
     raise _damaged(path, INDEX, 'not the JSON that was written') from error
   if version != FORMAT:
     raise _damaged(path, INDEX, f'format {version}, not {FORMAT}')

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 
 PAD, EOS = '<|pad|>', '<|eos|>'
 FIM = ('<|fim_begin|>', '<|fim_hole|>', '<|fim_end|>')
@@ -217,7 +217,7 @@ def _read(path):
   try:
     with open(path, encoding='utf-8') as file:
       return file.read()
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, ValueError) as error:
     raise InputError(
       f"data.tokenizer: cannot read {path!r}; give 'bpe', 'bytes' or the path "
       'of a tokenizer.json'
@@ -227,6 +227,10 @@ def _read(path):
 def _parse(text, path):
   try:
     spec = json.loads(text)
+  except RecursionError:
+    raise InputError(
+      f'data.tokenizer={path!r} is nested too deeply to be a tokenizer'
+    ) from None
   except ValueError as error:
     raise InputError(f'data.tokenizer={path!r} is not JSON: {error}') from error
   if not isinstance(spec, dict):
@@ -235,5 +239,6 @@ def _parse(text, path):
 
 
 def _write(directory, name, text):
-  with open(os.path.join(directory, name), 'w', encoding='utf-8') as file:
+  path = os.path.join(directory, name)
+  with naming(path), open(path, 'w', encoding='utf-8') as file:
     file.write(text)

@@ -5,6 +5,7 @@ Matplotlib is imported on the first call and needs no window.
 
 import os
 
+from deepseek_jax.errors import naming
 from deepseek_jax.pipeline.simulate import SimulatedStep
 from deepseek_jax.plan.flops import INDEX, PARTS
 from deepseek_jax.plan.memory import CLASSES
@@ -197,7 +198,8 @@ def draw_plan(report: Report, path: str | os.PathLike, name: str = 'Plan'):
     for axes, draw in zip(rows, (_memory, _flops, _time)):
       axes.grid(True, axis='x')
       draw(axes, report)
-    figure.savefig(path, dpi=130)
+    with naming(path):
+      figure.savefig(path, dpi=130)
 
 
 def draw_timeline(
@@ -243,4 +245,5 @@ def draw_timeline(
       labels.append('from the far end')
       used.append('#26292e')
     _legend(axes, labels, used)
-    figure.savefig(path, dpi=130, bbox_inches='tight')
+    with naming(path):
+      figure.savefig(path, dpi=130, bbox_inches='tight')

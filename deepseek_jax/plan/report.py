@@ -252,6 +252,11 @@ def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
   tokens = recipe.batch * recipe.training.seq_len
   daily = cost.tokens_per_day(tokens, step.costed)
   hours = cost.device_hours(recipe.tokens, cluster.devices, daily)
+  if not math.isfinite(hours * recipe.dollars):
+    raise InputError(
+      f'tokens = {recipe.tokens}, dollars = {recipe.dollars}, utilization ='
+      f' {recipe.utilization}: the cost is no finite number; choose others'
+    )
   return Cost(
     steps=math.ceil(recipe.tokens / tokens),
     device_hours=hours,
@@ -367,6 +372,8 @@ def estimate(
   size = memory.checkpoint_bytes(config, run.optimizer, held)
   hosts = -(-cluster.devices // int(cluster.accelerator.host.value))
   seconds = size / (hosts * recipe.storage)
+  if not math.isfinite(seconds):
+    raise InputError(f'storage = {recipe.storage}: is too small; raise it')
   count = lambda seen: flop.count_flops(config, run.seq_len, seen=seen)
   return Report(
     config=config,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 
 FILE = 'abort.jsonl'
 
@@ -46,7 +46,8 @@ class LastSteps:
       return
     lines = (json.dumps(_plain(r), allow_nan=False) for r in self._rows)
     scratch = self._path.with_suffix('.tmp')
-    scratch.write_text(''.join(line + '\n' for line in lines))
+    with naming(scratch):
+      scratch.write_text(''.join(line + '\n' for line in lines))
     scratch.replace(self._path)
 
 
@@ -98,7 +99,10 @@ def read(workdir: str | os.PathLike) -> list[dict]:
   path = Path(workdir) / FILE
   if not path.exists():
     raise InputError(f'{path} is missing: the run has not given up')
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  try:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path} is damaged ({error}): no step is known') from None
   return [_numbers(row) for row in rows]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.console import progress
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
 _SHOWN = {'metrics': 4, 'timings': 1}  # values on the progress line
@@ -108,8 +108,9 @@ class MetricsWriter:
     self._last_step = step
     for kind, row in rows.items():
       if row:
-        self._files[kind].write(_encode({'step': step, **row}) + '\n')
-        self._files[kind].flush()
+        with naming(self._files[kind].name):
+          self._files[kind].write(_encode({'step': step, **row}) + '\n')
+          self._files[kind].flush()
     if self._events:
       for kind, row in rows.items():
         prefix = '' if kind == 'metrics' else 'timings/'
@@ -134,7 +135,8 @@ class MetricsWriter:
     if self._events:
       self._events.close()
     for file in self._files.values():
-      file.close()
+      with naming(file.name):
+        file.close()
 
 
 class NoMetrics(contextlib.AbstractContextManager):
@@ -201,7 +203,8 @@ def _prune(path: Path, resume_step: int | None) -> int:
   kept = b''.join(line + b'\n' for line, _ in rows)
   if path.exists() and path.stat().st_size != len(kept):
     scratch = path.with_suffix('.tmp')
-    scratch.write_bytes(kept)
+    with naming(scratch):
+      scratch.write_bytes(kept)
     scratch.replace(path)  # a crash leaves the old file or the new one
   return rows[-1][1]['step'] if rows else -1
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 
 _ACCUMULATE = {
   'sum': np.add,
@@ -114,7 +114,7 @@ class FlightRecorder:
     columns['_settings'] = np.frombuffer(text, np.uint8)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     scratch = self._path.with_name(self._path.name + '.tmp')
-    with scratch.open('wb') as file:
+    with naming(scratch), scratch.open('wb') as file:
       np.savez_compressed(file, **columns)
       file.flush()
       os.fsync(file.fileno())

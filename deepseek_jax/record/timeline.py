@@ -12,6 +12,8 @@ import math
 import time
 from pathlib import Path
 
+from deepseek_jax.errors import naming
+
 _REDONE = ('data', 'step', 'evaluate', 'checkpoint')
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -51,7 +53,8 @@ class Timeline:
         row['phase'] = 'lost'
         row['step'] = step  # lost once
     scratch = self._path.with_suffix('.tmp')
-    scratch.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    with naming(scratch):
+      scratch.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     scratch.replace(self._path)
 
   def reached(self, step: int) -> None:
@@ -68,7 +71,7 @@ class Timeline:
       for name, seconds in self._seconds.items()
     )
     text = ''.join(line + '\n' for line in lines)
-    with self._path.open('a') as file:
+    with naming(self._path), self._path.open('a') as file:
       file.write(text)
     self._seconds.clear()
     self._written = time.monotonic()

@@ -104,6 +104,8 @@ class RunConfig:
 
   def _check_numbers(self):
     at_least(self, keep=1, checkpoint_every=0)
+    if '\0' in self.init_from:
+      raise InputError(f'init_from = {self.init_from!r}: is no path; name one')
     whole = type(self.seed) is int
     if not whole or not 0 <= self.seed < 2**32:  # JAX takes others for these
       raise InputError(f'seed = {self.seed}: must lie in 0..2**32 - 1')

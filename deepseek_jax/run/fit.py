@@ -20,7 +20,14 @@ from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.run import say
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
-from deepseek_jax.run.folder import Loaded, claim, fresh_state, load, renew
+from deepseek_jax.run.folder import (
+  Loaded,
+  claim,
+  fresh_state,
+  load,
+  path_of,
+  renew,
+)
 from deepseek_jax.run.preemption import Preemption
 from deepseek_jax.run.staged_steps import StagedSteps
 from deepseek_jax.run.start import check_source, start, with_classes
@@ -71,7 +78,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     RunAborted: too many updates in a row were not fit to be applied.
     Preempted: SIGTERM came; the step that was under way is saved.
   """
-  workdir = Path(workdir)
+  workdir = path_of(workdir)
   with Preemption() as preemption:
     first = distributed.first()
     timeline = Timeline(workdir / 'timeline.jsonl' if first else None)

@@ -10,7 +10,7 @@ import jax
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import lock, say
@@ -73,6 +73,13 @@ def claim(workdir: Path, config: RunConfig) -> list[str]:
   return []
 
 
+def path_of(workdir: str | Path) -> Path:
+  """The path of a run's folder; InputError if no folder can have it."""
+  if '\0' in str(workdir):
+    raise InputError(f'workdir {str(workdir)!r}: is no path; choose another')
+  return Path(workdir)
+
+
 def renew(workdir: Path, config: RunConfig) -> None:
   """Writes config.json.
 
@@ -80,7 +87,8 @@ def renew(workdir: Path, config: RunConfig) -> None:
   the file has what the newest command said.
   """
   scratch = workdir / _SCRATCH
-  scratch.write_text(json.dumps(as_json(config), indent=2) + '\n')
+  with naming(scratch):
+    scratch.write_text(json.dumps(as_json(config), indent=2) + '\n')
   os.replace(scratch, workdir / 'config.json')
 
 
@@ -121,7 +129,7 @@ def _check_empty(workdir: Path) -> None:
 def _object(path: Path) -> dict:
   try:
     written = json.loads(path.read_text())
-  except ValueError:
+  except (ValueError, RecursionError):
     written = None
     what = 'is not JSON'
   else:
@@ -197,7 +205,7 @@ def load(workdir: str | Path, step: int | None = None) -> Loaded:
   Raises:
     InputError: the folder holds no run, or no whole checkpoint of that step.
   """
-  workdir = Path(workdir)
+  workdir = path_of(workdir)
   config = config_of(workdir)
   model = build(config.model)
   with Checkpoints(

@@ -55,7 +55,13 @@ def problem(folder: Path, verify: str = 'full') -> str | None:
       for n, (name, expected) in enumerate(files.items())
     )
     return next(filter(None, wrong), None)
-  except (OSError, ValueError, LookupError, TypeError) as error:
+  except (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RecursionError,
+  ) as error:
     return f'{folder / MANIFEST} cannot be read ({type(error).__name__})'
 
 

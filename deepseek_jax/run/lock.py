@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 from deepseek_jax.run import say
 
 FILE = '.lock'
@@ -43,8 +43,10 @@ def take(folder: Path) -> None:
       ' other run is started there'
     )
     return
-  os.ftruncate(file, 0)
-  os.write(file, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
+  holder = f'process {os.getpid()} on {socket.gethostname()}\n'
+  with naming(path):
+    os.ftruncate(file, 0)
+    os.write(file, holder.encode())
   _held[_key(os.fstat(file))] = file
 
 

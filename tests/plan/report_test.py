@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -165,6 +166,16 @@ class ReportTest(parameterized.TestCase):
     ({'utilization': 1.2}, 'utilization = 1.2'),
     ({'tokens': 0.0}, 'tokens = 0.0'),
     ({'grace': 0.0}, 'grace = 0.0'),
+    ({'tokens': math.inf}, 'tokens = inf: must be a finite number'),
+    ({'tokens': math.nan}, 'tokens = nan'),
+    ({'dollars': math.nan}, 'dollars = nan'),
+    ({'dollars': math.inf}, 'dollars = inf'),
+    ({'storage': math.inf}, 'storage = inf'),
+    ({'grace': math.nan}, 'grace = nan'),
+    ({'utilization': math.nan}, 'utilization = nan'),
+    ({'tokens': 1e308, 'dollars': 1e308}, 'the cost is no finite number'),
+    ({'storage': 1e-310}, 'storage = 1e-310'),
+    ({'cache_length': 0}, 'cache_length = 0'),
   )
   def test_a_wrong_field_is_named(self, changes, message):
     with self.assertRaisesRegex(ds.InputError, message):

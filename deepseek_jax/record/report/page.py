@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.console import short
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 from deepseek_jax.record import metrics
 from deepseek_jax.record.metric import Metric, described
 from deepseek_jax.record.report import curves as figures
@@ -89,7 +89,8 @@ def write_report(
   path = workdir / 'report.html'
   scratch = path.with_suffix('.tmp')
   # A lone surrogate, which a byte-level sampler can give, has no UTF-8.
-  scratch.write_bytes(page.encode('utf-8', 'backslashreplace'))
+  with naming(scratch):
+    scratch.write_bytes(page.encode('utf-8', 'backslashreplace'))
   scratch.replace(path)
   return path
 
@@ -226,5 +227,5 @@ def _config(path: Path) -> str:
     return ''
   try:
     return json.dumps(json.loads(path.read_text('utf-8')), indent=2)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f'{path} is not JSON ({error}): write it anew') from None

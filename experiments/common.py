@@ -302,7 +302,8 @@ def launch(
     except InputError as error:
       _fail(error, error.status)
     except OSError as error:
-      told = f'{_place_of(error)}: {error.strerror or error}'
+      what = error.strerror or str(error) or type(error).__name__
+      told = f'{_place_of(error)}: {what}'
       if error.errno in _NO_ROOM:
         told = f'{told}; make room and start again'
       _fail(told, InputError.status)

@@ -75,6 +75,15 @@ _MISTAKES = {
   ),
   'missing_path': (['--config.data.path=/nowhere/at/all'], ['/nowhere/at/all']),
   'empty_corpus': (['--config.data.path={empty}'], ['empty']),
+  'no_folder_but_a_fifo': (['--config.data.path={fifo}'], ['no regular file']),
+  'most_left_out': (
+    ['--config.data.path={page}'],
+    ['more text is left out than read', 'page.html'],
+  ),
+  'deep_tokenizer': (
+    ['--config.data.path={corpus}', '--config.data.tokenizer={deep}'],
+    ['data.tokenizer', 'nested too deeply'],
+  ),
   'not_utf8': (['--config.data.path={latin}'], ['latin', 'UTF-8']),
   'vocabulary_too_small': (
     [
@@ -136,6 +145,16 @@ class MistakesTest(parameterized.TestCase):
     for name in ('empty', 'latin'):
       places[name] = cls.folder / name
       places[name].mkdir()
+    (cls.folder / 'page').mkdir()
+    (cls.folder / 'page' / 'page.html').write_text('<p>words</p>' * 99)
+    (cls.folder / 'page' / 'notes.txt').write_text('words')
+    (cls.folder / 'deep.json').write_text('[' * 99_999)
+    os.mkfifo(cls.folder / 'fifo.txt')
+    places |= {
+      'page': cls.folder / 'page',
+      'deep': cls.folder / 'deep.json',
+      'fifo': cls.folder / 'fifo.txt',
+    }
     (places['latin'] / 'old.txt').write_bytes('Grüße'.encode('latin-1') * 20)
     cls.runs = {}
     for name, (flags, _) in _MISTAKES.items():
@@ -174,7 +193,9 @@ class ConfigFileTest(parameterized.TestCase):
 
 
 _PROGRAM = """
+from absl import flags
 from experiments import common
+flags.DEFINE_string('workdir', None, '')
 def main(argv):
   raise {error}
 common.launch(main)
@@ -186,11 +207,15 @@ class LaunchTest(parameterized.TestCase):
     ("PermissionError(13, 'Permission denied', '/x')", 2, '/x: Permission'),
     ("OSError(28, 'No space left', '/x')", 2, '/x: No space left; make room'),
     ('OSError()', 2, 'OSError'),
+    ("OSError(28, 'No room')", 2, 'a file: No room; make room'),
+    ("OSError(28, 'No room')", 2, 'a file below --workdir=w: No room', 'w'),
+    ('OSError(28, "No room", b"\\xff")', 2, ': No room'),
     ('KeyboardInterrupt', 130, 'interrupted'),
   )
-  def test_is_one_clear_line(self, error, status, words):
+  def test_is_one_clear_line(self, error, status, words, workdir=''):
+    flags = [f'--workdir={workdir}'] if workdir else []
     run = subprocess.run(
-      [sys.executable, '-c', _PROGRAM.format(error=error)],
+      [sys.executable, '-c', _PROGRAM.format(error=error), *flags],
       cwd=_ROOT,
       env=os.environ | {'JAX_PLATFORMS': 'cpu'},
       capture_output=True,

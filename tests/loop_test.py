@@ -347,6 +347,23 @@ class LoopTest(parameterized.TestCase):
     (self.folder / 'run' / name).touch()
     self.assertEqual(loop.claim(self.folder / 'run', self.config), [])
 
+  def test_a_config_json_that_is_nested_too_deeply_is_refused(self):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    (folder / 'config.json').write_text('[' * 99_999)
+    for read in (
+      lambda: loop.claim(folder, self.config),
+      lambda: loop.load(folder),
+    ):
+      with self.assertRaisesRegex(InputError, r'config\.json is not JSON'):
+        read()
+
+  def test_a_path_that_no_folder_can_have_is_refused(self):
+    with self.assertRaisesRegex(InputError, 'workdir .*no path'):
+      loop.fit(self.config, 'a\0b', console=False)
+    for field in ('init_from', 'data.path', 'data.tokenizer', 'data.cache_dir'):
+      with self.assertRaisesRegex(InputError, field):
+        ds.changed(self.config, {field: 'a\0b'})
+
   @parameterized.parameters('[]', '3', 'null')
   def test_a_config_json_without_an_object_is_refused(self, text):
     folder = Path(self.enter_context(tempfile.TemporaryDirectory()))

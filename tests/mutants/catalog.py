@@ -1,6 +1,14 @@
 """All known bugs."""
 
-from tests.mutants import attention, engram, routing, sparse, training, v4
+from tests.mutants import (
+  attention,
+  corpus,
+  engram,
+  routing,
+  sparse,
+  training,
+  v4,
+)
 
 MUTANTS = (
   *attention.MUTANTS,
@@ -9,4 +17,5 @@ MUTANTS = (
   *sparse.MUTANTS,
   *v4.MUTANTS,
   *engram.MUTANTS,
+  *corpus.MUTANTS,
 )

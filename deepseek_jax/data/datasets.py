@@ -44,7 +44,7 @@ def folder_reason(folder: str, folders, names) -> str | None:
     'checkpoints' in folders or 'metrics.jsonl' in names
   ):
     config = _object(os.path.join(folder, 'config.json'))
-    if config is None or {'model', 'data', 'train'} <= config.keys():
+    if config and {'model', 'data', 'train'} <= config.keys():
       return left_out.RUN
   at = os.path.basename(folder)
   if _is_hub_cache(folders) and at.startswith(('models--', 'spaces--')):
@@ -150,7 +150,8 @@ class Rules:
       return False
     at = parts[:-1]
     dataset = at in self._record_folders or at in self._splits
-    return self._cards[parts].hub or dataset
+    described = not self._folders[at].isdisjoint(_DESCRIPTIONS)
+    return self._cards[parts].hub or dataset or described
 
   def _is_held(self, parts):
     """Whether a file is of another split than train."""
@@ -188,7 +189,7 @@ class Rules:
     """The names of the .arrow files that a saved dataset consists of."""
     state = _object(path)
     try:
-      names = {file['filename'] for file in state['_data_files']}
+      names = {str(file['filename']) for file in state['_data_files']}
       indices = state.get('_indices_data_files') or state.get('_indices_files')
     except (TypeError, LookupError, AttributeError):
       raise InputError(

@@ -8,6 +8,7 @@ several links lead to is read once.
 import fnmatch
 import mimetypes
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,12 +19,12 @@ from deepseek_jax.data.readers import File
 from deepseek_jax.errors import InputError
 
 # They hold text, or records of it, though their first bytes are no text.
-_CONTAINERS = (
+_CONTAINERS = {
   '.7z', '.avro', '.br', '.bz2', '.db', '.doc', '.docx', '.epub', '.feather',
   '.gz', '.h5', '.hdf5', '.lance', '.lz4', '.mds', '.odt', '.orc', '.pdf',
   '.rar', '.sqlite', '.tar', '.tbz', '.tfrecord', '.tfrecords', '.tgz', '.txz',
   '.xz', '.zip', '.zst',
-)  # fmt: skip
+}  # fmt: skip
 
 
 class _Found(NamedTuple):
@@ -120,7 +121,7 @@ def _walk(root, skip, out) -> Iterator[_Found]:
       reason = left_out.ABOVE
     reason = reason or datasets.folder_reason(folder, folders, names)
     if reason:
-      out.add(reason, '/'.join(parts) + '/')
+      out.add(reason, '/'.join(parts or (os.curdir,)) + '/')
       folders[:] = []
       continue
     seen.add(real)
@@ -159,8 +160,9 @@ def _raise(error):
 
 def _kind_of_other(path):
   """Why a file is left out whose name says nothing of text."""
-  low = path.lower()
-  if low.endswith(_CONTAINERS):
+  low = os.path.basename(path).lower()
+  # As in x.tfrecord-00000-of-00001.
+  if not _CONTAINERS.isdisjoint(re.findall(r'\.[a-z0-9]+', low)):
     return left_out.UNREAD
   media = (mimetypes.guess_type(low)[0] or '').partition('/')[0]
   if media in ('image', 'audio', 'video', 'font'):

@@ -6,10 +6,12 @@ long; a file of records has one text a record, in its field 'text'.
 
 import codecs
 import contextlib
+import errno
 import io
 import itertools
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -96,6 +98,8 @@ def has_records(file: File) -> bool:
 def head(path: str, size: int) -> bytes:
   """The first bytes of a file; InputError if it can't be read."""
   try:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise OSError(errno.EINVAL, 'it is no regular file', path)
     with open(path, 'rb') as stream:
       return stream.read(size)
   except OSError as error:
@@ -197,9 +201,12 @@ def _first(stream) -> bytes:
   """The first byte that is no space or byte order mark; skips those before."""
   if stream.peek(3)[:3] == codecs.BOM_UTF8:
     stream.read(3)
-  while (byte := stream.peek(1)[:1]) and byte in b' \t\r\n':
-    stream.read(1)
-  return byte
+  while chunk := stream.peek(1):
+    left = chunk.lstrip()
+    stream.read(len(chunk) - len(left))
+    if left:
+      return left[:1]
+  return b''
 
 
 def _lines(stream, where):

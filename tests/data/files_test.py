@@ -206,6 +206,12 @@ class FilesTest(parameterized.TestCase):
     state = {'_data_files': [], '_indices_data_files': [{'filename': 'i'}]}
     self.write('state.json', content=json.dumps(state))
     self.assert_refused('state.json', 'selects rows')
+    for wrong in ('3', '[' * 99_999, '{"_data_files": [{"filename": 1}, {}]}'):
+      self.write('state.json', content=wrong)
+      self.assert_refused('state.json', 'not what datasets saves')
+    files = [{'filename': 1}, {'filename': '../a'}]
+    self.write('state.json', content=json.dumps({'_data_files': files}))
+    self.assert_refused('state.json', 'is missing')
 
   def test_of_a_saved_dictionary_of_datasets_train_is_read(self):
     for split in ('train', 'held', 'test'):
@@ -274,6 +280,7 @@ class FilesTest(parameterized.TestCase):
     ('big.json', json.dumps({'data': ['words'] * 999})),
     ('big.json', json.dumps([{'body': 'words ' * 999}])),
     ('big.tar.gz', os.urandom(9999)),
+    ('x-train.tfrecord-00000-of-00001', os.urandom(9999)),
   )
   def test_more_text_left_out_than_read_is_refused(self, name, content):
     self.write('notes.txt', 'README.md')
@@ -351,9 +358,11 @@ class FilesTest(parameterized.TestCase):
     os.symlink('/dev/zero', self.path('zero.txt'))
     os.symlink('nowhere', self.path('gone'))
     os.symlink('self', self.path('self'))
+    os.mkfifo(self.path('config.json'))
+    self.write('metrics.jsonl')
     names, line = self.read()
-    self.assertEqual(names, ['a.txt'])
-    self.assertIn('4 no regular file (fifo.txt, gone, self, …)', line)
+    self.assertEqual(names, ['a.txt', 'metrics.jsonl'])
+    self.assertIn('5 no regular file (config.json, fifo.txt, gone, …)', line)
     for name in ('fifo.txt', 'zero.txt'):
       self.assert_refused(name, 'no regular file', root=self.path(name))
     os.symlink('loop.txt', self.path('loop.txt'))

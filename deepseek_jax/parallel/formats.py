@@ -25,10 +25,18 @@ def check(dim: int, dispatch: str) -> None:
     )
 
 
-def encode(x: jax.Array, form: str) -> tuple[jax.Array, ...]:
-  """x [M D] as the arrays that travel, each with M rows."""
+def encode(
+  x: jax.Array, form: str, floor: float = 0.0
+) -> tuple[jax.Array, ...]:
+  """Returns x [M D] as the arrays that travel, each with M rows.
+
+  Args:
+    x: tokens, results, or the gradients of either.
+    form: one of FORMATS.
+    floor: no 128 numbers count as smaller in float8; 0 for gradients.
+  """
   if form == 'float8':
-    q, scales = quantize.quantize(x, block=(1, _GROUP))
+    q, scales = quantize.quantize(x, block=(1, _GROUP), floor=floor)
     # As bits: not every backend's collectives know float8, and XLA:CPU's send
     # bfloat16 as float32.
     return jax.lax.bitcast_convert_type(q, jnp.uint8), scales

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel import formats
+from pallas_kernels.quantize import ACTIVATION_FLOOR
 
 
 class Wire(NamedTuple):
@@ -27,6 +28,8 @@ class Wire(NamedTuple):
     dtype: of rows when they are computed on.
     ragged: rows travel without filler.
     sent, received: M and R.
+    floor: no 128 numbers of a token count as smaller in float8, as in
+      DeepSeek's kernels. Gradients have none: they shrink with the batch.
   """
 
   axis: str
@@ -38,6 +41,7 @@ class Wire(NamedTuple):
   ragged: bool = False
   sent: int = 0
   received: int = 0
+  floor: float = ACTIVATION_FLOOR
 
   def plain(self) -> 'Wire':
     """The same for float32 rows that nothing may round."""
@@ -82,8 +86,8 @@ def move(x: jax.Array, offsets, wire: Wire, *, back: bool = False):
   return _blocks(x, wire)
 
 
-def _carried(x, offsets, wire, form, back):
-  parts = formats.encode(x, form)
+def _carried(x, offsets, wire, form, back, floor=0.0):
+  parts = formats.encode(x, form, floor)
   moved = tuple(move(p, offsets, wire, back=back) for p in parts)
   return formats.decode(moved, form, wire.dtype)
 
@@ -91,13 +95,13 @@ def _carried(x, offsets, wire, form, back):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def there(x: jax.Array, offsets, wire: Wire) -> jax.Array:
   """x [M D] -> the rows that come here [R D], in the format of dispatch."""
-  return _carried(x, offsets, wire, wire.dispatch, False)
+  return _carried(x, offsets, wire, wire.dispatch, False, wire.floor)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def back(x: jax.Array, offsets, wire: Wire) -> jax.Array:
   """Results [R D] -> those of one's own rows [M D], in that of combine."""
-  return _carried(x, offsets, wire, wire.combine, True)
+  return _carried(x, offsets, wire, wire.combine, True, wire.floor)
 
 
 there.defvjp(
@@ -110,15 +114,15 @@ back.defvjp(
 )
 
 
-def _gather(x, wire: Wire, form: str):
+def _gather(x, wire: Wire, form: str, floor=0.0):
   one = lambda p: jax.lax.all_gather(p, wire.axis, tiled=True)
-  parts = tuple(map(one, formats.encode(x, form)))
+  parts = tuple(map(one, formats.encode(x, form, floor)))
   return formats.decode(parts, form, wire.dtype)
 
 
-def _scatter(x, wire: Wire, form: str):
+def _scatter(x, wire: Wire, form: str, floor=0.0):
   # Not psum_scatter: it would add up in the format of the wire.
-  parts = tuple(_blocks(p, wire) for p in formats.encode(x, form))
+  parts = tuple(_blocks(p, wire) for p in formats.encode(x, form, floor))
   moved = formats.decode(parts, form, jnp.float32)
   summed = moved.reshape(wire.size, -1, *x.shape[1:]).sum(axis=0)
   return summed.astype(wire.dtype)
@@ -127,13 +131,13 @@ def _scatter(x, wire: Wire, form: str):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, wire: Wire) -> jax.Array:
   """x [N D] -> every device's [n N D], in the format of dispatch."""
-  return _gather(x, wire, wire.dispatch)
+  return _gather(x, wire, wire.dispatch, wire.floor)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scatter(x: jax.Array, wire: Wire) -> jax.Array:
   """Shares [n N D] -> their float32 sum [N D], in the format of combine."""
-  return _scatter(x, wire, wire.combine)
+  return _scatter(x, wire, wire.combine, wire.floor)
 
 
 gather.defvjp(

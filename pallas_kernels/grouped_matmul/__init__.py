@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import ACTIVATION_FLOOR, dequantize, quantize
 
 __all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 
@@ -82,7 +82,7 @@ def _float8(rows, weights, block_expert, used, transpose, impl):
 
 
 def _float8_fwd(rows, weights, block_expert, used, transpose, impl):
-  x = quantize(rows, power_of_two=True, impl=impl)
+  x = quantize(rows, power_of_two=True, floor=ACTIVATION_FLOOR, impl=impl)
   w = _squares(weights, impl)
   right = w if transpose else _turned(*w)
   out = _fp8(*x, *right, block_expert, used, rows.dtype, impl)
@@ -101,8 +101,9 @@ def _float8_bwd(transpose, impl, saved, grad):
     return fp8.outer(*args)
 
   block = grad.shape[0] // max(expert.shape[0], 1)
-  rows = _over_rows(dequantize(*x, grad.dtype), block, impl)
-  pair = (rows, _over_rows(grad, block, impl))
+  rows = dequantize(*x, grad.dtype)
+  rows = _over_rows(rows, block, ACTIVATION_FLOOR, impl)
+  pair = (rows, _over_rows(grad, block, 0.0, impl))
   left, right = reversed(pair) if transpose else pair
   args = (*left, *right, expert, used, w[0].shape[0], grad.dtype)
   dweights = dispatch.run(
@@ -125,10 +126,10 @@ def _turned(weights, scales):
   return weights.swapaxes(1, 2), scales.swapaxes(1, 2)
 
 
-def _over_rows(x, block, impl):
+def _over_rows(x, block, floor, impl):
   """x [M D] turned, in float8 with a scale per 128 rows of one expert."""
-  along = math.gcd(block, 128)
-  return quantize(x.T, block=(1, along), power_of_two=True, impl=impl)
+  args = {'block': (1, math.gcd(block, 128)), 'floor': floor}
+  return quantize(x.T, **args, power_of_two=True, impl=impl)
 
 
 def grouped_matmul(
@@ -158,6 +159,9 @@ def grouped_matmul(
       of the weights: per gcd(block, 128) rows), weights one per 128 x 128; D
       and F are multiples of 128. The rows are kept in float8 until the
       backward pass, so their scales, and the gradients', are powers of two.
+      No 128 numbers of the rows count as smaller than ACTIVATION_FLOOR;
+      gradients and weights have no floor, so the error of a gradient does not
+      depend on the scale of the loss.
     impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, with
       float8 of 128 * n for the gradient, D and F multiples of 128).
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.latent_kv import reference
+from pallas_kernels.quantize import ACTIVATION_FLOOR, check_floor
 
 __all__ = ['FP8Pages', 'Pages', 'latent_kv', 'pack', 'unpack']
 
@@ -44,6 +45,7 @@ def latent_kv(
   cache,
   *,
   eps=1e-6,
+  floor: float = ACTIVATION_FLOOR,
   interleaved=True,
   splits=None,
   impl=None,
@@ -60,6 +62,8 @@ def latent_kv(
     cache: Pages or FP8Pages. Donate it where this is jitted: the kernel then
       writes in place.
     eps: of the RMSNorm.
+    floor: no 128 numbers of an FP8Pages' latent count as smaller, as in
+      quantize.
     interleaved: pairs of channels are (2i, 2i+1), else (i, i + R/2).
     splits: parts that the width is cut into on the GPU; None picks one for
       many tokens, and enough to fill the device for few.
@@ -70,27 +74,28 @@ def latent_kv(
     The cache. Products, norm and rope are float32, rounded once when stored.
 
   Raises:
-    ValueError: shapes that don't fit each other.
+    ValueError: shapes that don't fit each other, or a negative floor.
     NotImplementedError: impl='gpu' for what the kernel can't take, or
       differentiation.
   """
   _check(x, w, gain, cos, sin, slots, cache)
+  check_floor(floor)
   cache = type(cache)(*map(jnp.asarray, cache))
   args = (x, w, gain, cos, sin, jnp.asarray(slots), cache)
   impl = dispatch.chosen(impl)
-  return _latent_kv(*args, eps, interleaved, splits, impl)
+  return _latent_kv(*args, eps, floor, interleaved, splits, impl)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10, 11))
 def _latent_kv(
-  x, w, gain, cos, sin, slots, cache, eps, interleaved, splits, impl
+  x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits, impl
 ):
   def gpu(*args):
     from pallas_kernels.latent_kv import gpu
 
     return gpu.latent_kv(*args, splits)
 
-  args = (x, w, gain, cos, sin, slots, cache, eps, interleaved)
+  args = (x, w, gain, cos, sin, slots, cache, eps, floor, interleaved)
   return dispatch.run('latent_kv', impl, gpu, reference.latent_kv, *args)
 
 

@@ -28,7 +28,9 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def latent_kv(x, w, gain, cos, sin, slots, cache, eps, interleaved, splits):
+def latent_kv(
+  x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits
+):
   _supported(x, w, gain, cache)
   N, D = x.shape
   tiles = -(-N // ROWS)
@@ -47,10 +49,10 @@ def latent_kv(x, w, gain, cos, sin, slots, cache, eps, interleaved, splits):
   operands = (tall(x), w, _partners(w[:, LATENT:], interleaved))
   splits = splits or _pick_splits(tiles, D // STEP, compat.num_sms())
   if splits == 1:
-    out = _write(_fused_body, _ring(), operands, rest, flat, eps)
+    out = _write(_fused_body, _ring(), operands, rest, flat, eps, floor)
   else:
     parts = _product(operands, splits).sum(0)
-    out = _write(_finish_body, {}, (parts,), rest, flat, eps)
+    out = _write(_finish_body, {}, (parts,), rest, flat, eps, floor)
   return type(cache)(*(a.reshape(b.shape) for a, b in zip(out, cache)))
 
 
@@ -200,7 +202,7 @@ def _finish_body(parts, *, tile):
   return read(0, HALF), read(HALF, ROPE)
 
 
-def _write(products, ring, operands, rest, flat, eps):
+def _write(products, ring, operands, rest, flat, eps, floor):
   """Norm, rope, rounding, and each row into its slot; returns the cache."""
   caches = [jax.new_ref(a) for a in flat]
   tiles = rest[-1].shape[0] // ROWS
@@ -224,7 +226,7 @@ def _write(products, ring, operands, rest, flat, eps):
     tile = lax.axis_index('tile')
     store = dict(zip(scratch, refs, strict=True))
     latent, rope = products(*given, *(store[n] for n in ring), tile=tile)
-    _store(latent, rope, *rest, caches, store, tile=tile, eps=eps)
+    _store(latent, rope, *rest, caches, store, tile, eps, floor)
 
   compat.kernel_in_place(
     body, grid={'tile': tiles}, threads=2, scratch=list(scratch.values())
@@ -236,7 +238,7 @@ def _wide(values, shape, axis=0):
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
-def _store(latent, rope, gain, table, slots, caches, store, *, tile, eps):
+def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   stat, turned, key, where = (
     store[n] for n in ('stat', 'turned', 'key', 'where')
@@ -281,7 +283,8 @@ def _store(latent, rope, gain, table, slots, caches, store, *, tile, eps):
     if start:
       plgpu.wait_smem_to_gmem(0)  # the last piece has been read
     if len(caches) == 3:
-      own, factor = quantize.scales_of(jnp.abs(values).max(axis=1), False)
+      amax = jnp.abs(values).max(axis=1)
+      own, factor = quantize.scales_of(amax, False, floor)
       values = values * _wide(factor, values.shape)
       store['scale'][g] = own
     staged = store['staged'].at[g]

@@ -27,14 +27,14 @@ def put(pages, slots, rows):
   return flat.reshape(pages.shape)
 
 
-def latent_kv(x, w, gain, cos, sin, slots, cache, eps, interleaved):
+def latent_kv(x, w, gain, cos, sin, slots, cache, eps, floor, interleaved):
   kv = jnp.dot(x, w, preferred_element_type=jnp.float32)
   c, k = jnp.split(kv, [gain.shape[0]], axis=-1)
   c = c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)
   c = c * gain.astype(jnp.float32)
   rows = {'c': c, 'k_r': turn(k, cos, sin, interleaved)}
   if hasattr(cache, 'scales'):
-    rows['c'], rows['scales'] = quantize.quantize(c, (1, GROUP), False)
+    rows['c'], rows['scales'] = quantize.quantize(c, (1, GROUP), False, floor)
   return cache._replace(
     **{
       name: put(getattr(cache, name), slots, row) for name, row in rows.items()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.permute import reference
 from pallas_kernels.permute.reference import Plan
+from pallas_kernels.quantize import ACTIVATION_FLOOR, check_floor
 
 __all__ = ['Plan', 'combine', 'permute', 'permute_fp8', 'plan']
 
@@ -84,9 +85,9 @@ def permute(x, plan: Plan, *, impl: str | None = None):
   return _permute(x, plan, dispatch.chosen(impl))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _permute_fp8(x, plan, power_of_two, impl):
-  return _run('permute_fp8', impl, x, plan, power_of_two)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _permute_fp8(x, plan, power_of_two, floor, impl):
+  return _run('permute_fp8', impl, x, plan, power_of_two, floor)
 
 
 def _no_gradient(*_):
@@ -98,7 +99,14 @@ def _no_gradient(*_):
 _permute_fp8.defvjp(lambda *args: (_permute_fp8(*args), None), _no_gradient)
 
 
-def permute_fp8(x, plan: Plan, *, power_of_two=False, impl=None):
+def permute_fp8(
+  x,
+  plan: Plan,
+  *,
+  power_of_two=False,
+  floor: float = ACTIVATION_FLOOR,
+  impl=None,
+):
   """permute of x in float8 with a scale per 1 x 128 numbers.
 
   A token is read and quantised once, in registers, for all of its choices:
@@ -108,6 +116,7 @@ def permute_fp8(x, plan: Plan, *, power_of_two=False, impl=None):
     x: [N D] bfloat16 or float32, D a multiple of 128.
     plan: from `plan`.
     power_of_two: UE8M0 scales, as in quantize.
+    floor: no 128 numbers count as smaller, as in quantize.
     impl: None, 'reference' or 'gpu' (D a multiple of 512).
 
   Returns:
@@ -115,12 +124,13 @@ def permute_fp8(x, plan: Plan, *, power_of_two=False, impl=None):
     what grouped_matmul_fp8 takes. It has no gradient.
 
   Raises:
-    ValueError: D is not a multiple of 128.
+    ValueError: D is not a multiple of 128, or floor is negative.
     NotImplementedError: impl='gpu' for another width, or differentiation.
   """
   if x.shape[-1] % 128:
     raise ValueError(f'x is {list(x.shape)}: its width must be 128 * n')
-  return _permute_fp8(x, plan, power_of_two, dispatch.chosen(impl))
+  check_floor(floor)
+  return _permute_fp8(x, plan, power_of_two, floor, dispatch.chosen(impl))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -49,8 +49,8 @@ def permute(x, plan):
   return _spread(x, plan, out, _plain(x))
 
 
-def permute_fp8(x, plan, power_of_two):
-  how = _quantised(x, power_of_two)
+def permute_fp8(x, plan, power_of_two, floor):
+  how = _quantised(x, power_of_two, floor)
   N, M, blocks = x.shape[0], plan.source.shape[0], x.shape[1] // quantize.SIDE
   outs = (
     jax.ShapeDtypeStruct((M, blocks, quantize.SIDE), FP8),
@@ -120,7 +120,7 @@ def _plain(x) -> _Part:
   )
 
 
-def _quantised(x, power_of_two) -> _Part:
+def _quantised(x, power_of_two, floor) -> _Part:
   """Blocks of [N D/128 128] in float8, with their scales."""
   quantize.check_dtype(x)
   tile = next((n for n in (8, 4) if x.shape[1] % (n * quantize.SIDE) == 0), 0)
@@ -131,7 +131,7 @@ def _quantised(x, power_of_two) -> _Part:
 
   def read(x, n, part):
     values = compat.load(x, (n, part, slice(None)), layout, optimized=False)
-    return quantize.by_row(values.astype(jnp.float32), power_of_two)
+    return quantize.by_row(values.astype(jnp.float32), power_of_two, floor)
 
   def write(value, row, part, out, scales):
     compat.store(out, (row, part, slice(None)), value[0])

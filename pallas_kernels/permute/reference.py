@@ -86,8 +86,8 @@ def permute(x, plan: Plan):
   return _take(x, plan.source // plan.slot.shape[1])
 
 
-def permute_fp8(x, plan: Plan, power_of_two):
-  q, scales = quantize.quantize(x, (1, 128), power_of_two)
+def permute_fp8(x, plan: Plan, power_of_two, floor):
+  q, scales = quantize.quantize(x, (1, 128), power_of_two, floor)
   token = plan.source // plan.slot.shape[1]
   return _take(q, token), _take(scales, token)
 

@@ -5,50 +5,72 @@ DeepSeek-V3 (arXiv:2412.19437, section 3.3.2); scales that are powers of two
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.reference import ACTIVATION_FLOOR
 
-__all__ = ['dequantize', 'quantize']
+__all__ = ['ACTIVATION_FLOOR', 'dequantize', 'quantize']
 
 
 def quantize(
-  x, *, block: tuple[int, int] = (1, 128), power_of_two=False, impl=None
+  x,
+  *,
+  block: tuple[int, int] = (1, 128),
+  power_of_two=False,
+  floor: float = 0.0,
+  impl=None,
 ):
   """x [N D] -> (q [N D] float8_e4m3fn, scales [N/R D/C] float32).
 
   x is about q * scale of its block. The scale is the largest magnitude of the
-  block over 448; with power_of_two the next power of two from there up, which
-  converts to float8_e8m0fnu without loss. No block's magnitude counts less
-  than 1e-4. It has no gradient: wrap it in a function with its own VJP.
+  block over 448, at least 2^-126; with power_of_two the next power of two from
+  there up, which converts to float8_e8m0fnu without loss. Scales are never NaN
+  or infinite; such numbers of x come back as they are. Without a floor q is
+  the same for x and 2^-k x as long as scales stay above 2^-126. It has no
+  gradient: wrap it in a function with its own VJP.
 
   Args:
     x: [N D] bfloat16 or float32.
     block: (R, C) that one scale covers; R divides N and C divides D.
     power_of_two: UE8M0 scales.
+    floor: no block's magnitude counts as less. Published formats of
+      activations have ACTIVATION_FLOOR; gradients must have none.
     impl: None, 'reference' or 'gpu' (blocks (1, 128) and (128, 128)).
 
   Raises:
-    ValueError: x is not a matrix of whole blocks.
+    ValueError: x is not a matrix of whole blocks, or floor is negative or not
+      finite.
     NotImplementedError: impl='gpu' for a block that the kernel can't take, or
       differentiation.
   """
   if x.ndim != 2 or x.shape[0] % block[0] or x.shape[1] % block[1]:
     raise ValueError(f'x is {list(x.shape)}: not a matrix of {block} blocks')
-  return _quantize(x, block, power_of_two, dispatch.chosen(impl))
+  check_floor(floor)
+  return _quantize(x, block, power_of_two, floor, dispatch.chosen(impl))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _quantize(x, block, power_of_two, impl):
+def check_floor(floor: float) -> None:
+  """Raises ValueError unless `floor` is a finite number of 0 or more."""
+  if not 0 <= floor < math.inf:
+    raise ValueError(
+      f'floor = {floor}: must be 0 (none) or more and finite; activations have'
+      f' {ACTIVATION_FLOOR:g}'
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _quantize(x, block, power_of_two, floor, impl):
   def gpu(*args):
     from pallas_kernels.quantize import gpu
 
     return gpu.quantize(*args)
 
-  args = (x, block, power_of_two)
+  args = (x, block, power_of_two, floor)
   return dispatch.run('quantize', impl, gpu, reference.quantize, *args)
 
 

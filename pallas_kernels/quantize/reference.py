@@ -5,14 +5,34 @@ import jax.numpy as jnp
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
-TINY = 1e-4  # least amplitude of a block, so that a block of zeros has a scale
+# DeepSeek's kernels count no block of activations as smaller than this
+# (DeepGEMM, per_token_cast_to_fp8). Gradients have no natural size: a mean
+# over many tokens makes all of them smaller.
+ACTIVATION_FLOOR = 1e-4
+# The least scale whose inverse is normal too; that of a block of zeros.
+LEAST_SCALE = 2.0**-126
+# 448 of these overflow, so that an infinity comes back as one.
+INFINITE_SCALE = 2.0**120
 
 
-def scales_of(amax, power_of_two):
-  """amax float32 -> (scale, what to multiply by) of each block."""
-  amax = jnp.maximum(amax, TINY)
+def scales_of(amax, power_of_two, floor):
+  """Returns the scale of each block and what to multiply the block by.
+
+  Both are normal float32 for every amax, NaN and infinity included, so that
+  no other number of the block becomes NaN.
+
+  Args:
+    amax: float32, the largest magnitude of each block.
+    power_of_two: rounds scales up to powers of two.
+    floor: no amax counts as less; 0 for none.
+  """
+  finite = amax < jnp.inf
+  amax = jnp.maximum(amax, max(floor, FP8_MAX * LEAST_SCALE))
   if not power_of_two:
-    return amax / FP8_MAX, FP8_MAX / amax
+    pick = lambda scale, other: jnp.where(finite, scale, other)
+    scale = pick(amax / FP8_MAX, INFINITE_SCALE)
+    return scale, pick(FP8_MAX / amax, 1 / INFINITE_SCALE)
+  amax = jnp.where(finite, amax, jnp.finfo(jnp.float32).max)
   # The next power of two from the bits: exact, as a logarithm is not.
   bits = jax.lax.bitcast_convert_type(amax * (1 / FP8_MAX), jnp.int32)
   exponent = (bits + 0x7FFFFF) & 0x7F800000
@@ -25,10 +45,10 @@ def _blocks(x, block):
   return x.reshape(x.shape[0] // R, R, x.shape[1] // C, C)
 
 
-def quantize(x, block, power_of_two):
+def quantize(x, block, power_of_two, floor):
   parts = _blocks(x.astype(jnp.float32), block)
   amax = jnp.abs(parts).max(axis=(1, 3), keepdims=True)
-  scale, gain = scales_of(amax, power_of_two)
+  scale, gain = scales_of(amax, power_of_two, floor)
   q = jnp.clip(parts * gain, -FP8_MAX, FP8_MAX).astype(FP8)
   return q.reshape(x.shape), scale[:, 0, :, 0]
 

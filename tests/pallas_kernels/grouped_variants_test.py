@@ -120,11 +120,12 @@ class GroupedMatmulFp8Test(parameterized.TestCase):
       )(jnp.asarray(args[0]))
 
 
-def rounded(x, block, power_of_two=False):
+def rounded(x, block, power_of_two=False, floor=0.0):
   """x after float8 with a scale per block, by the definition in float64."""
   (N, D), (R, C) = x.shape, block
   parts = x.astype(np.float64).reshape(N // R, R, D // C, C)
-  scale = np.maximum(np.abs(parts).max(axis=(1, 3), keepdims=True), 1e-4) / 448
+  amax = np.maximum(np.abs(parts).max(axis=(1, 3), keepdims=True), floor)
+  scale = np.where(amax > 0, amax, 1) / 448
   if power_of_two:
     scale = np.exp2(np.ceil(np.log2(scale)))
   codes = np.clip(parts / scale, -448, 448).astype(np.float32)
@@ -140,6 +141,7 @@ class GroupedMatmulFloat8Test(parameterized.TestCase):
     # Rows of very different size: one scale for all would lose the small.
     size = np.exp(rng.normal(size=(len(real), 1)) * 2) * real[:, None]
     rows = (rng.normal(size=(len(real), D)) * size).astype(np.float32)
+    rows[0] *= 1e-6  # below the floor of activations
     weights = rng.normal(size=(E, D, F)).astype(np.float32)
     grad = (rng.normal(size=(len(real), F)) * size).astype(np.float32)
     return rows, weights, grad, expert, used
@@ -147,9 +149,11 @@ class GroupedMatmulFloat8Test(parameterized.TestCase):
   def loop(self, rows, weights, grad, expert, block):
     """Value and gradients of the products of rounded factors."""
     w = np.stack([rounded(m, (128, 128)) for m in weights])
-    x, g = (rounded(a, (1, 128), True) for a in (rows, grad))
-    along = lambda a: rounded(a.T, (1, np.gcd(block, 128)), True).T
-    x_down, g_down = along(x), along(grad)
+    x, g = rounded(rows, (1, 128), True, 1e-4), rounded(grad, (1, 128), True)
+    along = lambda a, floor: (
+      rounded(a.T, (1, np.gcd(block, 128)), True, floor).T
+    )
+    x_down, g_down = along(x, 1e-4), along(grad, 0.0)
     per_row = np.repeat(expert, block)
     out = np.stack([row @ w[e] for row, e in zip(x, per_row)])
     drows = np.stack([row @ w[e].T for row, e in zip(g, per_row)])
@@ -174,6 +178,28 @@ class GroupedMatmulFloat8Test(parameterized.TestCase):
     for got, wanted in zip((out, drows, turn(dweights)), want):
       scale = np.abs(wanted).max()
       np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6 * scale)
+
+  @parameterized.parameters(False, True)
+  def test_gradients_follow_the_scale_of_the_loss_exactly(self, transpose):
+    args = self.draw(shapes.TEST_WIDE['rows_128'])
+    rows, weights, grad, expert, used = args
+    weights = weights.swapaxes(1, 2) if transpose else weights
+    fn = lambda x, w: grouped_matmul(
+      x, w, expert, used=used, transpose=transpose, float8=True
+    )
+    pull = jax.jit(jax.vjp(fn, rows, weights)[1])
+    want = pull(jnp.asarray(grad))
+    for k in (10, 40, 80):
+      s = np.float32(2.0**-k)
+      for got, whole in zip(pull(jnp.asarray(grad * s)), want):
+        self.assertGreater(float(jnp.abs(whole).max()), 0)
+        np.testing.assert_array_equal(got, whole * s, err_msg=f'2^-{k}')
+
+  def test_small_weights_have_no_floor(self):
+    rows, weights, _, expert, used = self.draw(shapes.TEST_WIDE['rows_128'])
+    fn = lambda w: grouped_matmul(rows, w, expert, used=used, float8=True)
+    s = np.float32(2.0**-60)
+    np.testing.assert_array_equal(fn(weights * s), fn(weights) * s)
 
   def test_it_is_near_the_product_itself(self):
     rows, weights, grad, expert, used = self.draw(shapes.TEST_WIDE['rows_128'])

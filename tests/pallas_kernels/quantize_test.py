@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import ACTIVATION_FLOOR, dequantize, quantize
 from pallas_kernels.quantize.shapes import TEST
 
 # Every finite e4m3 value, from its bits.
@@ -28,18 +28,23 @@ def spread(scales, shape):
 
 
 class QuantizeTest(parameterized.TestCase):
-  @parameterized.named_parameters(TEST.items())
+  @parameterized.product(name=sorted(TEST), floor=(0.0, ACTIVATION_FLOOR))
   def test_values_are_the_nearest_float8_and_scales_follow_the_maximum(
-    self, shape
+    self, name, floor
   ):
-    x = draw(shape)
+    x, shape = draw(TEST[name]), TEST[name]
     q, scales = quantize(
-      x, block=shape.block, power_of_two=shape.power_of_two, impl='reference'
+      x,
+      block=shape.block,
+      power_of_two=shape.power_of_two,
+      floor=floor,
+      impl='reference',
     )
     self.assertEqual(q.dtype, jnp.float8_e4m3fn)
     R, C = shape.block
     amax = np.abs(x).reshape(x.shape[0] // R, R, -1, C).max((1, 3))
-    exact = np.maximum(amax.astype(np.float64), 1e-4) / 448
+    exact = np.maximum(amax.astype(np.float64), floor) / 448
+    exact = np.maximum(exact, 2.0**-126)  # of zeros
     if shape.power_of_two:
       exact = 2.0 ** np.ceil(np.log2(exact))
     np.testing.assert_allclose(scales, exact, rtol=2e-7)
@@ -70,6 +75,61 @@ class QuantizeTest(parameterized.TestCase):
     packed = scales.astype(jnp.float8_e8m0fnu).astype(jnp.float32)
     np.testing.assert_array_equal(packed, scales)
 
+  @parameterized.named_parameters(TEST.items())
+  def test_without_a_floor_a_smaller_block_has_the_same_bits(self, shape):
+    # A mean over more tokens makes all gradients smaller by one factor.
+    x = draw(shape)
+    x[:-1] /= np.abs(x[:-1]).max(axis=1, keepdims=True)
+    op = jax.jit(
+      lambda x: quantize(
+        x, block=shape.block, power_of_two=shape.power_of_two, impl='reference'
+      )
+    )
+    q, scales = op(x)
+    for k in (1, 10, 40, 100):
+      smaller, own = op(x * np.float32(2.0**-k))
+      with self.subTest(k=k):
+        np.testing.assert_array_equal(
+          jax.lax.bitcast_convert_type(smaller, jnp.uint8),
+          jax.lax.bitcast_convert_type(q, jnp.uint8),
+        )
+        some = np.asarray(scales) > 2.0**-126  # not those of zeros
+        np.testing.assert_array_equal(
+          np.asarray(own)[some], np.asarray(scales)[some] * 2.0**-k
+        )
+
+  @parameterized.product(
+    top=(0.0, 1e-45, 1e-38, 2.0**-126, 2.0**-118, 3e38, np.inf, np.nan),
+    power=(False, True),
+    dtype=('float32', 'bfloat16'),
+  )
+  def test_the_ends_of_float32_have_sane_scales(self, top, power, dtype):
+    x = np.full((2, 128), 2.0**-126)
+    x[0, 0], x[1] = top, -1.5
+    x = jnp.asarray(x, dtype)
+    q, scales = quantize(x, power_of_two=power)
+    self.assertTrue(jnp.isfinite(scales).all())
+    self.assertTrue((scales >= 2.0**-126).all())
+    self.assertTrue(jnp.isfinite(1 / scales).all())
+    back = dequantize(q, scales, jnp.dtype(dtype))
+    back = np.asarray(back, np.float64)
+    x = np.asarray(x, np.float64)
+    np.testing.assert_allclose(back[1], x[1], rtol=1 / 16)
+    if np.isfinite(top):
+      # Numbers too small for float32 may become zero, and nothing else.
+      step = max(float(scales[0, 0]) * 2.0**-10, 2.0**-126)
+      np.testing.assert_allclose(back[0], x[0], rtol=1 / 16, atol=step)
+    else:
+      np.testing.assert_array_equal(back[0, 0], top)
+      self.assertTrue(np.isfinite(back[0, 1:]).all())
+
+  def test_a_floor_is_the_least_that_a_block_counts_as(self):
+    x = jnp.full((1, 128), 1e-6)
+    _, scales = quantize(x, floor=ACTIVATION_FLOOR)
+    np.testing.assert_allclose(scales, 1e-4 / 448, rtol=1e-6)
+    _, scales = quantize(x)
+    np.testing.assert_allclose(scales, 1e-6 / 448, rtol=1e-6)
+
   def test_a_gradient_is_refused(self):
     with self.assertRaisesRegex(NotImplementedError, 'no gradient'):
       jax.grad(lambda x: quantize(x)[1].sum())(jnp.ones((1, 128)))
@@ -79,6 +139,9 @@ class QuantizeTest(parameterized.TestCase):
       quantize(jnp.ones((2, 100)))
     with self.assertRaisesRegex(ValueError, r'scales \[3, 1\]'):
       dequantize(jnp.ones((4, 128)), jnp.ones((3, 1)))
+    for floor in (-1e-4, np.nan, np.inf):
+      with self.assertRaisesRegex(ValueError, f'floor = {floor}: must be 0'):
+        quantize(jnp.ones((2, 128)), floor=floor)
     with self.assertRaisesRegex(NotImplementedError, r'blocks of \(1, 64\)'):
       quantize(jnp.ones((2, 128)), block=(1, 64), impl='gpu')
 

@@ -107,6 +107,17 @@ class FormatTest(parameterized.TestCase):
     limit = 0.0625 * float(jnp.abs(x).max()) if form == 'float8' else 0
     self.assertLessEqual(float(error), limit)
 
+  @parameterized.parameters('compute', 'bfloat16', 'float8')
+  def test_a_gradient_keeps_its_numbers_whatever_its_scale(self, form):
+    g = jax.random.normal(jax.random.key(0), (3, 256), jnp.bfloat16)
+    carried = jax.jit(
+      lambda x: formats.decode(formats.encode(x, form), form, x.dtype)
+    )
+    want = carried(g)
+    for k in (10, 40, 100):
+      s = jnp.bfloat16(2.0**-k)
+      np.testing.assert_array_equal(carried(g * s), want * s, err_msg=str(k))
+
   def test_float8_needs_whole_groups(self):
     cfg = ExchangeConfig(dispatch='float8')
     with self.assertRaisesRegex(ds.InputError, 'dim = 100'):

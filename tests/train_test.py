@@ -9,6 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
+from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.train import step as train
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateConfig
@@ -377,6 +378,46 @@ class GateTest(parameterized.TestCase):
     )
     norm = np.sqrt(square) / float(metrics['learning_rate'])
     np.testing.assert_allclose(metrics['update_norm'], norm, rtol=1e-4)
+
+
+class GlobalBatchTest(parameterized.TestCase):
+  def test_float8_experts_learn_from_a_batch_of_any_size(self):
+    """The loss is a mean over V3's 15,360 sequences of 4,096 as over 2,048."""
+    moe = MoEConfig(experts=4, top_k=2, width=128)
+    config = dataclasses.replace(
+      tiny.config('gqa'), dim=128, layout=((('moe',), 1),), moe=moe
+    )
+    models = {
+      float8: ds.build(ds.changed(config, {'moe.float8': float8}))
+      for float8 in (False, True)
+    }
+    variables = models[True].init(jax.random.key(0))
+    # A trained stream has a size of about 1.
+    variables['params']['embed'] *= 50
+    data = tiny.documents(4, 17)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(float8, count):
+      def loss(params):
+        state = {**variables, 'params': params}
+        shares = Shares(count, 1, jnp.float32(0))
+        return train.loss_and_metrics(
+          models[float8], state, data, shares, cross_document=True
+        )[0]
+
+      ffn = jax.grad(loss)(variables['params'])['segments'][0][0]['ffn']
+      return ffn['gate_up'], ffn['down']
+
+    errors = {}
+    for count in (2048.0, 62.9e6, 1e12):
+      pairs = zip(gradients(True, count), gradients(False, count))
+      errors[count] = [
+        float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+        for a, b in pairs
+      ]
+      for error in errors[count]:
+        self.assertBetween(error, 0.02, 0.09, f'{count:g} tokens')
+    np.testing.assert_allclose(errors[62.9e6], errors[2048.0], rtol=0.02)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from deepseek_jax.model.experts.moe import (
   CapacityConfig,
   MoE,
   MoEConfig,
+  apply_experts,
   drop,
   exempted,
 )
@@ -135,6 +136,36 @@ class MoETest(parameterized.TestCase):
     np.testing.assert_allclose(
       run(eight, x[:, :3])[0], rough[0][:, :3], rtol=1e-5, atol=1e-5
     )
+
+  @parameterized.parameters('float32', 'bfloat16')
+  def test_float8_gradients_have_one_error_at_every_scale(self, dtype):
+    # The loss is a mean over the global batch, so V3's 62.9M tokens make
+    # gradients 2^-26 times as small as one token's.
+    rng = np.random.default_rng(0)
+    N, D, E, K, F = 48, 128, 4, 2, 128
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), dtype)
+    args = draw(N, D), 0.05 * draw(E, D, 2, F), 0.05 * draw(E, F, D)
+    experts = np.argsort(rng.random((N, E)), axis=1)[:, :K].astype(np.int32)
+    gates = jnp.asarray(rng.random((N, K)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(slope, float8):
+      run = lambda x, up, down: apply_experts(
+        x, experts, gates, up, down, float8=float8
+      )
+      return jax.vjp(run, *args)[1](slope)
+
+    slope = draw(N, D)
+    exact = gradients(slope, False)
+    first = gradients(slope, True)
+    for k in (0, 10, 26, 40, 60):
+      s = jnp.asarray(2.0**-k, dtype)
+      for one, got, want in zip(first, gradients(slope * s, True), exact):
+        got = np.asarray(got, np.float64) * 2.0**k
+        error = np.linalg.norm(got - np.asarray(want, np.float64))
+        error /= np.linalg.norm(np.asarray(want, np.float64))
+        self.assertBetween(error, 0.03, 0.09, f'2^-{k}')
+        np.testing.assert_array_equal(got, np.asarray(one, np.float64))
 
   def test_float8_refuses_widths_without_whole_blocks(self):
     cfg = dataclasses.replace(tiny.V3_MOE, float8=True)

@@ -77,6 +77,21 @@ class LatentKvTest(parameterized.TestCase):
     for new, old in zip(got, args[6]):
       np.testing.assert_array_equal(flat(new)[untouched], flat(old)[untouched])
 
+  def test_the_floor_of_a_float8_cache_is_an_argument(self):
+    name = next(n for n, shape in TEST.items() if shape.fp8)
+    *arrays, cache = draw(TEST[name])
+    arrays[2] = arrays[2] * 1e-7  # gain
+    floors = {'published': {}, 'none': {'floor': 0.0}}
+    scales = {
+      name: op.latent_kv(*arrays, cache, eps=EPS, **floor).scales
+      for name, floor in floors.items()
+    }
+    slot = divmod(int(arrays[5][0]), cache.c.shape[1])
+    np.testing.assert_allclose(scales['published'][slot], 1e-4 / 448, rtol=1e-6)
+    self.assertLess(float(scales['none'][slot].max()), 1e-6 / 448)
+    with self.assertRaisesRegex(ValueError, 'floor = -1.0: must be 0'):
+      op.latent_kv(*arrays, cache, floor=-1.0)
+
   def test_a_record_is_656_bytes_and_comes_back(self):
     rng = np.random.default_rng(0)
     cache = op.FP8Pages(

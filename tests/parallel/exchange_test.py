@@ -14,7 +14,7 @@ from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.transformer import ComputeConfig
-from deepseek_jax.parallel import exchange, formats, queues
+from deepseek_jax.parallel import exchange, formats, queues, wires
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan.wire import expert_wire as traffic
 from deepseek_jax.plan.wire import traffic as wire
@@ -117,6 +117,30 @@ class FormatTest(parameterized.TestCase):
     for k in (10, 40, 100):
       s = jnp.bfloat16(2.0**-k)
       np.testing.assert_array_equal(carried(g * s), want * s, err_msg=str(k))
+
+  @parameterized.parameters('there', 'back', 'gather', 'scatter')
+  def test_float8_wires_floor_tokens_and_no_gradients(self, name):
+    # On a group of one device a wire rounds, and sends nothing.
+    wire = wires.Wire('x', 1, None, 'float8', 'float8', 'float32')
+    extra = () if name in ('gather', 'scatter') else (None,)
+    carry = lambda x: getattr(wires, name)(x, *extra, wire)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], 'x')
+    spec = jax.sharding.PartitionSpec()
+    on = lambda f, n: jax.jit(
+      jax.shard_map(
+        f, mesh=mesh, in_specs=(spec,) * n, out_specs=spec, check_vma=False
+      )
+    )
+    x = jax.random.normal(jax.random.key(0), (4, 256))
+    back = on(lambda x, g: jax.vjp(carry, x)[1](g)[0], 2)
+    want = back(x, x)
+    self.assertLess(float(jnp.abs(want - x).max()), 0.2)
+    for k in (20, 40, 90):
+      np.testing.assert_array_equal(back(x, x * 2.0**-k), want * 2.0**-k)
+    # Numbers of 1e-8 lie under half a step of the least block of tokens.
+    self.assertFalse(np.asarray(on(carry, 1)(x * 1e-11)).any())
+    free = lambda x: getattr(wires, name)(x, *extra, wire._replace(floor=0.0))
+    self.assertTrue(np.asarray(on(free, 1)(x * 1e-11)).any())
 
   def test_float8_needs_whole_groups(self):
     cfg = ExchangeConfig(dispatch='float8')

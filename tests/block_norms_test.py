@@ -2,13 +2,60 @@
 
 import jax
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
-from deepseek_jax.train.gradient_norms import block_norms
+from deepseek_jax.train.gradient_norms import block_norms, gain, tree_norm
 from tests import tiny
 
 
+class TreeNormTest(parameterized.TestCase):
+  def test_equals_float64_and_follows_every_scale(self):
+    rng = np.random.default_rng(0)
+    tree = {'a': rng.normal(size=(3, 5)), 'b': [rng.normal(), np.zeros(2)]}
+    tree = jax.tree.map(np.float32, tree)
+    flat = np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
+    want = tree_norm(tree)
+    np.testing.assert_allclose(
+      want, np.linalg.norm(np.float64(flat)), rtol=1e-6
+    )
+    norm = jax.jit(tree_norm)
+    for k in range(-116, 124, 6):
+      s = np.float32(2.0) ** np.float32(k)
+      got = norm(jax.tree.map(lambda a, s=s: a * s, tree))
+      np.testing.assert_array_equal(got, want * s, err_msg=f'2^{k}')
+
+  @parameterized.parameters(
+    ([[]], 0),
+    ([[0.0, 0.0]], 0),
+    ([[1e-40, 0.0]], 0),  # no normal number
+    ([[2.0**-126], [1e-40]], 2.0**-126),
+    ([[1e-30], [1.0]], 1),
+    ([[3e38]], 3e38),
+    ([[3e38], [3e38]], np.inf),  # beyond float32
+    ([[np.inf], [1.0]], np.inf),
+    ([[1.0, np.nan], [1.0]], np.nan),
+    ([[np.inf], [np.nan]], np.nan),
+  )
+  def test_the_ends_of_float32(self, leaves, want):
+    got = jax.jit(tree_norm)([np.float32(a) for a in leaves])
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+  def test_a_gain_is_a_power_of_two_with_a_normal_inverse(self):
+    tops = np.float32([2.0**-126, 3e-20, 1.0, 1.9, 7e19, 3.4e38])
+    found = np.asarray(jax.jit(gain)(tops))
+    np.testing.assert_array_equal(np.frexp(found)[0], 0.5)
+    self.assertTrue((tops * found >= 1).all() and (tops * found < 4).all())
+    np.testing.assert_array_equal(gain(np.float32([0, 1e-40])), 0)
+
+
 class BlockNormsTest(absltest.TestCase):
+  def test_repeats_of_different_size_have_their_own_scale(self):
+    w = np.float32([[3e-30, 4e-30], [3, 4], [3e30, 4e30], [0, 0]])
+    got = block_norms({'segments': {0: {0: {'w': w, 'v': 0 * w}}}})
+    np.testing.assert_allclose(
+      got['segments.0.0'], [5e-30, 5, 5e30, 0], rtol=1e-6
+    )
+
   def test_each_block_by_itself_and_all_together(self):
     tree = jax.tree.map(np.asarray, tiny.variables('step')['params'])
     got = jax.jit(block_norms)(tree)

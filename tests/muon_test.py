@@ -106,6 +106,30 @@ class NewtonSchulzTest(parameterized.TestCase):
   def test_zeros_stay_zeros(self):
     np.testing.assert_array_equal(muon.newton_schulz(jnp.zeros((2, 3, 4))), 0)
 
+  def test_a_direction_has_no_scale(self):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.5, 1, (3, 6, 9)) * rng.choice([-1, 1], (3, 6, 9))
+    x = np.float32(x)
+    op = jax.jit(muon.newton_schulz)
+    want = op(x)
+    for k in (*range(-120, 125, 10), -125, 125):
+      # Matrices of one parameter have sizes of their own.
+      s = np.float32(2.0) ** np.array([k, 0, -k])[:, None, None]
+      np.testing.assert_array_equal(op(x * np.float32(s)), want, err_msg=str(k))
+    for s in (1e-37, 3e-21, 0.7, 1e19, 3e38):
+      np.testing.assert_allclose(op(x * np.float32(s)), want, atol=2e-5)
+
+  def test_what_float32_does_not_hold_makes_no_direction(self):
+    x = np.full((2, 3, 4), 1e-40, np.float32)
+    np.testing.assert_array_equal(muon.newton_schulz(x), 0)
+    x[0, 0, 0] = 2.0**-126  # the least that counts, and all that does
+    got = np.asarray(muon.newton_schulz(x))
+    self.assertTrue(np.isfinite(got).all())
+    np.testing.assert_allclose(got[0, 0, 0], 1, atol=2e-3)
+    np.testing.assert_array_equal(got[1], 0)
+    x[0, 0, 0] = np.inf  # is the gate's to find
+    self.assertFalse(np.isfinite(np.asarray(muon.newton_schulz(x))[0]).all())
+
 
 class SplitTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -234,6 +258,23 @@ class UpdateTest(parameterized.TestCase):
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = rule.update(zeros, rule.init(params))
     jax.tree.map(np.testing.assert_array_equal, updates, zeros)
+
+  @parameterized.parameters('float32', 'bfloat16')
+  def test_a_momentum_decays_to_nothing_in_peace(self, dtype):
+    """A part without a gradient, such as MTP whose weight has become 0."""
+    how = {'a': muon.split(('embed', None))}
+    params = {'a': jnp.ones((2, 6, 9))}
+    rule = optim.stored_in(
+      jnp.dtype(dtype),
+      muon.scale_by_muon(MuonConfig(momentum=0.5), (0.9, 0.95, 1e-20), how),
+    )
+    update = jax.jit(rule.update)
+    grads, state = tiny.fill(params, 1), rule.init(params)
+    for step in range(170):
+      updates, state = update(grads, state)
+      self.assertTrue(bool(jnp.isfinite(updates['a']).all()), step)
+      grads = {'a': jnp.zeros((2, 6, 9))}
+    np.testing.assert_array_equal(updates['a'], 0)
 
   @pytest.mark.slow
   def test_moments_may_be_bfloat16(self):

@@ -96,6 +96,25 @@ class AdamWTest(parameterized.TestCase):
     self.assertGreater(norms[0], 10)
     self.assertLess(norms[1], 1)
 
+  def test_a_clipped_gradient_scales_with_its_limit(self):
+    grads = tiny.fill(params(), 3)
+    clip = jax.jit(
+      lambda grads, s: optim.clipped(s).update(
+        jax.tree.map(lambda g: g * s, grads), None
+      )[0]
+    )
+    want = clip(grads, np.float32(1))
+    total = np.sqrt(sum((a * a).sum() for a in flat(want).values()))
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+    for k in (-90, -64, -40, 40, 64, 110):
+      s = np.float32(2.0) ** np.float32(k)
+      got = clip(grads, s)
+      jax.tree.map(
+        lambda a, b, s=s: np.testing.assert_allclose(a, b * s, rtol=1e-6),
+        got,
+        want,
+      )
+
   def test_matrices_decay_and_norms_do_not(self):
     mask = flat(optim.matrices(tiny.model('v3').abstract['params']))
     self.assertEqual(

@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import InputError
@@ -27,7 +26,7 @@ from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.steps import check_mesh, compiling
 from deepseek_jax.train.config import optimizer_of, part_of
 from deepseek_jax.train.gate import GateState
-from deepseek_jax.train.gradient_norms import block_norms
+from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 from deepseek_jax.train.step import TrainState
 from deepseek_jax.train.update import (
   Held,
@@ -77,7 +76,7 @@ class StagedSteps:
     )
     self._reader = Reader(self._pipeline)
     self._judge = jax.jit(self._judged)
-    self._squares = jax.jit(_squares)
+    self._norms = jax.jit(lambda grads: (tree_norm(grads), block_norms(grads)))
     self._rules = [
       optimizer_of(cfg, stage.abstract['params'])
       for stage in self._pipeline.stages
@@ -104,10 +103,11 @@ class StagedSteps:
     )
     return propose, jax.jit(updated, donate_argnums=0, out_shardings=where)
 
-  def _judged(self, state: StagedState, loss, norm, squares):
-    """As `judged`, from the squares of the norms of the stages' updates."""
-    update_norm, length = jnp.sqrt(sum(squares)), self._config.data.seq_len
-    return judged(self._config.train, state, loss, norm, update_norm, length)
+  def _judged(self, state: StagedState, loss, norm, norms):
+    """As `judged`, from the norms of the stages' updates."""
+    length = self._config.data.seq_len
+    whole = tree_norm(norms)
+    return judged(self._config.train, state, loss, norm, whole, length)
 
   def _gradients(self, state: StagedState, batch: dict):
     cfg = self._config
@@ -119,12 +119,12 @@ class StagedSteps:
     """-> the next state, metrics as of `train_step`, on the host."""
     self.compiled(state, batch, writer)
     grads, metrics = self._gradients(state, batch)
-    squares, norms = jax.device_get(tuple(zip(*map(self._squares, grads))))
-    norm = np.sqrt(np.sum(squares, dtype=np.float32))
+    each, norms = jax.device_get(tuple(zip(*map(self._norms, grads))))
+    norm = jax.device_get(tree_norm(each))
     proposals = self._proposed(state.held, grads, norm)
-    squares = jax.device_get([p.square for p in proposals])
+    each = jax.device_get([p.norm for p in proposals])
     verdict, gate, told = jax.device_get(
-      self._judge(state._replace(held=()), metrics['loss'], norm, squares)
+      self._judge(state._replace(held=()), metrics['loss'], norm, each)
     )
     held = self._updated(state.held, proposals, metrics.pop('loads'), verdict)
     metrics |= told | {'block_norms': self._whole_norms(norms)}
@@ -257,12 +257,6 @@ def _check_rules(mesh: MeshConfig) -> None:
         f'mesh.rules.{name} = {over!r}: with mesh.stage = {mesh.stage} the'
         ' axis stage cuts layers; name another axis'
       )
-
-
-def _squares(grads: dict):
-  """The square of a gradient's norm, and the norms of its blocks."""
-  squares = (jnp.square(g).sum() for g in jax.tree.leaves(grads))
-  return sum(squares), block_norms(grads)
 
 
 def _variables(state: StagedState) -> list[dict]:

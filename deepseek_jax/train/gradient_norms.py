@@ -1,9 +1,51 @@
-"""The norm of a gradient by block: which layers a bad update came from."""
+"""Norms of a gradient at any scale, the whole and by block.
 
+Gradients have no natural size, and their squares leave float32 below 1e-19 and
+above 1e19; so numbers are brought near 1 first, by powers of two: exactly. By
+block they show which layers a bad update came from.
+"""
+
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+
+
+def gain(top: jax.Array) -> jax.Array:
+  """Returns the power of two that brings a magnitude to 1..4, float32.
+
+  It is 0 for what is smaller than float32's least normal number. Infinity and
+  NaN stay what they are under it.
+  """
+  least, most = 1 << 23, 253 << 23  # exponents of normal inverses
+  bits = jax.lax.bitcast_convert_type(top.astype(jnp.float32), jnp.int32)
+  exponent = jnp.minimum(bits & 0x7F800000, most)
+  power = jax.lax.bitcast_convert_type((254 << 23) - exponent, jnp.float32)
+  return jnp.where(exponent < least, 0.0, power)
+
+
+def tree_norm(tree, axes=lambda array: None) -> jax.Array:
+  """Returns the Euclidean norm of all numbers of a tree, float32.
+
+  f(s x) is s f(x) for every power of two s that keeps the result and the
+  largest number normal; below that it is 0.
+
+  Args:
+    tree: of arrays; none gives 0.
+    axes: array -> those to sum over, all by default. What is left must agree.
+  """
+  leaves = [
+    a.astype(jnp.float32) for a in map(jnp.asarray, jax.tree.leaves(tree))
+  ]
+  if not leaves:
+    return jnp.float32(0)
+  tops = [jnp.abs(a).max(axis=axes(a), initial=0.0) for a in leaves]
+  factor = gain(functools.reduce(jnp.maximum, tops))
+  wide = lambda a: factor.reshape(factor.shape + (1,) * (a.ndim - factor.ndim))
+  squares = (jnp.square(a * wide(a)).sum(axis=axes(a)) for a in leaves)
+  root = jnp.sqrt(sum(squares))
+  return jnp.where(factor > 0, root / jnp.where(factor > 0, factor, 1.0), 0.0)
 
 
 def block_norms(tree: Mapping) -> dict[str, jax.Array]:
@@ -21,16 +63,15 @@ def block_norms(tree: Mapping) -> dict[str, jax.Array]:
     if name == 'segments':
       for i, pattern in part.items():
         for j, block in pattern.items():
-          norms[f'{name}.{i}.{j}'] = _norm(block, stacked=True)
+          norms[f'{name}.{i}.{j}'] = _of_each(block)
     elif name == 'mtp':
       for k, block in part.items():
-        norms[f'{name}.{k}'] = _norm(block)
+        norms[f'{name}.{k}'] = tree_norm(block)
     else:
-      norms[name] = _norm(part)
+      norms[name] = tree_norm(part)
   return norms
 
 
-def _norm(part, *, stacked: bool = False) -> jax.Array:
-  squares = (jnp.square(a.astype(jnp.float32)) for a in jax.tree.leaves(part))
-  axes = lambda a: tuple(range(int(stacked), a.ndim))
-  return jnp.sqrt(sum(a.sum(axis=axes(a)) for a in squares))
+def _of_each(repeats) -> jax.Array:
+  """Norms of the parts along the first axis of a tree's arrays."""
+  return tree_norm(repeats, lambda a: tuple(range(1, a.ndim)))

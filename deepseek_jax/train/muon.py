@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config import above, at_least, within
+from deepseek_jax.train.gradient_norms import gain
 
 # Eight rounds that drive all singular values near 1, two that settle there.
 COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
@@ -86,11 +87,14 @@ def newton_schulz(x: jax.Array) -> jax.Array:
   """Matrices [... n m] -> nearly the orthogonal ones closest to them, float32.
 
   Their singular values become 1 within 0.0005, unless they are tiny beside the
-  largest. A matrix of zeros stays one.
+  largest. A matrix of zeros stays one, and one without a normal number becomes
+  one: a momentum that decays for long ends there.
   """
   x = x.astype(jnp.float32)
   tall = x.shape[-2] > x.shape[-1]
   x = jnp.swapaxes(x, -1, -2) if tall else x
+  # By the largest number first: squares underflow below 1e-20.
+  x = x * gain(jnp.abs(x).max(axis=(-2, -1), keepdims=True))
   norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
 
   def once(x, abc):
@@ -98,7 +102,7 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     gram = x @ jnp.swapaxes(x, -1, -2)
     return a * x + (b * gram + c * gram @ gram) @ x, None
 
-  x = x / jnp.maximum(norm, 1e-30)
+  x = x / jnp.where(norm > 0, norm, 1.0)
   x, _ = jax.lax.scan(once, x, jnp.asarray(COEFFICIENTS, jnp.float32))
   return jnp.swapaxes(x, -1, -2) if tall else x
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least, within
 from deepseek_jax.train import muon
+from deepseek_jax.train.gradient_norms import tree_norm
 from deepseek_jax.train.muon import MuonConfig
 
 
@@ -75,7 +76,7 @@ def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
 
   def update(grads, state, params=None, *, norm=None, **more):
     del params, more
-    norm = optax.tree.norm(grads) if norm is None else norm
+    norm = tree_norm(grads) if norm is None else norm
     one = lambda g: jnp.where(norm < limit, g, g / norm * limit)
     return jax.tree.map(one, grads), state
 

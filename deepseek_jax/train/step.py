@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
 from deepseek_jax.train.config import TrainConfig, optimizer_of, part_of
 from deepseek_jax.train.gate import GateState, initial_gate
-from deepseek_jax.train.gradient_norms import block_norms
+from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 from deepseek_jax.train.objective import (
   Objective,
   ObjectiveConfig,
@@ -163,11 +162,11 @@ def train_step(
     tokens = tokens_seen(state, length)
     mtp_weight = cfg.mtp_weight.at(tokens, cfg.tokens)
     grads, metrics = gradients(state, batch, mtp_weight)
-    norm = optax.tree.norm(grads)
+    norm = tree_norm(grads)
     held = Held(state.params, state.buffers, state.moments)
     proposal = proposed(optimizer, held, grads, norm)
     verdict, gate, told = judged(
-      cfg, state, metrics['loss'], norm, jnp.sqrt(proposal.square), length
+      cfg, state, metrics['loss'], norm, proposal.norm, length
     )
     loads = moving(metrics.pop('loads'), cfg.trainable)
     held = updated(held, proposal, loads, verdict)

@@ -16,6 +16,7 @@ from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import schedules
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateState, judge
+from deepseek_jax.train.gradient_norms import tree_norm
 
 METRICS = {
   'grad_norm': Metric('Gradient norm'),
@@ -41,12 +42,12 @@ class Proposal(NamedTuple):
   Attributes:
     updates: of the parameters, at a learning rate of 1.
     moments: after it.
-    square: of the updates' norm, over parameters that are finite.
+    norm: of the updates, over parameters that are finite.
   """
 
   updates: Any
   moments: Any
-  square: jax.Array
+  norm: jax.Array
 
 
 class Verdict(NamedTuple):
@@ -87,9 +88,9 @@ def proposed(
   )
   # Decay makes the update of a parameter that is no number none, too; that
   # one is lost already, and may be one that no batch reads.
-  square = lambda p, u: jnp.sum(jnp.square(jnp.where(jnp.isfinite(p), u, 0)))
-  squares = jax.tree.leaves(jax.tree.map(square, held.params, updates))
-  return Proposal(updates, moments, sum(squares, jnp.float32(0)))
+  sound = lambda p, u: jnp.where(jnp.isfinite(p), u, 0)
+  norm = tree_norm(jax.tree.map(sound, held.params, updates))
+  return Proposal(updates, moments, norm)
 
 
 def judged(

@@ -10,6 +10,7 @@ variables), which deepseek_jax.hf.restore reads. With --shard-to=expert=8,fsdp=2
 the chunks follow that mesh, and each of --processes reads only what it holds.
 """
 
+import json
 import os
 import shutil
 
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 
 from deepseek_jax import hf
+from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import saving, store
 from deepseek_jax.hf.source import Source, fingerprint
@@ -152,6 +154,11 @@ def run_to_hf(workdir: str, target: str) -> None:
     extra=extra,
   )
   tokenizer.save(target)
+  ends = list(boundaries.of_run(tokenizer).ends)
+  about = {'eos_token_id': ends, 'pad_token_id': tokenizer.pad_id}
+  path = os.path.join(target, 'generation_config.json')
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(about, file, indent=2)
 
 
 def convert(source: str, target: str, progress) -> None:

@@ -9,6 +9,7 @@ python -m experiments.sample --workdir=runs/demo --prompt='a=' --prompt='b=' \\
 
 import itertools
 import os
+import sys
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from absl import flags
 
 import deepseek_jax as ds
 from deepseek_jax import hf
+from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import chat
 from deepseek_jax.infer import sampling as sample
@@ -34,6 +36,12 @@ _AFTER = flags.DEFINE_string(
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'Text to end before; may be given several times.'
 )
+_BOS = flags.DEFINE_enum(
+  'bos',
+  'folder',
+  ['folder', 'yes', 'no'],
+  'Token of the beginning before a prompt; folder: as its files say.',
+)
 _CHAT = flags.DEFINE_bool('chat', False, 'Hold a conversation (with --hf).')
 _NEW = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens at most.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.7, '0: the likeliest.')
@@ -50,6 +58,7 @@ class _Source(NamedTuple):
   variables: dict
   tokenizer: object
   folder: str
+  boundaries: boundaries.Boundaries
 
 
 def _load() -> _Source:
@@ -57,41 +66,67 @@ def _load() -> _Source:
     raise InputError('give either --workdir=RUN or --hf=FOLDER')
   if _WORKDIR.value:
     run = loop.load(_WORKDIR.value)
-    return _Source(run.model, run.variables, run.tokenizer, _WORKDIR.value)
+    return _Source(
+      run.model,
+      run.variables,
+      run.tokenizer,
+      _WORKDIR.value,
+      boundaries.of_run(run.tokenizer),
+    )
   folder = _HF.value
   if not os.path.isdir(folder):
     raise InputError(f'--hf={folder}: no such folder')
   if os.path.exists(os.path.join(folder, hf.store.MODEL)):
     config, variables = hf.restore(folder)
+    about = hf.store.Store(folder).notes.get('carried', {})
   else:
     config, variables = hf.load(folder)
+    about = None  # config.json
   config = ds.changed(config, {'compute.dtype': _DTYPE.value})
   from deepseek_jax.data import from_file
 
   tokenizer = from_file(os.path.join(folder, 'tokenizer.json'))
-  return _Source(ds.build(config), variables, tokenizer, folder)
+  around = boundaries.boundaries(folder, tokenizer, about)
+  return _Source(ds.build(config), variables, tokenizer, folder, around)
 
 
-def _prompts(tokenizer) -> list[list[int]]:
+def _wanted(source) -> boundaries.Boundaries:
+  """What begins and ends the texts, by the folder and --bos."""
+  around, bos = source.boundaries, source.tokenizer.bos_id
+  if _CHAT.value:  # the template writes what begins a text
+    return around
+  if _BOS.value == 'no':
+    return around._replace(begins=())
+  if _BOS.value == 'folder':
+    for note in around.notes:
+      print(f'{note}; see --bos', file=sys.stderr)
+    return around
+  if bos is None:
+    raise InputError('--bos=yes: tokenizer_config.json names no bos_token')
+  return around._replace(begins=around.begins or (bos,))
+
+
+def _prompts(source) -> list[list[int]]:
+  tokenizer, around = source.tokenizer, source.boundaries.around
   if _AFTER.value is None:
     return [
-      tokenizer.encode(p, special=True) or [tokenizer.eos_id]
+      around(tokenizer.encode(p, special=True)) or [tokenizer.eos_id]
       for p in _PROMPT.value
     ]
   if not tokenizer.fim:
     raise InputError('--after: this tokenizer has no fill-in-the-middle marks')
   marks, after = tokenizer.fim, tokenizer.encode(_AFTER.value)
   return [
-    [marks.begin, *tokenizer.encode(p), marks.hole, *after, marks.end]
+    around([marks.begin, *tokenizer.encode(p), marks.hole, *after, marks.end])
     for p in _PROMPT.value
   ]
 
 
-def _settings(tokenizer) -> sample.SampleConfig:
+def _settings(source) -> sample.SampleConfig:
   """A stop text that is one token ends a row as the end of a text does."""
-  encoded = [tokenizer.encode(s, special=True) for s in _STOP.value]
+  encoded = [source.tokenizer.encode(s, special=True) for s in _STOP.value]
   single = [ids[0] for ids in encoded if len(ids) == 1]
-  stop = (tokenizer.eos_id, *single)
+  stop = (*source.boundaries.ends, *single)
   return sample.SampleConfig(
     _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, stop
   )
@@ -99,7 +134,7 @@ def _settings(tokenizer) -> sample.SampleConfig:
 
 def _drawn(source, prompts, key):
   """Yields the next token of every prompt; None where its text has ended."""
-  cfg = _settings(source.tokenizer)
+  cfg = _settings(source)
   steps = sample.stream(
     source.model,
     source.variables,
@@ -123,20 +158,19 @@ def _stream(source, prompt, key):
 
 def _texts(source, prompts, key) -> list[str]:
   """What follows several prompts, drawn as one batch."""
-  rows = [[] for _ in prompts]
+  decoders = [source.tokenizer.decoder(prompt) for prompt in prompts]
+  texts = ['' for _ in prompts]
   going = set(range(len(prompts)))
   for tokens in _drawn(source, prompts, key):
     for i in sorted(going):
       if tokens[i] is None:
         going.remove(i)
         continue
-      rows[i].append(tokens[i])
-      if _STOP.value:
-        text = source.tokenizer.decode(rows[i])
-        going -= {i} if any(s in text for s in _STOP.value) else set()
+      texts[i] += decoders[i].feed(tokens[i])
+      going -= {i} if any(s in texts[i] for s in _STOP.value) else set()
     if not going:
       break
-  texts = map(source.tokenizer.decode, rows)
+  texts = [text + decoder.finish() for text, decoder in zip(texts, decoders)]
   return [''.join(chat.until([text], _STOP.value)) for text in texts]
 
 
@@ -146,6 +180,7 @@ def _converse(source):
     lambda ids: _stream(source, ids, next(key)),
     source.tokenizer,
     chat.template_config(source.folder),
+    ends=source.boundaries.ends,
   )
 
 
@@ -180,13 +215,14 @@ def main(argv):
   _check_flags()
   source = _load()
   source = source._replace(
-    variables=sample.prepare(source.model, source.variables)
+    variables=sample.prepare(source.model, source.variables),
+    boundaries=_wanted(source),
   )
   if _CHAT.value:
     _converse(source)
     return
   key = jax.random.key(_SEED.value)
-  prompts = _prompts(source.tokenizer)
+  prompts = _prompts(source)
   after = '' if _AFTER.value is None else _AFTER.value
   if len(prompts) > 1:
     drawn = _texts(source, prompts, key)
@@ -194,7 +230,7 @@ def main(argv):
       print(f'{prompt}{text}{after}')
     return
   pieces = chat.decode_stream(
-    source.tokenizer, _stream(source, prompts[0], key)
+    source.tokenizer, _stream(source, prompts[0], key), prompts[0]
   )
   pieces = chat.until(pieces, _STOP.value)
   first = next(pieces, '')  # what is wrong is told before the prompt

@@ -5,6 +5,7 @@ share one interface. Text never turns into a special token: a document that
 spells `<|eos|>` is read letter by letter, so only the packer ends documents.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from deepseek_jax.data import decoding, special_tokens
 from deepseek_jax.errors import InputError, naming
 
 PAD, EOS = '<|pad|>', '<|eos|>'
@@ -26,6 +28,8 @@ _FIM_NAMES = (
   ('<|fim_prefix|>', '<|fim_suffix|>', '<|fim_middle|>'),
 )
 
+_BYTE = re.compile('<0x[0-9A-Fa-f]{2}>')
+
 _PROBE = "class F(X):\n    return  x + 1234567\t# 'naïve' … 東京 🎉\r\n\n"
 
 
@@ -39,8 +43,9 @@ class ByteTokenizer:
   """One token a byte, after the five special ones; depends on nothing."""
 
   kind = 'bytes'
-  pad_id, eos_id = 0, 1
+  pad_id, eos_id, bos_id = 0, 1, None
   fim = FimIds(2, 3, 4)
+  around = ((), ())
   vocab_size = len(SPECIAL) + 256
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -61,13 +66,18 @@ class ByteTokenizer:
 
     Leaves out ids past the vocabulary: a model's may be larger.
     """
+    return b''.join(map(self._bytes, ids)).decode('utf-8', 'replace')
+
+  def decoder(self, after: Sequence[int] = ()) -> decoding.ByteDecoder:
+    """Returns a decoder of a stream of tokens behind those of `after`."""
+    del after  # text is that of the bytes, wherever they stand
+    return decoding.ByteDecoder(self._bytes)
+
+  def _bytes(self, token):
     first = len(SPECIAL)
-    parts = (
-      bytes([i - first]) if i >= first else SPECIAL[i].encode()
-      for i in ids
-      if i < self.vocab_size
-    )
-    return b''.join(parts).decode('utf-8', 'replace')
+    if token >= self.vocab_size:
+      return b''
+    return bytes([token - first]) if token >= first else SPECIAL[token].encode()
 
   @property
   def sha256(self) -> str:
@@ -84,16 +94,29 @@ class Tokenizer:
   """A `tokenizers` tokenizer that keeps text and special tokens apart.
 
   Attributes: vocab_size (largest id + 1), eos_id, pad_id (eos_id if it has no
-  padding token), fim (FimIds, or None if it has no such tokens), sha256.
+  padding token), bos_id (None if it has none), fim (FimIds, or None if it has
+  no such tokens), sha256.
   """
 
   kind = 'bpe'
 
-  def __init__(self, text: str, *, eos: str, pad: str | None = None):
-    """text: contents of a tokenizer.json; eos, pad: names of two tokens."""
+  def __init__(
+    self,
+    text: str,
+    *,
+    eos: str,
+    pad: str | None = None,
+    declared: special_tokens.Declared | None = None,
+  ):
+    """text: contents of a tokenizer.json; eos, pad: names of two tokens.
+
+    declared: what the files beside it say; their tokens are read, too, where
+      text is encoded with special=True.
+    """
     import tokenizers
 
     spec = json.loads(text)
+    self._post_processor = spec.get('post_processor')
     # A published file may carry a length limit, which would cut documents.
     spec |= {'truncation': None, 'padding': None, 'post_processor': None}
     self._spec, self._eos, self._pad = spec, eos, pad
@@ -104,10 +127,22 @@ class Tokenizer:
     self.vocab_size = max(ids.values()) + 1
     self.eos_id = ids[eos]
     self.pad_id = ids.get(pad, self.eos_id)
+    names = declared.names if declared else {}
+    self.bos_id = ids.get(names.get('bos_token'))
+    if declared:
+      _add(self._full, declared)
+    self._token_bytes = None
     self.fim = next(
       (FimIds(*map(ids.get, n)) for n in _FIM_NAMES if ids.keys() >= set(n)),
       None,
     )
+
+  @functools.cached_property
+  def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns what the file's post-processor puts before and behind a text."""
+    if not self._post_processor:
+      return (), ()
+    return _around(self._full, self._post_processor)
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
     """special: read names of special tokens in the text as those tokens."""
@@ -127,6 +162,21 @@ class Tokenizer:
     ids = [int(i) for i in ids]
     return self._full.decode(ids, skip_special_tokens=False)
 
+  def decoder(
+    self, after: Sequence[int] = ()
+  ) -> decoding.ByteDecoder | decoding.TokenDecoder:
+    """Returns a decoder of a stream of tokens behind those of `after`."""
+    spec = self._spec.get('decoder')
+    if decoding.is_byte_level(spec):
+      self._token_bytes = self._token_bytes or _token_bytes(self._full)
+      return decoding.ByteDecoder(self._token_bytes)
+    return decoding.TokenDecoder(
+      self.decode,
+      lambda token: _BYTE.fullmatch(self._full.id_to_token(token) or ''),
+      after,
+      waits=not decoding.is_incremental(spec),
+    )
+
   @property
   def sha256(self) -> str:
     """Hash of all that decides ids: the tokenizer and its two names."""
@@ -143,6 +193,66 @@ class Tokenizer:
     }
     _write(directory, 'tokenizer.json', json.dumps(self._spec))
     _write(directory, 'tokenizer_config.json', json.dumps(config))
+
+
+def _add(model, declared):
+  """Adds tokens that only the files beside tokenizer.json declare."""
+  from tokenizers import AddedToken
+
+  known = {t.content for t in model.get_added_tokens_decoder().values()}
+  names = list(declared.names.values())
+  added = [
+    AddedToken(**token | {'special': token.get('special') or named})
+    for token in declared.added
+    if token['content'] not in known
+    for named in [token['content'] in names]
+  ]
+  model.add_tokens(added)
+  known |= {token.content for token in added}
+  model.add_special_tokens(
+    [
+      AddedToken(token, special=True, normalized=False)
+      for token in dict.fromkeys(names)
+      if token not in known
+    ]
+  )
+
+
+def _around(model, post_processor):
+  """Returns the ids that a post-processor puts before and behind a text."""
+  import tokenizers
+
+  # It knows its tokens' ids, so the small model need not know them.
+  spec = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+  try:
+    wrapper = tokenizers.Tokenizer.from_str(
+      json.dumps(spec | {'post_processor': post_processor})
+    )
+  except Exception as error:  # the parser in Rust raises no narrower class
+    raise InputError(f'tokenizer.json: post_processor: {error}') from None
+  text = model.encode('a', add_special_tokens=False)
+  inner, ids = text.ids, wrapper.post_process(text, None, True).ids
+  for at in range(len(ids) - len(inner) + 1):
+    if ids[at : at + len(inner)] == inner:
+      return tuple(ids[:at]), tuple(ids[at + len(inner) :])
+  raise InputError(
+    'tokenizer.json: post_processor: changes the tokens of a text'
+  )
+
+
+def _token_bytes(model):
+  """Returns the function (id -> bytes) of a byte-level tokenizer."""
+  alphabet = decoding.byte_level_alphabet()
+
+  @functools.lru_cache(maxsize=1 << 16)
+  def token_bytes(token):
+    name = model.id_to_token(token)
+    if name is None:  # a model's vocabulary may be larger
+      return b''
+    found = [alphabet.get(c) for c in name]
+    return name.encode() if None in found else bytes(found)
+
+  return token_bytes
 
 
 def _all_special(spec):
@@ -175,15 +285,15 @@ def from_file(path: str) -> Tokenizer | ByteTokenizer:
   spec = _parse(text, path)
   if spec.get('model') == {'type': 'Bytes'}:
     return ByteTokenizer()
-  config_path = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
-  config = {}
-  if os.path.exists(config_path):
-    config = _parse(_read(config_path), config_path)
+  declared = special_tokens.declared(os.path.dirname(path))
   try:
     names = {token['content'] for token in spec.get('added_tokens', ())}
-    eos = _token_name(config.get('eos_token')) or _first(_EOS_NAMES, names)
-    pad = _token_name(config.get('pad_token')) or _first((PAD,), names)
-    out = Tokenizer(text, eos=eos, pad=pad) if eos in names else None
+    eos = declared.names.get('eos_token') or _first(_EOS_NAMES, names)
+    pad = declared.names.get('pad_token') or _first((PAD,), names)
+    known = eos in names or eos in spec.get('model', {}).get('vocab', {})
+    out = (
+      Tokenizer(text, eos=eos, pad=pad, declared=declared) if known else None
+    )
   except Exception as error:  # the parser in Rust raises no narrower class
     raise InputError(
       f'data.tokenizer={path!r} is not a tokenizer.json: {error}'
@@ -207,10 +317,6 @@ def _check(tokenizer, path, eos):
 
 def _first(wanted, names):
   return next((name for name in wanted if name in names), None)
-
-
-def _token_name(token):
-  return token.get('content') if isinstance(token, dict) else token
 
 
 def _read(path):

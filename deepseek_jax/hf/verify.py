@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.data import boundaries
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import loading, saving, ties
+from deepseek_jax.hf import loading, saving, ties, verify_text
 from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.source import Source
 from deepseek_jax.model.block import Block, BlockConfig
@@ -92,7 +93,9 @@ def text_ids(folder: str, length: int, vocab_size: int):
   """`length` tokens of real text, and what made them."""
   if os.path.exists(os.path.join(folder, 'tokenizer.json')):
     made = 'tokenizer.json'
-    ids = tokenizers.from_file(folder).encode(_TEXT)
+    tokenizer = tokenizers.from_file(folder)
+    around = boundaries.boundaries(folder, tokenizer).around
+    ids = around(tokenizer.encode(_TEXT, special=True))
   else:
     made = 'bytes of UTF-8; the folder has no tokenizer.json'
     ids = list(_TEXT.encode())
@@ -214,6 +217,13 @@ class Theirs:
         out = self._forward(case)
     return out._replace(tied=seen['tied'])
 
+  def ends(self) -> list[int]:
+    """Returns the tokens that end what it generates."""
+    found = self.model.generation_config.eos_token_id
+    if found is None:
+      return []
+    return list(found) if isinstance(found, list | tuple) else [int(found)]
+
   def _forward(self, case):
     torch, model, streams = self._torch, self.model, []
     hooks = [
@@ -314,9 +324,9 @@ def certify(
     lengths: of the prompts.
 
   Returns:
-    'passed', 'cases' (see `difference`), 'files' with their sha256, 'versions',
-    'limits', 'dequantized_here': whether both sides saw weights that this
-    library made of float8.
+    'passed', 'cases' (see `difference`), 'tokens' (see `verify_text.compare`),
+    'files' with their sha256, 'versions', 'limits', 'dequantized_here': whether
+    both sides saw weights that this library made of float8.
   """
   source, ours = Source(folder), Ours(folder)
   with tempfile.TemporaryDirectory() as temporary:
@@ -332,6 +342,8 @@ def certify(
   ]
   # NaN compares false: a certificate never passes on it.
   passed = all(r['max'] <= max_logit and r['kl'] <= max_kl for r in rows)
+  words = verify_text.compare(folder, theirs.ends())
+  passed = passed and words['passed']
   _, made = text_ids(folder, 1, ours.config.vocab_size)
   packages = ('jax', 'jaxlib', 'flax', 'torch', 'transformers', 'deepseek_jax')
   return {
@@ -339,6 +351,7 @@ def certify(
     'limits': {'max': max_logit, 'kl': max_kl},
     'dtype': 'float32',
     'text': made,
+    'tokens': words,
     'dequantized_here': source.quantized,
     'cases': rows,
     'files': hashes(folder),

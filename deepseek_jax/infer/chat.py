@@ -1,20 +1,23 @@
-"""Chat: the template of tokenizer_config.json, sandboxed, and a conversation.
+"""Chat: the template of tokenizer_config.json, and a conversation.
 
 A template is a program that came with a download. In jinja2's immutable
-sandbox it reaches no file, no import and no attribute of Python's; it could
-still waste time and memory, as any template can.
+sandbox it reaches no file, no import and no attribute of Python's; a process of
+its own bounds its time and memory (`deepseek_jax.infer.template`).
 """
 
-import datetime
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax import files
+from deepseek_jax.data import special_tokens
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer import template
+from deepseek_jax.infer.text import decode_stream
 
 MAX_TEMPLATE = 1 << 20  # characters of a template
+# Names that templates and APIs use for what an assistant thought.
+_REASONING = ('reasoning_content', 'thinking', 'reasoning')
 
 Message = Mapping[str, Any]  # 'role': system, user or assistant; 'content'
 # (prompt ids) -> new token ids, one at a time; ends by itself.
@@ -22,28 +25,37 @@ GenerateStream = Callable[[list[int]], Iterable[int]]
 
 
 def template_config(folder: str) -> dict[str, Any]:
-  """The tokenizer_config.json of a folder, its chat_template filled in.
+  """Returns the tokenizer_config.json of a folder with its chat_template.
 
-  A chat_template.jinja beside it takes precedence, as in transformers. Raises
-  InputError if the folder has no template.
+  A chat_template.jinja beside it takes precedence, and names of tokens may come
+  from special_tokens_map.json, as in transformers. Raises InputError if the
+  folder has no template.
   """
   folder = os.path.expanduser(folder)
   config = files.load_json(
     os.path.join(folder, 'tokenizer_config.json'), 10 << 20
   )
+  config |= special_tokens.declared(folder).names
   beside = os.path.join(folder, 'chat_template.jinja')
   if os.path.isfile(beside):
-    with open(beside, encoding='utf-8') as file:
-      config['chat_template'] = file.read(MAX_TEMPLATE + 1)
+    try:
+      with open(beside, encoding='utf-8') as file:
+        config['chat_template'] = file.read(MAX_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+      raise InputError(f'{beside}: cannot be read: {error}') from None
   _template(config)
   return config
 
 
-def _template(config) -> str:
+def _template(config, tools=None) -> str:
   found = config.get('chat_template')
   if isinstance(found, list):  # several, by name
-    named = {t.get('name'): t.get('template') for t in found}
-    found = named.get('default')
+    found = {
+      t.get('name'): t.get('template') for t in found if isinstance(t, dict)
+    }
+  if isinstance(found, dict):
+    named = 'tool_use' if tools is not None else 'default'
+    found = found.get(named, found.get('default'))
   if not isinstance(found, str):
     raise InputError(
       'tokenizer_config.json: chat_template: missing; this model has no chat'
@@ -56,84 +68,58 @@ def _template(config) -> str:
   return found
 
 
-def _environment():
-  import jinja2
-  from jinja2 import sandbox
-
-  def refuse(message):
-    raise InputError(f'chat_template: {message}')
-
-  def to_json(value, ensure_ascii=False, indent=None):
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-  environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=['jinja2.ext.loopcontrols'],
-    undefined=jinja2.Undefined,
-  )
-  environment.filters['tojson'] = to_json
-  environment.globals['raise_exception'] = refuse
-  environment.globals['strftime_now'] = lambda form: (
-    datetime.datetime.now().strftime(form)
-  )
-  return environment
-
-
 def render(
   config: Mapping[str, Any],
   messages: Sequence[Message],
   *,
+  tools: Sequence[Mapping[str, Any]] | None = None,
+  documents: Sequence[Mapping[str, Any]] | None = None,
   add_generation_prompt: bool = True,
   **variables,
 ) -> str:
-  """Messages as the text that the model was trained on.
+  """Returns messages as the text that the model was trained on.
+
+  Equals the text of transformers' apply_chat_template.
 
   Args:
     config: contents of tokenizer_config.json (see `template_config`).
-    messages: [{'role': 'user', 'content': 'Hi'}, ...].
+    messages: [{'role': 'user', 'content': 'Hi'}, ...]; a field that is None
+      counts as missing.
+    tools: JSON schemas of what the model may call.
+    documents: [{'title': ..., 'text': ...}, ...] to answer from.
     add_generation_prompt: end with what opens the assistant's answer.
     **variables: more that the template knows, such as thinking=True.
 
   Raises:
-    InputError: the template is missing, wrong, forbidden or refuses.
+    InputError: the template is missing, wrong, forbidden, refuses, or takes
+      too long or too much memory.
   """
   known = {
-    key: _token_name(value)
+    key: name
     for key, value in config.items()
-    if key.endswith('_token') and value is not None
+    if key.endswith('_token')
+    and isinstance(name := special_tokens.name(value), str)
   }
-  try:
-    template = _environment().from_string(_template(config))
-    return template.render(
+  return template.render(
+    _template(config, tools),
+    {
       **known,
-      messages=[dict(m) for m in messages],
-      add_generation_prompt=add_generation_prompt,
+      'messages': [_message(m) for m in messages],
+      'tools': tools,
+      'documents': documents,
+      'add_generation_prompt': add_generation_prompt,
       **variables,
-    )
-  except InputError:
-    raise
-  except Exception as error:  # a foreign program may fail in any way
-    raise InputError(f'chat_template: {error}') from None
+    },
+  )
 
 
-def _token_name(token):
-  return token.get('content') if isinstance(token, dict) else token
-
-
-def decode_stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:
-  """Text of tokens as they come; a character split over tokens waits."""
-  held: list[int] = []
-  for token in ids:
-    held.append(token)
-    text = tokenizer.decode(held)
-    # No character takes more than 4 bytes; what is still no text then is none.
-    if text.endswith('\ufffd') and len(held) < 4:
-      continue
-    yield text
-    held = []
-  if held:
-    yield tokenizer.decode(held)
+def _message(message: Message) -> dict[str, Any]:
+  """Returns a message without what is None, its reasoning by every name."""
+  out = {key: value for key, value in message.items() if value is not None}
+  found = [out[key] for key in _REASONING if key in out]
+  if found:
+    out = {'thinking': found[0], **out, 'reasoning_content': found[0]}
+  return out
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
@@ -165,6 +151,7 @@ def converse(
   tokenizer,
   config: Mapping[str, Any],
   *,
+  ends: Sequence[int],
   system: str | None = None,
   ask: Callable[[], str] = lambda: input('> '),
   show: Callable[[str], None] = lambda text: print(text, end='', flush=True),
@@ -173,10 +160,11 @@ def converse(
   """Holds a conversation until the input ends; returns its messages.
 
   Args:
-    generate_stream: token ids of the prompt -> new token ids as they are made;
-      tokens of the end of the text end the answer and aren't shown.
-    tokenizer: with encode(text, special=True), decode and eos_id.
+    generate_stream: token ids of the prompt -> new token ids as they are made.
+    tokenizer: with encode(text, special=True) and decoder(after).
     config: see `render`, which also gets **variables.
+    ends: tokens that end an answer and aren't shown (see
+      `deepseek_jax.data.boundaries`).
     system: a first system message.
     ask: gives the next user message; EOFError or '/quit' ends.
     show: writes a piece of the answer.
@@ -194,9 +182,7 @@ def converse(
       render(config, messages, **variables), special=True
     )
     answer = []
-    for text in decode_stream(
-      tokenizer, _until(generate_stream(prompt), tokenizer)
-    ):
+    for text in decode_stream(tokenizer, _until(generate_stream(prompt), ends)):
       answer.append(text)
       show(text)
     show('\n')
@@ -204,8 +190,8 @@ def converse(
   return messages
 
 
-def _until(ids, tokenizer):
+def _until(ids, ends):
   for token in ids:
-    if token == tokenizer.eos_id:
+    if token in ends:
       return
     yield int(token)

@@ -150,7 +150,13 @@ class ConverseTest(absltest.TestCase):
       yield from next(answers)
 
     said = chat.converse(
-      generate, self.tokenizer, _CONFIG, ask=ask, show=shown.append, **options
+      generate,
+      self.tokenizer,
+      _CONFIG,
+      ends=(self.tokenizer.eos_id, self.tokenizer.pad_id),
+      ask=ask,
+      show=shown.append,
+      **options,
     )
     return said, prompts, shown
 

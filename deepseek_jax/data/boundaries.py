@@ -1,0 +1,109 @@
+"""What begins a text, and what ends it, by the files of a published folder.
+
+The one place that says it: sampling, chat, streams, conversion and the
+certificate ask here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from deepseek_jax.data import special_tokens
+from deepseek_jax.errors import InputError
+
+
+class Boundaries(NamedTuple):
+  """Tokens around a text.
+
+  Attributes:
+    begins: stand before the tokens of a prompt.
+    closes: stand behind them (few tokenizers have such).
+    ends: each of them ends what a model generates; the tokenizer's own first.
+    notes: one line for each thing that the folder says and nobody follows.
+  """
+
+  begins: tuple[int, ...]
+  closes: tuple[int, ...]
+  ends: tuple[int, ...]
+  notes: tuple[str, ...] = ()
+
+  def around(self, ids: Sequence[int]) -> list[int]:
+    """Returns a prompt's tokens with what begins and closes a text.
+
+    Equals transformers' ids of the text, but that a prompt which spells the
+    beginning itself doesn't get a second one.
+    """
+    ids = list(ids)
+    begun = bool(self.begins) and tuple(ids[: len(self.begins)]) == self.begins
+    return [*(() if begun else self.begins), *ids, *self.closes]
+
+
+def boundaries(
+  folder: str, tokenizer, config: Mapping[str, Any] | None = None
+) -> Boundaries:
+  """Reads what a folder says.
+
+  What begins a text is what the post-processor of tokenizer.json adds, as in
+  transformers 5. What ends it is the union of the tokenizer's eos_token and of
+  eos_token_id, a number or a list, in config.json and generation_config.json.
+
+  Args:
+    folder: Hugging Face folder, or a converted store.
+    tokenizer: its tokenizer.
+    config: config.json of the folder, if that is to be found elsewhere.
+
+  Raises:
+    InputError: a file is damaged, or eos_token_id is no token.
+  """
+  if config is None:
+    config = special_tokens.read(folder, 'config.json')
+  generation = special_tokens.read(folder, 'generation_config.json')
+  ends = [
+    tokenizer.eos_id,
+    *_ends(config, 'config.json'),
+    *_ends(generation, 'generation_config.json'),
+  ]
+  begins, closes = tokenizer.around
+  return Boundaries(
+    begins,
+    closes,
+    tuple(dict.fromkeys(ends)),
+    _notes(special_tokens.declared(folder), begins, closes),
+  )
+
+
+def of_run(tokenizer) -> Boundaries:
+  """Returns the boundaries of a model trained here: documents only end."""
+  return Boundaries((), (), (tokenizer.eos_id,))
+
+
+def _ends(config, file) -> list[int]:
+  found = config.get('eos_token_id')
+  if found is None:
+    return []
+  ids = found if isinstance(found, list) else [found]
+  if not all(type(i) is int and i >= 0 for i in ids):
+    raise InputError(
+      f'{file}: eos_token_id = {found!r}: write a token id or a list of them'
+    )
+  return ids
+
+
+def _notes(declared, begins, closes) -> tuple[str, ...]:
+  out = []
+  for flag, wanted, found in (
+    ('add_bos_token', declared.adds_bos, begins),
+    ('add_eos_token', declared.adds_eos, closes),
+  ):
+    if wanted is True and not found:
+      out.append(
+        f'tokenizer_config.json: {flag} = true is not followed: the'
+        ' post-processor of tokenizer.json adds no token, and transformers 5'
+        ' asks that alone'
+      )
+    elif wanted is False and found:
+      out.append(
+        f'tokenizer_config.json: {flag} = false is not followed: the'
+        ' post-processor of tokenizer.json adds the token, and transformers 5'
+        ' asks that alone'
+      )
+  return tuple(out)

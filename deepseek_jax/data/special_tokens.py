@@ -1,0 +1,90 @@
+"""What the files beside a tokenizer.json declare about its special tokens.
+
+tokenizer_config.json names them; older folders add special_tokens_map.json and
+added_tokens.json. Which file is heard is as in transformers 5.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from deepseek_jax.errors import InputError
+
+_MAX_BYTES = 10 << 20
+_FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+
+
+class Declared(NamedTuple):
+  """Special tokens by the files beside a tokenizer.json."""
+
+  names: dict[str, str]  # 'eos_token' -> '</s>'
+  added: tuple[dict[str, Any], ...]  # by id: content and flags of each token
+  adds_bos: bool | None  # what add_bos_token says; None if nothing
+  adds_eos: bool | None
+
+
+def name(token: Any) -> Any:
+  """Returns the text of a token that is written as text or as an object."""
+  return token.get('content') if isinstance(token, dict) else token
+
+
+def read(folder: str, file: str) -> dict[str, Any]:
+  """Returns the JSON object of a file; {} if the folder has no such file."""
+  path = os.path.join(os.path.expanduser(folder), file)
+  if not os.path.lexists(path):
+    return {}
+  try:
+    with open(path, encoding='utf-8') as stream:
+      text = stream.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+      raise InputError(f'{path}: longer than {_MAX_BYTES} characters: refused')
+    out = json.loads(text)
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f'{path}: cannot be read: {error}') from None
+  except (ValueError, RecursionError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f'{path} is not JSON: {error}') from None
+  if not isinstance(out, dict):
+    raise InputError(f'{path} holds no JSON object')
+  return out
+
+
+def declared(folder: str) -> Declared:
+  """Reads what a folder declares; raises InputError if it can't be read."""
+  config = read(folder, 'tokenizer_config.json')
+  fields, added = dict(config), {}
+  if 'added_tokens_decoder' in config:
+    added = config['added_tokens_decoder']
+  else:
+    fields |= read(folder, 'special_tokens_map.json')
+    added = _legacy(read(folder, 'added_tokens.json'), fields)
+  try:
+    ordered = sorted((int(i), dict(t)) for i, t in added.items())
+    tokens = tuple(
+      {k: t[k] for k in ('content', *_FLAGS) if k in t} for _, t in ordered
+    )
+  except (AttributeError, TypeError, ValueError):
+    raise InputError(
+      f'{os.path.join(folder, "tokenizer_config.json")}: added_tokens_decoder:'
+      ' write {id: {"content": token, ...}}'
+    ) from None
+  names = {
+    key: found
+    for key, value in fields.items()
+    if key.endswith('_token') and isinstance(found := name(value), str)
+  }
+  flags = (config.get(key) for key in ('add_bos_token', 'add_eos_token'))
+  return Declared(names, tokens, *flags)
+
+
+def _legacy(added, fields):
+  special = {name(v) for v in fields.values() if isinstance(v, str | dict)}
+  return {
+    i: {
+      'content': token,
+      'special': token in special,
+      'normalized': token not in special,
+    }
+    for token, i in added.items()
+  }

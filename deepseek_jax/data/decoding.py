@@ -35,19 +35,27 @@ class TokenDecoder:
   def __init__(
     self,
     decode: Callable[[Sequence[int]], str],
-    is_byte: Callable[[int], bool],
+    is_open: Callable[[int], bool],
     after: Sequence[int] = (),
     *,
     waits: bool = False,
   ):
-    """waits: give all text at the end, as later tokens may change it."""
-    self._decode, self._is_byte, self._waits = decode, is_byte, waits
+    """Starts behind the tokens of `after`.
+
+    Args:
+      decode: ids -> text.
+      is_open: whether a token is one of a run of bytes, so that what follows
+        decides its text.
+      after: ids before the stream.
+      waits: give all text at the end, as any later token may change it.
+    """
+    self._decode, self._is_open, self._waits = decode, is_open, waits
     self._behind, self._new = list(after), []
 
   def feed(self, token: int) -> str:
     """Returns the text that is certain with this token; may be empty."""
     self._new.append(token)
-    return '' if self._waits or self._is_byte(token) else self.finish()
+    return '' if self._waits or self._is_open(token) else self.finish()
 
   def finish(self) -> str:
     """Returns what is left when no token follows."""

@@ -62,9 +62,11 @@ def declared(folder: str) -> Declared:
   try:
     ordered = sorted((int(i), dict(t)) for i, t in added.items())
     tokens = tuple(
-      {k: t[k] for k in ('content', *_FLAGS) if k in t} for _, t in ordered
+      {'content': str.__str__(t['content'])}
+      | {flag: bool(t[flag]) for flag in _FLAGS if flag in t}
+      for _, t in ordered
     )
-  except (AttributeError, TypeError, ValueError):
+  except (AttributeError, TypeError, ValueError, KeyError):
     raise InputError(
       f'{os.path.join(folder, "tokenizer_config.json")}: added_tokens_decoder:'
       ' write {id: {"content": token, ...}}'

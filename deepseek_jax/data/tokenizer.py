@@ -172,10 +172,15 @@ class Tokenizer:
       return decoding.ByteDecoder(self._token_bytes)
     return decoding.TokenDecoder(
       self.decode,
-      lambda token: _BYTE.fullmatch(self._full.id_to_token(token) or ''),
+      self._is_open,
       after,
       waits=not decoding.is_incremental(spec),
     )
+
+  def _is_open(self, token):
+    # An id past the vocabulary has no text: it ends no run of bytes.
+    name = self._full.id_to_token(token)
+    return name is None or _BYTE.fullmatch(name) is not None
 
   @property
   def sha256(self) -> str:
@@ -290,7 +295,8 @@ def from_file(path: str) -> Tokenizer | ByteTokenizer:
     names = {token['content'] for token in spec.get('added_tokens', ())}
     eos = declared.names.get('eos_token') or _first(_EOS_NAMES, names)
     pad = declared.names.get('pad_token') or _first((PAD,), names)
-    known = eos in names or eos in spec.get('model', {}).get('vocab', {})
+    beside = {token['content'] for token in declared.added}
+    known = eos in names | (beside & set(spec['model']['vocab']))
     out = (
       Tokenizer(text, eos=eos, pad=pad, declared=declared) if known else None
     )

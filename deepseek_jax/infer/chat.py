@@ -35,7 +35,9 @@ def template_config(folder: str) -> dict[str, Any]:
   config = files.load_json(
     os.path.join(folder, 'tokenizer_config.json'), 10 << 20
   )
-  config |= special_tokens.declared(folder).names
+  for key, text in special_tokens.declared(folder).names.items():
+    if special_tokens.name(config.get(key)) != text:
+      config[key] = text
   beside = os.path.join(folder, 'chat_template.jinja')
   if os.path.isfile(beside):
     try:

@@ -125,7 +125,10 @@ def _of_this_process() -> _Worker:
       pipe.close()
     _worker.process.returncode = 0
     _worker = None
-  if _worker is None or _worker.process.poll() is not None:
+  if _worker is not None and _worker.process.poll() is not None:
+    _worker.stop()
+    _worker = None
+  if _worker is None:
     _worker = _Worker()
   return _worker
 

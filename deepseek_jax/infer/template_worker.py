@@ -10,6 +10,7 @@ and an answer a JSON [text, error], each behind its length in 4 bytes.
 """
 
 import datetime
+import functools
 import json
 import marshal
 import math
@@ -152,10 +153,15 @@ def _address_space() -> int:
     return 1 << 30
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(template):
+  return environment().from_string(template)
+
+
 def answer(template: str, variables: dict[str, Any], most: int) -> list:
   """Returns [text, None] or [None, what went wrong]."""
   try:
-    text = environment().from_string(template).render(variables)
+    text = _compiled(template).render(variables)
     if len(text) > most:
       return [None, f'a text of {len(text)} characters; at most {most}']
     return [text, None]

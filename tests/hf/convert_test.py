@@ -186,12 +186,16 @@ class ConvertTest(parameterized.TestCase):
       self.path('a'), hf_models.V3, variables, dtype='bfloat16', extra=extra
     )
     Path(self.path('a'), 'tokenizer.json').write_text('{}')
+    Path(self.path('a'), 'generation_config.json').write_text('{"eos": 1}')
     done = _run(f'--from={self.path("a")}', f'--to={self.path("store")}')
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('layers.3.embed_tokens.weight is not used', done.stdout)
     done = _run(f'--from={self.path("store")}', f'--to={self.path("b")}')
     self.assertEqual(done.returncode, 0, done.stderr)
+    carried = hf.store.Store(self.path('store')).notes['carried']
+    self.assertEqual(carried['eos_token_id'], [1, 7])
     files = ['config.json', 'model.safetensors', 'tokenizer.json']
+    files.append('generation_config.json')
     same, *other = filecmp.cmpfiles(
       self.path('a'), self.path('b'), files, False
     )

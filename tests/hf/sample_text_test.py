@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
 from absl.testing import absltest
 
 import deepseek_jax as ds
@@ -105,6 +106,7 @@ class SampleTest(absltest.TestCase):
     self.assertEqual(chat[0], f'> {answer}\n> ')
     self.assertNotEqual(bare[0], alone[0])
 
+  @pytest.mark.slow
   def test_a_store_begins_and_ends_as_its_folder(self):
     store = os.path.join(self.folder, 'store')
     back = os.path.join(self.folder, 'back')

@@ -1,21 +1,13 @@
-"""All known bugs."""
+"""All known bugs: those of every module here that has MUTANTS."""
 
-from tests.mutants import (
-  attention,
-  corpus,
-  engram,
-  routing,
-  sparse,
-  training,
-  v4,
-)
+import importlib
+import pathlib
 
-MUTANTS = (
-  *attention.MUTANTS,
-  *routing.MUTANTS,
-  *training.MUTANTS,
-  *sparse.MUTANTS,
-  *v4.MUTANTS,
-  *engram.MUTANTS,
-  *corpus.MUTANTS,
-)
+_HERE = pathlib.Path(__file__).parent
+_MODULES = [
+  importlib.import_module(f'tests.mutants.{path.stem}')
+  for path in sorted(_HERE.glob('*.py'))
+  if 'MUTANTS = (' in path.read_text() and path.stem != 'catalog'
+]
+
+MUTANTS = tuple(mutant for module in _MODULES for mutant in module.MUTANTS)

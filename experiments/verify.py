@@ -1,5 +1,7 @@
 """Certifies that a Hugging Face checkpoint gives the same logits here.
 
+Text has to become the same tokens, too, and the same tokens have to end it.
+
 python -m experiments.verify --hf=HF_DIR [--out=certificate.json]
 
 Runs transformers (extra [hf]) and this library on the same prompts. Exits with
@@ -86,6 +88,15 @@ def main(argv):
   console = Console()
   for table in tables(certificate):
     console.print(table)
+  tokens = certificate['tokens']
+  print(
+    f'Tokens of texts and chats: {tokens["equal"]} of {tokens["compared"]} as'
+    ' in transformers'
+  )
+  for text in tokens['different']:
+    print(f'  different: {text!r}')
+  for note in tokens['notes']:
+    print(f'  {note}')
   verdict = 'PASSED' if certificate['passed'] else 'FAILED'
   print(f'{verdict}: {_OUT.value}')
   sys.exit(0 if certificate['passed'] else 1)

@@ -89,21 +89,13 @@ def _ends(config, file) -> list[int]:
 
 
 def _notes(declared, begins, closes) -> tuple[str, ...]:
-  out = []
-  for flag, wanted, found in (
-    ('add_bos_token', declared.adds_bos, begins),
-    ('add_eos_token', declared.adds_eos, closes),
-  ):
-    if wanted is True and not found:
-      out.append(
-        f'tokenizer_config.json: {flag} = true is not followed: the'
-        ' post-processor of tokenizer.json adds no token, and transformers 5'
-        ' asks that alone'
-      )
-    elif wanted is False and found:
-      out.append(
-        f'tokenizer_config.json: {flag} = false is not followed: the'
-        ' post-processor of tokenizer.json adds the token, and transformers 5'
-        ' asks that alone'
-      )
-  return tuple(out)
+  return tuple(
+    f'tokenizer_config.json: {flag} = {str(wanted).lower()} is not followed, as'
+    ' in transformers 5: the post-processor of tokenizer.json decides, and it'
+    f' adds {"a token" if found else "none"}'
+    for flag, wanted, found in (
+      ('add_bos_token', declared.adds_bos, begins),
+      ('add_eos_token', declared.adds_eos, closes),
+    )
+    if isinstance(wanted, bool) and wanted != bool(found)
+  )

@@ -18,7 +18,8 @@ class Declared(NamedTuple):
   """Special tokens by the files beside a tokenizer.json."""
 
   names: dict[str, str]  # 'eos_token' -> '</s>'
-  added: tuple[dict[str, Any], ...]  # by id: content and flags of each token
+  more: tuple[str, ...]  # special tokens without such a name
+  added: tuple[dict[str, Any], ...]  # content and flags, in order of id
   adds_bos: bool | None  # what add_bos_token says; None if nothing
   adds_eos: bool | None
 
@@ -61,23 +62,42 @@ def declared(folder: str) -> Declared:
     added = _legacy(read(folder, 'added_tokens.json'), fields)
   try:
     ordered = sorted((int(i), dict(t)) for i, t in added.items())
-    tokens = tuple(
-      {'content': str.__str__(t['content'])}
-      | {flag: bool(t[flag]) for flag in _FLAGS if flag in t}
-      for _, t in ordered
-    )
+    tokens = [_token(t) for _, t in ordered]
   except (AttributeError, TypeError, ValueError, KeyError):
     raise InputError(
       f'{os.path.join(folder, "tokenizer_config.json")}: added_tokens_decoder:'
       ' write {id: {"content": token, ...}}'
     ) from None
-  names = {
-    key: found
-    for key, value in fields.items()
-    if key.endswith('_token') and isinstance(found := name(value), str)
-  }
+  names = {}
+  for key in sorted(fields, key=_order):
+    if key.endswith('_token') and isinstance(name(fields[key]), str):
+      names[key] = name(fields[key])
+      if isinstance(fields[key], dict):  # with flags of its own
+        tokens.append({'normalized': True} | _token(fields[key]))
   flags = (config.get(key) for key in ('add_bos_token', 'add_eos_token'))
-  return Declared(names, tokens, *flags)
+  return Declared(names, _more(fields), tuple(tokens), *flags)
+
+
+def _order(key):
+  known = [
+    f'{n}_token' for n in ['bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask']
+  ]
+  return known.index(key) if key in known else len(known)
+
+
+def _token(token):
+  flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
+  return {'content': str.__str__(token['content']), **flags}
+
+
+def _more(fields):
+  """Returns what extra_special_tokens holds, under either of its names."""
+  found = fields.get('extra_special_tokens')
+  found = found or fields.get('additional_special_tokens') or ()
+  tokens = found.values() if isinstance(found, dict) else found
+  if not isinstance(found, list | tuple | dict):
+    tokens = ()
+  return tuple(t for t in map(name, tokens) if isinstance(t, str))
 
 
 def _legacy(added, fields):

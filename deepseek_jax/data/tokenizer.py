@@ -205,7 +205,7 @@ def _add(model, declared):
   from tokenizers import AddedToken
 
   known = {t.content for t in model.get_added_tokens_decoder().values()}
-  names = list(declared.names.values())
+  names = [*declared.names.values(), *declared.more]
   added = [
     AddedToken(**token | {'special': token.get('special') or named})
     for token in declared.added

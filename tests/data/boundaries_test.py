@@ -101,6 +101,18 @@ class BeginsTest(parameterized.TestCase):
       self.assertLess(max(tok.encode(text)), 330)
       self.assertEqual(tok.decode(tok.encode(text)), text)
 
+  @parameterized.parameters(
+    {'extra_special_tokens': ['<|x|>']},
+    {'additional_special_tokens': ['<|x|>', '<|user|>']},
+    {'extra_special_tokens': {'image_token': '<|x|>'}},
+    {
+      'mask_token': {'__type': 'AddedToken', 'content': '<|x|>', 'lstrip': True}
+    },
+  )
+  def test_special_tokens_without_a_name_are_read(self, **names):
+    folder = self.folder(folders.byte_level(), names=names)
+    self.same_as_transformers(folder, ['a <|x|> b', '<|user|><|x|>'])
+
   def test_older_folders_name_tokens_in_a_map(self):
     folder = self.folder(
       folders.byte_level(),

@@ -13,6 +13,8 @@ from deepseek_jax.errors import InputError
 _MAX_BYTES = 10 << 20
 _FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 
+_ORDER = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')  # new ids follow it
+
 
 class Declared(NamedTuple):
   """Special tokens by the files beside a tokenizer.json."""
@@ -79,10 +81,7 @@ def declared(folder: str) -> Declared:
 
 
 def _order(key):
-  known = [
-    f'{n}_token' for n in ['bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask']
-  ]
-  return known.index(key) if key in known else len(known)
+  return _ORDER.index(key[:-6]) if key[:-6] in _ORDER else len(_ORDER)
 
 
 def _token(token):

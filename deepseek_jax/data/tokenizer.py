@@ -206,21 +206,16 @@ def _add(model, declared):
 
   known = {t.content for t in model.get_added_tokens_decoder().values()}
   names = [*declared.names.values(), *declared.more]
-  added = [
-    AddedToken(**token | {'special': token.get('special') or named})
-    for token in declared.added
-    if token['content'] not in known
-    for named in [token['content'] in names]
-  ]
-  model.add_tokens(added)
-  known |= {token.content for token in added}
-  model.add_special_tokens(
-    [
-      AddedToken(token, special=True, normalized=False)
-      for token in dict.fromkeys(names)
-      if token not in known
-    ]
-  )
+  for token in declared.added:
+    if token['content'] not in known:
+      special = token.get('special') or token['content'] in names
+      model.add_tokens([AddedToken(**token | {'special': special})])
+  known |= {token['content'] for token in declared.added}
+  for name in names:
+    if name not in known:
+      model.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False)]
+      )
 
 
 def _around(model, post_processor):

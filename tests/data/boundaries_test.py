@@ -11,6 +11,7 @@ from deepseek_jax.errors import InputError
 from tests import tokenizer_folders as folders
 
 _EOT = {'content': '<|eot|>', 'special': True, 'normalized': False}
+_ADDED = {'__type': 'AddedToken'}
 _ROBERTA = processors.RobertaProcessing(('</s>', 1), ('<s>', 0))
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 # The same command, started again, goes on from the last checkpoint: preempted
 # and saved; a step hung or lost a peer; ended by SIGABRT, as JAX does when a
-# peer is silent, by SIGKILL or by SIGTERM.
+# peer is silent, by SIGKILL or by SIGTERM. 143 is limited where 77 is not: with
+# nothing new saved, a start that takes too long would be repeated for ever.
 START_AGAIN = (77, 79, 134, 137, 143)
 # It would fail again: a defect, bad input, a run that gave up.
 DO_NOT_START_AGAIN = (1, 2, 78)
@@ -49,3 +50,9 @@ class Preempted(RuntimeError):
   """A run was asked to end and has saved; started again, it goes on."""
 
   status = 77
+
+
+class Terminated(Preempted):
+  """A run was asked to end before its first step: nothing new is saved."""
+
+  status = 143

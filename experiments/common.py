@@ -1,10 +1,11 @@
 """What every launcher shares: the process, the flags, clean errors.
 
 Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM or Ctrl-C and saved,
-start it again; 130 Ctrl-C with nothing new to save; 78 the run gave up,
-starting it again would repeat it (see RunAborted); 79 a step hung, all stacks
-are on stderr (see watchdog), or lost another process of the run, start all
-again (JAX itself may end them by SIGABRT, 134).
+start it again; 143 SIGTERM before the first step, start it again, too; 130
+Ctrl-C with nothing new to save; 78 the run gave up, starting it again would
+repeat it (see RunAborted); 79 a step hung, all stacks are on stderr (see
+watchdog), or lost another process of the run, start all again (JAX itself may
+end them by SIGABRT, 134). Several processes end with one status (see endings).
 """
 
 import ast
@@ -42,7 +43,13 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
-from deepseek_jax.errors import InputError, Preempted, RunAborted  # noqa: E402
+from deepseek_jax.errors import (  # noqa: E402
+  InputError,
+  Preempted,
+  RunAborted,
+  Terminated,
+)
+from deepseek_jax.parallel import endings
 from deepseek_jax.parallel import processes as distributed  # noqa: E402
 
 # Other threads' arenas map big buffers in anew whatever malloc is told, and
@@ -100,8 +107,7 @@ def define_config(default: str | None = None):
 
 
 def _fail(message, status: int):
-  print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
-  distributed.leave(status)
+  endings.leave(status, f'error: {" ".join(str(message).split())}')
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -299,6 +305,7 @@ def launch(
       join()
       _keep_compiled_programs()
       main(argv)
+      distributed.wait_for_all()  # one of them may still find a fault
     except InputError as error:
       _fail(error, error.status)
     except OSError as error:
@@ -307,6 +314,8 @@ def launch(
       if error.errno in _NO_ROOM:
         told = f'{told}; make room and start again'
       _fail(told, InputError.status)
+    except Terminated as error:
+      endings.leave(error.status, str(error))
     except Preempted as error:
       print(error, flush=True)
       sys.exit(error.status)
@@ -315,7 +324,8 @@ def launch(
     except Exception as error:
       if not distributed.several():
         raise
-      traceback.print_exc()
+      if endings.announced() is None:  # else it is a consequence
+        traceback.print_exc()
       lost = distributed.peer_lost(error)
       _fail(lost or error, lost.status if lost else 1)
 

@@ -5,6 +5,7 @@ Without them the environment decides, see deepseek_jax/parallel/processes.py.
 
 from absl import flags
 
+from deepseek_jax.parallel import endings
 from deepseek_jax.parallel import processes as distributed
 
 _COORDINATOR = flags.DEFINE_string(
@@ -18,10 +19,12 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 
 def join() -> distributed.Cluster:
-  """Joins this process to its run."""
-  return distributed.init_distributed(
+  """Joins this process to its run; from now on they end together."""
+  found = distributed.init_distributed(
     _COORDINATOR.value,
     _PROCESSES.value,
     _PROCESS.value,
     heartbeat_seconds=_HEARTBEAT.value,
   )
+  endings.watch()
+  return found

@@ -81,6 +81,11 @@ class SlurmTest(parameterized.TestCase):
     _, _, again = self._run(f'mkdir -p {unfinished}; exit 79', restarts=3)
     self.assertFalse(again)
 
+  def test_processes_end_by_themselves_before_they_are_ended(self):
+    # srun reports the highest status: of those that it kills, that is theirs.
+    _, calls, _ = self._run('exit 0')
+    self.assertIn('--kill-on-bad-exit=0 --wait=120', calls[0])
+
   def test_no_folder_is_bad_input(self):
     done, calls, _ = self._run('exit 0', arguments=['--config=a.py'])
     self.assertEqual((done.returncode, calls), (2, []))
@@ -147,9 +152,11 @@ class CodesTest(absltest.TestCase):
       errors.RunAborted,
       errors.Preempted,
       errors.PeerLost,
+      errors.Terminated,
     )
     again = {kind.__name__: kind.status in errors.START_AGAIN for kind in kinds}
     want = {'InputError': 0, 'RunAborted': 0, 'Preempted': 1, 'PeerLost': 1}
+    want['Terminated'] = 1
     self.assertEqual(again, want)
     self.assertEmpty(set(errors.START_AGAIN) & set(errors.DO_NOT_START_AGAIN))
 

@@ -9,8 +9,6 @@ network.
 import contextlib
 import itertools
 import os
-import sys
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,7 +19,6 @@ from deepseek_jax.errors import InputError, PeerLost
 
 _NAMES = ('DSJ_COORDINATOR', 'DSJ_PROCESSES', 'DSJ_PROCESS')
 _PATIENCE = 24 * 3600  # seconds that processes wait where one of them works
-_GRACE = 2.0  # seconds that a failing coordinator leaves to the others
 _names = itertools.count()
 
 
@@ -126,6 +123,8 @@ def init_distributed(
   found = find_cluster(coordinator, processes, process)
   if found.count == 1:
     return found
+  # Until the first step SIGTERM ends a process at once; see preemption.
+  jax.config.update('jax_enable_preemption_service', False)
   # After the end the others may have to wait for what process 0 writes.
   try:
     jax.distributed.initialize(
@@ -196,6 +195,33 @@ def from_first(number: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def text_from_first(text: str) -> str:
+  """What process 0 passes, in every process."""
+  if not several():
+    return text
+  key = f'deepseek_jax/text/{next(_names)}'
+  if first():
+    client().key_value_set(key, text)
+    return text
+  return client().blocking_key_value_get(key, _PATIENCE * 1000)
+
+
+def client():
+  """Returns the client of JAX's coordination service."""
+  from jax._src import distributed as internal
+
+  return internal.global_state.client
+
+
+def share_preemptions() -> None:
+  """Makes SIGTERM to one process a notice to all; JAX takes the signal."""
+  from jax._src import distributed as internal
+
+  if internal.global_state.preemption_sync_manager is None:
+    jax.config.update('jax_enable_preemption_service', True)
+    internal.global_state.initialize_preemption_sync_manager()
+
+
 def peer_lost(error: Exception) -> PeerLost | None:
   """The loss of another process that `error` tells of; None if it is another.
 
@@ -210,19 +236,3 @@ def peer_lost(error: Exception) -> PeerLost | None:
     f'process {jax.process_index()}: another process seems to be gone ({what});'
     ' start all of them again'
   )
-
-
-def leave(status: int) -> None:
-  """Ends the process with `status`, the others waiting for it or not.
-
-  An ordinary exit waits for all processes to end, and those would wait for this
-  one in a collective. They notice within the heartbeat; when the coordinator
-  leaves, at once.
-  """
-  if not several():
-    sys.exit(status)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  if first():
-    time.sleep(_GRACE)
-  os._exit(status)

@@ -17,7 +17,7 @@ from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
-from deepseek_jax.run import say
+from deepseek_jax.run import agreement, say
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
@@ -77,10 +77,12 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     InputError: the configuration, the data or the folder are wrong.
     RunAborted: too many updates in a row were not fit to be applied.
     Preempted: SIGTERM came; the step that was under way is saved.
+    Terminated: it came before the first step; nothing new is saved.
   """
   workdir = path_of(workdir)
   with Preemption() as preemption:
     first = distributed.first()
+    agreement.check_config(config)
     timeline = Timeline(workdir / 'timeline.jsonl' if first else None)
     with timeline.phase('init'):
       model = build(config.model)
@@ -95,6 +97,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
         if first and config.init_from and not begun:
           check_source(config, model, store.tokenizer())
         changes = claim(workdir, config)
+      agreement.check_data(config, store)
     with Checkpoints(
       workdir / 'checkpoints',
       keep=config.keep,

@@ -101,6 +101,7 @@ class Trainer:
       batch = self.steps.batch(rows, size)
     with self.timeline.phase('compile'):
       self.steps.compiled(state, batch, writer)
+    self.preemption.begin()
     with self.timeline.phase('step'), self._watchdog.step():
       state, metrics = self.steps(state, batch, writer)
       metrics = jax.device_get(metrics)

@@ -59,8 +59,13 @@ def start(
   count: int = 1,
   devices: int = 1,
   found_by: str = 'arguments',
+  last: Sequence[str] = (),
+  homes: Sequence[Path] = (),
 ) -> list[Worker]:
-  """`count` processes of one run, each with `devices` devices."""
+  """`count` processes of one run, each with `devices` devices.
+
+  `last` are flags of the last process alone, `homes` what ~ is in each.
+  """
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
@@ -77,6 +82,8 @@ def start(
     own, variables = [], {}
     if count > 1:
       own, variables = identity(found_by, count, index, port)
+    own += last if index == count - 1 else ()
+    variables |= {'HOME': str(homes[index])} if homes else {}
     with output.open('w') as log:
       process = subprocess.Popen(
         command + own,

@@ -6,6 +6,7 @@ Ends with one JSON line: the SHA-256 of the final state (process 0), and of each
 row of every batch that this process read.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -15,6 +16,7 @@ from unittest import mock
 import numpy as np
 from absl import flags
 
+import deepseek_jax as ds
 from deepseek_jax import data as datalib
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
@@ -31,6 +33,11 @@ _STEPS = flags.DEFINE_integer('steps', 8, 'Steps of the run.')
 _EVERY = flags.DEFINE_integer('every', 3, 'Steps between checkpoints.')
 _PAUSE = flags.DEFINE_float('pause', 0.0, 'Seconds before each step.')
 _HANG = flags.DEFINE_integer('hang', None, 'The step that never ends.')
+_CHANGE = flags.DEFINE_multi_string(
+  'change', [], 'field=value of the configuration, the value as in JSON.'
+)
+_SLOW = flags.DEFINE_string('slow', None, 'Stops for long in this function.')
+_DEFECT = flags.DEFINE_integer('defect', None, 'The step that raises.')
 _ALL = flags.DEFINE_bool('all_devices', False, 'One process uses all, too.')
 
 
@@ -46,7 +53,14 @@ def stuck_in_a_collective():
   time.sleep(300)
 
 
+def slow(*args):
+  print('stuck', flush=True)
+  time.sleep(300)
+
+
 def hanging(steps, state, batch, writer):
+  if _DEFECT.value and int(state.step) + 1 == _DEFECT.value:
+    raise RuntimeError('a defect')
   if _HANG.value and int(state.step) + 1 == _HANG.value:
     stuck_in_a_collective()
   return _STEP(steps, state, batch, writer)
@@ -73,11 +87,18 @@ def main(argv):
     checkpoint_every=_EVERY.value,
     **{'safety.hang_seconds': 5.0},
   )
+  changes = [change.partition('=') for change in _CHANGE.value]
+  made = ds.changed(made, {n: json.loads(value) for n, _, value in changes})
+  places = {'build': datalib, 'choose': placement}
+  stuck = contextlib.nullcontext()
+  if _SLOW.value:
+    stuck = mock.patch.object(places[_SLOW.value], _SLOW.value, slow)
   choose = placement.over_all_devices if _ALL.value else placement.choose
   with (
     mock.patch.object(datalib.Batches, 'next', noted),
     mock.patch.object(placement, 'choose', choose),
     mock.patch.object(step.Steps, '__call__', hanging),
+    stuck,
   ):
     run = loop.fit(made, _WORKDIR.value)
   state = placement.to_first(run.state)

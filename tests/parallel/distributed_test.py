@@ -1,5 +1,6 @@
 """Who is who, and which rows of a batch a process reads."""
 
+import io
 import types
 from unittest import mock
 
@@ -8,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import endings, placement
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.parallel.processes import Cluster, find_cluster
 
@@ -80,8 +81,9 @@ class ClusterTest(parameterized.TestCase):
     self.assertTrue(distributed.first())
     self.assertEqual(distributed.from_first(7), 7)
     with self.assertRaises(SystemExit) as caught:
-      distributed.leave(79)
+      endings.leave(79)
     self.assertEqual(caught.exception.code, 79)
+    endings.watch()
 
   def test_what_jax_cannot_find_is_one_clear_line(self):
     with (
@@ -136,16 +138,70 @@ class TogetherTest(parameterized.TestCase):
     failed = jax.errors.JaxRuntimeError('INTERNAL: a defect')
     self.assertIsNone(distributed.peer_lost(failed))
 
-  @parameterized.parameters((True, 1), (False, 0))
-  def test_a_process_leaves_without_the_others(self, first, pauses):
+  def store(self) -> dict:
+    """What processes leave with the coordination service, played by a dict."""
+    kept = {}
+
+    def put(key, value, allow_overwrite=False):
+      if key in kept and not allow_overwrite:
+        raise jax.errors.JaxRuntimeError('ALREADY_EXISTS')
+      kept[key] = value
+
+    def get(key):
+      if key not in kept:
+        raise jax.errors.JaxRuntimeError('NOT_FOUND')
+      return kept[key]
+
+    client = types.SimpleNamespace(
+      key_value_set=put,
+      key_value_try_get=get,
+      key_value_dir_get=lambda key: [k for k in kept if k.startswith(key)],
+    )
+    self.enter_context(mock.patch.object(distributed, 'client', lambda: client))
+    return kept
+
+  def left(self, *, first: bool, status: int) -> tuple[int, str]:
+    """The status and the line that a process leaves with."""
     self.several(first=first)
-    with (
-      mock.patch.object(distributed.os, '_exit') as end,
-      mock.patch.object(distributed.time, 'sleep') as sleep,
-    ):
-      distributed.leave(2)
-    end.assert_called_once_with(2)
-    self.assertEqual(sleep.call_count, pauses)
+    self.enter_context(mock.patch.object(endings.time, 'sleep'))
+    self.enter_context(mock.patch.object(jax, 'process_count', return_value=1))
+    errors = self.enter_context(mock.patch('sys.stderr', io.StringIO()))
+    with mock.patch.object(endings.os, '_exit') as end:
+      endings.leave(status, 'error: mine')
+    end.assert_called_once()
+    return end.call_args.args[0], errors.getvalue()
+
+  @parameterized.parameters(True, False)
+  def test_a_process_leaves_word_and_not_without_it(self, first):
+    kept = self.store()
+    self.assertEqual(self.left(first=first, status=2), (2, 'error: mine\n'))
+    self.assertEqual(endings.announced(), (0, 2, 'error: mine'))
+    self.assertEqual('deepseek_jax/left/0' in kept, not first)
+
+  def test_the_first_cause_is_the_cause_of_all(self):
+    self.store()['deepseek_jax/end'] = '[3, 2, "error: no such file"]'
+    got = self.left(first=False, status=79)
+    self.assertEqual(got, (2, 'error: no such file\n'))
+
+  def test_a_coordinator_that_is_gone_keeps_nobody(self):
+    gone = mock.Mock(side_effect=jax.errors.JaxRuntimeError('UNAVAILABLE'))
+    client = types.SimpleNamespace(key_value_set=gone, key_value_try_get=gone)
+    self.enter_context(mock.patch.object(distributed, 'client', lambda: client))
+    self.assertEqual(self.left(first=False, status=79), (79, 'error: mine\n'))
+
+  def test_text_of_the_first_comes_to_all(self):
+    kept = {}
+    client = types.SimpleNamespace(
+      key_value_set=kept.__setitem__,
+      blocking_key_value_get=lambda key, wait: next(iter(kept.values())),
+    )
+    self.enter_context(mock.patch.object(distributed, 'client', lambda: client))
+    self.assertEqual(distributed.text_from_first('alone'), 'alone')
+    self.assertEqual(kept, {})
+    self.several(first=True)
+    self.assertEqual(distributed.text_from_first('mine'), 'mine')
+    self.several(first=False)
+    self.assertEqual(distributed.text_from_first('other'), 'mine')
 
 
 class _Cut(placement.Placement):

@@ -1,0 +1,141 @@
+"""Processes of one run end together, with one status.
+
+The first one to end before its time leaves its status and one line with the
+coordination service. A thread in each of the others looks for that and ends its
+process alike, so that a scheduler learns the cause, bad input say, and not that
+peers were lost.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import jax
+
+from deepseek_jax.errors import PeerLost
+from deepseek_jax.parallel import processes as distributed
+
+_END, _LEFT = 'deepseek_jax/end', 'deepseek_jax/left'
+_EVERY = 1.0  # seconds between two looks
+_GRACE = 10.0  # seconds that a coordinator waits for the others to leave
+_REACH = 3.0  # seconds to reach a coordinator that may be gone
+_one_at_a_time = threading.Lock()
+
+
+class Ending(NamedTuple):
+  """Why a run ended: which process, its status, and one line for people."""
+
+  process: int
+  status: int
+  line: str
+
+
+def announced() -> Ending | None:
+  """Returns how another process or this one ended the run; None if none did."""
+  try:
+    return Ending(*json.loads(distributed.client().key_value_try_get(_END)))
+  except jax.errors.JaxRuntimeError:  # nothing is there, or nobody to ask
+    return None
+
+
+def watch() -> None:
+  """Starts the thread that ends this process when another has ended the run.
+
+  Does nothing for a process by itself.
+  """
+  if not distributed.several():
+    return
+  import atexit
+
+  over = threading.Event()
+  thread = threading.Thread(target=_watch, args=(over,), daemon=True)
+  thread.start()
+  # It must not ask while the interpreter and the service are taken down.
+  atexit.register(lambda: (over.set(), thread.join(_REACH)))
+
+
+def _watch(over: threading.Event) -> None:
+  while not over.wait(_EVERY):
+    ending = announced()
+    if ending is not None:
+      line = f'{ending.line} (told by process {ending.process})'
+      leave(ending.status, line if ending.line else '')
+
+
+def leave(status: int, line: str = '') -> None:
+  """Prints a line on stderr and ends the process, and with it the whole run.
+
+  An ordinary exit waits for all processes to end, and those would wait for this
+  one in a collective.
+
+  Args:
+    status: of the process; that which another process gave before wins.
+    line: why; '' for nothing.
+
+  Raises:
+    SystemExit: in a process by itself.
+  """
+  if not distributed.several():
+    if line:
+      print(line, file=sys.stderr)
+    sys.exit(status)
+  with _one_at_a_time:
+    ending = Ending(jax.process_index(), status, line)
+    first = _within(_REACH, lambda: _announce(ending)) or ending
+    if first.status != status:
+      status, line = first.status, first.line
+    if line:
+      print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if distributed.first():
+      # Without their coordinator the others are aborted at once.
+      _wait_for_others(2.0 if status == PeerLost.status else _GRACE)
+    else:
+      _within(_REACH, _depart)
+    os._exit(status)
+
+
+def _announce(ending: Ending) -> Ending:
+  """Leaves word unless another did -> whose word it is."""
+  try:
+    distributed.client().key_value_set(_END, json.dumps(ending))
+    return ending
+  except jax.errors.JaxRuntimeError:
+    return announced() or ending
+
+
+def _depart() -> None:
+  key = f'{_LEFT}/{jax.process_index()}'
+  distributed.client().key_value_set(key, '', allow_overwrite=True)
+
+
+def _wait_for_others(seconds: float) -> None:
+  until, others = time.monotonic() + seconds, jax.process_count() - 1
+  while time.monotonic() < until:
+    gone = _within(
+      _REACH, lambda: distributed.client().key_value_dir_get(_LEFT)
+    )
+    if gone is not None and len(gone) >= others:
+      break
+    time.sleep(0.1)
+  time.sleep(0.2)  # for them to exit after their last word
+
+
+def _within(seconds: float, ask):
+  """Returns what `ask` does; None if it fails or takes longer."""
+  answers = []
+
+  def run():
+    try:
+      answers.append(ask())
+    except jax.errors.JaxRuntimeError:
+      answers.append(None)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  return answers[0] if answers else None

@@ -13,7 +13,7 @@ import pytest
 from absl.testing import absltest
 
 from deepseek_jax import data as datalib
-from deepseek_jax.errors import InputError, Preempted
+from deepseek_jax.errors import InputError, Preempted, Terminated
 from deepseek_jax.record import last_steps, timeline
 from deepseek_jax.run import replay, say
 from tests.faults import damage_test, ledger, runs
@@ -21,6 +21,16 @@ from tests.faults import damage_test, ledger, runs
 
 def _terminate():
   os.kill(os.getpid(), signal.SIGTERM)
+
+
+# As a compiler does: its main thread stays in C and lets other threads run.
+_DEAF = """
+import hashlib
+from deepseek_jax.run.preemption import Preemption
+with Preemption():
+  print('compiling', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)
+"""
 
 
 class PreemptionTest(runs.RunTest):
@@ -78,6 +88,58 @@ class PreemptionTest(runs.RunTest):
       self.fit('interrupted')
     self.assertIs(signal.getsignal(signal.SIGINT), before)
     self.assert_same_as_straight('interrupted', self.fit('interrupted'))
+
+  def test_before_the_first_step_of_a_launch_there_is_nothing_to_save(self):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    with ledger.fault('SIGTERM before the first step', 2):
+      with (
+        mock.patch.object(datalib, 'build', lambda config: _terminate()),
+        self.assertRaisesRegex(Terminated, 'SIGTERM before the first step'),
+      ):
+        self.fit('early')
+      with (
+        self.before_step(1, _terminate),
+        self.assertRaises(Terminated) as caught,
+      ):
+        self.fit('early')
+      self.assertEqual(caught.exception.status, 143)
+      self.assertEmpty(list((self.folder / 'early' / 'checkpoints').iterdir()))
+      with self.before_step(4, _terminate), self.assertRaises(Preempted):
+        self.fit('early')
+      # This one resumes: its first step is 5.
+      with self.before_step(5, _terminate), self.assertRaises(Terminated):
+        self.fit('early')
+      self.assert_same_as_straight('early', self.fit('early'))
+    after = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    self.assertEqual(after, before)
+
+  def test_a_closed_terminal_saves_the_step(self):
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+      self.addCleanup(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+      signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    hang_up = lambda: os.kill(os.getpid(), signal.SIGHUP)
+    with ledger.fault('SIGHUP'):
+      with (
+        self.before_step(5, hang_up),
+        self.assertRaisesRegex(Preempted, 'step 5 is saved'),
+      ):
+        self.fit('closed')
+      self.assert_same_as_straight('closed', self.fit('closed'))
+
+  def test_a_main_thread_that_hears_no_signal_ends_all_the_same(self):
+    with subprocess.Popen(
+      [sys.executable, '-c', _DEAF],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=damage_test.ROOT,
+    ) as process:
+      self.addCleanup(process.kill)
+      self.assertEqual(process.stdout.readline(), 'compiling\n')
+      process.terminate()
+      _, said = process.communicate(timeout=20)
+    self.assertEqual(process.returncode, 143, msg=said)
+    self.assertRegex(said, '^SIGTERM before the first step: nothing new is')
 
   def test_safety_that_makes_no_sense_is_refused(self):
     with self.assertRaisesRegex(InputError, r'safety.hang_factor = -1'):

@@ -94,16 +94,27 @@ def read(workdir: str | os.PathLike) -> list[dict]:
   """The rows of a run that gave up, oldest first, numbers as floats again.
 
   Raises:
-    InputError: the run left none.
+    InputError: the run left none, or a line is damaged.
   """
   path = Path(workdir) / FILE
   if not path.exists():
     raise InputError(f'{path} is missing: the run has not given up')
+  return [
+    _numbers(_row(line, f'{path}, line {number}'))
+    for number, line in enumerate(path.read_bytes().splitlines(), 1)
+  ]
+
+
+def _row(line: bytes, where: str) -> dict:
   try:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path} is damaged ({error}): no step is known') from None
-  return [_numbers(row) for row in rows]
+    row = json.loads(line)
+    if isinstance(row['step'], int) and isinstance(row['batch'], dict):
+      return row
+  except (ValueError, LookupError, TypeError, RecursionError):
+    pass
+  raise InputError(
+    f'{where} is not a step of a run: {line[:60]!r}; remove the line'
+  )
 
 
 def _numbers(value):

@@ -10,11 +10,12 @@ gives the float back. Nothing is rounded.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,13 @@ class MetricsWriter:
     resume_step: the step that the run continues from: lines of later steps are
       dropped (-1 drops all). None appends to what is there. Write a step's
       lines before saving its checkpoint, or a resumed run lacks them.
+    say: takes one line for each file that is damaged, which is then renamed and
+      begun anew with what can be read of it, and for each that lacks steps
+      before `resume_step`. None refuses damaged files.
 
   Raises:
-    InputError: a line in a file is not JSON, or tensorboardX is asked for but
-      not installed.
+    InputError: a line in a file is not JSON and `say` is None, or tensorboardX
+      is asked for but not installed.
   """
 
   def __init__(
@@ -62,13 +66,18 @@ class MetricsWriter:
     tensorboard: bool = False,
     console: bool = True,
     resume_step: int | None = None,
+    say: Callable[[str], None] | None = None,
   ):
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._events = _event_writer(workdir, resume_step) if tensorboard else None
     paths = {kind: workdir / name for kind, name in FILES.items()}
-    last = [_prune(path, resume_step) for path in paths.values()]
-    self._last_step = max(last)
+    kept = [_prune(path, resume_step, say) for path in paths.values()]
+    self._last_step = max(steps[-1] if steps else -1 for steps in kept)
+    for path, steps in zip(paths.values(), kept):
+      lacking = _lacking(steps, resume_step or 0)
+      if lacking and say:
+        say(f'{path} lacks {lacking}: they are lost, and the run goes on')
     self._files = {k: p.open('a', encoding='utf-8') for k, p in paths.items()}
     self._progress = progress(total_steps, self._last_step) if console else None
     self._newest: dict[str, dict] = {kind: {} for kind in FILES}
@@ -123,6 +132,12 @@ class MetricsWriter:
         shown |= dict(islice(self._newest[kind].items(), _SHOWN[kind]))
       self._progress.update(step, shown)
 
+  def sync(self):
+    """Returns when all lines are on disk, whatever befalls the machine."""
+    for file in self._files.values():
+      file.flush()
+      os.fsync(file.fileno())
+
   def log(self, text: str):
     """Prints a line above the progress line; nothing with `console=False`."""
     if self._progress:
@@ -148,6 +163,9 @@ class NoMetrics(contextlib.AbstractContextManager):
   def write(self, step: int, scalars: Mapping, timings: Mapping | None = None):
     pass
 
+  def sync(self):
+    pass
+
   def log(self, text: str):
     pass
 
@@ -166,38 +184,66 @@ def read(
   """
   if kind not in FILES:
     raise InputError(f'kind={kind!r}: choose one of {sorted(FILES)}')
-  return [row for _, row in _lines(Path(workdir) / FILES[kind])]
+  rows, wrong = _lines(Path(workdir) / FILES[kind])
+  if wrong:
+    raise InputError(f'{wrong[0]}; remove the line')
+  return [row for _, row in rows]
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-  """Complete lines of a file: their bytes and what they say."""
+def unused(path: Path, suffix: str) -> Path:
+  """Returns a name beside `path` that no file has: its own, suffix, number."""
+  numbers = range(1, 1 << 30)
+  names = (path.with_name(f'{path.name}{suffix}{n}') for n in numbers)
+  return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path: Path) -> str:
+  """Renames a damaged file, so that nothing overwrites it -> its new name."""
+  aside = unused(path, '.damaged-')
+  path.rename(aside)
+  return aside.name
+
+
+def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
+  """Reads a file of lines.
+
+  Returns:
+    Its complete lines, their bytes and what they say; and one text for every
+    line that is not one of metrics.
+  """
   if not path.exists():
-    return []
+    return [], []
   *complete, _ = path.read_bytes().split(b'\n')  # the rest was cut short
-  result = []
+  rows, wrong = [], []
   for number, line in enumerate(complete, 1):
     try:
-      row = json.loads(line)
-      row = {
-        k: _NOT_FINITE[v] if isinstance(v, str) else v for k, v in row.items()
-      }
-      operator.index(row['step'])
-    except (ValueError, KeyError, AttributeError, TypeError):
-      raise InputError(
-        f'{path}, line {number} is not a line of metrics: {line[:60]!r};'
-        ' remove the line or start in an empty folder'
-      ) from None
-    result.append((line, row))
-  return result
+      rows.append((line, _row(line)))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+      where = f'{path}, line {number}'
+      wrong.append(f'{where} is not a line of metrics: {line[:60]!r}')
+  return rows, wrong
+
+
+def _row(line: bytes) -> dict[str, Any]:
+  row = json.loads(line)
+  row = {k: _decode(v) for k, v in row.items()}
+  operator.index(row['step'])
+  return row
 
 
 def _decode(value: str | float) -> float:
-  return _NOT_FINITE[value] if isinstance(value, str) else value
+  if isinstance(value, str):
+    return _NOT_FINITE[value]
+  if not isinstance(value, int | float):
+    raise TypeError(value)
+  return value
 
 
-def _prune(path: Path, resume_step: int | None) -> int:
-  """Drops later steps and a line cut short; returns the last step or -1."""
-  rows = _lines(path)
+def _prune(path: Path, resume_step: int | None, say) -> list[int]:
+  """Drops later steps and what cannot be read -> the steps that stay."""
+  rows, wrong = _lines(path)
+  if wrong and say is None:
+    raise InputError(f'{wrong[0]}; remove the line or start in an empty folder')
   if resume_step is not None:
     rows = [(line, row) for line, row in rows if row['step'] <= resume_step]
   kept = b''.join(line + b'\n' for line, _ in rows)
@@ -205,8 +251,25 @@ def _prune(path: Path, resume_step: int | None) -> int:
     scratch = path.with_suffix('.tmp')
     with naming(scratch):
       scratch.write_bytes(kept)
+    if wrong:
+      more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
+      say(
+        f'{wrong[0]}{more}: the file is now {set_aside(path)}, and the other'
+        ' lines go on'
+      )
     scratch.replace(path)  # a crash leaves the old file or the new one
-  return rows[-1][1]['step'] if rows else -1
+  return [row['step'] for _, row in rows]
+
+
+def _lacking(steps: list[int], last: int) -> str:
+  """'step 3, steps 5 to 9': those of 1 to `last` without a line; '' if none."""
+  there = sorted({0, *steps, last + 1})
+  spans = [
+    f'step {a + 1}' if a + 2 == b else f'steps {a + 1} to {b - 1}'
+    for a, b in itertools.pairwise(there)
+    if a >= 0 and a + 1 < b <= last + 1
+  ]
+  return ', '.join(spans[:4]) + (' and more' if len(spans) > 4 else '')
 
 
 def _numbers(field: str, row: Mapping[str, Any]) -> dict[str, float]:

@@ -34,6 +34,14 @@ _ACCUMULATE = {
 _COARSE = '_coarse_'
 
 
+class DamagedFile(InputError):
+  """The file cannot be read, or is not one of a FlightRecorder."""
+
+  def __init__(self, path: str | os.PathLike, reason: str):
+    super().__init__(f'{path} is damaged ({reason}); remove it')
+    self.reason = reason
+
+
 class Flight(NamedTuple):
   """A recorded run, oldest interval first."""
 
@@ -59,9 +67,11 @@ class FlightRecorder:
       at each checkpoint, and a resumed run's file equals the straight run's.
     coarse: as `reduce`, for large arrays.
     coarse_capacity: most intervals kept of these; even.
+    shapes: array name -> its shape in every record, where that is known.
 
   Raises:
     InputError: a wrong argument, or the file was recorded with other settings.
+    DamagedFile: the file cannot be read.
   """
 
   def __init__(
@@ -74,9 +84,11 @@ class FlightRecorder:
     resume_step: int | None = None,
     coarse: Mapping[str, str] | None = None,
     coarse_capacity: int = 8,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
   ):
     _check(reduce, capacity)
     self._path = Path(path)
+    self._shapes = dict(shapes or {})
     self._layers = None if layers is None else [int(l) for l in layers]
     self._tracks = [_Track('_', dict(reduce), capacity)]
     if coarse:
@@ -163,6 +175,13 @@ class FlightRecorder:
         raise InputError(
           f'{self._path} was recorded with {name}={settings.get(name)}, not'
           f' {wanted[name]}: keep it, or record to another file'
+        )
+    for name, shape in self._shapes.items():
+      if columns[name].shape[1:] != tuple(shape):
+        raise InputError(
+          f'{self._path} was recorded with {name} of shape'
+          f' {columns[name].shape[1:]}, not {tuple(shape)}: keep it, or record'
+          ' to another file'
         )
     for track in self._tracks:
       track.restore(settings, columns, resume_step)
@@ -265,13 +284,54 @@ def _check(reduce: Mapping[str, str], capacity: int):
 
 
 def _load(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
-  with np.load(path, allow_pickle=False) as file:
-    columns = {name: file[name] for name in file.files}
-  return json.loads(columns.pop('_settings').tobytes()), columns
+  """Settings and columns of a file.
+
+  Raises:
+    DamagedFile: it cannot be read, or holds something else.
+    OSError: it is not there, or may not be read.
+  """
+  try:
+    with open(path, 'rb') as stream:  # np.load would leave a damaged one open
+      file = np.load(stream, allow_pickle=False)
+      columns = {name: file[name] for name in file.files}
+    settings = json.loads(columns.pop('_settings').tobytes())
+    for prefix in ('_', *([_COARSE] if 'coarse_reduce' in settings else [])):
+      _check_columns(prefix, settings, columns)
+  except OSError:
+    raise
+  # Damaged bytes raise anything: of zip, zlib, NumPy's header, Python's parser.
+  except Exception as error:
+    what = ' '.join(str(error).split())[:80] or 'cut short'
+    raise DamagedFile(path, f'{type(error).__name__}: {what}') from None
+  return settings, columns
+
+
+def _check_columns(prefix: str, settings: dict, columns: dict):
+  """Raises ValueError or KeyError unless a track's columns fit each other."""
+  width, reduce = (settings[prefix[1:] + n] for n in ('width', 'reduce'))
+  first, last, records = (
+    columns[prefix + name] for name in ('first', 'last', 'records')
+  )
+  counts = (first, last, records)
+  sound = all(c.dtype == np.int64 and c.shape == (len(last),) for c in counts)
+  if not sound or (first > last).any() or (records < 1).any():
+    raise ValueError('its intervals are not those of a record')
+  if not isinstance(width, int) or width < 1 or (records > width).any():
+    raise ValueError(f'its intervals are of {width!r} records')
+  for name, how in reduce.items():
+    array = columns[name]
+    if how not in _ACCUMULATE or array.dtype.kind not in 'biuf':
+      raise ValueError(f'{name} is {how!r} of {array.dtype}')
+    if array.shape[:1] != last.shape:
+      raise ValueError(f'{name} has {array.shape[:1]} intervals')
 
 
 def load(path: str | os.PathLike) -> Flight:
-  """Reads a recorded file; means are float64, sums of counts int64."""
+  """Reads a recorded file; means are float64, sums of counts int64.
+
+  Raises:
+    DamagedFile: it cannot be read.
+  """
   settings, columns = _load(path)
   fine = _part('_', settings, columns)
   if _COARSE[1:] + 'reduce' not in settings:

@@ -10,9 +10,11 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from deepseek_jax.errors import naming
+from deepseek_jax.record.metrics import set_aside
 
 _REDONE = ('data', 'step', 'evaluate', 'checkpoint')
 _SECONDS_BETWEEN_LINES = 10.0
@@ -23,10 +25,13 @@ class Timeline:
 
   Args:
     path: the file; None writes nothing, for all but one of several processes.
+    say: takes one line when the file of earlier launches is damaged or gone.
   """
 
-  def __init__(self, path: Path | None):
-    self._path = path
+  def __init__(
+    self, path: Path | None, say: Callable[[str], None] = lambda line: None
+  ):
+    self._path, self._say = path, say
     self._seconds: dict[str, float] = {}
     self._written = time.monotonic()
     self._step = 0
@@ -45,9 +50,13 @@ class Timeline:
   def begin(self, step: int) -> None:
     """Goes on from `step`: what earlier launches did beyond it is lost."""
     self._step = step
-    if self._path is None or not self._path.exists():
+    if self._path is None:
       return
-    rows = _read(self._path)
+    if not self._path.exists():
+      if step:
+        self._say(f'{self._path} is gone: the time of earlier launches is lost')
+      return
+    rows, wrong = _read(self._path)
     for row in rows:
       if row.get('step', 0) > step and row['phase'] in _REDONE:
         row['phase'] = 'lost'
@@ -55,6 +64,11 @@ class Timeline:
     scratch = self._path.with_suffix('.tmp')
     with naming(scratch):
       scratch.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    if wrong:
+      self._say(
+        f'{self._path}, line {wrong[0]} is not one of phase, seconds and step:'
+        f' the file is now {set_aside(self._path)}, and the other lines go on'
+      )
     scratch.replace(self._path)
 
   def reached(self, step: int) -> None:
@@ -88,14 +102,24 @@ class Timeline:
 
 
 def totals(path: Path) -> dict[str, float]:
-  """Seconds per phase; empty without a file."""
+  """Seconds per phase, of the lines that can be read; empty without a file."""
   out: dict[str, float] = {}
-  for row in _read(path) if path.exists() else []:
+  for row in _read(path)[0] if path.exists() else []:
     out[row['phase']] = out.get(row['phase'], 0.0) + row['seconds']
   return out
 
 
-def _read(path: Path) -> list[dict]:
-  """Complete lines: a kill may have cut the last."""
-  *complete, _ = path.read_text().split('\n')
-  return [json.loads(line) for line in complete]
+def _read(path: Path) -> tuple[list[dict], list[int]]:
+  """Complete lines (a kill may have cut the last), numbers of damaged ones."""
+  *complete, _ = path.read_bytes().split(b'\n')
+  rows, wrong = [], []
+  for number, line in enumerate(complete, 1):
+    try:
+      row = json.loads(line)
+      sound = math.isfinite(row['seconds']) and row.get('step', 0) >= 0
+      if not (sound and isinstance(row['phase'], str)):
+        raise ValueError
+      rows.append(row)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+      wrong.append(number)
+  return rows, wrong

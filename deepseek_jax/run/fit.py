@@ -83,7 +83,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)
-    timeline = Timeline(workdir / 'timeline.jsonl' if first else None)
+    path = workdir / 'timeline.jsonl' if first else None
+    timeline = Timeline(path, say.warn)
     with timeline.phase('init'):
       model = build(config.model)
       # Whatever does not fit is found here.

@@ -1,5 +1,10 @@
-"""What steps leave in a run's folder: scalars, and how tokens were routed."""
+"""What steps leave in a run's folder: scalars, and how tokens were routed.
 
+No number that is trained depends on these files: a damaged one is renamed, with
+one line, and the run goes on.
+"""
+
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +15,17 @@ from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record import metrics as metric_files
 from deepseek_jax.record.metric import Metric, describe
-from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
-from deepseek_jax.record.routing import FlightRecorder, max_violation
+from deepseek_jax.record.metrics import (
+  MetricsWriter,
+  NoMetrics,
+  set_aside,
+  unused,
+)
+from deepseek_jax.record.routing import (
+  DamagedFile,
+  FlightRecorder,
+  max_violation,
+)
 from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import layer_losses
@@ -50,7 +64,9 @@ class Record:
       objective = config.objective.build(model)
       describe(workdir, metrics_of(objective) | METRICS)
     self._routing = _recorder(workdir, model, resumed or -1) if first else None
-    self.recalls = _recalls(workdir, resumed)
+    recalls = _recalls(workdir, resumed) if first else []
+    # All processes end by them at one step.
+    self.recalls = json.loads(distributed.text_from_first(json.dumps(recalls)))
 
   def __enter__(self) -> 'Record':
     return self
@@ -113,6 +129,7 @@ class Record:
 
   def save(self) -> None:
     """Puts on disk what is not there yet."""
+    self.writer.sync()
     if self._routing:
       self._routing.save()
 
@@ -132,6 +149,7 @@ def _writer(config, workdir, resumed: int, console: bool):
     tensorboard=config.tensorboard,
     console=console,
     resume_step=resumed or -1,
+    say=say.warn,
   )
 
 
@@ -142,16 +160,19 @@ def _recalls(workdir: Path, resumed: int) -> list[float]:
 
 
 def _recorder(workdir, model, resume) -> FlightRecorder | None:
-  layers, number = [], 0
+  layers, experts, number = [], 0, 0
   for segment in model.config.segments():
     for _ in range(segment.repeat):
       for block in segment.blocks:
         if hasattr(block.ffn, 'experts'):
           layers.append(number)
+          experts = block.ffn.experts
         number += 1
   if not layers:
     return None
   path, per_layer = workdir / 'routing.npz', layer_losses.METRICS
+  if resume > 0 and not path.exists():
+    say.warn(f'{path} is gone: how steps up to {resume} were routed is lost')
   record = lambda: FlightRecorder(
     path,
     {n: per_layer[n].over for n in ('load', 'dropped', 'entropy', 'moved')}
@@ -159,13 +180,22 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
     coarse={'together': per_layer['together'].over},
     layers=layers,
     resume_step=resume,
+    shapes={'load': (len(layers), experts), 'dropped': (len(layers),)},
   )
   try:
     return record()
+  except DamagedFile as error:
+    say.warn(
+      f'{path} is damaged ({error.reason}): it is now {set_aside(path)}, and a'
+      ' new one begins'
+    )
+    return record()
   except InputError as error:
     # Of an earlier version, which recorded less: both files stay.
-    path.rename(path.with_name(f'routing-until-{resume}.npz'))
-    say.warn(f'{error}; it is now routing-until-{resume}.npz')
+    kept = path.with_name(f'routing-until-{resume}.npz')
+    kept = unused(kept, '.') if kept.exists() else kept
+    path.rename(kept)
+    say.warn(f'{error}; it is now {kept.name}')
     return record()
 
 

@@ -49,7 +49,7 @@ from deepseek_jax.errors import (  # noqa: E402
   RunAborted,
   Terminated,
 )
-from deepseek_jax.parallel import endings
+from deepseek_jax.parallel import endings  # noqa: E402
 from deepseek_jax.parallel import processes as distributed  # noqa: E402
 
 # Other threads' arenas map big buffers in anew whatever malloc is told, and

@@ -84,6 +84,7 @@ class Batches:
       'seed': config.seed,
       'cross_document': config.cross_document,
     }
+    self._tokenizer = store.index['tokenizer']['sha256']
     self._next = 0
     self.ngrams = None
 
@@ -122,8 +123,16 @@ class Batches:
     return out
 
   def get_state(self) -> dict:
-    """All that a resumed run needs; constant size, ready for JSON."""
-    return {'next_index': self._next, **self._stream}
+    """All that a resumed run needs; constant size, ready for JSON.
+
+    And 'tokenizer_sha256', by which the tokenizer beside a run is known; that
+    the windows are the same ones, their own hashes say.
+    """
+    return {
+      'next_index': self._next,
+      **self._stream,
+      'tokenizer_sha256': self._tokenizer,
+    }
 
   def set_state(self, state: dict) -> None:
     """Continues after `get_state`; InputError if it is of another stream."""

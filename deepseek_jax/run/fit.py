@@ -24,6 +24,7 @@ from deepseek_jax.run.folder import (
   Loaded,
   claim,
   fresh_state,
+  keep_tokenizer,
   load,
   path_of,
   renew,
@@ -106,9 +107,9 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       say=say.warn,
     ) as checkpoints:
       with timeline.phase('restore' if checkpoints.steps() else 'init'):
-        state, resumed = start(config, steps, checkpoints, batches)
+        state, resumed, bound = start(config, steps, checkpoints, batches)
         if first:  # now that the data are known to be the run's
-          store.tokenizer().save(str(workdir))
+          keep_tokenizer(workdir, store.tokenizer(), bound)
           renew(workdir, config)
         if model.config.engram_layers():
           state = with_classes(state, resumed, model, store)

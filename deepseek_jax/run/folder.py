@@ -13,8 +13,9 @@ from deepseek_jax import data as datalib
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.record.metrics import set_aside
 from deepseek_jax.run import lock, say
-from deepseek_jax.run.checkpoint import Checkpoints, flatten
+from deepseek_jax.run.checkpoint import Checkpoints, Restored, flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train.step import TrainState, initial_state
 
@@ -39,7 +40,7 @@ _FREE = (
 )
 _PREFIXES = tuple(name for name in _FREE if name.endswith('.'))
 _MOVED = 'data.path'  # so may this, if a checkpoint vouches for the windows
-_SCRATCH = 'config.tmp'
+_SCRATCH, _TOKENIZER = 'config.tmp', 'tokenizer.json'
 
 
 def claim(workdir: Path, config: RunConfig) -> list[str]:
@@ -97,11 +98,10 @@ def _changes(workdir: Path, config: RunConfig) -> list[str]:
   there = _filled(_object(workdir / 'config.json'))
   lines = _differences(there, as_json(config))
   saved = has_checkpoint(workdir)
-  free = lambda n: n in _FREE or n.startswith(_PREFIXES)
   wrong = [
     line
     for name, line in lines.items()
-    if not (free(name) or (name == _MOVED and saved))
+    if not (_is_free(name) or (name == _MOVED and saved))
   ]
   if wrong:
     raise InputError(
@@ -109,6 +109,10 @@ def _changes(workdir: Path, config: RunConfig) -> list[str]:
       ' choose another --workdir or the same configuration'
     )
   return list(lines.values())
+
+
+def _is_free(name: str) -> bool:
+  return name in _FREE or name.startswith(_PREFIXES)
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -213,9 +217,17 @@ def load(workdir: str | Path, step: int | None = None) -> Loaded:
   ) as checkpoints:
     step = _step_to_load(checkpoints, workdir, step)
     fresh = functools.partial(fresh_state, config, model)
-    state = checkpoints.restore(step, jax.eval_shape(fresh)).state
+    restored = restore(checkpoints, step, jax.eval_shape(fresh), config)
+  state = restored.state
   variables = {'params': state.params, 'buffers': state.buffers}
-  tokenizer = datalib.from_file(str(workdir / 'tokenizer.json'))
+  tokenizer = datalib.from_file(str(workdir / _TOKENIZER))
+  bound = restored.data.get('tokenizer_sha256', tokenizer.sha256)
+  if tokenizer.sha256 != bound:
+    raise InputError(
+      f'{workdir / _TOKENIZER} is not the tokenizer that the run was trained'
+      f' with (sha256 {tokenizer.sha256}, checkpoint {step} says {bound}): put'
+      ' back the one of the run; its training command does'
+    )
   return Loaded(config, model, variables, tokenizer, step)
 
 
@@ -234,6 +246,78 @@ def _step_to_load(checkpoints: Checkpoints, workdir: Path, asked) -> int:
     )
   checkpoints.check(asked)
   return asked
+
+
+def restore(
+  checkpoints: Checkpoints, step: int, like: TrainState, config: RunConfig
+) -> Restored:
+  """The checkpoint of a step of this run.
+
+  Args:
+    checkpoints: of the run.
+    step: by the name of its folder.
+    like: see `Checkpoints.restore`.
+    config: of the run.
+
+  Raises:
+    InputError: the folder holds another step, or one that was saved with other
+      values of fields that change numbers.
+  """
+  restored = checkpoints.restore(step, like)
+  where, inside = checkpoints.directory / str(step), int(restored.state.step)
+  if inside != step:
+    raise InputError(
+      f'{where} holds the state of step {inside}: give the folder its own name'
+      f' again ({inside}), or remove it'
+    )
+  if not restored.config:  # saved by hand
+    return restored
+  lines = _differences(_filled(restored.config), as_json(config))
+  wrong = [l for n, l in lines.items() if not _is_free(n) and n != _MOVED]
+  if wrong:
+    raise InputError(
+      f'{where} was saved with another configuration ({"; ".join(wrong[:3])}):'
+      ' put these values back into config.json and into the command, or begin'
+      f' another run with its weights (--config.init_from={where.parents[1]})'
+    )
+  return restored
+
+
+def keep_tokenizer(workdir: Path, tokenizer, bound: str | None) -> None:
+  """Sees to it that tokenizer.json is the one that the run is trained with.
+
+  Args:
+    workdir: of the run.
+    tokenizer: of the data.
+    bound: SHA-256 of the run's, where a checkpoint says it.
+
+  Raises:
+    InputError: neither `tokenizer` nor the one there is the run's.
+  """
+  path, bound = workdir / _TOKENIZER, bound or tokenizer.sha256
+  try:
+    there = datalib.from_file(str(path)).sha256
+  except InputError:
+    there = None
+  if there == bound:
+    return
+  if tokenizer.sha256 != bound:
+    raise InputError(
+      f'data.tokenizer: is not the one that the run is trained with (sha256'
+      f' {tokenizer.sha256}, the checkpoint says {bound}), nor is {path}; put'
+      ' back the file of the run'
+    )
+  if path.exists():
+    aside = [
+      set_aside(file)
+      for file in (path, workdir / 'tokenizer_config.json')
+      if file.exists()
+    ]
+    say.warn(
+      f'{path} is not of this run: it is now {aside[0]}, and the right one is'
+      ' written anew'
+    )
+  tokenizer.save(str(workdir))
 
 
 def fresh_state(config: RunConfig, model: Model) -> TrainState:

@@ -98,7 +98,8 @@ def _before(workdir, step, config, model, batches):
     found = checkpoints.newest_whole(before=step)
     if found is None:
       return jax.jit(fresh)()
-    restored = checkpoints.restore(found, jax.eval_shape(fresh))
+    like = jax.eval_shape(fresh)
+    restored = folder.restore(checkpoints, found, like, config)
   batches.set_state(restored.data)
   return restored.state
 

@@ -99,7 +99,7 @@ class StagedSteps:
     propose = jax.jit(
       functools.partial(proposed, self._rules[number]),
       donate_argnums=1,
-      out_shardings=Proposal(where.params, where.moments, None),
+      out_shardings=Proposal(where.params, where.moments, None, None),
     )
     return propose, jax.jit(updated, donate_argnums=0, out_shardings=where)
 
@@ -122,12 +122,17 @@ class StagedSteps:
     each, norms = jax.device_get(tuple(zip(*map(self._norms, grads))))
     norm = jax.device_get(tree_norm(each))
     proposals = self._proposed(state.held, grads, norm)
-    each = jax.device_get([p.norm for p in proposals])
+    each, updates = jax.device_get(
+      tuple(zip(*((p.norm, p.norms) for p in proposals)))
+    )
     verdict, gate, told = jax.device_get(
       self._judge(state._replace(held=()), metrics['loss'], norm, each)
     )
     held = self._updated(state.held, proposals, metrics.pop('loads'), verdict)
-    metrics |= told | {'block_norms': self._whole_norms(norms)}
+    metrics |= told | {
+      'block_norms': self._whole_norms(norms),
+      'update_norms': self._whole_norms(updates),
+    }
     rows = np.uint32(len(batch['tokens']))
     return StagedState(state.step + 1, state.sequences + rows, held, gate), (
       metrics

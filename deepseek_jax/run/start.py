@@ -10,10 +10,10 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.run import say
+from deepseek_jax.run import say, soundness
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.folder import config_of, has_checkpoint, load
+from deepseek_jax.run.folder import config_of, has_checkpoint, load, restore
 from deepseek_jax.run.staged_steps import StagedSteps
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.train import warm_start
@@ -25,20 +25,27 @@ def start(
   checkpoints: Checkpoints,
   batches: datalib.Batches,
 ):
-  """The state to begin with, and the step it was saved at (0: new).
+  """Where a launch begins; moves `batches` there.
 
-  Moves `batches` to where that is.
+  Returns:
+    The state, the step that it was saved at (0: new), and the SHA-256 of the
+    run's tokenizer, None where no checkpoint says it.
   """
   step = checkpoints.newest_whole(say.warn)
   if step is None:
     state = steps.begin()
     if config.init_from:
       state = _warm(config.init_from, state, steps)
-    return state, 0
+    return state, 0, None
   checkpoints.set_aside_after(step)
-  restored = checkpoints.restore(step, steps.like())
+  restored = restore(checkpoints, step, steps.like(), config)
   batches.set_state(restored.data)
-  return steps.adopt(restored.state), step
+  where = checkpoints.directory / str(step)
+  damage = soundness.of_checkpoint(restored.state, where)
+  if damage and distributed.first():
+    say.warn(damage)
+  bound = restored.data.get('tokenizer_sha256')
+  return steps.adopt(restored.state), step, bound
 
 
 def check_source(config: RunConfig, model: Model, tokenizer) -> None:

@@ -13,6 +13,7 @@ from deepseek_jax.errors import Preempted, RunAborted
 from deepseek_jax.record import last_steps
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
+from deepseek_jax.run import soundness
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
@@ -73,7 +74,7 @@ class Trainer:
       self.timeline.reached(number)
       buffers = functools.partial(self.steps.buffers, state)
       self.record.step(number, metrics, buffers, size * length, seconds)
-      self._give_up_if_stuck(number, metrics)
+      self._give_up_if_stuck(number, metrics, state)
       last = tokens >= config.train.tokens or self._imitated()
       if _due(config.evaluate.every, number) and not last:
         with self.timeline.phase('evaluate'):
@@ -110,16 +111,19 @@ class Trainer:
     self.last_steps.add(number, identity, kept)
     return state, metrics
 
-  def _give_up_if_stuck(self, number, metrics):
+  def _give_up_if_stuck(self, number, metrics, state):
     streak = int(metrics['streak'])
     if streak < self.config.train.gate.patience:
       return
     self.record.save()
+    workdir = self.checkpoints.directory.parent
+    why = soundness.of_refused(metrics, self.steps.whole(state), workdir)
     raise RunAborted(
       f'{streak} updates in a row were not finite or exploded, the last at'
       f' step {number} (loss {float(metrics["loss"]):.4g}, gradient norm'
       f' {float(metrics["grad_norm"]):.4g}, update norm'
-      f' {float(metrics["update_norm"]):.4g}); checkpoints are from before'
+      f' {float(metrics["update_norm"]):.4g}); checkpoints are from before;'
+      f' {why}'
     )
 
   def _validate(self, number, state):

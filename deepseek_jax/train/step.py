@@ -61,13 +61,16 @@ def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
 
 def metrics_of(objective: Objective) -> dict[str, Metric]:
   """Returns what a step with this objective may return, described by name."""
-  gradients = {'block_norms': Metric('Gradient norms', per='block')}
+  blocks = {
+    'block_norms': Metric('Gradient norms', per='block'),
+    'update_norms': Metric('Update norms', per='block'),
+  }
   return {
     'loss': Metric('Loss'),
     **objective.metrics,
     **layer_losses.METRICS,
     **METRICS,
-    **gradients,
+    **blocks,
   }
 
 
@@ -124,7 +127,7 @@ def train_step(
   losses and routing statistics). metrics: those of `metrics_of`, as far as the
   model has them: scalars, per MoE layer 'load' [L E] (choices in the global
   batch), 'dropped' [L] and the routing statistics [L ...]; 'block_norms' of the
-  gradient, by block. Jit it with the state donated.
+  gradient and 'update_norms', by block. Jit it with the state donated.
   """
   optimizer = optimizer_of(cfg, model.abstract['params'])
   part = part_of(cfg, model.abstract['params'])
@@ -170,7 +173,8 @@ def train_step(
     )
     loads = moving(metrics.pop('loads'), cfg.trainable)
     held = updated(held, proposal, loads, verdict)
-    metrics |= told | {'block_norms': block_norms(grads)}
+    norms = {'block_norms': block_norms(grads), 'update_norms': proposal.norms}
+    metrics |= told | norms
     sequences = state.sequences + jnp.uint32(batch['tokens'].shape[0])
     return TrainState(state.step + 1, sequences, *held, gate), metrics
 

@@ -16,7 +16,7 @@ from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import schedules
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateState, judge
-from deepseek_jax.train.gradient_norms import tree_norm
+from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 
 METRICS = {
   'grad_norm': Metric('Gradient norm'),
@@ -43,11 +43,13 @@ class Proposal(NamedTuple):
     updates: of the parameters, at a learning rate of 1.
     moments: after it.
     norm: of the updates, over parameters that are finite.
+    norms: of the same by block, see `block_norms`.
   """
 
   updates: Any
   moments: Any
   norm: jax.Array
+  norms: dict[str, jax.Array]
 
 
 class Verdict(NamedTuple):
@@ -89,8 +91,8 @@ def proposed(
   # Decay makes the update of a parameter that is no number none, too; that
   # one is lost already, and may be one that no batch reads.
   sound = lambda p, u: jnp.where(jnp.isfinite(p), u, 0)
-  norm = tree_norm(jax.tree.map(sound, held.params, updates))
-  return Proposal(updates, moments, norm)
+  sound = jax.tree.map(sound, held.params, updates)
+  return Proposal(updates, moments, tree_norm(sound), block_norms(sound))
 
 
 def judged(

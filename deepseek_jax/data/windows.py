@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.data import corpus, infill
+from deepseek_jax.data import corpus, infill, leftovers
 from deepseek_jax.data import token_store as store
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.data.bpe import train_bpe
@@ -75,6 +75,7 @@ def _write(path, config, census, recipe):
   """Builds in a folder beside `path` and renames it: all of it or nothing."""
   tokenizer = _tokenizer(config, census)
   folder = f'{path}.{secrets.token_hex(4)}.tmp'
+  leftovers.remove(os.path.dirname(path))
   try:
     os.makedirs(folder)
     index, sha256 = _write_tokens(folder, config, tokenizer)

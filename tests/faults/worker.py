@@ -18,6 +18,7 @@ from absl import flags
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
+from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record import last_steps
@@ -38,6 +39,7 @@ _CHANGE = flags.DEFINE_multi_string(
 )
 _SLOW = flags.DEFINE_string('slow', None, 'Stops for long in this function.')
 _DEFECT = flags.DEFINE_integer('defect', None, 'The step that raises.')
+_LATE = flags.DEFINE_bool('late', False, 'Finds a fault after the end.')
 _ALL = flags.DEFINE_bool('all_devices', False, 'One process uses all, too.')
 
 
@@ -102,6 +104,8 @@ def main(argv):
   ):
     run = loop.fit(made, _WORKDIR.value)
   state = placement.to_first(run.state)
+  if _LATE.value:
+    raise InputError('late')
   done = {'batches': seen}
   if distributed.first():
     done['state'] = fingerprint(state)

@@ -29,7 +29,7 @@ class _Two(runs.RunTest):
     ]
 
   def assert_all_refuse(self, workers, words: str) -> None:
-    codes = launches.end(workers, 100)
+    codes = launches.end(workers, 240)
     said = '\n'.join(w.said() for w in workers)
     self.assertEqual(codes, [2, 2], msg=said)
     lines = self.errors(workers)
@@ -68,7 +68,7 @@ class EndTest(_Two):
   """Ends that come later, each of two processes that were started anew."""
 
   def assert_all_end(self, workers, status: int, words: str) -> None:
-    codes = launches.end(workers, 100)
+    codes = launches.end(workers, 240)
     said = [w.said() for w in workers]
     self.assertEqual(codes, [status] * 2, msg='\n'.join(said))
     for text in said:

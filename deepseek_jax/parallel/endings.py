@@ -35,8 +35,11 @@ class Ending(NamedTuple):
 
 def announced() -> Ending | None:
   """Returns how another process or this one ended the run; None if none did."""
+  client = distributed.client()
+  if client is None:  # it is shut down
+    return None
   try:
-    return Ending(*json.loads(distributed.client().key_value_try_get(_END)))
+    return Ending(*json.loads(client.key_value_try_get(_END)))
   except jax.errors.JaxRuntimeError:  # nothing is there, or nobody to ask
     return None
 

@@ -156,7 +156,7 @@ class PipelineTest(parameterized.TestCase):
       state = stream.get_state()
       sizes.add(len(json.dumps(state | {'next_index': 0})))
     self.assertLen(sizes, 1)
-    self.assertLess(sizes.pop(), 300)
+    self.assertLess(sizes.pop(), 400)
     self.assertEqual(state['next_index'], 80)
 
   @parameterized.parameters(

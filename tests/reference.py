@@ -44,6 +44,8 @@ def frequencies(cfg, dim):
     return np.array(out)
   if kind == 'Llama3Config':
     return np.array([_llama3(f, cfg.scaling) for f in base])
+  if kind == 'LinearConfig':
+    return np.array([f / cfg.scaling.factor for f in base])
   return np.array(base)
 
 

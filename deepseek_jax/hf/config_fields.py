@@ -7,6 +7,7 @@ kind: a field that is in no table here is an error.
 
 from typing import Any, NamedTuple
 
+from deepseek_jax.hf import config_limits
 from deepseek_jax.hf.families import v32
 
 REQUIRED = object()
@@ -135,7 +136,6 @@ CARRIED = frozenset(
     'id2label',
     'label2id',
     'problem_type',
-    'unsloth_version',
   }
 )
 ARCHITECTURES = {
@@ -143,9 +143,28 @@ ARCHITECTURES = {
   'deepseek_v2': 'DeepseekV2ForCausalLM',
   'deepseek_v3': 'DeepseekV3ForCausalLM',
   v32.FAMILY: 'DeepseekV32ForCausalLM',
+  'deepseek_v4': 'DeepseekV4ForCausalLM',
 }
+# Other names of a family, for serving software to tell the models apart. What
+# is written is named by its architecture.
+ALIASES = {'kimi_k2': 'deepseek_v3'}
+
+
+def family(model_type: Any) -> str:
+  """Returns the family that a model_type names; InputError if none is read."""
+  if isinstance(model_type, str):
+    model_type = ALIASES.get(model_type, model_type)
+    if model_type in ARCHITECTURES:
+      return model_type
+  known = [*ARCHITECTURES, *ALIASES]
+  raise config_limits.error('model_type', model_type, f'must be one of {known}')
 
 
 def is_carried(name: str) -> bool:
   """Whether a field changes no number of the model."""
-  return name in CARRIED or name == 'max_position_embeddings'
+  # unsloth notes how it has loaded and repaired the tokenizer.
+  return (
+    name in CARRIED
+    or name == 'max_position_embeddings'
+    or name.startswith('unsloth_')
+  )

@@ -1,7 +1,8 @@
 """config.json -> TransformerConfig, field by field, nothing ignored silently.
 
 Meanings follow the code released with the checkpoints; where transformers
-departs from it, a comment says so.
+departs from it, a comment here or in `rope_json` says so. Every number is
+checked before it is used (see `config_limits`).
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import from_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields as fields_of
-from deepseek_jax.hf import rope_json
+from deepseek_jax.hf import config_limits, rope_json
+from deepseek_jax.hf.config_limits import error as _error
 from deepseek_jax.hf.families import v4 as v4_config
 from deepseek_jax.hf.families import v32
 from deepseek_jax.model.mtp import MTPConfig
@@ -26,27 +28,23 @@ class Parsed(NamedTuple):
     config: the model, with the MTP layers that the file has.
     carried: fields that don't change the model, to write again.
     quantization: its quantization_config, checked, or None.
+    drafter: fields of a speculative drafter, which is not read.
   """
 
   config: TransformerConfig
   carried: dict[str, Any]
   quantization: dict[str, Any] | None
+  drafter: tuple[str, ...] = ()
 
 
 def parse(fields: Mapping[str, Any]) -> Parsed:
   """Raises InputError for any field that is not understood."""
-  family = fields.get('model_type')
+  config_limits.check(fields)
+  config_limits.check_size(fields)
+  family = fields_of.family(fields.get('model_type'))
+  _check_architecture(fields.get('architectures'), family)
   if family == 'deepseek_v4':
-    v4_config.check_names(fields, fields_of.CARRIED)
-    known = fields_of.CARRIED | v4_config.CARRIED
-    carried = {k: v for k, v in fields.items() if k in known}
-    return Parsed(v4_config.parse(fields), carried, _quantization(fields))
-  if family not in fields_of.MAPPED:
-    raise _error(
-      'model_type',
-      family,
-      f'must be one of {[*fields_of.MAPPED, "deepseek_v4"]}',
-    )
+    return _parse_v4(fields)
   _check_names(fields, family)
   values = {
     field.ours: _typed(fields, name, field)
@@ -62,8 +60,26 @@ def parse(fields: Mapping[str, Any]) -> Parsed:
   return Parsed(config, carried, _quantization(fields))
 
 
-def _error(name, value, fix):
-  return InputError(f'config.json: {name} = {value!r}: {fix}')
+def _parse_v4(fields) -> Parsed:
+  drafter = tuple(sorted(filter(v4_config.of_drafter, fields)))
+  fields = {k: v for k, v in fields.items() if k not in drafter}
+  if drafter:
+    # What lies under mtp.* is the drafter's: V4's MTP layer is not there.
+    fields['num_nextn_predict_layers'] = 0
+  v4_config.check_names(fields)
+  carried = {
+    k: v
+    for k, v in fields.items()
+    if fields_of.is_carried(k) or k in v4_config.CARRIED
+  }
+  config = v4_config.parse(fields)
+  return Parsed(config, carried, _quantization(fields), drafter)
+
+
+def _check_architecture(named, family):
+  wanted = fields_of.ARCHITECTURES[family]
+  if named not in (None, [wanted]):
+    raise _error('architectures', named, f'must be [{wanted!r}]')
 
 
 def _check_names(fields, family):
@@ -80,15 +96,10 @@ def _check_names(fields, family):
   for name, value in fields.items():
     if name.startswith('_'):
       continue  # private notes of transformers: _name_or_path and the like
-    if name not in known:
+    if name not in known and not fields_of.is_carried(name):
       raise _error(name, value, f'not understood for {family}; not supported')
     if name in fixed and value not in fixed[name]:
       raise _error(name, value, f'not supported; must be {fixed[name][0]!r}')
-  named = fields.get('architectures')
-  if named not in (None, [fields_of.ARCHITECTURES[family]]):
-    raise _error(
-      'architectures', named, f'must be [{fields_of.ARCHITECTURES[family]!r}]'
-    )
 
 
 def _typed(fields, name, field: fields_of.Field):
@@ -128,11 +139,16 @@ def _grouped_query(fields, values) -> dict:
   return {
     'attention.kind': 'gqa',
     'attention.kv_heads': heads if kv_heads is None else kv_heads,
-    'attention.head_dim': values['dim'] // heads
-    if head_dim is None
-    else head_dim,
+    'attention.head_dim': _head_dim(values) if head_dim is None else head_dim,
     'layout': layout(_layers(fields), 0),
   }
+
+
+def _head_dim(values) -> int:
+  heads = values['attention.heads']
+  if heads > values['dim']:
+    raise _error('num_attention_heads', heads, 'is above hidden_size')
+  return values['dim'] // heads
 
 
 def _layers(fields):
@@ -233,6 +249,8 @@ def _quantization(fields):
   found = fields.get('quantization_config')
   if found is None:
     return None
+  if not isinstance(found, Mapping):
+    raise _error('quantization_config', found, 'must be an object')
   allowed = {
     'quant_method': ('fp8',),
     'fmt': ('e4m3', None),
@@ -243,7 +261,8 @@ def _quantization(fields):
     'modules_to_not_convert': None,
     'dequantize': None,
   }
-  for name, value in found.items():
+  # The method first: it says why the rest is not understood.
+  for name, value in {'quant_method': None, **found}.items():
     if name not in allowed:
       raise _error(f'quantization_config.{name}', value, 'not supported')
     if allowed[name] and value not in allowed[name]:

@@ -2,13 +2,25 @@
 
 Old files hold `rope_theta` and `rope_scaling`, new ones `rope_parameters`
 with both in one.
+
+YaRN where mscale and mscale_all_dim are not both given and above 0: the code
+that DeepSeek released takes 1 and 0 for what is absent and multiplies cos and
+sin by (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1), so by
+0.1 mscale ln(factor) + 1 without mscale_all_dim. transformers takes both or
+neither, and without multiplies by 0.1 ln(factor) + 1. `layers.rope` follows
+transformers here, with which such files are served; for mscale = 1 or absent,
+without mscale_all_dim, they agree. With both, as in the released files of V2 to
+V3.2, the two codes agree, and in both mscale_all_dim alone sets the softmax
+scale.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.hf.config_limits import error
 from deepseek_jax.model.attention.rope import (
+  LinearConfig,
   Llama3Config,
   RopeConfig,
   YarnConfig,
@@ -29,51 +41,75 @@ _LLAMA3 = {
   'high_freq_factor': 'high_factor',
   'original_max_position_embeddings': 'original_length',
 }
+_LINEAR = {'factor': 'factor'}
 _NEEDED = {
+  'linear': ('factor',),
   'yarn': ('factor', 'original_max_position_embeddings'),
   'llama3': tuple(_LLAMA3),
 }
-_TYPES = {'llama': ('default', 'llama3')}
+_TYPES = {
+  'llama': ('default', 'llama3', 'linear'),
+  'deepseek_v2': ('default', 'yarn', 'linear'),
+  'deepseek_v3': ('default', 'yarn', 'linear'),
+}
+
+
+def mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  """Returns a field that must hold an object; {} if it is absent or null."""
+  found = fields.get(name)
+  if found is None:
+    return {}
+  if not isinstance(found, Mapping):
+    raise error(name, found, 'must be an object')
+  return found
 
 
 def parse(fields: Mapping[str, Any], family: str) -> RopeConfig:
-  name = 'rope_parameters' if fields.get('rope_parameters') else 'rope_scaling'
-  if fields.get('rope_parameters') and fields.get('rope_scaling'):
+  given = {n: mapping(fields, n) for n in ('rope_parameters', 'rope_scaling')}
+  if all(given.values()):
     raise InputError('config.json: has both rope_parameters and rope_scaling')
-  found = dict(fields.get(name) or {})
-  where = f'config.json: {name}'
+  name = 'rope_parameters' if given['rope_parameters'] else 'rope_scaling'
+  found = dict(given[name])
   theta = found.pop('rope_theta', fields.get('rope_theta', 10000.0))
-  kinds = {found.pop(key) for key in ('type', 'rope_type') if key in found}
-  allowed = _TYPES.get(family, ('default', 'yarn'))
-  kind = kinds.pop() if kinds else 'default'
-  if kinds or kind not in allowed:
-    raise InputError(f'{where}.rope_type = {kind!r}: must be one of {allowed}')
+  kind = _kind(found, name, _TYPES.get(family, ('default', 'yarn')))
   interleaved = fields.get('rope_interleave', family != 'llama')
   if type(interleaved) is not bool:
-    raise InputError(
-      f'config.json: rope_interleave = {interleaved!r}: must be true or false'
-    )
+    raise error('rope_interleave', interleaved, 'must be true or false')
   return RopeConfig(
-    theta=_number(f'{where}.rope_theta', theta),
+    theta=_number('rope_theta', theta),
     interleaved=interleaved,
-    scaling=_scaling(kind, found, where),
+    scaling=_scaling(kind, found, name),
   )
 
 
-def _scaling(kind, found, where):
-  if found.pop('truncate', True) is not True:
-    raise InputError(f'{where}.truncate = False: not supported')
-  if found.pop('partial_rotary_factor', 1) not in (1, None):
-    raise InputError(f'{where}.partial_rotary_factor: not supported')
-  table = {'default': {}, 'yarn': _YARN, 'llama3': _LLAMA3}[kind]
+def _kind(found: dict, name: str, allowed: tuple[str, ...]) -> str:
+  """Takes the kind of scaling out of `found`, under either of its names."""
+  kind = 'default'
+  for i, key in enumerate(k for k in ('type', 'rope_type') if k in found):
+    value = found.pop(key)
+    if value not in allowed or (i and value != kind):
+      raise error(f'{name}.rope_type', value, f'must be one of {allowed}')
+    kind = value
+  return kind
+
+
+def _scaling(kind, found, name):
+  truncate = found.pop('truncate', True)
+  if truncate is not True:
+    raise error(f'{name}.truncate', truncate, 'not supported')
+  partial = found.pop('partial_rotary_factor', 1)
+  if partial not in (1, None):
+    raise error(f'{name}.partial_rotary_factor', partial, 'not supported')
+  tables = {'yarn': _YARN, 'llama3': _LLAMA3, 'linear': _LINEAR}
+  table = tables.get(kind, {})
   for key, value in found.items():
     if key not in table:
-      raise InputError(f'{where}.{key} = {value!r}: not understood for {kind}')
+      raise error(f'{name}.{key}', value, f'not understood for {kind}')
   for key in _NEEDED.get(kind, ()):
     if found.get(key) is None:
-      raise InputError(f'{where}.{key}: missing; {kind} needs it')
+      raise InputError(f'config.json: {name}.{key}: missing; {kind} needs it')
   values = {
-    table[key]: _number(f'{where}.{key}', value)
+    table[key]: _number(f'{name}.{key}', value)
     for key, value in found.items()
     if value is not None and not (value == 0 and key.startswith('beta'))
   }
@@ -81,15 +117,22 @@ def _scaling(kind, found, where):
     values['original_length'] = int(values['original_length'])
   if kind == 'default':
     return None
+  if kind == 'linear':
+    return LinearConfig(**values)
   if kind == 'llama3':
+    if values['low_factor'] >= values['high_factor']:
+      low = found['low_freq_factor']
+      raise error(
+        f'{name}.low_freq_factor', low, 'must be below high_freq_factor'
+      )
     return Llama3Config(**values)
   # A file without these means something else than our default 1.0.
   return YarnConfig(**{'mscale': None, 'mscale_all_dim': None, **values})
 
 
-def _number(where, value) -> float:
+def _number(name, value) -> float:
   if isinstance(value, bool) or not isinstance(value, int | float):
-    raise InputError(f'{where} = {value!r}: must be a number')
+    raise error(name, value, 'must be a number')
   return float(value)
 
 
@@ -104,6 +147,7 @@ def render(rope: RopeConfig, family: str) -> dict[str, Any]:
     type(None): ('default', {}),
     YarnConfig: ('yarn', _YARN),
     Llama3Config: ('llama3', _LLAMA3),
+    LinearConfig: ('linear', _LINEAR),
   }[type(scaling)]
   if kind not in _TYPES.get(family, ('default', 'yarn')):
     raise InputError(f'attention.rope.scaling: {family} files have no {kind}')
@@ -118,7 +162,7 @@ def render(rope: RopeConfig, family: str) -> dict[str, Any]:
   values = {key: value for key, value in values.items() if value is not None}
   # Both names: older readers know 'type', newer ones 'rope_type'.
   out['rope_scaling'] = {'type': kind, 'rope_type': kind, **values}
-  out['max_position_embeddings'] = round(
-    scaling.factor * scaling.original_length
-  )
+  # Linear scaling does not say which length it extends.
+  length = getattr(scaling, 'original_length', 4096)
+  out['max_position_embeddings'] = round(scaling.factor * length)
   return out

@@ -196,7 +196,7 @@ class RefusedTest(parameterized.TestCase):
     ('bool_for_number', {'hidden_size': True}, 'hidden_size = True'),
     ('number_for_bool', {'norm_topk_prob': 1}, 'norm_topk_prob = 1'),
     ('groups', {'n_group': 7}, 'router.groups = 7: must divide experts'),
-    ('rope_type', {'rope_scaling': {'type': 'linear'}}, "'linear'"),
+    ('rope_type', {'rope_scaling': {'type': 'dynamic'}}, "'dynamic'"),
     ('rope_key', {'rope_scaling': {'type': 'yarn', 'x': 1}}, r'x = 1'),
     ('rope_missing', {'rope_scaling': {'type': 'yarn'}}, 'factor: missing'),
     (

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax.model.attention import rope as lib
 from deepseek_jax.model.attention.rope import (
+  LinearConfig,
   Llama3Config,
   RopeConfig,
   YarnConfig,
@@ -43,6 +44,7 @@ class FrequenciesTest(parameterized.TestCase):
     (RopeConfig(scaling=YarnConfig(beta_fast=8, beta_slow=8)), 32),
     (LLAMA, 128),
     (RopeConfig(theta=100.0, scaling=Llama3Config(original_length=32)), 16),
+    (RopeConfig(theta=1e5, scaling=LinearConfig(4.0)), 32),
     (RopeConfig(), 64),
   )
   def test_equals_a_loop_over_pairs(self, cfg, dim):
@@ -56,6 +58,11 @@ class FrequenciesTest(parameterized.TestCase):
     self.assertEqual(ratio[0], 1)
     self.assertAlmostEqual(ratio[-1], 1 / 8)
     self.assertTrue(((ratio > 0.2) & (ratio < 0.9)).any())
+
+  @parameterized.parameters(0, -4.0, math.nan, math.inf)
+  def test_linear_factor_must_be_a_number_above_0(self, factor):
+    with self.assertRaisesRegex(ds.InputError, 'scaling.factor'):
+      LinearConfig(factor)
 
   def test_odd_dims_are_refused(self):
     with self.assertRaisesRegex(ds.InputError, 'rope_dim = 7: must be even'):

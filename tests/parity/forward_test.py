@@ -80,6 +80,16 @@ FORWARD_ONLY = {
     'v3',
     {'rope_scaling': ph.yarn(mscale_all_dim=0.8, attention_factor=1.7)},
   ),
+  'v3_yarn_only_mscale': ('v3', {'rope_scaling': ph.yarn(mscale=0.8)}),
+  'v3_linear': ('v3', {'rope_scaling': {'type': 'linear', 'factor': 3.0}}),
+  # As deepseek-coder-6.7b has it.
+  'llama_linear': (
+    'llama',
+    {
+      'rope_theta': 100000.0,
+      'rope_scaling': {'type': 'linear', 'factor': 4.0},
+    },
+  ),
   'v2_two_dense_two_groups': (
     'v2',
     {

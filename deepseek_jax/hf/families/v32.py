@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.hf import config_limits
 from deepseek_jax.hf.row import Row
 from deepseek_jax.model.attention.dsa import DSAConfig
 
@@ -44,10 +45,8 @@ def check_layers(fields: Mapping[str, Any], layers: int, dense: int) -> None:
   }
   for name, value in wanted.items():
     if fields.get(name) not in (None, value):
-      raise InputError(
-        f'config.json: {name} = {fields[name]!r}: not supported; must be'
-        f' {value!r}'
-      )
+      fix = f'not supported; must be {config_limits.shown(value)}'
+      raise config_limits.error(name, fields[name], fix)
 
 
 def check_ours(attention: DSAConfig) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import rope_json
+from deepseek_jax.hf import config_fields, rope_json
+from deepseek_jax.hf.config_limits import error as _error
 from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.hca import HCAConfig
 from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
@@ -92,17 +93,18 @@ _TYPES = {
 _NAMES = {ours: theirs for theirs, ours in _TYPES.items()}
 
 
-def _error(name, value, fix):
-  return InputError(f'config.json: {name} = {value!r}: {fix}')
+def of_drafter(name: str) -> bool:
+  """Whether a field describes the DSpark drafter of later V4 releases."""
+  return name.startswith('dspark_')
 
 
-def check_names(fields: Mapping[str, Any], carried) -> None:
+def check_names(fields: Mapping[str, Any]) -> None:
   """InputError for a field that is unknown or has an unknown value."""
-  known = {*_INTEGERS, *_FLOATS, *_FIXED, *_READ, *CARRIED, *carried}
+  known = {*_INTEGERS, *_FLOATS, *_FIXED, *_READ, *CARRIED}
   for name, value in fields.items():
     if name.startswith('_'):
       continue
-    if name not in known:
+    if name not in known and not config_fields.is_carried(name):
       raise _error(name, value, 'not understood for deepseek_v4; not supported')
     if name in _FIXED and value not in _FIXED[name]:
       raise _error(name, value, f'not supported; must be {_FIXED[name][0]!r}')
@@ -136,8 +138,11 @@ def parse(fields: Mapping[str, Any]) -> TransformerConfig:
 
 def _model(fields, n, tied) -> TransformerConfig:
   names, rates = _layers(fields, n['num_hidden_layers'])
-  depth = fields.get('num_nextn_predict_layers') or 0
-  init = fields.get('initializer_range', 0.02)
+  depth, init = 0, 0.02
+  if fields.get('num_nextn_predict_layers') is not None:
+    depth = _number(fields, 'num_nextn_predict_layers', int)
+  if fields.get('initializer_range') is not None:
+    init = _number(fields, 'initializer_range', float)
   return TransformerConfig(
     vocab_size=n['vocab_size'],
     dim=n['hidden_size'],
@@ -153,7 +158,7 @@ def _model(fields, n, tied) -> TransformerConfig:
     kinds=v4_kinds(n['vocab_size']),
     mtp=MTPConfig(depth=depth, block='window', streams=True),
     norm_eps=n['rms_norm_eps'],
-    init_std=float(init),
+    init_std=init,
     tied=tied,
   )
 
@@ -205,8 +210,11 @@ def _scoring(fields):
 
 
 def _rope_dim(fields, head_dim) -> int:
-  dim = fields.get('qk_rope_head_dim')
-  share = fields.get('partial_rotary_factor')
+  dim = share = None
+  if fields.get('qk_rope_head_dim') is not None:
+    dim = _number(fields, 'qk_rope_head_dim', int)
+  if fields.get('partial_rotary_factor') is not None:
+    share = _number(fields, 'partial_rotary_factor', float)
   if dim is None and share is None:
     raise InputError('config.json: qk_rope_head_dim: missing')
   if share is not None:
@@ -219,17 +227,20 @@ def _rope_dim(fields, head_dim) -> int:
 
 def _ropes(fields) -> tuple[RopeConfig, RopeConfig]:
   """Of layers with a window alone, and of those with entries."""
-  given = dict(fields.get('rope_parameters') or {})
+  given = dict(rope_json.mapping(fields, 'rope_parameters'))
   near_theta = fields.get('rope_theta', 10000.0)
   far_theta = fields.get('compress_rope_theta', 160000.0)
   if isinstance(given.get('main'), Mapping):
     near = _rope(given['main'], near_theta, 'rope_parameters.main')
-    far = _rope(given['compress'], far_theta, 'rope_parameters.compress')
+    far = given.get('compress')
+    if not isinstance(far, Mapping):
+      raise _error('rope_parameters.compress', far, 'must be an object')
+    far = _rope(far, far_theta, 'rope_parameters.compress')
     if near.scaling is not None:
       raise _error('rope_parameters.main', given['main'], 'must be default')
     return near, far
   name = 'rope_parameters' if given else 'rope_scaling'
-  flat = given or dict(fields.get('rope_scaling') or {})
+  flat = given or dict(rope_json.mapping(fields, 'rope_scaling'))
   flat.pop('rope_theta', None)  # the base of layers with a window alone
   return _rope({}, near_theta, name), _rope(flat, far_theta, name)
 
@@ -256,7 +267,7 @@ def _rope(found, theta, where) -> RopeConfig:
 
 def _layers(fields, count) -> tuple[list[str], dict[str, int]]:
   """The kind of every layer, and tokens of an entry by kind."""
-  rates = dict(fields.get('compress_rates') or {})
+  rates = dict(rope_json.mapping(fields, 'compress_rates'))
   rates = {
     'csa': rates.pop('compressed_sparse_attention', 4),
     'hca': rates.pop('heavily_compressed_attention', 128),
@@ -264,7 +275,11 @@ def _layers(fields, count) -> tuple[list[str], dict[str, int]]:
   }
   if set(rates) != {'csa', 'hca'}:
     raise _error('compress_rates', fields['compress_rates'], 'unknown layers')
-  types, ratios = fields.get('layer_types'), fields.get('compress_ratios')
+  for kind, value in rates.items():
+    if type(value) is not int:
+      raise _error('compress_rates', value, f'must be a whole number ({kind})')
+  types = _listed(fields, 'layer_types', str)
+  ratios = _listed(fields, 'compress_ratios', int)
   if types is not None:
     kinds = [_TYPES.get(t) for t in types]
   elif ratios is not None:
@@ -283,8 +298,19 @@ def _layers(fields, count) -> tuple[list[str], dict[str, int]]:
   return _hashed(fields, kinds), rates
 
 
+def _listed(fields, name, kind) -> list | None:
+  """A list of numbers or texts, or None."""
+  value = fields.get(name)
+  if value is not None and (
+    not isinstance(value, list | tuple)
+    or any(type(v) is not kind for v in value)
+  ):
+    raise _error(name, value, f'must be a list of {kind.__name__}')
+  return value
+
+
 def _hashed(fields, kinds) -> list[str]:
-  ffns = fields.get('mlp_layer_types')
+  ffns = _listed(fields, 'mlp_layer_types', str)
   if ffns is None:
     hashed = _number(fields, 'num_hash_layers', int)
     ffns = ['hash_moe'] * hashed + ['moe'] * (len(kinds) - hashed)

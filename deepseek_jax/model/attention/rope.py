@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv:2104.09864) with YaRN and Llama 3 length extension.
+"""Rotary positions (arXiv:2104.09864), with YaRN and other length extension.
 
 Channel pair i turns by position * frequency[i]. `interleaved` pairs channels
 (2i, 2i+1), the layout of the released DeepSeek attention weights; otherwise
@@ -58,10 +58,22 @@ class Llama3Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearConfig:
+  """Positions divided by `factor` (arXiv:2306.15595), as DeepSeek-Coder has."""
+
+  factor: float = 4.0
+
+  def __post_init__(self):
+    # NaN compares false.
+    if not 0 < self.factor < math.inf:
+      raise InputError(f'scaling.factor = {self.factor}: must be above 0')
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
   theta: float = 10000.0
   interleaved: bool = True
-  scaling: YarnConfig | Llama3Config | None = None
+  scaling: YarnConfig | Llama3Config | LinearConfig | None = None
 
   def __post_init__(self):
     above(self, 'rope.', theta=1)
@@ -104,6 +116,8 @@ def frequencies(cfg: RopeConfig, dim: int) -> np.ndarray:
     return _yarn(cfg.scaling, base, cfg.theta, dim)
   if isinstance(cfg.scaling, Llama3Config):
     return _llama3(cfg.scaling, base)
+  if isinstance(cfg.scaling, LinearConfig):
+    return base / cfg.scaling.factor
   return base
 
 

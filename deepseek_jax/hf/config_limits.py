@@ -1,0 +1,181 @@
+"""What a downloaded config.json may say at most, checked before it is used.
+
+The file is anybody's: a number in it must neither start an allocation or a
+loop of its own size nor make the model compute NaN. Limits are far above every
+released model (a layer count of 1024, 16,384 experts), and each is an error
+that names the field.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from deepseek_jax.errors import InputError
+
+FILE_BYTES = 16 << 20  # id2label of a classifier may be long
+_DEPTH = 16
+_VALUES = 1 << 20
+_SHOWN = 80  # characters of a value in a message
+PARAMETERS = 1e15  # a thousand times the largest released model
+
+
+class Range(NamedTuple):
+  """The numbers from `low` to `high`; `low` itself if not `above`."""
+
+  low: float
+  high: float
+  above: bool = False
+
+  def __contains__(self, value) -> bool:
+    return self.low < value <= self.high or (
+      value == self.low and not self.above
+    )
+
+  def __str__(self) -> str:
+    first = f'above {self.low}' if self.above else f'at least {self.low}'
+    return f'must be {first} and at most {self.high}'
+
+
+_WIDTH = Range(1, 1 << 20)
+_COUNT = Range(1, 1 << 14)
+_LENGTH = Range(1, (1 << 31) - 1)
+_POSITIVE = Range(0, 1e6, above=True)
+_EPS = Range(1e-20, 1.0)  # smaller ones vanish in float32
+
+# Objects whose fields have limits, beside the file itself.
+_INSIDE = ('rope_scaling', 'rope_parameters', 'compress_rates')
+LIMITS = {
+  'vocab_size': Range(1, 1 << 24),
+  'hidden_size': _WIDTH,
+  'intermediate_size': Range(1, 1 << 22),
+  'moe_intermediate_size': Range(1, 1 << 22),
+  'max_position_embeddings': Range(1, 1 << 40),
+  'num_hidden_layers': Range(1, 1024),
+  'first_k_dense_replace': Range(0, 1 << 14),
+  'num_nextn_predict_layers': Range(0, 64),
+  'num_mtp_layers': Range(0, 64),
+  'num_hash_layers': Range(0, 1024),
+  'num_attention_heads': _COUNT,
+  'num_key_value_heads': _COUNT,
+  'head_dim': _COUNT,
+  'qk_head_dim': _COUNT,
+  'qk_nope_head_dim': _COUNT,
+  'qk_rope_head_dim': Range(2, 1 << 14),
+  'v_head_dim': _COUNT,
+  'q_lora_rank': _WIDTH,
+  'kv_lora_rank': _WIDTH,
+  'n_routed_experts': _COUNT,
+  'num_experts_per_tok': _COUNT,
+  'n_shared_experts': Range(0, 1024),
+  'n_group': _COUNT,
+  'topk_group': _COUNT,
+  'hc_mult': Range(1, 64),
+  'hc_sinkhorn_iters': Range(0, 1000),
+  'sliding_window': _LENGTH,
+  'o_groups': _COUNT,
+  'o_lora_rank': _WIDTH,
+  'index_n_heads': _COUNT,
+  'index_head_dim': _COUNT,
+  'index_topk': _LENGTH,
+  'compressed_sparse_attention': Range(1, 1 << 20),
+  'heavily_compressed_attention': Range(1, 1 << 20),
+  'rms_norm_eps': _EPS,
+  'hc_eps': _EPS,
+  'initializer_range': Range(0, 1e3),
+  'routed_scaling_factor': _POSITIVE,
+  'swiglu_limit': _POSITIVE,
+  'rope_theta': Range(1, 1e30, above=True),
+  'compress_rope_theta': Range(1, 1e30, above=True),
+  'partial_rotary_factor': Range(0, 1, above=True),
+  'factor': Range(1, 1e6),
+  'original_max_position_embeddings': _LENGTH,
+  'beta_fast': Range(0, 1e6),
+  'beta_slow': Range(0, 1e6),
+  'mscale': Range(0, 1e3),
+  'mscale_all_dim': Range(0, 1e3),
+  'attention_factor': Range(0, 1e3, above=True),
+  'low_freq_factor': _POSITIVE,
+  'high_freq_factor': _POSITIVE,
+}
+
+
+def shown(value: Any) -> str:
+  """Returns a value as a message shows it: on one line, cut where long."""
+  if isinstance(value, int) and abs(value) >= 1 << 128:
+    return f'an integer of {value.bit_length()} bits'
+  text = repr(value)
+  return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + '...'
+
+
+def error(name: str, value: Any, fix: str) -> InputError:
+  """Returns the error of a field."""
+  plain = name if len(name) <= _SHOWN else name[:_SHOWN] + '...'
+  return InputError(f'config.json: {plain} = {shown(value)}: {fix}')
+
+
+def check(fields: Mapping[str, Any]) -> None:
+  """Checks every value of a config.json, however deep.
+
+  Raises:
+    InputError: a number is not finite or outside of LIMITS, or the file is
+      nested or filled beyond measure.
+  """
+  if not isinstance(fields, Mapping):
+    raise InputError('config.json: holds no JSON object')
+  left = [(str(name), name, value, 1) for name, value in fields.items()]
+  seen = 0
+  while left:
+    path, name, value, depth = left.pop()
+    seen += 1
+    if seen > _VALUES or depth > _DEPTH:
+      what = 'nested too deep' if depth > _DEPTH else 'too many values'
+      raise InputError(f'config.json: {path[:_SHOWN]}: {what}')
+    if depth == 1 or path.startswith(_INSIDE):
+      _check_limit(path, LIMITS.get(name), value)
+    if isinstance(value, Mapping):
+      left += [(f'{path}.{k}', k, v, depth + 1) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+      left += [(path, None, v, depth + 1) for v in value]
+    elif isinstance(value, float) and not math.isfinite(value):
+      raise error(path, value, 'must be finite')
+    elif isinstance(value, int) and abs(value) >= 1 << 63:
+      raise error(path, value, 'must fit in 64 bits')
+
+
+def _check_limit(path: str, limit: Range | None, value) -> None:
+  if limit is None or value is None:
+    return
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise error(path, value, 'must be a number')
+  if value not in limit:
+    raise error(path, value, str(limit))
+
+
+def check_size(fields: Mapping[str, Any]) -> None:
+  """Raises InputError for a model beyond PARAMETERS; fields are checked.
+
+  The count is an upper bound: every layer has all experts.
+  """
+
+  def at(name, default=1):
+    value = fields.get(name, default)
+    return value if type(value) is int else default
+
+  wide = max(
+    at('head_dim'),
+    at('v_head_dim'),
+    at('qk_nope_head_dim') + at('qk_rope_head_dim'),
+  )
+  heads = at('num_attention_heads') * wide
+  ranks = at('hidden_size') + at('q_lora_rank') + at('kv_lora_rank')
+  experts = at('n_routed_experts') + at('n_shared_experts', 0)
+  ffn = experts * at('moe_intermediate_size') + at('intermediate_size')
+  layer = 3 * at('hidden_size') * ffn + 4 * heads * ranks
+  layers = at('num_hidden_layers') + at('num_nextn_predict_layers', 0)
+  total = layers * layer + 2 * at('vocab_size') * at('hidden_size')
+  if total > PARAMETERS:
+    raise InputError(
+      f'config.json: hidden_size = {at("hidden_size")}, num_hidden_layers ='
+      f' {layers}, n_routed_experts = {experts} ...: make up to {total:.0e}'
+      f' parameters; at most {PARAMETERS:.0e} are read'
+    )

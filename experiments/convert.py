@@ -5,11 +5,14 @@ python -m experiments.convert --from=STORE_DIR --to=HF_DIR [--quantize=fp8]
 python -m experiments.convert --from=runs/demo --to=HF_DIR
 
 Memory stays bounded whatever the size of the checkpoint. After a kill the same
-command goes on where it was. The store is an orbax checkpoint (STORE_DIR/
-variables), which deepseek_jax.hf.restore reads. With --shard-to=expert=8,fsdp=2
-the chunks follow that mesh, and each of --processes reads only what it holds.
+command goes on where it was; a folder that holds other work is refused. Files
+of the tokenizer, the chat template and generation come along. The store is an
+orbax checkpoint (STORE_DIR/variables), which deepseek_jax.hf.restore reads.
+With --shard-to=expert=8,fsdp=2 the chunks follow that mesh, and each of
+--processes reads only what it holds.
 """
 
+import fnmatch
 import json
 import os
 import shutil
@@ -23,11 +26,10 @@ from rich.progress import (
   TransferSpeedColumn,
 )
 
-from deepseek_jax import hf
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import saving, store
-from deepseek_jax.hf.source import Source, fingerprint
+from deepseek_jax.hf import identity, record, saving, source, store
+from deepseek_jax.hf.source import Source
 from deepseek_jax.run import fit as loop
 from experiments import common
 
@@ -73,11 +75,24 @@ RULES = {
 
 # Files beside the weights that a conversion takes along.
 _ALONG = (
-  'tokenizer.json',
-  'tokenizer_config.json',
+  'tokenizer*',
+  'tiktoken*',
+  '*tiktoken',
+  '*.model',  # of sentencepiece and tiktoken
+  'added_tokens.json',
   'special_tokens_map.json',
+  'vocab.json',
+  'vocab.txt',
+  'merges.txt',
   'generation_config.json',
-  'chat_template.jinja',
+  'preprocessor_config.json',
+  'processor_config.json',
+  'chat_template*',
+  'additional_chat_templates',
+  'encoding',  # V3.2's and V4's own writing of a chat
+  'tokenization_*.py',
+  'encoding_*.py',
+  'LICENSE*',
 )
 # Of the file that was read, not of the one that is written.
 _DROPPED = ('torch_dtype', 'dtype', 'auto_map', 'transformers_version')
@@ -119,7 +134,7 @@ def to_store(origin: Source, target: str, dtype: str, progress) -> None:
   mine = share()
   notes = {
     'carried': origin.carried,
-    'source': fingerprint(origin.folder),
+    'source': identity.of_folder(origin.folder),
   }
   store.create(target, origin.config, dtype, share=mine, notes=notes)
   store.Store(target).fill(origin.read, mine, progress)
@@ -128,10 +143,22 @@ def to_store(origin: Source, target: str, dtype: str, progress) -> None:
 def to_hf(origin, target: str, carried: dict, dtype: str, progress) -> None:
   """Writes a Hugging Face folder from an opened Source or Store."""
   extra = {k: v for k, v in carried.items() if k not in _DROPPED}
-  wanted = saving.Format(dtype, _QUANTIZE.value)
   saving.write(
-    target, origin.config, origin.read, wanted, extra=extra, progress=progress
+    target,
+    origin.config,
+    origin.read,
+    saving.Format(dtype, _QUANTIZE.value),
+    extra=extra,
+    source=_identity(origin),
+    progress=progress,
   )
+
+
+def _identity(origin) -> dict:
+  """What the numbers of a Source or Store are, as JSON values."""
+  if isinstance(origin, store.Store):
+    return origin.source()
+  return {'folder': identity.of_folder(origin.folder)}
 
 
 def run_to_hf(workdir: str, target: str) -> None:
@@ -145,13 +172,17 @@ def run_to_hf(workdir: str, target: str) -> None:
   }
   if run.config.model.attention.rope.scaling is None:
     extra['max_position_embeddings'] = run.config.data.seq_len
-  hf.save(
+  saving.save(
     target,
     run.config.model,
     run.variables,
     dtype=_DTYPE.value,
     quantize=_QUANTIZE.value,
     extra=extra,
+    source={
+      'step': run.step,
+      'variables': identity.of_variables(run.variables),
+    },
   )
   tokenizer.save(target)
   ends = list(boundaries.of_run(tokenizer).ends)
@@ -161,33 +192,46 @@ def run_to_hf(workdir: str, target: str) -> None:
     json.dump(about, file, indent=2)
 
 
-def convert(source: str, target: str, progress) -> None:
+def convert(folder: str, target: str, progress) -> None:
   """Does what the flags say."""
-  if not os.path.isdir(source):
-    raise InputError(f'--from={source}: is no folder')
-  if os.path.isdir(os.path.join(source, 'checkpoints')):
-    run_to_hf(source, target)
+  if not os.path.isdir(folder):
+    raise InputError(f'--from={folder}: {source.absent(folder)}')
+  if os.path.exists(target) and os.path.samefile(folder, target):
+    raise InputError(f'--to={target}: is the folder of --from')
+  if os.path.isdir(os.path.join(folder, 'checkpoints')):
+    run_to_hf(folder, target)
     return
-  if os.path.exists(os.path.join(source, store.MODEL)):
-    origin, kind = store.Store(source), 'hf'
+  if os.path.exists(os.path.join(folder, store.MODEL)):
+    origin, kind = store.Store(folder), 'hf'
     carried, dtype = origin.notes.get('carried', {}), origin.dtype
   else:
-    origin, kind = Source(source, mtp=None), 'store'
+    origin, kind = Source(folder, mtp=None), 'store'
     carried, dtype = origin.carried, 'bfloat16'
-    for name, why in origin.unused.items():
-      print(f'{name} is not used: it {why}')
+    for line in source.summary(origin.unused):
+      print(line)
   kind = kind if _AS.value == 'other' else _AS.value
   dtype = _DTYPE.value or dtype
   if kind == 'hf':
     to_hf(origin, target, carried, dtype, progress)
   elif isinstance(origin, store.Store):
-    raise InputError(f'--as=store: {source} is one already')
+    raise InputError(f'--as=store: {folder} is one already')
   else:
     to_store(origin, target, dtype, progress)
-  for name in _ALONG:
-    file = os.path.join(source, name)
-    if os.path.isfile(file):
-      shutil.copyfile(file, os.path.join(target, name))
+  copy_along(folder, target)
+
+
+def copy_along(folder: str, target: str) -> None:
+  """Copies the files beside the weights, each whole or not at all."""
+  for name in sorted(os.listdir(folder)):
+    if not any(fnmatch.fnmatch(name, pattern) for pattern in _ALONG):
+      continue
+    path = os.path.join(folder, name)
+    if os.path.isdir(path):
+      shutil.copytree(path, os.path.join(target, name), dirs_exist_ok=True)
+      continue
+    part = record.scratch(os.path.join(target, name))
+    shutil.copyfile(path, part)
+    os.replace(part, os.path.join(target, name))
 
 
 def main(argv):
@@ -198,14 +242,14 @@ def main(argv):
     TransferSpeedColumn(),
     TimeRemainingColumn(),
   )
-  source, target = map(os.path.expanduser, (_FROM.value, _TO.value))
+  folder, target = map(os.path.expanduser, (_FROM.value, _TO.value))
   with Progress(*columns) as bar:
     task = bar.add_task('convert', total=None)
 
     def progress(done, total):
       bar.update(task, completed=done, total=total)
 
-    convert(source, target, progress)
+    convert(folder, target, progress)
   print(f'{target}: complete')
 
 

@@ -10,7 +10,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from deepseek_jax.hf.names import Leaf
-from deepseek_jax.hf.source import Read, Source
+from deepseek_jax.hf.source import Read, Source, summary
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.sharding import Rules
@@ -42,8 +42,10 @@ def load(
     InputError: a field, tensor or file that is wrong or not understood.
   """
   source = Source(path, mtp=mtp)
-  for name, why in source.unused.items():
-    logging.info('%s: %s is not used: it %s', path, name, why)
+  # What was not asked for is a note; a part that can't be read is a warning.
+  note = logging.warning if source.drafter else logging.info
+  for line in summary(source.unused):
+    note('%s: %s', path, line)
   compute = dataclasses.replace(source.config.compute, dtype=dtype)
   config = dataclasses.replace(source.config, compute=compute)
   return config, variables(source.leaves, source.read, dtype, mesh, rules)

@@ -8,6 +8,7 @@ read: a hostile or damaged file gives an InputError, never a wrong array.
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -129,22 +130,37 @@ def _check_cover(path, entries, first, size):
     )
 
 
-def read_folder(folder: str) -> dict[str, Entry]:
-  """All tensors of a checkpoint folder, by its index or its single file."""
+def shards(folder: str) -> list[str]:
+  """Returns the files of a checkpoint folder, by its index or the single one.
+
+  Raises InputError if it has neither.
+  """
   index = os.path.join(folder, INDEX)
   if not os.path.exists(index):
-    single = os.path.join(folder, SINGLE)
-    if not os.path.exists(single):
+    if not os.path.exists(os.path.join(folder, SINGLE)):
       raise InputError(
         f'{folder}: holds neither {SINGLE} nor {INDEX}; other formats are not'
         ' read'
       )
-    return read_header(single)
+    return [SINGLE]
+  return sorted(set(map(_shard_name, _weight_map(index).values())))
+
+
+def _weight_map(index: str) -> dict:
   listed = files.load_json(index).get('weight_map')
   if not isinstance(listed, dict) or not listed:
     raise InputError(f'{index}: has no weight_map')
+  return listed
+
+
+def read_folder(folder: str) -> dict[str, Entry]:
+  """All tensors of a checkpoint folder, by its index or its single file."""
+  index, parts = os.path.join(folder, INDEX), shards(folder)
+  if not os.path.exists(index):
+    return read_header(os.path.join(folder, SINGLE))
+  listed = _weight_map(index)
   entries = {}
-  for file in sorted(set(map(_shard_name, listed.values()))):
+  for file in parts:
     path = os.path.join(folder, file)
     if not os.path.isfile(path):
       raise InputError(f'{index}: names {file}, which is missing')
@@ -235,13 +251,16 @@ def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
 class Writer:
   """One file whose tensors are written row by row, in any order.
 
-  It takes its name when `close` is called, complete and on disk.
+  A context: it takes its name when that ends, complete and on disk, and
+  leaves nothing behind where it ends by an exception.
   """
 
   def __init__(
     self, path: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
   ):
-    self._path, self._part = path, f'{path}.part'
+    # A name of its own: two writers of one file don't meet.
+    self._path = path
+    self._part = f'{path}.{secrets.token_hex(4)}.part'
     head = header(tensors)
     self._entries, end = {}, len(head)
     for name, (dtype, shape) in tensors.items():
@@ -263,7 +282,18 @@ class Writer:
     self._file.seek(entry.start + start * row)
     self._file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if kind is None:
+      self.close()
+    else:
+      self._file.close()
+      os.remove(self._part)
+
   def close(self) -> None:
+    """Gives the file its name."""
     self._file.flush()
     os.fsync(self._file.fileno())
     self._file.close()

@@ -2,12 +2,13 @@
 
 Tensor by tensor and row by row, so a model never has to fit in memory twice,
 or at all (`write` takes any source of regions). A shard file appears complete
-under its name or not at all; what a killed run finished is not done again.
+under its name or not at all; what a killed run finished is not done again, and
+never taken for the work of another (see `record`).
 """
 
 import contextlib
-import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_render, fp8, names, safetensors_io
+from deepseek_jax.hf import config_render, fp8, names, record, safetensors_io
 from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
@@ -73,6 +74,7 @@ def save(
   dtype: str | None = None,
   quantize: str | None = None,
   extra: Mapping[str, Any] | None = None,
+  source: Any = None,
 ) -> None:
   """Writes a folder that transformers, vLLM and SGLang read.
 
@@ -84,6 +86,8 @@ def save(
     quantize: see Format.
     extra: fields of config.json that don't change the model: eos_token_id,
       bos_token_id, pad_token_id, max_position_embeddings ...
+    source: JSON values that identify the variables. With them a folder of
+      other work is refused, and a killed run of the same work is gone on with.
 
   Raises:
     InputError: the family of the model can't express it, or an array has
@@ -92,7 +96,15 @@ def save(
   arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
   dtype = dtype or str(arrays['params', 'embed'].dtype)
   target = Format(dtype, quantize)
-  write(path, config, _reader(arrays), target, extra=extra, replace=True)
+  write(
+    path,
+    config,
+    _reader(arrays),
+    target,
+    extra=extra,
+    source=source,
+    replace=source is None,
+  )
 
 
 def tensors(
@@ -160,6 +172,7 @@ def write(
   target: Format,
   *,
   extra: Mapping[str, Any] | None = None,
+  source: Any = None,
   replace: bool = False,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -169,26 +182,47 @@ def write(
     path, config, extra: as for `save`.
     read: (leaf, region) -> array.
     target: how.
-    replace: write files anew that are already there; otherwise they are taken
-      for the finished work of an earlier run with the same arguments.
+    source: JSON values that identify the numbers, as `identity` makes them; a
+      killed run of the same source, format and configuration is gone on with.
+    replace: write files anew that are already there, whatever wrote them.
     progress: called with the bytes written so far and in all.
+
+  Raises:
+    InputError: the folder holds other work, or another process writes there.
   """
   fields = config_render.render(config, extra) | _header_fields(target)
   path = os.path.expanduser(path)
   os.makedirs(path, exist_ok=True)
-  shards = _shards(stored(config, target), target.shard_bytes)
+  work = {
+    # Numbers of unknown origin are those of no other run.
+    'source': source or secrets.token_hex(16),
+    'format': target._asdict(),
+    'config': fields,
+  }
+  with record.alone(path):
+    kept = record.Record(path, work, replace=replace)
+    shards = _shards(stored(config, target), target.shard_bytes)
+    total = _write_shards(path, shards, read, kept, progress)
+    _write_index(path, shards, total)
+    record.write_json(os.path.join(path, 'config.json'), fields)
+    kept.close()
+
+
+def _write_shards(path, shards, read, kept, progress) -> int:
+  """Writes the shards that are not done; returns the bytes of all tensors."""
   total = sum(s.nbytes for shard in shards for s in shard)
   done = 0
   for i, shard in enumerate(shards):
-    file = os.path.join(path, _file_name(i, len(shards)))
-    if replace or not _finished(file, shard):
+    name = _file_name(i, len(shards))
+    if not kept.finished(name):
+      file = os.path.join(path, name)
       _write_shard(
         file, shard, read, lambda n, at=done: progress(at + n, total)
       )
+      kept.done(name)
     done += sum(s.nbytes for s in shard)
     progress(done, total)
-  _write_index(path, shards, total)
-  _write_json(path, 'config.json', fields)
+  return total
 
 
 def _header_fields(target: Format) -> dict:
@@ -275,33 +309,19 @@ def _header_of(shard: list[Stored]) -> dict:
   return {k: v for one in shard for k, v in one.tensors().items()}
 
 
-def _finished(file: str, shard: list[Stored]) -> bool:
-  if not os.path.exists(file):
-    return False
-  wanted = {k: (d, tuple(s)) for k, (d, s) in _header_of(shard).items()}
-  there = safetensors_io.read_header(file)
-  if {k: (e.dtype, e.shape) for k, e in there.items()} != wanted:
-    raise InputError(
-      f'{file}: is there and holds other tensors; remove it, or write to'
-      ' another folder'
-    )
-  return True
-
-
 def _write_shard(file, shard, read, progress):
-  writer = safetensors_io.Writer(file, _header_of(shard))
   done = 0
-  for one in shard:
-    for start, block in _rows(one, read):
-      if one.quantize:
-        weight, scale = block
-        writer.write(one.name, weight, start)
-        writer.write(one.name + _SCALE, scale, start // fp8.BLOCK[0])
-      else:
-        writer.write(one.name, block, start)
-    done += one.nbytes
-    progress(done)
-  writer.close()
+  with safetensors_io.Writer(file, _header_of(shard)) as writer:
+    for one in shard:
+      for start, block in _rows(one, read):
+        if one.quantize:
+          weight, scale = block
+          writer.write(one.name, weight, start)
+          writer.write(one.name + _SCALE, scale, start // fp8.BLOCK[0])
+        else:
+          writer.write(one.name, block, start)
+      done += one.nbytes
+      progress(done)
 
 
 def _rows(one: Stored, read):
@@ -345,12 +365,4 @@ def _write_index(path, shards, total):
     for name in _header_of(shard)
   }
   index = {'metadata': {'total_size': total}, 'weight_map': where}
-  _write_json(path, safetensors_io.INDEX, index)
-
-
-def _write_json(path, name, fields):
-  part = os.path.join(path, name + '.part')
-  with open(part, 'w', encoding='utf-8') as file:
-    json.dump(fields, file, indent=2)
-    file.write('\n')
-  os.replace(part, os.path.join(path, name))
+  record.write_json(os.path.join(path, safetensors_io.INDEX), index)

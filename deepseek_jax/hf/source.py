@@ -6,24 +6,72 @@ dequantised on the way. So whoever holds a shard reads a shard.
 
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from deepseek_jax import files
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_json, fp8, mxfp4, names, safetensors_io
+from deepseek_jax.hf import (
+  config_json,
+  config_limits,
+  fp8,
+  mxfp4,
+  names,
+  record,
+  safetensors_io,
+)
 from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf
 
 _SCALE = '_scale_inv'
+_DRAFTER = 'is of a DSpark drafter, which is not read yet'
+_UNDECLARED = (
+  'is multi-token prediction that num_nextn_predict_layers of config.json does'
+  ' not declare'
+)
 _FLOATS = ('F64', 'F32', 'F16', 'BF16', 'F8_E4M3')
 _PLAIN = frozenset(safetensors_io.DTYPES[n] for n in _FLOATS)
 _INTEGERS = frozenset(safetensors_io.DTYPES[n] for n in ('I64', 'I32', 'I16'))
 
 # (leaf, region of its shape) -> array; what saving and converting read from.
 Read = Callable[[Leaf, tuple[slice, ...]], np.ndarray]
+
+
+# Tensors that only a multi-token prediction layer has, below its prefix.
+_MTP_MARKS = ('enorm.weight', 'hnorm.weight', 'eh_proj.weight')
+# ... and only a DSpark drafter.
+_DRAFTER_MARKS = ('main_proj', 'main_norm', 'markov_head', 'confidence_head')
+_HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
+
+
+def absent(folder: str) -> str:
+  """Returns what is wrong with a folder that is not there, and the fix."""
+  if _HUB_NAME.fullmatch(folder) and not os.path.exists(folder):
+    return (
+      f'is no folder. Nothing is downloaded here: hf download {folder}'
+      ' --local-dir=DIR, then give DIR'
+    )
+  return 'is no folder'
+
+
+def summary(unused: Mapping[str, str]) -> list[str]:
+  """Returns lines that name what of a folder is not used, each with why.
+
+  Many tensors of one kind share a line.
+  """
+  by_reason: dict[str, list[str]] = {}
+  for name, why in unused.items():
+    by_reason.setdefault(why, []).append(name)
+  out = []
+  for why, found in by_reason.items():
+    if len(found) <= 8:
+      out += [f'{name} is not used: it {why}' for name in found]
+    else:
+      out.append(
+        f'{found[0]} and {len(found) - 1} more are not used: each {why}'
+      )
+  return out
 
 
 class Source:
@@ -34,7 +82,9 @@ class Source:
     carried: fields of config.json that don't change the model.
     leaves: the arrays of its variables.
     quantized: whether any weight is float8.
-    unused: names of the file's tensors that are not read, each with why.
+    unused: names of tensors that are not read, and of fields of config.json
+      that describe them, each with why.
+    drafter: whether the folder has a speculative drafter, which is not read.
   """
 
   def __init__(self, folder: str, *, mtp: bool | None = False):
@@ -44,8 +94,14 @@ class Source:
     Raises InputError for whatever is missing, damaged or not understood.
     """
     self.folder = folder = os.path.expanduser(folder)
-    fields = files.load_json(os.path.join(folder, 'config.json'))
-    parsed = config_json.parse(fields)
+    if not os.path.isdir(folder):
+      raise InputError(f'{folder}: {absent(folder)}')
+    record.check(folder)
+    parsed = config_json.parse(
+      files.load_json(
+        os.path.join(folder, 'config.json'), config_limits.FILE_BYTES
+      )
+    )
     self.carried = parsed.carried
     self._block = tuple(
       (parsed.quantization or {}).get('weight_block_size', ())
@@ -54,21 +110,61 @@ class Source:
     self.entries = safetensors_io.read_folder(folder)
     if v4_names.is_v4(parsed.config):
       self.entries = v4_names.normalized(self.entries)
-    depth = parsed.config.mtp.depth
-    first = names.mtp_prefix(parsed.config, 0)
-    if mtp is None:
-      mtp = any(name.startswith(first) for name in self.entries)
-    if not mtp:
+    self._check_layers()
+    self._depth = parsed.config.mtp.depth
+    self.drafter = bool(parsed.drafter) or self._has_drafter()
+    if not self._keep_mtp(mtp):
       self.config = config_json.without_mtp(parsed.config)
     self.leaves = names.leaves(self.config)
-    used = {p.name for leaf in self.leaves for p in names.parts(leaf)}
-    for leaf in self.leaves:
-      for part in names.parts(leaf):
-        self._check(part)
+    used = self._used()
     self.quantized = any(n + _SCALE in self.entries for n in used)
     used |= {n + _SCALE for n in used if n + _SCALE in self.entries}
     left = sorted(set(self.entries) - used)
-    self.unused = {n: self._why_unused(n, depth) for n in left}
+    self.unused = {n: self._why_unused(n) for n in left}
+    for field in parsed.drafter:
+      self.unused[f'config.json: {field}'] = _DRAFTER
+
+  def _used(self) -> set[str]:
+    """Checks every tensor of the model; the first that is missing ends it."""
+    used = set()
+    for leaf in self.leaves:
+      for part in names.parts(leaf):
+        self._check(part)
+        used.add(part.name)
+    return used
+
+  def _check_layers(self):
+    """Raises InputError unless the files have a tensor of every layer.
+
+    Before anything is built whose size config.json alone decides.
+    """
+    pattern = re.compile(r'(?:model\.)?layers\.(\d{1,9})\.')
+    there = {int(m[1]) for m in map(pattern.match, self.entries) if m}
+    for i in range(self.config.layers):
+      if i not in there:
+        raise InputError(
+          f'{self.folder}: config.json: num_hidden_layers ='
+          f' {self.config.layers}: the files have no tensor of layer {i}'
+        )
+
+  def _has_drafter(self) -> bool:
+    return v4_names.is_v4(self.config) and any(
+      name.startswith('mtp.') and any(m in name for m in _DRAFTER_MARKS)
+      for name in self.entries
+    )
+
+  def _keep_mtp(self, mtp: bool | None) -> bool:
+    if self.drafter:
+      if mtp:
+        raise InputError(
+          f'mtp = True: {self.folder} has a DSpark drafter in place of'
+          ' multi-token prediction; it is not read yet, use mtp = False'
+        )
+      return False
+    if mtp is None:
+      first = names.mtp_prefix(self.config, 0)
+      return any(name.startswith(first) for name in self.entries)
+    return mtp
 
   def _check(self, part):
     entry = self.entries.get(part.name)
@@ -124,21 +220,29 @@ class Source:
         f' blocks of {list(block)} make it {list(wanted)}'
       )
 
-  def _why_unused(self, name, depth) -> str:
+  def _why_unused(self, name) -> str:
     if any(name.endswith(d) for d in names.DERIVED):
       return 'follows from config.json'
-    if v4_names.is_v4(self.config) and name.startswith('mtp.'):
-      match = re.match(r'mtp\.(\d+)\.', name)
-      if not self.config.mtp.depth and match and int(match[1]) < depth:
+    depth, kept = self._depth, self.config.mtp.depth
+    mtp = re.match(r'mtp\.(\d{1,9})\.', name)
+    if mtp and v4_names.is_v4(self.config):
+      if self.drafter:
+        return _DRAFTER
+      if int(mtp[1]) >= depth:
+        return _UNDECLARED
+      if not kept:
         return 'multi-token prediction, not asked for'
-    match = re.fullmatch(r'model\.layers\.(\d+)\.(.+)', name)
+    layer = re.fullmatch(r'(model\.layers\.(\d{1,9})\.)(.+)', name)
     layers = self.config.layers
-    if match and layers <= int(match[1]) < layers + depth:
-      if not self.config.mtp.depth:
+    if layer and layers <= int(layer[2]) < layers + depth:
+      if not kept:
         return 'multi-token prediction, not asked for'
-      if match[2] in names.MTP_COPIES:
-        self._check_copy(name, names.MTP_COPIES[match[2]])
-        return f'equals {names.MTP_COPIES[match[2]]}'
+      if layer[3] in names.MTP_COPIES:
+        self._check_copy(name, names.MTP_COPIES[layer[3]])
+        return f'equals {names.MTP_COPIES[layer[3]]}'
+    beyond = layer and int(layer[2]) >= layers + depth
+    if beyond and all(layer[1] + m in self.entries for m in _MTP_MARKS):
+      return _UNDECLARED
     if name == 'head.weight' and self.config.tied:
       self._check_copy(name, 'embed.weight')
       return 'equals embed.weight'
@@ -193,7 +297,19 @@ class Source:
     leaf = part.leaf
     rows, columns = names.window(leaf, inner)
     block = self._window(part.name, rows, columns)
+    if leaf.integer:
+      self._check_experts(part.name, block)
     return names.from_theirs(leaf, block, tuple(inner))
+
+  def _check_experts(self, name, table):
+    """A number beyond the experts would silently be another expert."""
+    experts = self.config.moe.experts
+    wrong = (table < 0) | (table >= experts)
+    if wrong.any():
+      raise InputError(
+        f'{self.folder}: tensor {name!r} holds {table[wrong][0]}: must be'
+        f' numbers of experts, 0..{experts - 1}'
+      )
 
   def _window(self, name, rows, columns):
     """A part of a tensor of the file, dequantised if it is float8."""
@@ -213,12 +329,3 @@ class Source:
     scales = safetensors_io.read(scale, r.start, r.stop, c)
     corner = (rows.start, columns.start)
     return fp8.dequantize(found, scales, block, corner)
-
-
-def fingerprint(folder: str) -> dict[str, Any]:
-  """What identifies a folder's content without reading its weights."""
-  out = {}
-  for file in sorted(os.listdir(folder)):
-    if file.endswith(('.safetensors', '.json')):
-      out[file] = os.path.getsize(os.path.join(folder, file))
-  return out

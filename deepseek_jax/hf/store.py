@@ -6,8 +6,10 @@ chunk by chunk. So a model of any size is converted in little memory, and
 `orbax.checkpoint.StandardCheckpointer().restore` reads the result.
 
 A folder holds `variables` (the checkpoint) and `model.json` (configuration,
-dtype, carried fields of config.json). A chunk is one layer, one expert, some
-rows; a chunk file that exists is complete, which makes filling resumable.
+dtype, source, carried fields of config.json). A chunk is one layer, one
+expert, some rows; a chunk file that exists is complete, which makes filling
+resumable. When all are, manifests with their hashes are written, and whoever
+reads a chunk checks it (see `store_manifest`).
 """
 
 import dataclasses
@@ -27,7 +29,8 @@ from jax.sharding import Mesh
 from deepseek_jax import files
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import loading, names
+from deepseek_jax.hf import identity, loading, names
+from deepseek_jax.hf import store_manifest as manifest
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read
 from deepseek_jax.model.transformer import TransformerConfig
@@ -35,6 +38,7 @@ from deepseek_jax.parallel.sharding import Rules
 
 MODEL = 'model.json'
 VARIABLES = 'variables'
+VERIFY = ('full', 'off')
 CHUNK = 1 << 26  # bytes of a chunk, at most
 
 
@@ -130,12 +134,12 @@ def create(
   if not os.path.exists(os.path.join(folder, MODEL)):
     _create(folder, config, dtype, share, about)
   there = files.load_json(os.path.join(folder, MODEL))
-  for key, value in about.items():
-    if there.get(key) != value:
-      raise InputError(
-        f'{folder}: was begun with another {key}; remove it, or convert to'
-        ' another folder'
-      )
+  other = identity.difference(there, about)
+  if other:
+    raise InputError(
+      f'{folder}: was begun with another {other.removeprefix("notes.")}; remove'
+      ' it, or convert to another folder'
+    )
 
 
 def _create(folder, config, dtype, share, about):
@@ -197,16 +201,58 @@ def _declare(path, leaf: Leaf, dtype: str, share: Share):
 class Store:
   """An opened store.
 
-  Attributes: config, dtype, notes, leaves.
+  Attributes:
+    folder: where it is.
+    config, dtype, notes: as `create` got them.
+    leaves: its arrays.
   """
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str, *, verify: str = 'full'):
+    """Opens a store; the files that describe the arrays are checked here.
+
+    Args:
+      folder: as `create` made it.
+      verify: 'full' compares every chunk that is read with its hash, 'off'
+        only its size.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    if verify not in VERIFY:
+      raise InputError(f'verify = {verify!r}: must be one of {VERIFY}')
     self.folder = folder = os.path.expanduser(folder)
-    about = files.load_json(os.path.join(folder, MODEL))
-    self.config = from_dict(TransformerConfig, about['config'])
+    self._verify, self._checked = verify, set()
+    self._files = manifest.read(folder)
+    for name, wanted in (self._files or {}).items():
+      if not _is_chunk(name):
+        manifest.check(folder, name, wanted, content=True)
+    path = os.path.join(folder, MODEL)
+    about = files.load_json(path)
+    for key, kind in (('config', dict), ('dtype', str), ('notes', dict)):
+      if not isinstance(about.get(key), kind):
+        raise InputError(f'{path}: {key} is missing or damaged')
+    try:
+      self.config = from_dict(TransformerConfig, about['config'])
+    except InputError as error:
+      raise InputError(f'{path}: config: {error}') from None
     self.dtype, self.notes = about['dtype'], about['notes']
     self.leaves = names.leaves(self.config)
     self._arrays: dict = {}
+
+  def source(self) -> dict[str, Any]:
+    """Returns what identifies the numbers: the hashes of all files.
+
+    Raises InputError if the store was not filled to the end.
+    """
+    if self._files is None:
+      raise self._incomplete('the store')
+    return {'store': self._files}
+
+  def _incomplete(self, what) -> InputError:
+    return InputError(
+      f'{self.folder}: {what} is incomplete; run the conversion again to'
+      ' finish it'
+    )
 
   def _array(self, leaf: Leaf):
     if leaf.path not in self._arrays:
@@ -221,14 +267,26 @@ class Store:
     return self._arrays[leaf.path]
 
   def read(self, leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
-    """A region of an array; raises InputError if it was never filled."""
+    """A region of an array.
+
+    Raises InputError if it was never filled, or is damaged.
+    """
     for cell, _ in self._cells(leaf, region):
-      if not os.path.exists(self._chunk(leaf, cell)):
-        raise InputError(
-          f'{self.folder}: {leaf.name} is incomplete; run the conversion again'
-          ' to finish it'
-        )
+      self._check(leaf, cell)
     return self._array(leaf)[region].read().result()
+
+  def _check(self, leaf, cell):
+    """Compares a chunk with its manifest, once for every opened store."""
+    name = self._name(leaf, cell)
+    if name in self._checked:
+      return
+    if self._files is None or not os.path.exists(self._chunk(leaf, cell)):
+      raise self._incomplete(leaf.name)
+    if name not in self._files:
+      raise InputError(f'{self.folder}: {name} is in no manifest')
+    content = self._verify == 'full'
+    manifest.check(self.folder, name, self._files[name], content=content)
+    self._checked.add(name)
 
   def _cells(self, leaf, region):
     """(chunk number, its region) of the chunks that a region meets."""
@@ -246,9 +304,11 @@ class Store:
         ),
       )
 
+  def _name(self, leaf, cell) -> str:
+    return '/'.join((VARIABLES, leaf.name, '.'.join(map(str, cell)) or '0'))
+
   def _chunk(self, leaf, cell) -> str:
-    number = '.'.join(map(str, cell))
-    return os.path.join(self.folder, VARIABLES, leaf.name, number)
+    return os.path.join(self.folder, self._name(leaf, cell))
 
   def fill(
     self,
@@ -256,7 +316,7 @@ class Store:
     share: Share = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
   ) -> None:
-    """Writes every chunk of this process that isn't there yet.
+    """Writes every chunk of this process that isn't there yet, then a manifest.
 
     Args:
       read: (leaf, region) -> array.
@@ -278,11 +338,29 @@ class Store:
         array[region].write(block).result()
       done += size
       progress(done, total)
+    files = [MODEL, *_described(self.folder)]
+    files += [self._name(leaf, cell) for leaf, cell, _ in work]
+    manifest.write(self.folder, files, share.process, share.processes)
+    self._files = manifest.read(self.folder)
 
   def _owner(self, leaf, region, share):
     counts = shard_counts(leaf, share)
     shard = [s.start // (n // c) for s, n, c in zip(region, leaf.shape, counts)]
     return owner(leaf, tuple(shard), share)
+
+
+def _is_chunk(name: str) -> bool:
+  return name.rpartition('/')[2].replace('.', '').isdigit()
+
+
+def _described(folder: str) -> list[str]:
+  """Returns the files of the checkpoint that are no chunks, in order."""
+  out = []
+  for above, _, found in os.walk(os.path.join(folder, VARIABLES)):
+    where = os.path.relpath(above, folder).replace(os.sep, '/')
+    out += [f'{where}/{file}' for file in found if not _is_chunk(file)]
+  # tensorstore's own, while another process writes a chunk.
+  return sorted(name for name in out if not name.endswith('.__lock'))
 
 
 def _whole(leaf):
@@ -295,14 +373,23 @@ def _nbytes(array, region):
 
 
 def restore(
-  folder: str, *, mesh: Mesh | None = None, rules: Rules | None = None
+  folder: str,
+  *,
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+  verify: str = 'full',
 ) -> tuple[TransformerConfig, dict]:
   """Loads a converted store: (config, {'params': ..., 'buffers': ...}).
 
-  With a mesh, each process reads only what it holds. Raises InputError if the
-  conversion was not finished.
+  Args:
+    folder: of the store.
+    mesh, rules: where the arrays go; each process reads only what it holds.
+    verify: 'full' hashes every chunk that is read, 'off' compares sizes.
+
+  Raises:
+    InputError: the conversion was not finished, or a file is damaged.
   """
-  store = Store(folder)
+  store = Store(folder, verify=verify)
   arrays = loading.variables(store.leaves, store.read, None, mesh, rules)
   return store.config, arrays
 

@@ -52,6 +52,10 @@ def variables(config):
   """Every number random: no norm of one, no bias of zero."""
   shapes = jax.eval_shape(ds.build(config).init, jax.random.key(0))
   draw = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda a: jnp.asarray(draw.standard_normal(a.shape, np.float32)), shapes
-  )
+
+  def make(a):
+    if jnp.issubdtype(a.dtype, jnp.integer):  # numbers of experts
+      return jnp.asarray(draw.integers(0, config.moe.experts, a.shape, a.dtype))
+    return jnp.asarray(draw.standard_normal(a.shape, np.float32))
+
+  return jax.tree.map(make, shapes)

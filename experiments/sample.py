@@ -20,6 +20,7 @@ import deepseek_jax as ds
 from deepseek_jax import hf
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
+from deepseek_jax.hf.source import absent
 from deepseek_jax.infer import chat
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.run import fit as loop
@@ -75,7 +76,7 @@ def _load() -> _Source:
     )
   folder = _HF.value
   if not os.path.isdir(folder):
-    raise InputError(f'--hf={folder}: no such folder')
+    raise InputError(f'--hf={folder}: {absent(folder)}')
   if os.path.exists(os.path.join(folder, hf.store.MODEL)):
     config, variables = hf.restore(folder)
     about = hf.store.Store(folder).notes.get('carried', {})

@@ -53,9 +53,14 @@ def read(folder: str) -> dict[str, list] | None:
 def _read(path: str) -> dict[str, list]:
   fields = load_json(path, 1 << 30)
   files = fields.get('files')
-  if not isinstance(files, dict) or fields.get('sha256') != _seal(files):
+  whole = isinstance(files, dict) and fields.get('sha256') == _seal(files)
+  if not whole or not all(map(_is_entry, files.values())):
     raise InputError(f'{path}: is damaged; remove the store and convert again')
   return files
+
+
+def _is_entry(wanted) -> bool:
+  return isinstance(wanted, list) and [*map(type, wanted)] == [int, str]
 
 
 def check(folder: str, name: str, wanted: list, *, content: bool) -> None:

@@ -52,6 +52,30 @@ def convert(*commands):
   return [tuple(json.loads(line)) for line in lines]
 
 
+# Exports a run of step 8 twice, then of step 16, into one folder.
+_RUN = """
+import json, sys, types
+from unittest import mock
+from absl import flags
+import hf_models
+from experiments import convert
+from deepseek_jax.data.tokenizer import ByteTokenizer
+from deepseek_jax.errors import InputError
+flags.FLAGS(['convert', '--from=x', '--to=y'])
+variables = hf_models.variables(hf_models.LLAMA)
+for step in (8, 8, 16):
+  run = mock.MagicMock(step=step, variables=variables)
+  run.tokenizer = ByteTokenizer()
+  run.config.model, run.config.data.seq_len = hf_models.LLAMA, 64
+  with mock.patch.object(convert.loop, 'load', return_value=run):
+    try:
+      convert.run_to_hf('x', sys.argv[1])
+      print('written')
+    except InputError as error:
+      print(error)
+"""
+
+
 class Killed(Exception):
   pass
 
@@ -194,6 +218,21 @@ class OriginTest(parameterized.TestCase):
     Path(h, 'model.safetensors.0123abcd.part').write_bytes(b'of a killed one')
     self.write(h, self.a, 'A')
     self.assertEmpty([f for f in os.listdir(h) if f.endswith('.part')])
+
+  def test_another_step_of_a_run_is_refused(self):
+    done = subprocess.run(
+      [sys.executable, '-c', _RUN, self.path('h')],
+      capture_output=True,
+      text=True,
+      env=os.environ
+      | {
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': os.pathsep.join(map(str, sys.path)),
+      },
+    )
+    *same, other = done.stdout.splitlines() or [done.stderr]
+    self.assertEqual(same, ['written', 'written'], done.stderr)
+    self.assertIn('was begun with another source.step', other)
 
   def test_source_and_target_are_not_one(self):
     ((status, line),) = convert((self.path('A'), self.path('A'), '--as=hf'))

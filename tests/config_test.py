@@ -1,17 +1,25 @@
 """Configurations survive dicts and JSON; a wrong field is named."""
 
 import dataclasses
+import functools
 import json
 import math
+import sys
 
+import jax
+import jax.numpy as jnp
 from absl.testing import absltest, parameterized
+from flax import nnx
 
 import deepseek_jax as ds
+from deepseek_jax import config as configs
 from deepseek_jax.data import DataConfig
 from deepseek_jax.infer.sampling import SampleConfig
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.transformer import Kind, TransformerConfig
+from deepseek_jax.parallel.sharding import param
 from deepseek_jax.run.config import EvaluateConfig, RunConfig
 from deepseek_jax.train import schedules
 from deepseek_jax.train.step import TrainConfig
@@ -96,6 +104,122 @@ class RoundTripTest(parameterized.TestCase):
     self.assertEqual(values['attention']['kind'], 'gqa')
     self.assertEqual(ds.to_dict(ds.presets.v3())['attention']['kind'], 'mla')
     self.assertEqual(values['attention']['rope']['scaling']['kind'], 'llama3')
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanConfig:
+  """A user's own attention: the mean of all tokens up to one."""
+
+  width: int
+  mean_scale: float = 1.0
+
+  def cache(self, batch, slots, dtype):
+    return jnp.zeros((batch, slots), dtype)
+
+  def build(self, dim, *, std, rngs):
+    return Mean(self, dim, std=std, rngs=rngs)
+
+
+class Mean(nnx.Module):
+  def __init__(self, cfg, dim, *, std, rngs):
+    self.cfg = cfg
+    init = nnx.initializers.normal(std)
+    self.up = param(rngs, init, (dim, cfg.width), ('embed', None))
+    self.down = param(rngs, init, (cfg.width, dim), (None, 'embed'))
+
+  def __call__(self, x, ctx, past=None):
+    count = jnp.arange(1, x.shape[1] + 1)[None, :, None]
+    y = jnp.cumsum(x @ self.up[...], axis=1) / count * self.cfg.mean_scale
+    return y @ self.down[...], past, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfConfig:
+  """Has no cache, so it is no attention."""
+
+  def build(self, dim, *, std, rngs):
+    raise NotImplementedError
+
+
+class OwnClassTest(parameterized.TestCase):
+  def test_it_is_taken_builds_and_comes_back_from_json(self):
+    config = ds.changed(
+      ds.presets.v3_tiny(),
+      {'attention': MeanConfig(8), 'attention.mean_scale': 2.0, 'dim': 64},
+    )
+    self.assertEqual(config.attention, MeanConfig(8, 2.0))
+    text = json.loads(json.dumps(ds.to_dict(config)))
+    self.assertEqual(text['attention']['kind'], f'{__name__}:MeanConfig')
+    self.assertEqual(ds.from_dict(TransformerConfig, text), config)
+    model = ds.build(config)
+    out = jax.eval_shape(
+      lambda key: model.apply(model.init(key), jnp.ones((1, 4), jnp.int32)),
+      jax.random.key(0),
+    )
+    self.assertEqual(out.logits.shape, (1, 4, config.vocab_size))
+
+  def test_in_a_kind_too(self):
+    kind = Kind('moe', (('attention', MeanConfig(8)),))
+    config = ds.changed(ds.presets.v3_tiny(), {'kinds.moe': kind})
+    self.assertEqual(config.block('moe').attention, MeanConfig(8))
+
+  @parameterized.parameters(
+    ({'attention': HalfConfig()}, 'is HalfConfig, must be MLAConfig or'),
+    ({'attention': MeanConfig}, 'is type, must be MLAConfig or'),
+    ({'moe.router': MeanConfig(8)}, 'is MeanConfig, must be RouterConfig'),
+    ({'attention': {'kind': 'nowhere:X'}}, 'import nowhere before'),
+    ({'attention': {'kind': 'os:getcwd'}}, 'no such dataclass is imported'),
+    ({'attention': {'kind': f'{__name__}:HalfConfig'}}, 'is HalfConfig, must'),
+    ({'attention': {'kind': f'{__name__}:MeanConfig'}}, 'width: missing'),
+    (
+      {'attention': {'kind': f'{__name__}:MeanConfig', 'width': 'x'}},
+      "width = 'x': is str",
+    ),
+  )
+  def test_what_does_not_fit_is_named(self, changes, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      ds.changed(ds.presets.v3_tiny(), changes)
+
+  def test_a_file_decides_on_no_code(self):
+    self.assertNotIn('this', sys.modules)
+    with self.assertRaisesRegex(ds.InputError, 'import this before'):
+      ds.changed(
+        ds.presets.v3_tiny(), {'attention': {'kind': 'this:X', 'width': 8}}
+      )
+    self.assertNotIn('this', sys.modules)
+
+
+class KeyTest(parameterized.TestCase):
+  @parameterized.parameters('v3_tiny', 'v4_tiny', 'engram_tiny', 'nsa_tiny')
+  def test_equal_configurations_have_one_key(self, name):
+    one, other = getattr(ds.presets, name)(), getattr(ds.presets, name)()
+    kinds = dict(reversed(other.kinds.items()))
+    other = dataclasses.replace(other, kinds=kinds)
+    self.assertEqual(configs.key(one), configs.key(other))
+    self.assertEqual(hash(configs.key(one)), hash(configs.key(other)))
+    self.assertEqual(ds.build(one), ds.build(other))
+
+  @parameterized.parameters(
+    ('norm_eps', 1e-5),
+    ('tied', True),
+    ('moe.router.scale', 2.0),
+    ('kinds.moe', Kind('ffn')),
+    ('mtp.depth', 0),
+    ('attention', MeanConfig(8)),
+    ('compute.dtype', 'bfloat16'),
+  )
+  def test_others_have_another(self, path, value):
+    one = ds.presets.v3_tiny()
+    other = ds.changed(one, {path: value})
+    self.assertNotEqual(configs.key(one), configs.key(other))
+    self.assertNotEqual(ds.build(one), ds.build(other))
+
+  def test_numbers_of_other_types_and_other_functions_too(self):
+    self.assertNotEqual(configs.key((1, 0)), configs.key((1.0, False)))
+    model = ds.build(ds.presets.v3_tiny())
+    mine = dataclasses.replace(model, apply=lambda *a: model.apply(*a))
+    self.assertNotEqual(mine, model)
+    self.assertEqual(mine, dataclasses.replace(mine))
 
 
 class MistakesTest(parameterized.TestCase):
@@ -271,6 +395,79 @@ class ChangedTest(parameterized.TestCase):
     node[last] = value
     with self.assertRaisesRegex(ds.InputError, message):
       ds.from_dict(RunConfig, values)
+
+  @parameterized.parameters(
+    (
+      {
+        'moe.experts': 32,
+        'moe.top_k': 20,
+        'moe.router.groups': 1,
+        'moe.router.top_groups': 1,
+      },
+    ),
+    (
+      {
+        'moe.experts': 6,
+        'moe.router.groups': 3,
+        'moe.router.top_groups': 2,
+        'moe.top_k': 2,
+      },
+    ),
+    (
+      {
+        'vocab_size': 99,
+        'moe.router.hash_vocab': 99,
+        'moe.router.bias': False,
+        'moe.router.groups': 1,
+        'moe.router.top_groups': 1,
+      },
+    ),
+    ({'mtp.streams': True, 'residual': HyperConnectionsConfig()},),
+  )
+  def test_the_result_is_checked_and_no_step_on_the_way(self, changes):
+    pairs = list(changes.items())
+    for order in (pairs, pairs[::-1]):
+      config = ds.changed(ds.presets.v3_tiny(), dict(order))
+      for path, value in pairs:
+        got = functools.reduce(getattr, path.split('.'), config)
+        self.assertEqual(got, value, path)
+
+  def test_a_part_and_then_a_field_of_it(self):
+    part = {'attention': GQAConfig(6, 2, 8)}
+    one = ds.changed(ds.presets.v3_tiny(), {**part, 'attention.heads': 4})
+    self.assertEqual(one.attention, GQAConfig(4, 2, 8))
+    other = ds.changed(ds.presets.v3_tiny(), {'attention.heads': 4, **part})
+    self.assertEqual(other.attention, GQAConfig(6, 2, 8))
+
+  def test_nor_in_a_kind(self):
+    for change in (
+      (('moe.experts', 2), ('moe.top_k', 1)),
+      (('moe.top_k', 1), ('moe.experts', 2)),
+    ):
+      change += (('moe.router.groups', 1), ('moe.router.top_groups', 1))
+      kinds = {**ds.presets.v3_tiny().kinds, 'moe': Kind('moe', change)}
+      config = ds.changed(ds.presets.v3_tiny(), {'kinds': kinds})
+      self.assertEqual(config.block('moe').ffn.experts, 2)
+
+  @parameterized.parameters(
+    ({'kinds.moe': 'x'}, r"^kinds\.moe = 'x': is str, must be Kind$"),
+    ({'kinds.new': 3}, r'^kinds\.new = 3: is int, must be Kind$'),
+    ({'kinds.new.ffn': 'moe'}, r'^kinds\.new\.ffn: ffn is a field of None$'),
+    ({'kinds.moe.ffn': 'x'}, r"^kinds\.moe\.ffn = 'x': must be one of"),
+    ({'kinds.moe.change': ((1, 2),)}, r'kind\.change = .*: write pairs'),
+    ({'engram.base': 5}, r'^engram\.base: base is a field of None$'),
+    ({'moe.top_k': 99, 'dim': 64}, r'top_k = 99: must lie in 1\.\.experts'),
+    ({'moe': {'experts': 2}}, r'^moe\.top_k: missing'),
+    ({5: 5}, r'^5: no such field in TransformerConfig'),
+    ({'': 5}, r'^: no such field in TransformerConfig'),
+  )
+  def test_more_wrong_changes_are_named(self, changes, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      ds.changed(ds.presets.v3_tiny(), changes)
+
+  def test_values_of_dicts_are_made(self):
+    config = ds.changed(ds.presets.v3_tiny(), {'kinds.moe': {'ffn': 'moe'}})
+    self.assertEqual(config.kinds['moe'], Kind('moe'))
 
   def test_configurations_are_frozen(self):
     with self.assertRaises(dataclasses.FrozenInstanceError):

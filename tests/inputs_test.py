@@ -127,8 +127,14 @@ class TokensTest(parameterized.TestCase):
     want = outputs(name, tokens)
     tokens[1, 3] = wrong
     got = outputs(name, tokens)
-    np.testing.assert_array_equal(got[:, [0, 2]], want[:, [0, 2]])
-    self.assertTrue(np.isnan(got[0, 1, 3:]).any(axis=-1).all())
+    # Experts sum up in another order once tokens choose others.
+    np.testing.assert_allclose(
+      got[:, [0, 2]], want[:, [0, 2]], atol=1e-5, rtol=1e-5
+    )
+    lost = np.isnan(got[0, 1]).all(axis=-1)
+    self.assertTrue(lost[3])
+    if name != 'dsa':  # which need not choose it
+      self.assertTrue(lost[3:].all())
     self.assertTrue(np.isnan(got[1, 1, 2]).all())  # reads the token ahead
 
   @parameterized.parameters('float32', 'bfloat16')
@@ -268,7 +274,11 @@ class DocumentsTest(parameterized.TestCase):
     other = tokens.copy()
     other[:, :7] = (other[:, :7] + 5) % V
     changed = outputs(name, other, segment_ids=segments)
-    np.testing.assert_array_equal(changed[:, :, 11:], same[:, :, 11:])
+    # The depth's last place has no token ahead, and is no output.
+    for depth, end in ((0, T), (1, T - 1)):
+      np.testing.assert_array_equal(
+        changed[depth, :, 11:end], same[depth, :, 11:end]
+      )
     alone = outputs(name, tokens[:, 11:], segment_ids=np.ones((2, 8), np.int32))
     np.testing.assert_allclose(same[0, :, 11:], alone[0], atol=2e-5, rtol=2e-5)
 
@@ -329,12 +339,14 @@ class PaddingTest(parameterized.TestCase):
 
   def test_what_it_holds_changes_no_loss_load_or_gradient(self):
     batch, held = padded(), tiny.variables('step')
-    (want, metrics), grads = gradient('step')(*held.values(), batch)
+    (want, metrics), grads = gradient('step')(
+      held['params'], held['buffers'], batch
+    )
     real = batch['segments'] > 0
     self.assertEqual(int(metrics['load'][0].sum()), 3 * int(real[:, :-1].sum()))
     other = np.where(real, batch['tokens'], 7).astype(np.int32)
     (got, again), same = gradient('step')(
-      *held.values(), {**batch, 'tokens': other}
+      held['params'], held['buffers'], {**batch, 'tokens': other}
     )
     self.assertEqual(float(got), float(want))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.train.cross_entropy import (
+  IGNORED,
   linear_cross_entropy,
   token_log_probs,
 )
@@ -47,6 +49,19 @@ def jitted(chunk):
     return 3.0 * linear_cross_entropy(hidden, head, labels, weights, chunk)
 
   return jax.jit(scaled), jax.jit(jax.value_and_grad(scaled, argnums=(0, 1)))
+
+
+def scans(jaxpr):
+  """The lengths of all loops in a jaxpr."""
+  out = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'scan':
+      out.append(eqn.params['length'])
+      continue
+    for value in eqn.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      out += scans(inner) if hasattr(inner, 'eqns') else []
+  return out
 
 
 class LinearCrossEntropyTest(parameterized.TestCase):
@@ -96,6 +111,86 @@ class LinearCrossEntropyTest(parameterized.TestCase):
     value, grads = jitted(21)[1](hidden * 1e4, head, labels, weights)
     self.assertTrue(np.isfinite(value))
     self.assertTrue(all(np.isfinite(g).all() for g in grads))
+
+  # Prime, twice a prime, one more than a chunk, many chunks; none at all.
+  @parameterized.parameters((13, 5), (26, 8), (9, 8), (37, 4), (2, 1), (0, 4))
+  def test_any_number_of_tokens(self, count, chunk):
+    hidden, _, labels, weights = inputs()
+    args = hidden[:count], inputs()[1], labels[:count], weights[:count]
+    value, dhidden, dhead = wanted(*args)
+    got, (to_hidden, to_head) = jitted(chunk)[1](*args)
+    self.assertAlmostEqual(float(got), 3 * value, delta=1e-4)
+    np.testing.assert_allclose(to_hidden, 3 * dhidden, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(to_head, 3 * dhead, atol=5e-5, rtol=1e-5)
+    said = token_log_probs(*args[:3], chunk)
+    self.assertEqual(said.shape, (count,))
+    self.assertAlmostEqual(float(-(said * args[3]).sum()), value, delta=1e-4)
+
+  @parameterized.parameters(
+    (8191, 1024, 8),
+    (8192, 1024, 8),
+    (8186, 1024, 8),
+    (6143, 1000, 7),
+    (5, 9, 1),
+  )
+  def test_chunks_are_as_few_as_fit(self, count, chunk, steps):
+    """Each adds a gradient of the whole head."""
+    shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+    args = shape(count, D), shape(D, V), shape(count, dtype=jnp.int32)
+    weights = shape(count)
+    run = lambda *a: linear_cross_entropy(*a, chunk)
+    for f, more in (
+      (run, (weights,)),
+      (jax.grad(run, argnums=(0, 1)), (weights,)),
+      (lambda *a: token_log_probs(*a, chunk), ()),
+    ):
+      self.assertEqual(scans(jax.make_jaxpr(f)(*args, *more).jaxpr), [steps])
+
+  @parameterized.parameters(-1, V, -100, 2**30)
+  def test_a_label_outside_the_vocabulary_is_named_or_nan(self, wrong):
+    hidden, head, labels, _ = inputs()
+    weights, labels = jnp.ones(N), labels.at[5].set(wrong)
+    with self.assertRaisesRegex(InputError, f'^labels: {wrong} is outside'):
+      linear_cross_entropy(hidden, head, labels, weights)
+    plain, both = jitted(20)
+    value, (to_hidden, to_head) = both(hidden, head, labels, weights)
+    self.assertTrue(np.isnan(plain(hidden, head, labels, weights)))
+    self.assertTrue(np.isnan(value))
+    self.assertTrue(np.isnan(to_hidden[5]).all())
+    self.assertTrue(np.isnan(to_head).any())
+    # Without a weight it may be anything.
+    unused = weights.at[5].set(0)
+    want = both(hidden, head, labels.at[5].set(0), unused)
+    got = both(hidden, head, labels, unused)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    linear_cross_entropy(hidden, head, labels, unused)
+
+  def test_the_log_prob_of_an_ignored_label_is_0(self):
+    hidden, head, labels, _ = inputs()
+    ignored = labels.at[5].set(IGNORED)
+    said = token_log_probs(hidden, head, ignored, 20)
+    self.assertEqual(float(said[5]), 0)
+    plain = token_log_probs(hidden, head, labels, 20)
+    np.testing.assert_array_equal(np.delete(said, 5), np.delete(plain, 5))
+    run = jax.jit(
+      jax.grad(
+        lambda h, l: (token_log_probs(h, head, l, 20) * jnp.arange(N)).sum()
+      )
+    )
+    grad, other = run(hidden, ignored), run(hidden, labels)
+    np.testing.assert_array_equal(grad[5], 0)
+    np.testing.assert_array_equal(np.delete(grad, 5, 0), np.delete(other, 5, 0))
+
+  @parameterized.parameters(-1, V, -99)
+  def test_the_log_prob_of_another_is_named_or_nan(self, wrong):
+    hidden, head, labels, _ = inputs()
+    labels = labels.at[5].set(wrong)
+    with self.assertRaisesRegex(InputError, f'^labels: {wrong} is outside'):
+      token_log_probs(hidden, head, labels)
+    said = jax.jit(token_log_probs)(hidden, head, labels)
+    np.testing.assert_array_equal(np.isnan(said), np.arange(N) == 5)
+    grad = jax.jit(jax.grad(lambda h, l: token_log_probs(h, head, l).sum()))
+    self.assertTrue(np.isnan(grad(hidden, labels)[5]).all())
 
   @parameterized.parameters(7, 1024)
   def test_token_log_probs_equal_float64(self, chunk):

@@ -1,5 +1,6 @@
 """Sampling: its probabilities are the training model's own."""
 
+import dataclasses
 import functools
 import math
 
@@ -290,6 +291,43 @@ class MistakesTest(parameterized.TestCase):
       ds.InputError, 'need finite temperature >= 0, top_k'
     ):
       SampleConfig(**fields)
+
+
+class AgainTest(parameterized.TestCase):
+  def test_equal_configurations_compile_once(self):
+    counted = []
+    jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: counted.append('compile' in event)
+    )
+    draws = []
+    for _ in range(3):
+      model = ds.build(dataclasses.replace(tiny.config('gqa')))
+      before = sum(counted)
+      draws.append(
+        ds.generate(
+          model, tiny.variables('gqa'), PROMPT, max_new_tokens=3, key=1
+        )
+      )
+    self.assertGreater(before, 0)
+    self.assertEqual(sum(counted), before)
+    self.assertEqual(draws[1:], draws[:-1])
+
+  @parameterized.parameters(
+    ([1, 2, 3], 'prompt: 1 is no row of token ids'),
+    (['hello'], "prompt: 'hello' is no row"),
+    ([[1.5]], 'prompt: .1.5. is no row'),
+    ([[[1]]], 'prompt: .* is no row'),
+    ([[2**32 + 5]], 'prompt: token .* outside the vocabulary'),
+    ([[-1]], 'prompt: token -1 is outside'),
+  )
+  def test_what_is_no_prompt_is_named(self, prompt, message):
+    with self.assertRaisesRegex(ds.InputError, message):
+      run('gqa', prompt)
+
+  def test_a_stop_that_is_no_list_is_named(self):
+    args = tiny.model('gqa'), tiny.variables('gqa'), PROMPT
+    with self.assertRaisesRegex(ds.InputError, 'stop = 5: must be a tuple'):
+      ds.generate(*args, max_new_tokens=1, stop=5, key=0)
 
 
 if __name__ == '__main__':

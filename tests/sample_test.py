@@ -288,7 +288,7 @@ class MistakesTest(parameterized.TestCase):
   )
   def test_settings_out_of_range_are_refused(self, **fields):
     with self.assertRaisesRegex(
-      ds.InputError, 'need finite temperature >= 0, top_k'
+      ds.InputError, '(temperature|top_k|top_p) = .*: must '
     ):
       SampleConfig(**fields)
 

@@ -197,7 +197,7 @@ def _row(row) -> np.ndarray:
       f'prompt: {row!r} is no row of token ids; give rows, as [[1, 2, 3]]'
     )
   # Clipped: 2^32 + 5 must not become 5.
-  return np.clip(array, -1, 2**31 - 1).astype(np.int32)
+  return np.clip(array, -(2**31), 2**31 - 1).astype(np.int32)
 
 
 def _started(model, variables, prompt, cfg, new, slots):

@@ -349,7 +349,7 @@ class TablesTest(parameterized.TestCase):
     ({'base': 1}, 'engram.base = 1: must be at least 2'),
     ({'longest': 1}, 'engram.longest = 1: must be at least 2'),
     ({'heads': 4}, 'engram.dim = 6: must be a multiple of heads = 4'),
-    ({'conv': -1}, 'engram.conv = -1.*must not be negative'),
+    ({'conv': -1}, 'engram.conv = -1: must be at least 0'),
     ({'conv': 1}, 'engram.conv = 1: one tap'),
   )
   def test_settings_that_mean_nothing_are_refused(self, fields, message):

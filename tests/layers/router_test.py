@@ -166,7 +166,7 @@ class RouterTest(parameterized.TestCase):
     ),
     ({'groups': 8, 'top_groups': 8}, 3, "router.group_score = 'top2': needs"),
     ({}, 9, r'top_k = 9: must lie in 1\.\.experts = 8'),
-    ({}, 0, r'top_k = 0: must lie in 1\.\.experts = 8'),
+    ({}, 0, r'top_k = 0: must be at least 1$'),
   )
   def test_settings_that_do_not_fit_are_refused(self, fields, top_k, message):
     with self.assertRaisesRegex(ds.InputError, message):

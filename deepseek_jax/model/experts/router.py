@@ -79,8 +79,8 @@ class RouterConfig:
       )
     if self.hash_vocab and (self.bias or self.groups > 1):
       raise InputError(
-        f'router.hash_vocab = {self.hash_vocab}: a table that chooses needs'
-        ' router.bias = False and router.groups = 1'
+        f'router.hash_vocab = {self.hash_vocab}: must be 0 unless router.bias ='
+        ' False and router.groups = 1'
       )
 
 

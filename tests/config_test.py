@@ -427,7 +427,10 @@ class ChangedTest(parameterized.TestCase):
   def test_the_result_is_checked_and_no_step_on_the_way(self, changes):
     pairs = list(changes.items())
     for order in (pairs, pairs[::-1]):
-      config = ds.changed(ds.presets.v3_tiny(), dict(order))
+      try:
+        config = ds.changed(ds.presets.v3_tiny(), dict(order))
+      except ds.InputError as error:
+        self.fail(str(error))
       for path, value in pairs:
         got = functools.reduce(getattr, path.split('.'), config)
         self.assertEqual(got, value, path)

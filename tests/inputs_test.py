@@ -137,6 +137,20 @@ class TokensTest(parameterized.TestCase):
       self.assertTrue(lost[3:].all())
     self.assertTrue(np.isnan(got[1, 1, 2]).all())  # reads the token ahead
 
+  @parameterized.parameters(
+    (np.uint8([0, 200]), [0, 200]),
+    (np.int8([-1, 5]), [-1, 5]),
+    (np.int64([2**32 + 5, -(2**40)]), [2**31 - 1, -(2**31)]),
+    (np.uint32([2**31 + 1, 7]), [1 - 2**31, 7]),
+  )
+  def test_integers_of_any_width_keep_their_meaning(self, numbers, want):
+    got = lookup.int32(numbers)
+    self.assertEqual((got.dtype, got.tolist()), (jnp.int32, want))
+    table = jnp.ones((256, 1))
+    known = [0 <= n < 256 for n in want]
+    read = lookup.rows(table, numbers)[:, 0]
+    np.testing.assert_array_equal(np.isfinite(read), known)
+
   @parameterized.parameters('float32', 'bfloat16')
   def test_a_lookup_gives_no_other_row_and_no_gradient(self, dtype):
     table = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), dtype)

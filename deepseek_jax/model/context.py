@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model import lookup
+
 
 class Context(NamedTuple):
   """The batch as layers see it; the flags are Python values, never traced.
@@ -66,7 +68,8 @@ def context(
   holds is not read, so it may be anything.
 
   Args:
-    tokens: [B T] int32. Below 0 or from V on is no token: its embedding is NaN.
+    tokens: [B T] integers. What is not 0..V - 1 is no token: its embedding is
+      NaN.
     segments: [B T] int32 or None, as of `transformer.build`.
     vocab: V.
     positions: [B T] int32; by default from 0 in each document.
@@ -75,6 +78,7 @@ def context(
       more have no token then: their logits are NaN.
     **flags: as in Context.
   """
+  tokens = lookup.int32(tokens)
   if segments is None:
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -32,6 +33,19 @@ def _rows_bwd(shape, mode, index, grad):
 _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
+def int32(numbers) -> jax.Array:
+  """Returns integers as int32, none of which becomes another row's number.
+
+  uint8 could not be compared with 256, and 2^32 + 5 would be 5.
+  """
+  lib = jnp if isinstance(numbers, jax.Array) else np
+  numbers = lib.asarray(numbers)
+  if numbers.dtype.itemsize > 4:
+    numbers = lib.clip(numbers, -(2**31), 2**31 - 1)
+  # Of uint32 what is too large is below 0.
+  return jnp.asarray(numbers.astype(np.int32))
+
+
 def rows(
   table: jax.Array, index: jax.Array, mode: str = 'fill', fill=None
 ) -> jax.Array:
@@ -39,7 +53,7 @@ def rows(
 
   Args:
     table: [V ...].
-    index: [...] int32.
+    index: [...] integers.
     mode: of `at[].get`. 'fill' gives `fill` where no row has that number, be
       it below 0, and no row its gradient; the others are for numbers that are
       known to be rows'.
@@ -49,6 +63,7 @@ def rows(
     [... ...].
   """
   if mode == 'fill':
+    index = int32(index)
     index = jnp.where(index < 0, table.shape[0], index)
   short = jnp.issubdtype(table.dtype, jnp.floating) and table.itemsize < 4
   if short:

@@ -8,7 +8,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -134,6 +134,8 @@ class TransformerConfig:
     check_choices(self)
     at_least(self, vocab_size=1, dim=1, init_std=0)
     above(self, norm_eps=0)
+    if not isinstance(self.kinds, Mapping):
+      raise InputError(f'kinds = {self.kinds!r}: must be a dict of Kinds')
     if not self.layout:
       raise InputError('layout = (): name at least one block')
     flat = isinstance(self.residual, ResidualConfig)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import lookup
 from deepseek_jax.parallel.sharding import known, shard, ways
 
 IGNORED = -100  # a label that counts nowhere, by PyTorch's custom
@@ -91,6 +92,7 @@ def linear_cross_entropy(hidden, head, labels, weights, chunk: int = 1024):
   Raises:
     InputError: such a label is known when this is called.
   """
+  labels = lookup.int32(labels)
   _check_labels(labels, jnp.not_equal(weights, 0), head.shape[-1])
   return _cross_entropy(hidden, head, labels, weights, chunk)
 
@@ -167,6 +169,7 @@ def token_log_probs(hidden, head, labels, chunk: int = 1024) -> jax.Array:
   Raises:
     InputError: such a label is known when this is called.
   """
+  labels = lookup.int32(labels)
   _check_labels(labels, labels != IGNORED, head.shape[-1])
   flat = hidden.reshape(-1, hidden.shape[-1])
   parts = _split(chunk, flat, labels.reshape(-1))

@@ -83,7 +83,7 @@ MUTANTS = (
     _CONFIG,
     'if not -largest <= value <= largest:',
     'if value < -largest or value > largest:',
-    (f'{_NUMBERS_TEST}::refused_MuonConfig',),
+    (f'{_NUMBERS_TEST}::what_no_run_could_use_is_refused',),
     'NaN is neither too small nor too large',
     fast=True,
   ),

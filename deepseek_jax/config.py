@@ -89,7 +89,25 @@ def _plain(value):
   if isinstance(value, Mapping):
     return {k: _plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return tuple(_plain(v) for v in value)
+    return tuple(_named(v) for v in value)
+  return value
+
+
+def _named(value):
+  """As _plain, inside a tuple: no field there says of which class it is."""
+  if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    return _plain(value)
+  cls = type(value)
+  return {'kind': f'{cls.__module__}:{cls.__qualname__}', **to_dict(value)}
+
+
+def _unnamed(value, path):
+  """The inverse of _named."""
+  if isinstance(value, Mapping) and ':' in str(value.get('kind')):
+    inner = dict(value)
+    return from_dict(_imported(inner.pop('kind'), path), inner, f'{path}.')
+  if isinstance(value, list | tuple):
+    return tuple(_unnamed(v, path) for v in value)
   return value
 
 
@@ -210,10 +228,9 @@ def _scalar(annotation, value, path):
       raise InputError(f'{path} = {value!r}: must be one of {choices}')
     if member is float and type(value) is int:
       return float(value)
-    if member is tuple and isinstance(value, list | tuple):
-      return _plain(value)
-    if typing.get_origin(member) is tuple and isinstance(value, list | tuple):
-      return _plain(value)
+    whole = member is tuple or typing.get_origin(member) is tuple
+    if whole and isinstance(value, list | tuple):
+      return _unnamed(value, path)
     if isinstance(member, type) and type(value) is member:
       return value
   names = [getattr(m, '__name__', str(m)) for m in _members(annotation)]

@@ -162,6 +162,14 @@ class OwnClassTest(parameterized.TestCase):
     kind = Kind('moe', (('attention', MeanConfig(8)),))
     config = ds.changed(ds.presets.v3_tiny(), {'kinds.moe': kind})
     self.assertEqual(config.block('moe').attention, MeanConfig(8))
+    text = json.loads(json.dumps(ds.to_dict(config)))
+    self.assertEqual(ds.from_dict(TransformerConfig, text), config)
+
+  def test_a_part_of_ours_in_a_kind_comes_back_too(self):
+    kind = Kind('moe', (('attention', GQAConfig(4, 2, 8)),))
+    config = ds.changed(ds.presets.v3_tiny(), {'kinds.moe': kind})
+    text = json.loads(json.dumps(ds.to_dict(config)))
+    self.assertEqual(ds.from_dict(TransformerConfig, text), config)
 
   @parameterized.parameters(
     ({'attention': HalfConfig()}, 'is HalfConfig, must be MLAConfig or'),
@@ -458,6 +466,7 @@ class ChangedTest(parameterized.TestCase):
     ({'kinds.new.ffn': 'moe'}, r'^kinds\.new\.ffn: ffn is a field of None$'),
     ({'kinds.moe.ffn': 'x'}, r"^kinds\.moe\.ffn = 'x': must be one of"),
     ({'kinds.moe.change': ((1, 2),)}, r'kind\.change = .*: write pairs'),
+    ({'kinds.moe.change': ('ab', 3)}, r'kind\.change = .*: write pairs'),
     ({'engram.base': 5}, r'^engram\.base: base is a field of None$'),
     ({'moe.top_k': 99, 'dim': 64}, r'top_k = 99: must lie in 1\.\.experts'),
     ({'moe': {'experts': 2}}, r'^moe\.top_k: missing'),

@@ -49,12 +49,12 @@ class Kind:
   engram: bool = False
 
   def __post_init__(self):
+    some = isinstance(self.change, tuple | list)
     pair = lambda c: isinstance(c, tuple | list) and len(c) == 2
-    for change in self.change:
-      if not pair(change) or not isinstance(change[0], str):
-        raise InputError(
-          f"kind.change = {self.change!r}: write pairs, (('field', value),)"
-        )
+    if not some or not all(pair(c) and type(c[0]) is str for c in self.change):
+      raise InputError(
+        f"kind.change = {self.change!r}: write pairs, (('field', value),)"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ class SimulatorTest(parameterized.TestCase):
       method('gpipe', 4, Durations())
     with self.assertRaisesRegex(ds.InputError, 'stages = 5'):
       method('dualpipe', 5, Durations())
-    with self.assertRaisesRegex(ds.InputError, 'durations.backward'):
+    with self.assertRaisesRegex(ds.InputError, 'durations.weight'):
       Durations(1, 2, 3)
 
 

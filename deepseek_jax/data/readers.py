@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from deepseek_jax.data import left_out
+from deepseek_jax.data import left_out, tables
 from deepseek_jax.errors import InputError
 
 TEXT = ('.txt', '.py', '.md')
@@ -30,7 +30,6 @@ _PIECE = 16384  # characters; about the mean length of a stdlib module
 _WHOLE = 1 << 24  # characters; a longer text is cut into pieces
 _LONGEST = 1 << 26  # bytes of a record
 _CHUNK = 1 << 20  # bytes
-_ROWS = 8  # of a table at a time: a row may be long
 
 
 class File(NamedTuple):
@@ -306,7 +305,7 @@ def _table(file):
   where = left_out.shown(file.path)
   try:
     with open(file.path, 'rb') as stream:
-      read = _parquet if file.kind == '.parquet' else _arrow
+      read = tables.parquet if file.kind == '.parquet' else tables.arrow
       rows = itertools.chain.from_iterable(read(stream, where))
       for number, text in enumerate(rows):
         at = f'{where} row {number}'
@@ -323,47 +322,6 @@ def _table(file):
       f'data.path: {where} is not a sound {file.kind[1:]} file of UTF-8 text:'
       ' write it again or take it away'
     ) from error
-
-
-def _parquet(stream, where):
-  """Yields columns of a few rows; pages are read as they are needed."""
-  import pyarrow.parquet
-
-  with pyarrow.parquet.ParquetFile(
-    stream, buffer_size=_CHUNK, pre_buffer=False
-  ) as file:
-    _check_column(file.schema_arrow.names, where)
-    for batch in file.iter_batches(batch_size=_ROWS, columns=['text']):
-      yield batch.column(0)
-
-
-def _arrow(stream, where):
-  """Yields the columns of an IPC stream or file, mapped and not read in."""
-  import mmap
-
-  import pyarrow
-
-  if not os.fstat(stream.fileno()).st_size:
-    raise pyarrow.ArrowInvalid('empty')
-  mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-  source = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
-  if mapped[:6] == b'ARROW1':
-    file = pyarrow.ipc.open_file(source)
-    _check_column(file.schema.names, where)
-    batches = map(file.get_batch, range(file.num_record_batches))
-  else:
-    batches = pyarrow.ipc.open_stream(source)
-    _check_column(batches.schema.names, where)
-  for batch in batches:
-    yield batch.column(batch.schema.names.index('text'))
-
-
-def _check_column(names, where):
-  if 'text' not in names:
-    raise InputError(
-      f"data.path: {where} has no column 'text' but {', '.join(names)}: "
-      'rename one'
-    )
 
 
 def _text_of(record, where):

@@ -161,7 +161,8 @@ def cluster(text: str) -> Cluster:
   """The cluster that 'h800x2048' names; 'h100' alone is one device."""
   found = re.fullmatch(r'([0-9a-z]+?)(?:x(\d+))?', text.lower())
   name, count = found.groups() if found else (text, None)
-  devices = int(count or 1)
+  # A number of more digits has no use, and int() none of over 4,300.
+  devices = int(count or 1) if len(count or '') < 8 else 0
   if name not in ACCELERATORS or devices < 1:
     raise InputError(
       f'cluster = {text!r}: write NAMExCOUNT, as h800x2048; names:'

@@ -251,8 +251,10 @@ def _time(config, cluster, recipe, held, sent):
 def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
   tokens = recipe.batch * recipe.training.seq_len
   daily = cost.tokens_per_day(tokens, step.costed)
-  hours = cost.device_hours(recipe.tokens, cluster.devices, daily)
-  if not math.isfinite(hours * recipe.dollars):
+  hours = math.inf
+  if daily:
+    hours = cost.device_hours(recipe.tokens, cluster.devices, daily)
+  if not math.isfinite(hours) or not math.isfinite(hours * recipe.dollars):
     raise InputError(
       f'tokens = {recipe.tokens}, dollars = {recipe.dollars}, utilization ='
       f' {recipe.utilization}: the cost is no finite number; choose others'

@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant
 
 _DATASETS = 'deepseek_jax/data/datasets.py'
 _FILES = 'deepseek_jax/data/files.py'
-_READERS = 'deepseek_jax/data/readers.py'
+_TABLES = 'deepseek_jax/data/tables.py'
 _FILES_TEST = 'tests/data/files_test.py'
 _READERS_TEST = 'tests/data/readers_test.py'
 
@@ -72,7 +72,7 @@ MUTANTS = (
   ),
   Mutant(
     'parquet_read_by_large_batches',
-    _READERS,
+    _TABLES,
     'file.iter_batches(batch_size=_ROWS,',
     'file.iter_batches(batch_size=65_536,',
     (f'{_READERS_TEST}::a_small_parquet_of_much_text',),

@@ -174,6 +174,7 @@ class ReportTest(parameterized.TestCase):
     ({'grace': math.nan}, 'grace = nan'),
     ({'utilization': math.nan}, 'utilization = nan'),
     ({'tokens': 1e308, 'dollars': 1e308}, 'the cost is no finite number'),
+    ({'utilization': 1e-320}, 'the cost is no finite number'),
     ({'storage': 1e-310}, 'storage = 1e-310'),
     ({'cache_length': 0}, 'cache_length = 0'),
   )
@@ -194,7 +195,15 @@ class HardwareTest(parameterized.TestCase):
     got = plan.cluster(text)
     self.assertEqual((got.accelerator.name, got.devices), (name, devices))
 
-  @parameterized.parameters('a100x8', 'h100x0', 'h100 x 8', '', 'x8')
+  @parameterized.parameters(
+    'a100x8',
+    'h100x0',
+    'h100 x 8',
+    '',
+    'x8',
+    f'h100x{10**7}',
+    f'h100x{"9" * 5000}',
+  )
   def test_unknown_names_are_refused(self, text):
     with self.assertRaisesRegex(ds.InputError, 'h800x2048'):
       plan.cluster(text)

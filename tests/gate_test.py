@@ -53,6 +53,40 @@ class GateTest(parameterized.TestCase):
     self.assertTrue(bool(ok))
     self.assertEqual((int(again.skipped), int(again.streak)), (1, 0))
 
+  def test_the_judgement_has_no_scale(self):
+    rng = np.random.default_rng(1)
+    seen = 1 + 0.2 * rng.normal(size=(60, 2))
+    seen[40], seen[50, 1] = 30, 9
+
+    def judged(s):
+      state, verdicts = initial_gate(), []
+      for loss, norm in seen:
+        ok, state = jitted(CFG)(state, np.float32(loss), np.float32(norm * s))
+        verdicts.append(bool(ok))
+      return verdicts
+
+    want = judged(1.0)
+    self.assertEqual([i for i, ok in enumerate(want) if not ok], [40, 50])
+    for k in (-50, -20, 20, 50):
+      self.assertEqual(judged(2.0**k), want, k)
+    # Beyond, one that cannot be judged passes, and no state is lost.
+    for s in (1e-30, 0.0):
+      verdicts = judged(s)
+      self.assertEqual([i for i, ok in enumerate(verdicts) if not ok], [40])
+
+  def test_a_huge_norm_in_the_warm_up_does_not_end_the_run(self):
+    ok, state = jitted(CFG)(initial_gate(), 3.0, 1e30)
+    self.assertTrue(bool(ok))
+    state = steady(state=state)
+    self.assertTrue(np.isfinite(np.asarray(state.square)).all())
+
+  def test_a_norm_of_zero_is_no_yardstick(self):
+    # What is trained may have no gradient at first.
+    state = initial_gate()
+    for _ in range(30):
+      _, state = jitted(CFG)(state, 3.0, 0.0)
+    self.assertTrue(bool(jitted(CFG)(state, 3.0, 1.0)[0]))
+
   def test_the_streak_counts_skips_in_a_row(self):
     state, streaks = steady(), []
     for loss in (np.nan, 1e4, np.inf, 2.4, np.nan):

@@ -68,6 +68,7 @@ class Share(NamedTuple):
     routed: a routed expert's.
     matrix: computes in the model's dtype; the others stay float32.
     trained: has gradients and moments.
+    axes: its logical axes, of which the optimizer's rule depends.
   """
 
   name: str
@@ -77,6 +78,7 @@ class Share(NamedTuple):
   routed: bool
   matrix: bool
   trained: bool
+  axes: tuple
 
 
 def _share(name, variable, stack, mesh, rules, trained) -> Share:
@@ -103,6 +105,7 @@ def _share(name, variable, stack, mesh, rules, trained) -> Share:
     'experts' in axes,
     not meta.get('full_precision', False) and trained,
     trained,
+    tuple(axes),
   )
 
 

@@ -20,7 +20,7 @@ from deepseek_jax.plan.activations import kept_bytes
 from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
 from deepseek_jax.plan.device_shares import Mesh, Share
 from deepseek_jax.plan.flops import blocks
-from deepseek_jax.train.optimizer import OptimizerConfig
+from deepseek_jax.train.optimizer import OptimizerConfig, moment_count
 
 BYTES = {'float32': 4, 'bfloat16': 2, 'float8': 1}
 CLASSES = (
@@ -43,7 +43,7 @@ class Training:
   Attributes:
     seq_len: tokens of a sequence.
     micro_batch: sequences that a device works on at a time.
-    optimizer: decides the moments' dtype.
+    optimizer: decides how many moments there are, and their dtype.
     zero: 0: optimizer state lies as the parameters do; 1: moments and master
       weights are split over every device that holds the same parameters.
     dispatch: what tokens travel to experts as; float8 adds a float32 scale
@@ -84,6 +84,11 @@ def replicas(share: Share, mesh: Mesh) -> int:
   return math.prod(getattr(mesh, a) for a in axes if a not in share.over)
 
 
+def moment_bytes(optimizer: OptimizerConfig, share: Share) -> int:
+  """Bytes of a number's moments; Muon's placeholders count as none."""
+  return BYTES[optimizer.moments] * moment_count(optimizer, share.axes)
+
+
 def state_bytes(
   config: TransformerConfig,
   held: list[Share],
@@ -101,7 +106,7 @@ def state_bytes(
     copies: ranks that hold the same stage (DualPipe: 2).
   """
   compute = BYTES[config.compute.dtype]
-  moment = BYTES[training.optimizer.moments]
+  optimizer = training.optimizer
   out = dict.fromkeys(CLASSES[:4], 0)
   for share in held:
     n = share.elements
@@ -116,7 +121,7 @@ def state_bytes(
       out['weights'] += width * n
       out['master weights'] += 4 * -(-n // split)
     out['gradients'] += 4 * n
-    out['moments'] += 2 * moment * -(-n // split)
+    out['moments'] += moment_bytes(optimizer, share) * -(-n // split)
   return out
 
 
@@ -274,14 +279,14 @@ def checkpoint_bytes(
   optimizer: OptimizerConfig = _ADAMW,
   held: Mapping | None = None,
 ) -> int:
-  """Master weights, buffers and both moments, as training saves them.
+  """Master weights, buffers and moments, as training saves them.
 
-  Scalars (step, gate, optimizer count: under 100 bytes) are left out.
+  Scalars (step, gate, optimizer count, one for each of Muon's parameters:
+  under 1 kB) are left out.
   """
-  moment = BYTES[optimizer.moments]
   held = meshes.shares(config, Mesh()) if held is None else held
   return sum(
-    s.whole * (4 + (2 * moment if s.trained else 0))
+    s.whole * (4 + (moment_bytes(optimizer, s) if s.trained else 0))
     for found in held.values()
     for s in found
   )

@@ -298,6 +298,18 @@ def _check(config, cluster, recipe):
     )
 
 
+def _optimizer_assumptions(run) -> tuple[str, ...]:
+  kind, stage = run.optimizer.moments, f'ZeRO stage {run.zero}'
+  if run.optimizer.muon is None:
+    return (f'optimizer moments are {kind}, {stage}',)
+  return (
+    f"optimizer moments are {kind}, one for each of Muon's matrices and two for"
+    f' what AdamW has, {stage}',
+    "the products that make Muon's momenta orthogonal, and the shards of"
+    ' matrices that they gather, take no time',
+  )
+
+
 def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
   a, run = cluster.accelerator, recipe.training
   figures = {
@@ -325,7 +337,7 @@ def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
     'experts are evenly loaded; node-limited traffic is at its limit of nodes',
     'activations are what the blocks keep before XLA fuses anything; the copy'
     ' of a block that fsdp gathers is left out',
-    f'optimizer moments are {run.optimizer.moments}, ZeRO stage {run.zero}',
+    *_optimizer_assumptions(run),
     f'{recipe.dollars:g} dollars per device and hour',
     f'a host of {a.host.value:g} devices ({a.host.origin}) writes'
     f' {recipe.storage / 1e9:g} GB/s to storage',

@@ -61,6 +61,7 @@ def initial_gate() -> GateState:
 # A deviation is never taken as smaller than this share of the mean: steady
 # runs have tiny ones, and an ordinary batch must not look like an explosion.
 _LEAST_DEVIATION = 0.05
+_LEAST_KNOWN = 2.0**-63  # the root of float32's least normal number
 
 
 def judge(cfg: GateConfig, state: GateState, loss, grad_norm, sound=True):
@@ -71,9 +72,10 @@ def judge(cfg: GateConfig, state: GateState, loss, grad_norm, sound=True):
   seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
   ok = jnp.isfinite(seen).all() & sound
   if cfg.sigma:
-    deviation = jnp.maximum(
-      jnp.sqrt(state.square), _LEAST_DEVIATION * jnp.abs(state.mean)
-    )
+    least = _LEAST_DEVIATION * jnp.abs(state.mean)
+    deviation = jnp.maximum(jnp.sqrt(state.square), least)
+    # Means of which float32 holds no square, 0 among them, tell nothing.
+    deviation = jnp.where(least > _LEAST_KNOWN, deviation, jnp.inf)
     calm = (seen <= state.mean + cfg.sigma * deviation).all()
     ok = ok & (calm | (state.accepted < cfg.warmup))
   seen = jnp.where(ok, seen, state.mean)
@@ -81,7 +83,9 @@ def judge(cfg: GateConfig, state: GateState, loss, grad_norm, sound=True):
   rate = jnp.maximum(1 - cfg.decay, 1 / (state.accepted + 1))
   error = seen - state.mean
   mean = state.mean + rate * error
-  square = state.square + rate * (error * (seen - mean) - state.square)
+  most = jnp.finfo(jnp.float32).max  # infinity would stay for ever
+  apart = jnp.minimum(error * (seen - mean), most)
+  square = state.square + rate * (apart - state.square)
   keep = lambda new, old: jnp.where(ok, new, old)
   return ok, GateState(
     keep(mean, state.mean),

@@ -160,6 +160,11 @@ def with_muon(
   )
 
 
+def moment_count(cfg: OptimizerConfig, axes: tuple) -> int:
+  """Returns how many moments a parameter with these axis names has."""
+  return 1 if cfg.muon is not None and muon.split(axes) is not None else 2
+
+
 def update_rule(
   cfg: OptimizerConfig, abstract: nnx.State
 ) -> optax.GradientTransformationExtraArgs:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.router import reference
+from pallas_kernels.router.reference import normalized
 
-__all__ = ['Rule', 'router']
+__all__ = ['Rule', 'normalized', 'router']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Rule:
     groups: experts lie in this many groups of neighbours ...
     top_groups: ... of which a token may use this many.
     group_score: a group counts by its best expert or by its best two.
-    normalize: the chosen weights are divided by their sum + 1e-20.
+    normalize: the chosen weights are divided by their sum + eps.
     scale: multiplies the weights.
+    eps: as in V3's released code.
   """
 
   scoring: Literal['softmax', 'sigmoid', 'sqrtsoftplus'] = 'sigmoid'
@@ -39,6 +41,7 @@ class Rule:
   group_score: Literal['max', 'top2'] = 'top2'
   normalize: bool = True
   scale: float = 1.0
+  eps: float = 1e-20
 
 
 def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):

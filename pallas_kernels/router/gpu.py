@@ -95,7 +95,9 @@ def _unnormalised(x, scoring, top):
   # log(1 + small) loses small below 1e-3 or so; its series does not.
   series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0)))
   log = jnp.where(small < 1e-2, series, jnp.log(1.0 + small))
-  return compat.sqrt(jnp.maximum(x, 0.0) + log)
+  root = compat.sqrt(jnp.maximum(x, 0.0) + log)
+  # Far below 0 softplus is exp, which underflows long before its root does.
+  return jnp.where(x < -20.0, jnp.exp(0.5 * x), root)
 
 
 def _pieces(stop, start=0):
@@ -267,7 +269,7 @@ def _body(
   before = compat.full((TOKENS,), -1, _BY_TOKEN, jnp.int32)
   zero = compat.full((TOKENS,), 0.0, _BY_TOKEN)
   _, _, total = lax.fori_loop(0, top_k, pick, (start, before, zero))
-  norm = total + 1e-20 if rule.normalize else jnp.ones_like(total)
+  norm = total + rule.eps if rule.normalize else jnp.ones_like(total)
 
   def rescale(k, _):
     gains[k] = compat.load(gains, k, _BY_TOKEN) / norm * rule.scale

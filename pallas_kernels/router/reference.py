@@ -1,5 +1,7 @@
 """Scores, groups, bias, top-k and weights in XLA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,22 @@ def score(logits, scoring):
   # Far below 0 softplus is exp, whose root stays differentiable in float32.
   low = logits < -20
   root = jnp.sqrt(jax.nn.softplus(jnp.where(low, 0.0, logits)))
-  return jnp.where(low, jnp.exp(logits / 2), root)
+  return jnp.where(low, jnp.exp(jnp.where(low, logits, 0.0) / 2), root)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalized(weights, eps):
+  """Returns weights [... K] over their sum + eps."""
+  return weights / (weights.sum(axis=-1, keepdims=True) + eps)
+
+
+@normalized.defjvp
+def _normalized_jvp(eps, primals, tangents):
+  # The rule of a quotient squares the sum, which leaves float32 near eps.
+  (weights,), (change,) = primals, tangents
+  total = weights.sum(axis=-1, keepdims=True) + eps
+  out = weights / total
+  return out, (change - out * change.sum(axis=-1, keepdims=True)) / total
 
 
 def limit_groups(choice, rule):
@@ -42,7 +59,7 @@ def weigh(logits, experts, rule):
   scores = score(logits.astype(jnp.float32), rule.scoring)
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if rule.normalize:
-    weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    weights = normalized(weights, rule.eps)
   return weights * rule.scale
 
 

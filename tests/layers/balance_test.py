@@ -38,6 +38,19 @@ class LossTest(parameterized.TestCase):
     )
     self.assertAlmostEqual(float(got), want, delta=1e-5)
 
+  @parameterized.parameters(-60.0, -90.0, -120.0, -1e4)
+  def test_scores_that_underflow_leave_the_sequence_loss_a_number(self, low):
+    logits = low + jax.random.normal(jax.random.key(0), (2, 5, 8))
+    valid = jnp.ones((2, 5), bool)
+    loss = lambda x: lib.sequence_loss(jax.nn.sigmoid(x), 2, valid)
+    value, grad = jax.value_and_grad(loss)(logits)
+    self.assertTrue(bool(jnp.isfinite(grad).all()))
+    # The shares of sigmoids far below 0 are a softmax.
+    if low > -80:
+      want = lib.sequence_loss(jax.nn.softmax(logits), 2, valid)
+      np.testing.assert_allclose(value, want, rtol=1e-5)
+    self.assertBetween(float(value), 0.5, 4.0)
+
   def test_v2_losses_count_the_actual_choices(self):
     made, scores, chosen, valid = routing()
     cfg = BalanceConfig(

@@ -13,6 +13,7 @@ from deepseek_jax.model.context import Context
 from deepseek_jax.model.experts import router as lib
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import Router, RouterConfig
+from pallas_kernels import router as kernel
 from tests import reference, tiny
 
 GREEDY = RouterConfig(scoring='softmax', bias=False, normalize=False)
@@ -89,6 +90,59 @@ class ByHandTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       lib.limit_groups(z, cfg), [-np.inf, -np.inf, -1, -2]
     )
+
+  @parameterized.product(
+    scoring=('softmax', 'sigmoid', 'sqrtsoftplus'),
+    # Each alone underflows a score, a sum of scores or the square of one.
+    low=(0, -30, -47, -60, -88, -110, -150, -1e4, 200),
+  )
+  def test_no_logit_makes_a_gradient_that_is_no_number(self, scoring, low):
+    spread = np.random.default_rng(0).normal(size=(3, 8))
+    logits = jnp.asarray(low + spread, jnp.float32)
+    cfg = RouterConfig(scoring=scoring)
+    slope = jnp.cos(jnp.arange(6.0)).reshape(3, 2)
+
+    def layer(logits):
+      scores = lib.score(logits, scoring)
+      return lib.choose(scores, None, 2, cfg)[1]
+
+    rule = kernel.Rule(scoring)
+    op = lambda x: kernel.router(x, top_k=2, rule=rule, impl='reference')[1]
+    for fn in (layer, op):
+      weights, pull = jax.vjp(fn, logits)
+      grad = pull(slope)[0]
+      self.assertTrue(bool(jnp.isfinite(weights).all()))
+      self.assertTrue(bool(jnp.isfinite(grad).all()), fn)
+      if scoring == 'softmax' or abs(low) <= 30:
+        # The weights of two are a sigmoid of how far they lie apart.
+        exact = np.asarray(logits, np.float64)
+        raw = {
+          'softmax': np.exp(exact - exact.max()),
+          'sigmoid': 1 / (1 + np.exp(-exact)),
+          'sqrtsoftplus': np.sqrt(np.log1p(np.exp(np.minimum(exact, 50)))),
+        }[scoring]
+        best = np.sort(raw, axis=-1)[:, ::-1][:, :2]
+        np.testing.assert_allclose(
+          weights, best / best.sum(-1, keepdims=True), rtol=1e-5
+        )
+        self.assertGreater(float(jnp.abs(grad).max()), 1e-3)
+
+  def test_shares_have_no_scale(self):
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (3, 8)))
+    want = lib.shares(scores)
+    np.testing.assert_allclose(
+      want, scores / scores.sum(-1, keepdims=True), rtol=1e-6
+    )
+    grad = jax.grad(lambda x: (lib.shares(x) ** 2).sum())
+    for k in (20, 60, 100):
+      s = 2.0**-k
+      np.testing.assert_array_equal(lib.shares(scores * s), want)
+      np.testing.assert_allclose(
+        grad(scores * s) * s, grad(scores), rtol=1e-5, atol=1e-6
+      )
+    for none in (0.0, 1e-40):
+      np.testing.assert_allclose(lib.shares(scores * none), 1 / 8)
+      self.assertFalse(np.asarray(grad(scores * none)).any())
 
   def test_all_zero_scores_give_finite_weights(self):
     _, weights = choose([0.0] * 8, V3, 3)

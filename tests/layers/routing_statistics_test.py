@@ -72,6 +72,17 @@ class StatisticsTest(parameterized.TestCase):
       want -= want and int((alone == [5, 6, 7]).all(axis=-1).sum())
       self.assertEqual(int(got['moved']), want)
 
+  def test_entropy_has_no_scale(self):
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (3, 8)))
+    want = routing_statistics.entropy(scores)
+    for s in (1e-10, 1e-21, 1e-36, 1e30):
+      np.testing.assert_allclose(
+        routing_statistics.entropy(scores * s), want, rtol=1e-5
+      )
+    np.testing.assert_allclose(
+      routing_statistics.entropy(0 * scores), 1, rtol=1e-6
+    )
+
   def test_entropy_is_0_for_one_and_1_for_all(self):
     one = np.eye(5, dtype=np.float32)
     np.testing.assert_allclose(routing_statistics.entropy(one), 0, atol=1e-6)

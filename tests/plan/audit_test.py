@@ -28,10 +28,12 @@ from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.plan import activations, flops, memory
 from deepseek_jax.plan import device_shares as mesh
-from deepseek_jax.train.optimizer import OptimizerConfig, adamw
+from deepseek_jax.train.muon import MuonConfig
+from deepseek_jax.train.optimizer import OptimizerConfig, adamw, update_rule
 
 DIM = 512
 MLA = MLAConfig(
@@ -209,6 +211,81 @@ class AuditTest(parameterized.TestCase):
     total = sum(a.size * a.dtype.itemsize for a in leaves if a.ndim)
     got = plan.checkpoint_bytes(CONFIGS['v3_like'], cfg)
     self.assertEqual(got, total)
+
+
+def moments_of(state, where=None) -> int:
+  """Bytes of an optimizer's abstract state, or of its shards, scalars aside."""
+  shape = lambda a, s: a.shape if s is None else s.shard_shape(a.shape)
+  leaves = jax.tree.leaves(state)
+  places = [None] * len(leaves) if where is None else jax.tree.leaves(where)
+  return sum(
+    math.prod(shape(a, s)) * a.dtype.itemsize
+    for a, s in zip(leaves, places, strict=True)
+    if a.ndim
+  )
+
+
+class MuonTest(parameterized.TestCase):
+  """Muon has one moment of a matrix, AdamW two of the rest."""
+
+  @parameterized.product(
+    config=('v4_tiny', 'v3_tiny', 'engram_tiny', 'nsa_tiny'),
+    moments=('float32', 'bfloat16'),
+  )
+  def test_bytes_equal_those_of_the_real_state(self, config, moments):
+    config = getattr(ds.presets, config)()
+    cfg = OptimizerConfig(moments=moments, muon=MuonConfig())
+    built = ds.build(config)
+    variables = jax.eval_shape(built.init, jax.random.key(0))
+    rule = update_rule(cfg, built.abstract['params'])
+    state = moments_of(jax.eval_shape(rule.init, variables['params']))
+    training = memory.Training(optimizer=cfg)
+    got = memory.device_bytes(config, plan.Mesh(), training)[0]['moments']
+    self.assertEqual(got, state)
+    two = memory.Training(optimizer=OptimizerConfig(moments=moments))
+    both = memory.device_bytes(config, plan.Mesh(), two)[0]['moments']
+    self.assertBetween(got / both, 0.5, 0.8)
+    whole = state + sum(4 * a.size for a in jax.tree.leaves(variables))
+    # Scalar buffers are saved, too, and planned for.
+    self.assertEqual(plan.checkpoint_bytes(config, cfg), whole)
+
+  @parameterized.parameters(
+    {'fsdp': 2, 'expert': 2}, {'fsdp': 4, 'tensor': 2, 'data': 2}
+  )
+  def test_bytes_on_a_device_equal_jaxs_shards(self, **sizes):
+    name, grid = 'v3_like', plan.mesh_of(sizes)
+    cfg = OptimizerConfig(muon=MuonConfig())
+    shape = tuple(getattr(grid, a) for a in mesh.AXES)
+    devices = AbstractMesh(shape, mesh.AXES)
+    abstract = model(name).abstract
+    rule = update_rule(cfg, abstract['params'])
+    state = jax.eval_shape(rule.init, shapes(name)['params'])
+    where = meshes.shardings(devices, plan.RULES, abstract, state)
+    training = memory.Training(optimizer=cfg)
+    for zero in (0, 1):
+      training = dataclasses.replace(training, zero=zero)
+      got = memory.device_bytes(CONFIGS[name], grid, training)[0]['moments']
+      want = moments_of(state, where)
+      if zero:
+        self.assertLess(got, want)
+      else:
+        self.assertEqual(got, want)
+
+  def test_the_update_reads_fewer_bytes_and_the_report_says_why(self):
+    config = ds.presets.v4_tiny()
+    adamw, muon = (
+      plan.estimate(
+        config,
+        recipe=plan.Recipe(
+          batch=8, training=memory.Training(256, optimizer=optimizer)
+        ),
+      )
+      for optimizer in (OptimizerConfig(), OptimizerConfig(muon=MuonConfig()))
+    )
+    self.assertLess(muon.time.update, adamw.time.update)
+    self.assertLess(muon.checkpoint.bytes, adamw.checkpoint.bytes)
+    self.assertIn("one for each of Muon's", ' '.join(muon.assumptions))
+    self.assertNotIn('Muon', ' '.join(adamw.assumptions))
 
 
 class ShardsTest(parameterized.TestCase):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.experts.router import Routing
+from deepseek_jax.model.experts.router import Routing, shares
 from deepseek_jax.parallel import per_device as local
 
 
@@ -72,8 +72,7 @@ def sequence_loss(scores, top_k: int, valid) -> jax.Array:
   chosen = jnp.where(valid[..., None], chosen, E)
   tokens = jnp.maximum(valid.sum(axis=1), 1)[:, None]
   f = _counts(chosen, E) * E / (top_k * tokens)
-  share = scores / scores.sum(axis=-1, keepdims=True)
-  return (f * _mean_over_valid(share, valid)).sum(axis=-1).mean()
+  return (f * _mean_over_valid(shares(scores), valid)).sum(axis=-1).mean()
 
 
 def expert_terms(routing: Routing, valid):

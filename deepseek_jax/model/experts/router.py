@@ -22,7 +22,7 @@ from deepseek_jax.model import kernels, lookup
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import per_device as local
 from deepseek_jax.parallel.sharding import Buffer, param
-from pallas_kernels.router import Rule, router
+from pallas_kernels.router import Rule, normalized, router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,19 @@ def score(logits: jax.Array, scoring: str) -> jax.Array:
   return jax.nn.sigmoid(logits)
 
 
+def shares(scores: jax.Array) -> jax.Array:
+  """Returns non-negative scores [... E] made to add up to 1.
+
+  Where none of them is a normal number (a sigmoid of -88 and less) all are
+  taken as equal, and have no gradient.
+  """
+  top = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
+  none = top < jnp.finfo(jnp.float32).tiny
+  # By the largest first: the gradient of a quotient squares the sum.
+  scores = jnp.where(none, 1.0, scores / jnp.where(none, 1.0, top))
+  return scores / scores.sum(axis=-1, keepdims=True)
+
+
 def limit_groups(choice: jax.Array, cfg: RouterConfig) -> jax.Array:
   """choice [... E] with all but the best groups at -inf.
 
@@ -143,7 +156,7 @@ def weigh(
   """Weights [... K] of the chosen `experts` [... K] by their scores [... E]."""
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.normalize:
-    weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    weights = normalized(weights, Rule.eps)
   return weights * cfg.scale
 
 

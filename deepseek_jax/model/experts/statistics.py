@@ -10,7 +10,12 @@ Legend: B batch, T tokens, E experts, K chosen, G groups of neighbours.
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.experts.router import RouterConfig, Routing, choose
+from deepseek_jax.model.experts.router import (
+  RouterConfig,
+  Routing,
+  choose,
+  shares,
+)
 from deepseek_jax.record.metric import Metric
 
 METRICS = {
@@ -51,8 +56,8 @@ def statistics(
 
 def entropy(scores: jax.Array) -> jax.Array:
   """Of non-negative scores [... E], over log E: 1 is uniform. [...]."""
-  share = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
-  terms = share * jnp.log(jnp.maximum(share, 1e-20))
+  share = shares(scores)
+  terms = share * jnp.log(jnp.where(share > 0, share, 1.0))
   return -terms.sum(axis=-1) / jnp.log(max(scores.shape[-1], 2))
 
 

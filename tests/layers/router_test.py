@@ -117,10 +117,10 @@ class ByHandTest(parameterized.TestCase):
         # The weights of two are a sigmoid of how far they lie apart.
         exact = np.asarray(logits, np.float64)
         raw = {
-          'softmax': np.exp(exact - exact.max()),
-          'sigmoid': 1 / (1 + np.exp(-exact)),
-          'sqrtsoftplus': np.sqrt(np.log1p(np.exp(np.minimum(exact, 50)))),
-        }[scoring]
+          'softmax': lambda x: np.exp(x - x.max()),
+          'sigmoid': lambda x: 1 / (1 + np.exp(-x)),
+          'sqrtsoftplus': lambda x: np.sqrt(np.log1p(np.exp(x))),
+        }[scoring](exact)
         best = np.sort(raw, axis=-1)[:, ::-1][:, :2]
         np.testing.assert_allclose(
           weights, best / best.sum(-1, keepdims=True), rtol=1e-5

@@ -23,7 +23,7 @@ from pallas_kernels.mla_decode import shapes as mla_decode_shapes
 from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.mla_prefill import shapes as prefill_shapes
 from pallas_kernels.permute import shapes as permute_shapes
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import ACTIVATION_FLOOR, quantize
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
@@ -216,10 +216,16 @@ def check_quantize():
       rng = np.random.default_rng(0)
       size = (shape.rows, shape.columns)
       x = rng.normal(size=size) * 10.0 ** rng.integers(-8, 4, (size[0], 1))
-      op = functools.partial(
-        quantize, block=shape.block, power_of_two=shape.power_of_two
-      )
-      compare(f'{name} {dtype.__name__}', op, (jnp.asarray(x, dtype),), 1e-6)
+      x[-1] = 0
+      for floor in (0.0, ACTIVATION_FLOOR):
+        op = functools.partial(
+          quantize,
+          block=shape.block,
+          power_of_two=shape.power_of_two,
+          floor=floor,
+        )
+        label = f'{name} {dtype.__name__} floor {floor:g}'
+        compare(label, op, (jnp.asarray(x, dtype),), 1e-6)
 
 
 def check_sinkhorn():

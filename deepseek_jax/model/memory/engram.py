@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.config import above, at_least
+from deepseek_jax.config import above, at_least, within
 from deepseek_jax.data import ngrams
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lookup
@@ -41,6 +41,7 @@ class EngramConfig:
     classes: kinds of tokens V_c; 0: as many as there are tokens.
     seed: of the hash.
     norm_eps: of its norms.
+    gate_floor: least agreement that the root in a gate is taken of.
   """
 
   base: int
@@ -51,11 +52,14 @@ class EngramConfig:
   classes: int = 0
   seed: int = 0
   norm_eps: float = 1e-6
+  gate_floor: float = 1e-6
 
   def __post_init__(self):
     at_least(self, 'engram.', base=2, longest=2, heads=1, dim=1)
     at_least(self, 'engram.', conv=0, classes=0, seed=0)
     above(self, 'engram.', norm_eps=0)
+    # At 0 a root has no slope.
+    within(self, 'engram.', gate_floor=(0, 1), ends='()')
     if self.conv == 1:
       raise InputError('engram.conv = 1: one tap sees no other token; use 0')
     if self.dim % self.heads:
@@ -168,7 +172,7 @@ class Engram(nnx.Module):
     agree = (key * self._norm(stream, self.query_norm)).sum(axis=-1)
     agree = agree * stream.shape[-1] ** -0.5
     # The square root spreads what is near 0, where random pairs lie.
-    root = jnp.sqrt(jnp.maximum(jnp.abs(agree), 1e-6))
+    root = jnp.sqrt(jnp.maximum(jnp.abs(agree), self.cfg.gate_floor))
     return jax.nn.sigmoid(jnp.sign(agree) * root)
 
   def mixed(self, x: jax.Array, ctx: Context, past):

@@ -33,6 +33,12 @@ def _rows_bwd(shape, mode, index, grad):
 _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
+def short(a: jax.Array) -> bool:
+  """Whether a sum of many such numbers needs a wider type."""
+  dtype = jnp.result_type(a)
+  return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+
+
 def int32(numbers) -> jax.Array:
   """Returns integers as int32, none of which becomes another row's number.
 
@@ -65,7 +71,6 @@ def rows(
   if mode == 'fill':
     index = int32(index)
     index = jnp.where(index < 0, table.shape[0], index)
-  short = jnp.issubdtype(table.dtype, jnp.floating) and table.itemsize < 4
-  if short:
+  if short(table):
     return _rows(table.shape, mode, table, index)
   return table.at[index].get(mode=mode, fill_value=fill)

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax.model import lookup
 from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.model.attention.dsa_reading import read_chosen
 from tests import tiny
 
 
@@ -30,6 +31,58 @@ class LookupTest(parameterized.TestCase):
     total = lambda k: query_blocks.rows(k, chosen).astype(jnp.float32).sum()
     grad = jax.grad(total)(jnp.zeros((1, 4, 2), dtype))
     self.assertEqual(float(grad[0, 0, 0]), 4096)  # -1 reads some row: this one
+
+  @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  def test_a_latent_of_many_blocks_gets_all_of_its_gradient(self, dtype):
+    """2,048 blocks of a query each, which all choose the same latent."""
+    T, one = 2048, lambda *shape: jnp.ones(shape, dtype)
+    chosen = jnp.zeros((1, T, 1), jnp.int32)
+    queries = one(1, T, 1, 2), one(1, T, 1, 2)
+
+    def total(queries, keys, ups):
+      read = read_chosen(queries, keys, ups, chosen, scale=1.0, most=1)
+      return read.y.astype(jnp.float32).sum()
+
+    keys, ups = (one(1, 4, 2), one(1, 4, 2)), (one(2, 1, 2), one(2, 1, 2))
+    dq, (dc, _), (_, dv) = jax.grad(total, (0, 1, 2))(queries, keys, ups)
+    self.assertEqual(dc.dtype, dtype)
+    # A latent gives each of T queries 2 numbers; v_up mixes a latent of ones.
+    self.assertEqual(dc[0, 0].tolist(), [2 * T, 2 * T])
+    self.assertEqual(dv[:, 0].tolist(), [[T, T], [T, T]])
+    self.assertEqual(dq[0].shape, (1, T, 1, 2))
+
+  @parameterized.parameters(1, 2, 5)
+  def test_blocks_change_no_gradient_beyond_rounding(self, most):
+    """Shared arrays, a number and None; queries of either kind."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    at = jnp.asarray(rng.integers(0, 6, (2, 10, 3)), jnp.int32)
+    shared = draw(2, 6, 4), (jnp.arange(6), None, 3)
+    way = rng.normal(size=(2, 10))
+
+    def f(block, keys, other):
+      x, at = block
+      wide = lambda a: a.astype(jnp.float32)
+      read = wide(query_blocks.rows(keys, at)) * wide(x[:, :, None])
+      number = query_blocks.rows(other[0][None].repeat(2, 0), at)
+      return other[2] * read.sum((-1, -2)), number
+
+    def total(x, shared, most):
+      value, number = query_blocks.over_blocks(f, (x, at), most, shared=shared)
+      self.assertEqual(number.shape, at.shape)
+      return (value * way).sum()
+
+    def gradient(x, keys, most):
+      of = lambda x, keys: total(x, (keys, shared[1]), most)
+      return jax.jit(jax.grad(of, (0, 1)))(x, keys)
+
+    x = draw(2, 10, 4)
+    got = gradient(x, shared[0], most)
+    want = gradient(x.astype(jnp.float32), shared[0].astype(jnp.float32), 10)
+    for a, b in zip(got, want):
+      self.assertEqual(a.dtype, jnp.bfloat16)
+      # Rounded terms of both signs, up to twice as great as their sum.
+      self.assertLess(tiny.relative(np.float64(a), b), 2.0**-7)
 
   def test_a_frequent_token_trains_in_bfloat16_as_in_float32(self):
     tokens = np.random.default_rng(0).integers(1, 64, (8, 256))

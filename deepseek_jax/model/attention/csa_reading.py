@@ -76,13 +76,14 @@ class Reading(NamedTuple):
     query, keys = jax.lax.stop_gradient((self.query, self.keys))
     S = keys.shape[1]
 
-    def block(one):
+    def block(one, keys):
       query, view = one
       scores = index.index_scores(query, keys, self.along)
       return index.best(scores, view.mask(S), min(self.cfg.top_k, S))
 
     numbers = S * query.q.shape[2]
-    return over_blocks(block, (query, self.view), self.cfg.block, numbers)
+    queries = query, self.view
+    return over_blocks(block, queries, self.cfg.block, numbers, (keys,))
 
   def _shares(self, weights: jax.Array) -> jax.Array:
     """The mean over all heads of weights [B T H S], detached."""
@@ -100,18 +101,19 @@ class Reading(NamedTuple):
   def _chosen(self, chosen):
     """Each query's own entries, gathered -> (part, statistics)."""
 
-    def block(one):
+    def block(one, entries, keys):
       q, query, at = one
       seen = at >= 0
-      part, weights = attend(q, rows(self.entries, at), seen, self.scale)
+      part, weights = attend(q, rows(entries, at), seen, self.scale)
       if not self.learn:
         return part, None
-      scores = index.index_scores(query, rows(self.keys, at), self.along)
+      scores = index.index_scores(query, rows(keys, at), self.along)
       return part, index.divergence(self._shares(weights), scores, seen)
 
     numbers = chosen.shape[-1] * (self.entries.shape[-1] + self.q.shape[2])
     queries = self.q, self.query, chosen
-    part, loss = over_blocks(block, queries, self.cfg.block, numbers)
+    shared = self.entries, self.keys
+    part, loss = over_blocks(block, queries, self.cfg.block, numbers, shared)
     if not self.learn:
       return part, {}
     stats = {'loss': self._mean(loss, self.view)}
@@ -138,21 +140,22 @@ class Reading(NamedTuple):
     S = self.entries.shape[1]
     k = min(self.cfg.top_k, S)
 
-    def block(one):
+    def block(one, entries, keys):
       q, query, view = one
       seen = view.mask(S)
-      part, weights = attend(q, self.entries, seen, self.scale)
+      part, weights = attend(q, entries, seen, self.scale)
       if not self.learn:
         return part, None
       shares = self._shares(weights)
-      scores = index.index_scores(query, self.keys, self.along)
+      scores = index.index_scores(query, keys, self.along)
       chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
       caught = index.caught(shares, chosen)
       return part, (index.divergence(shares, scores, seen), caught)
 
     numbers = S * max(self.q.shape[2], self.query.q.shape[2])
     queries = self.q, self.query, self.view
-    part, stats = over_blocks(block, queries, self.cfg.block, numbers)
+    shared = self.entries, self.keys
+    part, stats = over_blocks(block, queries, self.cfg.block, numbers, shared)
     if not self.learn:
       return part, {}
     means = (self._mean(a, self.view) for a in stats)

@@ -44,11 +44,10 @@ def read_chosen(
     scale: multiplies the scores.
     most: queries at a time.
   """
-  k_up, v_up = ups
   f32 = {'preferred_element_type': jnp.float32}
 
-  def block(one):
-    qn, qr, at = one
+  def block(one, keys, ups):
+    (qn, qr, at), (k_up, v_up) = one, ups
     c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
@@ -59,9 +58,11 @@ def read_chosen(
     y = jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
     return Read(y, weights.mean(axis=2))
 
-  C, H, _ = k_up.shape
+  C, H, _ = ups[0].shape
   numbers = chosen.shape[-1] * (C + H)
-  return query_blocks.over_blocks(block, (*queries, chosen), most, numbers)
+  return query_blocks.over_blocks(
+    block, (*queries, chosen), most, numbers, (keys, ups)
+  )
 
 
 def read_by_kernel(queries, keys, ups, chosen, *, scale: float, impl) -> Read:

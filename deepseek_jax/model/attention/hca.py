@@ -83,8 +83,8 @@ def read(q: jax.Array, entries: jax.Array, view: View, scale: float) -> Part:
   """Attention of q [B T H C] to the entries [B S C] that each sees."""
   S, H = entries.shape[1], q.shape[2]
 
-  def block(one):
+  def block(one, entries):
     q, view = one
     return attend(q, entries, view.mask(S), scale)[0]
 
-  return over_blocks(block, (q, view), 128, S * H)
+  return over_blocks(block, (q, view), 128, S * H, (entries,))

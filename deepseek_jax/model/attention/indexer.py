@@ -164,13 +164,14 @@ def choose(
   query, keys = jax.lax.stop_gradient((query, keys))
   S = keys.shape[1]
 
-  def block(one):
+  def block(one, keys, key_segments):
     query, sight = one
     seen = sight.mask(jnp.arange(S), key_segments)
     return best(index_scores(query, keys, along), seen, k)
 
   numbers = S * query.q.shape[2]
-  return over_blocks(block, (query, sight), most, numbers)
+  shared = keys, key_segments
+  return over_blocks(block, (query, sight), most, numbers, shared)
 
 
 def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:

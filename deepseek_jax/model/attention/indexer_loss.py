@@ -100,20 +100,20 @@ def over_all(scene: Scene, k: int, most: int) -> dict[str, jax.Array]:
   kr = jax.lax.stop_gradient(kr)
   f32 = {'preferred_element_type': jnp.float32}
 
-  def block(one):
+  def block(one, kn, kr, keys, segments):
     (qn, qr), query, sight = one
-    seen = scene.mask(sight)
+    seen = sight.mask(jnp.arange(keys.shape[1]), segments)
     products = jnp.einsum('BTHN,BSHN->BTHS', qn, kn, **f32)
     products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
     shares = scene.shares(products, seen)
-    scores = index.index_scores(query, scene.keys, scene.along)
+    scores = index.index_scores(query, keys, scene.along)
     chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
     return index.divergence(shares, scores, seen), index.caught(shares, chosen)
 
   numbers = kn.shape[1] * max(kn.shape[2], scene.index.q.shape[2])
-  loss, recall = query_blocks.over_blocks(
-    block, (scene.q, scene.index, scene.sight), most, numbers
-  )
+  queries = scene.q, scene.index, scene.sight
+  shared = kn, kr, scene.keys, scene.segments
+  loss, recall = query_blocks.over_blocks(block, queries, most, numbers, shared)
   mean = lambda values: scene.mean(values, scene.sight.segments)
   return {'loss': mean(loss), 'recall': mean(recall)}
 
@@ -132,15 +132,15 @@ def over_chosen(
     'loss' [B].
   """
 
-  def block(one):
+  def block(one, keys):
     query, at, shares = one
-    keys = query_blocks.rows(scene.keys, at)
-    scores = index.index_scores(query, keys, scene.along)
+    own = query_blocks.rows(keys, at)
+    scores = index.index_scores(query, own, scene.along)
     return index.divergence(shares, scores, at >= 0)
 
   numbers = chosen.shape[-1] * max(scene.index.q.shape[2:])
   loss = query_blocks.over_blocks(
-    block, (scene.index, chosen, shares), most, numbers
+    block, (scene.index, chosen, shares), most, numbers, (scene.keys,)
   )
   return {'loss': scene.mean(loss, scene.sight.segments)}
 

@@ -5,6 +5,7 @@ in blocks, memory holds them for a few queries, forwards and backwards.
 Legend: B batch, T queries, S keys, n queries of a block.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,22 +50,31 @@ def rows(keys: jax.Array, chosen: jax.Array) -> jax.Array:
 
 
 def over_blocks(
-  f: Callable[[Any], Any], queries: Any, most: int, numbers: int = 1
+  f: Callable[..., Any],
+  queries: Any,
+  most: int,
+  numbers: int = 1,
+  shared: tuple = (),
 ) -> Any:
   """f of every block of queries, put together again.
 
-  The backward pass runs a block anew instead of keeping what it made.
+  The backward pass runs a block anew instead of keeping what it made. What
+  blocks share gets the sum of their gradients, in float32 whatever it is itself
+  (in bfloat16, a sum over thousands of blocks would stand still); then
+  derivatives are first ones only.
 
   Args:
-    f: block of `queries` [B n ...] -> tree of [B n ...].
+    f: (block of `queries` [B n ...], *shared) -> tree of [B n ...]. Arrays
+      reach it by its arguments alone.
     queries: tree of [B T ...].
     most: queries of a block.
     numbers: what f makes per query and row of the batch; bounds a block too.
+    shared: trees of arrays that every block takes whole.
   """
   B, T = jax.tree.leaves(queries)[0].shape[:2]
   count = -(-T // max(1, min(most, _MOST // (B * numbers))))
   if count == 1:
-    return f(queries)
+    return f(queries, *shared)
   size = -(-T // count)
 
   def split(a):
@@ -77,4 +87,40 @@ def over_blocks(
     return a.reshape(B, count * size, *a.shape[3:])[:, :T]
 
   blocks = jax.tree.map(split, queries)
-  return jax.tree.map(join, jax.lax.map(jax.checkpoint(f), blocks))
+  if any(map(lookup.short, jax.tree.leaves(shared))):
+    return jax.tree.map(join, _each(f, blocks, shared))
+  one = jax.checkpoint(lambda block: f(block, *shared))
+  return jax.tree.map(join, jax.lax.map(one, blocks))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each(f, blocks, shared):
+  """f of each of blocks [count B n ...], stacked."""
+  return jax.lax.map(lambda block: f(block, *shared), blocks)
+
+
+def _each_fwd(f, blocks, shared):
+  return _each(f, blocks, shared), (blocks, shared)
+
+
+def _each_bwd(f, saved, grad):
+  blocks, shared = saved
+  real = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.inexact)
+  # What is no real number has no gradient: None stands in its place.
+  only = lambda like, g: g if real(like) else None
+
+  def one(totals, block_grad):
+    block, grad = block_grad
+    _, pull = jax.vjp(f, block, *shared)
+    own, *theirs = pull(grad)
+    more = jax.tree.map(only, shared, tuple(theirs))
+    add = lambda total, g: total + g.astype(jnp.float32)
+    return jax.tree.map(add, totals, more), jax.tree.map(only, block, own)
+
+  zeros = lambda a: jnp.zeros(a.shape, jnp.float32) if real(a) else None
+  totals, own = jax.lax.scan(one, jax.tree.map(zeros, shared), (blocks, grad))
+  as_was = lambda like, g: g.astype(like.dtype) if real(like) else None
+  return own, jax.tree.map(as_was, shared, totals)
+
+
+_each.defvjp(_each_fwd, _each_bwd)

@@ -216,7 +216,7 @@ def attend(
   """
   S, G = selected.k.shape[1:3]
 
-  def block(one: Queries):
+  def block(one: Queries, selected: Keys, window: Keys, entries: Entries):
     def read(keys, at):
       at = jnp.where(at >= 0, at - keys.begin, -1)
       return gathered_attention(one.q, keys.k, keys.v, at, cfg.scale)
@@ -225,10 +225,14 @@ def attend(
     chosen = select(one, p, entries, S, cfg)
     near = read(selected, selected_rows(one, chosen, cfg))
     last = read(window, window_rows(one, G, cfg))
-    gates = one.gates.astype(far.dtype)
-    return sum(y * gates[..., i, None] for i, y in enumerate((far, near, last)))
+    # Gates are float32, and so is the sum of what they let through.
+    branches = enumerate((far, near, last))
+    return sum(y * one.gates[..., i, None] for i, y in branches).astype(
+      far.dtype
+    )
 
   gathered = cfg.select * cfg.select_block + cfg.window
   numbers = G * gathered * (cfg.qk_dim + cfg.v_dim)
   numbers += cfg.heads * entries.k.shape[1]
-  return query_blocks.over_blocks(block, queries, cfg.queries, numbers)
+  shared = selected, window, entries
+  return query_blocks.over_blocks(block, queries, cfg.queries, numbers, shared)

@@ -80,6 +80,10 @@ class Along:
     """The mean of what devices with other heads have."""
     return jax.lax.pmean(x, self.heads) if self.heads else x
 
+  def max_of_heads(self, x: jax.Array) -> jax.Array:
+    """The greatest of what devices with other heads have; no gradient."""
+    return jax.lax.pmax(x, self.heads) if self.heads else x
+
   def sum_of_heads(self, x: jax.Array) -> jax.Array:
     """The sum of what devices with other heads have; they go on alike."""
     return sums.total(x, self.heads) if self.heads else x

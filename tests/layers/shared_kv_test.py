@@ -163,7 +163,9 @@ class LayerTest(parameterized.TestCase):
       np.testing.assert_array_equal(changed[:, :t], y[:, :t])
       self.assertGreater(float(jnp.abs(changed[:, t] - y[:, t]).max()), 1e-3)
 
-  @parameterized.named_parameters(*(CONFIGS[:1] + CONFIGS[3:]))
+  @parameterized.named_parameters(
+    *CONFIGS[:1], *CONFIGS[3:], ('csa_dense', DENSE)
+  )
   @pytest.mark.slow
   def test_gradients_of_other_layers_equal_central_differences(self, cfg):
     self.assert_gradients_right(cfg)
@@ -216,6 +218,26 @@ class LayerTest(parameterized.TestCase):
       want = np.mean([row[name] for row in rows])
       np.testing.assert_allclose(stats[name], want, rtol=1e-4, err_msg=name)
     self.assertEqual(cfg is ALL, bool(stats['recall'] > 0.999))
+
+  @parameterized.named_parameters(('csa', CSA), ('csa_dense', DENSE))
+  def test_a_head_teaches_by_what_it_spends_on_entries(self, cfg):
+    """Heads' sinks leave 1e-1 to 1e-90 of the softmax to the entries."""
+    merge, weights, p, x = built(cfg)
+    stats = jit(
+      lambda w, x: merge(w)(x[:1], context(jnp.arange(T)[None], train=True))[2]
+    )
+    losses = []
+    for sinks in ([0, 200, 203, 207], [200, 0, 203, 207], [206, 207, 203, 207]):
+      sinks = np.float64(sinks)
+      got = stats(weights | {'sinks': jnp.float32(sinks)}, x)
+      want = v4_reference.layer(p | {'sinks': sinks}, cfg, np.float64(x[0]))[1]
+      for name in ('loss', 'recall'):
+        # The differences of logs of size 200 have 5 digits.
+        np.testing.assert_allclose(
+          got[name], np.mean(want[name]), rtol=1e-3, err_msg=f'{name} {sinks}'
+        )
+      losses.append(float(got['loss']))
+    self.assertGreater(min(np.abs(np.diff(losses))), 1e-2)
 
   def test_statistics_of_a_batch_are_the_mean_of_its_rows(self):
     merge, weights, _, x = built(CSA)

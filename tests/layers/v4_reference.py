@@ -93,16 +93,17 @@ def layer(p, cfg, x):
       z = keys @ q[t, h] * C**-0.5
       weights = reference.softmax(np.append(z, p['sinks'][h]))[:-1]
       y[t, h] = weights @ keys
-      if len(chosen):
-        shares += reference.softmax(z[len(near) :]) / cfg.heads
+      shares += weights[len(near) :]
     if scores is not None and len(chosen):
+      shares /= shares.sum()
       log_q = np.log(reference.softmax(scores[t, chosen]))
       facts['loss'].append((shares * (np.log(shares) - log_q)).sum())
       everywhere = np.zeros(len(seen))
+      keys = np.array(near + [entries[s] for s in seen])
       for h in range(cfg.heads):
-        z = entries[: len(seen)] @ q[t, h] * C**-0.5
-        everywhere += reference.softmax(z) / cfg.heads
-      facts['recall'].append(everywhere[best].sum())
+        z = np.append(keys @ q[t, h] * C**-0.5, p['sinks'][h])
+        everywhere += reference.softmax(z)[len(near) : -1]
+      facts['recall'].append(everywhere[best].sum() / everywhere.sum())
   y = tail(y, [-t for t in at], rope, cfg.rope_dim)
   y = y.reshape(T, cfg.groups, -1)
   y = np.einsum('tgk,kgo->tgo', y, p['out_down'])

@@ -12,7 +12,12 @@ from absl.testing import absltest, parameterized
 from tests import fake_devices
 from tests.parallel import split_worker as worker
 
-FAST = ('dsa context=2 tensor=2', 'csa context=4 packed', 'dsa work')
+FAST = (
+  'dsa context=2 tensor=2',
+  'csa context=4 packed',
+  'csa context=2 tensor=2',
+  'dsa work',
+)
 # Numbers that a device may gather of a token at a time.
 WIDEST = {
   'gqa': 2 * 6,

@@ -7,6 +7,8 @@ for a block of queries at a time; the indexer's scores alone see all entries.
 What the indexer learns from is unpublished for V4. Here it is what V3.2 does:
 the divergence of its softmax over the entries that are read from the
 attention's to them, with detached inputs; all entries in the dense first stage.
+A head counts by the probability that it spends on entries beside its window and
+sink, for that is its attention to them (see Reading).
 Legend: B batch, T queries, S entries, K picked ones, D model, Q query latent,
 H heads, C head dim, J index heads, I index dim.
 """
@@ -172,7 +174,7 @@ def fresh(
   weights,
   *,
   scale: float,
-  learn: bool,
+  rest: jax.Array | None,
 ) -> tuple[Part, dict]:
   """Attention of own queries to the entries of all.
 
@@ -182,10 +184,11 @@ def fresh(
     q: [B T H C].
     tokens, query, weights: see CSA.inputs.
     scale: multiplies the scores.
-    learn: whether the indexer's loss is wanted.
+    rest: [B T H] float32, log-sum-exp of window and sink; None if the indexer's
+      loss is not wanted.
 
   Returns:
-    The part, and if `learn` the indexer's 'loss' and, if measured, 'recall',
+    The part, and with `rest` the indexer's 'loss' and, if measured, 'recall',
     [B] each.
   """
   entries, keys = (
@@ -194,5 +197,8 @@ def fresh(
   )
   where = tokens[0].positions, tokens[0].segments
   view = compressor.fresh_view(*where, cfg.ratio, along)
-  reading = Reading(cfg, q, query, view, entries, keys, scale, learn, along)
+  learn = rest is not None
+  reading = Reading(
+    cfg, q, query, view, entries, keys, scale, learn, along, rest
+  )
   return reading.part()

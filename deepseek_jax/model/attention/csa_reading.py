@@ -1,7 +1,9 @@
 """How queries read compressed entries, and what their indexer learns (V4).
 
 Picked entries are gathered, k rows per query, for a block of queries at a time;
-the indexer's scores alone see all entries (section 2.3.1).
+the indexer's scores alone see all entries (section 2.3.1). The indexer learns
+the heads' mean attention to the entries, as the layer computes it: one softmax
+over window, entries and sink. A head that spends 1 % on entries counts 1 %.
 Legend: B batch, T queries, S entries, K picked ones, H heads, C head dim, I
 index dim.
 """
@@ -41,6 +43,8 @@ class Reading(NamedTuple):
     scale: multiplies the scores.
     learn: whether the indexer's loss is wanted.
     along: which part of sequences and heads this is.
+    rest: [B T H] float32, log-sum-exp of what else is in the softmax: window
+      and sink. Read if `learn`.
   """
 
   cfg: Rule
@@ -52,6 +56,7 @@ class Reading(NamedTuple):
   scale: float
   learn: bool = False
   along: Along = WHOLE
+  rest: jax.Array | None = None
 
   def part(self) -> tuple[Part, dict[str, jax.Array]]:
     """Attention to the entries, and what the indexer learns from.
@@ -85,10 +90,24 @@ class Reading(NamedTuple):
     queries = query, self.view
     return over_blocks(block, queries, self.cfg.block, numbers, (keys,))
 
-  def _shares(self, weights: jax.Array) -> jax.Array:
-    """The mean over all heads of weights [B T H S], detached."""
-    mean = jax.lax.stop_gradient(weights).mean(axis=2)
-    return self.along.mean_of_heads(mean)
+  def _shares(self, log_sum, weights, rest) -> jax.Array:
+    """Returns how all heads' attention to the entries is shared out, detached.
+
+    Args:
+      log_sum: [B T H] float32, of the scores of the entries.
+      weights: [B T H S] float32, the softmax over the entries alone.
+      rest: [B T H] float32, see Reading.
+
+    Returns:
+      [B T S] float32: the joint softmax, added up over heads, L1-normalised.
+    """
+    log_sum, weights, rest = jax.lax.stop_gradient((log_sum, weights, rest))
+    mass = -jax.nn.softplus(rest - log_sum)  # log of what entries get of 1
+    # Relative to the head that spends most: all may spend next to nothing.
+    most = self.along.max_of_heads(mass.max(axis=-1, keepdims=True))
+    total = jnp.einsum('BTHS,BTH->BTS', weights, jnp.exp(mass - most))
+    total = self.along.sum_of_heads(total)
+    return total / total.sum(axis=-1, keepdims=True)
 
   def _mean(self, values, view: View, weights=1.0) -> jax.Array:
     """Of [B T] over all devices' queries that see an entry, weighted: [B]."""
@@ -102,16 +121,17 @@ class Reading(NamedTuple):
     """Each query's own entries, gathered -> (part, statistics)."""
 
     def block(one, entries, keys):
-      q, query, at = one
+      q, query, at, rest = one
       seen = at >= 0
       part, weights = attend(q, rows(entries, at), seen, self.scale)
       if not self.learn:
         return part, None
       scores = index.index_scores(query, rows(keys, at), self.along)
-      return part, index.divergence(self._shares(weights), scores, seen)
+      shares = self._shares(part.log_sum, weights, rest)
+      return part, index.divergence(shares, scores, seen)
 
     numbers = chosen.shape[-1] * (self.entries.shape[-1] + self.q.shape[2])
-    queries = self.q, self.query, chosen
+    queries = self.q, self.query, chosen, self.rest
     shared = self.entries, self.keys
     part, loss = over_blocks(block, queries, self.cfg.block, numbers, shared)
     if not self.learn:
@@ -129,10 +149,13 @@ class Reading(NamedTuple):
       for a in sampled(T, self.cfg.recall_queries, along.ways)
     )
     some = lambda a: a[:, at]
-    q, view, chosen = jax.tree.map(some, (self.q, self.view, chosen))
+    own = self.q, self.view, self.rest, chosen
+    q, view, rest, chosen = jax.tree.map(some, own)
     q, entries = jax.lax.stop_gradient((q, self.entries))
-    weights = attend(q, entries, view.mask(entries.shape[1]), self.scale)[1]
-    caught = index.caught(self._shares(weights), chosen)
+    seen = view.mask(entries.shape[1])
+    part, weights = attend(q, entries, seen, self.scale)
+    shares = self._shares(part.log_sum, weights, rest)
+    caught = index.caught(shares, chosen)
     return self._mean(caught, view, counts)
 
   def _all(self):
@@ -141,19 +164,19 @@ class Reading(NamedTuple):
     k = min(self.cfg.top_k, S)
 
     def block(one, entries, keys):
-      q, query, view = one
+      q, query, view, rest = one
       seen = view.mask(S)
       part, weights = attend(q, entries, seen, self.scale)
       if not self.learn:
         return part, None
-      shares = self._shares(weights)
+      shares = self._shares(part.log_sum, weights, rest)
       scores = index.index_scores(query, keys, self.along)
       chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
       caught = index.caught(shares, chosen)
       return part, (index.divergence(shares, scores, seen), caught)
 
     numbers = S * max(self.q.shape[2], self.query.q.shape[2])
-    queries = self.q, self.query, self.view
+    queries = self.q, self.query, self.view, self.rest
     shared = self.entries, self.keys
     part, stats = over_blocks(block, queries, self.cfg.block, numbers, shared)
     if not self.learn:

@@ -230,8 +230,8 @@ class SharedKV(nnx.Module):
     names = ('loss', 'recall') if cfg.measures_recall else ('loss',)
     parts, stats = context.split(
       functools.partial(_fresh, cfg, learn),
-      (q, kv, segments, tokens, query, weights),
-      (heads, rows, rows, rows, heads, ()),
+      (q, kv, self.sinks[...], segments, tokens, query, weights),
+      (heads, rows, ('heads',), rows, rows, heads, ()),
       (out, {name: ('batch',) for name in names if learn}),
       batch=B,
       seq=T,
@@ -270,7 +270,16 @@ class SharedKV(nnx.Module):
 
 
 def _fresh(
-  cfg: SharedKVConfig, learn, along, q, kv, segments, tokens, query, weights
+  cfg: SharedKVConfig,
+  learn,
+  along,
+  q,
+  kv,
+  sinks,
+  segments,
+  tokens,
+  query,
+  weights,
 ):
   """Parts of own queries; a window reaches into the devices before."""
   history, W = None, cfg.window
@@ -283,7 +292,8 @@ def _fresh(
   if cfg.compress == 'hca':
     return [near, hca.fresh(make, along, q, tokens, weights, scale)], {}
   makes = make, dataclasses.replace(make, dim=cfg.csa.index_dim)
-  how = {'scale': scale, 'learn': learn}
+  rest = jnp.logaddexp(near.log_sum, sinks) if learn else None
+  how = {'scale': scale, 'rest': rest}
   part, stats = csa.fresh(
     cfg.csa, makes, along, q, tokens, query, weights, **how
   )

@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.experts.moe import CapacityConfig, MoEConfig
 from deepseek_jax.train import step as train
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateConfig
@@ -167,6 +167,24 @@ class StepTest(parameterized.TestCase):
       initial().params,
     )
     self.assertGreater(min(jax.tree.leaves(moved)), 1e-6)
+
+  def test_accumulation_drops_the_same_tokens(self):
+    """V2's capacity is a budget of each sequence, not of a micro-batch."""
+    config = ds.changed(tiny.config('step'), {'mtp.depth': 0})
+    capacity = CapacityConfig(factor=0.8, devices=4, exempt=0.25)
+    model = ds.build(ds.changed(config, {'moe.capacity': capacity}))
+    variables = jax.tree.map(jnp.array, tiny.draw(model))
+    begun = train.initial_state(model, RECIPE, variables)
+    seen = {}
+    for n in (1, 2, 4):
+      cfg = dataclasses.replace(RECIPE, batch=BatchConfig(B, accumulate=n))
+      step = train.train_step(model, cfg, cross_document=False)
+      seen[n] = jax.jit(step)(begun, batch())[1]
+    self.assertGreater(seen[1]['dropped'].sum(), 0)
+    for n in (2, 4):
+      np.testing.assert_array_equal(seen[n]['dropped'], seen[1]['dropped'])
+      for name in ('loss', 'balance_loss', 'grad_norm'):
+        np.testing.assert_allclose(seen[n][name], seen[1][name], rtol=2e-6)
 
   def test_loads_count_every_choice_of_the_global_batch(self):
     _, metrics = jitted(8)(initial(), batch())

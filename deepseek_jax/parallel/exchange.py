@@ -275,7 +275,9 @@ def _shared_tokens(group: _Group, x, experts, weights, gate_up, down):
   """All devices have the same tokens: each adds what its experts give."""
   local = _localized(group, experts, gate_up.shape[0])
   y = group.compute(x, local, weights, gate_up, down)
-  return jax.lax.psum(y, group.axis), jnp.int32(0)
+  # float32, as experts of one device are added up.
+  total = jax.lax.psum(y.astype(jnp.float32), group.axis)
+  return total.astype(y.dtype), jnp.int32(0)
 
 
 def _way(group: _Group, tokens_split: bool):

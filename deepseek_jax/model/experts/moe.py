@@ -32,9 +32,15 @@ from pallas_kernels import permute
 class CapacityConfig:
   """V2's token dropping: a device takes `factor` times its average load.
 
+  The budget is a sequence's: of the N choices that its tokens make, a device
+  takes factor * N / devices, those of highest affinity. The paper's budget is
+  that of a device over all that it computes at a time, so micro-batches and
+  meshes would change what is dropped, and the loss. A sequence's changes with
+  neither, and drops what other sequences would have left room for.
+
   Attributes:
-    factor: budget of a device, in average loads.
-    devices: device groups of neighbouring experts.
+    factor: budget of a device, in a sequence's average loads.
+    devices: device groups of neighbouring experts; the same on any mesh.
     exempt: share of the sequences that lose nothing: by a hash of their
       tokens, so the same ones whatever batch or device they are in.
   """
@@ -100,21 +106,33 @@ class MoEConfig:
 
 
 def exempted(tokens: jax.Array, share: float) -> jax.Array:
-  """tokens [B T] int32 -> [B] bool, true for this share of all sequences."""
-  u32 = jnp.uint32
-  T = tokens.shape[1]
-  odd = jnp.arange(T, dtype=u32) * u32(0x9E3779B1) * u32(2) + u32(1)
+  """tokens [B T] int32 -> [B] bool, true for this share of all sequences.
+
+  Tokens count in any order, so that the shifted ones of multi-token prediction
+  exempt the same sequences.
+  """
   # Whole numbers: a sum over a sequence that is cut comes out the same.
-  h = ((tokens.astype(u32) + u32(1)) * odd).sum(axis=1, dtype=u32)
+  h = _mixed(tokens.astype(jnp.uint32) + jnp.uint32(1)).sum(
+    axis=1, dtype=jnp.uint32
+  )
+  return (_mixed(h) >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-24 < share
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+  """A bijection of uint32 that looks random: murmur's last step."""
+  u32 = jnp.uint32
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
     h = (h ^ (h >> u32(shift))) * u32(factor)
-  return (h >> u32(8)).astype(jnp.float32) * 2.0**-24 < share
+  return h
 
 
 def drop(
   routing: Routing, experts: int, cfg: CapacityConfig, exempt: jax.Array
 ) -> tuple[Routing, jax.Array]:
-  """Keeps each device within its budget, lowest affinity dropped first.
+  """Drops the lowest affinities of what is over a sequence's budget.
+
+  Of equal affinities the later token's is dropped first. Sequences are
+  independent of each other.
 
   Args:
     routing: of all choices.
@@ -126,21 +144,17 @@ def drop(
     The routing with dropped choices sent nowhere, and their number.
   """
   B, T, K = routing.experts.shape
-  flat = routing.experts.reshape(-1)
-  device = flat // (experts // cfg.devices)  # `devices` for padding
-  affinity = jnp.where(exempt[:, None, None], jnp.inf, routing.weights)
-  order = jnp.lexsort((-affinity.reshape(-1), device))
-  counts = jnp.bincount(device, length=cfg.devices + 1)
-  start = jnp.cumsum(counts) - counts
-  rank = (
-    jnp.zeros_like(flat)
-    .at[order]
-    .set(jnp.arange(flat.size, dtype=flat.dtype) - start[device[order]])
-  )
-  budget = cfg.factor * counts[: cfg.devices].sum() / cfg.devices
-  kept = (rank < budget) | jnp.repeat(exempt, T * K)
-  dropped = ~kept & (flat < experts)
-  kept = (~dropped).reshape(B, T, K)
+  chosen = routing.experts.reshape(B, T * K)
+  device = chosen // (experts // cfg.devices)  # `devices` for padding
+  order = jnp.lexsort((-routing.weights.reshape(B, T * K), device))
+  counts = (device[..., None] == jnp.arange(cfg.devices)).sum(axis=1)
+  start = jnp.cumsum(counts, axis=1) - counts  # of each device in the order
+  start = jnp.pad(start, [(0, 0), (0, 1)])
+  place = jnp.argsort(order, axis=1)  # of each choice in the order
+  rank = place - jnp.take_along_axis(start, device, axis=1)
+  budget = cfg.factor * counts.sum(axis=1) / cfg.devices
+  dropped = (rank >= budget[:, None]) & (chosen < experts) & ~exempt[:, None]
+  kept = ~dropped.reshape(B, T, K)
   return (
     routing._replace(
       experts=jnp.where(kept, routing.experts, experts),
@@ -215,18 +229,24 @@ def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
 
 
 def _apply_all(x, experts, weights, gate_up, down, limit):
-  """apply_experts with every expert run on every token: decoding batches."""
+  """apply_experts with every expert run on every token: decoding batches.
+
+  It rounds where the other way rounds: what an expert makes of a token, and
+  the float32 sum of those times the float32 weights.
+  """
   E, D, _, F = gate_up.shape
+  f32 = {'preferred_element_type': jnp.float32}
   hit = experts[..., None] == jnp.arange(E)  # [N K E]
-  share = (weights[..., None] * hit).sum(axis=1).astype(x.dtype)  # [N E]
+  share = (weights[..., None] * hit).sum(axis=1)  # [N E] float32
   # Batched over experts: as one wide product it would transpose the weights.
   # In parts of D: XLA:CPU takes twice as long for longer sums (measured).
   parts = next(n for n in range(-(-D // 256), D + 1) if D % n == 0)
-  x = jnp.broadcast_to(x, (E, *x.shape)).reshape(E, -1, parts, D // parts)
+  rows = jnp.broadcast_to(x, (E, *x.shape)).reshape(E, -1, parts, D // parts)
   w = gate_up.reshape(E, parts, D // parts, 2 * F)
-  h = jnp.einsum('ENJD,EJDF->EJNF', x, w).sum(axis=1)
-  h = swiglu(h, limit)
-  return jnp.einsum('ENF,EFD->ND', h * share.T[..., None], down)
+  h = jnp.einsum('ENJD,EJDF->EJNF', rows, w, **f32).sum(axis=1)
+  h = swiglu(h.astype(x.dtype), limit)
+  y = jnp.einsum('ENF,EFD->END', h, down, **f32).astype(x.dtype)
+  return jnp.einsum('NE,END->ND', share, y, precision='highest').astype(x.dtype)
 
 
 class MoE(nnx.Module):

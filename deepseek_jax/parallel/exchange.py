@@ -186,10 +186,12 @@ def _hop(group: _Group, x, copies: _Copies, load_of, work):
     again = jax.checkpoint(lambda: one(turn, x, weights)[:2])
     none = lambda: (jnp.zeros_like(y), jnp.zeros_like(missed))
     added = jax.lax.cond(more > 0, again, none)
-    return jax.tree.map(jnp.add, carry, added), None
+    # y adds up in float32, however many rounds there are.
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, added), None
 
-  turns = jnp.arange(1, rounds)
-  return jax.lax.scan(further, (y, missed), turns)[0]
+  start = y.astype(jnp.float32), missed
+  total, missed = jax.lax.scan(further, start, jnp.arange(1, rounds))[0]
+  return total.astype(y.dtype), missed
 
 
 def _flat(group: _Group, x, experts, weights, gate_up, down):

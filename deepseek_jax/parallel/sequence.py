@@ -40,11 +40,13 @@ class Along:
     return jax.lax.axis_index(self.axis) if self.axis else 0
 
   def gather(self, tree: Any) -> Any:
-    """Arrays [B T ...] -> [B S ...] of all tokens; their gradients scatter."""
+    """Arrays [B T ...] -> [B S ...] of all tokens; their gradients scatter.
+
+    What devices add to a gradient is summed in float32; first derivatives.
+    """
     if not self.axis:
       return tree
-    one = lambda a: jax.lax.all_gather(a, self.axis, axis=1, tiled=True)
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda a: sums.gathered(a, self.axis), tree)
 
   def own(self, tree: Any) -> Any:
     """Arrays [B S ...] -> [B T ...] of this device's tokens."""

@@ -18,6 +18,9 @@ class ContextTest(absltest.TestCase):
     found = fake_devices.run('tests.parallel.context_worker')
     self.check(found['attention'], worker.FAST)
     self.latents_alone_are_gathered(found['gathers'])
+    # 259, of which bfloat16 keeps 8 bits; in bfloat16 the sum stays at 256.
+    want = {'least': 260, 'greatest': 260, 'reduced_as_it_is': False}
+    self.assertEqual(found['sum'], want)
 
   def latents_alone_are_gathered(self, lines):
     """C + R numbers a token and its document, once; no keys, no values."""

@@ -9,12 +9,13 @@ import sys
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.model.attention.mla import Latent, latent_attention
 from deepseek_jax.model.attention.softmax import causal_attention
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.gathered_attention import expand_latents
+from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.train import step as train
 from deepseek_jax.train.step import Shares
 from tests import tiny
@@ -104,6 +105,33 @@ def collectives() -> list:
   return [line for line in text.splitlines() if ' all-gather(' in line]
 
 
+def gathered_sum() -> dict:
+  """A bfloat16 gradient from four devices: 256 of the first, 1 of others."""
+  mesh = mesh_of(context=4)
+  along = Along('context', 4)
+
+  def loss(x):
+    every = along.gather(x).astype(np.float32)
+    return every.sum() * jax.numpy.where(along.index == 0, 256.0, 1.0)
+
+  gradient = jax.shard_map(
+    jax.grad(loss),
+    mesh=mesh,
+    in_specs=PartitionSpec(None, 'context'),
+    out_specs=PartitionSpec(None, 'context'),
+    check_vma=False,
+  )
+  x = jax.numpy.ones((2, 8, 3), 'bfloat16')
+  lowered = jax.jit(gradient).lower(x)
+  got = np.asarray(lowered.compile()(x), np.float32)
+  # A CPU's compiler widens what others add up as it is asked for here.
+  return {
+    'least': float(got.min()),
+    'greatest': float(got.max()),
+    'reduced_as_it_is': 'reduce_scatter' in lowered.as_text(),
+  }
+
+
 def attentions(cases) -> dict:
   return {
     f'{sizes} {"packed" if packed else "one document"}': attention(
@@ -129,7 +157,11 @@ SLOW = (
 
 def main(slow: bool) -> dict:
   if not slow:
-    return {'attention': attentions(FAST), 'gathers': collectives()}
+    return {
+      'attention': attentions(FAST),
+      'gathers': collectives(),
+      'sum': gathered_sum(),
+    }
   sizes = {'data': 1, 'context': 4, 'tensor': 2}
   return {'attention': attentions(SLOW), 'model': model('v3', sizes)}
 

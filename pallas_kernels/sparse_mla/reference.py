@@ -7,13 +7,16 @@ _ENTRIES = 2**22  # numbers of gathered latents that live at once
 
 
 def attend(q_c, q_r, index, c, k_r, scale):
-  """One query: q_c [H C], q_r [H R], index [K], c [S C], k_r [S R] -> [H C]."""
+  """One query: q_c [H C], q_r [H R], index [K], c [S C], k_r [S R] -> [H C].
+
+  c and k_r are float32.
+  """
   here = index >= 0
   at = jnp.where(here, index, 0)
   wide = lambda a: a.astype(jnp.float32)
   # Latents that are not chosen may be anything, nan too.
-  keys = jnp.where(here[:, None], wide(c[at]), 0)
-  shared = jnp.where(here[:, None], wide(k_r[at]), 0)
+  keys = jnp.where(here[:, None], c[at], 0)
+  shared = jnp.where(here[:, None], k_r[at], 0)
   scores = wide(q_c) @ keys.T + wide(q_r) @ shared.T
   scores = jnp.where(here, scores * scale, -1e30)
   top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
@@ -30,6 +33,8 @@ def sparse_mla(q_c, q_r, c, k_r, index, scale):
 
   def row(args):
     *queries, c, k_r = args
+    # Before the loop, so that all queries' gradients add up in float32.
+    c, k_r = c.astype(jnp.float32), k_r.astype(jnp.float32)
     one = jax.checkpoint(lambda a: attend(*a, c, k_r, scale))
     return jax.lax.map(one, tuple(queries), batch_size=size)
 

@@ -63,6 +63,15 @@ class SparseMlaTest(parameterized.TestCase):
     along = sum((g * way).sum() for g, way in zip(grads, ways))
     np.testing.assert_allclose(along, slope, rtol=1e-4, atol=1e-4)
 
+  def test_a_latent_that_all_queries_chose_gets_all_of_its_gradient(self):
+    one = lambda *shape: jnp.ones(shape, jnp.bfloat16)
+    queries = one(1, 2048, 1, C), one(1, 2048, 1, R)
+    index = jnp.zeros((1, 2048, 1), jnp.int32)
+    total = lambda c: jitted(*queries, c, one(1, 4, R), index).sum()
+    grad = jax.grad(total)(one(1, 4, C))
+    self.assertEqual(grad.dtype, jnp.bfloat16)
+    self.assertEqual(grad[0, 0].tolist(), [2048] * C)  # it was 256
+
   def test_latents_that_are_not_chosen_do_not_count_even_if_nan(self):
     q_c, q_r, c, k_r, index = draw(TEST['some_none'])
     index[index == 3] = -1

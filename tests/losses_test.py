@@ -206,6 +206,15 @@ class LinearCrossEntropyTest(parameterized.TestCase):
     want = -wanted(hidden, head, labels, jnp.ones(N))[1]
     np.testing.assert_allclose(grad, want, atol=1e-5, rtol=1e-5)
 
+  def test_a_head_of_many_chunks_gets_all_of_its_gradient(self):
+    """In bfloat16 a sum of 2,048 equal numbers would stand still at 256."""
+    hidden = jnp.ones((2048, 2), jnp.bfloat16)
+    labels = jnp.zeros(2048, jnp.int32)
+    total = lambda head: token_log_probs(hidden, head, labels, 1).sum()
+    grad = jax.jit(jax.grad(total))(jnp.zeros((2, 4), jnp.bfloat16))
+    # A label's probability is 1/4: 3/4 of a logit each, -1/4 of the others.
+    self.assertEqual(grad.tolist(), [[1536, -512, -512, -512]] * 2)
+
 
 if __name__ == '__main__':
   absltest.main()

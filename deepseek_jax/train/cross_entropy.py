@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lookup
+from deepseek_jax.model.attention.query_blocks import each
 from deepseek_jax.parallel.sharding import known, shard, ways
 
 IGNORED = -100  # a label that counts nowhere, by PyTorch's custom
@@ -174,8 +175,7 @@ def token_log_probs(hidden, head, labels, chunk: int = 1024) -> jax.Array:
   flat = hidden.reshape(-1, hidden.shape[-1])
   parts = _split(chunk, flat, labels.reshape(-1))
 
-  @jax.checkpoint
-  def one(part):
+  def one(part, head):
     logits = _logits(part[0], head)
     labels = jnp.where(part[1] == IGNORED, 0, part[1])
     at = jnp.clip(labels, 0, head.shape[-1] - 1)
@@ -185,4 +185,4 @@ def token_log_probs(hidden, head, labels, chunk: int = 1024) -> jax.Array:
     said *= _or_nan(jnp.ones_like(said), labels, head.shape[-1])
     return jnp.where(part[1] == IGNORED, 0.0, said)
 
-  return _join(jax.lax.map(one, parts), len(flat)).reshape(labels.shape)
+  return _join(each(one, parts, (head,)), len(flat)).reshape(labels.shape)

@@ -131,6 +131,25 @@ MUTANTS = (
     'V2 section 2.2.4: no dropping at evaluation',
   ),
   Mutant(
+    'budget_of_a_micro_batch',
+    _MOE,
+    'budget = cfg.factor * counts.sum(axis=1) / cfg.devices',
+    'budget = cfg.factor * counts.sum() / cfg.devices / B * jnp.ones(B)',
+    (
+      f'{_MOE_TEST}::sequence_loses_the_same_alone',
+      f'{_MOE_TEST}::drops_the_lowest_affinities',
+    ),
+    'what a call holds decides what is dropped: accumulation changes the loss',
+  ),
+  Mutant(
+    'gates_rounded_in_decoding',
+    _MOE,
+    'share = (weights[..., None] * hit).sum(axis=1)  # [N E] float32',
+    'share = (weights[..., None] * hit).sum(axis=1).astype(x.dtype)',
+    (f'{_MOE_TEST}::decoding_in_bfloat16_is_the_training_forward',),
+    'the sampler and the trainer then differ by more than summation order',
+  ),
+  Mutant(
     'sequence_loss_0',
     _BALANCE,
     '  if cfg.sequence:\n',

@@ -143,4 +143,31 @@ _NATIVE = (
   ),
 )
 
-MUTANTS = (*_V32, *_NATIVE)
+_SUMS = (
+  Mutant(
+    'gradients_of_blocks_summed_in_bfloat16',
+    'deepseek_jax/model/attention/query_blocks.py',
+    'if any(map(lookup.short, jax.tree.leaves(shared))):',
+    'if False:',
+    ('tests/layers/lookup_test.py::latent_of_many_blocks',),
+    "V3 section 3.3: a scan's transpose adds in the dtype of what is shared",
+  ),
+  Mutant(
+    'gradients_of_gathered_latents_reduced_as_they_travel',
+    'deepseek_jax/parallel/collectives.py',
+    'if grad.dtype.itemsize >= 4:',
+    'if True:',
+    ('tests/parallel/context_test.py::values_and_gradients_equal_one',),
+    'a reduce-scatter of bfloat16 adds in bfloat16',
+  ),
+  Mutant(
+    'gradients_of_queries_added_in_bfloat16_by_the_reference',
+    'pallas_kernels/sparse_mla/reference.py',
+    'keys = jnp.where(here[:, None], c[at], 0)',
+    'keys = jnp.where(here[:, None], wide(c.astype(q_c.dtype)[at]), 0)',
+    ('tests/pallas_kernels/sparse_mla_test.py::latent_that_all_queries',),
+    'a scatter-add of bfloat16 rows stands still at 256 of them',
+  ),
+)
+
+MUTANTS = (*_V32, *_NATIVE, *_SUMS)

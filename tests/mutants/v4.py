@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 _COMPRESSOR = 'deepseek_jax/model/attention/compressor.py'
 _SHARED = 'deepseek_jax/model/attention/shared_kv.py'
 _PARTS = 'deepseek_jax/model/attention/partial_softmax.py'
+_READING = 'deepseek_jax/model/attention/csa_reading.py'
 _STREAMS = 'deepseek_jax/model/hyper_connections.py'
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _MUON = 'deepseek_jax/train/muon.py'
@@ -169,6 +170,31 @@ MUTANTS = (
     'self.scale = _constant(rngs, np.full(3, 1.0))',
     (f'{_STREAMS_TEST}::starts_as_the_paper_does',),
     "V4 trap 6: transformers' scale of 1 is no recipe",
+  ),
+  Mutant(
+    'teacher_over_entries_alone',
+    _READING,
+    'mass = -jax.nn.softplus(rest - log_sum)',
+    'mass = 0 * (rest - log_sum)',
+    (f'{_SHARED_TEST}::indexers_loss_and_recall_equal',),
+    'Megatron-LM: a head that spends 1 % on entries weighed as one that spends'
+    ' all',
+  ),
+  Mutant(
+    'teacher_without_sinks',
+    _SHARED,
+    'rest = jnp.logaddexp(near.log_sum, sinks) if learn else None',
+    'rest = near.log_sum if learn else None',
+    (f'{_SHARED_TEST}::a_head_teaches_by_what_it_spends',),
+    'the softmax of the layer runs over window, entries and sink',
+  ),
+  Mutant(
+    'teacher_underflows',
+    _READING,
+    'most = self.along.max_of_heads(mass.max(axis=-1, keepdims=True))',
+    'most = self.along.max_of_heads(0 * mass.max(axis=-1, keepdims=True))',
+    (f'{_SHARED_TEST}::a_head_teaches_by_what_it_spends',),
+    '0 / 0 where all heads spend less than float32 has on entries',
   ),
   Mutant(
     'muon_takes_all_experts_as_one_matrix',

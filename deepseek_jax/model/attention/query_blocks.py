@@ -58,14 +58,10 @@ def over_blocks(
 ) -> Any:
   """f of every block of queries, put together again.
 
-  The backward pass runs a block anew instead of keeping what it made. What
-  blocks share gets the sum of their gradients, in float32 whatever it is itself
-  (in bfloat16, a sum over thousands of blocks would stand still); then
-  derivatives are first ones only.
+  The backward pass runs a block anew, and sums as `each` does.
 
   Args:
-    f: (block of `queries` [B n ...], *shared) -> tree of [B n ...]. Arrays
-      reach it by its arguments alone.
+    f: (block of `queries` [B n ...], *shared) -> tree of [B n ...].
     queries: tree of [B T ...].
     most: queries of a block.
     numbers: what f makes per query and row of the batch; bounds a block too.
@@ -87,15 +83,29 @@ def over_blocks(
     return a.reshape(B, count * size, *a.shape[3:])[:, :T]
 
   blocks = jax.tree.map(split, queries)
+  return jax.tree.map(join, each(f, blocks, shared))
+
+
+def each(f: Callable[..., Any], blocks: Any, shared: tuple) -> Any:
+  """Returns f of each of blocks [count ...], stacked.
+
+  The backward pass runs a block anew instead of keeping what it made. What
+  blocks share gets the sum of their gradients, in float32 whatever it is itself
+  (in bfloat16 a sum over thousands of blocks would stand still); then
+  derivatives are first ones only.
+
+  Args:
+    f: (block, *shared) -> tree. Arrays reach it by its arguments alone.
+    blocks: tree of [count ...].
+    shared: trees of arrays that every block takes whole.
+  """
   if any(map(lookup.short, jax.tree.leaves(shared))):
-    return jax.tree.map(join, _each(f, blocks, shared))
-  one = jax.checkpoint(lambda block: f(block, *shared))
-  return jax.tree.map(join, jax.lax.map(one, blocks))
+    return _each(f, blocks, shared)
+  return jax.lax.map(jax.checkpoint(lambda block: f(block, *shared)), blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _each(f, blocks, shared):
-  """f of each of blocks [count B n ...], stacked."""
   return jax.lax.map(lambda block: f(block, *shared), blocks)
 
 

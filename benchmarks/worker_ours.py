@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as ds
-import experiments.common  # noqa: F401, sets JAX up as every launcher does
+import deepseek_jax.cli.common
 from benchmarks import contest
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.model.attention.mla import MLAConfig

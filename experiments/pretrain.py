@@ -1,45 +1,4 @@
-"""Pretrains a model, validates it, samples from it and writes a report.
-
-    python -m experiments.pretrain --config=experiments/configs/v3_tiny.py \\
-      --config.model.moe.top_k=2 --workdir=runs/top2
-
-On several devices say how the run is spread, e.g. --config.mesh.fsdp=2
---config.mesh.expert=4; a started run may go on spread otherwise. Every field
-of a configuration is one of the config.json that a run writes.
-
-Under SLURM, Open MPI or Kubernetes all processes of a job make one run (see
-launch/); elsewhere name them with --coordinator, --processes and --process.
-"""
-
-import dataclasses
-from pathlib import Path
-
-from absl import flags
-
-from deepseek_jax.parallel import placement
-from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.run import fit as loop
-from experiments import common, finish, processes
-
-_CONFIG = common.define_config()
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; a started run goes on from it.'
-)
-flags.mark_flags_as_required(['config', 'workdir'])
-# What other modules define shows in --help, too.
-flags.declare_key_flag('config')
-flags.adopt_module_key_flags(processes)
-
-
-def main(argv):
-  del argv
-  config = common.frozen(loop.RunConfig, _CONFIG.value)
-  run = loop.fit(config, _WORKDIR.value)
-  state = placement.to_first(run.state._replace(moments=None))
-  if distributed.first():
-    run = dataclasses.replace(run, state=state)
-    finish.finish(run, Path(_WORKDIR.value))
-
+from deepseek_jax.cli.pretrain import __doc__, run  # noqa: F401
 
 if __name__ == '__main__':
-  common.launch(main, join=processes.join)
+  run()

@@ -109,10 +109,10 @@ _MISTAKES = {
   'unknown_flag': (['--steps=3'], ['steps']),
   'no_such_config': (['--config=nothing.py'], ['nothing.py']),
 }
-_CHANGED = """from experiments.configs import v3_tiny
-
+_CHANGED = """import deepseek_jax as ds
+from experiments.common import editable
 def get_config():
-  config = v3_tiny.get_config()
+  config = editable(ds.recipes.v3_tiny())
   config.model.{}
   return config
 """
@@ -194,7 +194,7 @@ class ConfigFileTest(parameterized.TestCase):
 
 _PROGRAM = """
 from absl import flags
-from experiments import common
+from deepseek_jax.cli import common
 flags.DEFINE_string('workdir', None, '')
 def main(argv):
   raise {error}

@@ -5,11 +5,11 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from deepseek_jax import config as configs
+from deepseek_jax.cli import common
 from deepseek_jax.model.attention.rope import YarnConfig
 from deepseek_jax.model.experts.moe import CapacityConfig
 from deepseek_jax.run import fit as loop
 from deepseek_jax.train.muon import MuonConfig
-from experiments import common
 from experiments.configs import engram_tiny, v3_tiny, v4_tiny
 
 
@@ -18,7 +18,10 @@ def _run(*given: str, base=v3_tiny) -> loop.RunConfig:
   argv = ['test', *(f'--config.{flag}' for flag in given)]
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_dict(
-    'config', base.get_config(), flag_values=values, sys_argv=argv
+    'config',
+    common.editable(base.get_config()),
+    flag_values=values,
+    sys_argv=argv,
   )
   values(argv)
   return common.frozen(loop.RunConfig, holder.value)

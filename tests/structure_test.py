@@ -151,7 +151,7 @@ class ImportsTest(parameterized.TestCase):
   @parameterized.parameters(
     ('pallas_kernels', 'import deepseek_jax'),
     ('pallas_kernels', 'def f():\n  from deepseek_jax.model import norm'),
-    ('deepseek_jax', 'from experiments import common'),
+    ('deepseek_jax', 'from deepseek_jax.cli import common'),
     ('deepseek_jax', 'import jax, tests.tiny'),
     ('experiments', 'from .common import run'),
     ('deepseek_jax.parallel', 'from deepseek_jax.model.experts import moe'),

@@ -7,8 +7,7 @@ a token reads eight rows; the data pipeline hashes n-grams to rows ahead.
 """
 
 import deepseek_jax as ds
-from experiments.common import editable
 
 
-def get_config():
-  return editable(ds.recipes.engram_tiny())
+def get_config() -> ds.RunConfig:
+  return ds.recipes.engram_tiny()

@@ -7,8 +7,7 @@ blocks of 16 tokens and a window of 64, of 256 tokens.
 """
 
 import deepseek_jax as ds
-from experiments.common import editable
 
 
-def get_config():
-  return editable(ds.recipes.nsa_tiny())
+def get_config() -> ds.RunConfig:
+  return ds.recipes.nsa_tiny()

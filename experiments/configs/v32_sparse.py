@@ -8,8 +8,7 @@ over the tokens that they pick; the model learns from its own.
 """
 
 import deepseek_jax as ds
-from experiments.common import editable
 
 
-def get_config():
-  return editable(ds.recipes.v32_sparse())
+def get_config() -> ds.RunConfig:
+  return ds.recipes.v32_sparse()

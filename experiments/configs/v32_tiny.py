@@ -7,8 +7,7 @@ attention's mass that the indexer's 64 of 256 tokens have.
 """
 
 import deepseek_jax as ds
-from experiments.common import editable
 
 
-def get_config():
-  return editable(ds.recipes.v32_tiny())
+def get_config() -> ds.RunConfig:
+  return ds.recipes.v32_tiny()

@@ -13,8 +13,7 @@ another --config.data.seed is text in another order.
 """
 
 import deepseek_jax as ds
-from experiments.common import editable
 
 
-def get_config():
-  return editable(ds.recipes.v32_warmup())
+def get_config() -> ds.RunConfig:
+  return ds.recipes.v32_warmup()

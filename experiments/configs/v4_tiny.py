@@ -15,8 +15,7 @@ V4 begins dense and warms its indexers up; so does this, in runs that each
 """
 
 import deepseek_jax as ds
-from experiments.common import editable
 
 
-def get_config():
-  return editable(ds.recipes.v4_tiny())
+def get_config() -> ds.RunConfig:
+  return ds.recipes.v4_tiny()

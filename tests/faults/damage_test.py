@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from deepseek_jax.cli import checkpoint as launcher
 from deepseek_jax.errors import InputError
 from deepseek_jax.run import integrity
 from deepseek_jax.run.checkpoint import Checkpoints
-from experiments import checkpoint as launcher
 from tests.faults import ledger
 
 ROOT = Path(__file__).parents[2]

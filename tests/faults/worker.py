@@ -18,6 +18,7 @@ from absl import flags
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
+from deepseek_jax.cli import common, processes
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
@@ -25,7 +26,6 @@ from deepseek_jax.record import last_steps
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import steps as step
 from deepseek_jax.run.checkpoint import flatten
-from experiments import common, processes
 from tests.faults import runs
 
 _HOME = flags.DEFINE_string('home', None, 'Corpus and compiled programs.')

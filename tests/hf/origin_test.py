@@ -25,7 +25,7 @@ _DRIVER = """
 import json, sys
 from absl import flags
 from absl.testing import flagsaver
-from experiments import convert
+from deepseek_jax.cli import convert
 from deepseek_jax.errors import InputError
 for argv in json.loads(sys.argv[1]):
   with flagsaver.flagsaver():
@@ -58,7 +58,7 @@ import json, sys, types
 from unittest import mock
 from absl import flags
 import hf_models
-from experiments import convert
+from deepseek_jax.cli import convert
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
 flags.FLAGS(['convert', '--from=x', '--to=y'])

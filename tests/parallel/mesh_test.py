@@ -81,7 +81,7 @@ class CheckTest(parameterized.TestCase):
 
 class FlagsTest(absltest.TestCase):
   def test_a_launcher_changes_sizes_and_rules(self):
-    from experiments import common
+    from deepseek_jax.cli import common
 
     config = common.editable(MeshConfig())
     config.expert = 4

@@ -8,16 +8,17 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
+from deepseek_jax.cli import common
+from deepseek_jax.cli import plan as planner
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
-from experiments import plan as planner
 from experiments.configs import v3_tiny
 from tests.plan.report_test import TINY, launch
 
 
 def edited(**changes):
   """The tiny run; a__b=value sets its field a.b."""
-  config = v3_tiny.get_config()
+  config = common.editable(v3_tiny.get_config())
   for name, value in changes.items():
     *path, last = name.split('__')
     at = config

@@ -25,7 +25,7 @@ _SECOND = """
 import sys
 from pathlib import Path
 from deepseek_jax.run import lock
-from experiments import common
+from deepseek_jax.cli import common
 common.launch(lambda argv: lock.take(Path(argv[1])), arguments=True)
 """
 

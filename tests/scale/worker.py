@@ -10,9 +10,9 @@ from pathlib import Path
 
 from absl import flags
 
+from deepseek_jax.cli import common, processes
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import fit as loop
-from experiments import common, processes
 from tests.faults import runs
 from tests.scale import resume
 

@@ -4,6 +4,7 @@ A run without a mesh is left to be spread over the cluster.
 """
 
 from deepseek_jax import plan
+from deepseek_jax.cli.named import PlanConfig
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import build
 from deepseek_jax.parallel import mesh as meshes
@@ -11,7 +12,6 @@ from deepseek_jax.parallel.mesh import MeshConfig, names
 from deepseek_jax.plan.device_shares import AXES
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import staged_steps as staged
-from experiments.configs.preset import PlanConfig
 
 # What plans take for granted of a batch [rows, tokens].
 _CUT = {'batch': ('data', 'fsdp', 'expert'), 'seq': ('context',)}

@@ -1,0 +1,386 @@
+"""What every launcher shares: the process, the flags, clean errors.
+
+Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM or Ctrl-C and saved,
+start it again; 143 SIGTERM before the first step, start it again, too; 130
+Ctrl-C with nothing new to save; 78 the run gave up, starting it again would
+repeat it (see RunAborted); 79 a step hung, all stacks are on stderr (see
+watchdog), or lost another process of the run, start all again (JAX itself may
+end them by SIGABRT, 134). Several processes end with one status (see endings).
+"""
+
+import ast
+import ctypes
+import dataclasses
+import difflib
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from pathlib import Path
+from typing import Literal
+
+
+def _keep_freed_pages():
+  """Stops glibc from handing big freed buffers back to the kernel.
+
+  XLA on CPU allocates its temporaries anew in every step; mapping them in
+  again can take up to half of the step. Other C libraries have no mallopt.
+  """
+  try:
+    libc = ctypes.CDLL('libc.so.6')
+  except OSError:
+    return
+  trim_threshold, mmap_max = -1, -4
+  libc.mallopt(mmap_max, 0)
+  libc.mallopt(trim_threshold, -1)
+
+
+_keep_freed_pages()  # before jax allocates
+
+import jax  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_dict, config_flags  # noqa: E402
+
+from deepseek_jax import config as configs  # noqa: E402
+from deepseek_jax.cli import named  # noqa: E402
+from deepseek_jax.errors import (  # noqa: E402
+  InputError,
+  Preempted,
+  RunAborted,
+  Terminated,
+)
+from deepseek_jax.parallel import endings  # noqa: E402
+from deepseek_jax.parallel import processes as distributed  # noqa: E402
+
+# Other threads' arenas map big buffers in anew whatever malloc is told, and
+# free them some time after a step's results are there; so steps run on this
+# thread (on two cores 2.5 to 2.1 s a step, and no second set of buffers).
+jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+# Flags of the launchers that say where they write.
+_WRITTEN = ('workdir', 'to', 'out', 'json', 'picture', 'timeline')
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cache_dir() -> Path:
+  """Where compiled programs and tokens are kept between runs."""
+  home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+  return Path(home) / 'deepseek_jax'
+
+
+def editable(config) -> config_dict.ConfigDict:
+  """A dataclass tree as a ConfigDict for flags to edit, typed and locked.
+
+  A field that may be None takes what a flag gives, as Python's literals are
+  read (--config.x=None too); `frozen` checks its type.
+  """
+  return _editable(config, configs.to_dict(config))
+
+
+def _editable(config, plain: dict) -> config_dict.ConfigDict:
+  """Of `plain`, which is `config`, a dataclass or a mapping, as a dict."""
+  optional = configs.optional_fields(type(config))
+  held = config if isinstance(config, Mapping) else vars(config)
+  fields = {}
+  for name, value in plain.items():
+    if isinstance(value, dict):
+      value = _editable(held[name], value)
+    if value is None or name in optional:
+      kind = optional.get(name, object)
+      value = config_dict.FieldReference(value, field_type=kind)
+    fields[name] = value
+  return config_dict.ConfigDict(fields, convert_dict=False).lock()
+
+
+def frozen(cls: type, config: config_dict.ConfigDict):
+  """The dataclass `cls` of a ConfigDict; InputError names a wrong field."""
+  return configs.from_dict(cls, config.to_dict())
+
+
+def define_config(
+  name: str = 'config',
+  what: str = 'A name, or a file with get_config(); change a field with'
+  ' --config.field=value.',
+) -> flags.FlagHolder:
+  """Defines --config; its value is a ConfigDict, edited by other flags."""
+  holder = config_flags.DEFINE_config_file(name, None, what)
+  parser = flags.FLAGS[name].parser
+  load = parser.parse
+
+  def parse(path):
+    made = load(path)
+    if dataclasses.is_dataclass(made):
+      return editable(made)
+    return made
+
+  parser.parse = parse
+  return holder
+
+
+def _fail(message, status: int):
+  endings.leave(status, f'error: {" ".join(str(message).split())}')
+
+
+_CONFIGS = ('--config', '-config', '--versus', '-versus')
+
+
+def _as_files(argv: list[str], kind: str) -> list[str]:
+  """Returns flags with --config=v3_tiny as a file that has that name.
+
+  So does --config v3_tiny: from here on both parts are one argument.
+  """
+  out, rest = [], list(argv)
+  while rest:
+    arg = rest.pop(0)
+    flag, equals, value = arg.partition('=')
+    if flag in _CONFIGS and not equals and rest and rest[0][:1] != '-':
+      value = rest.pop(0)
+      arg = f'{flag}={value}'
+    if flag in _CONFIGS and named.is_name(value) and not os.path.exists(value):
+      arg = f'{flag}={named.__file__}:{kind}:{value}'
+    out.append(arg)
+  return out
+
+
+def _show_flags(module: str) -> None:
+  """Makes --help list a launcher's flags, whichever file started it."""
+  for flag in flags.FLAGS.get_key_flags_for_module(module):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's flag parsing, any mistake as one line and status 2."""
+  try:
+    rest = flags.FLAGS(argv)
+    _open_config()
+    return rest
+  except InputError as error:
+    _fail(error, 2)
+  except flags.Error as error:
+    _fail(_cause(error), 2)
+  except (AttributeError, KeyError) as error:
+    # ml_collections names the last part of the field alone.
+    plain = error.args[0] if error.args else error
+    told = _in_file(error, argv) or _unknown_field(argv) or _cause(plain)
+    _fail(told, 2)
+  except (TypeError, ValueError) as error:
+    plain = error.args[0] if error.args else error
+    _fail(_inside_none(argv) or _cause(plain), 2)
+  except (OSError, ImportError) as error:
+    path = _config_path(argv)
+    if path and not os.path.exists(path):
+      _fail(f'--config={path}: no such file', 2)
+    _fail(f'--config: {error}', 2)
+  except Exception as error:  # the user's file may raise anything
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = '' if isinstance(error, SyntaxError) else _place(at)
+    _fail(f'--config: {type(error).__name__}: {error}{where}', 2)
+
+
+def _in_file(error: Exception, argv: list[str]) -> str | None:
+  """What to say of an unknown name in the config file; None if it is not."""
+  path = os.path.realpath((_config_path(argv) or '').partition(':')[0])
+  frames = traceback.extract_tb(error.__traceback__)
+  inside = [f for f in frames if os.path.realpath(f.filename) == path]
+  if not inside:
+    return None
+  # ml_collections shows all of a sub-config, and the nearest name at the end;
+  # an AttributeError of its own holds a KeyError, which holds the text.
+  text = error
+  while isinstance(text, Exception) and text.args:
+    text = text.args[0]
+  text = str(text)
+  near = re.search(r'Did you mean "(.*)" instead of "(.*)"', text)
+  if near:
+    what = f'no field {near[2]}; did you mean {near[1]}?'
+  else:
+    what = f'{type(error).__name__}: {text.partition(" and cannot be")[0]}'
+  return f'--config: {what}{_place(inside[-1])}'
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+  return f' ({frame.filename}, line {frame.lineno})'
+
+
+def _open_config():
+  """Raises now what ml_collections keeps for the first look at a config."""
+  if 'config' not in flags.FLAGS or flags.FLAGS['config'].value is None:
+    return
+  config = flags.FLAGS['config'].value
+  try:
+    known = config.to_dict
+  except AttributeError:
+    known = None
+  if known is None:
+    raise TypeError(
+      f'--config: get_config() returns {type(config).__name__}; return a'
+      ' RunConfig, as ds.recipes has them'
+    )
+
+
+def _cause(error) -> str:
+  """Returns the last line of what absl and ml_collections wrap an error in."""
+  text = str(error)
+  before, mark, trace = text.partition('Error whilst parsing config file')
+  if mark:
+    text = before + trace.strip().splitlines()[-1]
+  own = f'{InputError.__module__}.{InputError.__name__}: '
+  return text.rpartition(own)[2]
+
+
+def _config_path(argv: list[str]) -> str | None:
+  given = [a.partition('=')[2] for a in argv if a.startswith('--config=')]
+  return given[-1] if given else None
+
+
+def _named(argv: list[str]) -> dict[str, str]:
+  """Fields of the config that flags name -> the value that is given."""
+  parts = [a[9:].partition('=') for a in argv if a.startswith('--config.')]
+  return {field: value for field, _, value in parts}
+
+
+def _loaded(argv: list[str]):
+  """The config before flags change it; None if no file is named."""
+  path = _config_path(argv)
+  return path and flags.FLAGS['config'].parser.parse(path)
+
+
+def _inside_none(argv: list[str]) -> str | None:
+  """What to say of the first --config.a.b whose a is None."""
+  config = _loaded(argv)
+  for field, value in _named(argv).items():
+    inner, parts = config, field.split('.')
+    for depth, part in enumerate(parts[:-1], start=1):
+      if not isinstance(inner, config_dict.ConfigDict) or part not in inner:
+        break
+      inner = inner[part]
+      if inner is None:
+        whole = _literal(value)
+        for name in reversed(parts[depth:]):
+          whole = {name: whole}
+        above = 'config.' + '.'.join(parts[:depth])
+        return f'--config.{field}: {above} is None; write --{above}="{whole}"'
+  return None
+
+
+def _literal(text: str):
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """What to say of the first --config.field that the config has not."""
+  config = _loaded(argv)
+  if config is None:
+    return None
+  for field in _named(argv):
+    inner, known = config, 'config'
+    for part in field.split('.'):
+      if '[' in part or not isinstance(inner, config_dict.ConfigDict):
+        break
+      if part not in inner:
+        near = difflib.get_close_matches(part, list(inner), n=1, cutoff=0.5)
+        hint = (
+          f'did you mean --{known}.{near[0]}?'
+          if near
+          else f'--{known} has {", ".join(inner)}'
+        )
+        return f'--config.{field}: no field {known}.{part}; {hint}'
+      inner, known = inner[part], f'{known}.{part}'
+  return None
+
+
+def _keep_compiled_programs():
+  """Turns the compilation cache on, but not for a CPU with an older jax.
+
+  There, reading some programs back crashes the process (jax 0.10.2: a
+  segmentation fault in deserialize_executable; 0.12 reads the same ones).
+  """
+  if jax.default_backend() != 'cpu' or jax.__version_info__ >= (0, 12):
+    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
+
+
+def _print_errors_once():
+  """What fails is told in a line; orbax would log pages about it."""
+  logging.set_verbosity(logging.FATAL)
+  getLogger('asyncio').setLevel('CRITICAL')
+
+  def hook(unraisable):
+    # Of writes that a failed save leaves behind.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(unraisable)
+
+  sys.unraisablehook = hook
+
+
+def _place_of(error: OSError) -> str:
+  """The file that the system refused, or the folders that are written to."""
+  if isinstance(error.filename, str | bytes) and error.filename:
+    return os.fsdecode(error.filename)
+  given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
+  places = [f'--{n}={given[n]}' for n in _WRITTEN if given.get(n)]
+  return f'a file below {" or ".join(places)}' if places else 'a file'
+
+
+def launch(
+  main: Callable[[list[str]], None],
+  *,
+  arguments: bool = False,
+  names: Literal['run', 'plan'] = 'run',
+  join: Callable[[], object] = lambda: None,
+) -> None:
+  """Runs `main(argv)` as a program.
+
+  Args:
+    main: the program.
+    arguments: allows others than flags.
+    names: what --config=NAME may name, see `named`.
+    join: joins several processes to one run, before JAX looks for devices.
+  """
+
+  def guarded(argv):
+    if len(argv) > 1 and not arguments:
+      _fail(
+        f'unknown arguments {argv[1:]}: flags begin with --, values follow a =',
+        2,
+      )
+    _print_errors_once()
+    try:
+      join()
+      _keep_compiled_programs()
+      main(argv)
+      distributed.wait_for_all()  # one of them may still find a fault
+    except InputError as error:
+      _fail(error, error.status)
+    except OSError as error:
+      what = error.strerror or str(error) or type(error).__name__
+      told = f'{_place_of(error)}: {what}'
+      if error.errno in _NO_ROOM:
+        told = f'{told}; make room and start again'
+      _fail(told, InputError.status)
+    except Terminated as error:
+      endings.leave(error.status, str(error))
+    except Preempted as error:
+      print(error, flush=True)
+      sys.exit(error.status)
+    except RunAborted as error:
+      _fail(error, error.status)
+    except Exception as error:
+      if not distributed.several():
+        raise
+      if endings.announced() is None:  # else it is a consequence
+        traceback.print_exc()
+      lost = distributed.peer_lost(error)
+      _fail(lost or error, lost.status if lost else 1)
+
+  _show_flags(main.__module__)
+  sys.argv[1:] = _as_files(sys.argv[1:], names)
+  try:
+    app.run(guarded, flags_parser=_parse)
+  except KeyboardInterrupt:
+    _fail('interrupted; what was saved before stays', 130)

@@ -1,0 +1,246 @@
+"""Samples from a finished run, a Hugging Face folder or a converted store.
+
+python -m experiments.sample --workdir=runs/demo --prompt='def main('
+python -m experiments.sample --hf=DIR --chat
+python -m experiments.sample --workdir=runs/demo --prompt='x = ' --after='+ 1'
+python -m experiments.sample --workdir=runs/demo --prompt='a=' --prompt='b=' \\
+  --stop='#'
+"""
+
+import itertools
+import os
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+import deepseek_jax as ds
+from deepseek_jax import hf
+from deepseek_jax.cli import common
+from deepseek_jax.data import boundaries
+from deepseek_jax.errors import InputError
+from deepseek_jax.hf.source import absent
+from deepseek_jax.infer import chat
+from deepseek_jax.infer import sampling as sample
+from deepseek_jax.run import fit as loop
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
+_HF = flags.DEFINE_string('hf', None, 'Hugging Face folder, or one converted.')
+_PROMPT = flags.DEFINE_multi_string(
+  'prompt', [], 'Text to go on from; several are drawn as one batch.'
+)
+_AFTER = flags.DEFINE_string(
+  'after', None, 'Text behind the hole: the model fills in the middle.'
+)
+_STOP = flags.DEFINE_multi_string(
+  'stop', [], 'Text to end before; may be given several times.'
+)
+_BOS = flags.DEFINE_enum(
+  'bos',
+  'folder',
+  ['folder', 'yes', 'no'],
+  'Token of the beginning before a prompt; folder: as its files say.',
+)
+_CHAT = flags.DEFINE_bool('chat', False, 'Hold a conversation (with --hf).')
+_NEW = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens at most.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.7, '0: the likeliest.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many tokens; 0: all.')
+_TOP_P = flags.DEFINE_float('top_p', 0.95, 'Draw among this much probability.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the draws.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'What to compute in (--hf).'
+)
+
+
+class _Source(NamedTuple):
+  model: ds.Model
+  variables: dict
+  tokenizer: object
+  folder: str
+  boundaries: boundaries.Boundaries
+
+
+def _load() -> _Source:
+  if bool(_WORKDIR.value) == bool(_HF.value):
+    raise InputError('give either --workdir=RUN or --hf=FOLDER')
+  if _WORKDIR.value:
+    run = loop.load(_WORKDIR.value)
+    return _Source(
+      run.model,
+      run.variables,
+      run.tokenizer,
+      _WORKDIR.value,
+      boundaries.of_run(run.tokenizer),
+    )
+  folder = _HF.value
+  if not os.path.isdir(folder):
+    raise InputError(f'--hf={folder}: {absent(folder)}')
+  if os.path.exists(os.path.join(folder, hf.store.MODEL)):
+    config, variables = hf.restore(folder)
+    about = hf.store.Store(folder).notes.get('carried', {})
+  else:
+    config, variables = hf.load(folder)
+    about = None  # config.json
+  config = ds.changed(config, {'compute.dtype': _DTYPE.value})
+  from deepseek_jax.data import from_file
+
+  tokenizer = from_file(os.path.join(folder, 'tokenizer.json'))
+  around = boundaries.boundaries(folder, tokenizer, about)
+  return _Source(ds.build(config), variables, tokenizer, folder, around)
+
+
+def _wanted(source) -> boundaries.Boundaries:
+  """What begins and ends the texts, by the folder and --bos."""
+  around, bos = source.boundaries, source.tokenizer.bos_id
+  if _CHAT.value:  # the template writes what begins a text
+    return around
+  if _BOS.value == 'no':
+    return around._replace(begins=())
+  if _BOS.value == 'folder':
+    for note in around.notes:
+      print(f'{note}; see --bos', file=sys.stderr)
+    return around
+  if bos is None:
+    raise InputError('--bos=yes: tokenizer_config.json names no bos_token')
+  return around._replace(begins=around.begins or (bos,))
+
+
+def _prompts(source) -> list[list[int]]:
+  tokenizer, around = source.tokenizer, source.boundaries.around
+  if _AFTER.value is None:
+    return [
+      around(tokenizer.encode(p, special=True)) or [tokenizer.eos_id]
+      for p in _PROMPT.value
+    ]
+  if not tokenizer.fim:
+    raise InputError('--after: this tokenizer has no fill-in-the-middle marks')
+  marks, after = tokenizer.fim, tokenizer.encode(_AFTER.value)
+  return [
+    around([marks.begin, *tokenizer.encode(p), marks.hole, *after, marks.end])
+    for p in _PROMPT.value
+  ]
+
+
+def _settings(source) -> sample.SampleConfig:
+  """A stop text that is one token ends a row as the end of a text does."""
+  encoded = [source.tokenizer.encode(s, special=True) for s in _STOP.value]
+  single = [ids[0] for ids in encoded if len(ids) == 1]
+  stop = (*source.boundaries.ends, *single)
+  return sample.SampleConfig(
+    _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, stop
+  )
+
+
+def _drawn(source, prompts, key):
+  """Yields the next token of every prompt; None where its text has ended."""
+  cfg = _settings(source)
+  steps = sample.stream(
+    source.model,
+    source.variables,
+    prompts,
+    cfg,
+    max_new_tokens=_NEW.value,
+    key=key,
+  )
+  ended = np.zeros(len(prompts), bool)
+  for tokens in steps:
+    ended |= np.isin(tokens, cfg.stop)
+    yield [None if end else int(t) for t, end in zip(tokens, ended)]
+
+
+def _stream(source, prompt, key):
+  return itertools.takewhile(
+    lambda token: token is not None,
+    (tokens[0] for tokens in _drawn(source, [prompt], key)),
+  )
+
+
+def _texts(source, prompts, key) -> list[str]:
+  """What follows several prompts, drawn as one batch."""
+  decoders = [source.tokenizer.decoder(prompt) for prompt in prompts]
+  texts = ['' for _ in prompts]
+  going = set(range(len(prompts)))
+  for tokens in _drawn(source, prompts, key):
+    for i in sorted(going):
+      if tokens[i] is None:
+        going.remove(i)
+        continue
+      texts[i] += decoders[i].feed(tokens[i])
+      going -= {i} if any(s in texts[i] for s in _STOP.value) else set()
+    if not going:
+      break
+  texts = [text + decoder.finish() for text, decoder in zip(texts, decoders)]
+  return [''.join(chat.until([text], _STOP.value)) for text in texts]
+
+
+def _converse(source):
+  key = iter(jax.random.split(jax.random.key(_SEED.value), 1 << 16))
+  chat.converse(
+    lambda ids: _stream(source, ids, next(key)),
+    source.tokenizer,
+    chat.template_config(source.folder),
+    ends=source.boundaries.ends,
+  )
+
+
+def _check_flags():
+  """What is wrong in any case is told before a model is read."""
+  sample.SampleConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+  if _NEW.value < 1:
+    raise InputError(f'--max_new_tokens={_NEW.value}: must be at least 1')
+  if not -(2**63) <= _SEED.value < 2**63:
+    raise InputError(f'--seed={_SEED.value}: must fit in 64 bits')
+  if not _CHAT.value and not _PROMPT.value:
+    raise InputError("give a --prompt='...', or --chat with --hf")
+  if _CHAT.value and _STOP.value:
+    raise InputError('--stop: ends texts of --prompt; leave it out with --chat')
+  if '' in _STOP.value:
+    raise InputError("--stop='': name the text to end before")
+  texts = [('prompt', text) for text in _PROMPT.value]
+  texts += [('stop', text) for text in _STOP.value]
+  for name, text in [*texts, ('after', _AFTER.value or '')]:
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      # The shell's bytes that are no UTF-8 come as lone surrogates.
+      raise InputError(
+        f'--{name}={text!r}: character {error.start} is not UTF-8; give text'
+        ' in UTF-8'
+      ) from None
+
+
+def main(argv):
+  del argv
+  _check_flags()
+  source = _load()
+  source = source._replace(
+    variables=sample.prepare(source.model, source.variables),
+    boundaries=_wanted(source),
+  )
+  if _CHAT.value:
+    _converse(source)
+    return
+  key = jax.random.key(_SEED.value)
+  prompts = _prompts(source)
+  after = '' if _AFTER.value is None else _AFTER.value
+  if len(prompts) > 1:
+    drawn = _texts(source, prompts, key)
+    for prompt, text in zip(_PROMPT.value, drawn):
+      print(f'{prompt}{text}{after}')
+    return
+  pieces = chat.decode_stream(
+    source.tokenizer, _stream(source, prompts[0], key), prompts[0]
+  )
+  pieces = chat.until(pieces, _STOP.value)
+  first = next(pieces, '')  # what is wrong is told before the prompt
+  print(_PROMPT.value[0], end=first, flush=True)
+  for piece in pieces:
+    print(piece, end='', flush=True)
+  print(after)
+
+
+def run() -> None:
+  """Runs the launcher as a program."""
+  common.launch(main)

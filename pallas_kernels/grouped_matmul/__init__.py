@@ -27,7 +27,8 @@ def _run(name, impl, *args):
     return getattr(gpu, name)(*args)
 
   op = f'grouped_matmul.{name}'
-  return dispatch.run(op, impl, gpu, getattr(reference, name), *args)
+  functions = {'reference': getattr(reference, name), 'gpu': gpu}
+  return dispatch.run(op, impl, functions, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -63,7 +64,8 @@ def _fp8(rows, row_scales, weights, weight_scales, expert, used, dtype, impl):
     return reference.forward_fp8(*args, dtype)
 
   args = (rows, row_scales, weights, weight_scales, expert, used)
-  return dispatch.run('grouped_matmul_fp8', impl, gpu, plain, *args)
+  functions = {'reference': plain, 'gpu': gpu}
+  return dispatch.run('grouped_matmul_fp8', impl, functions, *args)
 
 
 def _no_gradient(*_):
@@ -106,9 +108,8 @@ def _float8_bwd(transpose, impl, saved, grad):
   pair = (rows, _over_rows(grad, block, 0.0, impl))
   left, right = reversed(pair) if transpose else pair
   args = (*left, *right, expert, used, w[0].shape[0], grad.dtype)
-  dweights = dispatch.run(
-    'grouped_matmul_fp8.outer', impl, gpu, reference.outer_fp8, *args
-  )
+  functions = {'reference': reference.outer_fp8, 'gpu': gpu}
+  dweights = dispatch.run('grouped_matmul_fp8.outer', impl, functions, *args)
   return drows, dweights.astype(like.dtype), None, None
 
 
@@ -220,7 +221,8 @@ def _swiglu(rows, gate_up, block_expert, used, limit, impl):
     return _activate(reference.forward(*args, False), limit).astype(rows.dtype)
 
   args = (rows, gate_up, block_expert, used)
-  return dispatch.run('grouped_swiglu', impl, gpu, plain, *args)
+  functions = {'reference': plain, 'gpu': gpu}
+  return dispatch.run('grouped_swiglu', impl, functions, *args)
 
 
 def _swiglu_fwd(rows, gate_up, block_expert, used, limit, impl):

@@ -53,7 +53,8 @@ def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
   # Behind the keys there is nothing to see.
   last = jnp.minimum(last, k.shape[1])
   args = (*arrays, jnp.maximum(first, 0), last, top_k)
-  return dispatch.run('indexer', impl, gpu, reference.indexer, *args)
+  functions = {'reference': reference.indexer, 'gpu': gpu}
+  return dispatch.run('indexer', impl, functions, *args)
 
 
 def _check(q, k, w, first, last, top_k):

@@ -96,7 +96,8 @@ def _latent_kv(
     return gpu.latent_kv(*args, splits)
 
   args = (x, w, gain, cos, sin, slots, cache, eps, floor, interleaved)
-  return dispatch.run('latent_kv', impl, gpu, reference.latent_kv, *args)
+  functions = {'reference': reference.latent_kv, 'gpu': gpu}
+  return dispatch.run('latent_kv', impl, functions, *args)
 
 
 def _no_gradient(*_):

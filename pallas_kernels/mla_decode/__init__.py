@@ -61,7 +61,8 @@ def mla_decode(
     return gpu.mla_decode(*args, splits)
 
   args = (q_c, q_r, c, k_r, table, lengths, scale, scales)
-  return dispatch.run('mla_decode', impl, gpu, reference.mla_decode, *args)
+  functions = {'reference': reference.mla_decode, 'gpu': gpu}
+  return dispatch.run('mla_decode', impl, functions, *args)
 
 
 def _check(q_c, q_r, c, k_r, table, lengths, scales):

@@ -60,19 +60,22 @@ def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
   else:
     starts = segment_starts(jnp.asarray(segments))
 
-  if impl == 'cudnn':
-    from pallas_kernels.mla_prefill import cudnn
-
-    try:
-      return cudnn.mla_prefill(q, k, v, segments, scale)
-    except NotImplementedError as error:
-      dispatch.say_once(logging.WARNING, 'mla_prefill', f'no cuDNN: {error}')
-      impl = None
-
   def gpu(*args):
     from pallas_kernels.mla_prefill import gpu
 
     return gpu.mla_prefill(*args)
 
+  def cudnn(q, k, v, _, scale):
+    from pallas_kernels.mla_prefill import cudnn
+
+    return cudnn.mla_prefill(q, k, v, segments, scale)
+
   args = (q, k, v, starts, scale)
-  return dispatch.run('mla_prefill', impl, gpu, reference.mla_prefill, *args)
+  functions = {'reference': reference.mla_prefill, 'gpu': gpu, 'cudnn': cudnn}
+  if impl == 'cudnn':
+    try:
+      return dispatch.run('mla_prefill', impl, functions, *args)
+    except NotImplementedError as error:
+      dispatch.say_once(logging.WARNING, 'mla_prefill', f'no cuDNN: {error}')
+      impl = None
+  return dispatch.run('mla_prefill', impl, functions, *args)

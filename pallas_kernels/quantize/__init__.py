@@ -71,7 +71,8 @@ def _quantize(x, block, power_of_two, floor, impl):
     return gpu.quantize(*args)
 
   args = (x, block, power_of_two, floor)
-  return dispatch.run('quantize', impl, gpu, reference.quantize, *args)
+  functions = {'reference': reference.quantize, 'gpu': gpu}
+  return dispatch.run('quantize', impl, functions, *args)
 
 
 def _no_gradient(*_):

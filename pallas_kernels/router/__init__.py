@@ -105,7 +105,8 @@ def _route(logits, bias, top_k, rule, impl):
     return gpu.route(*args)
 
   args = (logits, bias, top_k, rule)
-  return dispatch.run('router', impl, gpu, reference.route, *args)
+  functions = {'reference': reference.route, 'gpu': gpu}
+  return dispatch.run('router', impl, functions, *args)
 
 
 def _fwd(logits, bias, top_k, rule, impl):

@@ -50,7 +50,8 @@ def _run(name, impl, *args):
 
     return getattr(gpu, name)(*args)
 
-  return dispatch.run(name, impl, gpu, getattr(reference, name), *args)
+  functions = {'reference': getattr(reference, name), 'gpu': gpu}
+  return dispatch.run(name, impl, functions, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

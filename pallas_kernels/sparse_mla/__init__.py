@@ -46,7 +46,8 @@ def sparse_mla(q_c, q_r, c, k_r, index, *, scale: float, impl=None):
     return gpu.sparse_mla(*args)
 
   args = (q_c, q_r, c, k_r, jnp.asarray(index), scale)
-  return dispatch.run('sparse_mla', impl, gpu, reference.sparse_mla, *args)
+  functions = {'reference': reference.sparse_mla, 'gpu': gpu}
+  return dispatch.run('sparse_mla', impl, functions, *args)
 
 
 def _check(q_c, q_r, c, k_r, index):

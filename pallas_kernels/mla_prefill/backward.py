@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
-from pallas_kernels.mla_prefill import blocks
-from pallas_kernels.mla_prefill.blocks import (
+from pallas_kernels.mla_prefill import causal_blocks
+from pallas_kernels.mla_prefill.causal_blocks import (
   BLOCK,
   BY_COLUMN,
   BY_ROW,
@@ -34,14 +34,14 @@ def queries(q, k, v, grad, lse, delta, starts, scale):
   return compat.kernel(
     functools.partial(_queries_body, scale=scale),
     jax.ShapeDtypeStruct(q.shape, q.dtype),
-    grid=blocks.grid(q),
+    grid=causal_blocks.grid(q),
     threads=2,
     scratch={
-      'qs': blocks.memory(2, ROWS, WIDE),
-      'gs': blocks.memory(2, ROWS, VALUE),
-      'ks': blocks.memory(STAGES, BLOCK, WIDE),
-      'vs': blocks.memory(STAGES, BLOCK, VALUE),
-      'ds': blocks.memory(2, ROWS, BLOCK),
+      'qs': causal_blocks.memory(2, ROWS, WIDE),
+      'gs': causal_blocks.memory(2, ROWS, VALUE),
+      'ks': causal_blocks.memory(STAGES, BLOCK, WIDE),
+      'vs': causal_blocks.memory(STAGES, BLOCK, VALUE),
+      'ds': causal_blocks.memory(2, ROWS, BLOCK),
       'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
       'here': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
       'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
@@ -53,7 +53,7 @@ def _queries_body(
   q, k, v, grad, lse, delta, starts, out,
   qs, gs, ks, vs, ds, own_here, here, free, *, scale,
 ):  # fmt: skip
-  b, h, m, w = blocks.place(q.shape[1] // TILE)
+  b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
   plgpu.copy_gmem_to_smem(q.at[b, rows, h], qs.at[w], own_here.at[w])
@@ -71,19 +71,21 @@ def _queries_body(
 
   def use(i, stage, acc):
     plgpu.barrier_wait(here.at[stage])
-    s = blocks.product(qs.at[w], ks.at[stage], BLOCK) * (scale * LOG2E)
-    key = blocks.iota(s.shape, 1, (first + i) * BLOCK)
-    seen = (key <= blocks.iota(s.shape, 0, top_row)) & (
-      key >= blocks.wide(begin, s.shape)
+    s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * (scale * LOG2E)
+    key = causal_blocks.iota(s.shape, 1, (first + i) * BLOCK)
+    seen = (key <= causal_blocks.iota(s.shape, 0, top_row)) & (
+      key >= causal_blocks.wide(begin, s.shape)
     )
-    p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - blocks.wide(norm, s.shape))
-    dp = blocks.product(gs.at[w], vs.at[stage], BLOCK)
-    ds[w] = (p * (dp - blocks.wide(shift, p.shape))).astype(ds.dtype)
+    p = jnp.exp2(
+      jnp.where(seen, s, -jnp.inf) - causal_blocks.wide(norm, s.shape)
+    )
+    dp = causal_blocks.product(gs.at[w], vs.at[stage], BLOCK)
+    ds[w] = (p * (dp - causal_blocks.wide(shift, p.shape))).astype(ds.dtype)
     plgpu.commit_smem()
-    return blocks.add_product(acc, ds.at[w], ks.at[stage])
+    return causal_blocks.add_product(acc, ds.at[w], ks.at[stage])
 
   plgpu.barrier_wait(own_here.at[w])
-  acc = blocks.stream(steps, load, use, blocks.zeros(WIDE), free)
+  acc = causal_blocks.stream(steps, load, use, causal_blocks.zeros(WIDE), free)
   qs[w] = (acc * scale).astype(jnp.bfloat16)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, rows, h])
@@ -98,14 +100,14 @@ def keys(q, k, v, grad, lse, delta, ends, scale):
       jax.ShapeDtypeStruct(k.shape, k.dtype),
       jax.ShapeDtypeStruct(v.shape, v.dtype),
     ),
-    grid=blocks.grid(q),
+    grid=causal_blocks.grid(q),
     threads=2,
     scratch={
-      'ks': blocks.memory(2, ROWS, WIDE),
-      'vs': blocks.memory(2, ROWS, VALUE),
-      'qs': blocks.memory(STAGES, BLOCK, WIDE),
-      'gs': blocks.memory(STAGES, BLOCK, VALUE),
-      'ps': blocks.memory(2, ROWS, BLOCK),
+      'ks': causal_blocks.memory(2, ROWS, WIDE),
+      'vs': causal_blocks.memory(2, ROWS, VALUE),
+      'qs': causal_blocks.memory(STAGES, BLOCK, WIDE),
+      'gs': causal_blocks.memory(STAGES, BLOCK, VALUE),
+      'ps': causal_blocks.memory(2, ROWS, BLOCK),
       'norms': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
       'shifts': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
       'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
@@ -128,7 +130,7 @@ def _keys_body(
   first = m * (TILE // BLOCK)
   steps = lax.div(ends[b, m * TILE + TILE - 1], BLOCK) + 1 - first
   end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
-  start = blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
+  start = causal_blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
 
   def load(i, stage):
     where = pl.ds((first + i) * BLOCK, BLOCK)
@@ -140,33 +142,33 @@ def _keys_body(
       )
 
   def by_query(ref, stage, shape):
-    return blocks.wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
+    return causal_blocks.wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
 
   def use(i, stage, carry):
     acc_k, acc_v = carry
     plgpu.barrier_wait(here.at[stage])
-    s = blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)
+    s = causal_blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)
     # Bounds by row, columns from 0: two positions per entry would spill.
     base = (first + i) * BLOCK
-    column = blocks.iota(s.shape, 1, 0)
-    seen = (column >= blocks.wide(start - base, s.shape)) & (
-      column <= blocks.wide(end - base, s.shape)
+    column = causal_blocks.iota(s.shape, 1, 0)
+    seen = (column >= causal_blocks.wide(start - base, s.shape)) & (
+      column <= causal_blocks.wide(end - base, s.shape)
     )
     p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(norms, stage, s.shape))
     ps[w] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    acc_v = blocks.add_product(acc_v, ps.at[w], gs.at[stage])
-    dp = blocks.product(vs.at[w], gs.at[stage], BLOCK)
+    acc_v = causal_blocks.add_product(acc_v, ps.at[w], gs.at[stage])
+    dp = causal_blocks.product(vs.at[w], gs.at[stage], BLOCK)
     # Read back rather than kept: it would spill.
     p = compat.load(ps, w, WGMMA).astype(jnp.float32)
     d = p * (dp - by_query(shifts, stage, p.shape))
     ps[w] = d.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    return blocks.add_product(acc_k, ps.at[w], qs.at[stage]), acc_v
+    return causal_blocks.add_product(acc_k, ps.at[w], qs.at[stage]), acc_v
 
   plgpu.barrier_wait(own_here.at[w])
-  carry = (blocks.zeros(WIDE), blocks.zeros(VALUE))
-  acc_k, acc_v = blocks.stream(steps, load, use, carry, free)
+  carry = (causal_blocks.zeros(WIDE), causal_blocks.zeros(VALUE))
+  acc_k, acc_v = causal_blocks.stream(steps, load, use, carry, free)
   ks[w] = (acc_k * scale).astype(jnp.bfloat16)
   vs[w] = acc_v.astype(jnp.bfloat16)
   plgpu.commit_smem()

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
-from pallas_kernels.mla_prefill import backward, blocks
-from pallas_kernels.mla_prefill.blocks import (
+from pallas_kernels.mla_prefill import backward, causal_blocks
+from pallas_kernels.mla_prefill.causal_blocks import (
   BLOCK,
   BY_ROW,
   LOG2E,
@@ -86,14 +86,14 @@ def _forward(q, k, v, starts, scale):
       jax.ShapeDtypeStruct(v.shape, v.dtype),
       jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     ),
-    grid=blocks.grid(q),
+    grid=causal_blocks.grid(q),
     threads=2,
     scratch={
-      'qs': blocks.memory(2, ROWS, WIDE),
-      'ks': blocks.memory(STAGES, BLOCK, WIDE),
-      'vs': blocks.memory(STAGES, BLOCK, VALUE),
-      'ps': blocks.memory(2, ROWS, BLOCK),
-      'os': blocks.memory(2, ROWS, VALUE),
+      'qs': causal_blocks.memory(2, ROWS, WIDE),
+      'ks': causal_blocks.memory(STAGES, BLOCK, WIDE),
+      'vs': causal_blocks.memory(STAGES, BLOCK, VALUE),
+      'ps': causal_blocks.memory(2, ROWS, BLOCK),
+      'os': causal_blocks.memory(2, ROWS, VALUE),
       'stat': plgpu.SMEM((2, ROWS), jnp.float32),
       'q_here': plgpu.Barrier(num_barriers=2),
       'k_here': plgpu.Barrier(num_barriers=STAGES),
@@ -107,7 +107,7 @@ def _forward_body(
   q, k, v, starts, out, lse,
   qs, ks, vs, ps, os, stat, q_here, k_here, v_here, free, *, scale,
 ):  # fmt: skip
-  b, h, m, w = blocks.place(q.shape[1] // TILE)
+  b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
   plgpu.copy_gmem_to_smem(q.at[b, rows, h], qs.at[w], q_here.at[w])
@@ -123,30 +123,34 @@ def _forward_body(
   def use(i, stage, carry):
     acc, top, total = carry
     plgpu.barrier_wait(k_here.at[stage])
-    s = blocks.product(qs.at[w], ks.at[stage], BLOCK) * scale
-    key = blocks.iota(s.shape, 1, (first + i) * BLOCK)
-    seen = (key <= blocks.iota(s.shape, 0, top_row)) & (
-      key >= blocks.wide(begin, s.shape)
+    s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * scale
+    key = causal_blocks.iota(s.shape, 1, (first + i) * BLOCK)
+    seen = (key <= causal_blocks.iota(s.shape, 0, top_row)) & (
+      key >= causal_blocks.wide(begin, s.shape)
     )
     s = jnp.where(seen, s, -jnp.inf)
     new_top = jnp.maximum(top, s.max(axis=1))
-    p = jnp.exp2(s - blocks.wide(new_top, s.shape))
+    p = jnp.exp2(s - causal_blocks.wide(new_top, s.shape))
     shrink = jnp.exp2(top - new_top)
     total = total * shrink + p.sum(axis=1)
     ps[w] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
     plgpu.barrier_wait(v_here.at[stage])
-    acc = acc * blocks.wide(shrink, acc.shape)
-    return blocks.add_product(acc, ps.at[w], vs.at[stage]), new_top, total
+    acc = acc * causal_blocks.wide(shrink, acc.shape)
+    return (
+      causal_blocks.add_product(acc, ps.at[w], vs.at[stage]),
+      new_top,
+      total,
+    )
 
   plgpu.barrier_wait(q_here.at[w])
   carry = (
-    blocks.zeros(VALUE),
+    causal_blocks.zeros(VALUE),
     compat.full((ROWS,), -1e30, BY_ROW),
     compat.full((ROWS,), 0.0, BY_ROW),
   )
-  acc, top, total = blocks.stream(steps, load, use, carry, free)
-  os[w] = (acc / blocks.wide(total, acc.shape)).astype(jnp.bfloat16)
+  acc, top, total = causal_blocks.stream(steps, load, use, carry, free)
+  os[w] = (acc / causal_blocks.wide(total, acc.shape)).astype(jnp.bfloat16)
   stat[w] = top + jnp.log2(total)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(os.at[w], out.at[b, rows, h])

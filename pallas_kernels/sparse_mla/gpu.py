@@ -10,8 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_mla import forward, latents, queries
-from pallas_kernels.sparse_mla.blocks import BLOCK, HEADS, LATENT, ROPE
+from pallas_kernels.latent_blocks import LATENT, ROPE, check_dims
+from pallas_kernels.sparse_mla import forward, latent_gradient, query_gradient
+from pallas_kernels.sparse_mla.gathered_blocks import BLOCK, HEADS
 
 MOST = 65_535  # queries of one call: so far a grid goes in all but one axis
 
@@ -19,10 +20,7 @@ MOST = 65_535  # queries of one call: so far a grid goes in all but one axis
 def sparse_mla(q_c, q_r, c, k_r, index, scale):
   if any(a.dtype != jnp.bfloat16 for a in (q_c, q_r, c, k_r)):
     raise NotImplementedError(f'dtype {q_c.dtype}/{c.dtype}, not bfloat16')
-  if (q_c.shape[-1], q_r.shape[-1]) != (LATENT, ROPE):
-    raise NotImplementedError(
-      f'latent {q_c.shape[-1]} and rope {q_r.shape[-1]}, not 512 and 64'
-    )
+  check_dims(q_c.shape[-1], q_r.shape[-1])
   B, T, H, _ = q_c.shape
   S, K = c.shape[1], index.shape[-1]
   pad_heads, pad_index = -H % HEADS, -K % BLOCK
@@ -63,9 +61,9 @@ def _bwd(scale, saved, grad):
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1)  # [N H]
   own = (q_c, q_r, grad, lse, delta, at)
-  run = lambda *own: queries.queries(*own, c, k_r, scale)
+  run = lambda *own: query_gradient.queries(*own, c, k_r, scale)
   dq_c, dq_r = _in_parts(run, own)
-  dc, dk_r = latents.latents(own, c, k_r, scale)
+  dc, dk_r = latent_gradient.latents(own, c, k_r, scale)
   return dq_c, dq_r, dc.astype(c.dtype), dk_r.astype(k_r.dtype), None
 
 

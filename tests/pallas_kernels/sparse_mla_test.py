@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.sparse_mla import latents, sparse_mla
+from pallas_kernels.sparse_mla import latent_gradient, sparse_mla
 from pallas_kernels.sparse_mla.shapes import TEST
 
 C, R, SCALE = 12, 4, 0.4
@@ -96,7 +96,7 @@ class SparseMlaTest(parameterized.TestCase):
 
   def test_parts_of_a_latent_are_listed_in_order_of_the_queries(self):
     at = jnp.asarray([[2, 0, -1], [0, 2, 2], [-1, 2, 1]]).reshape(-1)
-    order, starts = latents._lists(at, 4)
+    order, starts = latent_gradient._lists(at, 4)
     lists = [list(order[a:b]) for a, b in itertools.pairwise(starts)]
     self.assertEqual(lists, [[1, 3], [8], [0, 4, 5, 7], []])
 

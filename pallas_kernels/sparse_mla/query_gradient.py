@@ -16,22 +16,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.sparse_mla.blocks import (
+from pallas_kernels.latent_blocks import (
   BY_COLUMN,
   BY_ROW,
   HALF,
-  HEADS,
   LOG2E,
-  PART,
-  THIN,
   WGMMA,
   add,
   meet,
+  wide,
+)
+from pallas_kernels.sparse_mla.gathered_blocks import (
+  HEADS,
+  PART,
+  THIN,
+  mask_unchosen,
   memory,
   product,
   shared_pair,
   steps,
-  wide,
   zeros,
 )
 
@@ -105,7 +108,7 @@ def _queries_body(
     def _():
       s = product((qc, kc.at[stage]), (qr, kr.at[stage])) * (scale * LOG2E)
       there = compat.load(at, chosen(block), BY_COLUMN, optimized=False)
-      s = jnp.where(wide(there, s.shape, 1) >= 0, s, -jnp.inf)
+      s = mask_unchosen(s, there, 1)
       ps[...] = jnp.exp2(s - wide(norm, s.shape)).astype(ps.dtype)
       plgpu.commit_smem()
       plgpu.barrier_arrive(p_here)

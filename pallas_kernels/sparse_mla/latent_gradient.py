@@ -18,24 +18,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.sparse_mla.blocks import (
-  BLOCK,
+from pallas_kernels.latent_blocks import (
   BY_COLUMN,
   BY_ROW,
   HALF,
   LATENT,
   LOG2E,
-  PART,
   ROPE,
-  THIN,
   WGMMA,
   add,
   meet,
+  wide,
+)
+from pallas_kernels.sparse_mla.gathered_blocks import (
+  BLOCK,
+  PART,
+  THIN,
+  mask_unchosen,
   memory,
   product,
   shared_pair,
   steps,
-  wide,
   zeros,
 )
 
@@ -157,7 +160,7 @@ def _one_block(
     def _():
       norm = by_head(lse)
       s = product((kc, qc.at[stage]), (kr, qr.at[stage])) * (scale * LOG2E)
-      s = jnp.where(wide(there, s.shape) >= 0, s, -jnp.inf)
+      s = mask_unchosen(s, there, 0)
       ps[stage] = jnp.exp2(s - wide(norm, s.shape, 1)).astype(ps.dtype)
       plgpu.commit_smem()
       plgpu.barrier_arrive(p_here)

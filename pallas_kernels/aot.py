@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -47,7 +48,7 @@ device_description_str: "NVIDIA H200"
 """
 
 
-def compile_for_h200(fn, args):
+def compile_for_h200(fn: Callable, args: tuple) -> jax.stages.Compiled:
   """fn lowered and compiled for args, a tuple of (shape, dtype)."""
   topology = topologies.get_topology_desc(
     platform='cuda', target_config=H200, topology='1x1x1'
@@ -93,7 +94,7 @@ def _record(ptxas: str, sass: str, resources: str) -> dict:
   }
 
 
-def compile_case(case, folder: pathlib.Path) -> list[dict]:
+def compile_case(case: aot_cases.Case, folder: pathlib.Path) -> list[dict]:
   """Compiles with the dumps in an empty folder and reads them."""
   os.environ['MOSAIC_GPU_DUMP_TO'] = str(folder)
   os.environ.update(dict.fromkeys(_ENV, '1'))
@@ -101,7 +102,7 @@ def compile_case(case, folder: pathlib.Path) -> list[dict]:
   return read_dump(folder)
 
 
-def faults(case, records) -> list[str]:
+def faults(case: aot_cases.Case, records: list[dict]) -> list[str]:
   found = [] if records else ['no kernel was compiled']
   for r in records:
     if r['spill_bytes'] or r['local_ops']:
@@ -140,7 +141,7 @@ instructions.
 """
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', default='', help='prefixes, with commas')
   parser.add_argument('--out', default='benchmarks/results')

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Case(NamedTuple):
   wgmma: bool  # the kernel must contain tensor-core instructions
 
 
-def _mla_decode(batch, new, heads, splits):
+def _mla_decode(batch: int, new: int, heads: int, splits: int) -> Case:
   args = (
     ((batch, new, heads, 512), BF),
     ((batch, new, heads, 64), BF),
@@ -52,7 +52,9 @@ def _mla_decode(batch, new, heads, splits):
   return Case(fn, args, True)
 
 
-def _permute(name, tokens, choices, experts, dim):
+def _permute(
+  name: str, tokens: int, choices: int, experts: int, dim: int
+) -> Case:
   """One direction of the layout of V3's experts."""
   M = num_blocks(tokens * choices, experts, 128) * 128
   plan = (
@@ -71,7 +73,7 @@ def _permute(name, tokens, choices, experts, dim):
     'combine_bwd': (rows, weights, x),
   }[name]
 
-  def fn(*args):
+  def fn(*args: jax.Array) -> Any:
     given, layout = args[: len(arrays)], permute.Plan(*args[len(arrays) :])
     if name == 'permute':
       return permute.permute(*given, layout, impl='gpu')
@@ -91,7 +93,9 @@ def _permute(name, tokens, choices, experts, dim):
   return Case(fn, (*arrays, *plan), False)
 
 
-def _grouped(counts, dim, out, block, kind):
+def _grouped(
+  counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
+) -> Case:
   """One product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
@@ -106,14 +110,18 @@ def _grouped(counts, dim, out, block, kind):
   return Case(fn, (given, weights, *layout), True)
 
 
-def _grouped_swiglu(counts, dim, out, block):
+def _grouped_swiglu(
+  counts: tuple[int, ...], dim: int, out: int, block: int
+) -> Case:
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   fn = lambda x, w, be, used: grouped_swiglu(x, w, be, used=used, impl='gpu')
   return Case(fn, (((M, dim), BF), ((E, dim, 2 * out), BF), *layout), True)
 
 
-def _grouped_fp8(counts, dim, out, block, kind):
+def _grouped_fp8(
+  counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
+) -> Case:
   """'fwd', or 'drhs' of turned rows and gradients."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
@@ -126,7 +134,7 @@ def _grouped_fp8(counts, dim, out, block, kind):
   return Case(fn, (*by_row(M, dim), *weights, *layout), True)
 
 
-def _router(name):
+def _router(name: str) -> Case:
   shape = router_shapes.BENCH[name]
   args = (((shape.tokens, shape.experts), F32),)
   if shape.bias:
@@ -135,7 +143,7 @@ def _router(name):
   return Case(fn, args, False)
 
 
-def _quantize(name):
+def _quantize(name: str) -> Case:
   shape = quantize_shapes.BENCH[name]
   fn = functools.partial(
     quantize,
@@ -146,7 +154,7 @@ def _quantize(name):
   return Case(fn, (((shape.rows, shape.columns), BF),), False)
 
 
-def _sinkhorn(tokens, backward):
+def _sinkhorn(tokens: int, backward: bool) -> Case:
   logits = ((tokens, 4, 4), F32)
   fn = functools.partial(sinkhorn, impl='gpu')
   if not backward:
@@ -154,20 +162,26 @@ def _sinkhorn(tokens, backward):
   return Case(lambda x, g: jax.vjp(fn, x)[1](g), (logits, logits), False)
 
 
-def _mla_prefill(tokens, backward):
+def _mla_prefill(tokens: int, backward: bool) -> Case:
   wide, narrow = ((1, tokens, 128, 192), BF), ((1, tokens, 128, 128), BF)
   segments = ((1, tokens), I32)
   fn = functools.partial(mla_prefill, scale=0.07, impl='gpu')
   if not backward:
     return Case(fn, (wide, wide, narrow, segments), True)
 
-  def grads(q, k, v, segments, grad):
+  def grads(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    grad: jax.Array,
+  ) -> tuple:
     return jax.vjp(lambda *a: fn(*a, segments), q, k, v)[1](grad)
 
   return Case(grads, (wide, wide, narrow, segments, narrow), True)
 
 
-def _latent_kv(name):
+def _latent_kv(name: str) -> Case:
   shape = latent_shapes.BENCH[name]
   N, D, size = shape.tokens, shape.dim, (shape.pages, shape.page)
   angles = ((N, 32), F32)
@@ -180,7 +194,7 @@ def _latent_kv(name):
   return Case(fn, (*given, ((N,), I32), *cache), name != 'decode_b128_fp8')
 
 
-def _decode_fp8(batch, new, heads, splits):
+def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> Case:
   args = (
     ((batch, new, heads, 512), BF),
     ((batch, new, heads, 64), BF),
@@ -196,7 +210,7 @@ def _decode_fp8(batch, new, heads, splits):
   return Case(fn, args, True)
 
 
-def _indexer(batch, queries, keys):
+def _indexer(batch: int, queries: int, keys: int) -> Case:
   args = (
     ((batch, queries, 64, 128), BF),
     ((batch, keys, 128), BF),
@@ -208,7 +222,7 @@ def _indexer(batch, queries, keys):
   return Case(fn, args, True)
 
 
-def _sparse_mla(queries, heads, backward):
+def _sparse_mla(queries: int, heads: int, backward: bool) -> Case:
   args = (
     ((1, queries, heads, 512), BF),
     ((1, queries, heads, 64), BF),
@@ -220,7 +234,7 @@ def _sparse_mla(queries, heads, backward):
   if not backward:
     return Case(fn, args, True)
 
-  def grads(*args):
+  def grads(*args: jax.Array) -> tuple:
     *floats, index, grad = args
     return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
 

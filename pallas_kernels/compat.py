@@ -7,6 +7,8 @@ detector) instead of on a GPU: `with compat.interpreted(): ...`.
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,7 +24,7 @@ SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
 TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def _interpret_params():
+def _interpret_params() -> Any:
   if BEFORE_0_11:
     from jax._src.pallas.mosaic_gpu.interpret import params
 
@@ -31,7 +33,7 @@ def _interpret_params():
 
 
 @contextlib.contextmanager
-def interpreted():
+def interpreted() -> Iterator[None]:
   """Kernels traced inside run in the interpreter, races reported."""
   token = _interpret.set(_interpret_params())
   try:
@@ -44,11 +46,11 @@ def is_interpreted() -> bool:
   return _interpret.get() is not None
 
 
-def _several(threads):
+def _several(threads: int) -> dict[str, Any]:
   return {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
 
 
-def _warpgroup_params(**more):
+def _warpgroup_params(**more: Any) -> plgpu.CompilerParams:
   return plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
@@ -57,8 +59,14 @@ def _warpgroup_params(**more):
 
 
 def kernel(
-  body, out, *, grid: dict[str, int], scratch=(), threads=1, across_warps=True
-):
+  body: Callable,
+  out: Any,
+  *,
+  grid: dict[str, int],
+  scratch: Any = (),
+  threads: int = 1,
+  across_warps: bool = True,
+) -> Callable:
   """plgpu.kernel with warpgroup semantics; grid maps axis names to sizes.
 
   With `threads` > 1 the body runs in that many warpgroups, on the axis 'wg'.
@@ -78,7 +86,9 @@ def kernel(
   )
 
 
-def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
+def kernel_in_place(
+  body: Callable, *, grid: dict[str, int], scratch: list, threads: int
+) -> Callable:
   """`kernel` on refs of jax.new_ref among the arrays; no other result.
 
   plgpu.kernel of jax 0.10 loses track of such refs in its rule for vmap.
@@ -88,7 +98,7 @@ def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
   )
   axes = 'wg' if threads > 1 else ()
 
-  def scoped(*refs):
+  def scoped(*refs: jax.Ref) -> None:
     fn = functools.partial(body, *refs)
     pl.run_scoped(fn, *scratch, collective_axes=axes)
 
@@ -101,14 +111,16 @@ def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
   )
 
 
-def transposed(ref):
+def transposed(ref: jax.Ref) -> jax.Ref:
   """The [n m] view of an [m n] ref in shared memory."""
   if BEFORE_0_11:
     return plgpu.transpose_ref(ref, (1, 0))
   return ref.transpose((1, 0))
 
 
-def load(ref, index, layout, *, optimized=True):
+def load(
+  ref: jax.Ref, index: Any, layout: Any, *, optimized: bool = True
+) -> jax.Array:
   """ref[index] into registers; optimized=False for a ref in global memory."""
   index = index if isinstance(index, tuple) else (index,)
   if BEFORE_0_11:
@@ -116,7 +128,7 @@ def load(ref, index, layout, *, optimized=True):
   return plgpu.load(ref.at[index], layout=layout, optimized=optimized)
 
 
-def store(ref, index, value):
+def store(ref: jax.Ref, index: tuple, value: jax.Array) -> None:
   """ref[index] = value, in global memory, by whatever pieces there are."""
   if BEFORE_0_12:
     ref[index] = value
@@ -124,18 +136,23 @@ def store(ref, index, value):
     plgpu.store(ref.at[index], value, optimized=False)
 
 
-def full(shape, value, layout, dtype=jnp.float32):
+def full(
+  shape: tuple[int, ...],
+  value: float,
+  layout: Any,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
   return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
 
-def sqrt(x):
+def sqrt(x: jax.Array) -> jax.Array:
   """Root of x >= 0; jax 0.10 lowers rsqrt alone (and gives nan for inf)."""
   if BEFORE_0_11:
     return x * jax.lax.rsqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
   return jnp.sqrt(x)
 
 
-def wgmma(acc, a, b):
+def wgmma(acc: jax.Ref, a: jax.Ref, b: jax.Ref) -> None:
   """acc += a @ b of refs in shared memory."""
   if is_interpreted():
     # Its race detector overlooks what wgmma reads, but not a load. A load,
@@ -146,13 +163,13 @@ def wgmma(acc, a, b):
   plgpu.wgmma(acc, a, b)
 
 
-def accumulate(acc, fn):
+def accumulate(acc: jax.Array, fn: Callable[[jax.Ref], None]) -> jax.Array:
   """Runs fn(ref) on an accumulator that starts as `acc`; returns it."""
   if not is_interpreted():
     return pl.run_state(fn)(plgpu.ACC.init(acc))
 
   # The interpreter has no rule for run_state: the same sum in two parts.
-  def from_zero(ref):
+  def from_zero(ref: jax.Ref) -> jax.Array:
     fn(ref)
     return ref[...]
 

@@ -7,6 +7,10 @@ plgpu.commit_smem and a barrier show them to the readers. The interpreter, which
 knows no cp.async, gets the same rows by a plain load and store.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
+import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -21,7 +25,7 @@ _THREADS, _VECTOR = 128, 8  # columns of one copy
 _AT_ONCE = 64  # columns that neighbouring threads copy together
 
 
-def start(source, chosen, dest):
+def start(source: jax.Ref, chosen: jax.Ref, dest: jax.Ref) -> None:
   """dest[i] = source[chosen[i]], or zeros where that is negative.
 
   Args:
@@ -40,19 +44,19 @@ def start(source, chosen, dest):
   )
 
 
-def commit():
+def commit() -> None:
   """Closes a group of `start`s, which may be empty."""
   if not compat.is_interpreted():
     plgpu.inline_mgpu()(lambda _: nvvm.cp_async_commit_group() and None)()
 
 
-def wait(groups: int):
+def wait(groups: int) -> None:
   """Until all but the last so many groups of this warpgroup are here."""
   if not compat.is_interpreted():
     plgpu.inline_mgpu()(lambda _: nvvm.cp_async_wait_group(groups) and None)()
 
 
-def places(thread, rows: int, columns: int):
+def places(thread: Any, rows: int, columns: int) -> Iterator[tuple]:
   """What a thread copies: (row, [(column, row and column of tile, inside)]).
 
   Up to eight threads share a row and fetch 128 bytes of it. The swizzle
@@ -77,7 +81,7 @@ def places(thread, rows: int, columns: int):
     )
 
 
-def _copy(_, source, chosen, dest):
+def _copy(_, source: Any, chosen: Any, dest: Any) -> None:
   """`start` for one thread of the warpgroup."""
   i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
   kind = ir.BF16Type.get()

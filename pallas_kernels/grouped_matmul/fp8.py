@@ -8,6 +8,8 @@ Legend: M rows, E experts, D width in, F width out.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,8 +30,14 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def forward(
-  rows, row_scales, weights, weight_scales, block_expert, used, dtype
-):
+  rows: jax.Array,
+  row_scales: jax.Array,
+  weights: jax.Array,
+  weight_scales: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
   """rows [M D], weights [E F D], scales of both -> [M F] of dtype."""
   _supported(rows, weights, dtype)
   (M, D), F = rows.shape, weights.shape[1]
@@ -54,8 +62,15 @@ def forward(
 
 
 def outer(
-  rows, row_scales, grads, grad_scales, block_expert, used, num_experts, dtype
-):
+  rows: jax.Array,
+  row_scales: jax.Array,
+  grads: jax.Array,
+  grad_scales: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  num_experts: int,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
   """Sum over each expert's rows of rows @ grads.T: [E D F] of dtype.
 
   Args:
@@ -83,7 +98,9 @@ def outer(
   )(rows, row_scales.T, grads, grad_scales.T, first, count)
 
 
-def _supported(left, right, dtype):
+def _supported(
+  left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike
+) -> None:
   if left.dtype != FP8 or right.dtype != FP8:
     raise NotImplementedError(
       f'dtype {left.dtype}/{right.dtype}, not {jnp.dtype(FP8).name}'
@@ -92,13 +109,13 @@ def _supported(left, right, dtype):
     raise NotImplementedError(f'result in {jnp.dtype(dtype)}, not bfloat16')
 
 
-def _tile_of(rows_multiple, columns):
+def _tile_of(rows_multiple: int, columns: int) -> gpu.Tile:
   tile = gpu.tile_of(rows_multiple, columns)
   # Twice as many columns and the sum of a step: too many registers.
   return gpu.Tile(tile.rows, STEP) if tile.by_rows else tile
 
 
-def _scratch(tile, arrivals):
+def _scratch(tile: gpu.Tile, arrivals: int) -> dict[str, Any]:
   """Tiles in shared memory; `arrivals` copies fill a stage."""
   parts_a, parts_b = tile.parts
   memory = lambda *shape: plgpu.SMEM(shape, FP8, transforms=_TILED)
@@ -114,22 +131,29 @@ def _scratch(tile, arrivals):
   }
 
 
-def _fill(steps, load):
+def _fill(steps: jax.Array, load: Callable) -> None:
   """Warpgroup 0 starts the copies of the first stages."""
 
   @pl.when(lax.axis_index('wg') == 0)
   def _():
-    def fill(stage, _):
+    def fill(stage: jax.Array, _) -> tuple:
       load(stage, stage)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
 
-def _sums(steps, load, add, pieces, here, free):
+def _sums(
+  steps: jax.Array,
+  load: Callable,
+  add: Callable,
+  pieces: list[tuple[int, int]],
+  here: jax.Ref,
+  free: jax.Ref,
+) -> tuple[jax.Array, ...]:
   """Float32 [64, width] pieces: `sums = add(k, stage, sums)` of every step."""
 
-  def step(k, sums):
+  def step(k: jax.Array, sums: tuple) -> tuple:
     stage = lax.rem(k, STAGES)
     plgpu.barrier_wait(here.at[stage])
     sums = add(k, stage, sums)
@@ -150,10 +174,10 @@ def _sums(steps, load, add, pieces, here, free):
   return lax.fori_loop(0, steps, step, tuple(zeros))
 
 
-def _product(a, b):
+def _product(a: jax.Ref, b: jax.Ref) -> jax.Array:
   """a @ b.T of refs in shared memory, from zero."""
 
-  def run(ref):
+  def run(ref: jax.Ref) -> jax.Array:
     compat.wgmma(ref, a, compat.transposed(b))
     return ref[...]
 
@@ -161,10 +185,11 @@ def _product(a, b):
 
 
 def _body(
-  rows, row_scales, weights, weight_scales, block_expert, used, out,
-  a, b, row_scale, staged, here, free, weight_scale, scales_here,
-  *, tile, block,
-):  # fmt: skip
+  rows: jax.Ref, row_scales: jax.Ref, weights: jax.Ref, weight_scales: jax.Ref,
+  block_expert: jax.Ref, used: jax.Ref, out: jax.Ref, a: jax.Ref, b: jax.Ref,
+  row_scale: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref,
+  weight_scale: jax.Ref, scales_here: jax.Ref, *, tile: gpu.Tile, block: int,
+) -> None:  # fmt: skip
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
@@ -172,7 +197,7 @@ def _body(
   steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
   groups = tile.columns // STEP  # scales across the tile
 
-  def load(k, stage):
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -200,7 +225,7 @@ def _body(
   # A warpgroup's first group; two share one if the tile has just one.
   first = lax.div(part_b * tile.own_columns, STEP)
 
-  def add(k, stage, sums):
+  def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
     own = compat.load(row_scale, (stage, part_a), _BY_ROW)
     out = []
     for piece, total in enumerate(sums):
@@ -227,14 +252,16 @@ def _body(
 
 
 def _outer_body(
-  rows, row_scales, grads, grad_scales, first, count, out,
-  a, b, row_scale, staged, here, free, grad_scale,
-):  # fmt: skip
+  rows: jax.Ref, row_scales: jax.Ref, grads: jax.Ref, grad_scales: jax.Ref,
+  first: jax.Ref, count: jax.Ref, out: jax.Ref, a: jax.Ref, b: jax.Ref,
+  row_scale: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref,
+  grad_scale: jax.Ref,
+) -> None:  # fmt: skip
   e, m, n, w = (lax.axis_index(axis) for axis in ('e', 'm', 'n', 'wg'))
   start, steps = first[e], count[e]
   columns = pl.ds(n * STEP, STEP)
 
-  def load(k, stage):
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds((start + k) * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -248,7 +275,7 @@ def _outer_body(
 
   _fill(steps, load)
 
-  def add(k, stage, sums):
+  def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
     (total,) = sums
     spread = lambda scale, dim: lax.broadcast_in_dim(scale, total.shape, [dim])
     down = compat.load(row_scale, (stage, w), _BY_ROW)

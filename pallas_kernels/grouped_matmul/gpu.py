@@ -9,6 +9,8 @@ Legend: M rows, E experts, D width in, F width out.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -44,7 +46,7 @@ class Tile:
     return (2, 1) if self.by_rows else (1, 2)
 
 
-def tile_of(rows_multiple, columns) -> Tile:
+def tile_of(rows_multiple: int, columns: int) -> Tile:
   rows = 128 if rows_multiple % 128 == 0 else 64
   if rows_multiple % 64:
     raise NotImplementedError(f'rows in steps of {rows_multiple}, not 64 * n')
@@ -54,13 +56,19 @@ def tile_of(rows_multiple, columns) -> Tile:
   raise NotImplementedError(f'width {columns}, not a multiple of 128')
 
 
-def supported(*arrays):
+def supported(*arrays: jax.Array) -> None:
   for array in arrays:
     if array.dtype != jnp.bfloat16:
       raise NotImplementedError(f'dtype {array.dtype}, not bfloat16')
 
 
-def forward(rows, weights, block_expert, used, transpose):
+def forward(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+) -> jax.Array:
   """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
   supported(rows, weights)
   (M, D), F = rows.shape, weights.shape[1 if transpose else 2]
@@ -81,7 +89,13 @@ def forward(rows, weights, block_expert, used, transpose):
   )(rows, weights, block_expert, used[None])
 
 
-def outer(rows, grads, block_expert, used, num_experts):
+def outer(
+  rows: jax.Array,
+  grads: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  num_experts: int,
+) -> jax.Array:
   """Sum over each expert's rows of rows.T @ grads: [E D F] bfloat16.
 
   Blocks of one expert must adjoin, as they do in a plan.
@@ -103,7 +117,9 @@ def outer(rows, grads, block_expert, used, num_experts):
   )(rows, grads, first, count)
 
 
-def runs(block_expert, used, num_experts, steps):
+def runs(
+  block_expert: jax.Array, used: jax.Array, num_experts: int, steps: int
+) -> tuple[jax.Array, jax.Array]:
   """First step and steps of each expert [E], of so many a block."""
   index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
   ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
@@ -112,7 +128,9 @@ def runs(block_expert, used, num_experts, steps):
   return first * steps, own.sum(1, dtype=jnp.int32) * steps
 
 
-def _scratch(tile, a_shape, b_shape):
+def _scratch(
+  tile: Tile, a_shape: tuple[int, int], b_shape: tuple[int, int]
+) -> dict[str, Any]:
   memory = lambda *shape: plgpu.SMEM(
     shape, jnp.bfloat16, transforms=compat.TILED_16BIT
   )
@@ -126,19 +144,26 @@ def _scratch(tile, a_shape, b_shape):
   }
 
 
-def ring(steps, load, multiply, here, free, products=1):
+def ring(
+  steps: jax.Array,
+  load: Callable,
+  multiply: Callable,
+  here: jax.Ref,
+  free: jax.Ref,
+  products: int = 1,
+) -> None:
   """multiply(stage), of so many products, while later stages are loading."""
   w = lax.axis_index('wg')
 
   @pl.when(w == 0)
   def _():
-    def fill(stage, _):
+    def fill(stage: jax.Array, _) -> tuple:
       load(stage, stage)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
-  def step(k, _):
+  def step(k: jax.Array, _) -> tuple:
     stage = lax.rem(k, STAGES)
     plgpu.barrier_wait(here.at[stage])
     multiply(stage)
@@ -159,17 +184,29 @@ def ring(steps, load, multiply, here, free, products=1):
   lax.fori_loop(0, steps, step, ())
 
 
-def _sum(columns, steps, load, multiply, here, free):
+def _sum(
+  columns: int,
+  steps: jax.Array,
+  load: Callable,
+  multiply: Callable,
+  here: jax.Ref,
+  free: jax.Ref,
+) -> jax.Array:
   """The float32 [64, columns] that multiply(ref, stage) adds up in a ref."""
 
-  def run(ref):
+  def run(ref: jax.Ref) -> jax.Array:
     ring(steps, load, functools.partial(multiply, ref), here, free)
     return ref[...]
 
   return pl.run_scoped(run, plgpu.ACC((64, columns), jnp.float32))
 
 
-def store(acc, out_tile, staged, own_columns):
+def store(
+  acc: jax.Array,
+  out_tile: Callable[[pl.Slice], jax.Ref],
+  staged: jax.Ref,
+  own_columns: int,
+) -> None:
   """Registers -> shared memory -> out_tile(columns), some columns at a time."""
   w = lax.axis_index('wg')
   width = min(staged.shape[-1], own_columns)
@@ -183,16 +220,17 @@ def store(acc, out_tile, staged, own_columns):
   plgpu.wait_smem_to_gmem(0)
 
 
-def part(tile):
+def part(tile: Tile) -> tuple:
   """Which piece of a and of b this warpgroup multiplies."""
   w = lax.axis_index('wg')
   return (w, 0) if tile.by_rows else (0, w)
 
 
 def _forward_body(
-  rows, weights, block_expert, used, out, a, b, staged, here, free,
-  *, tile, transpose, block,
-):  # fmt: skip
+  rows: jax.Ref, weights: jax.Ref, block_expert: jax.Ref, used: jax.Ref,
+  out: jax.Ref, a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref,
+  free: jax.Ref, *, tile: Tile, transpose: bool, block: int,
+) -> None:  # fmt: skip
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
@@ -200,7 +238,7 @@ def _forward_body(
   # Filler gets zeros: no step at all.
   steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
 
-  def load(k, stage):
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * STEP, STEP)
     for i in range(tile.parts[0]):
       where = pl.ds(m * tile.rows + i * 64, 64)
@@ -214,7 +252,7 @@ def _forward_body(
         weights.at[source], b.at[stage, i], here.at[stage]
       )
 
-  def multiply(ref, stage):
+  def multiply(ref: jax.Ref, stage: jax.Array) -> None:
     right = b.at[stage, part_b]
     right = compat.transposed(right) if transpose else right
     compat.wgmma(ref, a.at[stage, part_a], right)
@@ -233,13 +271,15 @@ def _forward_body(
 
 
 def _outer_body(
-  rows, grads, first, count, out, a, b, staged, here, free, *, tile
-):
+  rows: jax.Ref, grads: jax.Ref, first: jax.Ref, count: jax.Ref, out: jax.Ref,
+  a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref, *,
+  tile: Tile,
+) -> None:  # fmt: skip
   e, m, n = (lax.axis_index(axis) for axis in ('e', 'm', 'n'))
   start = first[e]
   part_a, part_b = part(tile)
 
-  def load(k, stage):
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds((start + k) * STEP, STEP)
     for i in range(tile.parts[0]):
       where = pl.ds(m * tile.rows + i * 64, 64)
@@ -252,7 +292,7 @@ def _outer_body(
         grads.at[inner, where], b.at[stage, i], here.at[stage]
       )
 
-  def multiply(ref, stage):
+  def multiply(ref: jax.Ref, stage: jax.Array) -> None:
     left = compat.transposed(a.at[stage, part_a])
     compat.wgmma(ref, left, b.at[stage, part_b])
 

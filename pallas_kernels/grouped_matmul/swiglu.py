@@ -19,7 +19,13 @@ from pallas_kernels.grouped_matmul import gpu
 COLUMNS = 128  # of the result, in a tile
 
 
-def forward(rows, gate_up, block_expert, used, limit):
+def forward(
+  rows: jax.Array,
+  gate_up: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  limit: float | None,
+) -> jax.Array:
   """rows [M D], gate_up [E D 2F] -> silu(gate) * up, [M F]."""
   gpu.supported(rows, gate_up)
   (M, D), F = rows.shape, gate_up.shape[2] // 2
@@ -50,9 +56,10 @@ def forward(rows, gate_up, block_expert, used, limit):
 
 
 def _body(
-  rows, gate_up, block_expert, used, out, a, b, staged, here, free,
-  *, tile, block, limit,
-):  # fmt: skip
+  rows: jax.Ref, gate_up: jax.Ref, block_expert: jax.Ref, used: jax.Ref,
+  out: jax.Ref, a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref,
+  free: jax.Ref, *, tile: gpu.Tile, block: int, limit: float | None,
+) -> None:  # fmt: skip
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
@@ -60,7 +67,7 @@ def _body(
   width, parts = tile.own_columns, tile.parts
   steps = jnp.where(at < used[0], rows.shape[1] // gpu.STEP, 0)
 
-  def load(k, stage):
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * gpu.STEP, gpu.STEP)
     for i in range(parts[0]):
       where = pl.ds(m * tile.rows + i * 64, 64)
@@ -76,8 +83,8 @@ def _body(
           here.at[stage],
         )
 
-  def run(gate, up):
-    def multiply(stage):
+  def run(gate: jax.Ref, up: jax.Ref) -> tuple[jax.Array, jax.Array]:
+    def multiply(stage: jax.Array) -> None:
       for half, ref in enumerate((gate, up)):
         right = b.at[stage, half * parts[1] + part_b]
         compat.wgmma(ref, a.at[stage, part_a], right)

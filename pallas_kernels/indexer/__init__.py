@@ -6,6 +6,8 @@ scores are never stored. Legend: B batch, T queries, S keys, H index heads,
 I index dim, K chosen.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,16 @@ from pallas_kernels.indexer import reference
 __all__ = ['indexer']
 
 
-def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
+def indexer(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array | None = None,
+  last: jax.Array | None = None,
+  *,
+  top_k: int,
+  impl: str | None = None,
+) -> jax.Array:
   """The positions of the top_k best scores, lower positions among equals.
 
   Args:
@@ -44,7 +55,7 @@ def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
     last = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32), (B, T))
   _check(q, k, w, first, last, top_k)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.indexer import gpu
 
     return gpu.indexer(*args)
@@ -57,7 +68,14 @@ def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
   return dispatch.run('indexer', impl, functions, *args)
 
 
-def _check(q, k, w, first, last, top_k):
+def _check(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  top_k: int,
+) -> None:
   B, T, H, I = q.shape
   wanted = {
     'k': (k, (B, k.shape[1], I)),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def _place(word, rank):
+def _place(word: jax.Array, rank: jax.Array) -> jax.Array:
   """Where the set bit with `rank` lower ones lies in each uint32 word."""
   place = jnp.zeros_like(rank)
   for width in (16, 8, 4, 2, 1):
@@ -20,13 +20,13 @@ def _place(word, rank):
   return place
 
 
-def _take(a, at):
+def _take(a: jax.Array, at: jax.Array) -> jax.Array:
   """a[t, at[t, k]], by one index: XLA folds pairs of them into a constant."""
   row = jnp.arange(a.shape[0], dtype=jnp.int32)[:, None] * a.shape[1]
   return a.reshape(-1).at[row + at].get(mode='promise_in_bounds')
 
 
-def _first_above(upto, wanted):
+def _first_above(upto: jax.Array, wanted: jax.Array) -> jax.Array:
   """[T K]: the first word that upto [T W], ascending, puts above wanted."""
   W = upto.shape[1]
   word = jnp.zeros((upto.shape[0], wanted.shape[1]), jnp.int32)
@@ -38,7 +38,7 @@ def _first_above(upto, wanted):
   return jnp.minimum(word, W - 1)
 
 
-def positions(words, count: int):
+def positions(words: jax.Array, count: int) -> jax.Array:
   """words [T W] uint32, bit i of word j for key 32 j + i -> [T count] int32.
 
   Ascending; -1 behind the last one.

@@ -13,6 +13,7 @@ Legend: B batch, T queries, S keys, H index heads, I index dim.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -33,7 +34,15 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def indexer(q, k, w, first, last, top_k, near=None):
+def indexer(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  top_k: int,
+  near: int | None = None,
+) -> jax.Array:
   _supported(q, k)
   B, T = q.shape[:2]
   S = k.shape[1]
@@ -61,7 +70,7 @@ def indexer(q, k, w, first, last, top_k, near=None):
   return chosen.reshape(B, 2 * pairs, top_k)[:, :T]
 
 
-def _supported(q, k):
+def _supported(q: jax.Array, k: jax.Array) -> None:
   if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
     raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
   H, I = q.shape[2:]
@@ -73,7 +82,16 @@ def _supported(q, k):
     raise NotImplementedError(f'{k.shape[1]} keys, more than {2**20}')
 
 
-def _select(q, k, w, first, last, *, top_k, near):
+def _select(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  *,
+  top_k: int,
+  near: int,
+) -> jax.Array:
   """[B T 2 S/64] int32: bit i of word [r, h] is for key 64 r + 32 h + i."""
   B, T, H, _ = q.shape
   S = k.shape[1]
@@ -107,7 +125,10 @@ def _select(q, k, w, first, last, *, top_k, near):
   return out if is_near else out[0]
 
 
-def _body(q, k, w, first, last, out, *rest, items, top_k, near):
+def _body(
+  q: jax.Ref, k: jax.Ref, w: jax.Ref, first: jax.Ref, last: jax.Ref,
+  out: jax.Ref, *rest: jax.Ref, items: int, top_k: int, near: bool,
+) -> None:  # fmt: skip
   worker, g = lax.axis_index('worker'), lax.axis_index('wg')
   if near:
     *rest, kept = rest
@@ -119,7 +140,7 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
   workers = min(items, compat.num_sms())
   per_row = q.shape[1] // 2
 
-  def item(i, _):
+  def item(i: jax.Array, _) -> tuple:
     # The last queries have the most keys: they go first.
     number = items - 1 - (worker + i * workers)
     b, pair = lax.div(number, per_row), lax.rem(number, per_row)
@@ -150,38 +171,42 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
   lax.fori_loop(0, mine, item, ())
 
 
-def _ordered(score):
+def _ordered(score: jax.Array) -> jax.Array:
   """int32 of the same order as the float32."""
   score = jnp.where(score == 0.0, 0.0, score)
   word = lax.bitcast_convert_type(score, jnp.int32)
   return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
 
 
-def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
+def _scores(
+  k: jax.Ref, weights: jax.Array, qs: jax.Ref, ks: jax.Ref, kept: jax.Ref,
+  here: jax.Ref, free: jax.Ref, *, start: jax.Array, end: jax.Array,
+  span: tuple[jax.Array, jax.Array],
+) -> None:  # fmt: skip
   """kept[r] = integers of the scores of keys [64 r, 64 r + 64)."""
   g, steps = lax.axis_index('wg'), end - start
 
-  def load(i, stage):
+  def load(i: jax.Array, stage: jax.Array) -> None:
     where = pl.ds((start + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(k.at[where], ks.at[stage], here.at[stage])
 
   @pl.when(g == 0)
   def _():
-    def fill(i, _):
+    def fill(i: jax.Array, _) -> tuple:
       load(i, i)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
-  def products(stage):
-    def run(ref):
+  def products(stage: jax.Array) -> jax.Array:
+    def run(ref: jax.Ref) -> jax.Array:
       compat.wgmma(ref, ks.at[stage], compat.transposed(qs))
       return ref[...]
 
     heads = qs.shape[0]
     return pl.run_scoped(run, plgpu.ACC((BLOCK, heads), jnp.float32))
 
-  def step(i, _):
+  def step(i: jax.Array, _) -> tuple:
     stage = lax.rem(i, STAGES)
     plgpu.barrier_wait(here.at[stage])
     s = jnp.maximum(products(stage), 0.0)
@@ -206,23 +231,28 @@ def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
   lax.fori_loop(0, steps, step, ())
 
 
-def _fill(kept, start, end):
-  def row(r, _):
+def _fill(kept: jax.Ref, start: jax.Array, end: jax.Array) -> None:
+  def row(r: jax.Array, _) -> tuple:
     kept[r] = compat.full((BLOCK,), NOTHING, _BY_ROW, jnp.int32)
     return ()
 
   lax.fori_loop(start, end, row, ())
 
 
-def _read(kept, chunk):
+def _read(kept: jax.Ref, chunk: jax.Array) -> jax.Array:
   rows = pl.ds(chunk * CHUNK, CHUNK)
   return compat.load(kept, rows, _TILE, optimized=False)
 
 
-def _count(kept, counts, chunks, holds):
+def _count(
+  kept: jax.Ref,
+  counts: jax.Ref,
+  chunks: tuple[jax.Array, jax.Array],
+  holds: Callable,
+) -> jax.Array:
   """How many keys have holds(integers, chunk)."""
 
-  def add(chunk, total):
+  def add(chunk: jax.Array, total: jax.Array) -> jax.Array:
     hit = holds(_read(kept, chunk), chunk)
     return total + hit.astype(jnp.int32)
 
@@ -234,18 +264,24 @@ def _count(kept, counts, chunks, holds):
   return compat.load(counts, slice(None), _BY_COLUMN).sum()
 
 
-def _positions(chunk):
+def _positions(chunk: jax.Array) -> jax.Array:
   iota = lambda axis: plgpu.broadcasted_iota(
     jnp.int32, (CHUNK, BLOCK), axis, layout=_TILE
   )
   return (chunk * CHUNK + iota(0)) * BLOCK + iota(1)
 
 
-def _threshold(kept, counts, chunks, top_k, keys):
+def _threshold(
+  kept: jax.Ref,
+  counts: jax.Ref,
+  chunks: tuple[jax.Array, jax.Array],
+  top_k: int,
+  keys: int,
+) -> tuple[jax.Array, jax.Array]:
   """(integer, position): chosen is above it, or equal and before there."""
   count = functools.partial(_count, kept, counts, chunks)
 
-  def bit(i, low):
+  def bit(i: jax.Array, low: jax.Array) -> jax.Array:
     # From -2**31 up: adding 2**31 to it wraps to 0, as it should.
     next_ = low + lax.shift_left(jnp.int32(1), 31 - i)
     enough = count(lambda x, _: x >= next_) >= top_k
@@ -259,10 +295,10 @@ def _threshold(kept, counts, chunks, top_k, keys):
   # All of them, as a rule: then nothing is searched.
   passes = jnp.where((equal <= wanted) | (level == NOTHING), 0, most)
 
-  def step(i, place):
+  def step(i: jax.Array, place: jax.Array) -> jax.Array:
     further = place + lax.shift_left(jnp.int32(1), most - 1 - i)
 
-    def before(x, chunk):
+    def before(x: jax.Array, chunk: jax.Array) -> jax.Array:
       return (x == level) & (_positions(chunk) < further)
 
     few = count(before) <= wanted
@@ -272,11 +308,17 @@ def _threshold(kept, counts, chunks, top_k, keys):
   return level, jnp.where(passes == 0, jnp.int32(2**30), place)
 
 
-def _emit(kept, words, out, chunks, limits):
+def _emit(
+  kept: jax.Ref,
+  words: jax.Ref,
+  out: jax.Ref,
+  chunks: tuple[jax.Array, jax.Array],
+  limits: tuple[jax.Array, jax.Array],
+) -> None:
   """Writes the words of every chunk of this query."""
   level, place = limits
 
-  def chunk(c, _):
+  def chunk(c: jax.Array, _) -> tuple:
     inside = (c >= chunks[0]) & (c < chunks[1])
 
     @pl.when(inside)

@@ -109,7 +109,15 @@ def _no_gradient(*_):
 _latent_kv.defvjp(lambda *args: (_latent_kv(*args), None), _no_gradient)
 
 
-def _check(x, w, gain, cos, sin, slots, cache):
+def _check(
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Pages | FP8Pages,
+) -> None:
   (N, D), C, R = x.shape, gain.shape[0], w.shape[1] - gain.shape[0]
   P, G = cache.c.shape[:2]
   wanted = {
@@ -147,7 +155,7 @@ def unpack(records: jax.Array, latent: int = 512) -> FP8Pages:
   group = latent // reference.GROUP
   c, scales, k_r = jnp.split(records, [latent, latent + 4 * group], axis=-1)
 
-  def view(bytes_, dtype):
+  def view(bytes_: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     size = jnp.dtype(dtype).itemsize
     wide = bytes_.reshape(*bytes_.shape[:-1], -1, size)
     wide = wide[..., 0] if size == 1 else wide

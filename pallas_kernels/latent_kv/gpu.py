@@ -12,6 +12,9 @@ parts are summed, and a second kernel does what follows the product.
 Legend: N tokens (padded to tiles), D model, C latent, R rope dim.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -56,7 +59,7 @@ def latent_kv(
   return type(cache)(*(a.reshape(b.shape) for a, b in zip(out, cache)))
 
 
-def _supported(x, w, gain, cache):
+def _supported(x: jax.Array, w: jax.Array, gain: jax.Array, cache: Any) -> None:
   kinds = [x.dtype, w.dtype, cache.k_r.dtype]
   if len(cache) == 2:
     kinds.append(cache.c.dtype)
@@ -76,14 +79,14 @@ def _supported(x, w, gain, cache):
     raise NotImplementedError(f'width {x.shape[1]}, not a multiple of {STEP}')
 
 
-def _pick_splits(tiles, steps, sms):
+def _pick_splits(tiles: int, steps: int, sms: int) -> int:
   """Parts of the width: enough thread blocks, at least 8 steps each."""
   if 4 * tiles > sms:
     return 1
   return max(1, min(sms // tiles, steps // 8))
 
 
-def _partners(w, interleaved):
+def _partners(w: jax.Array, interleaved: bool) -> jax.Array:
   """w [D R] with each column replaced by what sin multiplies in rope."""
   if interleaved:
     pairs = w.reshape(w.shape[0], -1, 2)
@@ -92,7 +95,7 @@ def _partners(w, interleaved):
   return jnp.concatenate([-b, a], axis=1)
 
 
-def _table(cos, sin, interleaved):
+def _table(cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
   """[2 N R] float32: what multiplies each column of the two products."""
   wide = lambda a: (
     jnp.repeat(a, 2, axis=1) if interleaved else jnp.tile(a, (1, 2))
@@ -100,7 +103,7 @@ def _table(cos, sin, interleaved):
   return jnp.stack([wide(cos), wide(sin)]).astype(jnp.float32)
 
 
-def _ring():
+def _ring() -> dict[str, Any]:
   """Tiles of the product: tokens, latent columns, rotary columns."""
   tile = lambda *shape: plgpu.SMEM(
     shape, jnp.bfloat16, transforms=compat.TILED_16BIT
@@ -114,12 +117,16 @@ def _ring():
   }
 
 
-def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
+def _multiply(
+  x: jax.Ref, w: jax.Ref, partners: jax.Ref, xs: jax.Ref, ws: jax.Ref,
+  rs: jax.Ref, here: jax.Ref, free: jax.Ref, *, tile: jax.Array,
+  first: int | jax.Array, steps: int | jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """This warpgroup's [64 256] and [64 64] sums over `steps` steps."""
   g = lax.axis_index('wg')
   rows = pl.ds(tile * ROWS, ROWS)
 
-  def load(step, stage):
+  def load(step: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds((first + step) * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -132,14 +139,14 @@ def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
 
   @pl.when(g == 0)
   def _():
-    def fill(stage, _):
+    def fill(stage: jax.Array, _) -> tuple:
       load(stage, stage)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
-  def run(latent, rope):
-    def step(k, _):
+  def run(latent: jax.Ref, rope: jax.Ref) -> tuple[jax.Array, jax.Array]:
+    def step(k: jax.Array, _) -> tuple:
       stage = lax.rem(k, STAGES)
       plgpu.barrier_wait(here.at[stage])
       compat.wgmma(latent, xs.at[stage], ws.at[stage, g])
@@ -164,11 +171,13 @@ def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
   return pl.run_scoped(run, acc(HALF), acc(ROPE))
 
 
-def _product(operands, splits):
+def _product(operands: tuple[jax.Array, ...], splits: int) -> jax.Array:
   """The two products of every part of the width: [splits N 2 256+64]."""
   x = operands[0]
 
-  def body(x, w, partners, out, *ring):
+  def body(
+    x: jax.Ref, w: jax.Ref, partners: jax.Ref, out: jax.Ref, *ring: jax.Ref
+  ) -> None:
     tile, split, g = (lax.axis_index(a) for a in ('tile', 'split', 'wg'))
     steps = x.shape[1] // STEP
     first = lax.div(split * steps, splits)
@@ -189,12 +198,16 @@ def _product(operands, splits):
   )(*operands)
 
 
-def _fused_body(x, w, partners, *ring, tile):
+def _fused_body(
+  x: jax.Ref, w: jax.Ref, partners: jax.Ref, *ring: jax.Ref, tile: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   steps = x.shape[1] // STEP
   return _multiply(x, w, partners, *ring, tile=tile, first=0, steps=steps)
 
 
-def _finish_body(parts, *, tile):
+def _finish_body(
+  parts: jax.Ref, *, tile: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   read = lambda start, size: compat.load(
     parts, (g, rows, pl.ds(start, size)), _TILE, optimized=False
@@ -219,7 +232,7 @@ def _write(products, ring, operands, rest, flat, eps, floor):
     'met': plgpu.Barrier(num_arrivals=2),
   }
 
-  def body(*refs):
+  def body(*refs: jax.Ref) -> None:
     given, refs = refs[: len(operands)], refs[len(operands) :]
     rest, refs = refs[:3], refs[3:]
     caches, refs = refs[: len(flat)], refs[len(flat) :]
@@ -234,7 +247,9 @@ def _write(products, ring, operands, rest, flat, eps, floor):
   return [jax.freeze(ref) for ref in caches]
 
 
-def _wide(values, shape, axis=0):
+def _wide(
+  values: jax.Array, shape: tuple[int, ...], axis: int = 0
+) -> jax.Array:
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
@@ -244,7 +259,7 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
     store[n] for n in ('stat', 'turned', 'key', 'where')
   )
 
-  def meet():
+  def meet() -> None:
     plgpu.barrier_arrive(store['met'])
     plgpu.barrier_wait(store['met'])
 
@@ -297,10 +312,12 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _for_slots(pages, where, do):
+def _for_slots(
+  pages: jax.Ref, where: jax.Ref, do: Callable[[jax.Array, jax.Array], None]
+) -> None:
   """do(row, slot) for each of the 64 tokens that has a slot."""
 
-  def one(i, _):
+  def one(i: jax.Array, _) -> tuple:
     slot = where[i]
     pl.when(slot < pages.shape[0])(lambda: do(i, slot))
     return ()
@@ -308,10 +325,12 @@ def _for_slots(pages, where, do):
   lax.fori_loop(0, ROWS, one, ())
 
 
-def _scatter(staged, pages, columns, where):
+def _scatter(
+  staged: jax.Ref, pages: jax.Ref, columns: slice | pl.Slice, where: jax.Ref
+) -> None:
   """Each row of staged [64 .] into its slot of pages, by TMA."""
 
-  def copy(i, slot):
+  def copy(i: jax.Array, slot: jax.Array) -> None:
     plgpu.copy_smem_to_gmem(
       staged.at[pl.ds(i, 1)], pages.at[pl.ds(slot, 1), columns]
     )
@@ -319,10 +338,12 @@ def _scatter(staged, pages, columns, where):
   _for_slots(pages, where, copy)
 
 
-def _scatter_numbers(staged, pages, column, where):
+def _scatter_numbers(
+  staged: jax.Ref, pages: jax.Ref, column: int | jax.Array, where: jax.Ref
+) -> None:
   """Each number of staged [64] into its slot of pages."""
 
-  def copy(i, slot):
+  def copy(i: jax.Array, slot: jax.Array) -> None:
     pages[slot, column] = staged[i]
 
   _for_slots(pages, where, copy)

@@ -8,7 +8,9 @@ from pallas_kernels.quantize import reference as quantize
 GROUP = 128  # numbers of a latent that share a scale
 
 
-def turn(k, cos, sin, interleaved):
+def turn(
+  k: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
+) -> jax.Array:
   """Rope of k [N R] by cos and sin [N R/2]."""
   if interleaved:
     a, b = k[:, 0::2], k[:, 1::2]
@@ -18,7 +20,7 @@ def turn(k, cos, sin, interleaved):
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def put(pages, slots, rows):
+def put(pages: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
   """pages [P G .] with rows [N .] at slots [N] of the flat cache."""
   flat = pages.reshape(-1, pages.shape[-1])
   # Below 0 is nowhere too; jax would count it from the end.

@@ -7,6 +7,10 @@ request, causal among themselves), H heads, C latent, R rope dim, P pages,
 G tokens per page, J pages per request.
 """
 
+from typing import Any
+
+import jax
+
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import reference
 
@@ -14,18 +18,18 @@ __all__ = ['mla_decode']
 
 
 def mla_decode(
-  q_c,
-  q_r,
-  c,
-  k_r,
-  table,
-  lengths,
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  table: jax.Array,
+  lengths: jax.Array,
   *,
   scale: float,
-  scales=None,
-  splits=None,
-  impl=None,
-):
+  scales: jax.Array | None = None,
+  splits: int | None = None,
+  impl: str | None = None,
+) -> jax.Array:
   """o[b, t, h] = softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
 
   Args:
@@ -55,7 +59,7 @@ def mla_decode(
   """
   _check(q_c, q_r, c, k_r, table, lengths, scales)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.mla_decode import gpu
 
     return gpu.mla_decode(*args, splits)
@@ -65,7 +69,15 @@ def mla_decode(
   return dispatch.run('mla_decode', impl, functions, *args)
 
 
-def _check(q_c, q_r, c, k_r, table, lengths, scales):
+def _check(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  table: jax.Array,
+  lengths: jax.Array,
+  scales: jax.Array | None,
+) -> None:
   B, T, H, C = q_c.shape
   wanted = {
     'q_r': (q_r, (B, T, H, k_r.shape[-1])),

@@ -147,12 +147,11 @@ def _dequantize(
 
 def _body(
   q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, scales: jax.Ref, k_r: jax.Ref,
-  table: jax.Ref, lengths: jax.Ref, row_new: jax.Ref,
-  out: jax.Ref, lse: jax.Ref,
-  qc: jax.Ref, qr: jax.Ref, raw: jax.Ref, kc: jax.Ref, kr: jax.Ref,
-  ps: jax.Ref, stat: jax.Ref,
-  q_here: jax.Ref, raw_here: jax.Ref, kr_here: jax.Ref, met: jax.Ref,
-  *, scale: float, splits: int, new: int, per_page: int,
+  table: jax.Ref, lengths: jax.Ref, row_new: jax.Ref, out: jax.Ref,
+  lse: jax.Ref, qc: jax.Ref, qr: jax.Ref, raw: jax.Ref, kc: jax.Ref,
+  kr: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref, raw_here: jax.Ref,
+  kr_here: jax.Ref, met: jax.Ref, *, scale: float, splits: int, new: int,
+  per_page: int,
 ) -> None:  # fmt: skip
   """Computes 64 query rows over one split of a request's tokens."""
   b, tile, split, w = (

@@ -192,12 +192,11 @@ def _clear(kc: jax.Ref, pair: jax.Array, length: jax.Array) -> None:
 
 
 def _body(
-  q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, k_r: jax.Ref,
-  table: jax.Ref, lengths: jax.Ref, row_new: jax.Ref,
-  out: jax.Ref, lse: jax.Ref,
-  qc: jax.Ref, qr: jax.Ref, kc: jax.Ref, kr: jax.Ref, stat: jax.Ref,
-  q_here: jax.Ref, k_here: jax.Ref, max_here: jax.Ref, p_here: jax.Ref,
-  p_read: jax.Ref, *, scale: float, splits: int, new: int, per_page: int,
+  q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, k_r: jax.Ref, table: jax.Ref,
+  lengths: jax.Ref, row_new: jax.Ref, out: jax.Ref, lse: jax.Ref, qc: jax.Ref,
+  qr: jax.Ref, kc: jax.Ref, kr: jax.Ref, stat: jax.Ref, q_here: jax.Ref,
+  k_here: jax.Ref, max_here: jax.Ref, p_here: jax.Ref, p_read: jax.Ref, *,
+  scale: float, splits: int, new: int, per_page: int,
 ) -> None:  # fmt: skip
   """Computes 64 query rows over one split of a request's tokens."""
   b, tile, split, w = (

@@ -1,15 +1,25 @@
 """Absorbed latent attention over a paged cache in XLA."""
 
+import jax
 import jax.numpy as jnp
 
 
-def gather_pages(pages, table):
+def gather_pages(pages: jax.Array, table: jax.Array) -> jax.Array:
   """pages [P G D], table [B J] -> [B J*G D]."""
   (B, J), (_, G, D) = table.shape, pages.shape
   return pages[table].reshape(B, J * G, D)
 
 
-def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales=None):
+def mla_decode(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  table: jax.Array,
+  lengths: jax.Array,
+  scale: float,
+  scales: jax.Array | None = None,
+) -> jax.Array:
   T = q_c.shape[1]
   keys = gather_pages(c, table).astype(jnp.float32)
   if scales is not None:

@@ -23,7 +23,7 @@ TEST = {
 }
 
 
-def _v3(batch, length, new, heads):
+def _v3(batch: int, length: int, new: int, heads: int) -> Shape:
   return Shape((length,) * batch, new, heads, 64)
 
 

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, H heads, D query and key dims, V value dims.
 """
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from pallas_kernels.mla_prefill import reference
 __all__ = ['mla_prefill', 'segment_starts']
 
 
-def segment_starts(segments):
+def segment_starts(segments: jax.Array) -> jax.Array:
   """segments [B T] int32 -> [B T] int32, where each token's segment starts.
 
   A segment is a run of equal numbers: the same number further on is another.
@@ -27,7 +28,15 @@ def segment_starts(segments):
   return jax.lax.cummax(firsts, axis=1)
 
 
-def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
+def mla_prefill(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None = None,
+  *,
+  scale: float,
+  impl: str | None = None,
+) -> jax.Array:
   """o[t] = softmax over s <= t of the same segment (scale q[t] k[s]) v[s].
 
   Args:
@@ -60,12 +69,14 @@ def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
   else:
     starts = segment_starts(jnp.asarray(segments))
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.mla_prefill import gpu
 
     return gpu.mla_prefill(*args)
 
-  def cudnn(q, k, v, _, scale):
+  def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, _, scale: float
+  ) -> jax.Array:
     from pallas_kernels.mla_prefill import cudnn
 
     return cudnn.mla_prefill(q, k, v, segments, scale)

@@ -29,7 +29,16 @@ from pallas_kernels.mla_prefill.causal_blocks import (
 )
 
 
-def queries(q, k, v, grad, lse, delta, starts, scale):
+def queries(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  grad: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  starts: jax.Array,
+  scale: float,
+) -> jax.Array:
   """Gradient of the queries."""
   return compat.kernel(
     functools.partial(_queries_body, scale=scale),
@@ -50,9 +59,11 @@ def queries(q, k, v, grad, lse, delta, starts, scale):
 
 
 def _queries_body(
-  q, k, v, grad, lse, delta, starts, out,
-  qs, gs, ks, vs, ds, own_here, here, free, *, scale,
-):  # fmt: skip
+  q: jax.Ref, k: jax.Ref, v: jax.Ref, grad: jax.Ref, lse: jax.Ref,
+  delta: jax.Ref, starts: jax.Ref, out: jax.Ref, qs: jax.Ref, gs: jax.Ref,
+  ks: jax.Ref, vs: jax.Ref, ds: jax.Ref, own_here: jax.Ref, here: jax.Ref,
+  free: jax.Ref, *, scale: float,
+) -> None:  # fmt: skip
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
@@ -64,12 +75,12 @@ def _queries_body(
   begin = by_row(starts, b, rows)
   norm, shift = by_row(lse, b, h, rows), by_row(delta, b, h, rows)
 
-  def load(i, stage):
+  def load(i: jax.Array, stage: jax.Array) -> None:
     where = pl.ds((first + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(k.at[b, where, h], ks.at[stage], here.at[stage])
     plgpu.copy_gmem_to_smem(v.at[b, where, h], vs.at[stage], here.at[stage])
 
-  def use(i, stage, acc):
+  def use(i: jax.Array, stage: jax.Array, acc: jax.Array) -> jax.Array:
     plgpu.barrier_wait(here.at[stage])
     s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * (scale * LOG2E)
     key = causal_blocks.iota(s.shape, 1, (first + i) * BLOCK)
@@ -92,7 +103,16 @@ def _queries_body(
   plgpu.wait_smem_to_gmem(0)
 
 
-def keys(q, k, v, grad, lse, delta, ends, scale):
+def keys(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  grad: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  ends: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
   """Gradients of the keys and of the values."""
   return compat.kernel(
     functools.partial(_keys_body, scale=scale),
@@ -118,9 +138,12 @@ def keys(q, k, v, grad, lse, delta, ends, scale):
 
 
 def _keys_body(
-  q, k, v, grad, lse, delta, ends, dk, dv,
-  ks, vs, qs, gs, ps, norms, shifts, own_here, here, free, *, scale,
-):  # fmt: skip
+  q: jax.Ref, k: jax.Ref, v: jax.Ref, grad: jax.Ref, lse: jax.Ref,
+  delta: jax.Ref, ends: jax.Ref, dk: jax.Ref, dv: jax.Ref, ks: jax.Ref,
+  vs: jax.Ref, qs: jax.Ref, gs: jax.Ref, ps: jax.Ref, norms: jax.Ref,
+  shifts: jax.Ref, own_here: jax.Ref, here: jax.Ref, free: jax.Ref, *,
+  scale: float,
+) -> None:  # fmt: skip
   b, h, w = (lax.axis_index(a) for a in ('b', 'h', 'wg'))
   m = lax.axis_index('m')  # the first keys have the most queries
   top_row = m * TILE + w * ROWS
@@ -132,7 +155,7 @@ def _keys_body(
   end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
   start = causal_blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
 
-  def load(i, stage):
+  def load(i: jax.Array, stage: jax.Array) -> None:
     where = pl.ds((first + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(q.at[b, where, h], qs.at[stage], here.at[stage])
     plgpu.copy_gmem_to_smem(grad.at[b, where, h], gs.at[stage], here.at[stage])
@@ -141,10 +164,12 @@ def _keys_body(
         vector.at[b, h, where], copy.at[stage], here.at[stage]
       )
 
-  def by_query(ref, stage, shape):
+  def by_query(
+    ref: jax.Ref, stage: jax.Array, shape: tuple[int, ...]
+  ) -> jax.Array:
     return causal_blocks.wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
 
-  def use(i, stage, carry):
+  def use(i: jax.Array, stage: jax.Array, carry: tuple) -> tuple:
     acc_k, acc_v = carry
     plgpu.barrier_wait(here.at[stage])
     s = causal_blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)

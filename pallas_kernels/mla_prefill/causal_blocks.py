@@ -5,7 +5,10 @@ refills.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -21,33 +24,35 @@ BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 LOG2E = math.log2(math.e)
 
 
-def memory(*shape):
+def memory(*shape: int) -> pl.MemoryRef:
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=compat.TILED_16BIT)
 
 
-def grid(q):
+def grid(q: jax.Array) -> dict[str, int]:
   return {'b': q.shape[0], 'h': q.shape[2], 'm': q.shape[1] // TILE}
 
 
-def place(tiles):
+def place(tiles: int) -> tuple[jax.Array, ...]:
   """Batch, head, tile and warpgroup; the longest tiles start first."""
   b, h, m, w = (lax.axis_index(a) for a in ('b', 'h', 'm', 'wg'))
   return b, h, tiles - 1 - m, w
 
 
-def stream(steps, load, use, carry, free):
+def stream(
+  steps: jax.Array, load: Callable, use: Callable, carry: Any, free: jax.Ref
+) -> Any:
   """carry = use(step, stage, carry), with the next blocks on their way."""
   w = lax.axis_index('wg')
 
   @pl.when(w == 0)
   def _():
-    def fill(step, _):
+    def fill(step: jax.Array, _) -> tuple:
       load(step, step)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
-  def step(i, carry):
+  def step(i: jax.Array, carry: Any) -> Any:
     stage = lax.rem(i, STAGES)
     carry = use(i, stage, carry)
 
@@ -65,11 +70,11 @@ def stream(steps, load, use, carry, free):
   return lax.fori_loop(0, steps, step, carry)
 
 
-def product(a, b, columns):
+def product(a: jax.Ref, b: jax.Ref, columns: int) -> jax.Array:
   """a @ b.T of refs, a float32 [64, columns] in registers."""
 
-  def run(ref):
-    def part(i, _):
+  def run(ref: jax.Ref) -> jax.Array:
+    def part(i: jax.Array, _) -> tuple:
       inner = (slice(None), pl.ds(i * 64, 64))
       compat.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
       return ()
@@ -80,23 +85,25 @@ def product(a, b, columns):
   return pl.run_scoped(run, plgpu.ACC((ROWS, columns), jnp.float32))
 
 
-def add_product(acc, a, b):
+def add_product(acc: jax.Array, a: jax.Ref, b: jax.Ref) -> jax.Array:
   """acc + a @ b of refs."""
 
-  def run(ref):
+  def run(ref: jax.Ref) -> None:
     compat.wgmma(ref, a, b)
     plgpu.wgmma_wait(0)
 
   return compat.accumulate(acc, run)
 
 
-def wide(values, shape, axis=0):
+def wide(values: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
-def iota(shape, axis, offset):
+def iota(
+  shape: tuple[int, ...], axis: int, offset: int | jax.Array
+) -> jax.Array:
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) + offset
 
 
-def zeros(columns):
+def zeros(columns: int) -> jax.Array:
   return compat.full((ROWS, columns), 0.0, WGMMA)

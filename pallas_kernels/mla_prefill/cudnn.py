@@ -9,7 +9,13 @@ import jax
 from pallas_kernels import dispatch
 
 
-def mla_prefill(q, k, v, segments, scale):
+def mla_prefill(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  scale: float,
+) -> jax.Array:
   """[B T H V], or NotImplementedError with what cuDNN can't do."""
   if segments is not None:
     raise NotImplementedError('cuDNN is not given packed segments')

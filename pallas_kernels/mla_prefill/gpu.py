@@ -26,7 +26,9 @@ from pallas_kernels.mla_prefill.causal_blocks import (
 )
 
 
-def mla_prefill(q, k, v, starts, scale):
+def mla_prefill(
+  q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
+) -> jax.Array:
   if any(a.dtype != jnp.bfloat16 for a in (q, k, v)):
     raise NotImplementedError(f'dtype {q.dtype}/{v.dtype}, not bfloat16')
   if (q.shape[-1], v.shape[-1]) != (WIDE, VALUE):
@@ -44,16 +46,20 @@ def mla_prefill(q, k, v, starts, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, starts, scale):
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
+) -> jax.Array:
   return _forward(q, k, v, starts, scale)[0]
 
 
-def _fwd(q, k, v, starts, scale):
+def _fwd(
+  q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
+) -> tuple:
   out, lse = _forward(q, k, v, starts, scale)
   return out, (q, k, v, starts, out, lse)
 
 
-def _bwd(scale, saved, grad):
+def _bwd(scale: float, saved: tuple, grad: jax.Array) -> tuple:
   q, k, v, starts, out, lse = saved
   grad = grad.astype(jnp.bfloat16)
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
@@ -67,7 +73,7 @@ def _bwd(scale, saved, grad):
 _attend.defvjp(_fwd, _bwd)
 
 
-def _segment_ends(starts):
+def _segment_ends(starts: jax.Array) -> jax.Array:
   """[B T] -> index of the last token of each token's segment."""
   at = jnp.arange(starts.shape[1], dtype=jnp.int32)
   last = jnp.pad(
@@ -77,7 +83,9 @@ def _segment_ends(starts):
   return lax.cummin(ends, axis=1, reverse=True)
 
 
-def _forward(q, k, v, starts, scale):
+def _forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
   """Output [B T H V] and base-2 log-sum-exp [B H T] of scaled scores."""
   B, T, H, _ = q.shape
   return compat.kernel(
@@ -104,9 +112,11 @@ def _forward(q, k, v, starts, scale):
 
 
 def _forward_body(
-  q, k, v, starts, out, lse,
-  qs, ks, vs, ps, os, stat, q_here, k_here, v_here, free, *, scale,
-):  # fmt: skip
+  q: jax.Ref, k: jax.Ref, v: jax.Ref, starts: jax.Ref, out: jax.Ref,
+  lse: jax.Ref, qs: jax.Ref, ks: jax.Ref, vs: jax.Ref, ps: jax.Ref, os: jax.Ref,
+  stat: jax.Ref, q_here: jax.Ref, k_here: jax.Ref, v_here: jax.Ref,
+  free: jax.Ref, *, scale: float,
+) -> None:  # fmt: skip
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
@@ -115,12 +125,12 @@ def _forward_body(
   steps = (m + 1) * (TILE // BLOCK) - first
   begin = compat.load(starts, (b, rows), BY_ROW, optimized=False)
 
-  def load(i, stage):
+  def load(i: jax.Array, stage: jax.Array) -> None:
     where = pl.ds((first + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(k.at[b, where, h], ks.at[stage], k_here.at[stage])
     plgpu.copy_gmem_to_smem(v.at[b, where, h], vs.at[stage], v_here.at[stage])
 
-  def use(i, stage, carry):
+  def use(i: jax.Array, stage: jax.Array, carry: tuple) -> tuple:
     acc, top, total = carry
     plgpu.barrier_wait(k_here.at[stage])
     s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * scale

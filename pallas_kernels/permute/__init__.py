@@ -8,6 +8,7 @@ Legend: N tokens, K choices per token, E experts, M rows, D width.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from pallas_kernels.quantize import ACTIVATION_FLOOR, check_floor
 __all__ = ['Plan', 'combine', 'permute', 'permute_fp8', 'plan']
 
 
-def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
+def plan(
+  experts: jax.Array, num_experts: int, *, block: int | None = None
+) -> Plan:
   """Lays the (token, choice) pairs out by expert, in blocks of one expert.
 
   Args:
@@ -54,10 +57,10 @@ def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
   return reference.plan(experts, num_experts, block)
 
 
-def _run(name, impl, *args):
+def _run(name: str, impl: str | None, *args: Any) -> Any:
   """Kernel or reference function of that name."""
 
-  def gpu(*args):
+  def gpu(*args: Any) -> Any:
     from pallas_kernels.permute import gpu
 
     return getattr(gpu, name)(*args)
@@ -67,7 +70,7 @@ def _run(name, impl, *args):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _permute(x, plan, impl):
+def _permute(x: jax.Array, plan: Plan, impl: str | None) -> jax.Array:
   return _run('permute', impl, x, plan)
 
 
@@ -77,7 +80,7 @@ _permute.defvjp(
 )
 
 
-def permute(x, plan: Plan, *, impl: str | None = None):
+def permute(x: jax.Array, plan: Plan, *, impl: str | None = None) -> jax.Array:
   """x [N D] -> rows [M D]; filler rows are zero. Differentiable in x.
 
   impl='gpu' takes bfloat16 and float32 with D a multiple of 256, and raises
@@ -135,18 +138,22 @@ def permute_fp8(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(rows, weights, plan, impl):
+def _combine(
+  rows: jax.Array, weights: jax.Array, plan: Plan, impl: str | None
+) -> jax.Array:
   return _run('combine', impl, rows, weights, plan)
 
 
-def _combine_bwd(impl, saved, grad):
+def _combine_bwd(impl: str | None, saved: tuple, grad: jax.Array) -> tuple:
   return *_run('combine_bwd', impl, *saved, grad), None
 
 
 _combine.defvjp(lambda *args: (_combine(*args), args[:3]), _combine_bwd)
 
 
-def combine(rows, weights, plan: Plan, *, impl: str | None = None):
+def combine(
+  rows: jax.Array, weights: jax.Array, plan: Plan, *, impl: str | None = None
+) -> jax.Array:
   """y[n] = sum_k weights[n, k] * rows[slot[n, k]], summed in float32.
 
   Args:

@@ -10,7 +10,7 @@ A thread moves up to 16 bytes at once, and nothing goes through shared memory.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array
 
 from pallas_kernels import compat
+from pallas_kernels.permute.reference import Plan
 from pallas_kernels.quantize import gpu as quantize
 from pallas_kernels.quantize.reference import FP8
 
@@ -44,7 +45,7 @@ class _Part(NamedTuple):
   zero: Callable
 
 
-def permute(x, plan):
+def permute(x: jax.Array, plan: Plan) -> jax.Array:
   out = jax.ShapeDtypeStruct((plan.source.shape[0], x.shape[1]), x.dtype)
   return _spread(x, plan, out, _plain(x))
 
@@ -61,15 +62,17 @@ def permute_fp8(x, plan, power_of_two, floor):
   return rows.reshape(M, -1), scales
 
 
-def permute_bwd(grad, plan):
+def permute_bwd(grad: jax.Array, plan: Plan) -> jax.Array:
   return _gather(grad, plan.slot, None)
 
 
-def combine(rows, weights, plan):
+def combine(rows: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
   return _gather(rows, plan.slot, weights.astype(jnp.float32))
 
 
-def combine_bwd(rows, weights, plan, grad):
+def combine_bwd(
+  rows: jax.Array, weights: jax.Array, plan: Plan, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   how = _plain(rows)
   outs = (
     jax.ShapeDtypeStruct(rows.shape, rows.dtype),
@@ -89,7 +92,7 @@ def combine_bwd(rows, weights, plan, grad):
   return drows, dots.sum(0).astype(weights.dtype)
 
 
-def _chunk(x) -> int:
+def _chunk(x: jax.Array) -> int:
   """Columns that one warpgroup reads at once: up to 16 bytes a thread."""
   quantize.check_dtype(x)
   for vector in (16 // x.dtype.itemsize, 4, 2):
@@ -103,13 +106,13 @@ def _together(count: int) -> int:
   return max(n for n in range(1, _IN_FLIGHT + 1) if count % n == 0)
 
 
-def _plain(x) -> _Part:
+def _plain(x: jax.Array) -> _Part:
   """Columns of [N D] as they are."""
   chunk = _chunk(x)
   size = chunk * _together(x.shape[1] // chunk)
   layout = plgpu.Layout.WG_STRIDED((size,), vec_size=chunk // _THREADS)
 
-  def write(value, row, part, out):
+  def write(value: Any, row: jax.Array, part: pl.Slice, out: jax.Ref) -> None:
     out[row, part] = value
 
   return _Part(
@@ -129,22 +132,24 @@ def _quantised(x, power_of_two, floor) -> _Part:
   size = tile * _together(x.shape[1] // (tile * quantize.SIDE))
   layout = _within_warps(tile)
 
-  def read(x, n, part):
+  def read(x: jax.Ref, n: jax.Array, part: pl.Slice) -> Any:
     values = compat.load(x, (n, part, slice(None)), layout, optimized=False)
     return quantize.by_row(values.astype(jnp.float32), power_of_two, floor)
 
-  def write(value, row, part, out, scales):
+  def write(
+    value: Any, row: jax.Array, part: pl.Slice, out: jax.Ref, scales: jax.Ref
+  ) -> None:
     compat.store(out, (row, part, slice(None)), value[0])
     compat.store(scales, (row, part), value[1])
 
-  def zero():
+  def zero() -> Any:
     q = compat.full((size, quantize.SIDE), 0.0, layout).astype(FP8)
     return q, compat.full((size,), 0.0, layout.reduce(1))
 
   return _Part(size, read, write, zero)
 
 
-def _within_warps(tile: int):
+def _within_warps(tile: int) -> Any:
   """Layout of [8 128] or [4 128] and multiples: a warp has whole rows."""
   rows = tile // 4  # of a warp
   below = (2, 128) if rows == 2 else (128,)
@@ -156,7 +161,14 @@ def _within_warps(tile: int):
   )
 
 
-def _by_token(token, clear, size, plan, inputs, outs):
+def _by_token(
+  token: Callable,
+  clear: Callable,
+  size: int,
+  plan: Plan,
+  inputs: tuple[jax.Array, ...],
+  outs: Any,
+) -> Any:
   """One launch that writes all rows, by token and, if filler, by row.
 
   Args:
@@ -169,7 +181,7 @@ def _by_token(token, clear, size, plan, inputs, outs):
   """
   (N, K), M = plan.slot.shape, plan.source.shape[0]
 
-  def body(slot, source, *refs):
+  def body(slot: jax.Ref, source: jax.Ref, *refs: jax.Ref) -> None:
     part = pl.ds(lax.axis_index('part') * size, size)
     program = lax.axis_index('program')
 
@@ -194,13 +206,15 @@ def _by_token(token, clear, size, plan, inputs, outs):
   return compat.kernel(body, outs, grid=grid)(plan.slot, plan.source, *inputs)
 
 
-def _spread(x, plan, outs, how):
+def _spread(x: jax.Array, plan: Plan, outs: Any, how: _Part) -> Any:
   """Every token to all of its rows, zeros to the others."""
 
-  def token(n, part, slot, x, *outs):
+  def token(
+    n: jax.Array, part: pl.Slice, slot: jax.Ref, x: jax.Ref, *outs: jax.Ref
+  ) -> None:
     value = how.read(x, n, part)
 
-    def choice(k, _):
+    def choice(k: jax.Array, _) -> tuple:
       row = slot[n, k]
 
       @pl.when(row < outs[0].shape[0])
@@ -215,12 +229,15 @@ def _spread(x, plan, outs, how):
   return _by_token(token, clear, how.size, plan, (x,), outs)
 
 
-def _weigh(how, n, part, slot, grad, rows, weights, drows, dots):
+def _weigh(
+  how: _Part, n: jax.Array, part: pl.Slice, slot: jax.Ref, grad: jax.Ref,
+  rows: jax.Ref, weights: jax.Ref, drows: jax.Ref, dots: jax.Ref,
+) -> None:  # fmt: skip
   """weights[n, k] * grad[n] to every row of n, and <grad[n], row>."""
   at, M = lax.axis_index('part'), rows.shape[0]
   own = how.read(grad, n, part)
 
-  def choice(k, _):
+  def choice(k: jax.Array, _) -> tuple:
     row = slot[n, k]
 
     @pl.when(row < M)
@@ -247,7 +264,7 @@ def _rows_per_block(count: int, terms: int) -> int:
   return rows
 
 
-def _read(x, at, columns):
+def _read(x: jax.Ref, at: jax.Array, columns: pl.Slice) -> jax.Array:
   """x[at, columns] in float32; zeros if `at` lies past the end."""
   size = columns.size
   layout = plgpu.Layout.WG_STRIDED((size,), vec_size=size // _THREADS)
@@ -259,7 +276,9 @@ def _read(x, at, columns):
   return jnp.where(inside, row.astype(jnp.float32), jnp.zeros((size,)))
 
 
-def _gather(x, index, scale):
+def _gather(
+  x: jax.Array, index: jax.Array, scale: jax.Array | None
+) -> jax.Array:
   """out[i] = sum_j scale[i, j] * x[index[i, j]], summed in float32."""
   chunk, (count, terms) = _chunk(x), index.shape
   rows = _rows_per_block(count, terms)
@@ -271,18 +290,20 @@ def _gather(x, index, scale):
   )(*inputs)
 
 
-def _gather_body(x, index, *rest, rows, chunk):
+def _gather_body(
+  x: jax.Ref, index: jax.Ref, *rest: jax.Ref, rows: int, chunk: int
+) -> None:
   *scale, out = rest
   first = lax.axis_index('group') * rows
 
-  def total(i, columns):
+  def total(i: int | jax.Array, columns: pl.Slice) -> jax.Array:
     terms = range(index.shape[1])
     values = [_read(x, index[i, j], columns) for j in terms]
     if scale:
       values = [value * scale[0][i, j] for j, value in enumerate(values)]
     return sum(values[1:], values[0])
 
-  def column(c, _):
+  def column(c: jax.Array, _) -> tuple:
     columns = pl.ds(c * chunk, chunk)
     # All reads before any write: the compiler can't tell that they differ.
     totals = [total(first + i, columns) for i in range(rows)]

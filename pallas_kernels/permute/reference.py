@@ -21,7 +21,7 @@ class Plan(NamedTuple):
   counts: jax.Array  # [E] rows that each expert got
 
   @property
-  def used(self):
+  def used(self) -> jax.Array:
     """[] int32: leading blocks that hold rows; the rest are filler."""
     block = self.source.shape[0] // self.block_expert.shape[0]
     return ((self.counts + block - 1) // block).sum()
@@ -46,7 +46,7 @@ def pick_block(choices: int, num_experts: int, on_hopper: bool) -> int:
   return min(1 << max(share // 8, 1).bit_length() - 1, 32)
 
 
-def plan(experts, num_experts, block) -> Plan:
+def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
   N, K = experts.shape
   E, C = num_experts, N * K
   M = num_blocks(C, E, block) * block
@@ -75,14 +75,14 @@ def plan(experts, num_experts, block) -> Plan:
   return Plan(slot.reshape(N, K), source, expert, counts)
 
 
-def _take(x, index):
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   """Rows of x; an index past the end gives zeros."""
   if not x.shape[0]:
     return jnp.zeros((*index.shape, *x.shape[1:]), x.dtype)
   return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
 
-def permute(x, plan: Plan):
+def permute(x: jax.Array, plan: Plan) -> jax.Array:
   return _take(x, plan.source // plan.slot.shape[1])
 
 
@@ -92,18 +92,20 @@ def permute_fp8(x, plan: Plan, power_of_two, floor):
   return _take(q, token), _take(scales, token)
 
 
-def permute_bwd(grad, plan: Plan):
+def permute_bwd(grad: jax.Array, plan: Plan) -> jax.Array:
   picked = [_take(grad, s) for s in plan.slot.T]  # K times [N D]
   return sum(p.astype(jnp.float32) for p in picked).astype(grad.dtype)
 
 
-def combine(rows, weights, plan: Plan):
+def combine(rows: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
   w = weights.astype(jnp.float32).T[..., None]  # [K N 1]
   picked = (_take(rows, s).astype(jnp.float32) for s in plan.slot.T)
   return sum(w[k] * p for k, p in enumerate(picked)).astype(rows.dtype)
 
 
-def combine_bwd(rows, weights, plan: Plan, grad):
+def combine_bwd(
+  rows: jax.Array, weights: jax.Array, plan: Plan, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """grad [N D] -> gradients of rows [M D] and weights [N K]."""
   K = plan.slot.shape[1]
   g = grad.astype(jnp.float32)

@@ -8,6 +8,7 @@ experts at a time, so that many experts don't spill.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.router.reference import Rule
 
 TOKENS = 64
 _NOWHERE = 2**30  # above every expert
@@ -24,7 +26,9 @@ _BY_TOKEN = plgpu.Layout.WGMMA.reduce(1)
 _BY_EXPERT = plgpu.Layout.WGMMA.reduce(0)
 
 
-def route(logits, bias, top_k, rule):
+def route(
+  logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   N, E = logits.shape
   if logits.dtype != jnp.float32:
     raise NotImplementedError(f'logits are {logits.dtype}, not float32')
@@ -65,7 +69,7 @@ def route(logits, bias, top_k, rule):
   return turn(experts), turn(weights), counts.astype(jnp.int32).sum(axis=0)
 
 
-def _row(E):
+def _row(E: int) -> int:
   """Length of a row of E scores in shared memory.
 
   An odd multiple of 8: then the 8 rows of 32 bytes that a warp reads at once
@@ -74,18 +78,20 @@ def _row(E):
   return E + 8 if E % 16 == 0 else E
 
 
-def _bytes(E, top_k):
+def _bytes(E: int, top_k: int) -> int:
   """Shared memory of one block, each array rounded up to 1 KiB."""
   arrays = 2 * [TOKENS * _row(E)] + 2 * [TOKENS * top_k] + [E]
   reductions = 2048
   return sum(-(-4 * n // 1024) * 1024 for n in arrays) + reductions
 
 
-def _wide(values, shape):
+def _wide(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return lax.broadcast_in_dim(values, shape, [0])
 
 
-def _unnormalised(x, scoring, top):
+def _unnormalised(
+  x: jax.Array, scoring: str, top: jax.Array | None
+) -> jax.Array:
   """Scores of logits x; for softmax without the division by their sum."""
   if scoring == 'sigmoid':
     return 1.0 / (1.0 + jnp.exp(-x))
@@ -100,16 +106,22 @@ def _unnormalised(x, scoring, top):
   return jnp.where(x < -20.0, jnp.exp(0.5 * x), root)
 
 
-def _pieces(stop, start=0):
+def _pieces(stop: int, start: int = 0) -> list[pl.Slice]:
   """Slices of the experts, small enough to leave registers to spare."""
   return [pl.ds(at, min(64, stop - at)) for at in range(start, stop, 64)]
 
 
-def _load(ref, part, **how):
+def _load(ref: jax.Ref, part: pl.Slice, **how: Any) -> jax.Array:
   return compat.load(ref, (slice(None), part), _TILE, **how)
 
 
-def _score(logits, kept, bias, biased, scoring):
+def _score(
+  logits: jax.Ref,
+  kept: jax.Ref,
+  bias: jax.Ref,
+  biased: jax.Ref,
+  scoring: str,
+) -> None:
   """Scores of the logits go to `kept`, and scores + bias to `biased`."""
   pieces = _pieces(bias.shape[0])
   fetch = functools.partial(_load, logits, optimized=False)
@@ -134,17 +146,19 @@ def _score(logits, kept, bias, biased, scoring):
     biased[:, part] = jnp.where(choice != choice, jnp.inf, choice)
 
 
-def _columns(part):
+def _columns(part: pl.Slice) -> jax.Array:
   shape = (TOKENS, part.size)
   return part.start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
 
 
-def _first(hit, column):
+def _first(hit: jax.Array, column: jax.Array) -> jax.Array:
   """Per token the lowest column that is hit."""
   return jnp.where(hit, column, _NOWHERE).min(axis=1)
 
 
-def _group_score(biased, start, stop, group_score):
+def _group_score(
+  biased: jax.Ref, start: int, stop: int, group_score: str
+) -> jax.Array:
   """[tokens], the sum of the best or the best two of experts start..stop-1."""
   best = second = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   for part in _pieces(-(-stop // 8) * 8, start // 8 * 8):
@@ -164,7 +178,7 @@ def _group_score(biased, start, stop, group_score):
   return jnp.where(total != total, jnp.inf, total)  # inf - inf
 
 
-def _limit_groups(biased, E, rule):
+def _limit_groups(biased: jax.Ref, E: int, rule: Rule) -> None:
   """Puts -inf in place of the scores of all but the best groups."""
   size = E // rule.groups
   scores = [
@@ -189,7 +203,9 @@ def _limit_groups(biased, E, rule):
     biased[:, part] = choice
 
 
-def _next(biased, E, value, index):
+def _next(
+  biased: jax.Ref, E: int, value: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """The best score after `value` of expert `index`, and its expert."""
   best = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   found = compat.full((TOKENS,), _NOWHERE, _BY_TOKEN, jnp.int32)
@@ -207,7 +223,7 @@ def _next(biased, E, value, index):
   return best, found
 
 
-def _at(kept, E, index):
+def _at(kept: jax.Ref, E: int, index: jax.Array) -> jax.Array:
   """Per token the kept score of expert `index`."""
   gain = compat.full((TOKENS,), 0.0, _BY_TOKEN)
   for part in _pieces(E):
@@ -217,13 +233,15 @@ def _at(kept, E, index):
   return gain
 
 
-def _count(picks, counted, tokens):
+def _count(picks: jax.Ref, counted: jax.Ref, tokens: int | jax.Array) -> None:
   """How many of the first `tokens` picked each expert."""
   for part in _pieces(counted.shape[0]):
     shape = (TOKENS, part.size)
     column = _columns(part)
 
-    def one(k, hits, column=column):
+    def one(
+      k: jax.Array, hits: jax.Array, column: jax.Array = column
+    ) -> jax.Array:
       own = compat.load(picks, k, _BY_TOKEN)
       hit = column == _wide(own, column.shape)
       return hits + jnp.where(hit, 1.0, 0.0)
@@ -235,21 +253,10 @@ def _count(picks, counted, tokens):
 
 
 def _body(
-  logits,
-  bias,
-  experts,
-  weights,
-  counts,
-  kept,
-  biased,
-  picks,
-  gains,
-  counted,
-  *,
-  top_k,
-  rule,
-  tokens,
-):
+  logits: jax.Ref, bias: jax.Ref, experts: jax.Ref, weights: jax.Ref,
+  counts: jax.Ref, kept: jax.Ref, biased: jax.Ref, picks: jax.Ref,
+  gains: jax.Ref, counted: jax.Ref, *, top_k: int, rule: Rule, tokens: int,
+) -> None:  # fmt: skip
   block = lax.axis_index('block')
   E = bias.shape[0]
   own = logits.at[pl.ds(block * TOKENS, TOKENS)]
@@ -257,7 +264,7 @@ def _body(
   if rule.groups > 1:
     _limit_groups(biased, E, rule)
 
-  def pick(k, carry):
+  def pick(k: jax.Array, carry: tuple) -> tuple:
     value, index, total = carry
     value, index = _next(biased, E, value, index)
     gain = _at(kept, E, index)
@@ -271,7 +278,7 @@ def _body(
   _, _, total = lax.fori_loop(0, top_k, pick, (start, before, zero))
   norm = total + rule.eps if rule.normalize else jnp.ones_like(total)
 
-  def rescale(k, _):
+  def rescale(k: jax.Array, _) -> tuple:
     gains[k] = compat.load(gains, k, _BY_TOKEN) / norm * rule.scale
     return ()
 

@@ -7,6 +7,9 @@ Legend: B batch, T queries, S cached tokens, H heads, C latent, R rope dim,
 K chosen.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
@@ -15,7 +18,16 @@ from pallas_kernels.sparse_mla import reference
 __all__ = ['sparse_mla']
 
 
-def sparse_mla(q_c, q_r, c, k_r, index, *, scale: float, impl=None):
+def sparse_mla(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  index: jax.Array,
+  *,
+  scale: float,
+  impl: str | None = None,
+) -> jax.Array:
   """o[t, h] = softmax over j (scale (q_c c[i_j] + q_r k_r[i_j])) c[i_j].
 
   Args:
@@ -40,7 +52,7 @@ def sparse_mla(q_c, q_r, c, k_r, index, *, scale: float, impl=None):
   """
   _check(q_c, q_r, c, k_r, index)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.sparse_mla import gpu
 
     return gpu.sparse_mla(*args)
@@ -50,7 +62,9 @@ def sparse_mla(q_c, q_r, c, k_r, index, *, scale: float, impl=None):
   return dispatch.run('sparse_mla', impl, functions, *args)
 
 
-def _check(q_c, q_r, c, k_r, index):
+def _check(
+  q_c: jax.Array, q_r: jax.Array, c: jax.Array, k_r: jax.Array, index: jax.Array
+) -> None:
   (B, T, H, C), (_, S, R) = q_c.shape, k_r.shape
   wanted = {
     'q_r': (q_r, (B, T, H, R)),

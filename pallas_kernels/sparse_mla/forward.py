@@ -72,10 +72,9 @@ def attend(
 
 def _body(
   q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, k_r: jax.Ref, at: jax.Ref,
-  steps: jax.Ref, out: jax.Ref, lse: jax.Ref,
-  qc: jax.Ref, qr: jax.Ref, kc: jax.Ref, kr: jax.Ref, ps: jax.Ref,
-  stat: jax.Ref, q_here: jax.Ref, k_here: jax.Ref, max_here: jax.Ref,
-  p_here: jax.Ref, *, scale: float,
+  steps: jax.Ref, out: jax.Ref, lse: jax.Ref, qc: jax.Ref, qr: jax.Ref,
+  kc: jax.Ref, kr: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref,
+  k_here: jax.Ref, max_here: jax.Ref, p_here: jax.Ref, *, scale: float,
 ) -> None:  # fmt: skip
   """Computes 64 heads of one query over all latents chosen for it."""
   n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))

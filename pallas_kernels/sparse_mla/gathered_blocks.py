@@ -51,7 +51,7 @@ def product(*pairs: tuple[jax.Ref, jax.Ref]) -> jax.Array:
   def run(ref: jax.Ref) -> jax.Array:
     for a, b in pairs:
       # A loop, not two calls: unrolled, the descriptors spill (measured).
-      def half(i: jax.Array, _, a=a, b=b) -> tuple:
+      def half(i: jax.Array, _, a: jax.Ref = a, b: jax.Ref = b) -> tuple:
         compat.wgmma(ref, a.at[i], compat.transposed(b.at[i]))
         return ()
 

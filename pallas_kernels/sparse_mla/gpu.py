@@ -6,6 +6,8 @@ Legend: N queries of all rows, H heads (padded), K chosen (padded).
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,14 @@ from pallas_kernels.sparse_mla.gathered_blocks import BLOCK, HEADS
 MOST = 65_535  # queries of one call: so far a grid goes in all but one axis
 
 
-def sparse_mla(q_c, q_r, c, k_r, index, scale):
+def sparse_mla(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  index: jax.Array,
+  scale: float,
+) -> jax.Array:
   if any(a.dtype != jnp.bfloat16 for a in (q_c, q_r, c, k_r)):
     raise NotImplementedError(f'dtype {q_c.dtype}/{c.dtype}, not bfloat16')
   check_dims(q_c.shape[-1], q_r.shape[-1])
@@ -37,7 +46,7 @@ def sparse_mla(q_c, q_r, c, k_r, index, scale):
   return out[:, :H].reshape(B, T, H, LATENT)
 
 
-def _in_parts(run, own):
+def _in_parts(run: Callable, own: tuple[jax.Array, ...]) -> Any:
   """run(*own) on the queries [N ...], so many at a time as a grid can have."""
   starts = range(0, own[0].shape[0], MOST)
   parts = [run(*(a[start : start + MOST] for a in own)) for start in starts]
@@ -45,17 +54,31 @@ def _in_parts(run, own):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_c, q_r, c, k_r, at, scale):
+def _attend(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  at: jax.Array,
+  scale: float,
+) -> jax.Array:
   return _fwd(q_c, q_r, c, k_r, at, scale)[0]
 
 
-def _fwd(q_c, q_r, c, k_r, at, scale):
+def _fwd(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  at: jax.Array,
+  scale: float,
+) -> tuple:
   run = lambda q_c, q_r, at: forward.attend(q_c, q_r, c, k_r, at, scale)
   out, lse = _in_parts(run, (q_c, q_r, at))
   return out, (q_c, q_r, c, k_r, at, out, lse)
 
 
-def _bwd(scale, saved, grad):
+def _bwd(scale: float, saved: tuple, grad: jax.Array) -> tuple:
   q_c, q_r, c, k_r, at, out, lse = saved
   grad = grad.astype(jnp.bfloat16)
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)

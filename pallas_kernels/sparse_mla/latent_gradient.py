@@ -47,7 +47,9 @@ _ROPE_ROOM = 128  # a part's rotary row, of which a warpgroup reads 128 numbers
 _IN_FLIGHT = 8  # parts that a warpgroup reads at once
 
 
-def latents(queries, c, k_r, scale):
+def latents(
+  queries: tuple[jax.Array, ...], c: jax.Array, k_r: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
   """Gradients of c and k_r in float32, chunk by chunk of the queries.
 
   queries: q_c, q_r, grad, lse, delta and at.
@@ -64,7 +66,7 @@ def latents(queries, c, k_r, scale):
   )
   cut = [tall(a).reshape(chunks, size, *a.shape[1:]) for a in queries]
 
-  def chunk(totals, own):
+  def chunk(totals: tuple, own: tuple) -> tuple:
     parts = store_parts(*own, c, k_r, scale)
     order, starts = _lists(own[-1].reshape(-1), c.shape[0])
     return add_parts(*totals, *parts, order, starts), None
@@ -73,14 +75,24 @@ def latents(queries, c, k_r, scale):
   return lax.scan(chunk, zero, tuple(cut))[0]
 
 
-def _lists(at, latents):
+def _lists(at: jax.Array, latents: int) -> tuple[jax.Array, jax.Array]:
   """at [M] -> order [M], starts [latents + 1] of the choices of each latent."""
   order = jnp.argsort(at, stable=True).astype(jnp.int32)
   bounds = jnp.arange(latents + 1, dtype=at.dtype)
   return order, jnp.searchsorted(at[order], bounds).astype(jnp.int32)
 
 
-def store_parts(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
+def store_parts(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  grad: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  at: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
   """What each query adds to the gradients of its choices: [N*K C], [N*K .].
 
   Behind a query's last choice nothing is written.
@@ -110,8 +122,10 @@ def store_parts(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
 
 
 def _parts_body(
-  q_c, q_r, grad, lse, delta, at, steps, c, k_r, dc, dk_r, *, scale, **scratch
-):
+  q_c: jax.Ref, q_r: jax.Ref, grad: jax.Ref, lse: jax.Ref, delta: jax.Ref,
+  at: jax.Ref, steps: jax.Ref, c: jax.Ref, k_r: jax.Ref, dc: jax.Ref,
+  dk_r: jax.Ref, *, scale: float, **scratch: jax.Ref
+) -> None:  # fmt: skip
   n, block = lax.axis_index('query'), lax.axis_index('block')
 
   @pl.when(block < steps[n])
@@ -122,9 +136,12 @@ def _parts_body(
 
 
 def _one_block(
-  q_c, q_r, grad, lse, delta, at, c, k_r, dc, dk_r,
-  kc, kr, qc, qr, gc, ps, ds, p_here, met, here, *, n, block, scale,
-):  # fmt: skip
+  q_c: jax.Ref, q_r: jax.Ref, grad: jax.Ref, lse: jax.Ref, delta: jax.Ref,
+  at: jax.Ref, c: jax.Ref, k_r: jax.Ref, dc: jax.Ref, dk_r: jax.Ref,
+  kc: jax.Ref, kr: jax.Ref, qc: jax.Ref, qr: jax.Ref, gc: jax.Ref, ps: jax.Ref,
+  ds: jax.Ref, p_here: jax.Ref, met: jax.Ref, here: jax.Ref, *, n: jax.Array,
+  block: jax.Array, scale: float,
+) -> None:  # fmt: skip
   w, groups = lax.axis_index('wg'), q_c.shape[1] // PART
   chosen = n, pl.ds(block * BLOCK, BLOCK)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
@@ -132,7 +149,7 @@ def _one_block(
   gather.start(k_r.at[:, thin], at.at[chosen], kr.at[w])
   gather.commit()
 
-  def load(i):
+  def load(i: jax.Array) -> None:
     stage, heads = lax.rem(i, 2), pl.ds(i * PART, PART)
     for source, dest, part in (
       (q_c, qc, columns),
@@ -149,7 +166,7 @@ def _one_block(
   plgpu.commit_smem()
   meet(met)
 
-  def step(i, carry):
+  def step(i: jax.Array, carry: tuple) -> tuple:
     stage, heads = lax.rem(i, 2), pl.ds(i * PART, PART)
     by_head = lambda ref: compat.load(
       ref, (n, heads), BY_COLUMN, optimized=False
@@ -194,7 +211,14 @@ def _one_block(
   plgpu.wait_smem_to_gmem(0)
 
 
-def add_parts(total_c, total_r, dc, dk_r, order, starts):
+def add_parts(
+  total_c: jax.Array,
+  total_r: jax.Array,
+  dc: jax.Array,
+  dk_r: jax.Array,
+  order: jax.Array,
+  starts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """total[s] + sum of parts[order[starts[s]:starts[s + 1]]], in that order."""
   room = jnp.pad(total_r, ((0, 0), (0, _ROPE_ROOM - ROPE)))
   out_c, out_r = compat.kernel(
@@ -205,16 +229,19 @@ def add_parts(total_c, total_r, dc, dk_r, order, starts):
   return out_c, out_r[:, :ROPE]
 
 
-def _add_body(total_c, total_r, dc, dk_r, order, starts, out_c, out_r):
+def _add_body(
+  total_c: jax.Ref, total_r: jax.Ref, dc: jax.Ref, dk_r: jax.Ref,
+  order: jax.Ref, starts: jax.Ref, out_c: jax.Ref, out_r: jax.Ref,
+) -> None:  # fmt: skip
   s = lax.axis_index('latent')
   first, last = starts[s], starts[s + 1]
 
-  def row(ref, at):
+  def row(ref: jax.Ref, at: jax.Array) -> jax.Array:
     size = ref.shape[1]
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=size // 128)
     return compat.load(ref, at, layout, optimized=False)
 
-  def step(i, carry):
+  def step(i: jax.Array, carry: tuple) -> tuple:
     places = [first + i * _IN_FLIGHT + j for j in range(_IN_FLIGHT)]
     rows = [order[jnp.minimum(place, last - 1)] for place in places]
     sums = []

@@ -39,7 +39,17 @@ from pallas_kernels.sparse_mla.gathered_blocks import (
 )
 
 
-def queries(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
+def queries(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  grad: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  at: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
   """Gradients of the queries."""
   N, H, _ = q_c.shape
   return compat.kernel(
@@ -64,9 +74,12 @@ def queries(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
 
 
 def _queries_body(
-  q_c, q_r, grad, lse, delta, at, steps, c, k_r, dq_c, dq_r,
-  qc, qr, gc, kc, kr, ps, ds, p_here, met, own_here, *, scale,
-):  # fmt: skip
+  q_c: jax.Ref, q_r: jax.Ref, grad: jax.Ref, lse: jax.Ref, delta: jax.Ref,
+  at: jax.Ref, steps: jax.Ref, c: jax.Ref, k_r: jax.Ref, dq_c: jax.Ref,
+  dq_r: jax.Ref, qc: jax.Ref, qr: jax.Ref, gc: jax.Ref, kc: jax.Ref,
+  kr: jax.Ref, ps: jax.Ref, ds: jax.Ref, p_here: jax.Ref, met: jax.Ref,
+  own_here: jax.Ref, *, scale: float,
+) -> None:  # fmt: skip
   n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
@@ -77,10 +90,10 @@ def _queries_body(
   ):
     plgpu.copy_gmem_to_smem(source.at[n, heads, part], dest.at[w], own_here)
 
-  def chosen(block):
+  def chosen(block: int) -> tuple:
     return n, pl.ds(block * PART, PART)
 
-  def fetch(block):
+  def fetch(block: int) -> None:
     stage = lax.rem(block, 2)
 
     @pl.when(block < count)
@@ -98,7 +111,7 @@ def _queries_body(
     for ref in (lse, delta)
   )
 
-  def step(block, carry):
+  def step(block: int, carry: tuple) -> tuple:
     stage = lax.rem(block, 2)
     gather.wait(1)
     plgpu.commit_smem()

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 _ENTRIES = 2**22  # numbers of gathered latents that live at once
 
 
-def attend(q_c, q_r, index, c, k_r, scale):
+def attend(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  index: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  scale: float,
+) -> jax.Array:
   """One query: q_c [H C], q_r [H R], index [K], c [S C], k_r [S R] -> [H C].
 
   c and k_r are float32.
@@ -26,12 +33,19 @@ def attend(q_c, q_r, index, c, k_r, scale):
   return (weights @ keys).astype(q_c.dtype)
 
 
-def sparse_mla(q_c, q_r, c, k_r, index, scale):
+def sparse_mla(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  index: jax.Array,
+  scale: float,
+) -> jax.Array:
   if not index.size:
     return jnp.zeros_like(q_c)
   size = max(1, _ENTRIES // (index.shape[-1] * (c.shape[-1] + k_r.shape[-1])))
 
-  def row(args):
+  def row(args: tuple) -> jax.Array:
     *queries, c, k_r = args
     # Before the loop, so that all queries' gradients add up in float32.
     c, k_r = c.astype(jnp.float32), k_r.astype(jnp.float32)

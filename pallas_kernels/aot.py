@@ -49,7 +49,7 @@ device_description_str: "NVIDIA H200"
 
 
 def compile_for_h200(fn: Callable, args: tuple) -> jax.stages.Compiled:
-  """fn lowered and compiled for args, a tuple of (shape, dtype)."""
+  """Returns fn lowered and compiled for args, a tuple of (shape, dtype)."""
   topology = topologies.get_topology_desc(
     platform='cuda', target_config=H200, topology='1x1x1'
   )
@@ -64,7 +64,7 @@ def compile_for_h200(fn: Callable, args: tuple) -> jax.stages.Compiled:
 
 
 def read_dump(folder: pathlib.Path) -> list[dict]:
-  """One record per kernel that was compiled into the folder."""
+  """Returns one record per kernel that was compiled into the folder."""
   records = []
   for log in sorted(folder.glob('*.ptxas')):
     text = log.read_text(errors='replace')
@@ -80,6 +80,7 @@ def read_dump(folder: pathlib.Path) -> list[dict]:
 
 
 def _record(ptxas: str, sass: str, resources: str) -> dict:
+  """Reads registers, spills, memory and instructions of one kernel."""
   number = lambda pattern, text: max(
     (int(n) for n in re.findall(pattern, text)), default=None
   )
@@ -103,6 +104,7 @@ def compile_case(case: aot_cases.Case, folder: pathlib.Path) -> list[dict]:
 
 
 def faults(case: aot_cases.Case, records: list[dict]) -> list[str]:
+  """Returns the reasons for which a compiled case fails; none is best."""
   found = [] if records else ['no kernel was compiled']
   for r in records:
     if r['spill_bytes'] or r['local_ops']:
@@ -114,7 +116,7 @@ def faults(case: aot_cases.Case, records: list[dict]) -> list[str]:
 
 
 def table(results: dict[str, dict]) -> str:
-  """Markdown of {jax version: {case: {'kernels', 'faults'}}}."""
+  """Renders {jax version: {case: {'kernels', 'faults'}}} as Markdown."""
   columns = ('registers', 'spill_bytes', 'smem', 'wgmma', 'tma')
   head = ('kernel', 'jax', *columns, 'faults')
   lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
@@ -142,6 +144,7 @@ instructions.
 
 
 def main(argv: list[str]) -> int:
+  """Compiles the cases, writes both files, returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', default='', help='prefixes, with commas')
   parser.add_argument('--out', default='benchmarks/results')

@@ -40,6 +40,7 @@ class Case(NamedTuple):
 
 
 def _mla_decode(batch: int, new: int, heads: int, splits: int) -> Case:
+  """Builds a decode step over 4096 cached bfloat16 tokens a request."""
   args = (
     ((batch, new, heads, 512), BF),
     ((batch, new, heads, 64), BF),
@@ -55,7 +56,7 @@ def _mla_decode(batch: int, new: int, heads: int, splits: int) -> Case:
 def _permute(
   name: str, tokens: int, choices: int, experts: int, dim: int
 ) -> Case:
-  """One direction of the layout of V3's experts."""
+  """Builds one direction of the layout of V3's experts."""
   M = num_blocks(tokens * choices, experts, 128) * 128
   plan = (
     ((tokens, choices), I32),
@@ -96,7 +97,7 @@ def _permute(
 def _grouped(
   counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
 ) -> Case:
-  """One product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
+  """Builds one product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   rows, grads, weights = ((M, dim), BF), ((M, out), BF), ((E, dim, out), BF)
@@ -113,6 +114,7 @@ def _grouped(
 def _grouped_swiglu(
   counts: tuple[int, ...], dim: int, out: int, block: int
 ) -> Case:
+  """Builds the forward product of gate and up with its SwiGLU."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   fn = lambda x, w, be, used: grouped_swiglu(x, w, be, used=used, impl='gpu')
@@ -122,7 +124,7 @@ def _grouped_swiglu(
 def _grouped_fp8(
   counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
 ) -> Case:
-  """'fwd', or 'drhs' of turned rows and gradients."""
+  """Builds 'fwd', or 'drhs' of transposed rows and gradients."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   by_row = lambda n, m: (((n, m), FP8), ((n, m // 128), F32))
@@ -135,6 +137,7 @@ def _grouped_fp8(
 
 
 def _router(name: str) -> Case:
+  """Builds the routing of one of the benchmark shapes."""
   shape = router_shapes.BENCH[name]
   args = (((shape.tokens, shape.experts), F32),)
   if shape.bias:
@@ -144,6 +147,7 @@ def _router(name: str) -> Case:
 
 
 def _quantize(name: str) -> Case:
+  """Builds the quantisation of one of the benchmark shapes."""
   shape = quantize_shapes.BENCH[name]
   fn = functools.partial(
     quantize,
@@ -155,6 +159,7 @@ def _quantize(name: str) -> Case:
 
 
 def _sinkhorn(tokens: int, backward: bool) -> Case:
+  """Builds the normalisation of 4 x 4 matrices, or its gradient."""
   logits = ((tokens, 4, 4), F32)
   fn = functools.partial(sinkhorn, impl='gpu')
   if not backward:
@@ -163,6 +168,7 @@ def _sinkhorn(tokens: int, backward: bool) -> Case:
 
 
 def _mla_prefill(tokens: int, backward: bool) -> Case:
+  """Builds one packed row with 128 heads, or its gradients."""
   wide, narrow = ((1, tokens, 128, 192), BF), ((1, tokens, 128, 128), BF)
   segments = ((1, tokens), I32)
   fn = functools.partial(mla_prefill, scale=0.07, impl='gpu')
@@ -182,6 +188,7 @@ def _mla_prefill(tokens: int, backward: bool) -> Case:
 
 
 def _latent_kv(name: str) -> Case:
+  """Builds the cache update of one of the benchmark shapes."""
   shape = latent_shapes.BENCH[name]
   N, D, size = shape.tokens, shape.dim, (shape.pages, shape.page)
   angles = ((N, 32), F32)
@@ -195,6 +202,7 @@ def _latent_kv(name: str) -> Case:
 
 
 def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> Case:
+  """Builds a decode step over 4096 cached float8 tokens a request."""
   args = (
     ((batch, new, heads, 512), BF),
     ((batch, new, heads, 64), BF),
@@ -211,6 +219,7 @@ def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> Case:
 
 
 def _indexer(batch: int, queries: int, keys: int) -> Case:
+  """Builds the choice of 2048 keys by 64 index heads."""
   args = (
     ((batch, queries, 64, 128), BF),
     ((batch, keys, 128), BF),
@@ -223,6 +232,7 @@ def _indexer(batch: int, queries: int, keys: int) -> Case:
 
 
 def _sparse_mla(queries: int, heads: int, backward: bool) -> Case:
+  """Builds attention to 2048 of 4096 latents, or its gradients."""
   args = (
     ((1, queries, heads, 512), BF),
     ((1, queries, heads, 64), BF),

@@ -25,6 +25,7 @@ TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def _interpret_params() -> Any:
+  """Returns the interpreter's settings, under this version's name."""
   if BEFORE_0_11:
     from jax._src.pallas.mosaic_gpu.interpret import params
 
@@ -43,14 +44,17 @@ def interpreted() -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
+  """Returns whether kernels run in the interpreter."""
   return _interpret.get() is not None
 
 
 def _several(threads: int) -> dict[str, Any]:
+  """Returns the arguments that ask for more than one warpgroup."""
   return {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
 
 
 def _warpgroup_params(**more: Any) -> plgpu.CompilerParams:
+  """Returns compiler parameters for warpgroup semantics."""
   return plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
@@ -67,7 +71,7 @@ def kernel(
   threads: int = 1,
   across_warps: bool = True,
 ) -> Callable:
-  """plgpu.kernel with warpgroup semantics; grid maps axis names to sizes.
+  """Wraps plgpu.kernel with warpgroup semantics; grid is {axis name: size}.
 
   With `threads` > 1 the body runs in that many warpgroups, on the axis 'wg'.
   Without `across_warps` it sums and compares along rows of wgmma's layout only,
@@ -89,7 +93,7 @@ def kernel(
 def kernel_in_place(
   body: Callable, *, grid: dict[str, int], scratch: list, threads: int
 ) -> Callable:
-  """`kernel` on refs of jax.new_ref among the arrays; no other result.
+  """Wraps `kernel` for refs of jax.new_ref, which are its only results.
 
   plgpu.kernel of jax 0.10 loses track of such refs in its rule for vmap.
   """
@@ -112,7 +116,7 @@ def kernel_in_place(
 
 
 def transposed(ref: jax.Ref) -> jax.Ref:
-  """The [n m] view of an [m n] ref in shared memory."""
+  """Returns the [n m] view of an [m n] ref in shared memory."""
   if BEFORE_0_11:
     return plgpu.transpose_ref(ref, (1, 0))
   return ref.transpose((1, 0))
@@ -121,7 +125,7 @@ def transposed(ref: jax.Ref) -> jax.Ref:
 def load(
   ref: jax.Ref, index: Any, layout: Any, *, optimized: bool = True
 ) -> jax.Array:
-  """ref[index] into registers; optimized=False for a ref in global memory."""
+  """Loads ref[index] to registers; global memory needs optimized=False."""
   index = index if isinstance(index, tuple) else (index,)
   if BEFORE_0_11:
     return plgpu.load(ref, index, layout=layout, optimized=optimized)
@@ -129,7 +133,7 @@ def load(
 
 
 def store(ref: jax.Ref, index: tuple, value: jax.Array) -> None:
-  """ref[index] = value, in global memory, by whatever pieces there are."""
+  """Stores value to ref[index] in global memory, in pieces of any size."""
   if BEFORE_0_12:
     ref[index] = value
   else:
@@ -142,18 +146,19 @@ def full(
   layout: Any,
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
+  """Returns an array of one value in the given layout of registers."""
   return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
 
 def sqrt(x: jax.Array) -> jax.Array:
-  """Root of x >= 0; jax 0.10 lowers rsqrt alone (and gives nan for inf)."""
+  """Returns the root of x >= 0; jax 0.10 has rsqrt alone (nan for inf)."""
   if BEFORE_0_11:
     return x * jax.lax.rsqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
   return jnp.sqrt(x)
 
 
 def wgmma(acc: jax.Ref, a: jax.Ref, b: jax.Ref) -> None:
-  """acc += a @ b of refs in shared memory."""
+  """Adds a @ b of refs in shared memory to the accumulator."""
   if is_interpreted():
     # Its race detector overlooks what wgmma reads, but not a load. A load,
     # unlike wgmma, needs the fence before a copy to the same place.

@@ -26,7 +26,7 @@ _AT_ONCE = 64  # columns that neighbouring threads copy together
 
 
 def start(source: jax.Ref, chosen: jax.Ref, dest: jax.Ref) -> None:
-  """dest[i] = source[chosen[i]], or zeros where that is negative.
+  """Starts dest[i] = source[chosen[i]]; zeros where that is negative.
 
   Args:
     source: [M C] bfloat16 in global memory; C is a multiple of 64, or 32.
@@ -51,13 +51,13 @@ def commit() -> None:
 
 
 def wait(groups: int) -> None:
-  """Until all but the last so many groups of this warpgroup are here."""
+  """Waits for all but the last so many groups of this warpgroup."""
   if not compat.is_interpreted():
     plgpu.inline_mgpu()(lambda _: nvvm.cp_async_wait_group(groups) and None)()
 
 
 def places(thread: Any, rows: int, columns: int) -> Iterator[tuple]:
-  """What a thread copies: (row, [(column, row and column of tile, inside)]).
+  """Yields what a thread copies: (row, [(column, tile, inside the tile)]).
 
   Up to eight threads share a row and fetch 128 bytes of it. The swizzle
   exchanges the 16-byte pieces of a tile's row by bits 7 and up of the address,
@@ -82,7 +82,7 @@ def places(thread: Any, rows: int, columns: int) -> Iterator[tuple]:
 
 
 def _copy(_, source: Any, chosen: Any, dest: Any) -> None:
-  """`start` for one thread of the warpgroup."""
+  """Emits `start` for one thread of the warpgroup."""
   i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
   kind = ir.BF16Type.get()
   outer = llvm.PointerType.get(address_space=1)

@@ -38,7 +38,17 @@ def forward(
   used: jax.Array,
   dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-  """rows [M D], weights [E F D], scales of both -> [M F] of dtype."""
+  """Returns the product [M F] of rows [M D] and weights [E F D], in `dtype`.
+
+  Args:
+    rows, row_scales: [M D] float8 and [M D/128] float32.
+    weights, weight_scales: [E F D] float8 and [E F/128 D/128] float32.
+    block_expert, used: as in grouped_matmul.
+    dtype: bfloat16.
+
+  Raises:
+    NotImplementedError: dtypes or widths that the kernel can't take.
+  """
   _supported(rows, weights, dtype)
   (M, D), F = rows.shape, weights.shape[1]
   block = M // block_expert.shape[0]
@@ -71,7 +81,7 @@ def outer(
   num_experts: int,
   dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-  """Sum over each expert's rows of rows @ grads.T: [E D F] of dtype.
+  """Sums rows @ grads.T over each expert's rows: [E D F] of dtype.
 
   Args:
     rows, grads: [D M] and [F M] float8, turned.
@@ -101,6 +111,7 @@ def outer(
 def _supported(
   left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike
 ) -> None:
+  """Raises NotImplementedError unless the kernel can take both dtypes."""
   if left.dtype != FP8 or right.dtype != FP8:
     raise NotImplementedError(
       f'dtype {left.dtype}/{right.dtype}, not {jnp.dtype(FP8).name}'
@@ -110,6 +121,7 @@ def _supported(
 
 
 def _tile_of(rows_multiple: int, columns: int) -> gpu.Tile:
+  """Returns an output tile; 128 columns at most beside 128 rows."""
   tile = gpu.tile_of(rows_multiple, columns)
   # Twice as many columns and the sum of a step: too many registers.
   return gpu.Tile(tile.rows, STEP) if tile.by_rows else tile
@@ -132,7 +144,7 @@ def _scratch(tile: gpu.Tile, arrivals: int) -> dict[str, Any]:
 
 
 def _fill(steps: jax.Array, load: Callable) -> None:
-  """Warpgroup 0 starts the copies of the first stages."""
+  """Starts the copies of the first stages, from warpgroup 0."""
 
   @pl.when(lax.axis_index('wg') == 0)
   def _():
@@ -151,7 +163,7 @@ def _sums(
   here: jax.Ref,
   free: jax.Ref,
 ) -> tuple[jax.Array, ...]:
-  """Float32 [64, width] pieces: `sums = add(k, stage, sums)` of every step."""
+  """Returns float32 pieces after `sums = add(k, stage, sums)` of every k."""
 
   def step(k: jax.Array, sums: tuple) -> tuple:
     stage = lax.rem(k, STAGES)
@@ -175,7 +187,7 @@ def _sums(
 
 
 def _product(a: jax.Ref, b: jax.Ref) -> jax.Array:
-  """a @ b.T of refs in shared memory, from zero."""
+  """Returns a @ b.T of refs in shared memory, summed from zero."""
 
   def run(ref: jax.Ref) -> jax.Array:
     compat.wgmma(ref, a, compat.transposed(b))
@@ -190,6 +202,7 @@ def _body(
   row_scale: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref,
   weight_scale: jax.Ref, scales_here: jax.Ref, *, tile: gpu.Tile, block: int,
 ) -> None:  # fmt: skip
+  """Computes one output tile of `forward`."""
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
@@ -257,6 +270,7 @@ def _outer_body(
   row_scale: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref,
   grad_scale: jax.Ref,
 ) -> None:  # fmt: skip
+  """Computes one output tile of `outer`."""
   e, m, n, w = (lax.axis_index(axis) for axis in ('e', 'm', 'n', 'wg'))
   start, steps = first[e], count[e]
   columns = pl.ds(n * STEP, STEP)

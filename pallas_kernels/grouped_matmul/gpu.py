@@ -27,26 +27,29 @@ STAGED = 128  # columns that leave through shared memory at once
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """An output tile: `rows` and `columns` cut among two warpgroups."""
+  """Sizes an output tile that two warpgroups share."""
 
   rows: int  # 128: each warpgroup has 64 rows; 64: each has half the columns
   columns: int
 
   @property
   def by_rows(self) -> bool:
+    """Returns whether the warpgroups share the rows, not the columns."""
     return self.rows == 128
 
   @property
   def own_columns(self) -> int:
+    """Returns the columns that one warpgroup computes."""
     return self.columns if self.by_rows else self.columns // 2
 
   @property
   def parts(self) -> tuple[int, int]:
-    """Pieces of the left and of the right operand."""
+    """Returns the pieces of the left and of the right operand."""
     return (2, 1) if self.by_rows else (1, 2)
 
 
 def tile_of(rows_multiple: int, columns: int) -> Tile:
+  """Returns the largest tile that divides rows and columns."""
   rows = 128 if rows_multiple % 128 == 0 else 64
   if rows_multiple % 64:
     raise NotImplementedError(f'rows in steps of {rows_multiple}, not 64 * n')
@@ -57,6 +60,7 @@ def tile_of(rows_multiple: int, columns: int) -> Tile:
 
 
 def supported(*arrays: jax.Array) -> None:
+  """Raises NotImplementedError unless all arrays are bfloat16."""
   for array in arrays:
     if array.dtype != jnp.bfloat16:
       raise NotImplementedError(f'dtype {array.dtype}, not bfloat16')
@@ -69,7 +73,7 @@ def forward(
   used: jax.Array,
   transpose: bool,
 ) -> jax.Array:
-  """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
+  """Returns the product [M F] of rows [M D] and weights [E D F] or [E F D]."""
   supported(rows, weights)
   (M, D), F = rows.shape, weights.shape[1 if transpose else 2]
   block = M // block_expert.shape[0]
@@ -96,7 +100,7 @@ def outer(
   used: jax.Array,
   num_experts: int,
 ) -> jax.Array:
-  """Sum over each expert's rows of rows.T @ grads: [E D F] bfloat16.
+  """Sums rows.T @ grads over each expert's rows: [E D F] bfloat16.
 
   Blocks of one expert must adjoin, as they do in a plan.
   """
@@ -120,7 +124,7 @@ def outer(
 def runs(
   block_expert: jax.Array, used: jax.Array, num_experts: int, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-  """First step and steps of each expert [E], of so many a block."""
+  """Returns the first step and the steps of each expert, both int32 [E]."""
   index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
   ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
   own = (block_expert == ids) & (index < used)  # [E blocks]
@@ -131,6 +135,7 @@ def runs(
 def _scratch(
   tile: Tile, a_shape: tuple[int, int], b_shape: tuple[int, int]
 ) -> dict[str, Any]:
+  """Returns the ring of operand tiles and what the result leaves by."""
   memory = lambda *shape: plgpu.SMEM(
     shape, jnp.bfloat16, transforms=compat.TILED_16BIT
   )
@@ -152,7 +157,7 @@ def ring(
   free: jax.Ref,
   products: int = 1,
 ) -> None:
-  """multiply(stage), of so many products, while later stages are loading."""
+  """Calls multiply(stage) for every step while later stages are loading."""
   w = lax.axis_index('wg')
 
   @pl.when(w == 0)
@@ -192,7 +197,7 @@ def _sum(
   here: jax.Ref,
   free: jax.Ref,
 ) -> jax.Array:
-  """The float32 [64, columns] that multiply(ref, stage) adds up in a ref."""
+  """Returns the float32 [64, columns] that multiply(ref, stage) adds up."""
 
   def run(ref: jax.Ref) -> jax.Array:
     ring(steps, load, functools.partial(multiply, ref), here, free)
@@ -207,7 +212,7 @@ def store(
   staged: jax.Ref,
   own_columns: int,
 ) -> None:
-  """Registers -> shared memory -> out_tile(columns), some columns at a time."""
+  """Stores acc [64 .] by shared memory, some columns at a time."""
   w = lax.axis_index('wg')
   width = min(staged.shape[-1], own_columns)
   for start in range(0, own_columns, width):
@@ -221,7 +226,7 @@ def store(
 
 
 def part(tile: Tile) -> tuple:
-  """Which piece of a and of b this warpgroup multiplies."""
+  """Returns which piece of a and which of b this warpgroup multiplies."""
   w = lax.axis_index('wg')
   return (w, 0) if tile.by_rows else (0, w)
 
@@ -231,6 +236,7 @@ def _forward_body(
   out: jax.Ref, a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref,
   free: jax.Ref, *, tile: Tile, transpose: bool, block: int,
 ) -> None:  # fmt: skip
+  """Computes one output tile of `forward`."""
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
@@ -275,6 +281,7 @@ def _outer_body(
   a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref, *,
   tile: Tile,
 ) -> None:  # fmt: skip
+  """Computes one output tile of `outer`."""
   e, m, n = (lax.axis_index(axis) for axis in ('e', 'm', 'n'))
   start = first[e]
   part_a, part_b = part(tile)

@@ -20,13 +20,14 @@ _GATHER = 16
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple) -> jax.Array:
+  """Returns the product over the given dims, accumulated in float32."""
   return lax.dot_general(
     x, y, (contract, ((), ())), preferred_element_type=jnp.float32
   )
 
 
 def _run_ends(block_expert: jax.Array) -> jax.Array:
-  """For each block the first later block of another expert."""
+  """Returns the first later block of another expert, for each block."""
   n = block_expert.shape[0]
   changes = block_expert[1:] != block_expert[:-1]
   ends = jnp.append(jnp.where(changes, jnp.arange(1, n), n), n)
@@ -36,7 +37,7 @@ def _run_ends(block_expert: jax.Array) -> jax.Array:
 def _over_runs(
   step: Callable, carry: Any, block_expert: jax.Array, used: jax.Array
 ) -> Any:
-  """carry = step(carry, expert, first block, blocks) for every run."""
+  """Folds step(carry, expert, first block, blocks) over all runs."""
   ends = jnp.minimum(_run_ends(block_expert), used)
 
   def body(state: tuple) -> Any:
@@ -56,7 +57,7 @@ def _over_chunks(
   rows: int,
   block: int,
 ) -> Any:
-  """carry = step(carry, first row, static rows), largest chunks first."""
+  """Folds step(carry, first row, static rows), largest chunks first."""
   top = max(min(_CHUNK, rows) // block, 1)
   top = 1 << (top.bit_length() - 1)  # then each smaller size comes 0 or 1 times
   levels = [top >> i for i in range(top.bit_length())]
@@ -80,7 +81,7 @@ def forward(
   used: jax.Array,
   transpose: bool,
 ) -> jax.Array:
-  """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
+  """Returns the product [M F] of rows [M D] and weights [E D F] or [E F D]."""
   M, F = rows.shape[0], weights.shape[1 if transpose else 2]
   if M <= _GATHER:
     block = M // max(len(block_expert), 1)
@@ -113,7 +114,7 @@ def forward_fp8(
   used: jax.Array,
   dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-  """rows [M D], weights [E F D] and their scales -> [M F] of dtype."""
+  """Returns the product [M F] of dequantised rows and weights."""
   x = quantize.dequantize(rows, row_scales, jnp.float32)
   every = lambda q, s: quantize.dequantize(q, s, jnp.float32)
   w = jax.vmap(every)(weights, weight_scales)
@@ -127,7 +128,7 @@ def outer(
   used: jax.Array,
   num_experts: int,
 ) -> jax.Array:
-  """Sum over each expert's rows of rows.T @ grads: [E D F], float32."""
+  """Sums rows.T @ grads over each expert's rows: [E D F], float32."""
   M, D, F = *rows.shape, grads.shape[1]
 
   def run(
@@ -157,7 +158,7 @@ def outer_fp8(
   num_experts: int,
   dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-  """rows [D M], grads [F M] and their scales -> [E D F] of dtype."""
+  """Sums dequantised rows @ grads.T over each expert's rows: [E D F]."""
   x = quantize.dequantize(rows, row_scales, jnp.float32)
   g = quantize.dequantize(grads, grad_scales, jnp.float32)
   return outer(x.T, g.T, block_expert, used, num_experts).astype(dtype)

@@ -26,7 +26,7 @@ def forward(
   used: jax.Array,
   limit: float | None,
 ) -> jax.Array:
-  """rows [M D], gate_up [E D 2F] -> silu(gate) * up, [M F]."""
+  """Returns silu(gate) * up [M F] of rows [M D] and gate_up [E D 2F]."""
   gpu.supported(rows, gate_up)
   (M, D), F = rows.shape, gate_up.shape[2] // 2
   block = M // block_expert.shape[0]
@@ -60,6 +60,7 @@ def _body(
   out: jax.Ref, a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref,
   free: jax.Ref, *, tile: gpu.Tile, block: int, limit: float | None,
 ) -> None:  # fmt: skip
+  """Computes one tile of gate and of up, and their SwiGLU."""
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]

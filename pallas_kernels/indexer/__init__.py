@@ -27,7 +27,7 @@ def indexer(
   top_k: int,
   impl: str | None = None,
 ) -> jax.Array:
-  """The positions of the top_k best scores, lower positions among equals.
+  """Returns the positions of the top_k best scores; lower ones win ties.
 
   Args:
     q: [B T H I] queries, turned.
@@ -76,6 +76,7 @@ def _check(
   last: jax.Array,
   top_k: int,
 ) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   B, T, H, I = q.shape
   wanted = {
     'k': (k, (B, k.shape[1], I)),

@@ -43,6 +43,7 @@ def indexer(
   top_k: int,
   near: int | None = None,
 ) -> jax.Array:
+  """Returns positions [B T K] int32 of the top_k best scores."""
   _supported(q, k)
   B, T = q.shape[:2]
   S = k.shape[1]
@@ -71,6 +72,7 @@ def indexer(
 
 
 def _supported(q: jax.Array, k: jax.Array) -> None:
+  """Raises NotImplementedError unless the kernel can take the shapes."""
   if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
     raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
   H, I = q.shape[2:]
@@ -92,7 +94,10 @@ def _select(
   top_k: int,
   near: int,
 ) -> jax.Array:
-  """[B T 2 S/64] int32: bit i of word [r, h] is for key 64 r + 32 h + i."""
+  """Returns the choice as bits, int32 [B T 2 S/64].
+
+  Bit i of word [h, r] stands for key 64 r + 32 h + i.
+  """
   B, T, H, _ = q.shape
   S = k.shape[1]
   rows, items = S // BLOCK, B * T // 2
@@ -129,6 +134,7 @@ def _body(
   q: jax.Ref, k: jax.Ref, w: jax.Ref, first: jax.Ref, last: jax.Ref,
   out: jax.Ref, *rest: jax.Ref, items: int, top_k: int, near: bool,
 ) -> None:  # fmt: skip
+  """Chooses for pairs of queries, one a warpgroup, until none is left."""
   worker, g = lax.axis_index('worker'), lax.axis_index('wg')
   if near:
     *rest, kept = rest
@@ -172,7 +178,7 @@ def _body(
 
 
 def _ordered(score: jax.Array) -> jax.Array:
-  """int32 of the same order as the float32."""
+  """Returns int32 in the order of the float32 scores."""
   score = jnp.where(score == 0.0, 0.0, score)
   word = lax.bitcast_convert_type(score, jnp.int32)
   return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
@@ -183,7 +189,7 @@ def _scores(
   here: jax.Ref, free: jax.Ref, *, start: jax.Array, end: jax.Array,
   span: tuple[jax.Array, jax.Array],
 ) -> None:  # fmt: skip
-  """kept[r] = integers of the scores of keys [64 r, 64 r + 64)."""
+  """Stores the integers of all scores: kept[r] for keys [64 r, 64 r + 64)."""
   g, steps = lax.axis_index('wg'), end - start
 
   def load(i: jax.Array, stage: jax.Array) -> None:
@@ -232,6 +238,8 @@ def _scores(
 
 
 def _fill(kept: jax.Ref, start: jax.Array, end: jax.Array) -> None:
+  """Marks rows start to end of kept as no keys."""
+
   def row(r: jax.Array, _) -> tuple:
     kept[r] = compat.full((BLOCK,), NOTHING, _BY_ROW, jnp.int32)
     return ()
@@ -240,6 +248,7 @@ def _fill(kept: jax.Ref, start: jax.Array, end: jax.Array) -> None:
 
 
 def _read(kept: jax.Ref, chunk: jax.Array) -> jax.Array:
+  """Loads 64 rows of kept, 64 keys each."""
   rows = pl.ds(chunk * CHUNK, CHUNK)
   return compat.load(kept, rows, _TILE, optimized=False)
 
@@ -250,7 +259,7 @@ def _count(
   chunks: tuple[jax.Array, jax.Array],
   holds: Callable,
 ) -> jax.Array:
-  """How many keys have holds(integers, chunk)."""
+  """Returns how many keys have holds(integers, chunk)."""
 
   def add(chunk: jax.Array, total: jax.Array) -> jax.Array:
     hit = holds(_read(kept, chunk), chunk)
@@ -265,6 +274,7 @@ def _count(
 
 
 def _positions(chunk: jax.Array) -> jax.Array:
+  """Returns the positions of a chunk's keys, int32 [64 64]."""
   iota = lambda axis: plgpu.broadcasted_iota(
     jnp.int32, (CHUNK, BLOCK), axis, layout=_TILE
   )
@@ -278,7 +288,11 @@ def _threshold(
   top_k: int,
   keys: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """(integer, position): chosen is above it, or equal and before there."""
+  """Returns (level, place), the limit of the choice.
+
+  A key is chosen if its integer is above level, or equal to it at a position
+  before place.
+  """
   count = functools.partial(_count, kept, counts, chunks)
 
   def bit(i: jax.Array, low: jax.Array) -> jax.Array:

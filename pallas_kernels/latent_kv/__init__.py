@@ -21,14 +21,14 @@ __all__ = ['FP8Pages', 'Pages', 'latent_kv', 'pack', 'unpack']
 
 
 class Pages(NamedTuple):
-  """A cache in one float dtype."""
+  """Holds a cache in one float dtype."""
 
   c: jax.Array  # [P G C], normed
   k_r: jax.Array  # [P G R], turned
 
 
 class FP8Pages(NamedTuple):
-  """A cache with float8 latents: c is about c * scales of its 128 numbers."""
+  """Holds a cache with float8 latents, c * scales of each 128 numbers."""
 
   c: jax.Array  # [P G C] float8_e4m3fn
   scales: jax.Array  # [P G C/128] float32
@@ -50,7 +50,7 @@ def latent_kv(
   splits=None,
   impl=None,
 ):
-  """The cache with the latents of x written at `slots`.
+  """Returns the cache with the latents of x written at `slots`.
 
   Args:
     x: [N D] tokens, after the norm of their block.
@@ -101,6 +101,7 @@ def _latent_kv(
 
 
 def _no_gradient(*_):
+  """Raises NotImplementedError: a cache keeps no gradient."""
   raise NotImplementedError(
     'latent_kv has no gradient: it fills caches, which training does not keep'
   )
@@ -118,6 +119,7 @@ def _check(
   slots: jax.Array,
   cache: Pages | FP8Pages,
 ) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   (N, D), C, R = x.shape, gain.shape[0], w.shape[1] - gain.shape[0]
   P, G = cache.c.shape[:2]
   wanted = {
@@ -141,9 +143,9 @@ def _check(
 
 
 def pack(cache: FP8Pages) -> jax.Array:
-  """[P G C + 4 C/128 + 2 R] uint8: latent, scales and key of a token adjoin.
+  """Returns [P G C + 4 C/128 + 2 R] uint8: each token in one record.
 
-  At C=512, R=64 the 656-byte records of FlashMLA.
+  Latent, scales and key adjoin; at C=512, R=64 it is FlashMLA's 656 bytes.
   """
   parts = [jax.lax.bitcast_convert_type(a, jnp.uint8) for a in cache]
   parts = [a.reshape(*cache.c.shape[:2], -1) for a in parts]
@@ -151,7 +153,7 @@ def pack(cache: FP8Pages) -> jax.Array:
 
 
 def unpack(records: jax.Array, latent: int = 512) -> FP8Pages:
-  """The inverse of `pack`; C is `latent`."""
+  """Returns the cache that `pack` packed; C is `latent`."""
   group = latent // reference.GROUP
   c, scales, k_r = jnp.split(records, [latent, latent + 4 * group], axis=-1)
 

@@ -34,6 +34,7 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 def latent_kv(
   x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits
 ):
+  """Returns the cache with the latents of x written at `slots`."""
   _supported(x, w, gain, cache)
   N, D = x.shape
   tiles = -(-N // ROWS)
@@ -60,6 +61,7 @@ def latent_kv(
 
 
 def _supported(x: jax.Array, w: jax.Array, gain: jax.Array, cache: Any) -> None:
+  """Raises NotImplementedError unless the kernel can take dtypes and shapes."""
   kinds = [x.dtype, w.dtype, cache.k_r.dtype]
   if len(cache) == 2:
     kinds.append(cache.c.dtype)
@@ -80,14 +82,14 @@ def _supported(x: jax.Array, w: jax.Array, gain: jax.Array, cache: Any) -> None:
 
 
 def _pick_splits(tiles: int, steps: int, sms: int) -> int:
-  """Parts of the width: enough thread blocks, at least 8 steps each."""
+  """Returns parts of the width: enough thread blocks, at least 8 steps each."""
   if 4 * tiles > sms:
     return 1
   return max(1, min(sms // tiles, steps // 8))
 
 
 def _partners(w: jax.Array, interleaved: bool) -> jax.Array:
-  """w [D R] with each column replaced by what sin multiplies in rope."""
+  """Returns w [D R] with each column replaced by what sin multiplies."""
   if interleaved:
     pairs = w.reshape(w.shape[0], -1, 2)
     return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(w.shape)
@@ -96,7 +98,7 @@ def _partners(w: jax.Array, interleaved: bool) -> jax.Array:
 
 
 def _table(cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
-  """[2 N R] float32: what multiplies each column of the two products."""
+  """Returns [2 N R] float32: what multiplies each column of both products."""
   wide = lambda a: (
     jnp.repeat(a, 2, axis=1) if interleaved else jnp.tile(a, (1, 2))
   )
@@ -104,7 +106,7 @@ def _table(cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
 
 
 def _ring() -> dict[str, Any]:
-  """Tiles of the product: tokens, latent columns, rotary columns."""
+  """Returns tiles of the product: tokens, latent columns, rotary columns."""
   tile = lambda *shape: plgpu.SMEM(
     shape, jnp.bfloat16, transforms=compat.TILED_16BIT
   )
@@ -122,7 +124,7 @@ def _multiply(
   rs: jax.Ref, here: jax.Ref, free: jax.Ref, *, tile: jax.Array,
   first: int | jax.Array, steps: int | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """This warpgroup's [64 256] and [64 64] sums over `steps` steps."""
+  """Returns this warpgroup's [64 256] and [64 64] sums over `steps` steps."""
   g = lax.axis_index('wg')
   rows = pl.ds(tile * ROWS, ROWS)
 
@@ -172,7 +174,7 @@ def _multiply(
 
 
 def _product(operands: tuple[jax.Array, ...], splits: int) -> jax.Array:
-  """The two products of every part of the width: [splits N 2 256+64]."""
+  """Returns the products of every part of the width: [splits 2 N 256+64]."""
   x = operands[0]
 
   def body(
@@ -201,6 +203,7 @@ def _product(operands: tuple[jax.Array, ...], splits: int) -> jax.Array:
 def _fused_body(
   x: jax.Ref, w: jax.Ref, partners: jax.Ref, *ring: jax.Ref, tile: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  """Returns this warpgroup's products, computed here."""
   steps = x.shape[1] // STEP
   return _multiply(x, w, partners, *ring, tile=tile, first=0, steps=steps)
 
@@ -208,6 +211,7 @@ def _fused_body(
 def _finish_body(
   parts: jax.Ref, *, tile: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  """Returns this warpgroup's products, computed before."""
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   read = lambda start, size: compat.load(
     parts, (g, rows, pl.ds(start, size)), _TILE, optimized=False
@@ -216,7 +220,7 @@ def _finish_body(
 
 
 def _write(products, ring, operands, rest, flat, eps, floor):
-  """Norm, rope, rounding, and each row into its slot; returns the cache."""
+  """Runs norm, rope and rounding, and returns the cache with the rows in it."""
   caches = [jax.new_ref(a) for a in flat]
   tiles = rest[-1].shape[0] // ROWS
   piece = GROUP if len(flat) == 3 else GROUP // 2
@@ -250,10 +254,12 @@ def _write(products, ring, operands, rest, flat, eps, floor):
 def _wide(
   values: jax.Array, shape: tuple[int, ...], axis: int = 0
 ) -> jax.Array:
+  """Returns a vector broadcast to `shape`, where it lies along `axis`."""
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
 def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
+  """Stores 64 tokens: norm and gain of the latent, rope of the key."""
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   stat, turned, key, where = (
     store[n] for n in ('stat', 'turned', 'key', 'where')
@@ -315,7 +321,7 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
 def _for_slots(
   pages: jax.Ref, where: jax.Ref, do: Callable[[jax.Array, jax.Array], None]
 ) -> None:
-  """do(row, slot) for each of the 64 tokens that has a slot."""
+  """Calls do(row, slot) for each of the 64 tokens that has a slot."""
 
   def one(i: jax.Array, _) -> tuple:
     slot = where[i]
@@ -328,7 +334,7 @@ def _for_slots(
 def _scatter(
   staged: jax.Ref, pages: jax.Ref, columns: slice | pl.Slice, where: jax.Ref
 ) -> None:
-  """Each row of staged [64 .] into its slot of pages, by TMA."""
+  """Copies each row of staged [64 .] to its slot of pages, by TMA."""
 
   def copy(i: jax.Array, slot: jax.Array) -> None:
     plgpu.copy_smem_to_gmem(
@@ -341,7 +347,7 @@ def _scatter(
 def _scatter_numbers(
   staged: jax.Ref, pages: jax.Ref, column: int | jax.Array, where: jax.Ref
 ) -> None:
-  """Each number of staged [64] into its slot of pages."""
+  """Stores each number of staged [64] to its slot of pages."""
 
   def copy(i: jax.Array, slot: jax.Array) -> None:
     pages[slot, column] = staged[i]

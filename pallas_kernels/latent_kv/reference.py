@@ -11,7 +11,7 @@ GROUP = 128  # numbers of a latent that share a scale
 def turn(
   k: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
 ) -> jax.Array:
-  """Rope of k [N R] by cos and sin [N R/2]."""
+  """Returns k [N R] rotated by the angles of cos and sin [N R/2]."""
   if interleaved:
     a, b = k[:, 0::2], k[:, 1::2]
     pairs = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -21,7 +21,7 @@ def turn(
 
 
 def put(pages: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-  """pages [P G .] with rows [N .] at slots [N] of the flat cache."""
+  """Returns pages [P G .] with rows [N .] at slots [N] of the flat cache."""
   flat = pages.reshape(-1, pages.shape[-1])
   # Below 0 is nowhere too; jax would count it from the end.
   slots = jnp.where(slots < 0, flat.shape[0], slots)
@@ -30,6 +30,7 @@ def put(pages: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def latent_kv(x, w, gain, cos, sin, slots, cache, eps, floor, interleaved):
+  """Returns the cache with the latents of x written at `slots`."""
   kv = jnp.dot(x, w, preferred_element_type=jnp.float32)
   c, k = jnp.split(kv, [gain.shape[0]], axis=-1)
   c = c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)

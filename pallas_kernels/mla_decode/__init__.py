@@ -30,7 +30,7 @@ def mla_decode(
   splits: int | None = None,
   impl: str | None = None,
 ) -> jax.Array:
-  """o[b, t, h] = softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
+  """Returns softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
 
   Args:
     q_c: [B T H C] queries times k_up.
@@ -78,6 +78,7 @@ def _check(
   lengths: jax.Array,
   scales: jax.Array | None,
 ) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   B, T, H, C = q_c.shape
   wanted = {
     'q_r': (q_r, (B, T, H, k_r.shape[-1])),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def gather_pages(pages: jax.Array, table: jax.Array) -> jax.Array:
-  """pages [P G D], table [B J] -> [B J*G D]."""
+  """Returns pages [P G D] in the order of table [B J]: [B J*G D]."""
   (B, J), (_, G, D) = table.shape, pages.shape
   return pages[table].reshape(B, J * G, D)
 
@@ -20,6 +20,7 @@ def mla_decode(
   scale: float,
   scales: jax.Array | None = None,
 ) -> jax.Array:
+  """Returns the attention of the new tokens [B T H C]."""
   T = q_c.shape[1]
   keys = gather_pages(c, table).astype(jnp.float32)
   if scales is not None:

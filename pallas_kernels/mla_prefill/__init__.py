@@ -18,9 +18,10 @@ __all__ = ['mla_prefill', 'segment_starts']
 
 
 def segment_starts(segments: jax.Array) -> jax.Array:
-  """segments [B T] int32 -> [B T] int32, where each token's segment starts.
+  """Returns where each token's segment starts, int32 [B T].
 
-  A segment is a run of equal numbers: the same number further on is another.
+  A segment is a run of equal numbers in segments [B T] int32: the same number
+  further on is another.
   """
   at = jnp.arange(segments.shape[1], dtype=jnp.int32)
   changes = segments[:, 1:] != segments[:, :-1]
@@ -37,13 +38,14 @@ def mla_prefill(
   scale: float,
   impl: str | None = None,
 ) -> jax.Array:
-  """o[t] = softmax over s <= t of the same segment (scale q[t] k[s]) v[s].
+  """Returns softmax(scale q[t] k[s]) v[s] over s <= t of the same segment.
 
   Args:
     q: [B T H D] queries.
     k: [B T H D] keys, the shared rotary part repeated for every head.
     v: [B T H V] values.
-    segments: [B T] int32 or None; tokens see their own run of equal numbers.
+    segments: [B T] int32 or None; tokens attend to their own run of equal
+      numbers.
     scale: of the scores.
     impl: None, 'reference', 'gpu' (bfloat16, D=192, V=128), or 'cudnn' where
       it can (a Hopper GPU, no segments), else as None with the reason logged.

@@ -39,7 +39,7 @@ def queries(
   starts: jax.Array,
   scale: float,
 ) -> jax.Array:
-  """Gradient of the queries."""
+  """Returns the gradient of the queries [B T H 192]."""
   return compat.kernel(
     functools.partial(_queries_body, scale=scale),
     jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -64,6 +64,7 @@ def _queries_body(
   ks: jax.Ref, vs: jax.Ref, ds: jax.Ref, own_here: jax.Ref, here: jax.Ref,
   free: jax.Ref, *, scale: float,
 ) -> None:  # fmt: skip
+  """Computes the gradient of 128 queries, walking their keys."""
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
@@ -113,7 +114,7 @@ def keys(
   ends: jax.Array,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of the keys and of the values."""
+  """Returns the gradients of the keys and of the values."""
   return compat.kernel(
     functools.partial(_keys_body, scale=scale),
     (
@@ -144,6 +145,7 @@ def _keys_body(
   shifts: jax.Ref, own_here: jax.Ref, here: jax.Ref, free: jax.Ref, *,
   scale: float,
 ) -> None:  # fmt: skip
+  """Computes the gradients of 128 keys and values, walking queries."""
   b, h, w = (lax.axis_index(a) for a in ('b', 'h', 'wg'))
   m = lax.axis_index('m')  # the first keys have the most queries
   top_row = m * TILE + w * ROWS

@@ -25,15 +25,17 @@ LOG2E = math.log2(math.e)
 
 
 def memory(*shape: int) -> pl.MemoryRef:
+  """Returns bfloat16 shared memory in tiles that wgmma reads."""
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=compat.TILED_16BIT)
 
 
 def grid(q: jax.Array) -> dict[str, int]:
+  """Returns the grid over batch, heads and tiles of 128 tokens."""
   return {'b': q.shape[0], 'h': q.shape[2], 'm': q.shape[1] // TILE}
 
 
 def place(tiles: int) -> tuple[jax.Array, ...]:
-  """Batch, head, tile and warpgroup; the longest tiles start first."""
+  """Returns batch, head, tile and warpgroup; the longest tiles start first."""
   b, h, m, w = (lax.axis_index(a) for a in ('b', 'h', 'm', 'wg'))
   return b, h, tiles - 1 - m, w
 
@@ -41,7 +43,7 @@ def place(tiles: int) -> tuple[jax.Array, ...]:
 def stream(
   steps: jax.Array, load: Callable, use: Callable, carry: Any, free: jax.Ref
 ) -> Any:
-  """carry = use(step, stage, carry), with the next blocks on their way."""
+  """Folds use(step, stage, carry) with the next blocks on their way."""
   w = lax.axis_index('wg')
 
   @pl.when(w == 0)
@@ -71,7 +73,7 @@ def stream(
 
 
 def product(a: jax.Ref, b: jax.Ref, columns: int) -> jax.Array:
-  """a @ b.T of refs, a float32 [64, columns] in registers."""
+  """Returns a @ b.T of refs, a float32 [64, columns] in registers."""
 
   def run(ref: jax.Ref) -> jax.Array:
     def part(i: jax.Array, _) -> tuple:
@@ -86,7 +88,7 @@ def product(a: jax.Ref, b: jax.Ref, columns: int) -> jax.Array:
 
 
 def add_product(acc: jax.Array, a: jax.Ref, b: jax.Ref) -> jax.Array:
-  """acc + a @ b of refs."""
+  """Returns acc + a @ b of refs."""
 
   def run(ref: jax.Ref) -> None:
     compat.wgmma(ref, a, b)
@@ -96,14 +98,17 @@ def add_product(acc: jax.Array, a: jax.Ref, b: jax.Ref) -> jax.Array:
 
 
 def wide(values: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
+  """Returns a vector broadcast to `shape`, where it lies along `axis`."""
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
 def iota(
   shape: tuple[int, ...], axis: int, offset: int | jax.Array
 ) -> jax.Array:
+  """Returns offset + the row (axis 0) or column (axis 1) of each entry."""
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) + offset
 
 
 def zeros(columns: int) -> jax.Array:
+  """Returns float32 zeros [64, columns]."""
   return compat.full((ROWS, columns), 0.0, WGMMA)

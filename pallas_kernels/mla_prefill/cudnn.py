@@ -16,7 +16,11 @@ def mla_prefill(
   segments: jax.Array | None,
   scale: float,
 ) -> jax.Array:
-  """[B T H V], or NotImplementedError with what cuDNN can't do."""
+  """Returns cuDNN's attention [B T H V].
+
+  Raises:
+    NotImplementedError: the reason for which cuDNN can't be used.
+  """
   if segments is not None:
     raise NotImplementedError('cuDNN is not given packed segments')
   if not dispatch.on_hopper():

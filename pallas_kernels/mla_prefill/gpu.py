@@ -29,6 +29,7 @@ from pallas_kernels.mla_prefill.causal_blocks import (
 def mla_prefill(
   q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
 ) -> jax.Array:
+  """Returns the attention [B T H 128], bfloat16; pads T to 128 * n."""
   if any(a.dtype != jnp.bfloat16 for a in (q, k, v)):
     raise NotImplementedError(f'dtype {q.dtype}/{v.dtype}, not bfloat16')
   if (q.shape[-1], v.shape[-1]) != (WIDE, VALUE):
@@ -49,17 +50,20 @@ def mla_prefill(
 def _attend(
   q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
 ) -> jax.Array:
+  """Returns the output alone; its gradient is the kernels of backward.py."""
   return _forward(q, k, v, starts, scale)[0]
 
 
 def _fwd(
   q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
 ) -> tuple:
+  """Returns the output and what the backward pass keeps."""
   out, lse = _forward(q, k, v, starts, scale)
   return out, (q, k, v, starts, out, lse)
 
 
 def _bwd(scale: float, saved: tuple, grad: jax.Array) -> tuple:
+  """Returns the gradients of q, k and v."""
   q, k, v, starts, out, lse = saved
   grad = grad.astype(jnp.bfloat16)
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
@@ -74,7 +78,7 @@ _attend.defvjp(_fwd, _bwd)
 
 
 def _segment_ends(starts: jax.Array) -> jax.Array:
-  """[B T] -> index of the last token of each token's segment."""
+  """Returns the index of the last token of each token's segment, [B T]."""
   at = jnp.arange(starts.shape[1], dtype=jnp.int32)
   last = jnp.pad(
     starts[:, 1:] != starts[:, :-1], ((0, 0), (0, 1)), constant_values=True
@@ -86,7 +90,7 @@ def _segment_ends(starts: jax.Array) -> jax.Array:
 def _forward(
   q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Output [B T H V] and base-2 log-sum-exp [B H T] of scaled scores."""
+  """Returns the output [B T H V] and its log-sum-exp [B H T], base 2."""
   B, T, H, _ = q.shape
   return compat.kernel(
     functools.partial(_forward_body, scale=scale * LOG2E),
@@ -117,6 +121,7 @@ def _forward_body(
   stat: jax.Ref, q_here: jax.Ref, k_here: jax.Ref, v_here: jax.Ref,
   free: jax.Ref, *, scale: float,
 ) -> None:  # fmt: skip
+  """Computes the attention of 128 queries of one head."""
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)

@@ -58,7 +58,7 @@ def plan(
 
 
 def _run(name: str, impl: str | None, *args: Any) -> Any:
-  """Kernel or reference function of that name."""
+  """Runs the kernel or the reference function of that name."""
 
   def gpu(*args: Any) -> Any:
     from pallas_kernels.permute import gpu
@@ -71,6 +71,7 @@ def _run(name: str, impl: str | None, *args: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _permute(x: jax.Array, plan: Plan, impl: str | None) -> jax.Array:
+  """Returns the rows [M D]; its gradient is `permute_bwd`."""
   return _run('permute', impl, x, plan)
 
 
@@ -81,8 +82,9 @@ _permute.defvjp(
 
 
 def permute(x: jax.Array, plan: Plan, *, impl: str | None = None) -> jax.Array:
-  """x [N D] -> rows [M D]; filler rows are zero. Differentiable in x.
+  """Returns rows [M D] of tokens x [N D]; filler rows are zero.
 
+  It is differentiable in x.
   impl='gpu' takes bfloat16 and float32 with D a multiple of 256, and raises
   NotImplementedError for the rest; so does combine.
   """
@@ -95,6 +97,7 @@ def _permute_fp8(x, plan, power_of_two, floor, impl):
 
 
 def _no_gradient(*_):
+  """Raises NotImplementedError: rounding has no gradient of its own."""
   raise NotImplementedError(
     'permute_fp8 has no gradient: use it inside a function with its own VJP'
   )
@@ -111,7 +114,7 @@ def permute_fp8(
   floor: float = ACTIVATION_FLOOR,
   impl=None,
 ):
-  """permute of x in float8 with a scale per 1 x 128 numbers.
+  """Returns permute(x) in float8 with a scale per 1 x 128 numbers.
 
   A token is read and quantised once, in registers, for all of its choices:
   2 D bytes of a bfloat16 token in, D + D/32 bytes of each row out.
@@ -141,10 +144,12 @@ def permute_fp8(
 def _combine(
   rows: jax.Array, weights: jax.Array, plan: Plan, impl: str | None
 ) -> jax.Array:
+  """Returns the sums [N D]; its gradient is `combine_bwd`."""
   return _run('combine', impl, rows, weights, plan)
 
 
 def _combine_bwd(impl: str | None, saved: tuple, grad: jax.Array) -> tuple:
+  """Returns the gradients of rows and weights."""
   return *_run('combine_bwd', impl, *saved, grad), None
 
 
@@ -154,7 +159,7 @@ _combine.defvjp(lambda *args: (_combine(*args), args[:3]), _combine_bwd)
 def combine(
   rows: jax.Array, weights: jax.Array, plan: Plan, *, impl: str | None = None
 ) -> jax.Array:
-  """y[n] = sum_k weights[n, k] * rows[slot[n, k]], summed in float32.
+  """Returns y[n] = sum_k weights[n, k] rows[slot[n, k]], summed in float32.
 
   Args:
     rows: [M D], any float dtype.

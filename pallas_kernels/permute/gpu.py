@@ -30,7 +30,7 @@ _ROWS = 8  # that one program of filler looks at
 
 
 class _Part(NamedTuple):
-  """How a warpgroup moves part of a row, a slice of the second axis.
+  """Describes how a warpgroup moves part of a row, a slice of axis 1.
 
   Attributes:
     size: of the slice.
@@ -46,11 +46,13 @@ class _Part(NamedTuple):
 
 
 def permute(x: jax.Array, plan: Plan) -> jax.Array:
+  """Returns the rows [M D] of tokens x [N D]."""
   out = jax.ShapeDtypeStruct((plan.source.shape[0], x.shape[1]), x.dtype)
   return _spread(x, plan, out, _plain(x))
 
 
 def permute_fp8(x, plan, power_of_two, floor):
+  """Returns the rows [M D] float8 and their scales [M D/128]."""
   how = _quantised(x, power_of_two, floor)
   N, M, blocks = x.shape[0], plan.source.shape[0], x.shape[1] // quantize.SIDE
   outs = (
@@ -63,16 +65,19 @@ def permute_fp8(x, plan, power_of_two, floor):
 
 
 def permute_bwd(grad: jax.Array, plan: Plan) -> jax.Array:
+  """Returns the tokens' gradient [N D] of the rows' gradient [M D]."""
   return _gather(grad, plan.slot, None)
 
 
 def combine(rows: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
+  """Returns the weighted sums [N D] of rows [M D]."""
   return _gather(rows, plan.slot, weights.astype(jnp.float32))
 
 
 def combine_bwd(
   rows: jax.Array, weights: jax.Array, plan: Plan, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients of rows [M D] and weights [N K]."""
   how = _plain(rows)
   outs = (
     jax.ShapeDtypeStruct(rows.shape, rows.dtype),
@@ -93,7 +98,7 @@ def combine_bwd(
 
 
 def _chunk(x: jax.Array) -> int:
-  """Columns that one warpgroup reads at once: up to 16 bytes a thread."""
+  """Returns the columns that a warpgroup reads at once, 16 bytes a thread."""
   quantize.check_dtype(x)
   for vector in (16 // x.dtype.itemsize, 4, 2):
     if x.shape[-1] % (_THREADS * vector) == 0:
@@ -102,12 +107,12 @@ def _chunk(x: jax.Array) -> int:
 
 
 def _together(count: int) -> int:
-  """The largest part of `count` pieces that divides it."""
+  """Returns the largest part of `count` pieces that divides it."""
   return max(n for n in range(1, _IN_FLIGHT + 1) if count % n == 0)
 
 
 def _plain(x: jax.Array) -> _Part:
-  """Columns of [N D] as they are."""
+  """Returns how to move columns of [N D] as they are."""
   chunk = _chunk(x)
   size = chunk * _together(x.shape[1] // chunk)
   layout = plgpu.Layout.WG_STRIDED((size,), vec_size=chunk // _THREADS)
@@ -124,7 +129,7 @@ def _plain(x: jax.Array) -> _Part:
 
 
 def _quantised(x, power_of_two, floor) -> _Part:
-  """Blocks of [N D/128 128] in float8, with their scales."""
+  """Returns how to move blocks of [N D/128 128] in float8, with scales."""
   quantize.check_dtype(x)
   tile = next((n for n in (8, 4) if x.shape[1] % (n * quantize.SIDE) == 0), 0)
   if not tile:
@@ -150,7 +155,7 @@ def _quantised(x, power_of_two, floor) -> _Part:
 
 
 def _within_warps(tile: int) -> Any:
-  """Layout of [8 128] or [4 128] and multiples: a warp has whole rows."""
+  """Returns the layout of [tile 128] in which a warp has whole rows."""
   rows = tile // 4  # of a warp
   below = (2, 128) if rows == 2 else (128,)
   return plgpu.Layout.TILED(
@@ -169,7 +174,7 @@ def _by_token(
   inputs: tuple[jax.Array, ...],
   outs: Any,
 ) -> Any:
-  """One launch that writes all rows, by token and, if filler, by row.
+  """Launches a kernel that writes all rows, by token or as filler.
 
   Args:
     token: (n, part, slot, *refs): writes this part of a token's rows.
@@ -207,7 +212,7 @@ def _by_token(
 
 
 def _spread(x: jax.Array, plan: Plan, outs: Any, how: _Part) -> Any:
-  """Every token to all of its rows, zeros to the others."""
+  """Writes every token to all of its rows, and zeros to the others."""
 
   def token(
     n: jax.Array, part: pl.Slice, slot: jax.Ref, x: jax.Ref, *outs: jax.Ref
@@ -233,7 +238,7 @@ def _weigh(
   how: _Part, n: jax.Array, part: pl.Slice, slot: jax.Ref, grad: jax.Ref,
   rows: jax.Ref, weights: jax.Ref, drows: jax.Ref, dots: jax.Ref,
 ) -> None:  # fmt: skip
-  """weights[n, k] * grad[n] to every row of n, and <grad[n], row>."""
+  """Writes weights[n, k] * grad[n] to every row of n, and <grad[n], row>."""
   at, M = lax.axis_index('part'), rows.shape[0]
   own = how.read(grad, n, part)
 
@@ -258,6 +263,7 @@ def _weigh(
 
 
 def _rows_per_block(count: int, terms: int) -> int:
+  """Returns how many results a thread block sums at once."""
   rows = max(_IN_FLIGHT // terms, 1)
   while count % rows:
     rows //= 2
@@ -265,7 +271,7 @@ def _rows_per_block(count: int, terms: int) -> int:
 
 
 def _read(x: jax.Ref, at: jax.Array, columns: pl.Slice) -> jax.Array:
-  """x[at, columns] in float32; zeros if `at` lies past the end."""
+  """Loads x[at, columns] in float32; zeros if `at` lies past the end."""
   size = columns.size
   layout = plgpu.Layout.WG_STRIDED((size,), vec_size=size // _THREADS)
   last = x.shape[0] - 1
@@ -279,7 +285,7 @@ def _read(x: jax.Ref, at: jax.Array, columns: pl.Slice) -> jax.Array:
 def _gather(
   x: jax.Array, index: jax.Array, scale: jax.Array | None
 ) -> jax.Array:
-  """out[i] = sum_j scale[i, j] * x[index[i, j]], summed in float32."""
+  """Returns out[i] = sum_j scale[i, j] x[index[i, j]], summed in float32."""
   chunk, (count, terms) = _chunk(x), index.shape
   rows = _rows_per_block(count, terms)
   inputs = (x, index) if scale is None else (x, index, scale)
@@ -293,6 +299,7 @@ def _gather(
 def _gather_body(
   x: jax.Ref, index: jax.Ref, *rest: jax.Ref, rows: int, chunk: int
 ) -> None:
+  """Computes `rows` results, a chunk of columns at a time."""
   *scale, out = rest
   first = lax.axis_index('group') * rows
 

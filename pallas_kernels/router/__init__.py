@@ -28,7 +28,7 @@ def router(
   rule: Rule,
   impl: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Chooses top_k experts per token; equals favour the lower number.
+  """Chooses top_k experts per token; lower numbers win ties.
 
   Args:
     logits: [N E] float32 gate logits.
@@ -58,6 +58,7 @@ def router(
 def _check(
   logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
 ) -> None:
+  """Raises ValueError for a rule that doesn't fit E and top_k."""
   E = logits.shape[-1]
   if rule.scoring not in ('softmax', 'sigmoid', 'sqrtsoftplus'):
     raise ValueError(
@@ -90,6 +91,8 @@ def _route(
   rule: Rule,
   impl: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns experts, weights and counts; the weights have a gradient."""
+
   def gpu(*args: Any) -> tuple:
     from pallas_kernels.router import gpu
 
@@ -107,6 +110,7 @@ def _fwd(
   rule: Rule,
   impl: str | None,
 ) -> tuple:
+  """Returns the result and what the backward pass keeps."""
   out = _route(logits, bias, top_k, rule, impl)
   return out, (logits, out[0], bias)
 
@@ -114,6 +118,7 @@ def _fwd(
 def _bwd(
   top_k: int, rule: Rule, impl: str | None, saved: tuple, grads: tuple
 ) -> tuple:
+  """Returns the logits' gradient through the weights of the chosen."""
   logits, experts, bias = saved
   _, pull = jax.vjp(lambda x: reference.weigh(x, experts, rule), logits)
   zero = None if bias is None else jnp.zeros_like(bias)

@@ -29,6 +29,7 @@ _BY_EXPERT = plgpu.Layout.WGMMA.reduce(0)
 def route(
   logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns experts [N K], weights [N K] and counts [E]."""
   N, E = logits.shape
   if logits.dtype != jnp.float32:
     raise NotImplementedError(f'logits are {logits.dtype}, not float32')
@@ -70,7 +71,7 @@ def route(
 
 
 def _row(E: int) -> int:
-  """Length of a row of E scores in shared memory.
+  """Returns the length of a row of E scores in shared memory.
 
   An odd multiple of 8: then the 8 rows of 32 bytes that a warp reads at once
   are in different banks.
@@ -79,20 +80,21 @@ def _row(E: int) -> int:
 
 
 def _bytes(E: int, top_k: int) -> int:
-  """Shared memory of one block, each array rounded up to 1 KiB."""
+  """Returns the shared memory of a block, each array rounded up to 1 KiB."""
   arrays = 2 * [TOKENS * _row(E)] + 2 * [TOKENS * top_k] + [E]
   reductions = 2048
   return sum(-(-4 * n // 1024) * 1024 for n in arrays) + reductions
 
 
 def _wide(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns a vector [tokens] broadcast to `shape`."""
   return lax.broadcast_in_dim(values, shape, [0])
 
 
 def _unnormalised(
   x: jax.Array, scoring: str, top: jax.Array | None
 ) -> jax.Array:
-  """Scores of logits x; for softmax without the division by their sum."""
+  """Returns scores of logits x; softmax is not divided by its sum yet."""
   if scoring == 'sigmoid':
     return 1.0 / (1.0 + jnp.exp(-x))
   if scoring == 'softmax':
@@ -107,11 +109,12 @@ def _unnormalised(
 
 
 def _pieces(stop: int, start: int = 0) -> list[pl.Slice]:
-  """Slices of the experts, small enough to leave registers to spare."""
+  """Returns slices of the experts that leave registers to spare."""
   return [pl.ds(at, min(64, stop - at)) for at in range(start, stop, 64)]
 
 
 def _load(ref: jax.Ref, part: pl.Slice, **how: Any) -> jax.Array:
+  """Loads the columns `part` of all 64 tokens."""
   return compat.load(ref, (slice(None), part), _TILE, **how)
 
 
@@ -122,7 +125,7 @@ def _score(
   biased: jax.Ref,
   scoring: str,
 ) -> None:
-  """Scores of the logits go to `kept`, and scores + bias to `biased`."""
+  """Stores scores of the logits to `kept`, and scores + bias to `biased`."""
   pieces = _pieces(bias.shape[0])
   fetch = functools.partial(_load, logits, optimized=False)
   softmax = scoring == 'softmax'
@@ -147,19 +150,20 @@ def _score(
 
 
 def _columns(part: pl.Slice) -> jax.Array:
+  """Returns the expert number of each entry of a piece."""
   shape = (TOKENS, part.size)
   return part.start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
 
 
 def _first(hit: jax.Array, column: jax.Array) -> jax.Array:
-  """Per token the lowest column that is hit."""
+  """Returns per token the lowest column that is hit."""
   return jnp.where(hit, column, _NOWHERE).min(axis=1)
 
 
 def _group_score(
   biased: jax.Ref, start: int, stop: int, group_score: str
 ) -> jax.Array:
-  """[tokens], the sum of the best or the best two of experts start..stop-1."""
+  """Returns [tokens]: the best, or the best two, of experts start..stop-1."""
   best = second = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   for part in _pieces(-(-stop // 8) * 8, start // 8 * 8):
     choice, column = _load(biased, part), _columns(part)
@@ -179,7 +183,7 @@ def _group_score(
 
 
 def _limit_groups(biased: jax.Ref, E: int, rule: Rule) -> None:
-  """Puts -inf in place of the scores of all but the best groups."""
+  """Replaces the scores of all but the best groups by -inf."""
   size = E // rule.groups
   scores = [
     _group_score(biased, g * size, (g + 1) * size, rule.group_score)
@@ -206,7 +210,7 @@ def _limit_groups(biased: jax.Ref, E: int, rule: Rule) -> None:
 def _next(
   biased: jax.Ref, E: int, value: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The best score after `value` of expert `index`, and its expert."""
+  """Returns the best score after `value` of expert `index`, and its expert."""
   best = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   found = compat.full((TOKENS,), _NOWHERE, _BY_TOKEN, jnp.int32)
   for part in _pieces(E):
@@ -224,7 +228,7 @@ def _next(
 
 
 def _at(kept: jax.Ref, E: int, index: jax.Array) -> jax.Array:
-  """Per token the kept score of expert `index`."""
+  """Returns per token the kept score of expert `index`."""
   gain = compat.full((TOKENS,), 0.0, _BY_TOKEN)
   for part in _pieces(E):
     scores = _load(kept, part)
@@ -234,7 +238,7 @@ def _at(kept: jax.Ref, E: int, index: jax.Array) -> jax.Array:
 
 
 def _count(picks: jax.Ref, counted: jax.Ref, tokens: int | jax.Array) -> None:
-  """How many of the first `tokens` picked each expert."""
+  """Counts how many of the first `tokens` tokens picked each expert."""
   for part in _pieces(counted.shape[0]):
     shape = (TOKENS, part.size)
     column = _columns(part)
@@ -257,6 +261,7 @@ def _body(
   counts: jax.Ref, kept: jax.Ref, biased: jax.Ref, picks: jax.Ref,
   gains: jax.Ref, counted: jax.Ref, *, top_k: int, rule: Rule, tokens: int,
 ) -> None:  # fmt: skip
+  """Routes 64 tokens."""
   block = lax.axis_index('block')
   E = bias.shape[0]
   own = logits.at[pl.ds(block * TOKENS, TOKENS)]

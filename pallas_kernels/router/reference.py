@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How experts are chosen and weighted.
+  """Sets how experts are chosen and weighted.
 
   Attributes:
     scoring: affinity of a token to an expert.
@@ -32,7 +32,7 @@ class Rule:
 
 
 def score(logits: jax.Array, scoring: str) -> jax.Array:
-  """Affinities [N E] of float32 logits [N E]."""
+  """Returns affinities [N E] of float32 logits [N E]."""
   if scoring == 'softmax':
     return jax.nn.softmax(logits, axis=-1)
   if scoring == 'sigmoid':
@@ -61,7 +61,7 @@ def _normalized_jvp(eps: float, primals: tuple, tangents: tuple) -> tuple:
 
 
 def limit_groups(choice: jax.Array, rule: Rule) -> jax.Array:
-  """choice [N E] with all but the best groups at -inf."""
+  """Returns choice [N E] with all but the best groups at -inf."""
   N, E = choice.shape
   grouped = choice.reshape(N, rule.groups, E // rule.groups)
   best = 1 if rule.group_score == 'max' else 2
@@ -74,7 +74,7 @@ def limit_groups(choice: jax.Array, rule: Rule) -> jax.Array:
 def choose(
   logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
 ) -> jax.Array:
-  """[N K] int32; among equals the lower expert number wins."""
+  """Returns experts int32 [N K]; the lower number wins ties."""
   choice = score(logits.astype(jnp.float32), rule.scoring)
   if bias is not None:
     choice = choice + bias
@@ -84,7 +84,7 @@ def choose(
 
 
 def weigh(logits: jax.Array, experts: jax.Array, rule: Rule) -> jax.Array:
-  """[N K] float32 weights of chosen experts; differentiable in logits."""
+  """Returns float32 weights [N K] of chosen experts, differentiable."""
   scores = score(logits.astype(jnp.float32), rule.scoring)
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if rule.normalize:
@@ -95,6 +95,7 @@ def weigh(logits: jax.Array, experts: jax.Array, rule: Rule) -> jax.Array:
 def route(
   logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns experts [N K], weights [N K] and counts [E]."""
   experts = choose(logits, bias, top_k, rule)
   counts = jnp.bincount(experts.reshape(-1), length=logits.shape[1])
   return experts, weigh(logits, experts, rule), counts.astype(jnp.int32)

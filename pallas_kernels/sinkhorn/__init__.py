@@ -24,7 +24,7 @@ def sinkhorn(
   eps: float = 1e-6,
   impl: str | None = None,
 ) -> jax.Array:
-  """M = softmax over rows + eps, then columns and rows divided by their sums.
+  """Returns softmax over rows + eps, columns and rows divided by their sums.
 
   The division by column sums comes first and last, so columns sum to one to
   rounding and rows approximately. Every sum gets eps added.
@@ -52,6 +52,8 @@ def sinkhorn(
 
 
 def _run(name: str, impl: str | None, *args: Any) -> jax.Array:
+  """Runs the kernel or the reference function of that name."""
+
   def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.sinkhorn import gpu
 
@@ -65,12 +67,14 @@ def _run(name: str, impl: str | None, *args: Any) -> jax.Array:
 def _sinkhorn(
   logits: jax.Array, iterations: int, eps: float, impl: str | None
 ) -> jax.Array:
+  """Returns the matrices; their gradient is `sinkhorn_bwd`."""
   return _run('sinkhorn', impl, logits, iterations, eps)
 
 
 def _fwd(
   logits: jax.Array, iterations: int, eps: float, impl: str | None
 ) -> tuple:
+  """Returns the matrices, and the logits for the backward pass."""
   return _sinkhorn(logits, iterations, eps, impl), logits
 
 
@@ -81,6 +85,7 @@ def _bwd(
   logits: jax.Array,
   grad: jax.Array,
 ) -> tuple:
+  """Returns the gradient of the logits."""
   return (_run('sinkhorn_bwd', impl, logits, grad, iterations, eps),)
 
 

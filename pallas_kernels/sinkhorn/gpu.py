@@ -24,6 +24,7 @@ _LAYOUT = plgpu.Layout.WG_STRIDED((TOKENS,), vec_size=1)
 
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
+  """Returns the normalised matrices [N n n]."""
   _divisors(logits, iterations)
   body = functools.partial(_forward_body, iterations=iterations, eps=eps)
   return _call(body, {}, logits)
@@ -32,13 +33,14 @@ def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
 def sinkhorn_bwd(
   logits: jax.Array, grad: jax.Array, iterations: int, eps: float
 ) -> jax.Array:
+  """Returns the gradient of the logits [N n n]."""
   body = functools.partial(_backward_body, iterations=iterations, eps=eps)
   divisors = _divisors(logits, iterations)
   return _call(body, {'divisors': divisors}, logits, grad)
 
 
 def _divisors(logits: jax.Array, iterations: int) -> pl.MemoryRef:
-  """What the backward pass keeps in shared memory, if it has room."""
+  """Returns shared memory for the divisors, if they fit."""
   shape = (2 * iterations - 1) * logits.shape[-1], TOKENS
   room = compat.SHARED_MEMORY // 4 // TOKENS
   if shape[0] > room:
@@ -70,10 +72,12 @@ def _call(
 
 
 def _tokens() -> pl.Slice:
+  """Returns the slice of tokens of this thread block."""
   return pl.ds(lax.axis_index('block') * TOKENS, TOKENS)
 
 
 def _read(planes: jax.Ref) -> tuple[jax.Array, ...]:
+  """Loads the n * n entries of each token, a vector each."""
   return tuple(
     compat.load(planes, (i, _tokens()), _LAYOUT, optimized=False)
     for i in range(planes.shape[0])
@@ -81,21 +85,24 @@ def _read(planes: jax.Ref) -> tuple[jax.Array, ...]:
 
 
 def _write(planes: jax.Ref, values: Sequence[jax.Array]) -> None:
+  """Stores the n * n entries of each token."""
   for i, value in enumerate(values):
     planes[i, _tokens()] = value
 
 
 def _lines(n: int, axis: int) -> list[list[int]]:
-  """Indices of the entries of each row (axis 1) or column (axis 0)."""
+  """Returns the entries of each row (axis 1) or column (axis 0)."""
   at = lambda i, j: i * n + j if axis else j * n + i
   return [[at(i, j) for j in range(n)] for i in range(n)]
 
 
 def _sum(values: Sequence[jax.Array]) -> jax.Array:
+  """Returns the sum of some vectors."""
   return functools.reduce(lambda a, b: a + b, values)
 
 
 def _softmax(logits: Sequence[jax.Array], n: int) -> list[jax.Array]:
+  """Returns the softmax over the rows of each matrix."""
   out = list(logits)
   for line in _lines(n, 1):
     top = functools.reduce(jnp.maximum, [logits[i] for i in line])
@@ -113,7 +120,7 @@ def _divide(
   eps: float,
   keep: Callable = lambda line, divisor: None,
 ) -> tuple[jax.Array, ...]:
-  """m with each line of that axis divided by its sum + eps."""
+  """Returns m with each line of that axis divided by its sum + eps."""
   out = list(m)
   for number, line in enumerate(_lines(n, axis)):
     divisor = _sum([m[i] for i in line]) + eps
@@ -126,6 +133,7 @@ def _divide(
 def _forward_body(
   logits: jax.Ref, out: jax.Ref, *, n: int, iterations: int, eps: float
 ) -> None:
+  """Normalises 128 matrices."""
   m = [p + eps for p in _softmax(_read(logits), n)]
   m = _divide(m, n, 0, eps)
 
@@ -145,6 +153,8 @@ def _backward_body(
   iterations: int,
   eps: float,
 ) -> None:
+  """Computes the gradient of 128 matrices of logits."""
+
   def keep(step: int | jax.Array) -> Callable:
     def store(number: int, divisor: jax.Array) -> None:
       divisors[step * n + number] = divisor

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 
 def _divide(m: jax.Array, axis: int, eps: float) -> jax.Array:
+  """Returns m divided by its sums over `axis`, eps added."""
   return m / (m.sum(axis=axis, keepdims=True) + eps)
 
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
+  """Returns the normalised matrices [N n n]."""
   m = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) + eps
   m = _divide(m, -2, eps)
 
@@ -21,5 +23,6 @@ def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
 def sinkhorn_bwd(
   logits: jax.Array, grad: jax.Array, iterations: int, eps: float
 ) -> jax.Array:
+  """Returns the gradient of the logits [N n n]."""
   pull = jax.vjp(lambda x: sinkhorn(x, iterations, eps), logits)[1]
   return pull(grad)[0]

@@ -28,7 +28,7 @@ def sparse_mla(
   scale: float,
   impl: str | None = None,
 ) -> jax.Array:
-  """o[t, h] = softmax over j (scale (q_c c[i_j] + q_r k_r[i_j])) c[i_j].
+  """Returns softmax(scale (q_c c[i] + q_r k_r[i])) c[i] over chosen i.
 
   Args:
     q_c: [B T H C] queries times k_up.
@@ -65,6 +65,7 @@ def sparse_mla(
 def _check(
   q_c: jax.Array, q_r: jax.Array, c: jax.Array, k_r: jax.Array, index: jax.Array
 ) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   (B, T, H, C), (_, S, R) = q_c.shape, k_r.shape
   wanted = {
     'q_r': (q_r, (B, T, H, R)),

@@ -27,6 +27,7 @@ def sparse_mla(
   index: jax.Array,
   scale: float,
 ) -> jax.Array:
+  """Returns the attention [B T H C], bfloat16."""
   if any(a.dtype != jnp.bfloat16 for a in (q_c, q_r, c, k_r)):
     raise NotImplementedError(f'dtype {q_c.dtype}/{c.dtype}, not bfloat16')
   check_dims(q_c.shape[-1], q_r.shape[-1])
@@ -47,7 +48,7 @@ def sparse_mla(
 
 
 def _in_parts(run: Callable, own: tuple[jax.Array, ...]) -> Any:
-  """run(*own) on the queries [N ...], so many at a time as a grid can have."""
+  """Returns run(*own) on queries [N ...], as many at a time as a grid has."""
   starts = range(0, own[0].shape[0], MOST)
   parts = [run(*(a[start : start + MOST] for a in own)) for start in starts]
   return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
@@ -62,6 +63,7 @@ def _attend(
   at: jax.Array,
   scale: float,
 ) -> jax.Array:
+  """Returns the output alone; its gradient is by the two other kernels."""
   return _fwd(q_c, q_r, c, k_r, at, scale)[0]
 
 
@@ -73,12 +75,14 @@ def _fwd(
   at: jax.Array,
   scale: float,
 ) -> tuple:
+  """Returns the output and what the backward pass keeps."""
   run = lambda q_c, q_r, at: forward.attend(q_c, q_r, c, k_r, at, scale)
   out, lse = _in_parts(run, (q_c, q_r, at))
   return out, (q_c, q_r, c, k_r, at, out, lse)
 
 
 def _bwd(scale: float, saved: tuple, grad: jax.Array) -> tuple:
+  """Returns the gradients of the queries, the latents and the keys."""
   q_c, q_r, c, k_r, at, out, lse = saved
   grad = grad.astype(jnp.bfloat16)
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)

@@ -50,7 +50,7 @@ _IN_FLIGHT = 8  # parts that a warpgroup reads at once
 def latents(
   queries: tuple[jax.Array, ...], c: jax.Array, k_r: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of c and k_r in float32, chunk by chunk of the queries.
+  """Returns the gradients of c and k_r in float32, chunk by chunk of queries.
 
   queries: q_c, q_r, grad, lse, delta and at.
   """
@@ -76,7 +76,7 @@ def latents(
 
 
 def _lists(at: jax.Array, latents: int) -> tuple[jax.Array, jax.Array]:
-  """at [M] -> order [M], starts [latents + 1] of the choices of each latent."""
+  """Sorts at [M] by latent: order [M] and starts [latents + 1], int32."""
   order = jnp.argsort(at, stable=True).astype(jnp.int32)
   bounds = jnp.arange(latents + 1, dtype=at.dtype)
   return order, jnp.searchsorted(at[order], bounds).astype(jnp.int32)
@@ -93,7 +93,9 @@ def store_parts(
   k_r: jax.Array,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """What each query adds to the gradients of its choices: [N*K C], [N*K .].
+  """Returns what each query adds to the gradients of its choices.
+
+  Parts of c are [N*K C] and parts of k_r [N*K 128], of which R are used.
 
   Behind a query's last choice nothing is written.
   """
@@ -126,6 +128,7 @@ def _parts_body(
   at: jax.Ref, steps: jax.Ref, c: jax.Ref, k_r: jax.Ref, dc: jax.Ref,
   dk_r: jax.Ref, *, scale: float, **scratch: jax.Ref
 ) -> None:  # fmt: skip
+  """Computes one block of 64 choices, if the query has that many."""
   n, block = lax.axis_index('query'), lax.axis_index('block')
 
   @pl.when(block < steps[n])
@@ -142,6 +145,7 @@ def _one_block(
   ds: jax.Ref, p_here: jax.Ref, met: jax.Ref, here: jax.Ref, *, n: jax.Array,
   block: jax.Array, scale: float,
 ) -> None:  # fmt: skip
+  """Computes what a query adds to the gradients of 64 latents."""
   w, groups = lax.axis_index('wg'), q_c.shape[1] // PART
   chosen = n, pl.ds(block * BLOCK, BLOCK)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
@@ -219,7 +223,7 @@ def add_parts(
   order: jax.Array,
   starts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """total[s] + sum of parts[order[starts[s]:starts[s + 1]]], in that order."""
+  """Returns total[s] + its parts[order[starts[s]:starts[s + 1]]], in order."""
   room = jnp.pad(total_r, ((0, 0), (0, _ROPE_ROOM - ROPE)))
   out_c, out_r = compat.kernel(
     _add_body,
@@ -233,6 +237,7 @@ def _add_body(
   total_c: jax.Ref, total_r: jax.Ref, dc: jax.Ref, dk_r: jax.Ref,
   order: jax.Ref, starts: jax.Ref, out_c: jax.Ref, out_r: jax.Ref,
 ) -> None:  # fmt: skip
+  """Adds the parts of one latent."""
   s = lax.axis_index('latent')
   first, last = starts[s], starts[s + 1]
 

@@ -50,7 +50,7 @@ def queries(
   k_r: jax.Array,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of the queries."""
+  """Returns the gradients of q_c [N H C] and q_r [N H R]."""
   N, H, _ = q_c.shape
   return compat.kernel(
     functools.partial(_queries_body, scale=scale),
@@ -80,6 +80,7 @@ def _queries_body(
   kr: jax.Ref, ps: jax.Ref, ds: jax.Ref, p_here: jax.Ref, met: jax.Ref,
   own_here: jax.Ref, *, scale: float,
 ) -> None:  # fmt: skip
+  """Computes the gradients of 64 heads of a query, walking its latents."""
   n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)

@@ -14,9 +14,9 @@ def attend(
   k_r: jax.Array,
   scale: float,
 ) -> jax.Array:
-  """One query: q_c [H C], q_r [H R], index [K], c [S C], k_r [S R] -> [H C].
+  """Returns the attention [H C] of one query: q_c [H C], q_r [H R].
 
-  c and k_r are float32.
+  index [K] chooses from c [S C] and k_r [S R], both float32.
   """
   here = index >= 0
   at = jnp.where(here, index, 0)
@@ -41,6 +41,7 @@ def sparse_mla(
   index: jax.Array,
   scale: float,
 ) -> jax.Array:
+  """Returns the attention [B T H C], a few queries at a time."""
   if not index.size:
     return jnp.zeros_like(q_c)
   size = max(1, _ENTRIES // (index.shape[-1] * (c.shape[-1] + k_r.shape[-1])))

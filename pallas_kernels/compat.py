@@ -26,6 +26,7 @@ TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 def _interpret_params() -> Any:
   """Returns the interpreter's settings, under this version's name."""
+  # Public since 0.11.
   if BEFORE_0_11:
     from jax._src.pallas.mosaic_gpu.interpret import params
 
@@ -77,6 +78,7 @@ def kernel(
   Without `across_warps` it sums and compares along rows of wgmma's layout only,
   which needs none of the 2 KiB that are set aside otherwise.
   """
+  # 2 KiB per thread block, which kernels at the limit don't have.
   room = {} if across_warps else {'reduction_scratch_bytes': 0}
   return plgpu.kernel(
     body,
@@ -111,7 +113,7 @@ def kernel_in_place(
     out_type=(),
     mesh=mesh,
     compiler_params=_warpgroup_params(),
-    interpret=_interpret.get() or False,
+    interpret=_interpret.get() or False,  # None is not taken here
   )
 
 
@@ -186,5 +188,6 @@ def num_sms() -> int:
   target = jax.sharding.get_abstract_mesh().abstract_device
   if target is not None:
     return target.num_cores
+  # A CPU has no count: kernels that are lowered there are meant for an H200.
   device = jax.devices()[0]
   return getattr(device, 'core_count', None) or 132

@@ -100,10 +100,12 @@ def _copy(_, source: Any, chosen: Any, dest: Any) -> None:
   )
   nothing = arith.constant(i32, 0)
   full = arith.constant(i32, 2 * _VECTOR)
+  # Load: 16 bytes a copy, neighbouring threads in neighbouring columns.
   work = list(places(thread % _THREADS, *size))
   # All of the list before any row, or each row would wait for its number.
   at = [llvm.load(i32, step(list_, [offset(row)], i32)) for row, _ in work]
   for number, (_, copies) in zip(at, work, strict=True):
+    # Row 0 stands in for no row: an address has to be valid.
     here = arith.cmpi(arith.CmpIPredicate.sge, number, nothing)
     number = arith.select(here, number, nothing)
     begin = arith.muli(arith.extui(i64, number), arith.constant(i64, stride))

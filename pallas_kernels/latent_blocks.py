@@ -82,6 +82,7 @@ def load_queries(
     here: barrier of three arrivals.
   """
 
+  # One warpgroup asks, both wait for all three copies.
   @pl.when(lax.axis_index('wg') == 0)
   def _():
     for i in range(2):
@@ -114,6 +115,7 @@ def scores(
       return ()
 
     lax.fori_loop(0, 2, half, ())
+    # The rotary part adds to the same accumulator.
     compat.wgmma(ref, qr, compat.transposed(rope))
     return ref[...]
 
@@ -141,6 +143,7 @@ def publish_max(s: jax.Array, stat: jax.Ref, barrier: jax.Ref) -> jax.Array:
 
   Past it both warpgroups are done with the keys' rotary tiles.
   """
+  # Scores are in: what they were read from may be overwritten.
   own = s.max(axis=1)
   stat[lax.axis_index('wg')] = own
   meet(barrier)
@@ -171,11 +174,13 @@ def softmax_step(
     `acc` as it was.
   """
   w = lax.axis_index('wg')
+  # Both warpgroups need one maximum, or their sums would not add up.
   other = compat.load(stat, 1 - w, BY_ROW)
   top = jnp.maximum(running.top, jnp.maximum(own, other))
   p = jnp.exp2(s - wide(top, s.shape))
   shrink = jnp.exp2(running.top - top)
   total = running.total * shrink + p.sum(axis=1)
+  # The products of the values take all keys: p of both crosses over.
   ps[w] = p.astype(jnp.bfloat16)
   plgpu.commit_smem()
   meet(barrier)
@@ -243,6 +248,7 @@ def finish(
   stat[w] = running.total
   meet(barriers[0])
   total = running.total + compat.load(stat, 1 - w, BY_ROW)
+  # A row that attends to nothing has no sum to divide by.
   safe = jnp.where(total > 0, total, 1.0)
   # Store: through the tile of the queries, which nobody reads any more.
   qc[w] = (running.acc / wide(safe, running.acc.shape)).astype(jnp.bfloat16)

@@ -167,9 +167,11 @@ def _sums(
 
   def step(k: jax.Array, sums: tuple) -> tuple:
     stage = lax.rem(k, STAGES)
+    # Wait: all copies of this stage have arrived.
     plgpu.barrier_wait(here.at[stage])
     sums = add(k, stage, sums)
 
+    # Refill: once both warpgroups have read the stage.
     @pl.when(k + STAGES < steps)
     def _():
       plgpu.commit_smem()  # the scales were read before the copy writes anew
@@ -207,9 +209,11 @@ def _body(
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
   part_a, part_b = gpu.part(tile)
+  # Filler takes no step: its rows come out as zeros.
   steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
   groups = tile.columns // STEP  # scales across the tile
 
+  # Load: 128 of the contracted dimension and the scales of its rows.
   def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
@@ -223,6 +227,7 @@ def _body(
       where = pl.ds(n * tile.columns + i * tile.own_columns, tile.own_columns)
       copy(weights.at[expert, where, inner], b.at[stage, i])
 
+  # Load: the weights' scales of all steps at once; they are few.
   @pl.when(lax.axis_index('wg') == 0)
   def _():
     plgpu.copy_gmem_to_smem(
@@ -239,6 +244,7 @@ def _body(
   first = lax.div(part_b * tile.own_columns, STEP)
 
   def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
+    # Matmul of one step, then its scales: a row's times a 128 x 128 block's.
     own = compat.load(row_scale, (stage, part_a), _BY_ROW)
     out = []
     for piece, total in enumerate(sums):
@@ -250,6 +256,7 @@ def _body(
     return tuple(out)
 
   sums = _sums(steps, load, add, [(64, width)] * pieces, here, free)
+  # Store: this warpgroup's part of the tile, piece by piece.
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
   for piece, total in enumerate(sums):
@@ -275,6 +282,7 @@ def _outer_body(
   start, steps = first[e], count[e]
   columns = pl.ds(n * STEP, STEP)
 
+  # Load: 128 rows of one expert, the last dimension of both operands.
   def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds((start + k) * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
@@ -290,6 +298,7 @@ def _outer_body(
   _fill(steps, load)
 
   def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
+    # Matmul of one step, then both scales: here each is a vector.
     (total,) = sums
     spread = lambda scale, dim: lax.broadcast_in_dim(scale, total.shape, [dim])
     down = compat.load(row_scale, (stage, w), _BY_ROW)
@@ -297,6 +306,7 @@ def _outer_body(
     product = _product(a.at[stage, w], b.at[stage, 0])
     return (total + product * spread(down, 0) * spread(across, 1),)
 
+  # An expert without rows takes no step, so its gradient is zero.
   (total,) = _sums(steps, load, add, [(64, STEP)], here, free)
   gpu.store(
     total,

@@ -160,6 +160,7 @@ def ring(
   """Calls multiply(stage) for every step while later stages are loading."""
   w = lax.axis_index('wg')
 
+  # Load: every stage is on its way before the first product.
   @pl.when(w == 0)
   def _():
     def fill(stage: jax.Array, _) -> tuple:
@@ -170,11 +171,13 @@ def ring(
 
   def step(k: jax.Array, _) -> tuple:
     stage = lax.rem(k, STAGES)
+    # Wait, then matmul: asynchronous, it runs on into the next step.
     plgpu.barrier_wait(here.at[stage])
     multiply(stage)
     plgpu.wgmma_wait(products)  # the previous step is done reading
     last, again = lax.rem(k + (STAGES - 1), STAGES), k + (STAGES - 1)
 
+    # Refill: the stage of the previous step, once both have read it.
     @pl.when((k > 0) & (again < steps))
     def _():
       plgpu.barrier_arrive(free.at[last])
@@ -216,6 +219,7 @@ def store(
   w = lax.axis_index('wg')
   width = min(staged.shape[-1], own_columns)
   for start in range(0, own_columns, width):
+    # The staging tile is free once its last piece has left.
     if start:
       plgpu.wait_smem_to_gmem(0)
     piece = lax.slice(acc, (0, start), (64, start + width))
@@ -244,6 +248,7 @@ def _forward_body(
   # Filler gets zeros: no step at all.
   steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
 
+  # Load: rows of the tile, and the expert's matrix as it is stored.
   def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * STEP, STEP)
     for i in range(tile.parts[0]):
@@ -259,11 +264,13 @@ def _forward_body(
       )
 
   def multiply(ref: jax.Ref, stage: jax.Array) -> None:
+    # Matmul: the transposed matrix is only read in another order.
     right = b.at[stage, part_b]
     right = compat.transposed(right) if transpose else right
     compat.wgmma(ref, a.at[stage, part_a], right)
 
   acc = _sum(tile.own_columns, steps, load, multiply, here, free)
+  # Store: this warpgroup's part of the tile.
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
   store(
@@ -286,6 +293,7 @@ def _outer_body(
   start = first[e]
   part_a, part_b = part(tile)
 
+  # Load: 64 rows of both operands; their widths make up the tile.
   def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds((start + k) * STEP, STEP)
     for i in range(tile.parts[0]):
@@ -300,10 +308,12 @@ def _outer_body(
       )
 
   def multiply(ref: jax.Ref, stage: jax.Array) -> None:
+    # Matmul: over rows, so the left tile is read transposed.
     left = compat.transposed(a.at[stage, part_a])
     compat.wgmma(ref, left, b.at[stage, part_b])
 
   acc = _sum(tile.own_columns, count[e], load, multiply, here, free)
+  # Store: an expert without rows takes no step and gets zeros.
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
   store(

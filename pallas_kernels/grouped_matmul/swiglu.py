@@ -66,8 +66,10 @@ def _body(
   expert = block_expert[at]
   part_a, part_b = gpu.part(tile)
   width, parts = tile.own_columns, tile.parts
+  # Filler takes no step: its rows come out as zeros.
   steps = jnp.where(at < used[0], rows.shape[1] // gpu.STEP, 0)
 
+  # Load: rows once; the columns of gate and of up lie F apart.
   def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * gpu.STEP, gpu.STEP)
     for i in range(parts[0]):
@@ -86,6 +88,7 @@ def _body(
 
   def run(gate: jax.Ref, up: jax.Ref) -> tuple[jax.Array, jax.Array]:
     def multiply(stage: jax.Array) -> None:
+      # Matmul: the same rows by gate and by up.
       for half, ref in enumerate((gate, up)):
         right = b.at[stage, half * parts[1] + part_b]
         compat.wgmma(ref, a.at[stage, part_a], right)
@@ -95,10 +98,12 @@ def _body(
 
   acc = plgpu.ACC((64, width), jnp.float32)
   gate, up = pl.run_scoped(run, acc, acc)
+  # Activation: the same columns of gate and up meet in registers.
   if limit is not None:
     gate = jnp.minimum(gate, limit)
     up = jnp.minimum(jnp.maximum(up, -limit), limit)
   top, left = m * tile.rows + part_a * 64, n * COLUMNS + part_b * width
+  # Store: F columns, so half of what was multiplied.
   gpu.store(
     gate / (1.0 + jnp.exp(-gate)) * up,
     lambda columns: out.at[

@@ -151,12 +151,14 @@ def _body(
     number = items - 1 - (worker + i * workers)
     b, pair = lax.div(number, per_row), lax.rem(number, per_row)
     t = 2 * pair + g
+    # Load: a query a warpgroup; the keys that either may choose, for both.
     plgpu.copy_gmem_to_smem(q.at[b, t], qs.at[g], q_here.at[g])
     spans = [(first[b, 2 * pair + j], last[b, 2 * pair + j]) for j in range(2)]
     start = lax.div(jnp.minimum(spans[0][0], spans[1][0]), BLOCK)
     end = lax.div(jnp.maximum(spans[0][1], spans[1][1]) + BLOCK - 1, BLOCK)
     end = jnp.maximum(start, end)
     span = first[b, t], last[b, t]
+    # Scores: one pass over the keys, as integers into `kept`.
     plgpu.barrier_wait(q_here.at[g])
     _scores(
       k.at[b], compat.load(w, (b, t), _BY_COLUMN, optimized=False),
@@ -165,10 +167,12 @@ def _body(
     # The ring is refilled for the next item when both have read it.
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)
+    # Selection reads whole chunks: rows without scores are no keys.
     chunks = lax.div(start, CHUNK), lax.div(end + CHUNK - 1, CHUNK)
     _fill(kept, chunks[0] * CHUNK, start)
     _fill(kept, end, chunks[1] * CHUNK)
     plgpu.commit_smem()  # the other threads of the warpgroup read it
+    # Select: the limit by counting, then a bit for every key.
     limits = _threshold(kept, counts.at[g], chunks, top_k, k.shape[1])
     _emit(kept, words.at[g], out.at[b, t], chunks, limits)
     return ()
@@ -196,6 +200,7 @@ def _scores(
     where = pl.ds((start + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(k.at[where], ks.at[stage], here.at[stage])
 
+  # Load: all stages are on their way before the first product.
   @pl.when(g == 0)
   def _():
     def fill(i: jax.Array, _) -> tuple:
@@ -214,9 +219,11 @@ def _scores(
 
   def step(i: jax.Array, _) -> tuple:
     stage = lax.rem(i, STAGES)
+    # Wait, then matmul: 64 keys by all heads of this query.
     plgpu.barrier_wait(here.at[stage])
     s = jnp.maximum(products(stage), 0.0)
 
+    # Refill: once both warpgroups have read the stage.
     @pl.when(i + STAGES < steps)
     def _():
       plgpu.barrier_arrive(free.at[stage])
@@ -226,6 +233,7 @@ def _scores(
         plgpu.barrier_wait(free.at[stage])
         load(i + STAGES, stage)
 
+    # Reduce over heads in registers: only one number a key is stored.
     total = (s * lax.broadcast_in_dim(weights, s.shape, [1])).sum(axis=1)
     at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=_TILE)
     at = at.max(axis=1) + (start + i) * BLOCK
@@ -301,6 +309,7 @@ def _threshold(
     enough = count(lambda x, _: x >= next_) >= top_k
     return jnp.where(enough, next_, low)
 
+  # Level: the largest integer that at least top_k keys reach.
   level = lax.fori_loop(0, 32, bit, jnp.int32(NOTHING))
   above = count(lambda x, _: x > level)
   equal = count(lambda x, _: x == level)
@@ -340,6 +349,7 @@ def _emit(
       x = _read(kept, c)
       tie = (x == level) & (_positions(c) < place)
       chosen = ((x > level) | tie) & (x != NOTHING)
+      # Pack: a sum of different powers of two is the union of their bits.
       column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
       bit = lax.shift_left(jnp.ones_like(x), column & 31)
       for half in range(2):
@@ -352,6 +362,7 @@ def _emit(
         words[half] = compat.full((CHUNK,), 0, _BY_ROW, jnp.int32)
 
     plgpu.commit_smem()
+    # Store: the words of this chunk, both halves of 32 columns.
     for half in range(2):
       where = pl.ds(c * CHUNK, CHUNK)
       plgpu.copy_smem_to_gmem(words.at[half], out.at[half, where])

@@ -44,6 +44,7 @@ def latent_kv(
     constant_values=value,
   )
   flat = [a.reshape(-1, a.shape[-1]) for a in cache]
+  # A token without a slot gets the one past the end, which nobody writes.
   slots = jnp.where(slots < 0, flat[0].shape[0], slots.astype(jnp.int32))
   rest = (
     gain.astype(jnp.float32),
@@ -129,6 +130,7 @@ def _multiply(
   rows = pl.ds(tile * ROWS, ROWS)
 
   def load(step: jax.Array, stage: jax.Array) -> None:
+    # Load: tokens once, and all columns that the two warpgroups need.
     inner = pl.ds((first + step) * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -139,6 +141,7 @@ def _multiply(
     copy(w.at[inner, pl.ds(LATENT, ROPE)], rs.at[stage, 0])
     copy(partners.at[inner], rs.at[stage, 1])
 
+  # Load: all stages are on their way before the first product.
   @pl.when(g == 0)
   def _():
     def fill(stage: jax.Array, _) -> tuple:
@@ -150,11 +153,13 @@ def _multiply(
   def run(latent: jax.Ref, rope: jax.Ref) -> tuple[jax.Array, jax.Array]:
     def step(k: jax.Array, _) -> tuple:
       stage = lax.rem(k, STAGES)
+      # Wait, then matmul: latent and rotary columns by the same tokens.
       plgpu.barrier_wait(here.at[stage])
       compat.wgmma(latent, xs.at[stage], ws.at[stage, g])
       compat.wgmma(rope, xs.at[stage], rs.at[stage, g])
       plgpu.wgmma_wait(0)
 
+      # Refill: once both warpgroups have read the stage.
       @pl.when(k + STAGES < steps)
       def _():
         plgpu.barrier_arrive(free.at[stage])
@@ -187,6 +192,7 @@ def _product(operands: tuple[jax.Array, ...], splits: int) -> jax.Array:
     latent, rope = _multiply(
       x, w, partners, *ring, tile=tile, first=first, steps=last - first
     )
+    # Store: float32 parts; they are summed outside, in a fixed order.
     rows = pl.ds(tile * ROWS, ROWS)
     out[split, g, rows, pl.ds(0, HALF)] = latent
     out[split, g, rows, pl.ds(HALF, ROPE)] = rope
@@ -221,6 +227,7 @@ def _finish_body(
 
 def _write(products, ring, operands, rest, flat, eps, floor):
   """Runs norm, rope and rounding, and returns the cache with the rows in it."""
+  # As refs the caches are updated in place, if their buffers are donated.
   caches = [jax.new_ref(a) for a in flat]
   tiles = rest[-1].shape[0] // ROWS
   piece = GROUP if len(flat) == 3 else GROUP // 2
@@ -269,10 +276,12 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
     plgpu.barrier_arrive(store['met'])
     plgpu.barrier_wait(store['met'])
 
+  # Load: the slots, on their way while the sums are exchanged.
   @pl.when(g == 0)
   def _():
     plgpu.copy_gmem_to_smem(slots.at[rows], where, store['where_here'])
 
+  # Exchange: sums of squares both ways, the sine's half to warpgroup 0.
   own = (latent * latent).sum(axis=1)
   stat[g] = own
   factor = compat.load(table, (g, rows), _TILE, optimized=False)
@@ -284,9 +293,11 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
 
   plgpu.barrier_wait(store['where_here'])
   meet()
+  # Norm: over both halves of the latent.
   square = own + compat.load(stat, 1 - g, _BY_ROW)
   norm = lax.rsqrt(square / LATENT + eps)
 
+  # Rope: the products by cosine and by sine add up; rows to their slots.
   @pl.when(g == 0)
   def _():
     key[...] = (rope + compat.load(turned, slice(None), _TILE)).astype(
@@ -295,6 +306,7 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
     plgpu.commit_smem()
     _scatter(key, caches[-1], slice(None), where)
 
+  # Latent: gain, rounding and rows to their slots, piece by piece.
   width = store['staged'].shape[-1]
   for start in range(0, HALF, width):
     values = lax.slice(latent, (0, start), (ROWS, start + width))

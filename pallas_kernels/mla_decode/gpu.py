@@ -59,10 +59,12 @@ def mla_decode(
   if c.shape[1] % BLOCK:
     raise NotImplementedError(f'{c.shape[1]} tokens a page, not 64 * n')
   B, T, H, _ = q_c.shape
+  # Heads and new tokens are rows alike: all of them share the cached tokens.
   rows = -(-T * H // ROWS) * ROWS
   pad = lambda q: jnp.pad(
     q.reshape(B, T * H, -1), ((0, 0), (0, rows - T * H), (0, 0))
   )
+  # Padded rows count as the last token's; their output is dropped.
   row_new = jnp.minimum(jnp.arange(rows, dtype=jnp.int32) // H, T - 1)
   if splits is None:
     longest = table.shape[1] * c.shape[1]
@@ -105,6 +107,7 @@ def _in_blocks(*pages: jax.Array) -> list[jax.Array]:
 def _merge(out: jax.Array, lse: jax.Array) -> jax.Array:
   """Combines out [B splits N C] by lse [B splits N] (base 2): [B N C]."""
   weights = jax.nn.softmax(lse * math.log(2.0), axis=1)
+  # A split without tokens for a row has no weight, not an equal one.
   weights = jnp.where(lse > EMPTY / 2, weights, 0)
   merged = jnp.einsum('BSNC,BSN->BNC', out.astype(jnp.float32), weights)
   return merged.astype(out.dtype)

@@ -68,6 +68,7 @@ def _queries_body(
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
+  # Load: queries and their gradients stay, keys and values stream.
   plgpu.copy_gmem_to_smem(q.at[b, rows, h], qs.at[w], own_here.at[w])
   plgpu.copy_gmem_to_smem(grad.at[b, rows, h], gs.at[w], own_here.at[w])
   first = lax.div(starts[b, m * TILE], BLOCK)
@@ -82,6 +83,7 @@ def _queries_body(
     plgpu.copy_gmem_to_smem(v.at[b, where, h], vs.at[stage], here.at[stage])
 
   def use(i: jax.Array, stage: jax.Array, acc: jax.Array) -> jax.Array:
+    # Probabilities: recomputed, from the stored log-sum-exp at once.
     plgpu.barrier_wait(here.at[stage])
     s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * (scale * LOG2E)
     key = causal_blocks.iota(s.shape, 1, (first + i) * BLOCK)
@@ -91,13 +93,16 @@ def _queries_body(
     p = jnp.exp2(
       jnp.where(seen, s, -jnp.inf) - causal_blocks.wide(norm, s.shape)
     )
+    # Gradient of the scores: p (dp - delta).
     dp = causal_blocks.product(gs.at[w], vs.at[stage], BLOCK)
     ds[w] = (p * (dp - causal_blocks.wide(shift, p.shape))).astype(ds.dtype)
     plgpu.commit_smem()
+    # Sum: what these keys add to the queries' gradient.
     return causal_blocks.add_product(acc, ds.at[w], ks.at[stage])
 
   plgpu.barrier_wait(own_here.at[w])
   acc = causal_blocks.stream(steps, load, use, causal_blocks.zeros(WIDE), free)
+  # Store: by the tile of the queries, which are no longer needed.
   qs[w] = (acc * scale).astype(jnp.bfloat16)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(qs.at[w], out.at[b, rows, h])
@@ -150,9 +155,11 @@ def _keys_body(
   m = lax.axis_index('m')  # the first keys have the most queries
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
+  # Load: keys and values stay, queries and their gradients stream.
   plgpu.copy_gmem_to_smem(k.at[b, rows, h], ks.at[w], own_here.at[w])
   plgpu.copy_gmem_to_smem(v.at[b, rows, h], vs.at[w], own_here.at[w])
   first = m * (TILE // BLOCK)
+  # Queries behind the last key's segment don't attend to any of these.
   steps = lax.div(ends[b, m * TILE + TILE - 1], BLOCK) + 1 - first
   end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
   start = causal_blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
@@ -173,6 +180,7 @@ def _keys_body(
 
   def use(i: jax.Array, stage: jax.Array, carry: tuple) -> tuple:
     acc_k, acc_v = carry
+    # Probabilities: recomputed, transposed: a row is a key.
     plgpu.barrier_wait(here.at[stage])
     s = causal_blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)
     # Bounds by row, columns from 0: two positions per entry would spill.
@@ -184,10 +192,12 @@ def _keys_body(
     p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(norms, stage, s.shape))
     ps[w] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
+    # Sum: the values' gradient, p times the output's gradient.
     acc_v = causal_blocks.add_product(acc_v, ps.at[w], gs.at[stage])
     dp = causal_blocks.product(vs.at[w], gs.at[stage], BLOCK)
     # Read back rather than kept: it would spill.
     p = compat.load(ps, w, WGMMA).astype(jnp.float32)
+    # Gradient of the scores, and from it that of the keys.
     d = p * (dp - by_query(shifts, stage, p.shape))
     ps[w] = d.astype(jnp.bfloat16)
     plgpu.commit_smem()
@@ -196,6 +206,7 @@ def _keys_body(
   plgpu.barrier_wait(own_here.at[w])
   carry = (causal_blocks.zeros(WIDE), causal_blocks.zeros(VALUE))
   acc_k, acc_v = causal_blocks.stream(steps, load, use, carry, free)
+  # Store: by the tiles of keys and values, which are no longer needed.
   ks[w] = (acc_k * scale).astype(jnp.bfloat16)
   vs[w] = acc_v.astype(jnp.bfloat16)
   plgpu.commit_smem()

@@ -46,6 +46,7 @@ def stream(
   """Folds use(step, stage, carry) with the next blocks on their way."""
   w = lax.axis_index('wg')
 
+  # Load: all stages are on their way before the first step.
   @pl.when(w == 0)
   def _():
     def fill(step: jax.Array, _) -> tuple:
@@ -58,6 +59,7 @@ def stream(
     stage = lax.rem(i, STAGES)
     carry = use(i, stage, carry)
 
+    # Refill: once both warpgroups have read the stage.
     @pl.when(i + STAGES < steps)
     def _():
       plgpu.barrier_arrive(free.at[stage])
@@ -77,6 +79,7 @@ def product(a: jax.Ref, b: jax.Ref, columns: int) -> jax.Array:
 
   def run(ref: jax.Ref) -> jax.Array:
     def part(i: jax.Array, _) -> tuple:
+      # 128 bytes a row, the width of a swizzled tile.
       inner = (slice(None), pl.ds(i * 64, 64))
       compat.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
       return ()

@@ -66,6 +66,7 @@ def _bwd(scale: float, saved: tuple, grad: jax.Array) -> tuple:
   """Returns the gradients of q, k and v."""
   q, k, v, starts, out, lse = saved
   grad = grad.astype(jnp.bfloat16)
+  # delta = <grad, out>: what the softmax's gradient subtracts in every row.
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1).swapaxes(1, 2)  # [B H T]
   args = (q, k, v, grad, lse, delta)
@@ -125,7 +126,9 @@ def _forward_body(
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
+  # Load: the queries stay, keys and values stream past them.
   plgpu.copy_gmem_to_smem(q.at[b, rows, h], qs.at[w], q_here.at[w])
+  # Blocks before the first query's segment hold nothing to attend to.
   first = lax.div(starts[b, m * TILE], BLOCK)
   steps = (m + 1) * (TILE // BLOCK) - first
   begin = compat.load(starts, (b, rows), BY_ROW, optimized=False)
@@ -137,19 +140,23 @@ def _forward_body(
 
   def use(i: jax.Array, stage: jax.Array, carry: tuple) -> tuple:
     acc, top, total = carry
+    # Scores: of the keys alone; the values may still be on their way.
     plgpu.barrier_wait(k_here.at[stage])
     s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * scale
+    # Mask: causal, and within the query's segment.
     key = causal_blocks.iota(s.shape, 1, (first + i) * BLOCK)
     seen = (key <= causal_blocks.iota(s.shape, 0, top_row)) & (
       key >= causal_blocks.wide(begin, s.shape)
     )
     s = jnp.where(seen, s, -jnp.inf)
+    # Softmax: online; a row lies in one warpgroup, nothing is exchanged.
     new_top = jnp.maximum(top, s.max(axis=1))
     p = jnp.exp2(s - causal_blocks.wide(new_top, s.shape))
     shrink = jnp.exp2(top - new_top)
     total = total * shrink + p.sum(axis=1)
     ps[w] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
+    # Values: the sum so far shrinks by as much as the maximum rose.
     plgpu.barrier_wait(v_here.at[stage])
     acc = acc * causal_blocks.wide(shrink, acc.shape)
     return (
@@ -165,6 +172,7 @@ def _forward_body(
     compat.full((ROWS,), 0.0, BY_ROW),
   )
   acc, top, total = causal_blocks.stream(steps, load, use, carry, free)
+  # Store: the output, and the log-sum-exp for the backward pass.
   os[w] = (acc / causal_blocks.wide(total, acc.shape)).astype(jnp.bfloat16)
   stat[w] = top + jnp.log2(total)
   plgpu.commit_smem()

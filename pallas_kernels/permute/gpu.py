@@ -115,6 +115,7 @@ def _plain(x: jax.Array) -> _Part:
   """Returns how to move columns of [N D] as they are."""
   chunk = _chunk(x)
   size = chunk * _together(x.shape[1] // chunk)
+  # Neighbouring threads read neighbouring vectors of up to 16 bytes.
   layout = plgpu.Layout.WG_STRIDED((size,), vec_size=chunk // _THREADS)
 
   def write(value: Any, row: jax.Array, part: pl.Slice, out: jax.Ref) -> None:
@@ -190,6 +191,7 @@ def _by_token(
     part = pl.ds(lax.axis_index('part') * size, size)
     program = lax.axis_index('program')
 
+    # Programs 0 to N - 1: a token each, and the rows that it owns.
     @pl.when(program < N)
     def _():
       token(program, part, slot, *refs)
@@ -217,11 +219,13 @@ def _spread(x: jax.Array, plan: Plan, outs: Any, how: _Part) -> Any:
   def token(
     n: jax.Array, part: pl.Slice, slot: jax.Ref, x: jax.Ref, *outs: jax.Ref
   ) -> None:
+    # Load once, store to every row: K reads of a token are saved.
     value = how.read(x, n, part)
 
     def choice(k: jax.Array, _) -> tuple:
       row = slot[n, k]
 
+      # Slot M: the choice goes nowhere.
       @pl.when(row < outs[0].shape[0])
       def _():
         how.write(value, row, part, *outs)
@@ -240,6 +244,7 @@ def _weigh(
 ) -> None:  # fmt: skip
   """Writes weights[n, k] * grad[n] to every row of n, and <grad[n], row>."""
   at, M = lax.axis_index('part'), rows.shape[0]
+  # Load the token's gradient once for all of its choices.
   own = how.read(grad, n, part)
 
   def choice(k: jax.Array, _) -> tuple:
@@ -247,6 +252,7 @@ def _weigh(
 
     @pl.when(row < M)
     def _():
+      # Both gradients of a choice read its row once.
       gradient = own.astype(jnp.float32)
       value = how.read(rows, row, part).astype(jnp.float32)
       scaled = gradient * weights[n, k]
@@ -255,6 +261,7 @@ def _weigh(
 
     @pl.when(row >= M)
     def _():
+      # A choice that went nowhere has no gradient, but needs a number.
       dots[at, n, k] = jnp.float32(0)
 
     return ()
@@ -314,6 +321,7 @@ def _gather_body(
     columns = pl.ds(c * chunk, chunk)
     # All reads before any write: the compiler can't tell that they differ.
     totals = [total(first + i, columns) for i in range(rows)]
+    # Store: rounded once, after all terms.
     for i in range(rows):
       out[first + i, columns] = totals[i].astype(out.dtype)
     return ()

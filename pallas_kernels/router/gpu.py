@@ -130,14 +130,17 @@ def _score(
   fetch = functools.partial(_load, logits, optimized=False)
   softmax = scoring == 'softmax'
   top = total = None
+  # Softmax needs the maximum over all pieces first.
   if softmax:
     top = functools.reduce(jnp.maximum, [fetch(p).max(axis=1) for p in pieces])
+  # Scores: and for softmax their sum, over all pieces.
   for part in pieces:
     scores = _unnormalised(fetch(part), scoring, top)
     kept[:, part] = scores
     if softmax:
       own = scores.sum(axis=1)
       total = own if total is None else total + own
+  # Choice: scores as the weights have them, plus the bias.
   for part in pieces:
     scores = _load(kept, part)
     if softmax:
@@ -265,11 +268,13 @@ def _body(
   block = lax.axis_index('block')
   E = bias.shape[0]
   own = logits.at[pl.ds(block * TOKENS, TOKENS)]
+  # Scores: to shared memory, for the weights and for the choice.
   _score(own, kept, bias, biased, rule.scoring)
   if rule.groups > 1:
     _limit_groups(biased, E, rule)
 
   def pick(k: jax.Array, carry: tuple) -> tuple:
+    # Choose: the next best expert in the order of (score, -number).
     value, index, total = carry
     value, index = _next(biased, E, value, index)
     gain = _at(kept, E, index)
@@ -281,6 +286,7 @@ def _body(
   before = compat.full((TOKENS,), -1, _BY_TOKEN, jnp.int32)
   zero = compat.full((TOKENS,), 0.0, _BY_TOKEN)
   _, _, total = lax.fori_loop(0, top_k, pick, (start, before, zero))
+  # Weights: without the bias, over the sum of the chosen.
   norm = total + rule.eps if rule.normalize else jnp.ones_like(total)
 
   def rescale(k: jax.Array, _) -> tuple:
@@ -288,7 +294,9 @@ def _body(
     return ()
 
   lax.fori_loop(0, top_k, rescale, ())
+  # Count: tokens past the end are padding.
   _count(picks, counted, tokens - block * TOKENS)
+  # Store: choice first, token second, so that a row is one copy.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(picks, experts.at[block])
   plgpu.copy_smem_to_gmem(gains, weights.at[block])

@@ -58,6 +58,7 @@ def _call(
   if n > 4:
     raise NotImplementedError(f'{n} streams: more than 4 spill registers')
   whole = -(-N // TOKENS) * TOKENS
+  # An entry of all tokens is one vector, so that no sum crosses threads.
   planes = [
     jnp.pad(a.astype(jnp.float32).reshape(N, n * n).T, ((0, 0), (0, whole - N)))
     for a in arrays
@@ -134,6 +135,7 @@ def _forward_body(
   logits: jax.Ref, out: jax.Ref, *, n: int, iterations: int, eps: float
 ) -> None:
   """Normalises 128 matrices."""
+  # Columns come first and last: they sum to one up to rounding.
   m = [p + eps for p in _softmax(_read(logits), n)]
   m = _divide(m, n, 0, eps)
 
@@ -161,6 +163,7 @@ def _backward_body(
 
     return store
 
+  # Forward: recomputed, with every divisor kept.
   soft = _softmax(_read(logits), n)
   m = _divide([p + eps for p in soft], n, 0, eps, keep(0))
 
@@ -170,6 +173,7 @@ def _backward_body(
 
   m = lax.fori_loop(0, iterations - 1, both, m)
 
+  # Backward: each division undone in turn, which recovers its input.
   def undo(
     step: int | jax.Array,
     axis: int,
@@ -186,6 +190,7 @@ def _backward_body(
     return tuple(m), tuple(g)
 
   def both_back(i: jax.Array, state: tuple) -> tuple:
+    # In reverse: the columns of iteration k, then its rows.
     k = iterations - 2 - i
     return undo(2 * k + 1, 1, *undo(2 * k + 2, 0, *state))
 

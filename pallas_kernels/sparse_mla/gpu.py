@@ -33,10 +33,12 @@ def sparse_mla(
   check_dims(q_c.shape[-1], q_r.shape[-1])
   B, T, H, _ = q_c.shape
   S, K = c.shape[1], index.shape[-1]
+  # Padded heads are dropped below; padded choices choose nothing.
   pad_heads, pad_index = -H % HEADS, -K % BLOCK
   flat = lambda q: jnp.pad(
     q.reshape(B * T, H, -1), ((0, 0), (0, pad_heads), (0, 0))
   )
+  # The latents of all rows are one list, in which a row begins at S b.
   row = jnp.arange(B, dtype=jnp.int32)[:, None, None] * S
   at = jnp.where(index >= 0, index.astype(jnp.int32) + row, -1)
   at = jnp.pad(
@@ -85,6 +87,7 @@ def _bwd(scale: float, saved: tuple, grad: jax.Array) -> tuple:
   """Returns the gradients of the queries, the latents and the keys."""
   q_c, q_r, c, k_r, at, out, lse = saved
   grad = grad.astype(jnp.bfloat16)
+  # delta = <grad, out>: what the softmax's gradient subtracts in every row.
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1)  # [N H]
   own = (q_c, q_r, grad, lse, delta, at)

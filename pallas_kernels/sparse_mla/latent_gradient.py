@@ -149,6 +149,7 @@ def _one_block(
   w, groups = lax.axis_index('wg'), q_c.shape[1] // PART
   chosen = n, pl.ds(block * BLOCK, BLOCK)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
+  # Load: 64 latents stay, the heads stream past them.
   gather.start(c.at[:, columns], at.at[chosen], kc.at[w])
   gather.start(k_r.at[:, thin], at.at[chosen], kr.at[w])
   gather.commit()
@@ -165,6 +166,7 @@ def _one_block(
       )
 
   lax.fori_loop(0, 2, lambda i, _: load(i), None)
+  # Wait: each warpgroup has its columns, then both have all.
   there = compat.load(at, chosen, BY_ROW, optimized=False)
   gather.wait(0)
   plgpu.commit_smem()
@@ -175,10 +177,12 @@ def _one_block(
     by_head = lambda ref: compat.load(
       ref, (n, heads), BY_COLUMN, optimized=False
     )
+    # Wait: queries and gradients of 32 heads.
     plgpu.barrier_wait(here.at[stage])
 
     @pl.when(w == 0)
     def _():
+      # Probabilities: recomputed, from the stored log-sum-exp at once.
       norm = by_head(lse)
       s = product((kc, qc.at[stage]), (kr, qr.at[stage])) * (scale * LOG2E)
       s = mask_unchosen(s, there, 0)
@@ -188,6 +192,7 @@ def _one_block(
 
     @pl.when(w == 1)
     def _():
+      # Gradient of the scores: p (dp - delta).
       shift = by_head(delta)
       dp = product((kc, gc.at[stage]))
       plgpu.barrier_wait(p_here)
@@ -197,6 +202,7 @@ def _one_block(
       plgpu.commit_smem()
 
     meet(met)
+    # Sum: as a value p g, as a key ds q, in this warpgroup's columns.
     acc_c = add(
       carry[0], (ps.at[stage], gc.at[stage, w]), (ds, qc.at[stage, w])
     )
@@ -206,6 +212,7 @@ def _one_block(
     return acc_c, acc_r
 
   acc_c, acc_r = lax.fori_loop(0, groups, step, zeros())
+  # Store: by the tiles of the latents, which are no longer needed.
   kc[w] = acc_c.astype(jnp.bfloat16)
   kr[w] = acc_r.astype(jnp.bfloat16)
   plgpu.commit_smem()
@@ -247,6 +254,7 @@ def _add_body(
     return compat.load(ref, at, layout, optimized=False)
 
   def step(i: jax.Array, carry: tuple) -> tuple:
+    # Load several parts at once; past the end the last one, as zero.
     places = [first + i * _IN_FLIGHT + j for j in range(_IN_FLIGHT)]
     rows = [order[jnp.minimum(place, last - 1)] for place in places]
     sums = []
@@ -254,6 +262,7 @@ def _add_body(
       read = [row(parts, r).astype(jnp.float32) for r in rows]
       for place, part in zip(places, read, strict=True):
         here = jnp.broadcast_to(place < last, part.shape)
+        # Add in the order of the queries: the same bits in every run.
         total = total + jnp.where(here, part, jnp.zeros_like(part))
       sums.append(total)
     return tuple(sums)

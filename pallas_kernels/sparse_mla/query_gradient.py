@@ -84,6 +84,7 @@ def _queries_body(
   n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
+  # Load: queries and their gradients stay, latents stream past them.
   for source, dest, part in (
     (q_c, qc, columns),
     (q_r, qr, thin),
@@ -91,10 +92,10 @@ def _queries_body(
   ):
     plgpu.copy_gmem_to_smem(source.at[n, heads, part], dest.at[w], own_here)
 
-  def chosen(block: int) -> tuple:
+  def chosen(block: jax.Array) -> tuple:
     return n, pl.ds(block * PART, PART)
 
-  def fetch(block: int) -> None:
+  def fetch(block: jax.Array) -> None:
     stage = lax.rem(block, 2)
 
     @pl.when(block < count)
@@ -112,14 +113,16 @@ def _queries_body(
     for ref in (lse, delta)
   )
 
-  def step(block: int, carry: tuple) -> tuple:
+  def step(block: jax.Array, carry: tuple) -> tuple:
     stage = lax.rem(block, 2)
+    # Wait: each warpgroup has its columns, then both have all.
     gather.wait(1)
     plgpu.commit_smem()
     meet(met)
 
     @pl.when(w == 0)
     def _():
+      # Probabilities: recomputed, from the stored log-sum-exp at once.
       s = product((qc, kc.at[stage]), (qr, kr.at[stage])) * (scale * LOG2E)
       there = compat.load(at, chosen(block), BY_COLUMN, optimized=False)
       s = mask_unchosen(s, there, 1)
@@ -129,6 +132,7 @@ def _queries_body(
 
     @pl.when(w == 1)
     def _():
+      # Gradient of the scores: p (dp - delta).
       dp = product((gc, kc.at[stage]))
       plgpu.barrier_wait(p_here)
       p = compat.load(ps, slice(None), WGMMA).astype(jnp.float32)
@@ -136,6 +140,7 @@ def _queries_body(
       plgpu.commit_smem()
 
     meet(met)
+    # Sum: what these latents add to the queries' gradient.
     acc_c = add(carry[0], (ds, kc.at[stage, w]))
     acc_r = add(carry[1], (ds, kr.at[stage, w]))
     plgpu.commit_smem()  # every warp is done reading what is fetched over
@@ -143,6 +148,7 @@ def _queries_body(
     return acc_c, acc_r
 
   acc_c, acc_r = lax.fori_loop(0, count, step, zeros())
+  # Store: by the tiles of the queries, which are no longer needed.
   qc[w] = (acc_c * scale).astype(jnp.bfloat16)
   qr[w] = (acc_r * scale).astype(jnp.bfloat16)
   plgpu.commit_smem()

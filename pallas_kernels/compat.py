@@ -184,7 +184,7 @@ def accumulate(acc: jax.Array, fn: Callable[[jax.Ref], None]) -> jax.Array:
 
 
 def num_sms() -> int:
-  """Multiprocessors of the target, also when compiling without a device."""
+  """Returns multiprocessors of the target, also compiling without a device."""
   target = jax.sharding.get_abstract_mesh().abstract_device
   if target is not None:
     return target.num_cores

@@ -84,7 +84,7 @@ def outer(
   """Sums rows @ grads.T over each expert's rows: [E D F] of dtype.
 
   Args:
-    rows, grads: [D M] and [F M] float8, turned.
+    rows, grads: [D M] and [F M] float8, transposed.
     row_scales, grad_scales: [D M/128], [F M/128] float32.
     block_expert: [M // block]; blocks of one expert adjoin.
     used, num_experts, dtype: as elsewhere.

@@ -1,6 +1,6 @@
 """Grouped matmul in XLA: runs of blocks of one expert, in few large products.
 
-XLA:CPU packs both operands for every product, so a run is cut into chunks of
+XLA:CPU packs both operands for every product, so a run is split into chunks of
 512, 256, ... rows rather than into blocks, and one expert's weight gradient
 is summed before it is stored: within 20 % of one dense matmul of that size.
 """

@@ -1,9 +1,9 @@
 """The lightning indexer: which cached tokens each query attends to.
 
 score[t, s] = sum over heads of w[t, h] relu(q[t, h] k[s]), and the K best of
-the tokens that t sees (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). The [T S]
-scores are never stored. Legend: B batch, T queries, S keys, H index heads,
-I index dim, K chosen.
+the tokens visible to t (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). The
+scores [T S] are never stored.
+Legend: B batch, T queries, S keys, H index heads, I index dim, K chosen.
 """
 
 from typing import Any
@@ -30,10 +30,11 @@ def indexer(
   """Returns the positions of the top_k best scores; lower ones win ties.
 
   Args:
-    q: [B T H I] queries, turned.
-    k: [B S I] keys, turned, one for all heads.
+    q: [B T H I] queries, rotated.
+    k: [B S I] keys, rotated, one for all heads.
     w: [B T H] weights of the heads, with every constant factor in them.
-    first, last: [B T] int32; query t sees positions first <= s < last. None:
+    first, last: [B T] int32; query t may attend to positions
+      first <= s < last. None:
       0 and t + 1, causal with S = T.
     top_k: K.
     impl: None, 'reference' or 'gpu' (bfloat16 q and k, I=128, H a multiple

@@ -2,7 +2,7 @@
 
 A thread block takes two queries of one row at a time, a warpgroup each, and
 streams the keys past both. 64 keys times the heads of a query is one product;
-its rectified, weighted sum over heads is turned into an integer of the same
+its rectified, weighted sum over heads is mapped to an integer of the same
 order and kept. Then 32 counts find the K-th largest, bit by bit; among equals
 further counts find the position up to which they are taken; and what leaves is
 one bit per key, 1/32 of the scores.

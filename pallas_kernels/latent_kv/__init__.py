@@ -24,7 +24,7 @@ class Pages(NamedTuple):
   """Holds a cache in one float dtype."""
 
   c: jax.Array  # [P G C], normed
-  k_r: jax.Array  # [P G R], turned
+  k_r: jax.Array  # [P G R], rotated
 
 
 class FP8Pages(NamedTuple):

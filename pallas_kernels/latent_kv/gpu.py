@@ -7,8 +7,8 @@ rope is a sum of two products times cos and sin, for either pairing of channels.
 The sums of squares and the rotary half cross over in shared memory, and each
 row leaves for its own slot of the cache, which the kernel updates in place.
 
-Few tokens don't fill the device: then W_kva is cut along the model's width, the
-parts are summed, and a second kernel does what follows the product.
+Few tokens don't fill the device: then W_kva is split along the model's width,
+the parts are summed, and a second kernel does what follows the product.
 Legend: N tokens (padded to tiles), D model, C latent, R rope dim.
 """
 

@@ -8,7 +8,7 @@ from pallas_kernels.quantize import reference as quantize
 GROUP = 128  # numbers of a latent that share a scale
 
 
-def turn(
+def rotate(
   k: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
 ) -> jax.Array:
   """Returns k [N R] rotated by the angles of cos and sin [N R/2]."""
@@ -35,7 +35,7 @@ def latent_kv(x, w, gain, cos, sin, slots, cache, eps, floor, interleaved):
   c, k = jnp.split(kv, [gain.shape[0]], axis=-1)
   c = c * jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + eps)
   c = c * gain.astype(jnp.float32)
-  rows = {'c': c, 'k_r': turn(k, cos, sin, interleaved)}
+  rows = {'c': c, 'k_r': rotate(k, cos, sin, interleaved)}
   if hasattr(cache, 'scales'):
     rows['c'], rows['scales'] = quantize.quantize(c, (1, GROUP), False, floor)
   return cache._replace(

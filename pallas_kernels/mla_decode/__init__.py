@@ -40,11 +40,11 @@ def mla_decode(
     table: [B J] int32, the pages of each request in order. A cache [B S .]
       without pages is one page per request: G = S, table = arange(B)[:, None].
     lengths: [B] int32, cached tokens of each request, new ones included.
-      Query t sees the first lengths - (T - 1 - t); one that sees none gives 0.
+      Query t attends to the first lengths - (T - 1 - t); none of them gives 0.
     scale: of the scores, usually (nope + rope dims of the expanded head)**-.5.
     scales: [P G C/128] float32 where c is float8 (latent_kv's FP8Pages), each
       of 128 numbers of a latent; or None.
-    splits: parts that a request's tokens are cut into on the GPU, merged at
+    splits: parts that a request's tokens are split into on the GPU, merged at
       the end; None picks enough to fill the device.
     impl: None, 'reference' or 'gpu' (bfloat16, c maybe float8_e4m3fn, C=512,
       R=64, G a multiple of 64; partial sums of several splits are rounded to

@@ -29,7 +29,7 @@ def mla_decode(
   shared = gather_pages(k_r, table).astype(jnp.float32)
   scores = jnp.einsum('BTHC,BSC->BTHS', q_c.astype(jnp.float32), keys)
   scores += jnp.einsum('BTHR,BSR->BTHS', q_r.astype(jnp.float32), shared)
-  # Query t of T sees all but the T - 1 - t newest tokens.
+  # Query t of T attends to all but the T - 1 - t newest tokens.
   seen = lengths[:, None] - (T - 1) + jnp.arange(T)  # [B T]
   mask = jnp.arange(keys.shape[1]) < seen[..., None]  # [B T S]
   mask = mask[:, :, None]

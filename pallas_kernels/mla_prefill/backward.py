@@ -1,7 +1,7 @@
 """Gradients of causal attention 192/128 on Hopper.
 
 Two kernels: gradient of the queries, walking the keys; gradient of keys and
-values, walking the queries. Scores are computed again, as in FlashAttention-2
+values, walking the queries. Scores are recomputed, as in FlashAttention-2
 (arXiv:2307.08691).
 """
 

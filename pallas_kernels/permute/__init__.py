@@ -1,6 +1,6 @@
 """Tokens to expert-contiguous rows and back (permute and combine).
 
-Each expert's rows start on a block boundary, so a grouped matmul sees blocks
+Each expert's rows start on a block boundary, so a grouped matmul gets blocks
 that belong to one expert each. Nothing is dropped, order is stable, and each
 result has one writer in both directions and their gradients: no atomics, same
 bits every run.

@@ -65,9 +65,10 @@ def route(
       'counted': plgpu.SMEM((E,), jnp.float32),
     },
   )(padded, bias)
-  turn = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
+  by_token = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
   # Each block has counted its own: no atomics, the same bits in every run.
-  return turn(experts), turn(weights), counts.astype(jnp.int32).sum(axis=0)
+  counts = counts.astype(jnp.int32).sum(axis=0)
+  return by_token(experts), by_token(weights), counts
 
 
 def _row(E: int) -> int:

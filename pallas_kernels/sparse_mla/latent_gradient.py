@@ -64,7 +64,7 @@ def latents(
     ((0, chunks * size - N),) + ((0, 0),) * (a.ndim - 1),
     constant_values=fill(a),
   )
-  cut = [tall(a).reshape(chunks, size, *a.shape[1:]) for a in queries]
+  chunked = [tall(a).reshape(chunks, size, *a.shape[1:]) for a in queries]
 
   def chunk(totals: tuple, own: tuple) -> tuple:
     parts = store_parts(*own, c, k_r, scale)
@@ -72,7 +72,7 @@ def latents(
     return add_parts(*totals, *parts, order, starts), None
 
   zero = tuple(jnp.zeros(a.shape, jnp.float32) for a in (c, k_r))
-  return lax.scan(chunk, zero, tuple(cut))[0]
+  return lax.scan(chunk, zero, tuple(chunked))[0]
 
 
 def _lists(at: jax.Array, latents: int) -> tuple[jax.Array, jax.Array]:

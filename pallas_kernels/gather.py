@@ -34,6 +34,7 @@ def start(source: jax.Ref, chosen: jax.Ref, dest: jax.Ref) -> None:
     dest: [N C] in shared memory, tiled by `TILE`.
   """
   if compat.is_interpreted():
+    # The same rows by a plain load: no copy is on its way afterwards.
     at = chosen[...]
     rows = jnp.take(source[...], jnp.maximum(at, 0), axis=0)
     dest[...] = jnp.where((at >= 0)[:, None], rows, jnp.zeros_like(rows))

@@ -128,6 +128,7 @@ def runs(
   index = jnp.arange(block_expert.shape[0], dtype=jnp.int32)
   ids = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
   own = (block_expert == ids) & (index < used)  # [E blocks]
+  # An expert without blocks begins anywhere, for it takes no step.
   first = jnp.argmax(own, axis=1).astype(jnp.int32)
   return first * steps, own.sum(1, dtype=jnp.int32) * steps
 

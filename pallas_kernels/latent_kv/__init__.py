@@ -8,7 +8,7 @@ P pages, G tokens per page.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +36,20 @@ class FP8Pages(NamedTuple):
 
 
 def latent_kv(
-  x,
-  w,
-  gain,
-  cos,
-  sin,
-  slots,
-  cache,
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Pages | FP8Pages,
   *,
-  eps=1e-6,
+  eps: float = 1e-6,
   floor: float = ACTIVATION_FLOOR,
-  interleaved=True,
-  splits=None,
-  impl=None,
-):
+  interleaved: bool = True,
+  splits: int | None = None,
+  impl: str | None = None,
+) -> Pages | FP8Pages:
   """Returns the cache with the latents of x written at `slots`.
 
   Args:
@@ -88,9 +88,22 @@ def latent_kv(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10, 11))
 def _latent_kv(
-  x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits, impl
-):
-  def gpu(*args):
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Pages | FP8Pages,
+  eps: float,
+  floor: float,
+  interleaved: bool,
+  splits: int | None,
+  impl: str | None,
+) -> Pages | FP8Pages:
+  """Returns the cache with the latents written; it has no gradient."""
+
+  def gpu(*args: Any) -> Any:
     from pallas_kernels.latent_kv import gpu
 
     return gpu.latent_kv(*args, splits)
@@ -100,7 +113,7 @@ def _latent_kv(
   return dispatch.run('latent_kv', impl, functions, *args)
 
 
-def _no_gradient(*_):
+def _no_gradient(*_) -> None:
   """Raises NotImplementedError: a cache keeps no gradient."""
   raise NotImplementedError(
     'latent_kv has no gradient: it fills caches, which training does not keep'

@@ -32,8 +32,18 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def latent_kv(
-  x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits
-):
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Any,
+  eps: float,
+  floor: float,
+  interleaved: bool,
+  splits: int | None,
+) -> Any:
   """Returns the cache with the latents of x written at `slots`."""
   _supported(x, w, gain, cache)
   N, D = x.shape
@@ -225,7 +235,15 @@ def _finish_body(
   return read(0, HALF), read(HALF, ROPE)
 
 
-def _write(products, ring, operands, rest, flat, eps, floor):
+def _write(
+  products: Callable,
+  ring: dict[str, Any],
+  operands: tuple[jax.Array, ...],
+  rest: tuple[jax.Array, ...],
+  flat: list[jax.Array],
+  eps: float,
+  floor: float,
+) -> list[jax.Array]:
   """Runs norm, rope and rounding, and returns the cache with the rows in it."""
   # As refs the caches are updated in place, if their buffers are donated.
   caches = [jax.new_ref(a) for a in flat]
@@ -265,7 +283,18 @@ def _wide(
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
-def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
+def _store(
+  latent: jax.Array,
+  rope: jax.Array,
+  gain: jax.Ref,
+  table: jax.Ref,
+  slots: jax.Ref,
+  caches: tuple[jax.Ref, ...],
+  store: dict[str, jax.Ref],
+  tile: jax.Array,
+  eps: float,
+  floor: float,
+) -> None:
   """Stores 64 tokens: norm and gain of the latent, rope of the key."""
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   stat, turned, key, where = (

@@ -1,5 +1,7 @@
 """Latents of tokens into a paged cache, in XLA."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,18 @@ def put(pages: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
   return flat.reshape(pages.shape)
 
 
-def latent_kv(x, w, gain, cos, sin, slots, cache, eps, floor, interleaved):
+def latent_kv(
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Any,
+  eps: float,
+  floor: float,
+  interleaved: bool,
+) -> Any:
   """Returns the cache with the latents of x written at `slots`."""
   kv = jnp.dot(x, w, preferred_element_type=jnp.float32)
   c, k = jnp.split(kv, [gain.shape[0]], axis=-1)

@@ -84,6 +84,7 @@ def _segment_ends(starts: jax.Array) -> jax.Array:
   last = jnp.pad(
     starts[:, 1:] != starts[:, :-1], ((0, 0), (0, 1)), constant_values=True
   )
+  # The nearest last token at or behind each position.
   ends = jnp.where(last, at, starts.shape[1])
   return lax.cummin(ends, axis=1, reverse=True)
 

@@ -92,11 +92,14 @@ def permute(x: jax.Array, plan: Plan, *, impl: str | None = None) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _permute_fp8(x, plan, power_of_two, floor, impl):
+def _permute_fp8(
+  x: jax.Array, plan: Plan, power_of_two: bool, floor: float, impl: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns rows and scales; they have no gradient."""
   return _run('permute_fp8', impl, x, plan, power_of_two, floor)
 
 
-def _no_gradient(*_):
+def _no_gradient(*_) -> None:
   """Raises NotImplementedError: rounding has no gradient of its own."""
   raise NotImplementedError(
     'permute_fp8 has no gradient: use it inside a function with its own VJP'
@@ -107,13 +110,13 @@ _permute_fp8.defvjp(lambda *args: (_permute_fp8(*args), None), _no_gradient)
 
 
 def permute_fp8(
-  x,
+  x: jax.Array,
   plan: Plan,
   *,
-  power_of_two=False,
+  power_of_two: bool = False,
   floor: float = ACTIVATION_FLOOR,
-  impl=None,
-):
+  impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """Returns permute(x) in float8 with a scale per 1 x 128 numbers.
 
   A token is read and quantised once, in registers, for all of its choices:

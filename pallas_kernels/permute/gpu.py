@@ -51,7 +51,9 @@ def permute(x: jax.Array, plan: Plan) -> jax.Array:
   return _spread(x, plan, out, _plain(x))
 
 
-def permute_fp8(x, plan, power_of_two, floor):
+def permute_fp8(
+  x: jax.Array, plan: Plan, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
   """Returns the rows [M D] float8 and their scales [M D/128]."""
   how = _quantised(x, power_of_two, floor)
   N, M, blocks = x.shape[0], plan.source.shape[0], x.shape[1] // quantize.SIDE
@@ -129,7 +131,7 @@ def _plain(x: jax.Array) -> _Part:
   )
 
 
-def _quantised(x, power_of_two, floor) -> _Part:
+def _quantised(x: jax.Array, power_of_two: bool, floor: float) -> _Part:
   """Returns how to move blocks of [N D/128 128] in float8, with scales."""
   quantize.check_dtype(x)
   tile = next((n for n in (8, 4) if x.shape[1] % (n * quantize.SIDE) == 0), 0)

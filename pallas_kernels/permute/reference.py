@@ -88,7 +88,9 @@ def permute(x: jax.Array, plan: Plan) -> jax.Array:
   return _take(x, plan.source // plan.slot.shape[1])
 
 
-def permute_fp8(x, plan: Plan, power_of_two, floor):
+def permute_fp8(
+  x: jax.Array, plan: Plan, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
   """Returns the rows [M D] float8 and their scales [M D/128]."""
   q, scales = quantize.quantize(x, (1, 128), power_of_two, floor)
   token = plan.source // plan.slot.shape[1]

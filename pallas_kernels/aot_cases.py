@@ -1,4 +1,4 @@
-"""The kernels and shapes that are compiled ahead of time and exported."""
+"""Lists the kernels and shapes that are compiled ahead of time and exported."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One spelling of Pallas Mosaic GPU for jax 0.10.2 to 0.12.0.1.
+"""Spells Pallas Mosaic GPU the same way for jax 0.10.2 to 0.12.0.1.
 
 Also the switch that runs kernels in the Mosaic interpreter (with its race
 detector) instead of on a GPU: `with compat.interpreted(): ...`.

@@ -1,4 +1,4 @@
-"""Chosen rows of global memory into the tiles that wgmma reads, on Hopper.
+"""Gathers rows of global memory into the tiles that wgmma reads, on Hopper.
 
 Its TMA fetches boxes, not lists of rows, so each thread of a warpgroup asks for
 16 bytes at a time by cp.async and puts them where the swizzle wants them. Rows

@@ -77,9 +77,11 @@ def found(trees: dict[str, ast.AST], limits: Limits) -> list[str]:
   docs = [(m, n, ast.get_docstring(n)) for m, n, _ in nodes]
   functions = [(m, n) for m, n, _ in nodes if isinstance(n, FUNCTIONS)]
   name = lambda module, node: f'{module}:{node.lineno} {node.name}'
+  heads = [(m, ast.get_docstring(tree)) for m, tree in trees.items()]
+  heads += [(name(m, n), text) for m, n, text in docs]
   wrong = [
-    f'{name(m, n)}: opens with {text.split()[0]}'
-    for m, n, text in docs
+    f'{where}: opens with {text.split()[0]}'
+    for where, text in heads
     if text and text.split()[0] in OPENERS
   ] + [
     f'{name(m, n)}: {lines_of(n)} lines, not {limits.lines}'
@@ -115,6 +117,7 @@ class ProseTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('def f():\n  """Of a row: its sum."""', 'opens with Of'),
+    ('"""What the rows share."""', 'm: opens with What'),
     ('def f():\n  """The sum of a row."""', 'verbs: 0.000'),
     ('def f():\n  """This is a sum."""', 'verbs: 0.000'),
     ('class A:\n  """Class of sums."""', 'verbs: 0.000'),

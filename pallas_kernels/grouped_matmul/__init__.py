@@ -1,8 +1,8 @@
 """Rows in blocks, each block times the matrix of its expert.
 
-In bfloat16, with a SwiGLU as epilogue, and in float8 with block scales. The
-layout comes from `pallas_kernels.permute.plan`. Legend: M rows, E experts,
-D width in, F width out.
+The product is in bfloat16, maybe with a SwiGLU as epilogue, or in float8 with
+block scales. The layout comes from `pallas_kernels.permute.plan`.
+Legend: M rows, E experts, D width in, F width out.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""From one bit per key to the positions of the bits that are set.
+"""Positions of the set bits, from one bit per key.
 
 Legend: T queries, W words of 32 keys, K positions.
 """

@@ -1,4 +1,4 @@
-"""What latent attention caches of each token, made and stored in one go.
+"""Compression of tokens into latents, and their write into a paged cache.
 
 x @ W_kva, RMSNorm of the latent, rope of the shared key (DeepSeek-V2,
 arXiv:2405.04434, section 2.1.2), then a write into a paged cache: bfloat16, or

@@ -1,4 +1,4 @@
-"""What the kernels of mla_prefill share: their tiles, products and ring.
+"""Tiles, products and the ring of stages that mla_prefill's kernels share.
 
 Each has two warpgroups of 64 rows and a ring of blocks that warpgroup 0
 refills.

@@ -1,7 +1,7 @@
 """Causal attention 192/128 on Hopper, forward and backward.
 
-Here the output and the log-sum-exp of each query; backward.py has the two
-kernels of the gradient.
+This module computes the output and the log-sum-exp of each query; backward.py
+has the two kernels of the gradient.
 """
 
 import functools

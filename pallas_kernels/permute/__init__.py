@@ -1,4 +1,4 @@
-"""Tokens to expert-contiguous rows and back (permute and combine).
+"""Dispatch of tokens to expert-contiguous rows, and combine.
 
 Each expert's rows start on a block boundary, so a grouped matmul gets blocks
 that belong to one expert each. Nothing is dropped, order is stable, and each

@@ -1,9 +1,9 @@
-"""permute, combine and their gradients on Hopper, both ways by token.
+"""permute, combine and their gradients on Hopper, a warpgroup per token.
 
-Out to rows (permute, permute_fp8, combine_bwd) a warpgroup reads a token once,
+Dispatch (permute, permute_fp8, combine_bwd): a warpgroup reads a token once,
 keeps it in registers and writes it to all of its slots; more programs of the
-same launch clear the rows that are nobody's. Each row has one writer. Back from
-rows (combine, permute_bwd) a warpgroup gathers a token's slots and adds:
+same launch zero the rows of filler. Each row has one writer.
+Combine (combine, permute_bwd): a warpgroup gathers a token's slots and adds,
 out[n] = sum_k scale[n, k] * x[slot[n, k]]. A slot past the end is nowhere.
 A thread moves up to 16 bytes at once, and nothing goes through shared memory.
 """

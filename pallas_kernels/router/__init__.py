@@ -1,4 +1,4 @@
-"""From gate logits to the experts of each token and their weights.
+"""Routing: gate logits to the experts of each token and their weights.
 
 One computation with settings: DeepSeekMoE and V2-Lite (greedy softmax), V2
 (group-limited softmax, arXiv:2405.04434 section 2.2.2), V3 (sigmoid with a

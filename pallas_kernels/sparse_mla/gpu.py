@@ -1,7 +1,7 @@
 """Attention over gathered latents on Hopper, forward and backward.
 
-Here what the kernels are given: heads to a multiple of 64, choices to one of
-64, and the latents of all rows in one list.
+This module prepares the inputs of the kernels: heads and choices padded to
+multiples of 64, and the latents of all rows in one list.
 Legend: N queries of all rows, H heads (padded), K chosen (padded).
 """
 

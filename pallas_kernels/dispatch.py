@@ -95,9 +95,13 @@ def run(
     return reference(*args)
   if impl is not None:
     return _launch(implementations[impl], args)
+  reason = None
   if not on_hopper():
-    reason = 'reference in use: the default device is not a Hopper GPU'
-    say_once(logging.INFO, op, reason)
+    reason = 'the default device is not a Hopper GPU'
+  elif 'gpu' not in implementations:
+    reason = 'there is no kernel for Hopper GPUs'
+  if reason:
+    say_once(logging.INFO, op, f'reference in use: {reason}')
     return reference(*args)
   try:
     return _launch(implementations['gpu'], args)

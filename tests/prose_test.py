@@ -100,7 +100,7 @@ def found(trees: dict[str, ast.AST], limits: Limits) -> list[str]:
     'annotated': [(name(m, n), is_annotated(n)) for m, n in functions],
   }
   for kind, held in lacks.items():
-    share = sum(ok for _, ok in held) / max(len(held), 1)
+    share = sum(ok for _, ok in held) / len(held) if held else 1.0
     if share < getattr(limits, kind):
       some = ', '.join([where for where, ok in held if not ok][:9])
       wrong.append(f'{kind}: {share:.3f} < {getattr(limits, kind)}: {some} ...')
@@ -137,7 +137,9 @@ class ProseTest(parameterized.TestCase):
       '    """Returns x, doubled."""\n    def inner(): pass'
     )
     limits = Limits(1.0, 1.0, 1.0, 5)
-    self.assertEqual(found({'m': ast.parse(source)}, limits), [])
+    trees = {'m': ast.parse(source), 'empty': ast.parse('')}
+    self.assertEqual(found(trees, limits), [])
+    self.assertEqual(found({'empty': ast.parse('')}, limits), [])
 
 
 if __name__ == '__main__':

@@ -79,6 +79,19 @@ class DispatchTest(absltest.TestCase):
     ):
       dispatch.run('op', 'vendor', REFUSING, 3)
 
+  def test_an_operation_without_a_kernel_for_hopper_is_its_reference(self):
+    with (
+      mock.patch.object(dispatch, 'on_hopper', lambda: True),
+      self.assertLogs('pallas_kernels', logging.INFO) as logs,
+    ):
+      self.assertEqual(dispatch.run('op', None, {'reference': double}, 3), 6)
+    self.assertIn('there is no kernel for Hopper GPUs', logs.output[0])
+    with (
+      dispatch.using('gpu'),
+      self.assertRaisesRegex(ValueError, "impl='gpu'; use None or 'reference'"),
+    ):
+      dispatch.run('op', None, {'reference': double}, 3)
+
   def test_no_kernel_gets_an_empty_array(self):
     empty = np.zeros(0)
     with self.assertRaisesRegex(NotImplementedError, 'an argument is empty'):

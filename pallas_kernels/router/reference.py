@@ -52,7 +52,6 @@ def normalized(weights: jax.Array, eps: float) -> jax.Array:
 @normalized.defjvp
 def _normalized_jvp(eps: float, primals: tuple, tangents: tuple) -> tuple:
   """Returns the weights and their change."""
-
   # The rule of a quotient squares the sum, which leaves float32 near eps.
   (weights,), (change,) = primals, tangents
   total = weights.sum(axis=-1, keepdims=True) + eps

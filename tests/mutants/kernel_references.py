@@ -25,8 +25,8 @@ MUTANTS = (
   Mutant(
     'unchosen_latents_count_if_nan',
     'pallas_kernels/sparse_mla/reference.py',
-    'keys = jnp.where(here[:, None], wide(c[at]), 0)',
-    'keys = wide(c[at])',
+    'keys = jnp.where(here[:, None], c[at], 0)',
+    'keys = c[at]',
     (f'{_TESTS}/sparse_mla_test.py::latents_that_are_not_chosen',),
     '0 * nan is nan: a weight of zero does not hide what was not written',
   ),

@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -47,8 +48,8 @@ device_description_str: "NVIDIA H200"
 """
 
 
-def compile_for_h200(fn, args):
-  """fn lowered and compiled for args, a tuple of (shape, dtype)."""
+def compile_for_h200(fn: Callable, args: tuple) -> jax.stages.Compiled:
+  """Returns fn lowered and compiled for args, a tuple of (shape, dtype)."""
   topology = topologies.get_topology_desc(
     platform='cuda', target_config=H200, topology='1x1x1'
   )
@@ -63,7 +64,7 @@ def compile_for_h200(fn, args):
 
 
 def read_dump(folder: pathlib.Path) -> list[dict]:
-  """One record per kernel that was compiled into the folder."""
+  """Returns one record per kernel that was compiled into the folder."""
   records = []
   for log in sorted(folder.glob('*.ptxas')):
     text = log.read_text(errors='replace')
@@ -79,6 +80,7 @@ def read_dump(folder: pathlib.Path) -> list[dict]:
 
 
 def _record(ptxas: str, sass: str, resources: str) -> dict:
+  """Reads registers, spills, memory and instructions of one kernel."""
   number = lambda pattern, text: max(
     (int(n) for n in re.findall(pattern, text)), default=None
   )
@@ -93,7 +95,7 @@ def _record(ptxas: str, sass: str, resources: str) -> dict:
   }
 
 
-def compile_case(case, folder: pathlib.Path) -> list[dict]:
+def compile_case(case: aot_cases.Case, folder: pathlib.Path) -> list[dict]:
   """Compiles with the dumps in an empty folder and reads them."""
   os.environ['MOSAIC_GPU_DUMP_TO'] = str(folder)
   os.environ.update(dict.fromkeys(_ENV, '1'))
@@ -101,7 +103,8 @@ def compile_case(case, folder: pathlib.Path) -> list[dict]:
   return read_dump(folder)
 
 
-def faults(case, records) -> list[str]:
+def faults(case: aot_cases.Case, records: list[dict]) -> list[str]:
+  """Returns the reasons for which a compiled case fails; none is best."""
   found = [] if records else ['no kernel was compiled']
   for r in records:
     if r['spill_bytes'] or r['local_ops']:
@@ -113,7 +116,7 @@ def faults(case, records) -> list[str]:
 
 
 def table(results: dict[str, dict]) -> str:
-  """Markdown of {jax version: {case: {'kernels', 'faults'}}}."""
+  """Renders {jax version: {case: {'kernels', 'faults'}}} as Markdown."""
   columns = ('registers', 'spill_bytes', 'smem', 'wgmma', 'tma')
   head = ('kernel', 'jax', *columns, 'faults')
   lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
@@ -140,7 +143,8 @@ instructions.
 """
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
+  """Compiles the cases, writes both files, returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', default='', help='prefixes, with commas')
   parser.add_argument('--out', default='benchmarks/results')

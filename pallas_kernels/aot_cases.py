@@ -1,12 +1,13 @@
-"""The kernels and shapes that are compiled ahead of time and exported."""
+"""Lists the kernels and shapes that are compiled ahead of time and exported."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import aot_cases_sparse, permute
-from pallas_kernels.aot_case import Case
+from pallas_kernels import latent_kv, permute
 from pallas_kernels.grouped_matmul import fp8 as grouped_fp8
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import (
@@ -14,6 +15,8 @@ from pallas_kernels.grouped_matmul import (
   grouped_matmul_fp8,
   grouped_swiglu,
 )
+from pallas_kernels.indexer import indexer
+from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.permute.reference import num_blocks
@@ -22,34 +25,47 @@ from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
+from pallas_kernels.sparse_mla import sparse_mla
+
+BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+FP8 = jnp.float8_e4m3fn
 
 
-def _mla_decode(batch, new, heads, splits):
-  bf, i32 = jnp.bfloat16, jnp.int32
+class Case(NamedTuple):
+  """Holds a function of arrays with its (shape, dtype) arguments."""
+
+  fn: Callable
+  args: tuple
+  wgmma: bool  # the kernel must contain tensor-core instructions
+
+
+def _mla_decode(batch: int, new: int, heads: int, splits: int) -> Case:
+  """Builds a decode step over 4096 cached bfloat16 tokens a request."""
   args = (
-    ((batch, new, heads, 512), bf),
-    ((batch, new, heads, 64), bf),
-    ((batch * 64, 64, 512), bf),
-    ((batch * 64, 64, 64), bf),
-    ((batch, 64), i32),
-    ((batch,), i32),
+    ((batch, new, heads, 512), BF),
+    ((batch, new, heads, 64), BF),
+    ((batch * 64, 64, 512), BF),
+    ((batch * 64, 64, 64), BF),
+    ((batch, 64), I32),
+    ((batch,), I32),
   )
   fn = functools.partial(mla_decode, scale=0.07, splits=splits, impl='gpu')
   return Case(fn, args, True)
 
 
-def _permute(name, tokens, choices, experts, dim):
-  """One direction of the layout of V3's experts."""
-  bf, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+def _permute(
+  name: str, tokens: int, choices: int, experts: int, dim: int
+) -> Case:
+  """Builds one direction of the layout of V3's experts."""
   M = num_blocks(tokens * choices, experts, 128) * 128
   plan = (
-    ((tokens, choices), i32),
-    ((M,), i32),
-    ((M // 128,), i32),
-    ((experts,), i32),
+    ((tokens, choices), I32),
+    ((M,), I32),
+    ((M // 128,), I32),
+    ((experts,), I32),
   )
-  x, rows = ((tokens, dim), bf), ((M, dim), bf)
-  weights = ((tokens, choices), f32)
+  x, rows = ((tokens, dim), BF), ((M, dim), BF)
+  weights = ((tokens, choices), F32)
   arrays = {
     'permute': (x,),
     'permute_fp8': (x,),
@@ -58,7 +74,7 @@ def _permute(name, tokens, choices, experts, dim):
     'combine_bwd': (rows, weights, x),
   }[name]
 
-  def fn(*args):
+  def fn(*args: jax.Array) -> Any:
     given, layout = args[: len(arrays)], permute.Plan(*args[len(arrays) :])
     if name == 'permute':
       return permute.permute(*given, layout, impl='gpu')
@@ -67,7 +83,7 @@ def _permute(name, tokens, choices, experts, dim):
     if name == 'combine':
       return permute.combine(*given, layout, impl='gpu')
     if name == 'permute_bwd':
-      x = jnp.zeros((tokens, dim), bf)
+      x = jnp.zeros((tokens, dim), BF)
       return jax.vjp(lambda x: permute.permute(x, layout, impl='gpu'), x)[1](
         *given
       )
@@ -78,12 +94,13 @@ def _permute(name, tokens, choices, experts, dim):
   return Case(fn, (*arrays, *plan), False)
 
 
-def _grouped(counts, dim, out, block, kind):
-  """One product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
-  bf, i32 = jnp.bfloat16, jnp.int32
+def _grouped(
+  counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
+) -> Case:
+  """Builds one product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
   E, M = len(counts), sum(counts)
-  layout = (((M // block,), i32), ((), i32))
-  rows, grads, weights = ((M, dim), bf), ((M, out), bf), ((E, dim, out), bf)
+  layout = (((M // block,), I32), ((), I32))
+  rows, grads, weights = ((M, dim), BF), ((M, out), BF), ((E, dim, out), BF)
   if kind == 'drhs':
     fn = lambda x, g, be, used: grouped_gpu.outer(x, g, be, used, E)
     return Case(fn, (rows, grads, *layout), True)
@@ -94,38 +111,43 @@ def _grouped(counts, dim, out, block, kind):
   return Case(fn, (given, weights, *layout), True)
 
 
-def _grouped_swiglu(counts, dim, out, block):
-  bf, i32 = jnp.bfloat16, jnp.int32
+def _grouped_swiglu(
+  counts: tuple[int, ...], dim: int, out: int, block: int
+) -> Case:
+  """Builds the forward product of gate and up with its SwiGLU."""
   E, M = len(counts), sum(counts)
-  layout = (((M // block,), i32), ((), i32))
+  layout = (((M // block,), I32), ((), I32))
   fn = lambda x, w, be, used: grouped_swiglu(x, w, be, used=used, impl='gpu')
-  return Case(fn, (((M, dim), bf), ((E, dim, 2 * out), bf), *layout), True)
+  return Case(fn, (((M, dim), BF), ((E, dim, 2 * out), BF), *layout), True)
 
 
-def _grouped_fp8(counts, dim, out, block, kind):
-  """'fwd', or 'drhs' of turned rows and gradients."""
-  f8, f32, i32 = jnp.float8_e4m3fn, jnp.float32, jnp.int32
+def _grouped_fp8(
+  counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
+) -> Case:
+  """Builds 'fwd', or 'drhs' of transposed rows and gradients."""
   E, M = len(counts), sum(counts)
-  layout = (((M // block,), i32), ((), i32))
-  by_row = lambda n, m: (((n, m), f8), ((n, m // 128), f32))
+  layout = (((M // block,), I32), ((), I32))
+  by_row = lambda n, m: (((n, m), FP8), ((n, m // 128), F32))
   if kind == 'drhs':
-    fn = lambda *a: grouped_fp8.outer(*a, E, jnp.bfloat16)
+    fn = lambda *a: grouped_fp8.outer(*a, E, BF)
     return Case(fn, (*by_row(dim, M), *by_row(out, M), *layout), True)
-  weights = ((E, out, dim), f8), ((E, out // 128, dim // 128), f32)
+  weights = ((E, out, dim), FP8), ((E, out // 128, dim // 128), F32)
   fn = lambda *a: grouped_matmul_fp8(*a[:5], used=a[5], impl='gpu')
   return Case(fn, (*by_row(M, dim), *weights, *layout), True)
 
 
-def _router(name):
+def _router(name: str) -> Case:
+  """Builds the routing of one of the benchmark shapes."""
   shape = router_shapes.BENCH[name]
-  args = (((shape.tokens, shape.experts), jnp.float32),)
+  args = (((shape.tokens, shape.experts), F32),)
   if shape.bias:
-    args += (((shape.experts,), jnp.float32),)
+    args += (((shape.experts,), F32),)
   fn = functools.partial(router, top_k=shape.top_k, rule=shape.rule, impl='gpu')
   return Case(fn, args, False)
 
 
-def _quantize(name):
+def _quantize(name: str) -> Case:
+  """Builds the quantisation of one of the benchmark shapes."""
   shape = quantize_shapes.BENCH[name]
   fn = functools.partial(
     quantize,
@@ -133,29 +155,100 @@ def _quantize(name):
     power_of_two=shape.power_of_two,
     impl='gpu',
   )
-  return Case(fn, (((shape.rows, shape.columns), jnp.bfloat16),), False)
+  return Case(fn, (((shape.rows, shape.columns), BF),), False)
 
 
-def _sinkhorn(tokens, backward):
-  logits = ((tokens, 4, 4), jnp.float32)
+def _sinkhorn(tokens: int, backward: bool) -> Case:
+  """Builds the normalisation of 4 x 4 matrices, or its gradient."""
+  logits = ((tokens, 4, 4), F32)
   fn = functools.partial(sinkhorn, impl='gpu')
   if not backward:
     return Case(fn, (logits,), False)
   return Case(lambda x, g: jax.vjp(fn, x)[1](g), (logits, logits), False)
 
 
-def _mla_prefill(tokens, backward):
-  bf = jnp.bfloat16
-  wide, narrow = ((1, tokens, 128, 192), bf), ((1, tokens, 128, 128), bf)
-  segments = ((1, tokens), jnp.int32)
+def _mla_prefill(tokens: int, backward: bool) -> Case:
+  """Builds one packed row with 128 heads, or its gradients."""
+  wide, narrow = ((1, tokens, 128, 192), BF), ((1, tokens, 128, 128), BF)
+  segments = ((1, tokens), I32)
   fn = functools.partial(mla_prefill, scale=0.07, impl='gpu')
   if not backward:
     return Case(fn, (wide, wide, narrow, segments), True)
 
-  def grads(q, k, v, segments, grad):
+  def grads(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    grad: jax.Array,
+  ) -> tuple:
     return jax.vjp(lambda *a: fn(*a, segments), q, k, v)[1](grad)
 
   return Case(grads, (wide, wide, narrow, segments, narrow), True)
+
+
+def _latent_kv(name: str) -> Case:
+  """Builds the cache update of one of the benchmark shapes."""
+  shape = latent_shapes.BENCH[name]
+  N, D, size = shape.tokens, shape.dim, (shape.pages, shape.page)
+  angles = ((N, 32), F32)
+  given = (((N, D), BF), ((D, 576), BF), ((512,), F32), angles, angles)
+  latent, key = ((*size, 512), FP8 if shape.fp8 else BF), ((*size, 64), BF)
+  cache = (latent, ((*size, 4), F32), key) if shape.fp8 else (latent, key)
+  kind = latent_kv.FP8Pages if shape.fp8 else latent_kv.Pages
+  fn = lambda *a: latent_kv.latent_kv(*a[:6], kind(*a[6:]), impl='gpu')
+  # Of two in a process the second finds the first one's product compiled.
+  return Case(fn, (*given, ((N,), I32), *cache), name != 'decode_b128_fp8')
+
+
+def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> Case:
+  """Builds a decode step over 4096 cached float8 tokens a request."""
+  args = (
+    ((batch, new, heads, 512), BF),
+    ((batch, new, heads, 64), BF),
+    ((batch * 64, 64, 512), FP8),
+    ((batch * 64, 64, 64), BF),
+    ((batch, 64), I32),
+    ((batch,), I32),
+    ((batch * 64, 64, 4), F32),
+  )
+  fn = lambda *a: mla_decode(
+    *a[:6], scale=0.07, scales=a[6], splits=splits, impl='gpu'
+  )
+  return Case(fn, args, True)
+
+
+def _indexer(batch: int, queries: int, keys: int) -> Case:
+  """Builds the choice of 2048 keys by 64 index heads."""
+  args = (
+    ((batch, queries, 64, 128), BF),
+    ((batch, keys, 128), BF),
+    ((batch, queries, 64), F32),
+    ((batch, queries), I32),
+    ((batch, queries), I32),
+  )
+  fn = functools.partial(indexer, top_k=2048, impl='gpu')
+  return Case(fn, args, True)
+
+
+def _sparse_mla(queries: int, heads: int, backward: bool) -> Case:
+  """Builds attention to 2048 of 4096 latents, or its gradients."""
+  args = (
+    ((1, queries, heads, 512), BF),
+    ((1, queries, heads, 64), BF),
+    ((1, 4096, 512), BF),
+    ((1, 4096, 64), BF),
+    ((1, queries, 2048), I32),
+  )
+  fn = functools.partial(sparse_mla, scale=0.07, impl='gpu')
+  if not backward:
+    return Case(fn, args, True)
+
+  def grads(*args: jax.Array) -> tuple:
+    *floats, index, grad = args
+    return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
+
+  return Case(grads, (*args, args[0]), True)
 
 
 CASES = {
@@ -189,5 +282,11 @@ CASES = {
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),
   'combine': _permute('combine', 4096, 8, 256, 7168),
   'combine_bwd': _permute('combine_bwd', 4096, 8, 256, 7168),
-  **aot_cases_sparse.CASES,
+  **{f'latent_kv_{n}': _latent_kv(n) for n in latent_shapes.BENCH},
+  'indexer': _indexer(1, 8192, 8192),
+  'indexer_far': _indexer(64, 2, 65536),
+  'mla_decode_fp8_h128': _decode_fp8(128, 1, 128, 1),
+  'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
+  'sparse_mla': _sparse_mla(4096, 128, False),
+  'sparse_mla_bwd': _sparse_mla(64, 128, True),
 }

@@ -1,4 +1,4 @@
-"""One spelling of Pallas Mosaic GPU for jax 0.10.2 to 0.12.0.1.
+"""Spells Pallas Mosaic GPU the same way for jax 0.10.2 to 0.12.0.1.
 
 Also the switch that runs kernels in the Mosaic interpreter (with its race
 detector) instead of on a GPU: `with compat.interpreted(): ...`.
@@ -7,6 +7,8 @@ detector) instead of on a GPU: `with compat.interpreted(): ...`.
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,7 +24,9 @@ SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
 TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def _interpret_params():
+def _interpret_params() -> Any:
+  """Returns the interpreter's settings, under this version's name."""
+  # Public since 0.11.
   if BEFORE_0_11:
     from jax._src.pallas.mosaic_gpu.interpret import params
 
@@ -31,7 +35,7 @@ def _interpret_params():
 
 
 @contextlib.contextmanager
-def interpreted():
+def interpreted() -> Iterator[None]:
   """Kernels traced inside run in the interpreter, races reported."""
   token = _interpret.set(_interpret_params())
   try:
@@ -41,14 +45,17 @@ def interpreted():
 
 
 def is_interpreted() -> bool:
+  """Returns whether kernels run in the interpreter."""
   return _interpret.get() is not None
 
 
-def _several(threads):
+def _several(threads: int) -> dict[str, Any]:
+  """Returns the arguments that ask for more than one warpgroup."""
   return {'num_threads': threads, 'thread_name': 'wg'} if threads > 1 else {}
 
 
-def _warpgroup_params(**more):
+def _warpgroup_params(**more: Any) -> plgpu.CompilerParams:
+  """Returns compiler parameters for warpgroup semantics."""
   return plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
@@ -57,14 +64,21 @@ def _warpgroup_params(**more):
 
 
 def kernel(
-  body, out, *, grid: dict[str, int], scratch=(), threads=1, across_warps=True
-):
-  """plgpu.kernel with warpgroup semantics; grid maps axis names to sizes.
+  body: Callable,
+  out: Any,
+  *,
+  grid: dict[str, int],
+  scratch: Any = (),
+  threads: int = 1,
+  across_warps: bool = True,
+) -> Callable:
+  """Wraps plgpu.kernel with warpgroup semantics; grid is {axis name: size}.
 
   With `threads` > 1 the body runs in that many warpgroups, on the axis 'wg'.
   Without `across_warps` it sums and compares along rows of wgmma's layout only,
   which needs none of the 2 KiB that are set aside otherwise.
   """
+  # 2 KiB per thread block, which kernels at the limit don't have.
   room = {} if across_warps else {'reduction_scratch_bytes': 0}
   return plgpu.kernel(
     body,
@@ -78,8 +92,10 @@ def kernel(
   )
 
 
-def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
-  """`kernel` on refs of jax.new_ref among the arrays; no other result.
+def kernel_in_place(
+  body: Callable, *, grid: dict[str, int], scratch: list, threads: int
+) -> Callable:
+  """Wraps `kernel` for refs of jax.new_ref, which are its only results.
 
   plgpu.kernel of jax 0.10 loses track of such refs in its rule for vmap.
   """
@@ -88,7 +104,7 @@ def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
   )
   axes = 'wg' if threads > 1 else ()
 
-  def scoped(*refs):
+  def scoped(*refs: jax.Ref) -> None:
     fn = functools.partial(body, *refs)
     pl.run_scoped(fn, *scratch, collective_axes=axes)
 
@@ -97,46 +113,54 @@ def kernel_in_place(body, *, grid: dict[str, int], scratch: list, threads):
     out_type=(),
     mesh=mesh,
     compiler_params=_warpgroup_params(),
-    interpret=_interpret.get() or False,
+    interpret=_interpret.get() or False,  # None is not taken here
   )
 
 
-def transposed(ref):
-  """The [n m] view of an [m n] ref in shared memory."""
+def transposed(ref: jax.Ref) -> jax.Ref:
+  """Returns the [n m] view of an [m n] ref in shared memory."""
   if BEFORE_0_11:
     return plgpu.transpose_ref(ref, (1, 0))
   return ref.transpose((1, 0))
 
 
-def load(ref, index, layout, *, optimized=True):
-  """ref[index] into registers; optimized=False for a ref in global memory."""
+def load(
+  ref: jax.Ref, index: Any, layout: Any, *, optimized: bool = True
+) -> jax.Array:
+  """Loads ref[index] to registers; global memory needs optimized=False."""
   index = index if isinstance(index, tuple) else (index,)
   if BEFORE_0_11:
     return plgpu.load(ref, index, layout=layout, optimized=optimized)
   return plgpu.load(ref.at[index], layout=layout, optimized=optimized)
 
 
-def store(ref, index, value):
-  """ref[index] = value, in global memory, by whatever pieces there are."""
+def store(ref: jax.Ref, index: tuple, value: jax.Array) -> None:
+  """Stores value to ref[index] in global memory, in pieces of any size."""
   if BEFORE_0_12:
     ref[index] = value
   else:
     plgpu.store(ref.at[index], value, optimized=False)
 
 
-def full(shape, value, layout, dtype=jnp.float32):
+def full(
+  shape: tuple[int, ...],
+  value: float,
+  layout: Any,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+  """Returns an array of one value in the given layout of registers."""
   return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
 
-def sqrt(x):
-  """Root of x >= 0; jax 0.10 lowers rsqrt alone (and gives nan for inf)."""
+def sqrt(x: jax.Array) -> jax.Array:
+  """Returns the root of x >= 0; jax 0.10 has rsqrt alone (nan for inf)."""
   if BEFORE_0_11:
     return x * jax.lax.rsqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
   return jnp.sqrt(x)
 
 
-def wgmma(acc, a, b):
-  """acc += a @ b of refs in shared memory."""
+def wgmma(acc: jax.Ref, a: jax.Ref, b: jax.Ref) -> None:
+  """Adds a @ b of refs in shared memory to the accumulator."""
   if is_interpreted():
     # Its race detector overlooks what wgmma reads, but not a load. A load,
     # unlike wgmma, needs the fence before a copy to the same place.
@@ -146,13 +170,13 @@ def wgmma(acc, a, b):
   plgpu.wgmma(acc, a, b)
 
 
-def accumulate(acc, fn):
+def accumulate(acc: jax.Array, fn: Callable[[jax.Ref], None]) -> jax.Array:
   """Runs fn(ref) on an accumulator that starts as `acc`; returns it."""
   if not is_interpreted():
     return pl.run_state(fn)(plgpu.ACC.init(acc))
 
   # The interpreter has no rule for run_state: the same sum in two parts.
-  def from_zero(ref):
+  def from_zero(ref: jax.Ref) -> jax.Array:
     fn(ref)
     return ref[...]
 
@@ -160,9 +184,10 @@ def accumulate(acc, fn):
 
 
 def num_sms() -> int:
-  """Multiprocessors of the target, also when compiling without a device."""
+  """Returns multiprocessors of the target, also compiling without a device."""
   target = jax.sharding.get_abstract_mesh().abstract_device
   if target is not None:
     return target.num_cores
+  # A CPU has no count: kernels that are lowered there are meant for an H200.
   device = jax.devices()[0]
   return getattr(device, 'core_count', None) or 132

@@ -1,15 +1,17 @@
-"""Which implementation of an operation runs: the reference or the GPU kernel.
+"""Chooses the implementation of an operation: a kernel or the XLA reference.
 
-`impl=None` takes the kernel on a Hopper GPU and the XLA reference elsewhere;
-where the kernel can't take the shapes (no kernel takes an empty array) it falls
-back and says why, once. Inside `using` None is one of the two.
+An operation is {implementation name: function}. `impl=None` takes the kernel
+made for the default device ('gpu' on Hopper) and the reference elsewhere; where
+the kernel can't take the shapes (no kernel takes an empty array) it falls back
+and logs why, once. Inside `using` None is one of IMPLS.
 """
 
 import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -20,13 +22,17 @@ _forced = contextvars.ContextVar('pallas_kernels_impl', default=None)
 
 @functools.cache
 def say_once(level: int, op: str, reason: str) -> None:
-  """Logs a reason the first time that it comes up."""
+  """Logs the reason the first time that it comes up for this operation."""
   _log.log(level, '%s: %s', op, reason)
 
 
 @contextlib.contextmanager
-def using(impl: str | None):
-  """Operations called inside take impl=None for this one."""
+def using(impl: str | None) -> Iterator[None]:
+  """Makes operations called inside take impl=None for this one.
+
+  Raises:
+    ValueError: `impl` is none of IMPLS.
+  """
   if impl not in IMPLS:
     raise ValueError(f"impl={impl!r}; use None, 'reference' or 'gpu'")
   token = _forced.set(impl)
@@ -37,7 +43,7 @@ def using(impl: str | None):
 
 
 def chosen(impl: str | None) -> str | None:
-  """`impl`, or what `using` says where it is None.
+  """Returns `impl`, or the one that `using` set where it is None.
 
   An operation asks when it is called: its backward pass is traced later,
   outside of `using`, and has to be the same.
@@ -46,47 +52,59 @@ def chosen(impl: str | None) -> str | None:
 
 
 def on_hopper() -> bool:
-  """Whether the default device is a GPU of compute capability 9."""
+  """Returns whether the default device is a GPU of compute capability 9."""
   device = jax.devices()[0]
   if device.platform not in ('gpu', 'cuda'):
     return False
   return str(device.compute_capability).startswith('9')
 
 
-def _launch(gpu: Callable, args):
-  """gpu(*args), unless an array is empty: no kernel has an empty grid."""
+def _launch(kernel: Callable, args: tuple) -> Any:
+  """Returns kernel(*args); raises where an array, and so the grid, is empty."""
   if any(getattr(a, 'size', 1) == 0 for a in jax.tree.leaves(args)):
     raise NotImplementedError('an argument is empty')
-  return gpu(*args)
+  return kernel(*args)
 
 
-def run(op: str, impl: str | None, gpu: Callable, reference: Callable, *args):
-  """Calls `gpu(*args)` or `reference(*args)`.
+def run(
+  op: str,
+  impl: str | None,
+  implementations: Mapping[str, Callable],
+  *args: Any,
+) -> Any:
+  """Returns the result of one of the implementations for `args`.
 
   Args:
     op: name of the operation, for messages.
-    impl: None picks by device and shape; 'reference' and 'gpu' force.
-    gpu: raises NotImplementedError, with the reason, for what it can't take.
-    reference: takes everything.
+    impl: a name forces that implementation; None picks by device and shape.
+    implementations: function by name. 'reference' is required and takes
+      everything; every other raises NotImplementedError, with the reason, for
+      what it can't take. 'gpu' is the one that None picks on a Hopper GPU.
     *args: passed on.
 
   Raises:
-    ValueError: `impl` is none of the three.
-    NotImplementedError: 'gpu' was asked for and can't take these arguments.
+    ValueError: `impl` is neither None nor one of the names.
+    NotImplementedError: the forced implementation can't take these arguments.
   """
-  impl = chosen(impl)
-  if impl not in IMPLS:
-    raise ValueError(f"{op}: impl={impl!r}; use None, 'reference' or 'gpu'")
+  impl, reference = chosen(impl), implementations['reference']
+  if impl is not None and impl not in implementations:
+    *names, last = [None, *implementations]
+    names = ', '.join(map(repr, names))
+    raise ValueError(f'{op}: impl={impl!r}; use {names} or {last!r}')
   if impl == 'reference':
     return reference(*args)
-  if impl == 'gpu':
-    return _launch(gpu, args)
+  if impl is not None:
+    return _launch(implementations[impl], args)
+  reason = None
   if not on_hopper():
-    reason = 'reference in use: the default device is not a Hopper GPU'
-    say_once(logging.INFO, op, reason)
+    reason = 'the default device is not a Hopper GPU'
+  elif 'gpu' not in implementations:
+    reason = 'there is no kernel for Hopper GPUs'
+  if reason:
+    say_once(logging.INFO, op, f'reference in use: {reason}')
     return reference(*args)
   try:
-    return _launch(gpu, args)
+    return _launch(implementations['gpu'], args)
   except NotImplementedError as error:
     say_once(logging.WARNING, op, f'reference in use: {error}')
     return reference(*args)

@@ -1,4 +1,4 @@
-"""Chosen rows of global memory into the tiles that wgmma reads, on Hopper.
+"""Gathers rows of global memory into the tiles that wgmma reads, on Hopper.
 
 Its TMA fetches boxes, not lists of rows, so each thread of a warpgroup asks for
 16 bytes at a time by cp.async and puts them where the swizzle wants them. Rows
@@ -7,6 +7,10 @@ plgpu.commit_smem and a barrier show them to the readers. The interpreter, which
 knows no cp.async, gets the same rows by a plain load and store.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
+import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -21,8 +25,8 @@ _THREADS, _VECTOR = 128, 8  # columns of one copy
 _AT_ONCE = 64  # columns that neighbouring threads copy together
 
 
-def start(source, chosen, dest):
-  """dest[i] = source[chosen[i]], or zeros where that is negative.
+def start(source: jax.Ref, chosen: jax.Ref, dest: jax.Ref) -> None:
+  """Starts dest[i] = source[chosen[i]]; zeros where that is negative.
 
   Args:
     source: [M C] bfloat16 in global memory; C is a multiple of 64, or 32.
@@ -30,6 +34,7 @@ def start(source, chosen, dest):
     dest: [N C] in shared memory, tiled by `TILE`.
   """
   if compat.is_interpreted():
+    # The same rows by a plain load: no copy is on its way afterwards.
     at = chosen[...]
     rows = jnp.take(source[...], jnp.maximum(at, 0), axis=0)
     dest[...] = jnp.where((at >= 0)[:, None], rows, jnp.zeros_like(rows))
@@ -40,20 +45,20 @@ def start(source, chosen, dest):
   )
 
 
-def commit():
+def commit() -> None:
   """Closes a group of `start`s, which may be empty."""
   if not compat.is_interpreted():
     plgpu.inline_mgpu()(lambda _: nvvm.cp_async_commit_group() and None)()
 
 
-def wait(groups: int):
-  """Until all but the last so many groups of this warpgroup are here."""
+def wait(groups: int) -> None:
+  """Waits for all but the last so many groups of this warpgroup."""
   if not compat.is_interpreted():
     plgpu.inline_mgpu()(lambda _: nvvm.cp_async_wait_group(groups) and None)()
 
 
-def places(thread, rows: int, columns: int):
-  """What a thread copies: (row, [(column, row and column of tile, inside)]).
+def places(thread: Any, rows: int, columns: int) -> Iterator[tuple]:
+  """Yields what a thread copies: (row, [(column, tile, inside the tile)]).
 
   Up to eight threads share a row and fetch 128 bytes of it. The swizzle
   exchanges the 16-byte pieces of a tile's row by bits 7 and up of the address,
@@ -77,8 +82,8 @@ def places(thread, rows: int, columns: int):
     )
 
 
-def _copy(_, source, chosen, dest):
-  """`start` for one thread of the warpgroup."""
+def _copy(_, source: Any, chosen: Any, dest: Any) -> None:
+  """Emits `start` for one thread of the warpgroup."""
   i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
   kind = ir.BF16Type.get()
   outer = llvm.PointerType.get(address_space=1)
@@ -96,10 +101,12 @@ def _copy(_, source, chosen, dest):
   )
   nothing = arith.constant(i32, 0)
   full = arith.constant(i32, 2 * _VECTOR)
+  # Load: 16 bytes a copy, neighbouring threads in neighbouring columns.
   work = list(places(thread % _THREADS, *size))
   # All of the list before any row, or each row would wait for its number.
   at = [llvm.load(i32, step(list_, [offset(row)], i32)) for row, _ in work]
   for number, (_, copies) in zip(at, work, strict=True):
+    # Row 0 stands in for no row: an address has to be valid.
     here = arith.cmpi(arith.CmpIPredicate.sge, number, nothing)
     number = arith.select(here, number, nothing)
     begin = arith.muli(arith.extui(i64, number), arith.constant(i64, stride))

@@ -32,4 +32,5 @@ def pick_local(op: str, kernel: Callable, own: Callable) -> Any:
   impl = dispatch.chosen(None)
   if impl is not None:
     return kernel(impl)
-  return dispatch.run(op, None, lambda: kernel('gpu'), own)
+  functions = {'reference': own, 'gpu': lambda: kernel('gpu')}
+  return dispatch.run(op, None, functions)

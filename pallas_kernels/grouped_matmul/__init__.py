@@ -1,12 +1,13 @@
 """Rows in blocks, each block times the matrix of its expert.
 
-In bfloat16, with a SwiGLU as epilogue, and in float8 with block scales. The
-layout comes from `pallas_kernels.permute.plan`. Legend: M rows, E experts,
-D width in, F width out.
+The product is in bfloat16, maybe with a SwiGLU as epilogue, or in float8 with
+block scales. The layout comes from `pallas_kernels.permute.plan`.
+Legend: M rows, E experts, D width in, F width out.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +19,50 @@ from pallas_kernels.quantize import ACTIVATION_FLOOR, dequantize, quantize
 __all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 
 
-def _run(name, impl, *args):
-  """Kernel or reference function of that name."""
+def _run(name: str, impl: str | None, *args: Any) -> jax.Array:
+  """Runs the kernel or the reference function of that name."""
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.grouped_matmul import gpu
 
     return getattr(gpu, name)(*args)
 
   op = f'grouped_matmul.{name}'
-  return dispatch.run(op, impl, gpu, getattr(reference, name), *args)
+  functions = {'reference': getattr(reference, name), 'gpu': gpu}
+  return dispatch.run(op, impl, functions, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _matmul(rows, weights, block_expert, used, transpose, impl):
+def _matmul(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+  impl: str | None,
+) -> jax.Array:
+  """Returns the product [M F]; its gradients are products too."""
   args = (rows, weights, block_expert, used, transpose)
   return _run('forward', impl, *args)
 
 
-def _fwd(rows, weights, block_expert, used, transpose, impl):
+def _fwd(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+  impl: str | None,
+) -> tuple:
+  """Returns the product and what the backward pass keeps."""
   out = _matmul(rows, weights, block_expert, used, transpose, impl)
   return out, (rows, weights, block_expert, used)
 
 
-def _bwd(transpose, impl, saved, grad):
+def _bwd(
+  transpose: bool, impl: str | None, saved: tuple, grad: jax.Array
+) -> tuple:
+  """Returns the gradients of rows and weights."""
   rows, weights, expert, used = saved
   drows = _run('forward', impl, grad, weights, expert, used, not transpose)
   pair = (grad, rows) if transpose else (rows, grad)
@@ -53,20 +74,33 @@ _matmul.defvjp(_fwd, _bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _fp8(rows, row_scales, weights, weight_scales, expert, used, dtype, impl):
-  def gpu(*args):
+def _fp8(
+  rows: jax.Array,
+  row_scales: jax.Array,
+  weights: jax.Array,
+  weight_scales: jax.Array,
+  expert: jax.Array,
+  used: jax.Array,
+  dtype: jax.typing.DTypeLike,
+  impl: str | None,
+) -> jax.Array:
+  """Returns the product [M F] of float8 operands and their scales."""
+
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.grouped_matmul import fp8
 
     return fp8.forward(*args, dtype)
 
-  def plain(*args):
+  def plain(*args: Any) -> jax.Array:
     return reference.forward_fp8(*args, dtype)
 
   args = (rows, row_scales, weights, weight_scales, expert, used)
-  return dispatch.run('grouped_matmul_fp8', impl, gpu, plain, *args)
+  functions = {'reference': plain, 'gpu': gpu}
+  return dispatch.run('grouped_matmul_fp8', impl, functions, *args)
 
 
-def _no_gradient(*_):
+def _no_gradient(*_) -> None:
+  """Raises NotImplementedError: float8 inputs have no gradient."""
   raise NotImplementedError(
     'grouped_matmul_fp8 has no gradient; grouped_matmul(float8=True) has'
   )
@@ -76,26 +110,45 @@ _fp8.defvjp(lambda *args: (_fp8(*args), None), _no_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _float8(rows, weights, block_expert, used, transpose, impl):
+def _float8(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+  impl: str | None,
+) -> jax.Array:
+  """Returns the product [M F], quantising both operands first."""
   args = (rows, weights, block_expert, used, transpose, impl)
   return _float8_fwd(*args)[0]
 
 
-def _float8_fwd(rows, weights, block_expert, used, transpose, impl):
+def _float8_fwd(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+  impl: str | None,
+) -> tuple:
+  """Returns the product, and the operands in float8 for the backward pass."""
   x = quantize(rows, power_of_two=True, floor=ACTIVATION_FLOOR, impl=impl)
   w = _squares(weights, impl)
-  right = w if transpose else _turned(*w)
+  right = w if transpose else _transposed(*w)
   out = _fp8(*x, *right, block_expert, used, rows.dtype, impl)
   return out, (x, w, block_expert, used, jnp.zeros((), weights.dtype))
 
 
-def _float8_bwd(transpose, impl, saved, grad):
+def _float8_bwd(
+  transpose: bool, impl: str | None, saved: tuple, grad: jax.Array
+) -> tuple:
+  """Returns the gradients of rows and weights by float8 products."""
   x, w, expert, used, like = saved
   g = quantize(grad, power_of_two=True, impl=impl)
-  right = _turned(*w) if transpose else w
+  right = _transposed(*w) if transpose else w
   drows = _fp8(*g, *right, expert, used, grad.dtype, impl)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.grouped_matmul import fp8
 
     return fp8.outer(*args)
@@ -106,43 +159,49 @@ def _float8_bwd(transpose, impl, saved, grad):
   pair = (rows, _over_rows(grad, block, 0.0, impl))
   left, right = reversed(pair) if transpose else pair
   args = (*left, *right, expert, used, w[0].shape[0], grad.dtype)
-  dweights = dispatch.run(
-    'grouped_matmul_fp8.outer', impl, gpu, reference.outer_fp8, *args
-  )
+  functions = {'reference': reference.outer_fp8, 'gpu': gpu}
+  dweights = dispatch.run('grouped_matmul_fp8.outer', impl, functions, *args)
   return drows, dweights.astype(like.dtype), None, None
 
 
 _float8.defvjp(_float8_fwd, _float8_bwd)
 
 
-def _squares(weights, impl):
-  """weights [E D F] in float8 with a scale per 128 x 128."""
+def _squares(
+  weights: jax.Array, impl: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns weights [E D F] in float8 with a scale per 128 x 128."""
   E, D, F = weights.shape
   q, scales = quantize(weights.reshape(-1, F), block=(128, 128), impl=impl)
   return q.reshape(E, D, F), scales.reshape(E, D // 128, F // 128)
 
 
-def _turned(weights, scales):
+def _transposed(
+  weights: jax.Array, scales: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns weights and scales with the last two axes exchanged."""
   return weights.swapaxes(1, 2), scales.swapaxes(1, 2)
 
 
-def _over_rows(x, block, floor, impl):
-  """x [M D] turned, in float8 with a scale per 128 rows of one expert."""
+def _over_rows(
+  x: jax.Array, block: int, floor: float, impl: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns x.T in float8 with a scale per 128 rows of one expert."""
   args = {'block': (1, math.gcd(block, 128)), 'floor': floor}
   return quantize(x.T, **args, power_of_two=True, impl=impl)
 
 
 def grouped_matmul(
-  rows,
-  weights,
-  block_expert,
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
   *,
-  used=None,
+  used: jax.Array | None = None,
   transpose: bool = False,
   float8: bool = False,
-  impl=None,
-):
-  """out[m] = rows[m] @ weights[block_expert[m // block]].
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns rows[m] @ weights[block_expert[m // block]] for every m.
 
   Args:
     rows: [M D] float.
@@ -190,8 +249,10 @@ def grouped_matmul(
   return _float8(rows, weights, *layout, transpose, impl)
 
 
-def _layout(rows, block_expert, used):
-  """block_expert and used as arrays, checked against the rows."""
+def _layout(
+  rows: jax.Array, block_expert: jax.Array, used: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns block_expert and used as arrays, checked against the rows."""
   block_expert = jnp.asarray(block_expert)
   blocks = block_expert.shape[0]
   if rows.shape[0] % blocks if blocks else rows.shape[0]:
@@ -201,8 +262,8 @@ def _layout(rows, block_expert, used):
   return block_expert, jnp.asarray(blocks if used is None else used, jnp.int32)
 
 
-def _activate(gate_up, limit):
-  """silu(gate) * up of the halves [M 2F], in float32."""
+def _activate(gate_up: jax.Array, limit: float | None) -> jax.Array:
+  """Returns silu(gate) * up of the halves [M 2F], in float32."""
   gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
   if limit is not None:
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -210,26 +271,47 @@ def _activate(gate_up, limit):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _swiglu(rows, gate_up, block_expert, used, limit, impl):
-  def gpu(*args):
+def _swiglu(
+  rows: jax.Array,
+  gate_up: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  limit: float | None,
+  impl: str | None,
+) -> jax.Array:
+  """Returns silu(gate) * up [M F]; its gradient recomputes the product."""
+
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.grouped_matmul import swiglu
 
     return swiglu.forward(*args, limit)
 
-  def plain(*args):
+  def plain(*args: Any) -> jax.Array:
     return _activate(reference.forward(*args, False), limit).astype(rows.dtype)
 
   args = (rows, gate_up, block_expert, used)
-  return dispatch.run('grouped_swiglu', impl, gpu, plain, *args)
+  functions = {'reference': plain, 'gpu': gpu}
+  return dispatch.run('grouped_swiglu', impl, functions, *args)
 
 
-def _swiglu_fwd(rows, gate_up, block_expert, used, limit, impl):
+def _swiglu_fwd(
+  rows: jax.Array,
+  gate_up: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  limit: float | None,
+  impl: str | None,
+) -> tuple:
+  """Returns the result, and the inputs alone for the backward pass."""
   out = _swiglu(rows, gate_up, block_expert, used, limit, impl)
   return out, (rows, gate_up, block_expert, used)
 
 
-def _swiglu_bwd(limit, impl, saved, grad):
-  # The product of width 2F is made again rather than kept.
+def _swiglu_bwd(
+  limit: float | None, impl: str | None, saved: tuple, grad: jax.Array
+) -> tuple:
+  """Returns the gradients of rows and gate_up."""
+  # The product of width 2F is recomputed rather than stored.
   h, pull = jax.vjp(
     lambda r, w: _matmul(r, w, *saved[2:], False, impl), *saved[:2]
   )
@@ -241,18 +323,18 @@ _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def grouped_swiglu(
-  rows,
-  gate_up,
-  block_expert,
+  rows: jax.Array,
+  gate_up: jax.Array,
+  block_expert: jax.Array,
   *,
-  used=None,
+  used: jax.Array | None = None,
   limit: float | None = None,
-  impl=None,
-):
-  """silu(gate) * up of rows[m] @ gate_up[block_expert[m // block]].
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns silu(gate) * up of rows[m] @ gate_up[block_expert[m // block]].
 
   The product itself, twice as wide as the result, is never stored; the
-  backward pass computes it again.
+  backward pass recomputes it.
 
   Args:
     rows: [M D] float.
@@ -281,17 +363,17 @@ def grouped_swiglu(
 
 
 def grouped_matmul_fp8(
-  rows,
-  row_scales,
-  weights,
-  weight_scales,
-  block_expert,
+  rows: jax.Array,
+  row_scales: jax.Array,
+  weights: jax.Array,
+  weight_scales: jax.Array,
+  block_expert: jax.Array,
   *,
-  used=None,
-  dtype=jnp.bfloat16,
-  impl=None,
-):
-  """grouped_matmul of float8 numbers with a scale per block, as in V3.
+  used: jax.Array | None = None,
+  dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns grouped_matmul of float8 numbers with a scale per block.
 
   Each 128 of the width are multiplied, scaled and added up in float32
   (arXiv:2412.19437, section 3.3.2).

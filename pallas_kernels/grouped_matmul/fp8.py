@@ -8,6 +8,8 @@ Legend: M rows, E experts, D width in, F width out.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,9 +30,25 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def forward(
-  rows, row_scales, weights, weight_scales, block_expert, used, dtype
-):
-  """rows [M D], weights [E F D], scales of both -> [M F] of dtype."""
+  rows: jax.Array,
+  row_scales: jax.Array,
+  weights: jax.Array,
+  weight_scales: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Returns the product [M F] of rows [M D] and weights [E F D], in `dtype`.
+
+  Args:
+    rows, row_scales: [M D] float8 and [M D/128] float32.
+    weights, weight_scales: [E F D] float8 and [E F/128 D/128] float32.
+    block_expert, used: as in grouped_matmul.
+    dtype: bfloat16.
+
+  Raises:
+    NotImplementedError: dtypes or widths that the kernel can't take.
+  """
   _supported(rows, weights, dtype)
   (M, D), F = rows.shape, weights.shape[1]
   block = M // block_expert.shape[0]
@@ -54,12 +72,19 @@ def forward(
 
 
 def outer(
-  rows, row_scales, grads, grad_scales, block_expert, used, num_experts, dtype
-):
-  """Sum over each expert's rows of rows @ grads.T: [E D F] of dtype.
+  rows: jax.Array,
+  row_scales: jax.Array,
+  grads: jax.Array,
+  grad_scales: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  num_experts: int,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Sums rows @ grads.T over each expert's rows: [E D F] of dtype.
 
   Args:
-    rows, grads: [D M] and [F M] float8, turned.
+    rows, grads: [D M] and [F M] float8, transposed.
     row_scales, grad_scales: [D M/128], [F M/128] float32.
     block_expert: [M // block]; blocks of one expert adjoin.
     used, num_experts, dtype: as elsewhere.
@@ -83,7 +108,10 @@ def outer(
   )(rows, row_scales.T, grads, grad_scales.T, first, count)
 
 
-def _supported(left, right, dtype):
+def _supported(
+  left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike
+) -> None:
+  """Raises NotImplementedError unless the kernel can take both dtypes."""
   if left.dtype != FP8 or right.dtype != FP8:
     raise NotImplementedError(
       f'dtype {left.dtype}/{right.dtype}, not {jnp.dtype(FP8).name}'
@@ -92,13 +120,14 @@ def _supported(left, right, dtype):
     raise NotImplementedError(f'result in {jnp.dtype(dtype)}, not bfloat16')
 
 
-def _tile_of(rows_multiple, columns):
+def _tile_of(rows_multiple: int, columns: int) -> gpu.Tile:
+  """Returns an output tile; 128 columns at most beside 128 rows."""
   tile = gpu.tile_of(rows_multiple, columns)
   # Twice as many columns and the sum of a step: too many registers.
   return gpu.Tile(tile.rows, STEP) if tile.by_rows else tile
 
 
-def _scratch(tile, arrivals):
+def _scratch(tile: gpu.Tile, arrivals: int) -> dict[str, Any]:
   """Tiles in shared memory; `arrivals` copies fill a stage."""
   parts_a, parts_b = tile.parts
   memory = lambda *shape: plgpu.SMEM(shape, FP8, transforms=_TILED)
@@ -114,26 +143,35 @@ def _scratch(tile, arrivals):
   }
 
 
-def _fill(steps, load):
-  """Warpgroup 0 starts the copies of the first stages."""
+def _fill(steps: jax.Array, load: Callable) -> None:
+  """Starts the copies of the first stages, from warpgroup 0."""
 
   @pl.when(lax.axis_index('wg') == 0)
   def _():
-    def fill(stage, _):
+    def fill(stage: jax.Array, _) -> tuple:
       load(stage, stage)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
 
-def _sums(steps, load, add, pieces, here, free):
-  """Float32 [64, width] pieces: `sums = add(k, stage, sums)` of every step."""
+def _sums(
+  steps: jax.Array,
+  load: Callable,
+  add: Callable,
+  pieces: list[tuple[int, int]],
+  here: jax.Ref,
+  free: jax.Ref,
+) -> tuple[jax.Array, ...]:
+  """Returns float32 pieces after `sums = add(k, stage, sums)` of every k."""
 
-  def step(k, sums):
+  def step(k: jax.Array, sums: tuple) -> tuple:
     stage = lax.rem(k, STAGES)
+    # Wait: all copies of this stage have arrived.
     plgpu.barrier_wait(here.at[stage])
     sums = add(k, stage, sums)
 
+    # Refill: once both warpgroups have read the stage.
     @pl.when(k + STAGES < steps)
     def _():
       plgpu.commit_smem()  # the scales were read before the copy writes anew
@@ -150,10 +188,10 @@ def _sums(steps, load, add, pieces, here, free):
   return lax.fori_loop(0, steps, step, tuple(zeros))
 
 
-def _product(a, b):
-  """a @ b.T of refs in shared memory, from zero."""
+def _product(a: jax.Ref, b: jax.Ref) -> jax.Array:
+  """Returns a @ b.T of refs in shared memory, summed from zero."""
 
-  def run(ref):
+  def run(ref: jax.Ref) -> jax.Array:
     compat.wgmma(ref, a, compat.transposed(b))
     return ref[...]
 
@@ -161,18 +199,22 @@ def _product(a, b):
 
 
 def _body(
-  rows, row_scales, weights, weight_scales, block_expert, used, out,
-  a, b, row_scale, staged, here, free, weight_scale, scales_here,
-  *, tile, block,
-):  # fmt: skip
+  rows: jax.Ref, row_scales: jax.Ref, weights: jax.Ref, weight_scales: jax.Ref,
+  block_expert: jax.Ref, used: jax.Ref, out: jax.Ref, a: jax.Ref, b: jax.Ref,
+  row_scale: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref,
+  weight_scale: jax.Ref, scales_here: jax.Ref, *, tile: gpu.Tile, block: int,
+) -> None:  # fmt: skip
+  """Computes one output tile of `forward`."""
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
   part_a, part_b = gpu.part(tile)
+  # Filler takes no step: its rows come out as zeros.
   steps = jnp.where(at < used[0], rows.shape[1] // STEP, 0)
   groups = tile.columns // STEP  # scales across the tile
 
-  def load(k, stage):
+  # Load: 128 of the contracted dimension and the scales of its rows.
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -185,6 +227,7 @@ def _body(
       where = pl.ds(n * tile.columns + i * tile.own_columns, tile.own_columns)
       copy(weights.at[expert, where, inner], b.at[stage, i])
 
+  # Load: the weights' scales of all steps at once; they are few.
   @pl.when(lax.axis_index('wg') == 0)
   def _():
     plgpu.copy_gmem_to_smem(
@@ -200,7 +243,8 @@ def _body(
   # A warpgroup's first group; two share one if the tile has just one.
   first = lax.div(part_b * tile.own_columns, STEP)
 
-  def add(k, stage, sums):
+  def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
+    # Matmul of one step, then its scales: a row's times a 128 x 128 block's.
     own = compat.load(row_scale, (stage, part_a), _BY_ROW)
     out = []
     for piece, total in enumerate(sums):
@@ -212,6 +256,7 @@ def _body(
     return tuple(out)
 
   sums = _sums(steps, load, add, [(64, width)] * pieces, here, free)
+  # Store: this warpgroup's part of the tile, piece by piece.
   top = m * tile.rows + part_a * 64
   left = n * tile.columns + part_b * tile.own_columns
   for piece, total in enumerate(sums):
@@ -227,14 +272,18 @@ def _body(
 
 
 def _outer_body(
-  rows, row_scales, grads, grad_scales, first, count, out,
-  a, b, row_scale, staged, here, free, grad_scale,
-):  # fmt: skip
+  rows: jax.Ref, row_scales: jax.Ref, grads: jax.Ref, grad_scales: jax.Ref,
+  first: jax.Ref, count: jax.Ref, out: jax.Ref, a: jax.Ref, b: jax.Ref,
+  row_scale: jax.Ref, staged: jax.Ref, here: jax.Ref, free: jax.Ref,
+  grad_scale: jax.Ref,
+) -> None:  # fmt: skip
+  """Computes one output tile of `outer`."""
   e, m, n, w = (lax.axis_index(axis) for axis in ('e', 'm', 'n', 'wg'))
   start, steps = first[e], count[e]
   columns = pl.ds(n * STEP, STEP)
 
-  def load(k, stage):
+  # Load: 128 rows of one expert, the last dimension of both operands.
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds((start + k) * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -248,7 +297,8 @@ def _outer_body(
 
   _fill(steps, load)
 
-  def add(k, stage, sums):
+  def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
+    # Matmul of one step, then both scales: here each is a vector.
     (total,) = sums
     spread = lambda scale, dim: lax.broadcast_in_dim(scale, total.shape, [dim])
     down = compat.load(row_scale, (stage, w), _BY_ROW)
@@ -256,6 +306,7 @@ def _outer_body(
     product = _product(a.at[stage, w], b.at[stage, 0])
     return (total + product * spread(down, 0) * spread(across, 1),)
 
+  # An expert without rows takes no step, so its gradient is zero.
   (total,) = _sums(steps, load, add, [(64, STEP)], here, free)
   gpu.store(
     total,

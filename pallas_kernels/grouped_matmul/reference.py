@@ -1,9 +1,12 @@
 """Grouped matmul in XLA: runs of blocks of one expert, in few large products.
 
-XLA:CPU packs both operands for every product, so a run is cut into chunks of
+XLA:CPU packs both operands for every product, so a run is split into chunks of
 512, 256, ... rows rather than into blocks, and one expert's weight gradient
 is summed before it is stored: within 20 % of one dense matmul of that size.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +19,28 @@ _CHUNK = 512  # rows of the largest product
 _GATHER = 16
 
 
-def _dot(x, y, contract):
+def _dot(x: jax.Array, y: jax.Array, contract: tuple) -> jax.Array:
+  """Returns the product over the given dims, accumulated in float32."""
   return lax.dot_general(
     x, y, (contract, ((), ())), preferred_element_type=jnp.float32
   )
 
 
-def _run_ends(block_expert):
-  """For each block the first later block of another expert."""
+def _run_ends(block_expert: jax.Array) -> jax.Array:
+  """Returns the first later block of another expert, for each block."""
   n = block_expert.shape[0]
   changes = block_expert[1:] != block_expert[:-1]
   ends = jnp.append(jnp.where(changes, jnp.arange(1, n), n), n)
   return lax.cummin(ends.astype(jnp.int32), reverse=True)
 
 
-def _over_runs(step, carry, block_expert, used):
-  """carry = step(carry, expert, first block, blocks) for every run."""
+def _over_runs(
+  step: Callable, carry: Any, block_expert: jax.Array, used: jax.Array
+) -> Any:
+  """Folds step(carry, expert, first block, blocks) over all runs."""
   ends = jnp.minimum(_run_ends(block_expert), used)
 
-  def body(state):
+  def body(state: tuple) -> Any:
     at, carry = state
     carry = step(carry, block_expert[at], at, ends[at] - at)
     return ends[at], carry
@@ -43,15 +49,24 @@ def _over_runs(step, carry, block_expert, used):
   return lax.while_loop(lambda state: state[0] < used, body, start)[1]
 
 
-def _over_chunks(step, carry, at, blocks, rows, block):
-  """carry = step(carry, first row, static rows), largest chunks first."""
+def _over_chunks(
+  step: Callable,
+  carry: Any,
+  at: jax.Array,
+  blocks: jax.Array,
+  rows: int,
+  block: int,
+) -> Any:
+  """Folds step(carry, first row, static rows), largest chunks first."""
   top = max(min(_CHUNK, rows) // block, 1)
   top = 1 << (top.bit_length() - 1)  # then each smaller size comes 0 or 1 times
   levels = [top >> i for i in range(top.bit_length())]
   for level in levels:
     times = blocks // level if level == top else (blocks // level) % 2
 
-    def body(i, carry, at=at, level=level):
+    def body(
+      i: jax.Array, carry: Any, at: jax.Array = at, level: int = level
+    ) -> Any:
       return step(carry, (at + i * level) * block, level * block)
 
     carry = lax.fori_loop(0, times, body, carry)
@@ -59,8 +74,14 @@ def _over_chunks(step, carry, at, blocks, rows, block):
   return carry
 
 
-def forward(rows, weights, block_expert, used, transpose):
-  """rows [M D], weights [E D F] (or [E F D] with transpose) -> [M F]."""
+def forward(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+) -> jax.Array:
+  """Returns the product [M F] of rows [M D] and weights [E D F] or [E F D]."""
   M, F = rows.shape[0], weights.shape[1 if transpose else 2]
   if M <= _GATHER:
     block = M // max(len(block_expert), 1)
@@ -69,10 +90,12 @@ def forward(rows, weights, block_expert, used, transpose):
     out = jnp.einsum(form, rows, picked, preferred_element_type=jnp.float32)
     return out.astype(rows.dtype)
 
-  def run(out, expert, at, blocks):
+  def run(
+    out: jax.Array, expert: jax.Array, at: jax.Array, blocks: jax.Array
+  ) -> jax.Array:
     w = lax.dynamic_index_in_dim(weights, expert, keepdims=False)
 
-    def chunk(out, row, size):
+    def chunk(out: jax.Array, row: jax.Array, size: int) -> jax.Array:
       x = lax.dynamic_slice_in_dim(rows, row, size)
       y = _dot(x, w, ((1,), (1 if transpose else 0,))).astype(out.dtype)
       return lax.dynamic_update_slice_in_dim(out, y, row, 0)
@@ -83,21 +106,35 @@ def forward(rows, weights, block_expert, used, transpose):
 
 
 def forward_fp8(
-  rows, row_scales, weights, weight_scales, block_expert, used, dtype
-):
-  """rows [M D], weights [E F D] and their scales -> [M F] of dtype."""
+  rows: jax.Array,
+  row_scales: jax.Array,
+  weights: jax.Array,
+  weight_scales: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Returns the product [M F] of dequantised rows and weights."""
   x = quantize.dequantize(rows, row_scales, jnp.float32)
   every = lambda q, s: quantize.dequantize(q, s, jnp.float32)
   w = jax.vmap(every)(weights, weight_scales)
   return forward(x, w, block_expert, used, True).astype(dtype)
 
 
-def outer(rows, grads, block_expert, used, num_experts):
-  """Sum over each expert's rows of rows.T @ grads: [E D F], float32."""
+def outer(
+  rows: jax.Array,
+  grads: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  num_experts: int,
+) -> jax.Array:
+  """Sums rows.T @ grads over each expert's rows: [E D F], float32."""
   M, D, F = *rows.shape, grads.shape[1]
 
-  def run(total, expert, at, blocks):
-    def chunk(part, row, size):
+  def run(
+    total: jax.Array, expert: jax.Array, at: jax.Array, blocks: jax.Array
+  ) -> jax.Array:
+    def chunk(part: jax.Array, row: jax.Array, size: int) -> jax.Array:
       x, g = (lax.dynamic_slice_in_dim(a, row, size) for a in (rows, grads))
       return part + _dot(x, g, ((0,), (0,)))
 
@@ -112,9 +149,16 @@ def outer(rows, grads, block_expert, used, num_experts):
 
 
 def outer_fp8(
-  rows, row_scales, grads, grad_scales, block_expert, used, num_experts, dtype
-):
-  """rows [D M], grads [F M] and their scales -> [E D F] of dtype."""
+  rows: jax.Array,
+  row_scales: jax.Array,
+  grads: jax.Array,
+  grad_scales: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  num_experts: int,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Sums dequantised rows @ grads.T over each expert's rows: [E D F]."""
   x = quantize.dequantize(rows, row_scales, jnp.float32)
   g = quantize.dequantize(grads, grad_scales, jnp.float32)
   return outer(x.T, g.T, block_expert, used, num_experts).astype(dtype)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """Rows that each expert has, D and F, rows per block."""
+  """Sizes a case: rows that each expert has, D and F, rows per block."""
 
   counts: tuple[int, ...]
   dim: int

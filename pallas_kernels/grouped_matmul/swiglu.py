@@ -19,8 +19,14 @@ from pallas_kernels.grouped_matmul import gpu
 COLUMNS = 128  # of the result, in a tile
 
 
-def forward(rows, gate_up, block_expert, used, limit):
-  """rows [M D], gate_up [E D 2F] -> silu(gate) * up, [M F]."""
+def forward(
+  rows: jax.Array,
+  gate_up: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  limit: float | None,
+) -> jax.Array:
+  """Returns silu(gate) * up [M F] of rows [M D] and gate_up [E D 2F]."""
   gpu.supported(rows, gate_up)
   (M, D), F = rows.shape, gate_up.shape[2] // 2
   block = M // block_expert.shape[0]
@@ -50,17 +56,21 @@ def forward(rows, gate_up, block_expert, used, limit):
 
 
 def _body(
-  rows, gate_up, block_expert, used, out, a, b, staged, here, free,
-  *, tile, block, limit,
-):  # fmt: skip
+  rows: jax.Ref, gate_up: jax.Ref, block_expert: jax.Ref, used: jax.Ref,
+  out: jax.Ref, a: jax.Ref, b: jax.Ref, staged: jax.Ref, here: jax.Ref,
+  free: jax.Ref, *, tile: gpu.Tile, block: int, limit: float | None,
+) -> None:  # fmt: skip
+  """Computes one tile of gate and of up, and their SwiGLU."""
   m, n = lax.axis_index('m'), lax.axis_index('n')
   at = lax.div(m, block // tile.rows)
   expert = block_expert[at]
   part_a, part_b = gpu.part(tile)
   width, parts = tile.own_columns, tile.parts
+  # Filler takes no step: its rows come out as zeros.
   steps = jnp.where(at < used[0], rows.shape[1] // gpu.STEP, 0)
 
-  def load(k, stage):
+  # Load: rows once; the columns of gate and of up lie F apart.
+  def load(k: jax.Array, stage: jax.Array) -> None:
     inner = pl.ds(k * gpu.STEP, gpu.STEP)
     for i in range(parts[0]):
       where = pl.ds(m * tile.rows + i * 64, 64)
@@ -76,8 +86,9 @@ def _body(
           here.at[stage],
         )
 
-  def run(gate, up):
-    def multiply(stage):
+  def run(gate: jax.Ref, up: jax.Ref) -> tuple[jax.Array, jax.Array]:
+    def multiply(stage: jax.Array) -> None:
+      # Matmul: the same rows by gate and by up.
       for half, ref in enumerate((gate, up)):
         right = b.at[stage, half * parts[1] + part_b]
         compat.wgmma(ref, a.at[stage, part_a], right)
@@ -87,10 +98,12 @@ def _body(
 
   acc = plgpu.ACC((64, width), jnp.float32)
   gate, up = pl.run_scoped(run, acc, acc)
+  # Activation: the same columns of gate and up meet in registers.
   if limit is not None:
     gate = jnp.minimum(gate, limit)
     up = jnp.minimum(jnp.maximum(up, -limit), limit)
   top, left = m * tile.rows + part_a * 64, n * COLUMNS + part_b * width
+  # Store: F columns, so half of what was multiplied.
   gpu.store(
     gate / (1.0 + jnp.exp(-gate)) * up,
     lambda columns: out.at[

@@ -1,10 +1,12 @@
 """The lightning indexer: which cached tokens each query attends to.
 
 score[t, s] = sum over heads of w[t, h] relu(q[t, h] k[s]), and the K best of
-the tokens that t sees (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). The [T S]
-scores are never stored. Legend: B batch, T queries, S keys, H index heads,
-I index dim, K chosen.
+the tokens visible to t (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). The
+scores [T S] are never stored.
+Legend: B batch, T queries, S keys, H index heads, I index dim, K chosen.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,24 @@ from pallas_kernels.indexer import reference
 __all__ = ['indexer']
 
 
-def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
-  """The positions of the top_k best scores, lower positions among equals.
+def indexer(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array | None = None,
+  last: jax.Array | None = None,
+  *,
+  top_k: int,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns the positions of the top_k best scores; lower ones win ties.
 
   Args:
-    q: [B T H I] queries, turned.
-    k: [B S I] keys, turned, one for all heads.
+    q: [B T H I] queries, rotated.
+    k: [B S I] keys, rotated, one for all heads.
     w: [B T H] weights of the heads, with every constant factor in them.
-    first, last: [B T] int32; query t sees positions first <= s < last. None:
+    first, last: [B T] int32; query t may attend to positions
+      first <= s < last. None:
       0 and t + 1, causal with S = T.
     top_k: K.
     impl: None, 'reference' or 'gpu' (bfloat16 q and k, I=128, H a multiple
@@ -44,7 +56,7 @@ def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
     last = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32), (B, T))
   _check(q, k, w, first, last, top_k)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.indexer import gpu
 
     return gpu.indexer(*args)
@@ -53,10 +65,19 @@ def indexer(q, k, w, first=None, last=None, *, top_k: int, impl=None):
   # Behind the keys there is nothing to see.
   last = jnp.minimum(last, k.shape[1])
   args = (*arrays, jnp.maximum(first, 0), last, top_k)
-  return dispatch.run('indexer', impl, gpu, reference.indexer, *args)
+  functions = {'reference': reference.indexer, 'gpu': gpu}
+  return dispatch.run('indexer', impl, functions, *args)
 
 
-def _check(q, k, w, first, last, top_k):
+def _check(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  top_k: int,
+) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   B, T, H, I = q.shape
   wanted = {
     'k': (k, (B, k.shape[1], I)),

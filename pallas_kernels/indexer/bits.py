@@ -1,4 +1,4 @@
-"""From one bit per key to the positions of the bits that are set.
+"""Positions of the set bits, from one bit per key.
 
 Legend: T queries, W words of 32 keys, K positions.
 """
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 
-def _place(word, rank):
-  """Where the set bit with `rank` lower ones lies in each uint32 word."""
+def _place(word: jax.Array, rank: jax.Array) -> jax.Array:
+  """Returns where the set bit with `rank` lower ones lies in each word."""
   place = jnp.zeros_like(rank)
   for width in (16, 8, 4, 2, 1):
     low = jax.lax.population_count(word & jnp.uint32((1 << width) - 1))
@@ -20,14 +20,14 @@ def _place(word, rank):
   return place
 
 
-def _take(a, at):
-  """a[t, at[t, k]], by one index: XLA folds pairs of them into a constant."""
+def _take(a: jax.Array, at: jax.Array) -> jax.Array:
+  """Returns a[t, at[t, k]] by one index: XLA folds pairs into a constant."""
   row = jnp.arange(a.shape[0], dtype=jnp.int32)[:, None] * a.shape[1]
   return a.reshape(-1).at[row + at].get(mode='promise_in_bounds')
 
 
-def _first_above(upto, wanted):
-  """[T K]: the first word that upto [T W], ascending, puts above wanted."""
+def _first_above(upto: jax.Array, wanted: jax.Array) -> jax.Array:
+  """Returns the first word whose count upto [T W] is above wanted: [T K]."""
   W = upto.shape[1]
   word = jnp.zeros((upto.shape[0], wanted.shape[1]), jnp.int32)
   for power in reversed(range(W.bit_length())):
@@ -38,10 +38,14 @@ def _first_above(upto, wanted):
   return jnp.minimum(word, W - 1)
 
 
-def positions(words, count: int):
-  """words [T W] uint32, bit i of word j for key 32 j + i -> [T count] int32.
+def positions(words: jax.Array, count: int) -> jax.Array:
+  """Returns the positions of the set bits, int32 [T count].
 
-  Ascending; -1 behind the last one.
+  They ascend, with -1 behind the last one.
+
+  Args:
+    words: [T W] uint32; bit i of word j stands for position 32 j + i.
+    count: positions to return of each row.
   """
   each = jax.lax.population_count(words).astype(jnp.int32)
   upto = jnp.cumsum(each, axis=1)

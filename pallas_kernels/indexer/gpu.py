@@ -2,7 +2,7 @@
 
 A thread block takes two queries of one row at a time, a warpgroup each, and
 streams the keys past both. 64 keys times the heads of a query is one product;
-its rectified, weighted sum over heads is turned into an integer of the same
+its rectified, weighted sum over heads is mapped to an integer of the same
 order and kept. Then 32 counts find the K-th largest, bit by bit; among equals
 further counts find the position up to which they are taken; and what leaves is
 one bit per key, 1/32 of the scores.
@@ -13,6 +13,7 @@ Legend: B batch, T queries, S keys, H index heads, I index dim.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -33,7 +34,16 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def indexer(q, k, w, first, last, top_k, near=None):
+def indexer(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  top_k: int,
+  near: int | None = None,
+) -> jax.Array:
+  """Returns positions [B T K] int32 of the top_k best scores."""
   _supported(q, k)
   B, T = q.shape[:2]
   S = k.shape[1]
@@ -61,7 +71,8 @@ def indexer(q, k, w, first, last, top_k, near=None):
   return chosen.reshape(B, 2 * pairs, top_k)[:, :T]
 
 
-def _supported(q, k):
+def _supported(q: jax.Array, k: jax.Array) -> None:
+  """Raises NotImplementedError unless the kernel can take the shapes."""
   if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
     raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
   H, I = q.shape[2:]
@@ -73,8 +84,20 @@ def _supported(q, k):
     raise NotImplementedError(f'{k.shape[1]} keys, more than {2**20}')
 
 
-def _select(q, k, w, first, last, *, top_k, near):
-  """[B T 2 S/64] int32: bit i of word [r, h] is for key 64 r + 32 h + i."""
+def _select(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  *,
+  top_k: int,
+  near: int,
+) -> jax.Array:
+  """Returns the choice as bits, int32 [B T 2 S/64].
+
+  Bit i of word [h, r] stands for key 64 r + 32 h + i.
+  """
   B, T, H, _ = q.shape
   S = k.shape[1]
   rows, items = S // BLOCK, B * T // 2
@@ -107,7 +130,11 @@ def _select(q, k, w, first, last, *, top_k, near):
   return out if is_near else out[0]
 
 
-def _body(q, k, w, first, last, out, *rest, items, top_k, near):
+def _body(
+  q: jax.Ref, k: jax.Ref, w: jax.Ref, first: jax.Ref, last: jax.Ref,
+  out: jax.Ref, *rest: jax.Ref, items: int, top_k: int, near: bool,
+) -> None:  # fmt: skip
+  """Chooses for pairs of queries, one a warpgroup, until none is left."""
   worker, g = lax.axis_index('worker'), lax.axis_index('wg')
   if near:
     *rest, kept = rest
@@ -119,17 +146,19 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
   workers = min(items, compat.num_sms())
   per_row = q.shape[1] // 2
 
-  def item(i, _):
+  def item(i: jax.Array, _) -> tuple:
     # The last queries have the most keys: they go first.
     number = items - 1 - (worker + i * workers)
     b, pair = lax.div(number, per_row), lax.rem(number, per_row)
     t = 2 * pair + g
+    # Load: a query a warpgroup; the keys that either may choose, for both.
     plgpu.copy_gmem_to_smem(q.at[b, t], qs.at[g], q_here.at[g])
     spans = [(first[b, 2 * pair + j], last[b, 2 * pair + j]) for j in range(2)]
     start = lax.div(jnp.minimum(spans[0][0], spans[1][0]), BLOCK)
     end = lax.div(jnp.maximum(spans[0][1], spans[1][1]) + BLOCK - 1, BLOCK)
     end = jnp.maximum(start, end)
     span = first[b, t], last[b, t]
+    # Scores: one pass over the keys, as integers into `kept`.
     plgpu.barrier_wait(q_here.at[g])
     _scores(
       k.at[b], compat.load(w, (b, t), _BY_COLUMN, optimized=False),
@@ -138,10 +167,12 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
     # The ring is refilled for the next item when both have read it.
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)
+    # Selection reads whole chunks: rows without scores are no keys.
     chunks = lax.div(start, CHUNK), lax.div(end + CHUNK - 1, CHUNK)
     _fill(kept, chunks[0] * CHUNK, start)
     _fill(kept, end, chunks[1] * CHUNK)
     plgpu.commit_smem()  # the other threads of the warpgroup read it
+    # Select: the limit by counting, then a bit for every key.
     limits = _threshold(kept, counts.at[g], chunks, top_k, k.shape[1])
     _emit(kept, words.at[g], out.at[b, t], chunks, limits)
     return ()
@@ -150,42 +181,49 @@ def _body(q, k, w, first, last, out, *rest, items, top_k, near):
   lax.fori_loop(0, mine, item, ())
 
 
-def _ordered(score):
-  """int32 of the same order as the float32."""
+def _ordered(score: jax.Array) -> jax.Array:
+  """Returns int32 in the order of the float32 scores."""
   score = jnp.where(score == 0.0, 0.0, score)
   word = lax.bitcast_convert_type(score, jnp.int32)
   return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
 
 
-def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
-  """kept[r] = integers of the scores of keys [64 r, 64 r + 64)."""
+def _scores(
+  k: jax.Ref, weights: jax.Array, qs: jax.Ref, ks: jax.Ref, kept: jax.Ref,
+  here: jax.Ref, free: jax.Ref, *, start: jax.Array, end: jax.Array,
+  span: tuple[jax.Array, jax.Array],
+) -> None:  # fmt: skip
+  """Stores the integers of all scores: kept[r] for keys [64 r, 64 r + 64)."""
   g, steps = lax.axis_index('wg'), end - start
 
-  def load(i, stage):
+  def load(i: jax.Array, stage: jax.Array) -> None:
     where = pl.ds((start + i) * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(k.at[where], ks.at[stage], here.at[stage])
 
+  # Load: all stages are on their way before the first product.
   @pl.when(g == 0)
   def _():
-    def fill(i, _):
+    def fill(i: jax.Array, _) -> tuple:
       load(i, i)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
-  def products(stage):
-    def run(ref):
+  def products(stage: jax.Array) -> jax.Array:
+    def run(ref: jax.Ref) -> jax.Array:
       compat.wgmma(ref, ks.at[stage], compat.transposed(qs))
       return ref[...]
 
     heads = qs.shape[0]
     return pl.run_scoped(run, plgpu.ACC((BLOCK, heads), jnp.float32))
 
-  def step(i, _):
+  def step(i: jax.Array, _) -> tuple:
     stage = lax.rem(i, STAGES)
+    # Wait, then matmul: 64 keys by all heads of this query.
     plgpu.barrier_wait(here.at[stage])
     s = jnp.maximum(products(stage), 0.0)
 
+    # Refill: once both warpgroups have read the stage.
     @pl.when(i + STAGES < steps)
     def _():
       plgpu.barrier_arrive(free.at[stage])
@@ -195,6 +233,7 @@ def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
         plgpu.barrier_wait(free.at[stage])
         load(i + STAGES, stage)
 
+    # Reduce over heads in registers: only one number a key is stored.
     total = (s * lax.broadcast_in_dim(weights, s.shape, [1])).sum(axis=1)
     at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=_TILE)
     at = at.max(axis=1) + (start + i) * BLOCK
@@ -206,23 +245,31 @@ def _scores(k, weights, qs, ks, kept, here, free, *, start, end, span):
   lax.fori_loop(0, steps, step, ())
 
 
-def _fill(kept, start, end):
-  def row(r, _):
+def _fill(kept: jax.Ref, start: jax.Array, end: jax.Array) -> None:
+  """Marks rows start to end of kept as no keys."""
+
+  def row(r: jax.Array, _) -> tuple:
     kept[r] = compat.full((BLOCK,), NOTHING, _BY_ROW, jnp.int32)
     return ()
 
   lax.fori_loop(start, end, row, ())
 
 
-def _read(kept, chunk):
+def _read(kept: jax.Ref, chunk: jax.Array) -> jax.Array:
+  """Loads 64 rows of kept, 64 keys each."""
   rows = pl.ds(chunk * CHUNK, CHUNK)
   return compat.load(kept, rows, _TILE, optimized=False)
 
 
-def _count(kept, counts, chunks, holds):
-  """How many keys have holds(integers, chunk)."""
+def _count(
+  kept: jax.Ref,
+  counts: jax.Ref,
+  chunks: tuple[jax.Array, jax.Array],
+  holds: Callable,
+) -> jax.Array:
+  """Returns how many keys have holds(integers, chunk)."""
 
-  def add(chunk, total):
+  def add(chunk: jax.Array, total: jax.Array) -> jax.Array:
     hit = holds(_read(kept, chunk), chunk)
     return total + hit.astype(jnp.int32)
 
@@ -234,23 +281,35 @@ def _count(kept, counts, chunks, holds):
   return compat.load(counts, slice(None), _BY_COLUMN).sum()
 
 
-def _positions(chunk):
+def _positions(chunk: jax.Array) -> jax.Array:
+  """Returns the positions of a chunk's keys, int32 [64 64]."""
   iota = lambda axis: plgpu.broadcasted_iota(
     jnp.int32, (CHUNK, BLOCK), axis, layout=_TILE
   )
   return (chunk * CHUNK + iota(0)) * BLOCK + iota(1)
 
 
-def _threshold(kept, counts, chunks, top_k, keys):
-  """(integer, position): chosen is above it, or equal and before there."""
+def _threshold(
+  kept: jax.Ref,
+  counts: jax.Ref,
+  chunks: tuple[jax.Array, jax.Array],
+  top_k: int,
+  keys: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (level, place), the limit of the choice.
+
+  A key is chosen if its integer is above level, or equal to it at a position
+  before place.
+  """
   count = functools.partial(_count, kept, counts, chunks)
 
-  def bit(i, low):
+  def bit(i: jax.Array, low: jax.Array) -> jax.Array:
     # From -2**31 up: adding 2**31 to it wraps to 0, as it should.
     next_ = low + lax.shift_left(jnp.int32(1), 31 - i)
     enough = count(lambda x, _: x >= next_) >= top_k
     return jnp.where(enough, next_, low)
 
+  # Level: the largest integer that at least top_k keys reach.
   level = lax.fori_loop(0, 32, bit, jnp.int32(NOTHING))
   above = count(lambda x, _: x > level)
   equal = count(lambda x, _: x == level)
@@ -259,10 +318,10 @@ def _threshold(kept, counts, chunks, top_k, keys):
   # All of them, as a rule: then nothing is searched.
   passes = jnp.where((equal <= wanted) | (level == NOTHING), 0, most)
 
-  def step(i, place):
+  def step(i: jax.Array, place: jax.Array) -> jax.Array:
     further = place + lax.shift_left(jnp.int32(1), most - 1 - i)
 
-    def before(x, chunk):
+    def before(x: jax.Array, chunk: jax.Array) -> jax.Array:
       return (x == level) & (_positions(chunk) < further)
 
     few = count(before) <= wanted
@@ -272,11 +331,17 @@ def _threshold(kept, counts, chunks, top_k, keys):
   return level, jnp.where(passes == 0, jnp.int32(2**30), place)
 
 
-def _emit(kept, words, out, chunks, limits):
+def _emit(
+  kept: jax.Ref,
+  words: jax.Ref,
+  out: jax.Ref,
+  chunks: tuple[jax.Array, jax.Array],
+  limits: tuple[jax.Array, jax.Array],
+) -> None:
   """Writes the words of every chunk of this query."""
   level, place = limits
 
-  def chunk(c, _):
+  def chunk(c: jax.Array, _) -> tuple:
     inside = (c >= chunks[0]) & (c < chunks[1])
 
     @pl.when(inside)
@@ -284,6 +349,7 @@ def _emit(kept, words, out, chunks, limits):
       x = _read(kept, c)
       tie = (x == level) & (_positions(c) < place)
       chosen = ((x > level) | tie) & (x != NOTHING)
+      # Pack: a sum of different powers of two is the union of their bits.
       column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
       bit = lax.shift_left(jnp.ones_like(x), column & 31)
       for half in range(2):
@@ -296,6 +362,7 @@ def _emit(kept, words, out, chunks, limits):
         words[half] = compat.full((CHUNK,), 0, _BY_ROW, jnp.int32)
 
     plgpu.commit_smem()
+    # Store: the words of this chunk, both halves of 32 columns.
     for half in range(2):
       where = pl.ds(c * CHUNK, CHUNK)
       plgpu.copy_smem_to_gmem(words.at[half], out.at[half, where])

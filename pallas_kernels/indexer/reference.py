@@ -6,15 +6,25 @@ import jax.numpy as jnp
 _ENTRIES = 2**24  # products of one head and key that live at once
 
 
-def scores(q, k, w):
-  """q [T H I], k [S I], w [T H] -> [T S] float32."""
+def scores(q: jax.Array, k: jax.Array, w: jax.Array) -> jax.Array:
+  """Returns the scores [T S] float32 of q [T H I], k [S I], w [T H]."""
   products = jnp.einsum('THI,SI->THS', q, k, preferred_element_type=jnp.float32)
   total = jnp.einsum('THS,TH->TS', jax.nn.relu(products), w.astype(jnp.float32))
   return jnp.where(total == 0, 0.0, total)  # -0 would come behind 0
 
 
-def choose(q, k, w, first, last, top_k):
-  """One row: q [T H I], k [S I], first and last [T] -> [T K]."""
+def choose(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  top_k: int,
+) -> jax.Array:
+  """Returns the choice [T K] of one row: q [T H I], k [S I], w [T H].
+
+  Query t chooses among the positions first[t] <= s < last[t].
+  """
   S = k.shape[0]
   at = jnp.arange(S, dtype=jnp.int32)
   seen = (at >= first[:, None]) & (at < last[:, None])
@@ -28,13 +38,23 @@ def choose(q, k, w, first, last, top_k):
   return jnp.pad(where, fill, constant_values=-1)
 
 
-def indexer(q, k, w, first, last, top_k):
+def indexer(
+  q: jax.Array,
+  k: jax.Array,
+  w: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  top_k: int,
+) -> jax.Array:
+  """Returns positions [B T K] int32 of the top_k best scores."""
   (B, T, H, _), S = q.shape, k.shape[1]
   if 0 in (B, T, S):
     return jnp.full((B, T, top_k), -1, jnp.int32)
   size = max(1, _ENTRIES // (H * S))
 
-  def row(q, k, w, first, last):
+  def row(
+    q: jax.Array, k: jax.Array, w: jax.Array, first: jax.Array, last: jax.Array
+  ) -> jax.Array:
     one = lambda a: choose(
       a[0][None], k, a[1][None], a[2][None], a[3][None], top_k
     )[0]

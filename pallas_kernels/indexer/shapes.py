@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """B rows, T queries, S keys (the queries are the last), H heads, K."""
+  """Sizes a case: B rows, T queries, S keys, H heads, K chosen.
+
+  The queries are the last of the keys.
+  """
 
   batch: int
   queries: int

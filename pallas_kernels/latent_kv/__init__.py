@@ -1,4 +1,4 @@
-"""What latent attention caches of each token, made and stored in one go.
+"""Compression of tokens into latents, and their write into a paged cache.
 
 x @ W_kva, RMSNorm of the latent, rope of the shared key (DeepSeek-V2,
 arXiv:2405.04434, section 2.1.2), then a write into a paged cache: bfloat16, or
@@ -8,7 +8,7 @@ P pages, G tokens per page.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ __all__ = ['FP8Pages', 'Pages', 'latent_kv', 'pack', 'unpack']
 
 
 class Pages(NamedTuple):
-  """A cache in one float dtype."""
+  """Holds a cache in one float dtype."""
 
   c: jax.Array  # [P G C], normed
-  k_r: jax.Array  # [P G R], turned
+  k_r: jax.Array  # [P G R], rotated
 
 
 class FP8Pages(NamedTuple):
-  """A cache with float8 latents: c is about c * scales of its 128 numbers."""
+  """Holds a cache with float8 latents, c * scales of each 128 numbers."""
 
   c: jax.Array  # [P G C] float8_e4m3fn
   scales: jax.Array  # [P G C/128] float32
@@ -36,21 +36,21 @@ class FP8Pages(NamedTuple):
 
 
 def latent_kv(
-  x,
-  w,
-  gain,
-  cos,
-  sin,
-  slots,
-  cache,
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Pages | FP8Pages,
   *,
-  eps=1e-6,
+  eps: float = 1e-6,
   floor: float = ACTIVATION_FLOOR,
-  interleaved=True,
-  splits=None,
-  impl=None,
-):
-  """The cache with the latents of x written at `slots`.
+  interleaved: bool = True,
+  splits: int | None = None,
+  impl: str | None = None,
+) -> Pages | FP8Pages:
+  """Returns the cache with the latents of x written at `slots`.
 
   Args:
     x: [N D] tokens, after the norm of their block.
@@ -88,18 +88,33 @@ def latent_kv(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10, 11))
 def _latent_kv(
-  x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits, impl
-):
-  def gpu(*args):
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Pages | FP8Pages,
+  eps: float,
+  floor: float,
+  interleaved: bool,
+  splits: int | None,
+  impl: str | None,
+) -> Pages | FP8Pages:
+  """Returns the cache with the latents written; it has no gradient."""
+
+  def gpu(*args: Any) -> Any:
     from pallas_kernels.latent_kv import gpu
 
     return gpu.latent_kv(*args, splits)
 
   args = (x, w, gain, cos, sin, slots, cache, eps, floor, interleaved)
-  return dispatch.run('latent_kv', impl, gpu, reference.latent_kv, *args)
+  functions = {'reference': reference.latent_kv, 'gpu': gpu}
+  return dispatch.run('latent_kv', impl, functions, *args)
 
 
-def _no_gradient(*_):
+def _no_gradient(*_) -> None:
+  """Raises NotImplementedError: a cache keeps no gradient."""
   raise NotImplementedError(
     'latent_kv has no gradient: it fills caches, which training does not keep'
   )
@@ -108,7 +123,16 @@ def _no_gradient(*_):
 _latent_kv.defvjp(lambda *args: (_latent_kv(*args), None), _no_gradient)
 
 
-def _check(x, w, gain, cos, sin, slots, cache):
+def _check(
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Pages | FP8Pages,
+) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   (N, D), C, R = x.shape, gain.shape[0], w.shape[1] - gain.shape[0]
   P, G = cache.c.shape[:2]
   wanted = {
@@ -132,9 +156,9 @@ def _check(x, w, gain, cos, sin, slots, cache):
 
 
 def pack(cache: FP8Pages) -> jax.Array:
-  """[P G C + 4 C/128 + 2 R] uint8: latent, scales and key of a token adjoin.
+  """Returns [P G C + 4 C/128 + 2 R] uint8: each token in one record.
 
-  At C=512, R=64 the 656-byte records of FlashMLA.
+  Latent, scales and key adjoin; at C=512, R=64 it is FlashMLA's 656 bytes.
   """
   parts = [jax.lax.bitcast_convert_type(a, jnp.uint8) for a in cache]
   parts = [a.reshape(*cache.c.shape[:2], -1) for a in parts]
@@ -142,11 +166,11 @@ def pack(cache: FP8Pages) -> jax.Array:
 
 
 def unpack(records: jax.Array, latent: int = 512) -> FP8Pages:
-  """The inverse of `pack`; C is `latent`."""
+  """Returns the cache that `pack` packed; C is `latent`."""
   group = latent // reference.GROUP
   c, scales, k_r = jnp.split(records, [latent, latent + 4 * group], axis=-1)
 
-  def view(bytes_, dtype):
+  def view(bytes_: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     size = jnp.dtype(dtype).itemsize
     wide = bytes_.reshape(*bytes_.shape[:-1], -1, size)
     wide = wide[..., 0] if size == 1 else wide

@@ -7,10 +7,13 @@ rope is a sum of two products times cos and sin, for either pairing of channels.
 The sums of squares and the rotary half cross over in shared memory, and each
 row leaves for its own slot of the cache, which the kernel updates in place.
 
-Few tokens don't fill the device: then W_kva is cut along the model's width, the
-parts are summed, and a second kernel does what follows the product.
+Few tokens don't fill the device: then W_kva is split along the model's width,
+the parts are summed, and a second kernel does what follows the product.
 Legend: N tokens (padded to tiles), D model, C latent, R rope dim.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,8 +32,19 @@ _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def latent_kv(
-  x, w, gain, cos, sin, slots, cache, eps, floor, interleaved, splits
-):
+  x: jax.Array,
+  w: jax.Array,
+  gain: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  slots: jax.Array,
+  cache: Any,
+  eps: float,
+  floor: float,
+  interleaved: bool,
+  splits: int | None,
+) -> Any:
+  """Returns the cache with the latents of x written at `slots`."""
   _supported(x, w, gain, cache)
   N, D = x.shape
   tiles = -(-N // ROWS)
@@ -40,6 +54,7 @@ def latent_kv(
     constant_values=value,
   )
   flat = [a.reshape(-1, a.shape[-1]) for a in cache]
+  # A token without a slot gets the one past the end, which nobody writes.
   slots = jnp.where(slots < 0, flat[0].shape[0], slots.astype(jnp.int32))
   rest = (
     gain.astype(jnp.float32),
@@ -56,7 +71,8 @@ def latent_kv(
   return type(cache)(*(a.reshape(b.shape) for a, b in zip(out, cache)))
 
 
-def _supported(x, w, gain, cache):
+def _supported(x: jax.Array, w: jax.Array, gain: jax.Array, cache: Any) -> None:
+  """Raises NotImplementedError unless the kernel can take dtypes and shapes."""
   kinds = [x.dtype, w.dtype, cache.k_r.dtype]
   if len(cache) == 2:
     kinds.append(cache.c.dtype)
@@ -76,15 +92,15 @@ def _supported(x, w, gain, cache):
     raise NotImplementedError(f'width {x.shape[1]}, not a multiple of {STEP}')
 
 
-def _pick_splits(tiles, steps, sms):
-  """Parts of the width: enough thread blocks, at least 8 steps each."""
+def _pick_splits(tiles: int, steps: int, sms: int) -> int:
+  """Returns parts of the width: enough thread blocks, at least 8 steps each."""
   if 4 * tiles > sms:
     return 1
   return max(1, min(sms // tiles, steps // 8))
 
 
-def _partners(w, interleaved):
-  """w [D R] with each column replaced by what sin multiplies in rope."""
+def _partners(w: jax.Array, interleaved: bool) -> jax.Array:
+  """Returns w [D R] with each column replaced by what sin multiplies."""
   if interleaved:
     pairs = w.reshape(w.shape[0], -1, 2)
     return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(w.shape)
@@ -92,16 +108,16 @@ def _partners(w, interleaved):
   return jnp.concatenate([-b, a], axis=1)
 
 
-def _table(cos, sin, interleaved):
-  """[2 N R] float32: what multiplies each column of the two products."""
+def _table(cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+  """Returns [2 N R] float32: what multiplies each column of both products."""
   wide = lambda a: (
     jnp.repeat(a, 2, axis=1) if interleaved else jnp.tile(a, (1, 2))
   )
   return jnp.stack([wide(cos), wide(sin)]).astype(jnp.float32)
 
 
-def _ring():
-  """Tiles of the product: tokens, latent columns, rotary columns."""
+def _ring() -> dict[str, Any]:
+  """Returns tiles of the product: tokens, latent columns, rotary columns."""
   tile = lambda *shape: plgpu.SMEM(
     shape, jnp.bfloat16, transforms=compat.TILED_16BIT
   )
@@ -114,12 +130,17 @@ def _ring():
   }
 
 
-def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
-  """This warpgroup's [64 256] and [64 64] sums over `steps` steps."""
+def _multiply(
+  x: jax.Ref, w: jax.Ref, partners: jax.Ref, xs: jax.Ref, ws: jax.Ref,
+  rs: jax.Ref, here: jax.Ref, free: jax.Ref, *, tile: jax.Array,
+  first: int | jax.Array, steps: int | jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+  """Returns this warpgroup's [64 256] and [64 64] sums over `steps` steps."""
   g = lax.axis_index('wg')
   rows = pl.ds(tile * ROWS, ROWS)
 
-  def load(step, stage):
+  def load(step: jax.Array, stage: jax.Array) -> None:
+    # Load: tokens once, and all columns that the two warpgroups need.
     inner = pl.ds((first + step) * STEP, STEP)
     copy = lambda source, to: plgpu.copy_gmem_to_smem(
       source, to, here.at[stage]
@@ -130,22 +151,25 @@ def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
     copy(w.at[inner, pl.ds(LATENT, ROPE)], rs.at[stage, 0])
     copy(partners.at[inner], rs.at[stage, 1])
 
+  # Load: all stages are on their way before the first product.
   @pl.when(g == 0)
   def _():
-    def fill(stage, _):
+    def fill(stage: jax.Array, _) -> tuple:
       load(stage, stage)
       return ()
 
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
-  def run(latent, rope):
-    def step(k, _):
+  def run(latent: jax.Ref, rope: jax.Ref) -> tuple[jax.Array, jax.Array]:
+    def step(k: jax.Array, _) -> tuple:
       stage = lax.rem(k, STAGES)
+      # Wait, then matmul: latent and rotary columns by the same tokens.
       plgpu.barrier_wait(here.at[stage])
       compat.wgmma(latent, xs.at[stage], ws.at[stage, g])
       compat.wgmma(rope, xs.at[stage], rs.at[stage, g])
       plgpu.wgmma_wait(0)
 
+      # Refill: once both warpgroups have read the stage.
       @pl.when(k + STAGES < steps)
       def _():
         plgpu.barrier_arrive(free.at[stage])
@@ -164,11 +188,13 @@ def _multiply(x, w, partners, xs, ws, rs, here, free, *, tile, first, steps):
   return pl.run_scoped(run, acc(HALF), acc(ROPE))
 
 
-def _product(operands, splits):
-  """The two products of every part of the width: [splits N 2 256+64]."""
+def _product(operands: tuple[jax.Array, ...], splits: int) -> jax.Array:
+  """Returns the products of every part of the width: [splits 2 N 256+64]."""
   x = operands[0]
 
-  def body(x, w, partners, out, *ring):
+  def body(
+    x: jax.Ref, w: jax.Ref, partners: jax.Ref, out: jax.Ref, *ring: jax.Ref
+  ) -> None:
     tile, split, g = (lax.axis_index(a) for a in ('tile', 'split', 'wg'))
     steps = x.shape[1] // STEP
     first = lax.div(split * steps, splits)
@@ -176,6 +202,7 @@ def _product(operands, splits):
     latent, rope = _multiply(
       x, w, partners, *ring, tile=tile, first=first, steps=last - first
     )
+    # Store: float32 parts; they are summed outside, in a fixed order.
     rows = pl.ds(tile * ROWS, ROWS)
     out[split, g, rows, pl.ds(0, HALF)] = latent
     out[split, g, rows, pl.ds(HALF, ROPE)] = rope
@@ -189,12 +216,18 @@ def _product(operands, splits):
   )(*operands)
 
 
-def _fused_body(x, w, partners, *ring, tile):
+def _fused_body(
+  x: jax.Ref, w: jax.Ref, partners: jax.Ref, *ring: jax.Ref, tile: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns this warpgroup's products, computed here."""
   steps = x.shape[1] // STEP
   return _multiply(x, w, partners, *ring, tile=tile, first=0, steps=steps)
 
 
-def _finish_body(parts, *, tile):
+def _finish_body(
+  parts: jax.Ref, *, tile: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns this warpgroup's products, computed before."""
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   read = lambda start, size: compat.load(
     parts, (g, rows, pl.ds(start, size)), _TILE, optimized=False
@@ -202,8 +235,17 @@ def _finish_body(parts, *, tile):
   return read(0, HALF), read(HALF, ROPE)
 
 
-def _write(products, ring, operands, rest, flat, eps, floor):
-  """Norm, rope, rounding, and each row into its slot; returns the cache."""
+def _write(
+  products: Callable,
+  ring: dict[str, Any],
+  operands: tuple[jax.Array, ...],
+  rest: tuple[jax.Array, ...],
+  flat: list[jax.Array],
+  eps: float,
+  floor: float,
+) -> list[jax.Array]:
+  """Runs norm, rope and rounding, and returns the cache with the rows in it."""
+  # As refs the caches are updated in place, if their buffers are donated.
   caches = [jax.new_ref(a) for a in flat]
   tiles = rest[-1].shape[0] // ROWS
   piece = GROUP if len(flat) == 3 else GROUP // 2
@@ -219,7 +261,7 @@ def _write(products, ring, operands, rest, flat, eps, floor):
     'met': plgpu.Barrier(num_arrivals=2),
   }
 
-  def body(*refs):
+  def body(*refs: jax.Ref) -> None:
     given, refs = refs[: len(operands)], refs[len(operands) :]
     rest, refs = refs[:3], refs[3:]
     caches, refs = refs[: len(flat)], refs[len(flat) :]
@@ -234,24 +276,41 @@ def _write(products, ring, operands, rest, flat, eps, floor):
   return [jax.freeze(ref) for ref in caches]
 
 
-def _wide(values, shape, axis=0):
+def _wide(
+  values: jax.Array, shape: tuple[int, ...], axis: int = 0
+) -> jax.Array:
+  """Returns a vector broadcast to `shape`, where it lies along `axis`."""
   return lax.broadcast_in_dim(values, shape, [axis])
 
 
-def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
+def _store(
+  latent: jax.Array,
+  rope: jax.Array,
+  gain: jax.Ref,
+  table: jax.Ref,
+  slots: jax.Ref,
+  caches: tuple[jax.Ref, ...],
+  store: dict[str, jax.Ref],
+  tile: jax.Array,
+  eps: float,
+  floor: float,
+) -> None:
+  """Stores 64 tokens: norm and gain of the latent, rope of the key."""
   g, rows = lax.axis_index('wg'), pl.ds(tile * ROWS, ROWS)
   stat, turned, key, where = (
     store[n] for n in ('stat', 'turned', 'key', 'where')
   )
 
-  def meet():
+  def meet() -> None:
     plgpu.barrier_arrive(store['met'])
     plgpu.barrier_wait(store['met'])
 
+  # Load: the slots, on their way while the sums are exchanged.
   @pl.when(g == 0)
   def _():
     plgpu.copy_gmem_to_smem(slots.at[rows], where, store['where_here'])
 
+  # Exchange: sums of squares both ways, the sine's half to warpgroup 0.
   own = (latent * latent).sum(axis=1)
   stat[g] = own
   factor = compat.load(table, (g, rows), _TILE, optimized=False)
@@ -263,9 +322,11 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
 
   plgpu.barrier_wait(store['where_here'])
   meet()
+  # Norm: over both halves of the latent.
   square = own + compat.load(stat, 1 - g, _BY_ROW)
   norm = lax.rsqrt(square / LATENT + eps)
 
+  # Rope: the products by cosine and by sine add up; rows to their slots.
   @pl.when(g == 0)
   def _():
     key[...] = (rope + compat.load(turned, slice(None), _TILE)).astype(
@@ -274,6 +335,7 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
     plgpu.commit_smem()
     _scatter(key, caches[-1], slice(None), where)
 
+  # Latent: gain, rounding and rows to their slots, piece by piece.
   width = store['staged'].shape[-1]
   for start in range(0, HALF, width):
     values = lax.slice(latent, (0, start), (ROWS, start + width))
@@ -297,10 +359,12 @@ def _store(latent, rope, gain, table, slots, caches, store, tile, eps, floor):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _for_slots(pages, where, do):
-  """do(row, slot) for each of the 64 tokens that has a slot."""
+def _for_slots(
+  pages: jax.Ref, where: jax.Ref, do: Callable[[jax.Array, jax.Array], None]
+) -> None:
+  """Calls do(row, slot) for each of the 64 tokens that has a slot."""
 
-  def one(i, _):
+  def one(i: jax.Array, _) -> tuple:
     slot = where[i]
     pl.when(slot < pages.shape[0])(lambda: do(i, slot))
     return ()
@@ -308,10 +372,12 @@ def _for_slots(pages, where, do):
   lax.fori_loop(0, ROWS, one, ())
 
 
-def _scatter(staged, pages, columns, where):
-  """Each row of staged [64 .] into its slot of pages, by TMA."""
+def _scatter(
+  staged: jax.Ref, pages: jax.Ref, columns: slice | pl.Slice, where: jax.Ref
+) -> None:
+  """Copies each row of staged [64 .] to its slot of pages, by TMA."""
 
-  def copy(i, slot):
+  def copy(i: jax.Array, slot: jax.Array) -> None:
     plgpu.copy_smem_to_gmem(
       staged.at[pl.ds(i, 1)], pages.at[pl.ds(slot, 1), columns]
     )
@@ -319,10 +385,12 @@ def _scatter(staged, pages, columns, where):
   _for_slots(pages, where, copy)
 
 
-def _scatter_numbers(staged, pages, column, where):
-  """Each number of staged [64] into its slot of pages."""
+def _scatter_numbers(
+  staged: jax.Ref, pages: jax.Ref, column: int | jax.Array, where: jax.Ref
+) -> None:
+  """Stores each number of staged [64] to its slot of pages."""
 
-  def copy(i, slot):
+  def copy(i: jax.Array, slot: jax.Array) -> None:
     pages[slot, column] = staged[i]
 
   _for_slots(pages, where, copy)

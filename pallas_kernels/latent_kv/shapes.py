@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """N tokens, D model, pages and tokens per page, kind of cache."""
+  """Sizes a case: N tokens, D model, pages of G tokens, kind of cache."""
 
   tokens: int
   dim: int

@@ -7,6 +7,10 @@ request, causal among themselves), H heads, C latent, R rope dim, P pages,
 G tokens per page, J pages per request.
 """
 
+from typing import Any
+
+import jax
+
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import reference
 
@@ -14,19 +18,19 @@ __all__ = ['mla_decode']
 
 
 def mla_decode(
-  q_c,
-  q_r,
-  c,
-  k_r,
-  table,
-  lengths,
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  table: jax.Array,
+  lengths: jax.Array,
   *,
   scale: float,
-  scales=None,
-  splits=None,
-  impl=None,
-):
-  """o[b, t, h] = softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
+  scales: jax.Array | None = None,
+  splits: int | None = None,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns softmax(scale * (q_c c + q_r k_r)) c over the cached tokens.
 
   Args:
     q_c: [B T H C] queries times k_up.
@@ -36,11 +40,11 @@ def mla_decode(
     table: [B J] int32, the pages of each request in order. A cache [B S .]
       without pages is one page per request: G = S, table = arange(B)[:, None].
     lengths: [B] int32, cached tokens of each request, new ones included.
-      Query t sees the first lengths - (T - 1 - t); one that sees none gives 0.
+      Query t attends to the first lengths - (T - 1 - t); none of them gives 0.
     scale: of the scores, usually (nope + rope dims of the expanded head)**-.5.
     scales: [P G C/128] float32 where c is float8 (latent_kv's FP8Pages), each
       of 128 numbers of a latent; or None.
-    splits: parts that a request's tokens are cut into on the GPU, merged at
+    splits: parts that a request's tokens are split into on the GPU, merged at
       the end; None picks enough to fill the device.
     impl: None, 'reference' or 'gpu' (bfloat16, c maybe float8_e4m3fn, C=512,
       R=64, G a multiple of 64; partial sums of several splits are rounded to
@@ -55,16 +59,26 @@ def mla_decode(
   """
   _check(q_c, q_r, c, k_r, table, lengths, scales)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.mla_decode import gpu
 
     return gpu.mla_decode(*args, splits)
 
   args = (q_c, q_r, c, k_r, table, lengths, scale, scales)
-  return dispatch.run('mla_decode', impl, gpu, reference.mla_decode, *args)
+  functions = {'reference': reference.mla_decode, 'gpu': gpu}
+  return dispatch.run('mla_decode', impl, functions, *args)
 
 
-def _check(q_c, q_r, c, k_r, table, lengths, scales):
+def _check(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  table: jax.Array,
+  lengths: jax.Array,
+  scales: jax.Array | None,
+) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   B, T, H, C = q_c.shape
   wanted = {
     'q_r': (q_r, (B, T, H, k_r.shape[-1])),

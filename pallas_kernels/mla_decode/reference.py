@@ -1,15 +1,26 @@
 """Absorbed latent attention over a paged cache in XLA."""
 
+import jax
 import jax.numpy as jnp
 
 
-def gather_pages(pages, table):
-  """pages [P G D], table [B J] -> [B J*G D]."""
+def gather_pages(pages: jax.Array, table: jax.Array) -> jax.Array:
+  """Returns pages [P G D] in the order of table [B J]: [B J*G D]."""
   (B, J), (_, G, D) = table.shape, pages.shape
   return pages[table].reshape(B, J * G, D)
 
 
-def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales=None):
+def mla_decode(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  table: jax.Array,
+  lengths: jax.Array,
+  scale: float,
+  scales: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the attention of the new tokens [B T H C]."""
   T = q_c.shape[1]
   keys = gather_pages(c, table).astype(jnp.float32)
   if scales is not None:
@@ -18,7 +29,7 @@ def mla_decode(q_c, q_r, c, k_r, table, lengths, scale, scales=None):
   shared = gather_pages(k_r, table).astype(jnp.float32)
   scores = jnp.einsum('BTHC,BSC->BTHS', q_c.astype(jnp.float32), keys)
   scores += jnp.einsum('BTHR,BSR->BTHS', q_r.astype(jnp.float32), shared)
-  # Query t of T sees all but the T - 1 - t newest tokens.
+  # Query t of T attends to all but the T - 1 - t newest tokens.
   seen = lengths[:, None] - (T - 1) + jnp.arange(T)  # [B T]
   mask = jnp.arange(keys.shape[1]) < seen[..., None]  # [B T S]
   mask = mask[:, :, None]

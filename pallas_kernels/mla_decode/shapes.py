@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """B requests' lengths, T new tokens, H heads, page size, splits."""
+  """Sizes a case: B lengths, T new tokens, H heads, page size, splits."""
 
   lengths: tuple[int, ...]
   new: int
@@ -23,7 +23,8 @@ TEST = {
 }
 
 
-def _v3(batch, length, new, heads):
+def _v3(batch: int, length: int, new: int, heads: int) -> Shape:
+  """Returns the shape of requests of one length in pages of 64 tokens."""
   return Shape((length,) * batch, new, heads, 64)
 
 

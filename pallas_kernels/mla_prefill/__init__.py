@@ -6,6 +6,7 @@ Legend: B batch, T tokens, H heads, D query and key dims, V value dims.
 """
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from pallas_kernels.mla_prefill import reference
 __all__ = ['mla_prefill', 'segment_starts']
 
 
-def segment_starts(segments):
-  """segments [B T] int32 -> [B T] int32, where each token's segment starts.
+def segment_starts(segments: jax.Array) -> jax.Array:
+  """Returns where each token's segment starts, int32 [B T].
 
-  A segment is a run of equal numbers: the same number further on is another.
+  A segment is a run of equal numbers in segments [B T] int32: the same number
+  further on is another.
   """
   at = jnp.arange(segments.shape[1], dtype=jnp.int32)
   changes = segments[:, 1:] != segments[:, :-1]
@@ -27,14 +29,23 @@ def segment_starts(segments):
   return jax.lax.cummax(firsts, axis=1)
 
 
-def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
-  """o[t] = softmax over s <= t of the same segment (scale q[t] k[s]) v[s].
+def mla_prefill(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None = None,
+  *,
+  scale: float,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns softmax(scale q[t] k[s]) v[s] over s <= t of the same segment.
 
   Args:
     q: [B T H D] queries.
     k: [B T H D] keys, the shared rotary part repeated for every head.
     v: [B T H V] values.
-    segments: [B T] int32 or None; tokens see their own run of equal numbers.
+    segments: [B T] int32 or None; tokens attend to their own run of equal
+      numbers.
     scale: of the scores.
     impl: None, 'reference', 'gpu' (bfloat16, D=192, V=128), or 'cudnn' where
       it can (a Hopper GPU, no segments), else as None with the reason logged.
@@ -60,19 +71,24 @@ def mla_prefill(q, k, v, segments=None, *, scale: float, impl=None):
   else:
     starts = segment_starts(jnp.asarray(segments))
 
-  if impl == 'cudnn':
-    from pallas_kernels.mla_prefill import cudnn
-
-    try:
-      return cudnn.mla_prefill(q, k, v, segments, scale)
-    except NotImplementedError as error:
-      dispatch.say_once(logging.WARNING, 'mla_prefill', f'no cuDNN: {error}')
-      impl = None
-
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.mla_prefill import gpu
 
     return gpu.mla_prefill(*args)
 
+  def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, _, scale: float
+  ) -> jax.Array:
+    from pallas_kernels.mla_prefill import cudnn
+
+    return cudnn.mla_prefill(q, k, v, segments, scale)
+
   args = (q, k, v, starts, scale)
-  return dispatch.run('mla_prefill', impl, gpu, reference.mla_prefill, *args)
+  functions = {'reference': reference.mla_prefill, 'gpu': gpu, 'cudnn': cudnn}
+  if impl == 'cudnn':
+    try:
+      return dispatch.run('mla_prefill', impl, functions, *args)
+    except NotImplementedError as error:
+      dispatch.say_once(logging.WARNING, 'mla_prefill', f'no cuDNN: {error}')
+      impl = None
+  return dispatch.run('mla_prefill', impl, functions, *args)

@@ -9,8 +9,18 @@ import jax
 from pallas_kernels import dispatch
 
 
-def mla_prefill(q, k, v, segments, scale):
-  """[B T H V], or NotImplementedError with what cuDNN can't do."""
+def mla_prefill(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  scale: float,
+) -> jax.Array:
+  """Returns cuDNN's attention [B T H V].
+
+  Raises:
+    NotImplementedError: the reason for which cuDNN can't be used.
+  """
   if segments is not None:
     raise NotImplementedError('cuDNN is not given packed segments')
   if not dispatch.on_hopper():

@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def mla_prefill(q, k, v, starts, scale):
+def mla_prefill(
+  q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, scale: float
+) -> jax.Array:
+  """Returns the attention [B T H V] from all scores [B H T T]."""
   T = q.shape[1]
   scores = jnp.einsum(
     'BTHD,BSHD->BHTS', q, k, preferred_element_type=jnp.float32

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """Lengths of the packed segments of each row, H heads."""
+  """Sizes a case: lengths of the packed segments of each row, H heads."""
 
   segments: tuple[tuple[int, ...], ...]
   heads: int

@@ -1,6 +1,6 @@
-"""Tokens to expert-contiguous rows and back (permute and combine).
+"""Dispatch of tokens to expert-contiguous rows, and combine.
 
-Each expert's rows start on a block boundary, so a grouped matmul sees blocks
+Each expert's rows start on a block boundary, so a grouped matmul gets blocks
 that belong to one expert each. Nothing is dropped, order is stable, and each
 result has one writer in both directions and their gradients: no atomics, same
 bits every run.
@@ -8,6 +8,7 @@ Legend: N tokens, K choices per token, E experts, M rows, D width.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from pallas_kernels.quantize import ACTIVATION_FLOOR, check_floor
 __all__ = ['Plan', 'combine', 'permute', 'permute_fp8', 'plan']
 
 
-def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
+def plan(
+  experts: jax.Array, num_experts: int, *, block: int | None = None
+) -> Plan:
   """Lays the (token, choice) pairs out by expert, in blocks of one expert.
 
   Args:
@@ -54,19 +57,21 @@ def plan(experts, num_experts: int, *, block: int | None = None) -> Plan:
   return reference.plan(experts, num_experts, block)
 
 
-def _run(name, impl, *args):
-  """Kernel or reference function of that name."""
+def _run(name: str, impl: str | None, *args: Any) -> Any:
+  """Runs the kernel or the reference function of that name."""
 
-  def gpu(*args):
+  def gpu(*args: Any) -> Any:
     from pallas_kernels.permute import gpu
 
     return getattr(gpu, name)(*args)
 
-  return dispatch.run(name, impl, gpu, getattr(reference, name), *args)
+  functions = {'reference': getattr(reference, name), 'gpu': gpu}
+  return dispatch.run(name, impl, functions, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _permute(x, plan, impl):
+def _permute(x: jax.Array, plan: Plan, impl: str | None) -> jax.Array:
+  """Returns the rows [M D]; its gradient is `permute_bwd`."""
   return _run('permute', impl, x, plan)
 
 
@@ -76,9 +81,10 @@ _permute.defvjp(
 )
 
 
-def permute(x, plan: Plan, *, impl: str | None = None):
-  """x [N D] -> rows [M D]; filler rows are zero. Differentiable in x.
+def permute(x: jax.Array, plan: Plan, *, impl: str | None = None) -> jax.Array:
+  """Returns rows [M D] of tokens x [N D]; filler rows are zero.
 
+  It is differentiable in x.
   impl='gpu' takes bfloat16 and float32 with D a multiple of 256, and raises
   NotImplementedError for the rest; so does combine.
   """
@@ -86,11 +92,15 @@ def permute(x, plan: Plan, *, impl: str | None = None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _permute_fp8(x, plan, power_of_two, floor, impl):
+def _permute_fp8(
+  x: jax.Array, plan: Plan, power_of_two: bool, floor: float, impl: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns rows and scales; they have no gradient."""
   return _run('permute_fp8', impl, x, plan, power_of_two, floor)
 
 
-def _no_gradient(*_):
+def _no_gradient(*_) -> None:
+  """Raises NotImplementedError: rounding has no gradient of its own."""
   raise NotImplementedError(
     'permute_fp8 has no gradient: use it inside a function with its own VJP'
   )
@@ -100,14 +110,14 @@ _permute_fp8.defvjp(lambda *args: (_permute_fp8(*args), None), _no_gradient)
 
 
 def permute_fp8(
-  x,
+  x: jax.Array,
   plan: Plan,
   *,
-  power_of_two=False,
+  power_of_two: bool = False,
   floor: float = ACTIVATION_FLOOR,
-  impl=None,
-):
-  """permute of x in float8 with a scale per 1 x 128 numbers.
+  impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns permute(x) in float8 with a scale per 1 x 128 numbers.
 
   A token is read and quantised once, in registers, for all of its choices:
   2 D bytes of a bfloat16 token in, D + D/32 bytes of each row out.
@@ -134,19 +144,25 @@ def permute_fp8(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(rows, weights, plan, impl):
+def _combine(
+  rows: jax.Array, weights: jax.Array, plan: Plan, impl: str | None
+) -> jax.Array:
+  """Returns the sums [N D]; its gradient is `combine_bwd`."""
   return _run('combine', impl, rows, weights, plan)
 
 
-def _combine_bwd(impl, saved, grad):
+def _combine_bwd(impl: str | None, saved: tuple, grad: jax.Array) -> tuple:
+  """Returns the gradients of rows and weights."""
   return *_run('combine_bwd', impl, *saved, grad), None
 
 
 _combine.defvjp(lambda *args: (_combine(*args), args[:3]), _combine_bwd)
 
 
-def combine(rows, weights, plan: Plan, *, impl: str | None = None):
-  """y[n] = sum_k weights[n, k] * rows[slot[n, k]], summed in float32.
+def combine(
+  rows: jax.Array, weights: jax.Array, plan: Plan, *, impl: str | None = None
+) -> jax.Array:
+  """Returns y[n] = sum_k weights[n, k] rows[slot[n, k]], summed in float32.
 
   Args:
     rows: [M D], any float dtype.

@@ -9,7 +9,7 @@ from pallas_kernels.quantize import reference as quantize
 
 
 class Plan(NamedTuple):
-  """Where each (token, choice) goes; see `plan`. N K E M as there.
+  """Locates each (token, choice) among the rows; see `plan`. N K E M as there.
 
   slot and source are inverse to each other: what spreads tokens may go by
   either, and a row in neither would hold anything.
@@ -21,21 +21,21 @@ class Plan(NamedTuple):
   counts: jax.Array  # [E] rows that each expert got
 
   @property
-  def used(self):
-    """[] int32: leading blocks that hold rows; the rest are filler."""
+  def used(self) -> jax.Array:
+    """Returns how many leading blocks hold rows, int32 []; the rest: filler."""
     block = self.source.shape[0] // self.block_expert.shape[0]
     return ((self.counts + block - 1) // block).sum()
 
 
 def num_blocks(choices: int, num_experts: int, block: int) -> int:
-  """The least number of blocks that holds every way to spread the choices."""
+  """Returns the least number of blocks that holds every possible choice."""
   # An expert wastes at most block - 1 rows, and only if it got a choice.
   active = min(choices, num_experts)
   return max((choices + active * (block - 1)) // block, 1)
 
 
 def pick_block(choices: int, num_experts: int, on_hopper: bool) -> int:
-  """Rows per block: an eighth of an expert's share, so that little is filler.
+  """Returns rows per block: an eighth of an expert's share, to waste little.
 
   XLA merges adjoining blocks, so small ones cost it nothing; the GPU multiplies
   tiles of 64 or 128 rows.
@@ -46,7 +46,8 @@ def pick_block(choices: int, num_experts: int, on_hopper: bool) -> int:
   return min(1 << max(share // 8, 1).bit_length() - 1, 32)
 
 
-def plan(experts, num_experts, block) -> Plan:
+def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
+  """Returns the layout of experts [N K] by one stable sort."""
   N, K = experts.shape
   E, C = num_experts, N * K
   M = num_blocks(C, E, block) * block
@@ -75,36 +76,44 @@ def plan(experts, num_experts, block) -> Plan:
   return Plan(slot.reshape(N, K), source, expert, counts)
 
 
-def _take(x, index):
-  """Rows of x; an index past the end gives zeros."""
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns rows of x; an index past the end gives zeros."""
   if not x.shape[0]:
     return jnp.zeros((*index.shape, *x.shape[1:]), x.dtype)
   return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
 
-def permute(x, plan: Plan):
+def permute(x: jax.Array, plan: Plan) -> jax.Array:
+  """Returns the rows [M D] of tokens x [N D]."""
   return _take(x, plan.source // plan.slot.shape[1])
 
 
-def permute_fp8(x, plan: Plan, power_of_two, floor):
+def permute_fp8(
+  x: jax.Array, plan: Plan, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the rows [M D] float8 and their scales [M D/128]."""
   q, scales = quantize.quantize(x, (1, 128), power_of_two, floor)
   token = plan.source // plan.slot.shape[1]
   return _take(q, token), _take(scales, token)
 
 
-def permute_bwd(grad, plan: Plan):
+def permute_bwd(grad: jax.Array, plan: Plan) -> jax.Array:
+  """Returns the tokens' gradient [N D] of the rows' gradient [M D]."""
   picked = [_take(grad, s) for s in plan.slot.T]  # K times [N D]
   return sum(p.astype(jnp.float32) for p in picked).astype(grad.dtype)
 
 
-def combine(rows, weights, plan: Plan):
+def combine(rows: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
+  """Returns the weighted sums [N D] of rows [M D]."""
   w = weights.astype(jnp.float32).T[..., None]  # [K N 1]
   picked = (_take(rows, s).astype(jnp.float32) for s in plan.slot.T)
   return sum(w[k] * p for k, p in enumerate(picked)).astype(rows.dtype)
 
 
-def combine_bwd(rows, weights, plan: Plan, grad):
-  """grad [N D] -> gradients of rows [M D] and weights [N K]."""
+def combine_bwd(
+  rows: jax.Array, weights: jax.Array, plan: Plan, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients of rows [M D] and weights [N K]."""
   K = plan.slot.shape[1]
   g = grad.astype(jnp.float32)
   scale = _take(weights.astype(jnp.float32).reshape(-1), plan.source)

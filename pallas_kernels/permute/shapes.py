@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """N tokens, K choices, E experts, D width, rows per block."""
+  """Sizes a case: N tokens, K choices, E experts, D width, rows per block."""
 
   tokens: int
   choices: int

@@ -6,6 +6,7 @@ DeepSeek-V3 (arXiv:2412.19437, section 3.3.2); scales that are powers of two
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,14 @@ __all__ = ['ACTIVATION_FLOOR', 'dequantize', 'quantize']
 
 
 def quantize(
-  x,
+  x: jax.Array,
   *,
   block: tuple[int, int] = (1, 128),
-  power_of_two=False,
+  power_of_two: bool = False,
   floor: float = 0.0,
-  impl=None,
-):
-  """x [N D] -> (q [N D] float8_e4m3fn, scales [N/R D/C] float32).
+  impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns x in float8 [N D] and its scales [N/R D/C] float32.
 
   x is about q * scale of its block. The scale is the largest magnitude of the
   block over 448, at least 2^-126; with power_of_two the next power of two from
@@ -64,17 +65,27 @@ def check_floor(floor: float) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _quantize(x, block, power_of_two, floor, impl):
-  def gpu(*args):
+def _quantize(
+  x: jax.Array,
+  block: tuple[int, int],
+  power_of_two: bool,
+  floor: float,
+  impl: str | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns q and scales; they have no gradient."""
+
+  def gpu(*args: Any) -> tuple[jax.Array, jax.Array]:
     from pallas_kernels.quantize import gpu
 
     return gpu.quantize(*args)
 
   args = (x, block, power_of_two, floor)
-  return dispatch.run('quantize', impl, gpu, reference.quantize, *args)
+  functions = {'reference': reference.quantize, 'gpu': gpu}
+  return dispatch.run('quantize', impl, functions, *args)
 
 
-def _no_gradient(*_):
+def _no_gradient(*_) -> None:
+  """Raises NotImplementedError: rounding has no gradient of its own."""
   raise NotImplementedError(
     'quantize has no gradient: use it inside a function with its own VJP'
   )
@@ -83,8 +94,10 @@ def _no_gradient(*_):
 _quantize.defvjp(lambda *args: (_quantize(*args), None), _no_gradient)
 
 
-def dequantize(q, scales, dtype=jnp.float32):
-  """q [N D] float8, scales [N/R D/C] -> [N D] of dtype."""
+def dequantize(
+  q: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+  """Returns q [N D] float8 times its scales [N/R D/C], in `dtype`."""
   if any(n % m if m else n for n, m in zip(q.shape, scales.shape)):
     raise ValueError(
       f'scales {list(scales.shape)} do not divide q {list(q.shape)}'

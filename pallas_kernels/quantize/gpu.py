@@ -16,20 +16,26 @@ _TILE = plgpu.Layout.WGMMA
 _STRIDED = plgpu.Layout.WG_STRIDED((SIDE, SIDE), vec_size=8)
 
 
-def check_dtype(x):
+def check_dtype(x: jax.Array) -> None:
+  """Raises NotImplementedError unless x is bfloat16 or float32."""
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f'dtype {x.dtype}, not bfloat16 or float32')
 
 
-def by_row(values, power_of_two, floor):
-  """values [R 128] float32 in registers -> float8 and scales [R]."""
+def by_row(
+  values: jax.Array, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns values [R 128] in float8 and their scales [R]."""
   amax = jnp.abs(values).max(axis=1)
   own, gain = reference.scales_of(amax, power_of_two, floor)
   gain = lax.broadcast_in_dim(gain, values.shape, [0])
   return (values * gain).astype(reference.FP8), own
 
 
-def quantize(x, block, power_of_two, floor):
+def quantize(
+  x: jax.Array, block: tuple[int, int], power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns q [N D] and scales for blocks of (1, 128) or (128, 128)."""
   check_dtype(x)
   if block == (1, SIDE):
     return _rows(x, power_of_two, floor)
@@ -38,7 +44,10 @@ def quantize(x, block, power_of_two, floor):
   raise NotImplementedError(f'blocks of {block}, not (1, 128) or (128, 128)')
 
 
-def _rows(x, power_of_two, floor):
+def _rows(
+  x: jax.Array, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
+  """Quantises with a scale per 1 x 128; pads N to 64 * n."""
   N, D = x.shape
   whole = -(-N // ROWS) * ROWS
   padded = x if whole == N else jnp.pad(x, ((0, whole - N), (0, 0)))
@@ -60,20 +69,29 @@ def _rows(x, power_of_two, floor):
   return q[:N], scales[:, :N].T
 
 
-def _rows_body(x, q, scales, tile, small, scale, here, *, power_of_two, floor):
+def _rows_body(
+  x: jax.Ref, q: jax.Ref, scales: jax.Ref, tile: jax.Ref, small: jax.Ref,
+  scale: jax.Ref, here: jax.Ref, *, power_of_two: bool, floor: float,
+) -> None:  # fmt: skip
+  """Quantises 64 rows of 128 columns."""
   row, column = lax.axis_index('row'), lax.axis_index('column')
   rows, columns = pl.ds(row * ROWS, ROWS), pl.ds(column * SIDE, SIDE)
+  # Load: each row of the tile is one block, with one scale.
   plgpu.copy_gmem_to_smem(x.at[rows, columns], tile, here)
   plgpu.barrier_wait(here)
   values = compat.load(tile, slice(None), _TILE).astype(jnp.float32)
   small[...], scale[...] = by_row(values, power_of_two, floor)
+  # Store: the tile's numbers, and its scales as one piece.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(small, q.at[rows, columns])
   plgpu.copy_smem_to_gmem(scale, scales.at[column, rows])
   plgpu.wait_smem_to_gmem(0)
 
 
-def _squares(x, power_of_two, floor):
+def _squares(
+  x: jax.Array, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
+  """Quantises with a scale per 128 x 128."""
   N, D = x.shape
   return compat.kernel(
     functools.partial(_squares_body, power_of_two=power_of_two, floor=floor),
@@ -90,15 +108,28 @@ def _squares(x, power_of_two, floor):
   )(x)
 
 
-def _squares_body(x, q, scales, tile, small, here, *, power_of_two, floor):
+def _squares_body(
+  x: jax.Ref,
+  q: jax.Ref,
+  scales: jax.Ref,
+  tile: jax.Ref,
+  small: jax.Ref,
+  here: jax.Ref,
+  *,
+  power_of_two: bool,
+  floor: float,
+) -> None:
+  """Quantises one block of 128 x 128."""
   row, column = lax.axis_index('row'), lax.axis_index('column')
   where = (pl.ds(row * SIDE, SIDE), pl.ds(column * SIDE, SIDE))
+  # Load: the tile is one block, so its maximum crosses all warps.
   plgpu.copy_gmem_to_smem(x.at[where], tile, here)
   plgpu.barrier_wait(here)
   values = compat.load(tile, slice(None), _STRIDED).astype(jnp.float32)
   own, gain = reference.scales_of(jnp.abs(values).max(), power_of_two, floor)
   small[...] = (values * gain).astype(small.dtype)
   scales[row, column] = own
+  # Store: one scale, straight from registers.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(small, q.at[where])
   plgpu.wait_smem_to_gmem(0)

@@ -15,7 +15,9 @@ LEAST_SCALE = 2.0**-126
 INFINITE_SCALE = 2.0**120
 
 
-def scales_of(amax, power_of_two, floor):
+def scales_of(
+  amax: jax.Array, power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
   """Returns the scale of each block and what to multiply the block by.
 
   Both are normal float32 for every amax, NaN and infinity included, so that
@@ -40,12 +42,16 @@ def scales_of(amax, power_of_two, floor):
   return power(exponent), power(jnp.int32(254 << 23) - exponent)
 
 
-def _blocks(x, block):
+def _blocks(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+  """Returns x [N D] as blocks [N/R R D/C C]."""
   R, C = block
   return x.reshape(x.shape[0] // R, R, x.shape[1] // C, C)
 
 
-def quantize(x, block, power_of_two, floor):
+def quantize(
+  x: jax.Array, block: tuple[int, int], power_of_two: bool, floor: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns q [N D] and scales [N/R D/C]."""
   parts = _blocks(x.astype(jnp.float32), block)
   amax = jnp.abs(parts).max(axis=(1, 3), keepdims=True)
   scale, gain = scales_of(amax, power_of_two, floor)
@@ -53,7 +59,10 @@ def quantize(x, block, power_of_two, floor):
   return q.reshape(x.shape), scale[:, 0, :, 0]
 
 
-def dequantize(q, scales, dtype):
+def dequantize(
+  q: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+  """Returns q times the scale of each block, in `dtype`."""
   if not q.size:
     return q.astype(dtype)
   block = (q.shape[0] // scales.shape[0], q.shape[1] // scales.shape[1])

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """N rows, D columns, block of one scale, kind of scale."""
+  """Sizes a case: N rows, D columns, block of one scale, kind of scale."""
 
   rows: int
   columns: int

@@ -1,4 +1,4 @@
-"""From gate logits to the experts of each token and their weights.
+"""Routing: gate logits to the experts of each token and their weights.
 
 One computation with settings: DeepSeekMoE and V2-Lite (greedy softmax), V2
 (group-limited softmax, arXiv:2405.04434 section 2.2.2), V3 (sigmoid with a
@@ -7,45 +7,28 @@ The bias moves the choice and never the weight. Legend: N tokens, E experts,
 K chosen, G groups.
 """
 
-import dataclasses
 import functools
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.router import reference
-from pallas_kernels.router.reference import normalized
+from pallas_kernels.router.reference import Rule, normalized
 
 __all__ = ['Rule', 'normalized', 'router']
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """How experts are chosen and weighted.
-
-  Attributes:
-    scoring: affinity of a token to an expert.
-    groups: experts lie in this many groups of neighbours ...
-    top_groups: ... of which a token may use this many.
-    group_score: a group counts by its best expert or by its best two.
-    normalize: the chosen weights are divided by their sum + eps.
-    scale: multiplies the weights.
-    eps: as in V3's released code.
-  """
-
-  scoring: Literal['softmax', 'sigmoid', 'sqrtsoftplus'] = 'sigmoid'
-  groups: int = 1
-  top_groups: int = 1
-  group_score: Literal['max', 'top2'] = 'top2'
-  normalize: bool = True
-  scale: float = 1.0
-  eps: float = 1e-20
-
-
-def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
-  """Chooses top_k experts per token; equals favour the lower number.
+def router(
+  logits: jax.Array,
+  bias: jax.Array | None = None,
+  *,
+  top_k: int,
+  rule: Rule,
+  impl: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Chooses top_k experts per token; lower numbers win ties.
 
   Args:
     logits: [N E] float32 gate logits.
@@ -72,7 +55,10 @@ def router(logits, bias=None, *, top_k: int, rule: Rule, impl=None):
   return _route(logits, bias, top_k, rule, dispatch.chosen(impl))
 
 
-def _check(logits, bias, top_k, rule):
+def _check(
+  logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
+) -> None:
+  """Raises ValueError for a rule that doesn't fit E and top_k."""
   E = logits.shape[-1]
   if rule.scoring not in ('softmax', 'sigmoid', 'sqrtsoftplus'):
     raise ValueError(
@@ -98,22 +84,41 @@ def _check(logits, bias, top_k, rule):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _route(logits, bias, top_k, rule, impl):
-  def gpu(*args):
+def _route(
+  logits: jax.Array,
+  bias: jax.Array | None,
+  top_k: int,
+  rule: Rule,
+  impl: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns experts, weights and counts; the weights have a gradient."""
+
+  def gpu(*args: Any) -> tuple:
     from pallas_kernels.router import gpu
 
     return gpu.route(*args)
 
   args = (logits, bias, top_k, rule)
-  return dispatch.run('router', impl, gpu, reference.route, *args)
+  functions = {'reference': reference.route, 'gpu': gpu}
+  return dispatch.run('router', impl, functions, *args)
 
 
-def _fwd(logits, bias, top_k, rule, impl):
+def _fwd(
+  logits: jax.Array,
+  bias: jax.Array | None,
+  top_k: int,
+  rule: Rule,
+  impl: str | None,
+) -> tuple:
+  """Returns the result and what the backward pass keeps."""
   out = _route(logits, bias, top_k, rule, impl)
   return out, (logits, out[0], bias)
 
 
-def _bwd(top_k, rule, impl, saved, grads):
+def _bwd(
+  top_k: int, rule: Rule, impl: str | None, saved: tuple, grads: tuple
+) -> tuple:
+  """Returns the logits' gradient through the weights of the chosen."""
   logits, experts, bias = saved
   _, pull = jax.vjp(lambda x: reference.weigh(x, experts, rule), logits)
   zero = None if bias is None else jnp.zeros_like(bias)

@@ -8,6 +8,7 @@ experts at a time, so that many experts don't spill.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.router.reference import Rule
 
 TOKENS = 64
 _NOWHERE = 2**30  # above every expert
@@ -24,7 +26,10 @@ _BY_TOKEN = plgpu.Layout.WGMMA.reduce(1)
 _BY_EXPERT = plgpu.Layout.WGMMA.reduce(0)
 
 
-def route(logits, bias, top_k, rule):
+def route(
+  logits: jax.Array, bias: jax.Array | None, top_k: int, rule: Rule
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns experts [N K], weights [N K] and counts [E]."""
   N, E = logits.shape
   if logits.dtype != jnp.float32:
     raise NotImplementedError(f'logits are {logits.dtype}, not float32')
@@ -60,13 +65,14 @@ def route(logits, bias, top_k, rule):
       'counted': plgpu.SMEM((E,), jnp.float32),
     },
   )(padded, bias)
-  turn = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
+  by_token = lambda a: a.swapaxes(1, 2).reshape(-1, top_k)[:N]
   # Each block has counted its own: no atomics, the same bits in every run.
-  return turn(experts), turn(weights), counts.astype(jnp.int32).sum(axis=0)
+  counts = counts.astype(jnp.int32).sum(axis=0)
+  return by_token(experts), by_token(weights), counts
 
 
-def _row(E):
-  """Length of a row of E scores in shared memory.
+def _row(E: int) -> int:
+  """Returns the length of a row of E scores in shared memory.
 
   An odd multiple of 8: then the 8 rows of 32 bytes that a warp reads at once
   are in different banks.
@@ -74,19 +80,22 @@ def _row(E):
   return E + 8 if E % 16 == 0 else E
 
 
-def _bytes(E, top_k):
-  """Shared memory of one block, each array rounded up to 1 KiB."""
+def _bytes(E: int, top_k: int) -> int:
+  """Returns the shared memory of a block, each array rounded up to 1 KiB."""
   arrays = 2 * [TOKENS * _row(E)] + 2 * [TOKENS * top_k] + [E]
   reductions = 2048
   return sum(-(-4 * n // 1024) * 1024 for n in arrays) + reductions
 
 
-def _wide(values, shape):
+def _wide(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns a vector [tokens] broadcast to `shape`."""
   return lax.broadcast_in_dim(values, shape, [0])
 
 
-def _unnormalised(x, scoring, top):
-  """Scores of logits x; for softmax without the division by their sum."""
+def _unnormalised(
+  x: jax.Array, scoring: str, top: jax.Array | None
+) -> jax.Array:
+  """Returns scores of logits x; softmax is not divided by its sum yet."""
   if scoring == 'sigmoid':
     return 1.0 / (1.0 + jnp.exp(-x))
   if scoring == 'softmax':
@@ -100,29 +109,39 @@ def _unnormalised(x, scoring, top):
   return jnp.where(x < -20.0, jnp.exp(0.5 * x), root)
 
 
-def _pieces(stop, start=0):
-  """Slices of the experts, small enough to leave registers to spare."""
+def _pieces(stop: int, start: int = 0) -> list[pl.Slice]:
+  """Returns slices of the experts that leave registers to spare."""
   return [pl.ds(at, min(64, stop - at)) for at in range(start, stop, 64)]
 
 
-def _load(ref, part, **how):
+def _load(ref: jax.Ref, part: pl.Slice, **how: Any) -> jax.Array:
+  """Loads the columns `part` of all 64 tokens."""
   return compat.load(ref, (slice(None), part), _TILE, **how)
 
 
-def _score(logits, kept, bias, biased, scoring):
-  """Scores of the logits go to `kept`, and scores + bias to `biased`."""
+def _score(
+  logits: jax.Ref,
+  kept: jax.Ref,
+  bias: jax.Ref,
+  biased: jax.Ref,
+  scoring: str,
+) -> None:
+  """Stores scores of the logits to `kept`, and scores + bias to `biased`."""
   pieces = _pieces(bias.shape[0])
   fetch = functools.partial(_load, logits, optimized=False)
   softmax = scoring == 'softmax'
   top = total = None
+  # Softmax needs the maximum over all pieces first.
   if softmax:
     top = functools.reduce(jnp.maximum, [fetch(p).max(axis=1) for p in pieces])
+  # Scores: and for softmax their sum, over all pieces.
   for part in pieces:
     scores = _unnormalised(fetch(part), scoring, top)
     kept[:, part] = scores
     if softmax:
       own = scores.sum(axis=1)
       total = own if total is None else total + own
+  # Choice: scores as the weights have them, plus the bias.
   for part in pieces:
     scores = _load(kept, part)
     if softmax:
@@ -134,18 +153,21 @@ def _score(logits, kept, bias, biased, scoring):
     biased[:, part] = jnp.where(choice != choice, jnp.inf, choice)
 
 
-def _columns(part):
+def _columns(part: pl.Slice) -> jax.Array:
+  """Returns the expert number of each entry of a piece."""
   shape = (TOKENS, part.size)
   return part.start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
 
 
-def _first(hit, column):
-  """Per token the lowest column that is hit."""
+def _first(hit: jax.Array, column: jax.Array) -> jax.Array:
+  """Returns per token the lowest column that is hit."""
   return jnp.where(hit, column, _NOWHERE).min(axis=1)
 
 
-def _group_score(biased, start, stop, group_score):
-  """[tokens], the sum of the best or the best two of experts start..stop-1."""
+def _group_score(
+  biased: jax.Ref, start: int, stop: int, group_score: str
+) -> jax.Array:
+  """Returns [tokens]: the best, or the best two, of experts start..stop-1."""
   best = second = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   for part in _pieces(-(-stop // 8) * 8, start // 8 * 8):
     choice, column = _load(biased, part), _columns(part)
@@ -164,8 +186,8 @@ def _group_score(biased, start, stop, group_score):
   return jnp.where(total != total, jnp.inf, total)  # inf - inf
 
 
-def _limit_groups(biased, E, rule):
-  """Puts -inf in place of the scores of all but the best groups."""
+def _limit_groups(biased: jax.Ref, E: int, rule: Rule) -> None:
+  """Replaces the scores of all but the best groups by -inf."""
   size = E // rule.groups
   scores = [
     _group_score(biased, g * size, (g + 1) * size, rule.group_score)
@@ -189,8 +211,10 @@ def _limit_groups(biased, E, rule):
     biased[:, part] = choice
 
 
-def _next(biased, E, value, index):
-  """The best score after `value` of expert `index`, and its expert."""
+def _next(
+  biased: jax.Ref, E: int, value: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the best score after `value` of expert `index`, and its expert."""
   best = compat.full((TOKENS,), -jnp.inf, _BY_TOKEN)
   found = compat.full((TOKENS,), _NOWHERE, _BY_TOKEN, jnp.int32)
   for part in _pieces(E):
@@ -207,8 +231,8 @@ def _next(biased, E, value, index):
   return best, found
 
 
-def _at(kept, E, index):
-  """Per token the kept score of expert `index`."""
+def _at(kept: jax.Ref, E: int, index: jax.Array) -> jax.Array:
+  """Returns per token the kept score of expert `index`."""
   gain = compat.full((TOKENS,), 0.0, _BY_TOKEN)
   for part in _pieces(E):
     scores = _load(kept, part)
@@ -217,13 +241,15 @@ def _at(kept, E, index):
   return gain
 
 
-def _count(picks, counted, tokens):
-  """How many of the first `tokens` picked each expert."""
+def _count(picks: jax.Ref, counted: jax.Ref, tokens: int | jax.Array) -> None:
+  """Counts how many of the first `tokens` tokens picked each expert."""
   for part in _pieces(counted.shape[0]):
     shape = (TOKENS, part.size)
     column = _columns(part)
 
-    def one(k, hits, column=column):
+    def one(
+      k: jax.Array, hits: jax.Array, column: jax.Array = column
+    ) -> jax.Array:
       own = compat.load(picks, k, _BY_TOKEN)
       hit = column == _wide(own, column.shape)
       return hits + jnp.where(hit, 1.0, 0.0)
@@ -235,29 +261,21 @@ def _count(picks, counted, tokens):
 
 
 def _body(
-  logits,
-  bias,
-  experts,
-  weights,
-  counts,
-  kept,
-  biased,
-  picks,
-  gains,
-  counted,
-  *,
-  top_k,
-  rule,
-  tokens,
-):
+  logits: jax.Ref, bias: jax.Ref, experts: jax.Ref, weights: jax.Ref,
+  counts: jax.Ref, kept: jax.Ref, biased: jax.Ref, picks: jax.Ref,
+  gains: jax.Ref, counted: jax.Ref, *, top_k: int, rule: Rule, tokens: int,
+) -> None:  # fmt: skip
+  """Routes 64 tokens."""
   block = lax.axis_index('block')
   E = bias.shape[0]
   own = logits.at[pl.ds(block * TOKENS, TOKENS)]
+  # Scores: to shared memory, for the weights and for the choice.
   _score(own, kept, bias, biased, rule.scoring)
   if rule.groups > 1:
     _limit_groups(biased, E, rule)
 
-  def pick(k, carry):
+  def pick(k: jax.Array, carry: tuple) -> tuple:
+    # Choose: the next best expert in the order of (score, -number).
     value, index, total = carry
     value, index = _next(biased, E, value, index)
     gain = _at(kept, E, index)
@@ -269,14 +287,17 @@ def _body(
   before = compat.full((TOKENS,), -1, _BY_TOKEN, jnp.int32)
   zero = compat.full((TOKENS,), 0.0, _BY_TOKEN)
   _, _, total = lax.fori_loop(0, top_k, pick, (start, before, zero))
+  # Weights: without the bias, over the sum of the chosen.
   norm = total + rule.eps if rule.normalize else jnp.ones_like(total)
 
-  def rescale(k, _):
+  def rescale(k: jax.Array, _) -> tuple:
     gains[k] = compat.load(gains, k, _BY_TOKEN) / norm * rule.scale
     return ()
 
   lax.fori_loop(0, top_k, rescale, ())
+  # Count: tokens past the end are padding.
   _count(picks, counted, tokens - block * TOKENS)
+  # Store: choice first, token second, so that a row is one copy.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(picks, experts.at[block])
   plgpu.copy_smem_to_gmem(gains, weights.at[block])

@@ -6,7 +6,7 @@ from pallas_kernels.router import Rule
 
 
 class Shape(NamedTuple):
-  """N tokens, E experts, K chosen."""
+  """Sizes a case: N tokens, E experts, K chosen."""
 
   tokens: int
   experts: int

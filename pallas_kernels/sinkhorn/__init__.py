@@ -6,6 +6,7 @@ Legend: N tokens, n streams.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,14 @@ from pallas_kernels.sinkhorn import reference
 __all__ = ['sinkhorn']
 
 
-def sinkhorn(logits, *, iterations: int = 20, eps: float = 1e-6, impl=None):
-  """M = softmax over rows + eps, then columns and rows divided by their sums.
+def sinkhorn(
+  logits: jax.Array,
+  *,
+  iterations: int = 20,
+  eps: float = 1e-6,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns softmax over rows + eps, columns and rows divided by their sums.
 
   The division by column sums comes first and last, so columns sum to one to
   rounding and rows approximately. Every sum gets eps added.
@@ -44,25 +51,41 @@ def sinkhorn(logits, *, iterations: int = 20, eps: float = 1e-6, impl=None):
   return _sinkhorn(logits.astype(jnp.float32), iterations, eps, impl)
 
 
-def _run(name, impl, *args):
-  def gpu(*args):
+def _run(name: str, impl: str | None, *args: Any) -> jax.Array:
+  """Runs the kernel or the reference function of that name."""
+
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.sinkhorn import gpu
 
     return getattr(gpu, name)(*args)
 
-  return dispatch.run(name, impl, gpu, getattr(reference, name), *args)
+  functions = {'reference': getattr(reference, name), 'gpu': gpu}
+  return dispatch.run(name, impl, functions, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _sinkhorn(logits, iterations, eps, impl):
+def _sinkhorn(
+  logits: jax.Array, iterations: int, eps: float, impl: str | None
+) -> jax.Array:
+  """Returns the matrices; their gradient is `sinkhorn_bwd`."""
   return _run('sinkhorn', impl, logits, iterations, eps)
 
 
-def _fwd(logits, iterations, eps, impl):
+def _fwd(
+  logits: jax.Array, iterations: int, eps: float, impl: str | None
+) -> tuple:
+  """Returns the matrices, and the logits for the backward pass."""
   return _sinkhorn(logits, iterations, eps, impl), logits
 
 
-def _bwd(iterations, eps, impl, logits, grad):
+def _bwd(
+  iterations: int,
+  eps: float,
+  impl: str | None,
+  logits: jax.Array,
+  grad: jax.Array,
+) -> tuple:
+  """Returns the gradient of the logits."""
   return (_run('sinkhorn_bwd', impl, logits, grad, iterations, eps),)
 
 

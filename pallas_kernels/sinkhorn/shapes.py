@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """N tokens, n streams, iterations."""
+  """Sizes a case: N tokens, n streams, iterations."""
 
   tokens: int
   streams: int

@@ -7,6 +7,9 @@ Legend: B batch, T queries, S cached tokens, H heads, C latent, R rope dim,
 K chosen.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
@@ -15,8 +18,17 @@ from pallas_kernels.sparse_mla import reference
 __all__ = ['sparse_mla']
 
 
-def sparse_mla(q_c, q_r, c, k_r, index, *, scale: float, impl=None):
-  """o[t, h] = softmax over j (scale (q_c c[i_j] + q_r k_r[i_j])) c[i_j].
+def sparse_mla(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  index: jax.Array,
+  *,
+  scale: float,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns softmax(scale (q_c c[i] + q_r k_r[i])) c[i] over chosen i.
 
   Args:
     q_c: [B T H C] queries times k_up.
@@ -40,16 +52,20 @@ def sparse_mla(q_c, q_r, c, k_r, index, *, scale: float, impl=None):
   """
   _check(q_c, q_r, c, k_r, index)
 
-  def gpu(*args):
+  def gpu(*args: Any) -> jax.Array:
     from pallas_kernels.sparse_mla import gpu
 
     return gpu.sparse_mla(*args)
 
   args = (q_c, q_r, c, k_r, jnp.asarray(index), scale)
-  return dispatch.run('sparse_mla', impl, gpu, reference.sparse_mla, *args)
+  functions = {'reference': reference.sparse_mla, 'gpu': gpu}
+  return dispatch.run('sparse_mla', impl, functions, *args)
 
 
-def _check(q_c, q_r, c, k_r, index):
+def _check(
+  q_c: jax.Array, q_r: jax.Array, c: jax.Array, k_r: jax.Array, index: jax.Array
+) -> None:
+  """Raises ValueError for shapes that don't fit each other."""
   (B, T, H, C), (_, S, R) = q_c.shape, k_r.shape
   wanted = {
     'q_r': (q_r, (B, T, H, R)),

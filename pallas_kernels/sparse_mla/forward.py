@@ -1,11 +1,10 @@
 """Attention over gathered latents on Hopper: output and log-sum-exp.
 
 A thread block holds 64 heads of one query and walks its latents 64 at a time,
-two blocks in flight. Warpgroup w scores tokens [32 w, 32 w + 32) of a block,
-the two exchange maxima and probabilities through shared memory, and then w sums
-columns [256 w, 256 w + 256) over all 64: a 64 x 512 float32 output fits the
-registers of no single warpgroup. Each gathers what it is the last to read,
-which needs no warpgroup for loading and so leaves 255 registers a thread.
+two blocks in flight. Warpgroup w scores tokens [32 w, 32 w + 32) of a block and
+sums columns [256 w, 256 w + 256) over all 64 (see latent_blocks). Each gathers
+the tiles that it is the last to read, which needs no warpgroup for loading and
+so leaves 255 registers a thread.
 Legend: N queries of all rows, H heads (padded), K chosen (padded).
 """
 
@@ -17,27 +16,34 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import compat, gather
-from pallas_kernels.sparse_mla.blocks import (
+from pallas_kernels import compat, gather, latent_blocks
+from pallas_kernels.latent_blocks import BY_COLUMN, HALF, LOG2E, ROPE
+from pallas_kernels.sparse_mla.gathered_blocks import (
   BLOCK,
-  BY_COLUMN,
-  BY_ROW,
-  EMPTY,
-  HALF,
   HEADS,
-  LOG2E,
   PART,
-  ROPE,
-  WGMMA,
-  meet,
+  mask_unchosen,
   memory,
   steps,
-  wide,
 )
 
 
-def attend(q_c, q_r, c, k_r, at, scale):
-  """Output [N H C] and base-2 log-sum-exp [N H] of the scaled scores."""
+def attend(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  at: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output [N H C] and log-sum-exp [N H] of the scaled scores.
+
+  Args:
+    q_c, q_r: [N H C] and [N H R] bfloat16 queries.
+    c, k_r: [M C] and [M R] bfloat16, latents and rotary keys of all rows.
+    at: [N K] int32 positions in those; negative for no choice.
+    scale: of the scores.
+  """
   N, H, _ = q_c.shape
   return compat.kernel(
     functools.partial(_body, scale=scale * LOG2E),
@@ -65,25 +71,21 @@ def attend(q_c, q_r, c, k_r, at, scale):
 
 
 def _body(
-  q_c, q_r, c, k_r, at, steps, out, lse,
-  qc, qr, kc, kr, ps, stat, q_here, k_here, max_here, p_here, *, scale,
-):  # fmt: skip
+  q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, k_r: jax.Ref, at: jax.Ref,
+  steps: jax.Ref, out: jax.Ref, lse: jax.Ref, qc: jax.Ref, qr: jax.Ref,
+  kc: jax.Ref, kr: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref,
+  k_here: jax.Ref, max_here: jax.Ref, p_here: jax.Ref, *, scale: float,
+) -> None:  # fmt: skip
+  """Computes 64 heads of one query over all latents chosen for it."""
   n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
   count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
+  columns = pl.ds(w * HALF, HALF)
 
-  @pl.when(w == 0)
-  def _():
-    for i in range(2):
-      plgpu.copy_gmem_to_smem(
-        q_c.at[n, heads, pl.ds(i * HALF, HALF)], qc.at[i], q_here
-      )
-    plgpu.copy_gmem_to_smem(q_r.at[n, heads], qr, q_here)
-
-  def chosen(block, part):
+  def chosen(block: jax.Array, part: int | jax.Array) -> tuple:
     return n, pl.ds(block * BLOCK + part * PART, PART)
 
-  def fetch(block):
-    stage, columns = lax.rem(block, 2), pl.ds(w * HALF, HALF)
+  def fetch(block: jax.Array) -> None:
+    stage = lax.rem(block, 2)
 
     @pl.when(block < count)
     def _():
@@ -95,77 +97,43 @@ def _body(
 
     gather.commit()
 
+  # Load: the queries stay, two blocks of latents are on their way.
+  latent_blocks.load_queries(q_c, q_r, (n, heads), qc, qr, q_here)
   lax.fori_loop(0, 2, lambda block, _: fetch(block), None)
   plgpu.barrier_wait(q_here)
 
-  def scores(block, stage):
-    def products(ref):
-      # A loop, not two calls: unrolled, the descriptors spill (measured).
-      def half(i, _):
-        compat.wgmma(ref, qc.at[i], compat.transposed(kc.at[stage, w, i]))
-        return ()
-
-      lax.fori_loop(0, 2, half, ())
-      compat.wgmma(ref, qr, compat.transposed(kr.at[stage, w]))
-      return ref[...]
-
-    s = pl.run_scoped(products, plgpu.ACC((HEADS, PART), jnp.float32)) * scale
-    there = compat.load(at, chosen(block, w), BY_COLUMN, optimized=False)
-    return jnp.where(wide(there, s.shape, 1) >= 0, s, -jnp.inf)
-
-  def step(block, carry):
-    acc, top, total = carry
+  def step(
+    block: jax.Array, running: latent_blocks.Running
+  ) -> latent_blocks.Running:
     stage = lax.rem(block, 2)
+    # Wait: this warpgroup's rows are here, then both have theirs.
     gather.wait(1)
     plgpu.commit_smem()
-    meet(k_here)
-    s = scores(block, stage)
-    own = s.max(axis=1)
-    stat[w] = own
-    meet(max_here)
-    other = compat.load(stat, 1 - w, BY_ROW)
-    new_top = jnp.maximum(top, jnp.maximum(own, other))
-    p = jnp.exp2(s - wide(new_top, s.shape))
-    shrink = jnp.exp2(top - new_top)
-    total = total * shrink + p.sum(axis=1)
-    ps[w] = p.astype(jnp.bfloat16)
+    latent_blocks.meet(k_here)
+    # Scores: this warpgroup's 32 tokens, all columns.
+    latents = lambda i: kc.at[stage, w, i]
+    s = latent_blocks.scores(qc, qr, latents, kr.at[stage, w], scale)
+    there = compat.load(at, chosen(block, w), BY_COLUMN, optimized=False)
+    s = mask_unchosen(s, there, 1)
+    # Softmax: over all 64 tokens, so the maxima cross over.
+    own = latent_blocks.publish_max(s, stat, max_here)
+    shrink, running = latent_blocks.softmax_step(
+      s, own, running, stat, ps, p_here
+    )
+    # Values: all 64 tokens, this warpgroup's columns.
+    latents = lambda i: kc.at[stage, i, w]
+    running = latent_blocks.weigh(running, shrink, ps, latents)
+    # Refill: every warp is done reading the tiles that are fetched over.
     plgpu.commit_smem()
-    meet(p_here)
-    acc = acc * wide(shrink, acc.shape)
-
-    def weigh(ref):
-      for part in range(2):
-        compat.wgmma(ref, ps.at[part], kc.at[stage, part, w])
-      plgpu.wgmma_wait(0)
-
-    acc = compat.accumulate(acc, weigh)
-    plgpu.commit_smem()  # every warp is done reading what is fetched over
     fetch(block + 2)
-    return acc, new_top, total
+    return running
 
-  acc, top, total = lax.fori_loop(
-    0,
-    count,
-    step,
-    (
-      compat.full((HEADS, HALF), 0.0, WGMMA),
-      compat.full((HEADS,), EMPTY, BY_ROW),
-      compat.full((HEADS,), 0.0, BY_ROW),
-    ),
+  running = lax.fori_loop(0, count, step, latent_blocks.start())
+  latent_blocks.finish(
+    running,
+    qc,
+    stat,
+    (max_here, p_here),
+    out.at[n, heads, columns],
+    lse.at[n, heads],
   )
-  stat[w] = total
-  meet(max_here)
-  total = total + compat.load(stat, 1 - w, BY_ROW)
-  safe = jnp.where(total > 0, total, 1.0)
-  qc[w] = (acc / wide(safe, acc.shape)).astype(jnp.bfloat16)
-  meet(p_here)  # both have read the sums
-
-  @pl.when(w == 0)
-  def _():
-    stat[0] = top + jnp.log2(safe)
-
-  plgpu.commit_smem()
-  columns = pl.ds(w * HALF, HALF)
-  plgpu.copy_smem_to_gmem(qc.at[w], out.at[n, heads, columns])
-  pl.when(w == 0)(lambda: plgpu.copy_smem_to_gmem(stat.at[0], lse.at[n, heads]))
-  plgpu.wait_smem_to_gmem(0)

@@ -6,10 +6,17 @@ import jax.numpy as jnp
 _ENTRIES = 2**22  # numbers of gathered latents that live at once
 
 
-def attend(q_c, q_r, index, c, k_r, scale):
-  """One query: q_c [H C], q_r [H R], index [K], c [S C], k_r [S R] -> [H C].
+def attend(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  index: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Returns the attention [H C] of one query: q_c [H C], q_r [H R].
 
-  c and k_r are float32.
+  index [K] chooses from c [S C] and k_r [S R], both float32.
   """
   here = index >= 0
   at = jnp.where(here, index, 0)
@@ -26,12 +33,20 @@ def attend(q_c, q_r, index, c, k_r, scale):
   return (weights @ keys).astype(q_c.dtype)
 
 
-def sparse_mla(q_c, q_r, c, k_r, index, scale):
+def sparse_mla(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  index: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Returns the attention [B T H C], a few queries at a time."""
   if not index.size:
     return jnp.zeros_like(q_c)
   size = max(1, _ENTRIES // (index.shape[-1] * (c.shape[-1] + k_r.shape[-1])))
 
-  def row(args):
+  def row(args: tuple) -> jax.Array:
     *queries, c, k_r = args
     # Before the loop, so that all queries' gradients add up in float32.
     c, k_r = c.astype(jnp.float32), k_r.astype(jnp.float32)

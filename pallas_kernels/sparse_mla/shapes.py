@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """B rows, T queries, S cached tokens, H heads, K chosen."""
+  """Sizes a case: B rows, T queries, S cached tokens, H heads, K chosen."""
 
   batch: int
   queries: int

@@ -3,6 +3,7 @@
 import logging
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest
 
 from pallas_kernels import dispatch
@@ -16,6 +17,9 @@ def double(x):
   return 2 * x
 
 
+REFUSING = {'reference': double, 'gpu': refuse}
+
+
 class DispatchTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
@@ -24,7 +28,7 @@ class DispatchTest(absltest.TestCase):
   def test_without_a_hopper_gpu_the_reference_runs_and_says_so_once(self):
     with self.assertLogs('pallas_kernels', logging.INFO) as logs:
       for _ in range(3):
-        self.assertEqual(dispatch.run('op', None, refuse, double, 3), 6)
+        self.assertEqual(dispatch.run('op', None, REFUSING, 3), 6)
     self.assertLen(logs.output, 1)
     self.assertIn('op: reference in use: the default device', logs.output[0])
 
@@ -34,7 +38,7 @@ class DispatchTest(absltest.TestCase):
       self.assertLogs('pallas_kernels', logging.WARNING) as logs,
     ):
       for _ in range(3):
-        self.assertEqual(dispatch.run('op', None, refuse, double, 3), 6)
+        self.assertEqual(dispatch.run('op', None, REFUSING, 3), 6)
     self.assertEqual(
       logs.output,
       ['WARNING:pallas_kernels:op: reference in use: x=3 is odd'],
@@ -42,16 +46,18 @@ class DispatchTest(absltest.TestCase):
 
   def test_a_forced_choice_is_kept(self):
     with mock.patch.object(dispatch, 'on_hopper', lambda: True):
-      self.assertEqual(dispatch.run('op', 'reference', refuse, double, 3), 6)
-      self.assertEqual(dispatch.run('op', None, double, refuse, 3), 6)
+      self.assertEqual(dispatch.run('op', 'reference', REFUSING, 3), 6)
+      self.assertEqual(
+        dispatch.run('op', None, {'reference': refuse, 'gpu': double}, 3), 6
+      )
     with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
-      dispatch.run('op', 'gpu', refuse, double, 3)
+      dispatch.run('op', 'gpu', REFUSING, 3)
 
   def test_using_decides_where_nothing_else_does(self):
     with dispatch.using('gpu'):
       with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
-        dispatch.run('op', None, refuse, double, 3)
-      self.assertEqual(dispatch.run('op', 'reference', refuse, double, 3), 6)
+        dispatch.run('op', None, REFUSING, 3)
+      self.assertEqual(dispatch.run('op', 'reference', REFUSING, 3), 6)
       with dispatch.using(None):
         self.assertIsNone(dispatch.chosen(None))
       self.assertEqual(dispatch.chosen(None), 'gpu')
@@ -59,6 +65,37 @@ class DispatchTest(absltest.TestCase):
     wrong = self.assertRaisesRegex(ValueError, "impl='fast'; use None")
     with wrong, dispatch.using('fast'):
       pass
+
+  def test_any_name_that_an_operation_has_can_be_forced(self):
+    functions = {**REFUSING, 'vendor': lambda x: 3 * x}
+    self.assertEqual(dispatch.run('op', 'vendor', functions, 3), 9)
+    self.assertEqual(dispatch.run('op', None, functions, 3), 6)
+    with self.assertRaisesRegex(
+      ValueError, "op: impl='fast'; use None, 'reference', 'gpu' or 'vendor'$"
+    ):
+      dispatch.run('op', 'fast', functions, 3)
+    with self.assertRaisesRegex(
+      ValueError, "op: impl='vendor'; use None, 'reference' or 'gpu'$"
+    ):
+      dispatch.run('op', 'vendor', REFUSING, 3)
+
+  def test_an_operation_without_a_kernel_for_hopper_is_its_reference(self):
+    with (
+      mock.patch.object(dispatch, 'on_hopper', lambda: True),
+      self.assertLogs('pallas_kernels', logging.INFO) as logs,
+    ):
+      self.assertEqual(dispatch.run('op', None, {'reference': double}, 3), 6)
+    self.assertIn('there is no kernel for Hopper GPUs', logs.output[0])
+    with (
+      dispatch.using('gpu'),
+      self.assertRaisesRegex(ValueError, "impl='gpu'; use None or 'reference'"),
+    ):
+      dispatch.run('op', None, {'reference': double}, 3)
+
+  def test_no_kernel_gets_an_empty_array(self):
+    empty = np.zeros(0)
+    with self.assertRaisesRegex(NotImplementedError, 'an argument is empty'):
+      dispatch.run('op', 'gpu', {'reference': refuse, 'gpu': double}, empty)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
-from pallas_kernels.sparse_mla import latents, sparse_mla
+from pallas_kernels.sparse_mla import latent_gradient, sparse_mla
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 BF16 = interpreted.BF16
@@ -160,7 +160,7 @@ def check_sparse_mla():
   for name, shape in sparse_shapes.TEST_GPU.items():
     # A chunk holds the parts of two queries.
     parts = 2 * 576 * -(-shape.top_k // 64) * 64
-    with mock.patch.object(latents, '_PARTS', parts):
+    with mock.patch.object(latent_gradient, '_PARTS', parts):
       # Probabilities, their gradients and a latent's parts are rounded.
       interpreted.compare(name, both, draw_sparse_mla(shape), 2 * BF16)
 
@@ -180,9 +180,9 @@ def check_sparse_mla_parts():
   def add(*args, impl):
     total_c, total_r, parts = args
     if impl == 'gpu':
-      lists = latents._lists(jnp.asarray(at), 6)
+      lists = latent_gradient._lists(jnp.asarray(at), 6)
       given = total_c, total_r, parts[:, :512], parts[:, 512:]
-      return latents.add_parts(*given, *lists)
+      return latent_gradient.add_parts(*given, *lists)
     totals = np.concatenate([total_c, total_r], axis=1)
     for i, row in zip(at, np.asarray(parts, np.float32)[:, :576]):
       totals[i] += row if i >= 0 else 0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.sparse_mla import latents, sparse_mla
+from pallas_kernels.sparse_mla import latent_gradient, sparse_mla
 from pallas_kernels.sparse_mla.shapes import TEST
 
 C, R, SCALE = 12, 4, 0.4
@@ -72,11 +72,12 @@ class SparseMlaTest(parameterized.TestCase):
     self.assertEqual(grad.dtype, jnp.bfloat16)
     self.assertEqual(grad[0, 0].tolist(), [2048] * C)  # it was 256
 
-  def test_latents_that_are_not_chosen_do_not_count_even_if_nan(self):
+  @parameterized.parameters(3, 0)  # what stands in for no choice may be 0
+  def test_latents_that_are_not_chosen_do_not_count_even_if_nan(self, at):
     q_c, q_r, c, k_r, index = draw(TEST['some_none'])
-    index[index == 3] = -1
+    index[index == at] = -1
     want = jitted(q_c, q_r, c, k_r, index)
-    c[:, 3], k_r[:, 3] = np.nan, np.nan
+    c[:, at], k_r[:, at] = np.nan, np.nan
     np.testing.assert_array_equal(jitted(q_c, q_r, c, k_r, index), want)
 
   def test_no_array_of_queries_by_keys_is_made(self):
@@ -96,7 +97,7 @@ class SparseMlaTest(parameterized.TestCase):
 
   def test_parts_of_a_latent_are_listed_in_order_of_the_queries(self):
     at = jnp.asarray([[2, 0, -1], [0, 2, 2], [-1, 2, 1]]).reshape(-1)
-    order, starts = latents._lists(at, 4)
+    order, starts = latent_gradient._lists(at, 4)
     lists = [list(order[a:b]) for a, b in itertools.pairwise(starts)]
     self.assertEqual(lists, [[1, 3], [8], [0, 4, 5, 7], []])
 

@@ -18,24 +18,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.sparse_mla.blocks import (
-  BLOCK,
+from pallas_kernels.latent_blocks import (
   BY_COLUMN,
   BY_ROW,
   HALF,
   LATENT,
   LOG2E,
-  PART,
   ROPE,
-  THIN,
   WGMMA,
   add,
   meet,
+  wide,
+)
+from pallas_kernels.sparse_mla.gathered_blocks import (
+  BLOCK,
+  PART,
+  THIN,
+  mask_unchosen,
   memory,
   product,
   shared_pair,
   steps,
-  wide,
   zeros,
 )
 
@@ -44,8 +47,10 @@ _ROPE_ROOM = 128  # a part's rotary row, of which a warpgroup reads 128 numbers
 _IN_FLIGHT = 8  # parts that a warpgroup reads at once
 
 
-def latents(queries, c, k_r, scale):
-  """Gradients of c and k_r in float32, chunk by chunk of the queries.
+def latents(
+  queries: tuple[jax.Array, ...], c: jax.Array, k_r: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients of c and k_r in float32, chunk by chunk of queries.
 
   queries: q_c, q_r, grad, lse, delta and at.
   """
@@ -59,26 +64,38 @@ def latents(queries, c, k_r, scale):
     ((0, chunks * size - N),) + ((0, 0),) * (a.ndim - 1),
     constant_values=fill(a),
   )
-  cut = [tall(a).reshape(chunks, size, *a.shape[1:]) for a in queries]
+  chunked = [tall(a).reshape(chunks, size, *a.shape[1:]) for a in queries]
 
-  def chunk(totals, own):
+  def chunk(totals: tuple, own: tuple) -> tuple:
     parts = store_parts(*own, c, k_r, scale)
     order, starts = _lists(own[-1].reshape(-1), c.shape[0])
     return add_parts(*totals, *parts, order, starts), None
 
   zero = tuple(jnp.zeros(a.shape, jnp.float32) for a in (c, k_r))
-  return lax.scan(chunk, zero, tuple(cut))[0]
+  return lax.scan(chunk, zero, tuple(chunked))[0]
 
 
-def _lists(at, latents):
-  """at [M] -> order [M], starts [latents + 1] of the choices of each latent."""
+def _lists(at: jax.Array, latents: int) -> tuple[jax.Array, jax.Array]:
+  """Sorts at [M] by latent: order [M] and starts [latents + 1], int32."""
   order = jnp.argsort(at, stable=True).astype(jnp.int32)
   bounds = jnp.arange(latents + 1, dtype=at.dtype)
   return order, jnp.searchsorted(at[order], bounds).astype(jnp.int32)
 
 
-def store_parts(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
-  """What each query adds to the gradients of its choices: [N*K C], [N*K .].
+def store_parts(
+  q_c: jax.Array,
+  q_r: jax.Array,
+  grad: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  at: jax.Array,
+  c: jax.Array,
+  k_r: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what each query adds to the gradients of its choices.
+
+  Parts of c are [N*K C] and parts of k_r [N*K 128], of which R are used.
 
   Behind a query's last choice nothing is written.
   """
@@ -107,8 +124,11 @@ def store_parts(q_c, q_r, grad, lse, delta, at, c, k_r, scale):
 
 
 def _parts_body(
-  q_c, q_r, grad, lse, delta, at, steps, c, k_r, dc, dk_r, *, scale, **scratch
-):
+  q_c: jax.Ref, q_r: jax.Ref, grad: jax.Ref, lse: jax.Ref, delta: jax.Ref,
+  at: jax.Ref, steps: jax.Ref, c: jax.Ref, k_r: jax.Ref, dc: jax.Ref,
+  dk_r: jax.Ref, *, scale: float, **scratch: jax.Ref
+) -> None:  # fmt: skip
+  """Computes one block of 64 choices, if the query has that many."""
   n, block = lax.axis_index('query'), lax.axis_index('block')
 
   @pl.when(block < steps[n])
@@ -119,17 +139,22 @@ def _parts_body(
 
 
 def _one_block(
-  q_c, q_r, grad, lse, delta, at, c, k_r, dc, dk_r,
-  kc, kr, qc, qr, gc, ps, ds, p_here, met, here, *, n, block, scale,
-):  # fmt: skip
+  q_c: jax.Ref, q_r: jax.Ref, grad: jax.Ref, lse: jax.Ref, delta: jax.Ref,
+  at: jax.Ref, c: jax.Ref, k_r: jax.Ref, dc: jax.Ref, dk_r: jax.Ref,
+  kc: jax.Ref, kr: jax.Ref, qc: jax.Ref, qr: jax.Ref, gc: jax.Ref, ps: jax.Ref,
+  ds: jax.Ref, p_here: jax.Ref, met: jax.Ref, here: jax.Ref, *, n: jax.Array,
+  block: jax.Array, scale: float,
+) -> None:  # fmt: skip
+  """Computes what a query adds to the gradients of 64 latents."""
   w, groups = lax.axis_index('wg'), q_c.shape[1] // PART
   chosen = n, pl.ds(block * BLOCK, BLOCK)
   columns, thin = pl.ds(w * HALF, HALF), pl.ds(w * THIN, THIN)
+  # Load: 64 latents stay, the heads stream past them.
   gather.start(c.at[:, columns], at.at[chosen], kc.at[w])
   gather.start(k_r.at[:, thin], at.at[chosen], kr.at[w])
   gather.commit()
 
-  def load(i):
+  def load(i: jax.Array) -> None:
     stage, heads = lax.rem(i, 2), pl.ds(i * PART, PART)
     for source, dest, part in (
       (q_c, qc, columns),
@@ -141,29 +166,33 @@ def _one_block(
       )
 
   lax.fori_loop(0, 2, lambda i, _: load(i), None)
+  # Wait: each warpgroup has its columns, then both have all.
   there = compat.load(at, chosen, BY_ROW, optimized=False)
   gather.wait(0)
   plgpu.commit_smem()
   meet(met)
 
-  def step(i, carry):
+  def step(i: jax.Array, carry: tuple) -> tuple:
     stage, heads = lax.rem(i, 2), pl.ds(i * PART, PART)
     by_head = lambda ref: compat.load(
       ref, (n, heads), BY_COLUMN, optimized=False
     )
+    # Wait: queries and gradients of 32 heads.
     plgpu.barrier_wait(here.at[stage])
 
     @pl.when(w == 0)
     def _():
+      # Probabilities: recomputed, from the stored log-sum-exp at once.
       norm = by_head(lse)
       s = product((kc, qc.at[stage]), (kr, qr.at[stage])) * (scale * LOG2E)
-      s = jnp.where(wide(there, s.shape) >= 0, s, -jnp.inf)
+      s = mask_unchosen(s, there, 0)
       ps[stage] = jnp.exp2(s - wide(norm, s.shape, 1)).astype(ps.dtype)
       plgpu.commit_smem()
       plgpu.barrier_arrive(p_here)
 
     @pl.when(w == 1)
     def _():
+      # Gradient of the scores: p (dp - delta).
       shift = by_head(delta)
       dp = product((kc, gc.at[stage]))
       plgpu.barrier_wait(p_here)
@@ -173,6 +202,7 @@ def _one_block(
       plgpu.commit_smem()
 
     meet(met)
+    # Sum: as a value p g, as a key ds q, in this warpgroup's columns.
     acc_c = add(
       carry[0], (ps.at[stage], gc.at[stage, w]), (ds, qc.at[stage, w])
     )
@@ -182,6 +212,7 @@ def _one_block(
     return acc_c, acc_r
 
   acc_c, acc_r = lax.fori_loop(0, groups, step, zeros())
+  # Store: by the tiles of the latents, which are no longer needed.
   kc[w] = acc_c.astype(jnp.bfloat16)
   kr[w] = acc_r.astype(jnp.bfloat16)
   plgpu.commit_smem()
@@ -191,8 +222,15 @@ def _one_block(
   plgpu.wait_smem_to_gmem(0)
 
 
-def add_parts(total_c, total_r, dc, dk_r, order, starts):
-  """total[s] + sum of parts[order[starts[s]:starts[s + 1]]], in that order."""
+def add_parts(
+  total_c: jax.Array,
+  total_r: jax.Array,
+  dc: jax.Array,
+  dk_r: jax.Array,
+  order: jax.Array,
+  starts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns total[s] + its parts[order[starts[s]:starts[s + 1]]], in order."""
   room = jnp.pad(total_r, ((0, 0), (0, _ROPE_ROOM - ROPE)))
   out_c, out_r = compat.kernel(
     _add_body,
@@ -202,16 +240,21 @@ def add_parts(total_c, total_r, dc, dk_r, order, starts):
   return out_c, out_r[:, :ROPE]
 
 
-def _add_body(total_c, total_r, dc, dk_r, order, starts, out_c, out_r):
+def _add_body(
+  total_c: jax.Ref, total_r: jax.Ref, dc: jax.Ref, dk_r: jax.Ref,
+  order: jax.Ref, starts: jax.Ref, out_c: jax.Ref, out_r: jax.Ref,
+) -> None:  # fmt: skip
+  """Adds the parts of one latent."""
   s = lax.axis_index('latent')
   first, last = starts[s], starts[s + 1]
 
-  def row(ref, at):
+  def row(ref: jax.Ref, at: jax.Array) -> jax.Array:
     size = ref.shape[1]
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=size // 128)
     return compat.load(ref, at, layout, optimized=False)
 
-  def step(i, carry):
+  def step(i: jax.Array, carry: tuple) -> tuple:
+    # Load several parts at once; past the end the last one, as zero.
     places = [first + i * _IN_FLIGHT + j for j in range(_IN_FLIGHT)]
     rows = [order[jnp.minimum(place, last - 1)] for place in places]
     sums = []
@@ -219,6 +262,7 @@ def _add_body(total_c, total_r, dc, dk_r, order, starts, out_c, out_r):
       read = [row(parts, r).astype(jnp.float32) for r in rows]
       for place, part in zip(places, read, strict=True):
         here = jnp.broadcast_to(place < last, part.shape)
+        # Add in the order of the queries: the same bits in every run.
         total = total + jnp.where(here, part, jnp.zeros_like(part))
       sums.append(total)
     return tuple(sums)

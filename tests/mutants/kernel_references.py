@@ -1,0 +1,41 @@
+"""Bugs of the kernels' references and of the choice between them."""
+
+from tests.mutants.mutant import Mutant
+
+_TESTS = 'tests/pallas_kernels'
+
+MUTANTS = (
+  Mutant(
+    'forced_kernel_falls_back_in_silence',
+    'pallas_kernels/dispatch.py',
+    '  if impl is not None:\n',
+    "  if impl not in (None, 'gpu'):\n",
+    (f'{_TESTS}/dispatch_test.py::a_forced_choice_is_kept',),
+    'a forced implementation is never swapped for another',
+    fast=True,
+  ),
+  Mutant(
+    'speculative_tokens_attend_to_later_ones',
+    'pallas_kernels/mla_decode/reference.py',
+    'seen = lengths[:, None] - (T - 1) + jnp.arange(T)',
+    'seen = lengths[:, None] + jnp.zeros(T, jnp.int32)',
+    (f'{_TESTS}/mla_decode_test.py::reference_equals_a_loop_in_float64',),
+    'several new tokens in one decoding step are causal among themselves',
+  ),
+  Mutant(
+    'unchosen_latents_count_if_nan',
+    'pallas_kernels/sparse_mla/reference.py',
+    'keys = jnp.where(here[:, None], c[at], 0)',
+    'keys = c[at]',
+    (f'{_TESTS}/sparse_mla_test.py::latents_that_are_not_chosen',),
+    '0 * nan is nan: a weight of zero does not hide what was not written',
+  ),
+  Mutant(
+    'packed_segments_by_growing_number',
+    'pallas_kernels/mla_prefill/__init__.py',
+    'changes = segments[:, 1:] != segments[:, :-1]',
+    'changes = segments[:, 1:] > segments[:, :-1]',
+    (f'{_TESTS}/mla_prefill_test.py::a_number_that_comes_back',),
+    'packed rows: a document number may fall, and come back',
+  ),
+)

@@ -1,1 +1,1 @@
-"""Models: a configuration becomes a pair of pure functions over plain dicts."""
+"""Builds models: a configuration becomes pure functions over plain dicts."""

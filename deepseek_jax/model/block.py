@@ -1,9 +1,10 @@
-"""One pre-norm transformer layer: attention and an FFN on a residual stream.
+"""Runs a pre-norm transformer layer: attention and an FFN on a residual stream.
 
-Legend: B batch, T tokens, D model.
+Legend: B batch, T tokens, D model, n streams.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -27,12 +28,12 @@ AttentionConfig = MLAConfig | GQAConfig | DSAConfig | SharedKVConfig | NSAConfig
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """An attention, an FFN and how both sit on the residual stream.
+  """Describes an attention, an FFN and how both use the residual stream.
 
   Attributes:
-    attention, ffn, residual, norm_eps: see there.
-    engram: the memory before the attention, or None.
-    engram_rows: of its table.
+    attention, ffn, residual, norm_eps: see their classes.
+    engram: the Engram before the attention, or None.
+    engram_rows: rows of its table.
   """
 
   attention: AttentionConfig
@@ -43,11 +44,17 @@ class BlockConfig:
   engram_rows: int = 0
 
   def __post_init__(self):
+    """Raises InputError unless norm_eps > 0 and engram_rows >= 0."""
     above(self, norm_eps=0)
     at_least(self, engram_rows=0)
 
-  def cache(self, batch: int, slots: int, dim: int, dtype):
-    """An empty cache: the attention's, and with a memory a pair of both."""
+  def cache(
+    self, batch: int, slots: int, dim: int, dtype: jax.typing.DTypeLike
+  ) -> Any:
+    """Returns an empty cache of `dtype` for `batch` rows of `slots` tokens.
+
+    It is the attention's cache; with an Engram, the pair (attention, Engram).
+    """
     attention = self.attention.cache(batch, slots, dtype)
     if self.engram is None:
       return attention
@@ -55,11 +62,22 @@ class BlockConfig:
 
   @property
   def streams(self) -> int:
+    """Returns the number of residual streams: 1 without hyper-connections."""
     return getattr(self.residual, 'streams', 1)
 
 
 class Block(nnx.Module):
-  def __init__(self, cfg: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+  """Computes one layer: Engram (if any), attention, FFN, each on the stream."""
+
+  def __init__(self, cfg: BlockConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes the weights, drawn with `std`.
+
+    Args:
+      cfg: the layer's configuration.
+      dim: D.
+      std: of the normal distribution of the weight matrices.
+      rngs: random streams of `params`.
+    """
     self.attention_norm = RMSNorm(dim, eps=cfg.norm_eps, rngs=rngs)
     connect = lambda: cfg.residual.build(dim, std=std, rngs=rngs)
     self.has_engram = cfg.engram is not None
@@ -78,16 +96,31 @@ class Block(nnx.Module):
     self.ffn_residual = connect()
     self.ffn = cfg.ffn.build(dim, std=std, rngs=rngs)
 
-  def __call__(self, stream: jax.Array, ctx: Context, past=None):
-    """The stream ([B T D] when plain) -> (stream, cache, statistics)."""
+  def __call__(
+    self, stream: jax.Array, ctx: Context, past: Any = None
+  ) -> tuple[jax.Array, Any, dict]:
+    """Returns (stream, cache, statistics) after this layer.
+
+    Args:
+      stream: [B T D], or [B T n D] with hyper-connections.
+      ctx: the tokens.
+      past: as `BlockConfig.cache` makes it, or None without a cache.
+
+    Returns:
+      The new stream, the cache with these tokens (None without one), and the
+      statistics {'attention': ..., 'ffn': ...}.
+    """
     if self.has_engram:
+      # Without a cache both halves are None.
       past, kept = past or (None, None)
       with jax.named_scope('engram'):
         stream, kept = self.engram(stream, ctx, kept)
+    # Attention on one stream [B T D], read from n and written back to n.
     x, how = self.attention_residual.read(stream)
     with jax.named_scope('attention'):
       y, past, seen = self.attention(self.attention_norm(x), ctx, past)
     stream = self.attention_residual.write(stream, y, how)
+    # The FFN reads what the attention has added.
     x, how = self.ffn_residual.read(stream)
     with jax.named_scope('ffn'):
       y, stats = self.ffn(self.ffn_norm(x), ctx)

@@ -1,9 +1,9 @@
-"""The decoding state: what each layer remembers of the tokens before.
+"""Holds the decoding state: what each layer caches of the tokens before.
 
-A slot of a preallocated buffer is a position: token p of a row lies at slot p.
-So causality alone (slot <= position) hides slots that hold nothing yet, and
-rows of different length share one buffer.
-Legend: B batch, S slots, T new tokens.
+Each slot of a preallocated buffer is a position: token p of a row lies at
+slot p. So causality alone (slot <= position) hides slots that are still
+empty, and rows of different length share one buffer.
+Legend: B batch, S slots, T new tokens, N longest n-gram.
 """
 
 import dataclasses
@@ -16,7 +16,10 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """State of all layers; `fresh` (static) while no token was written."""
+  """Holds the caches of all layers.
+
+  `fresh` is static, and true while no token has been written.
+  """
 
   layers: Any  # per segment, per block of its pattern: stacked [repeat B S ...]
   length: jax.Array  # [B] int32, tokens written per row
@@ -37,6 +40,7 @@ def write(
   """
   slots = positions
   if valid is not None:
+    # One slot beyond the buffer, where mode='drop' writes nothing.
     slots = jnp.where(valid, positions, buffer.shape[1])
   rows = jnp.arange(buffer.shape[0])[:, None]
   return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode='drop')

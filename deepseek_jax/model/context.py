@@ -1,6 +1,7 @@
-"""What every layer may know of the tokens it works on.
+"""Describes the tokens of a batch to every layer.
 
-Legend: B batch, T tokens, V vocabulary.
+Legend: B batch, T tokens, V vocabulary, L layers with an Engram, K rows of a
+token.
 """
 
 from typing import NamedTuple
@@ -12,42 +13,44 @@ from deepseek_jax.model import lookup
 
 
 class Context(NamedTuple):
-  """The batch as layers see it; the flags are Python values, never traced.
+  """Holds the batch as layers see it; the flags are Python values, not traced.
 
-  `context` makes one of a caller's arrays.
+  `context` makes one from a caller's arrays.
   """
 
   tokens: jax.Array  # [B T] int32
   positions: jax.Array  # [B T] int32, from 0 within a document
   segments: jax.Array | None  # [B T] int32 document number; 0 = padding
   train: bool = False
-  fresh: bool = True  # nothing is cached yet: these tokens see only each other
-  rows: jax.Array | None = None  # [B T L K] int32, see layers/engram.py
+  fresh: bool = True  # nothing is cached: tokens attend to each other only
+  rows: jax.Array | None = None  # [B T L K] int32, see memory/engram.py
 
   @property
   def valid(self) -> jax.Array | None:
-    """[B T] bool, False on padding; None when there is none."""
+    """Returns [B T] bool, False on padding; None without segments."""
     return None if self.segments is None else self.segments > 0
 
 
 def positions_in(segments: jax.Array) -> jax.Array:
   """Returns the position of each token in its run of equal segments [B T]."""
   index = jnp.arange(segments.shape[1])
+  # The place in the row minus the place where its run begins.
   return index - jax.lax.cummax(jnp.where(_begins(segments), index, 0), axis=1)
 
 
 def documents(segments: jax.Array) -> jax.Array:
-  """Numbers the runs of equal segments [B T] of each row, from 1; 0 stays 0.
+  """Returns the number of each token's run of equal segments [B T], from 1.
 
-  Some layers compare documents by their number, others look for where one
-  ends: with a number for each run both mean the same.
+  Padding (0 or less) gets 0. Some layers compare documents by their number,
+  others look for where one ends: with a number for each run both mean the same.
   """
   real = segments > 0
   number = jnp.cumsum(_begins(segments) & real, axis=1, dtype=jnp.int32)
   return jnp.where(real, number, 0)
 
 
-def _begins(segments):
+def _begins(segments: jax.Array) -> jax.Array:
+  """Returns whether a run of equal segments begins at a token, [B T] bool."""
   first = jnp.ones_like(segments[:, :1], bool)
   return jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
 
@@ -62,7 +65,7 @@ def context(
   cached: bool = False,
   **flags: bool,
 ) -> Context:
-  """Makes the context of tokens: the one place that reads a caller's arrays.
+  """Returns the context of tokens: the one place that reads a caller's arrays.
 
   Each run of equal segment ids becomes a document of its own, and what padding
   holds is not read, so it may be anything.
@@ -70,7 +73,7 @@ def context(
   Args:
     tokens: [B T] integers. What is not 0..V - 1 is no token: its embedding is
       NaN.
-    segments: [B T] int32 or None, as of `transformer.build`.
+    segments: [B T] int32 or None, as in `transformer.build`.
     vocab: V.
     positions: [B T] int32; by default from 0 in each document.
     rows: as in Context.
@@ -84,11 +87,13 @@ def context(
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return Context(tokens, positions, None, rows=rows, **flags)
   real = segments > 0
+  # Only padding is overwritten: a wrong id of a real token must show.
   tokens = jnp.where(real | ((tokens >= 0) & (tokens < vocab)), tokens, 0)
   if positions is None:
     positions = positions_in(segments)
   segments = documents(segments)
   if cached:
+    # -1 is no token, so all logits of such a row are NaN.
     several = segments.max(axis=1, keepdims=True, initial=0) > 1
     tokens = jnp.where(several, -1, tokens)
   return Context(tokens, positions, segments, rows=rows, **flags)

@@ -1,8 +1,8 @@
-"""Checks of what a caller gives to a model, as far as the values are known.
+"""Checks what a caller gives to a model, as far as the values are known.
 
-Inside jit they are not: there shapes and dtypes alone are checked, and what is
-wrong becomes NaN logits (see `context.context` and `lookup.rows`).
-Legend: B batch, T tokens, L layers with a memory, K rows of a token.
+Inside jit they are not known: there shapes and dtypes alone are checked, and
+what is wrong becomes NaN logits (see `context.context` and `lookup.rows`).
+Legend: B batch, T tokens, L layers with an Engram, K rows of a token.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from deepseek_jax.parallel.sharding import known
 
 
 class Given(NamedTuple):
-  """Arrays of a call; see `transformer.build`."""
+  """Holds the arrays of a call; see `transformer.build`."""
 
   tokens: Any  # [B T]
   positions: Any = None  # [B T] or None
@@ -24,8 +24,14 @@ class Given(NamedTuple):
   ngrams: Any = None  # [B T L K] or None
 
 
-def check(config, given: Given, cache: Cache | None) -> None:
-  """Raises InputError for arrays that the model of `config` can't read."""
+def check(config: Any, given: Given, cache: Cache | None) -> None:
+  """Raises InputError for arrays that the model of `config` can't read.
+
+  Args:
+    config: a TransformerConfig.
+    given: the arrays.
+    cache: the cache that they are to be written to, or None.
+  """
   _check_arrays(given)
   if cache is not None:
     _check_slots(given, cache)
@@ -36,6 +42,7 @@ def check(config, given: Given, cache: Cache | None) -> None:
       return
     if cache is not None:
       _check_one_document(segments, given.positions, cache.fresh)
+  # What padding holds may be anything, so only real tokens are checked.
   real = None if segments is None else segments > 0
   _check_range('tokens', given.tokens, config.vocab_size, 'vocabulary', real)
   if given.ngrams is not None and config.engram is not None:
@@ -44,6 +51,7 @@ def check(config, given: Given, cache: Cache | None) -> None:
 
 
 def _check_arrays(given: Given) -> None:
+  """Raises InputError for wrong dtypes or shapes."""
   tokens = given.tokens
   whole = lambda a: jnp.issubdtype(a.dtype, jnp.integer)
   if getattr(tokens, 'ndim', 0) != 2 or not whole(tokens):
@@ -59,14 +67,17 @@ def _check_arrays(given: Given) -> None:
       )
 
 
-def _shape(array) -> str:
+def _shape(array: Any) -> str:
+  """Returns dtype and shape of an array as text, or that it is none."""
   if hasattr(array, 'dtype') and hasattr(array, 'shape'):
     return f'{array.dtype}{list(array.shape)}'
   return f'{type(array).__name__}, no array'
 
 
 def _check_slots(given: Given, cache: Cache) -> None:
+  """Raises InputError for more tokens than the cache has slots left."""
   length = known(cache.length)
+  # Inside jit the length is unknown: then the new tokens alone must fit.
   held = int(length.max(initial=0)) if length is not None else 0
   new = given.tokens.shape[1]
   if held + new > cache.slots:
@@ -76,7 +87,18 @@ def _check_slots(given: Given, cache: Cache) -> None:
     )
 
 
-def _check_one_document(segments, positions, fresh: bool) -> None:
+def _check_one_document(
+  segments: np.ndarray, positions: Any, fresh: bool
+) -> None:
+  """Raises InputError where a row of a cached call holds several documents.
+
+  Also where it begins with padding after the first call without positions.
+
+  Args:
+    segments: [B T] of the host.
+    positions: as given, or None.
+    fresh: whether nothing is cached yet.
+  """
   real = segments > 0
   changes = real[:, 1:] & (segments[:, 1:] != segments[:, :-1])
   documents = changes.sum(axis=1) + real[:, :1].sum(axis=1)
@@ -94,7 +116,18 @@ def _check_one_document(segments, positions, fresh: bool) -> None:
       )
 
 
-def _check_range(name: str, array, size: int, what: str, real) -> None:
+def _check_range(
+  name: str, array: Any, size: int, what: str, real: np.ndarray | None
+) -> None:
+  """Raises InputError for the first number outside 0..size - 1.
+
+  Args:
+    name: of the array, for the message.
+    array: [B T ...]; unknown values are not checked.
+    size: how many numbers are valid.
+    what: what they number, for the message.
+    real: [B T] bool, the tokens to check; None: all.
+  """
   array = known(array)
   if array is None:
     return

@@ -1,9 +1,10 @@
-"""Manifold-constrained hyper-connections, mHC (arXiv:2512.24880; V4 section 2).
+"""Computes manifold-constrained hyper-connections, mHC (arXiv:2512.24880).
 
-The residual stream is n streams. A sublayer reads a weighted sum of them
-(`pre`), adds its output to each with a weight (`post`), and between the two
-the streams are mixed by a matrix whose rows and columns sum to one (`comb`,
-by Sinkhorn's alternating divisions). All three depend on the token.
+See also DeepSeek-V4, section 2. The residual stream is n streams. A sublayer
+reads a weighted sum of them (`pre`), adds its output to each with a weight
+(`post`), and between the two the streams are mixed by a matrix whose rows and
+columns sum to one (`comb`, by Sinkhorn's alternating divisions). All three
+depend on the token.
 Legend: B batch, T tokens, n streams, D model, M = n (n + 2) maps.
 """
 
@@ -24,7 +25,7 @@ from pallas_kernels.sinkhorn import sinkhorn
 
 @dataclasses.dataclass(frozen=True)
 class HyperConnectionsConfig:
-  """How many streams, and how they are mixed.
+  """Describes how many streams there are, and how they are mixed.
 
   Attributes:
     streams: n.
@@ -45,25 +46,35 @@ class HyperConnectionsConfig:
   diagonal: float = 1.0
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'residual.', streams=1, iterations=1)
     above(self, 'residual.', eps=0, norm_eps=0)
     finite(self, 'alpha', 'diagonal', prefix='residual.')
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> Residual:
-    """The connection of one sublayer."""
+    """Returns the connection of one sublayer."""
     return HyperConnection(self, dim, std=std, rngs=rngs)
 
   def head(self, dim: int, *, std: float, rngs: nnx.Rngs) -> Residual:
-    """What makes one stream of all after the last block."""
+    """Returns the module that collapses the streams after the last block."""
     return HyperHead(self, dim, std=std, rngs=rngs)
 
   def expand(self, x: jax.Array) -> jax.Array:
-    """Embedding [B T D] -> [B T n D], a copy in each stream."""
+    """Copies the embedding [B T D] to each stream: [B T n D]."""
     return jnp.repeat(x[:, :, None], self.streams, axis=2)
 
 
-def _mixes(stream, fn, eps):
-  """All streams of a token, normed together, times fn: -> [B T M] float32."""
+def _mixes(stream: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
+  """Computes the products of a token's streams, normed together, with fn.
+
+  Args:
+    stream: [B T n D].
+    fn: [n D M].
+    eps: of the norm.
+
+  Returns:
+    [B T M] float32.
+  """
   x = stream.astype(jnp.float32)
   mix = jnp.einsum(
     'BTnD,nDM->BTM', x, fn.astype(jnp.float32), precision='highest'
@@ -72,19 +83,23 @@ def _mixes(stream, fn, eps):
   return mix * jax.lax.rsqrt(jnp.mean(x * x, axis=(2, 3))[..., None] + eps)
 
 
-def _collapse(stream, pre):
-  """Weighted sum of streams [B T n D] by pre [B T n] -> [B T D]."""
+def _collapse(stream: jax.Array, pre: jax.Array) -> jax.Array:
+  """Returns the sum of streams [B T n D] weighted by pre [B T n]: [B T D]."""
   x = jnp.einsum('BTnD,BTn->BTD', stream.astype(jnp.float32), pre)
   return x.astype(stream.dtype)
 
 
-def _fn(rngs, cfg, dim, maps, std):
+def _fn(
+  rngs: nnx.Rngs, cfg: HyperConnectionsConfig, dim: int, maps: int, std: float
+) -> nnx.Param:
+  """Makes the float32 weight [n D maps] of the products."""
   init = nnx.initializers.normal(std)
   shape, axes = (cfg.streams, dim, maps), (None, 'embed', None)
   return param(rngs, init, shape, axes, full_precision=True)
 
 
-def _constant(rngs, value):
+def _constant(rngs: nnx.Rngs, value: np.ndarray) -> nnx.Param:
+  """Makes a float32 parameter that starts as `value`, a vector."""
   value = np.asarray(value, np.float32)
   init = lambda key, shape, dtype: jnp.asarray(value, dtype)
   return param(rngs, init, value.shape, (None,), full_precision=True)
@@ -93,9 +108,15 @@ def _constant(rngs, value):
 def maps(
   mix: jax.Array, scale: jax.Array, base: jax.Array, cfg: HyperConnectionsConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Products [... M] -> pre [... n], post [... n], comb [... n n], float32.
+  """Returns pre [... n], post [... n] and comb [... n n], float32.
 
   comb[j, k] is how much of stream j goes to stream k.
+
+  Args:
+    mix: [... M] float32, products of the streams.
+    scale: [3] of pre, post and comb.
+    base: [M], added to them.
+    cfg: see there.
   """
   n = cfg.streams
   cuts = [n, 2 * n]
@@ -118,31 +139,44 @@ def maps(
     lambda: mixed(impl='reference'),
   )
   comb = comb.reshape(*mix.shape[:-1], n, n)
+  # pre lies in eps..1 + eps, post in 0..2: at a logit of 0 it is 1, as in the
+  # plain residual.
   return jax.nn.sigmoid(pre) + cfg.eps, 2 * jax.nn.sigmoid(post), comb
 
 
 class HyperConnection(Residual):
-  """How one sublayer reads n streams and writes to them."""
+  """Connects one sublayer to n streams."""
 
   def __init__(
-    self, cfg: HyperConnectionsConfig, dim: int, *, std, rngs: nnx.Rngs
+    self, cfg: HyperConnectionsConfig, dim: int, *, std: float, rngs: nnx.Rngs
   ):
+    """Makes fn [n D M] and the scales and biases of the maps."""
     self.cfg = cfg
     n = cfg.streams
     self.fn = _fn(rngs, cfg, dim, n * (n + 2), std)
+    # pre and post start from logits of 0; comb favours its diagonal.
     comb = cfg.diagonal * np.eye(n).reshape(-1)
     self.base = _constant(rngs, np.concatenate([np.zeros(2 * n), comb]))
     self.scale = _constant(rngs, np.full(3, cfg.alpha))
 
-  def read(self, stream: jax.Array):
-    """[B T n D] -> (the sublayer's input [B T D], its post and comb)."""
-    mix = _mixes(stream, self.fn[...], self.cfg.norm_eps)
+  def read(
+    self, stream: jax.Array
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns the sublayer's input [B T D], and (post, comb) for `write`.
+
+    Args:
+      stream: [B T n D].
+    """
+    mix = _mixes(stream, self.fn[...], self.cfg.norm_eps)  # [B T M]
     pre, post, comb = maps(mix, self.scale[...], self.base[...], self.cfg)
     return _collapse(stream, pre), (post, comb)
 
-  def write(self, stream: jax.Array, y: jax.Array, how) -> jax.Array:
-    """Streams [B T n D] mixed, with y [B T D] added to each by its weight."""
+  def write(
+    self, stream: jax.Array, y: jax.Array, how: tuple[jax.Array, jax.Array]
+  ) -> jax.Array:
+    """Mixes the streams [B T n D] and adds y [B T D] to each by its weight."""
     post, comb = how
+    # float32: a sum over n streams, rounded once.
     f32 = jnp.float32
     mixed = jnp.einsum('BTjD,BTjk->BTkD', stream.astype(f32), comb)
     added = post[..., None] * y[:, :, None].astype(f32)
@@ -150,18 +184,19 @@ class HyperConnection(Residual):
 
 
 class HyperHead(Residual):
-  """The last reading: pre alone, with weights of its own."""
+  """Collapses the streams after the last block: pre alone, with own weights."""
 
   def __init__(
-    self, cfg: HyperConnectionsConfig, dim: int, *, std, rngs: nnx.Rngs
+    self, cfg: HyperConnectionsConfig, dim: int, *, std: float, rngs: nnx.Rngs
   ):
+    """Makes fn [n D n], one scale and n biases."""
     self.cfg = cfg
     self.fn = _fn(rngs, cfg, dim, cfg.streams, std)
     self.base = _constant(rngs, np.zeros(cfg.streams))
     self.scale = _constant(rngs, np.full(1, cfg.alpha))
 
   def collapse(self, stream: jax.Array) -> jax.Array:
-    """[B T n D] -> [B T D]."""
-    mix = _mixes(stream, self.fn[...], self.cfg.norm_eps)
+    """Returns the weighted sum of the streams [B T n D]: [B T D]."""
+    mix = _mixes(stream, self.fn[...], self.cfg.norm_eps)  # [B T n]
     pre = jax.nn.sigmoid(mix * self.scale[...] + self.base[...])
     return _collapse(stream, pre + self.cfg.eps)

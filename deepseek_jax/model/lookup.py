@@ -1,4 +1,4 @@
-"""Rows of a table by number: of tokens in a vocabulary, of tokens chosen.
+"""Looks up rows of a table: embeddings of tokens, keys of chosen tokens.
 
 The gradient adds up every use of a row. In bfloat16 that sum would stand still
 once it is 256 times a summand, and a batch has thousands of line breaks: it is
@@ -15,16 +15,25 @@ import numpy as np
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rows(shape, mode, table, index):
+def _rows(
+  shape: tuple[int, ...], mode: str, table: jax.Array, index: jax.Array
+) -> jax.Array:
+  """Returns rows of the table; its gradient is summed in float32."""
   del shape
   return table.at[index].get(mode=mode)
 
 
-def _rows_fwd(shape, mode, table, index):
+def _rows_fwd(
+  shape: tuple[int, ...], mode: str, table: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the rows, and their numbers for the backward pass."""
   return _rows(shape, mode, table, index), index
 
 
-def _rows_bwd(shape, mode, index, grad):
+def _rows_bwd(
+  shape: tuple[int, ...], mode: str, index: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, None]:
+  """Adds up the gradients of each row in float32; `grad`'s dtype in the end."""
   total = jnp.zeros(shape, jnp.float32)
   total = total.at[index].add(grad.astype(jnp.float32), mode=mode)
   return total.astype(grad.dtype), None
@@ -34,12 +43,12 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 def short(a: jax.Array) -> bool:
-  """Whether a sum of many such numbers needs a wider type."""
+  """Returns whether a sum of many such numbers needs a wider type."""
   dtype = jnp.result_type(a)
   return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
 
 
-def int32(numbers) -> jax.Array:
+def int32(numbers: jax.typing.ArrayLike) -> jax.Array:
   """Returns integers as int32, none of which becomes another row's number.
 
   uint8 could not be compared with 256, and 2^32 + 5 would be 5.
@@ -53,7 +62,10 @@ def int32(numbers) -> jax.Array:
 
 
 def rows(
-  table: jax.Array, index: jax.Array, mode: str = 'fill', fill=None
+  table: jax.Array,
+  index: jax.Array,
+  mode: str = 'fill',
+  fill: int | None = None,
 ) -> jax.Array:
   """Returns rows of a table; first derivatives only, but in float32.
 
@@ -70,6 +82,7 @@ def rows(
   """
   if mode == 'fill':
     index = int32(index)
+    # at[].get counts negative numbers from the end; here they are no row.
     index = jnp.where(index < 0, table.shape[0], index)
   if short(table):
     return _rows(table.shape, mode, table, index)

@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+"""Predicts several tokens ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2).
 
 Depth k predicts token i+k+1 from the state of depth k-1 at i and the embedding
 of token i+k, through one more block; embedding and head are the main model's.
@@ -25,12 +25,12 @@ from deepseek_jax.parallel.sharding import param
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig:
-  """Which tokens are predicted, and how.
+  """Describes which tokens are predicted, and how.
 
   Attributes:
     depth: tokens predicted beyond the next (0: none).
-    block: their kind.
-    streams: each residual stream is taken up by itself (V4).
+    block: the kind of block of every depth.
+    streams: each residual stream is projected by itself (V4).
   """
 
   depth: int = 1
@@ -38,18 +38,24 @@ class MTPConfig:
   streams: bool = False
 
   def __post_init__(self):
+    """Raises InputError for a negative depth."""
     at_least(self, 'mtp.', depth=0)
 
-  def build(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
-    """One depth."""
+  def build(
+    self, block: BlockConfig, dim: int, *, std: float, rngs: nnx.Rngs
+  ) -> 'MTP | StreamMTP':
+    """Returns the module of one depth."""
     kind = StreamMTP if self.streams else MTP
     return kind(block, dim, std=std, rngs=rngs)
 
 
 class MTP(nnx.Module):
-  """One depth, as in V3."""
+  """Computes one depth, as in V3."""
 
-  def __init__(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+  def __init__(
+    self, block: BlockConfig, dim: int, *, std: float, rngs: nnx.Rngs
+  ):
+    """Makes the norms, the projection [2 D, D] and the block."""
     self.cfg = block
     norm = lambda: RMSNorm(dim, eps=block.norm_eps, rngs=rngs)
     init = nnx.initializers.normal(std)
@@ -58,22 +64,35 @@ class MTP(nnx.Module):
     self.block = Block(block, dim, std=std, rngs=rngs)
     self.residual = block.residual.head(dim, std=std, rngs=rngs)
 
-  def __call__(self, hidden: jax.Array, embedded: jax.Array, ctx: Context):
-    """States and embeddings [B T D] -> (states [B T D], statistics)."""
+  def __call__(
+    self, hidden: jax.Array, embedded: jax.Array, ctx: Context
+  ) -> tuple[jax.Array, dict]:
+    """Returns the states [B T D] of this depth, and its statistics.
+
+    Args:
+      hidden: [B T D], states of the depth before.
+      embedded: [B T D], embeddings of the tokens ahead.
+      ctx: the context of those tokens, see `shifted`.
+    """
+    # Both are normed first, for their scales differ: [B T 2D] -> [B T D].
     x = [self.embed_norm(embedded), self.hidden_norm(hidden)]
     x = jnp.concatenate(x, axis=-1) @ self.merge[...]
+    # No cache: a depth attends to the tokens of this batch.
     x, _, stats = self.block(self.cfg.residual.expand(x), ctx)
     return self.norm(self.residual.collapse(x)), stats
 
   def readout(self, state: jax.Array) -> jax.Array:
-    """A state -> what the head reads [B T D]."""
+    """Returns what the head reads [B T D]: the state itself."""
     return state
 
 
 class StreamMTP(nnx.Module):
-  """One depth over separate streams, as in V4; its state is the streams."""
+  """Computes one depth over separate streams (V4); its state is the streams."""
 
-  def __init__(self, block: BlockConfig, dim: int, *, std, rngs: nnx.Rngs):
+  def __init__(
+    self, block: BlockConfig, dim: int, *, std: float, rngs: nnx.Rngs
+  ):
+    """Makes the norms, two projections [D D] and the block."""
     norm = lambda: RMSNorm(dim, eps=block.norm_eps, rngs=rngs)
     init = nnx.initializers.normal(std)
     self.embed_norm, self.hidden_norm, self.norm = norm(), norm(), norm()
@@ -82,20 +101,28 @@ class StreamMTP(nnx.Module):
     self.block = Block(block, dim, std=std, rngs=rngs)
     self.residual = block.residual.head(dim, std=std, rngs=rngs)
 
-  def __call__(self, stream: jax.Array, embedded: jax.Array, ctx: Context):
-    """Streams [B T n D], embeddings [B T D] -> (streams, statistics)."""
-    e = self.embed_norm(embedded) @ self.embed_proj[...]
-    x = self.hidden_norm(stream) @ self.hidden_proj[...]
+  def __call__(
+    self, stream: jax.Array, embedded: jax.Array, ctx: Context
+  ) -> tuple[jax.Array, dict]:
+    """Returns the streams [B T n D] of this depth, and its statistics.
+
+    Args:
+      stream: [B T n D], streams of the depth before.
+      embedded: [B T D], embeddings of the tokens ahead.
+      ctx: the context of those tokens, see `shifted`.
+    """
+    e = self.embed_norm(embedded) @ self.embed_proj[...]  # [B T D]
+    x = self.hidden_norm(stream) @ self.hidden_proj[...]  # [B T n D]
     x, _, stats = self.block(e[:, :, None] + x, ctx)
     return x, stats
 
   def readout(self, stream: jax.Array) -> jax.Array:
-    """Streams [B T n D] -> what the head reads [B T D]."""
+    """Returns what the head reads [B T D] of the streams [B T n D]."""
     return self.norm(self.residual.collapse(stream))
 
 
 def shifted(ctx: Context, depth: int) -> Context:
-  """The context in which `depth` runs: token i+depth takes the place of i.
+  """Returns the context of `depth`: token i+depth takes the place of token i.
 
   Places with no such token in their document become padding, so they enter no
   load and no loss. Positions stay those of i.
@@ -104,6 +131,7 @@ def shifted(ctx: Context, depth: int) -> Context:
   segments = ctx.segments
   if segments is None:
     segments = jnp.ones_like(ctx.tokens)
+  # jnp.roll wraps around, so the last `depth` places are masked as well.
   same = jnp.roll(segments, -depth, axis=1) == segments
   inside = jnp.arange(T) < T - depth
   return ctx._replace(

@@ -1,4 +1,4 @@
-"""The plain residual stream: x + f(norm(x)).
+"""Holds the plain residual stream: x + f(norm(x)).
 
 A residual decides how a sublayer reads the stream and how its output goes
 back, so that other streams (hyper-connections) are a matter of configuration.
@@ -6,6 +6,7 @@ Legend: B batch, T tokens, D model.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,34 +14,34 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class ResidualConfig:
-  """One stream, added to."""
+  """Describes one stream, to which every sublayer adds its output."""
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'Residual':
-    """The connection of one sublayer."""
+    """Returns the connection of one sublayer."""
     del dim, std, rngs
     return Residual()
 
   def head(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'Residual':
-    """What collapses the stream after the last block."""
+    """Returns the module that collapses the stream after the last block."""
     return self.build(dim, std=std, rngs=rngs)
 
   def expand(self, x: jax.Array) -> jax.Array:
-    """Embedding [B T D] -> the stream that blocks pass on."""
+    """Returns the stream that blocks pass on, from the embedding [B T D]."""
     return x
 
 
 class Residual(nnx.Module):
-  """How one sublayer is connected to the stream."""
+  """Connects one sublayer to the stream."""
 
-  def read(self, stream: jax.Array):
-    """stream -> (the sublayer's input [B T D], what `write` needs to know)."""
+  def read(self, stream: jax.Array) -> tuple[jax.Array, Any]:
+    """Returns the sublayer's input [B T D], and what `write` needs."""
     return stream, None
 
-  def write(self, stream: jax.Array, y: jax.Array, how) -> jax.Array:
-    """The stream after the sublayer's output y [B T D]."""
+  def write(self, stream: jax.Array, y: jax.Array, how: Any) -> jax.Array:
+    """Returns the stream after the sublayer's output y [B T D]."""
     del how
     return stream + y
 
   def collapse(self, stream: jax.Array) -> jax.Array:
-    """The stream after the last block -> [B T D]."""
+    """Returns the stream after the last block as [B T D]."""
     return stream

@@ -1,9 +1,9 @@
-"""The transformer: the only place that knows the order of layers.
+"""Builds the transformer: the only place that knows the order of layers.
 
 A model is data: `TransformerConfig` holds one sub-config per idea and a layout
 that names kinds of blocks; it expands into segments, short patterns of blocks
 that repeat and are scanned over. `build` turns it into pure functions.
-Legend: B batch, T tokens, D model, V vocabulary, L layers.
+Legend: B batch, T tokens, D model, V vocabulary, L layers, n streams.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from deepseek_jax.parallel.sharding import Buffer, param, shard
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A kind of block that a layout can name.
+  """Describes a kind of block that a layout can name.
 
   Attributes:
     ffn: which sub-config is its FFN, 'ffn' (dense) or 'moe'.
     change: where it departs from the model's sub-configs, as pairs of a
       dotted field and a value: (('attention.rope.theta', 160000.0),).
-    engram: whether it begins with a memory.
+    engram: whether it begins with an Engram.
   """
 
   ffn: Literal['ffn', 'moe'] = 'moe'
@@ -49,6 +49,7 @@ class Kind:
   engram: bool = False
 
   def __post_init__(self):
+    """Raises InputError unless `change` is a sequence of pairs."""
     some = isinstance(self.change, tuple | list)
     pair = lambda c: isinstance(c, tuple | list) and len(c) == 2
     if not some or not all(pair(c) and type(c[0]) is str for c in self.change):
@@ -59,7 +60,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-  """How the same numbers are computed.
+  """Describes how the same numbers are computed.
 
   Attributes:
     dtype: of activations and matmuls; norms, router and softmax stay float32.
@@ -80,6 +81,7 @@ class ComputeConfig:
   kernels: Literal['reference', 'gpu'] | None = None
 
   def __post_init__(self):
+    """Raises InputError for an unknown choice of kernels."""
     if self.kernels not in (None, 'reference', 'gpu'):
       raise InputError(
         f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
@@ -88,7 +90,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A pattern of blocks, applied `repeat` times."""
+  """Holds a pattern of blocks, applied `repeat` times."""
 
   blocks: tuple[BlockConfig, ...]
   repeat: int
@@ -96,7 +98,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """Everything about a model.
+  """Describes everything about a model.
 
   Attributes:
     vocab_size: V.
@@ -104,9 +106,9 @@ class TransformerConfig:
     layout: pairs (names of kinds, repeat), e.g.
       ((('dense',), 3), (('moe',), 58)).
     attention, ffn, moe, residual: the shared sub-configs, one per idea.
-    kinds: what the layout's names mean.
+    kinds: the kinds that the layout's names stand for.
     mtp: multi-token prediction.
-    engram: the memory of the kinds that have one.
+    engram: the Engram of the kinds that have one.
     norm_eps: of the block norms and the final norm.
     init_std: of every weight matrix at initialisation.
     tied: embedding and head are one matrix.
@@ -131,6 +133,7 @@ class TransformerConfig:
   compute: ComputeConfig = ComputeConfig()
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     check_choices(self)
     at_least(self, vocab_size=1, dim=1, init_std=0)
     above(self, norm_eps=0)
@@ -160,10 +163,15 @@ class TransformerConfig:
 
   @property
   def layers(self) -> int:
+    """Returns L, without the blocks of multi-token prediction."""
     return sum(len(s.blocks) * s.repeat for s in self.segments())
 
   def block(self, name: str) -> BlockConfig:
-    """The block that the layout calls `name`."""
+    """Returns the configuration of the block that the layout calls `name`.
+
+    Raises:
+      InputError: an unknown name, or a kind that lacks its sub-config.
+    """
     if name not in self.kinds:
       raise InputError(
         f'layout names {name!r}: not one of kinds = {sorted(self.kinds)}'
@@ -181,6 +189,7 @@ class TransformerConfig:
       top = path.partition('.')[0]
       if top not in parts:
         raise InputError(f'kinds.{name}.change: no sub-config {top!r}')
+    # Changes reach into sub-configs; the model's own stay as they are.
     parts = changed_by(parts, kind.change)
     ffn = parts[kind.ffn]
     if ffn is None:
@@ -205,13 +214,17 @@ class TransformerConfig:
     )
 
   def engram_layers(self) -> tuple[int, ...]:
-    """Numbers of the layers with a memory, in order."""
+    """Returns the numbers of the layers with an Engram, in order."""
     names = [n for names, repeat in self.layout for n in names * repeat]
     has = lambda name: name in self.kinds and self.kinds[name].engram
     return tuple(i for i, name in enumerate(names) if has(name))
 
   def segments(self) -> tuple[Segment, ...]:
-    """The layout with its names looked up."""
+    """Returns the layout with its names looked up.
+
+    Raises:
+      InputError: an entry that is no pair of names and a positive number.
+    """
     out = []
     for entry in self.layout:
       try:
@@ -228,7 +241,7 @@ class TransformerConfig:
 
 
 class Output(NamedTuple):
-  """What a call of the model returns.
+  """Holds what a call of the model returns.
 
   Attributes:
     logits: [B T V] float32.
@@ -246,6 +259,8 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
+  """Computes logits from tokens: embedding, segments of blocks, norm, head."""
+
   def __init__(
     self,
     cfg: TransformerConfig,
@@ -286,38 +301,50 @@ class Transformer(nnx.Module):
         ]
       )
 
-  def _stack(self, segment: Segment, repeats: slice, rngs: nnx.Rngs):
+  def _stack(
+    self, segment: Segment, repeats: slice, rngs: nnx.Rngs
+  ) -> nnx.List:
+    """Makes repeats of a segment; every weight is stacked [repeat ...]."""
     D, std = self.cfg.dim, self.cfg.init_std
 
-    def pattern(key):
+    def pattern(key: jax.Array) -> nnx.List:
       rngs = nnx.Rngs(key)
       return nnx.List([Block(b, D, std=std, rngs=rngs) for b in segment.blocks])
 
+    # A key for each repeat of the whole model, so that a part of them gets the
+    # same weights.
     keys = jax.random.split(rngs.params(), segment.repeat)
     return jax.vmap(pattern)(keys[repeats])
 
   def _number_engrams(self):
-    """Tells each layer with a memory which of them it is."""
+    """Numbers the layers with an Engram, so that each reads its own rows."""
     number = 0
     for segment, blocks in zip(self.cfg.segments(), self.segments):
       own = [i for i, b in enumerate(segment.blocks) if b.engram]
       for place, i in enumerate(own):
+        # Repeats of a pattern come one after the other: [repeat].
         each = number + place + len(own) * jnp.arange(segment.repeat)
         blocks[i].engram.number = Buffer(each.astype(jnp.int32), axes=())
       number += len(own) * segment.repeat
 
-  def hashed(self, ctx: Context, cache: Cache | None):
-    """ctx with the rows of its n-grams, if not given, and what is kept."""
+  def hashed(
+    self, ctx: Context, cache: Cache | None
+  ) -> tuple[Context, jax.Array | None]:
+    """Returns ctx with the rows of its n-grams, and the ring of last tokens.
+
+    Rows that ctx has already are kept; without Engrams the ring is None.
+    """
     if not self.cfg.engram_layers():
       return ctx, None
     rows, recent = self.ngrams(ctx, cache and cache.recent)
     return (ctx if ctx.rows is not None else ctx._replace(rows=rows)), recent
 
   def head_weight(self) -> jax.Array:
-    """[D V]."""
+    """Returns [D V], the weight that makes logits of `hidden`."""
     return self.embed[...].T if self.cfg.tied else self.head[...]
 
-  def _remat(self, body):
+  def _remat(self, body: Callable) -> Callable:
+    """Wraps a layer so that the backward pass recomputes what `remat` says."""
     policies = {
       'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
       'full': None,
@@ -326,10 +353,22 @@ class Transformer(nnx.Module):
       return body
     return jax.checkpoint(body, policy=policies[self.cfg.compute.remat])
 
-  def _segment(self, blocks, stream, ctx: Context, caches):
-    """Runs one segment's repeats -> (stream, caches, statistics)."""
+  def _segment(
+    self, blocks: nnx.List, stream: jax.Array, ctx: Context, caches: tuple
+  ) -> tuple[jax.Array, Any, Any]:
+    """Runs one segment's repeats.
 
-    def body(stream, layer):
+    Args:
+      blocks: the segment's pattern, weights stacked [repeat ...].
+      stream: [B T D] or [B T n D].
+      ctx: the tokens.
+      caches: per block of the pattern, stacked [repeat ...], or None.
+
+    Returns:
+      The stream, and the caches and statistics stacked as `caches` is.
+    """
+
+    def body(stream: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
       out = []
       for block, past in zip(*layer):
         stream, past, stats = block(stream, ctx, past)
@@ -341,6 +380,7 @@ class Transformer(nnx.Module):
     if self.cfg.compute.scan and repeat > 1:
       stream, (caches, stats) = jax.lax.scan(body, stream, (blocks, caches))
       return stream, caches, stats
+    # Unrolled: one layer is taken out of the stack at a time.
     each = []
     for i in range(repeat):
       layer = jax.tree.map(lambda a, i=i: a[i], (blocks, caches))
@@ -350,17 +390,23 @@ class Transformer(nnx.Module):
     return stream, caches, stats
 
   def embedded(self, tokens: jax.Array) -> jax.Array:
-    """[B T] -> [B T D]."""
-    # Whole rows: a lookup in cut ones is cut along D, which nothing fits.
+    """Returns the embeddings [B T D] of tokens [B T]."""
+    # Whole rows: a lookup in sharded ones leaves D sharded, as no layer is.
     return lookup.rows(shard(self.embed[...], 'vocab', None), tokens)
 
   def enter(self, ctx: Context) -> jax.Array:
-    """The stream before the first block."""
+    """Returns the stream before the first block, [B T D] or [B T n D]."""
     stream = self.cfg.residual.expand(self.embedded(ctx.tokens))
     return shard(stream, 'batch', 'seq', *(None,) * (stream.ndim - 2))
 
-  def through(self, stream, ctx: Context, cache: Cache | None):
-    """All blocks -> (stream, caches and statistics per segment)."""
+  def through(
+    self, stream: jax.Array, ctx: Context, cache: Cache | None
+  ) -> tuple[jax.Array, list, list]:
+    """Runs all blocks.
+
+    Returns:
+      The stream, and lists of caches and of statistics, one per segment.
+    """
     caches, statistics = [], []
     for i, blocks in enumerate(self.segments):
       past = cache.layers[i] if cache else (None,) * len(blocks)
@@ -369,19 +415,42 @@ class Transformer(nnx.Module):
       statistics.append(stats)
     return stream, caches, statistics
 
-  def leave(self, stream, ctx: Context, mtp: bool):
-    """The stream after the last block -> (hidden [B T D], MTP's aux)."""
+  def leave(
+    self, stream: jax.Array, ctx: Context, mtp: bool
+  ) -> tuple[jax.Array, dict]:
+    """Collapses the stream after the last block.
+
+    Args:
+      stream: [B T D] or [B T n D].
+      ctx: the tokens.
+      mtp: whether to run multi-token prediction.
+
+    Returns:
+      hidden [B T D], and {'mtp', 'mtp_hidden'} of `Output.aux` or {}.
+    """
     hidden, aux = self.norm(self.residual.collapse(stream)), {}
     if mtp and self.cfg.mtp.depth:
+      # V4 goes on from the streams, V3 from the normed state.
       state = stream if self.cfg.mtp.streams else hidden
       aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx)
     return hidden, aux
 
   def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
+    # Rows of Engram tables [B T L K], unless the data pipeline hashed them.
+    """Returns logits, hidden states, cache and statistics of a batch.
+
+    Args:
+      ctx: the tokens.
+      cache: what is cached of earlier tokens, or None.
+      mtp: whether to run multi-token prediction.
+    """
     ctx, recent = self.hashed(ctx, cache)
+    # Embedding and all blocks: [B T D] or, with hyper-connections, [B T n D].
     stream, caches, statistics = self.through(self.enter(ctx), ctx, cache)
+    # Collapse and final norm: [B T D]; then the blocks that predict further.
     hidden, aux = self.leave(stream, ctx, mtp)
     aux = {'segments': statistics, **aux}
+    # Logits [B T V], float32: a loss subtracts them from their log-sum-exp.
     logits = jnp.einsum(
       'BTD,DV->BTV',
       hidden,
@@ -389,15 +458,20 @@ class Transformer(nnx.Module):
       preferred_element_type=jnp.float32,
     )
     if cache:
+      # Padding takes no slot.
       new = ctx.tokens.shape[1] if ctx.valid is None else ctx.valid.sum(axis=1)
       cache = Cache(
         tuple(caches), cache.length + new, cache.slots, False, recent
       )
     return Output(logits, hidden, cache, aux)
 
-  def _mtp(self, state, ctx: Context):
+  def _mtp(
+    self, state: jax.Array, ctx: Context
+  ) -> tuple[list[dict], list[jax.Array]]:
+    """Runs the depths of MTP: (statistics, states for the head [B T D])."""
     statistics, states = [], []
     for depth, module in enumerate(self.mtp, start=1):
+      # Depth k embeds the token k places on, at the place that predicts.
       at = shifted(ctx, depth)
       state, stats = module(state, self.embedded(at.tokens), at)
       statistics.append(stats)
@@ -407,7 +481,7 @@ class Transformer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """A transformer as pure functions over plain nested dicts.
+  """Holds a transformer as pure functions over plain nested dicts.
 
   Two that `build` made of equal configurations are equal, and so share what
   was compiled for one of them.
@@ -418,7 +492,7 @@ class Model:
     apply: see `build`.
     init_cache: (batch, slots) -> empty Cache in the compute dtype.
     head: variables -> [D V], what turns `hidden` into logits.
-    cast: variables -> the same in the compute dtype, but for the parameters
+    cast: variables -> the same in the compute dtype, except the parameters
       that stay float32; apply does it too, so do it once before a loop.
     abstract: key-free nnx.State of shapes, dtypes and axis names.
   """
@@ -432,22 +506,25 @@ class Model:
   abstract: dict[str, nnx.State]
 
   @functools.cached_property
-  def _key(self):
+  def _key(self) -> tuple:
+    """Returns what equal models share: configuration and functions."""
     # What `build` made is as the configuration says; a function that a user
     # put in its place is itself.
     one = lambda f: f.__qualname__ if _built(f) else f
     functions = self.init, self.apply, self.init_cache, self.head, self.cast
     return key(self.config), *map(one, functions)
 
-  def __eq__(self, other):
+  def __eq__(self, other: object) -> bool:
+    """Returns whether both have equal configurations and functions."""
     return isinstance(other, Model) and self._key == other._key
 
-  def __hash__(self):
+  def __hash__(self) -> int:
+    """Returns a hash that equal models share."""
     return hash(self._key)
 
 
-def _built(function) -> bool:
-  """Whether a function of a Model comes from `build`."""
+def _built(function: Callable) -> bool:
+  """Returns whether a function of a Model comes from `build`."""
   name = getattr(function, '__qualname__', '')
   makers = tuple(f'{f.__name__}.<locals>' for f in (build, functional))
   return getattr(function, '__module__', '') == __name__ and name.startswith(
@@ -456,7 +533,7 @@ def _built(function) -> bool:
 
 
 class Functional(NamedTuple):
-  """A module as pure functions, see `functional`."""
+  """Holds a module as pure functions, see `functional`."""
 
   abstract: dict[str, nnx.State]
   init: Callable[[jax.Array], dict]
@@ -464,20 +541,23 @@ class Functional(NamedTuple):
   merge: Callable[[dict], nnx.Module]
 
 
-def functional(make: Callable[[jax.Array], nnx.Module], dtype) -> Functional:
+def functional(
+  make: Callable[[jax.Array], nnx.Module], dtype: jax.typing.DTypeLike
+) -> Functional:
   """Takes a module apart into functions of plain dicts; allocates no array.
 
   Args:
     make: key -> module.
-    dtype: of computing.
+    dtype: in which it is computed.
 
   Returns:
     abstract and init as in Model, cast likewise; merge: variables -> module.
   """
+  # Shapes and dtypes alone: nothing is drawn.
   abstract = jax.eval_shape(make, jax.random.key(0))
   graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)
 
-  def init(key):
+  def init(key: jax.Array) -> dict:
     _, params, buffers = nnx.split(make(key), nnx.Param, Buffer)
     return {
       'params': nnx.to_pure_dict(params),
@@ -485,6 +565,7 @@ def functional(make: Callable[[jax.Array], nnx.Module], dtype) -> Functional:
     }
 
   is_variable = lambda v: isinstance(v, nnx.Variable)
+  # Which parameters stay float32: a tree of bools like the parameters.
   kept = nnx.to_pure_dict(
     jax.tree.map(
       lambda v: v.replace(v.get_metadata().get('full_precision', False)),
@@ -493,11 +574,11 @@ def functional(make: Callable[[jax.Array], nnx.Module], dtype) -> Functional:
     )
   )
 
-  def cast(variables):
+  def cast(variables: dict) -> dict:
     one = lambda p, keep: p.astype(jnp.float32 if keep else dtype)
     return {**variables, 'params': jax.tree.map(one, variables['params'], kept)}
 
-  def merge(variables):
+  def merge(variables: dict) -> nnx.Module:
     return nnx.merge(graphdef, variables['params'], variables['buffers'])
 
   return Functional({'params': params, 'buffers': buffers}, init, cast, merge)
@@ -508,13 +589,13 @@ def build(config: TransformerConfig) -> Model:
 
   apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
   train=False, mtp=False, ngrams=None) -> Output, with
-    tokens: [B T] int32, each 0..V - 1 but on padding, where it may be anything.
-      Another number is an InputError; inside jit, where it can't be known, it
-      gives NaN logits in its row and changes no other.
+    tokens: [B T] int32, each 0..V - 1 except on padding, where it may be
+      anything. Another number is an InputError; inside jit, where it can't be
+      known, it gives NaN logits in its row and changes no other.
     positions: [B T] int32; by default those after the cached tokens, or from 0
       within each document.
-    segment_ids: [B T] int32. A run of equal ids is a document, which sees no
-      other: the same id further on is another document. 0 (or less) is
+    segment_ids: [B T] int32. A run of equal ids is a document, which attends
+      to no other: the same id further on is another document. 0 (or less) is
       padding, which is cached, routed and counted nowhere. None: all of a row
       is one document.
     cache: from `init_cache` or an earlier Output. With one, a row is one
@@ -524,9 +605,12 @@ def build(config: TransformerConfig) -> Model:
       rows of their own.
     train: applies what is for training only (capacity).
     mtp: runs the multi-token prediction blocks too.
-    ngrams: [B T L K] int32, rows of the memories' tables that the data
+    ngrams: [B T L K] int32, rows of the Engrams' tables that the data
       pipeline has hashed; by default they are hashed here, to the same. What
       is no row is treated as what is no token.
+
+  Raises:
+    InputError: `config` is no TransformerConfig.
   """
   if not isinstance(config, TransformerConfig):
     raise InputError(
@@ -538,20 +622,21 @@ def build(config: TransformerConfig) -> Model:
   abstract, init, cast, merge = functional(make, dtype)
 
   def apply(
-    variables,
-    tokens,
+    variables: dict,
+    tokens: jax.Array,
     *,
-    positions=None,
-    segment_ids=None,
-    cache=None,
-    train=False,
-    mtp=False,
-    ngrams=None,
-  ):
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+    train: bool = False,
+    mtp: bool = False,
+    ngrams: jax.Array | None = None,
+  ) -> Output:
     given = inputs.Given(tokens, positions, segment_ids, ngrams)
     inputs.check(config, given, cache)
     fresh = cache is None or cache.fresh
     if positions is None and not fresh:
+      # Later calls go on after the cached tokens of each row.
       positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     ctx = context(
       tokens,
@@ -566,11 +651,12 @@ def build(config: TransformerConfig) -> Model:
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp)
 
-  def init_cache(batch, slots):
+  def init_cache(batch: int, slots: int) -> Cache:
     layers = []
     for segment in config.segments():
       one = lambda b: b.cache(batch, slots, config.dim, dtype)
       empty = [one(b) for b in segment.blocks]
+      # As the weights: every array of a segment is stacked [repeat ...].
       stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
       layers.append(tuple(jax.tree.map(stack, empty)))
     recent = None
@@ -583,8 +669,10 @@ def build(config: TransformerConfig) -> Model:
   return Model(config, init, apply, init_cache, head, cast, abstract)
 
 
-def unstack(config: TransformerConfig, variables: dict | None = None):
-  """The same model with every layer a segment of its own.
+def unstack(
+  config: TransformerConfig, variables: dict | None = None
+) -> TransformerConfig | dict:
+  """Returns the same model with every layer a segment of its own.
 
   Decoding wants it: taking a layer out of a stack copies its weights.
 
@@ -600,10 +688,11 @@ def unstack(config: TransformerConfig, variables: dict | None = None):
     layout = tuple(((name,), 1) for name in names)
     return dataclasses.replace(config, layout=layout)
 
-  def apart(tree):
+  def apart(tree: dict) -> dict:
     if 'segments' not in tree:
       return tree
     layers, number = {}, 0
+    # Layers in order of computing: repeats outside, blocks of a pattern inside.
     for i, segment in enumerate(config.segments()):
       for r in range(segment.repeat):
         for j in range(len(segment.blocks)):
@@ -618,7 +707,10 @@ def unstack(config: TransformerConfig, variables: dict | None = None):
 
 
 def moe_statistics(aux: dict, name: str) -> jax.Array | None:
-  """One MoE statistic of all layers in order, [L_moe, ...]; None if dense."""
+  """Returns one MoE statistic of all layers in order, [L_moe, ...].
+
+  None without MoE layers. `aux` is that of an Output.
+  """
   out = []
   for patterns in aux['segments']:
     picked = [s['ffn'][name] for s in patterns if name in s['ffn']]

@@ -1,1 +1,1 @@
-"""Attentions, one idea per file, and what they share."""
+"""Holds attentions, one idea per file, and what they share."""

@@ -1,4 +1,4 @@
-"""V4's compressor: one key-value entry for every m tokens (V4 section 2.3).
+"""Compresses m tokens into one key-value entry (DeepSeek-V4 section 2.3).
 
 A softmax over the tokens of a window, taken for each channel by itself, weighs
 their projections; a learned bias marks places in the window. With overlap an
@@ -30,7 +30,16 @@ _NEG = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-  """Shapes of a compressor; the layer makes it of its own configuration."""
+  """Describes a compressor; the layer makes it of its own configuration.
+
+  Attributes:
+    ratio: m.
+    overlap: whether an entry draws on the window before, too.
+    dim: C.
+    rope_dim: channels that are rotated, the last ones.
+    rope: of these channels.
+    norm_eps: of the norm of entries.
+  """
 
   ratio: int
   overlap: bool
@@ -40,15 +49,20 @@ class CompressorConfig:
   norm_eps: float
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'compressor.', ratio=1, dim=1, rope_dim=1)
     above(self, 'compressor.', norm_eps=0)
 
   @property
   def series(self) -> int:
+    """Returns J."""
     return 2 if self.overlap else 1
 
-  def cache(self, batch: int, slots: int, dtype) -> 'Compressed':
-    """An empty cache: C numbers per m slots, and a remainder."""
+  def cache(
+    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+  ) -> 'Compressed':
+    """Returns an empty cache: C numbers per m slots, and a remainder."""
+    # A ring of the last R tokens, which later entries may draw on.
     waiting = (batch, self.series * self.ratio, self.series, self.dim)
     return Compressed(
       jnp.zeros((batch, max(1, slots // self.ratio), self.dim), dtype),
@@ -58,7 +72,7 @@ class CompressorConfig:
 
 
 class Compressed(NamedTuple):
-  """Entries so far, and the projections of the last R tokens (a ring)."""
+  """Holds the entries so far, and a ring of the last R tokens' projections."""
 
   entries: jax.Array  # [B S C]
   kv: jax.Array  # [B R J C] float32
@@ -66,50 +80,65 @@ class Compressed(NamedTuple):
 
 
 class View(NamedTuple):
-  """The entries that queries see: `count` of them from `first` on."""
+  """Holds which entries each query attends to: `count` from `first` on."""
 
   first: jax.Array  # [B T] int32
   count: jax.Array  # [B T] int32, floor((t + 1) / m) at position t
 
   def mask(self, entries: int) -> jax.Array:
-    """[B T S] bool."""
+    """Returns which entries each query attends to, [B T S] bool."""
     at = jnp.arange(entries)
     first, count = self.first[..., None], self.count[..., None]
     return (at >= first) & (at < first + count)
 
 
-def tail_rope(x: jax.Array, positions, cfg: RopeConfig, dim: int) -> jax.Array:
-  """Turns the last `dim` channels of x [B T ... C] to positions [B T]."""
+def tail_rope(
+  x: jax.Array, positions: jax.Array, cfg: RopeConfig, dim: int
+) -> jax.Array:
+  """Rotates the last `dim` channels of x [B T ... C] to positions [B T]."""
   rest, last = jnp.split(x, [x.shape[-1] - dim], axis=-1)
   return jnp.concatenate([rest, rope(last, positions, cfg)], axis=-1)
 
 
 def _segments(ctx: Context) -> jax.Array:
+  """Returns the documents of the tokens, [B T] int32; without any all are 1."""
   if ctx.segments is None:
     return jnp.ones_like(ctx.positions)
   return ctx.segments
 
 
-def window_ends(positions, segments, ratio: int) -> jax.Array:
-  """[B L] bool: whether a whole window of a document ends at a token."""
+def window_ends(
+  positions: jax.Array, segments: jax.Array, ratio: int
+) -> jax.Array:
+  """Returns whether a whole window of a document ends at a token, [B L] bool."""
   L = positions.shape[1]
   back = lambda a, n: jnp.pad(a, [(0, 0), (n, 0)], constant_values=-1)[:, :L]
+  # The token m - 1 places before is of the same document ...
   whole = back(segments, ratio - 1) == segments
+  # ... and no token between them is missing.
   whole &= back(positions, ratio - 1) == positions - (ratio - 1)
   at_end = (positions + 1) % ratio == 0
   return whole & at_end & (segments > 0) & (jnp.arange(L) >= ratio - 1)
 
 
 def view(ctx: Context, ratio: int, fresh: bool) -> View:
-  """What each token sees: of a fresh batch's entries, or of a cache's."""
+  """Returns what each token attends to: a fresh batch's entries, or a cache's."""
   if fresh:
     return fresh_view(ctx.positions, _segments(ctx), ratio)
   count = (ctx.positions + 1) // ratio
   return View(jnp.zeros_like(count), count)
 
 
-def fresh_view(positions, segments, ratio: int, along: Along = WHOLE) -> View:
-  """What own tokens see of the entries of all; arguments [B T]."""
+def fresh_view(
+  positions: jax.Array, segments: jax.Array, ratio: int, along: Along = WHOLE
+) -> View:
+  """Returns which entries of all tokens the local tokens attend to.
+
+  Args:
+    positions, segments: [B T] of the local tokens.
+    ratio: m.
+    along: the local shard of sequences.
+  """
   positions, segments = along.gather((positions, segments))
   ends = window_ends(positions, segments, ratio).astype(jnp.int32)
   so_far = jnp.cumsum(ends, axis=1)
@@ -122,7 +151,7 @@ def fresh_view(positions, segments, ratio: int, along: Along = WHOLE) -> View:
 
 
 class Tokens(NamedTuple):
-  """Projections of the tokens that entries may draw on."""
+  """Holds projections of the tokens that entries may draw on."""
 
   kv: jax.Array  # [B L J C] float32
   gate: jax.Array  # [B L J C] float32
@@ -131,7 +160,12 @@ class Tokens(NamedTuple):
 
 
 class Compressor(nnx.Module):
-  def __init__(self, cfg: CompressorConfig, dim: int, *, std, rngs: nnx.Rngs):
+  """Makes entries of tokens, and keeps the tokens that wait in the cache."""
+
+  def __init__(
+    self, cfg: CompressorConfig, dim: int, *, std: float, rngs: nnx.Rngs
+  ):
+    """Makes projections and gates [D J C], the bias [m J C] and the norm."""
     self.cfg = cfg
     D, J, C = dim, cfg.series, cfg.dim
     init, zeros = nnx.initializers.normal(std), nnx.initializers.zeros
@@ -146,7 +180,7 @@ class Compressor(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: Compressed | None
   ) -> tuple[jax.Array, Compressed | None]:
-    """x [B T D] -> (entries [B S C], cache with these tokens).
+    """Returns the entries [B S C] of x [B T D], and the cache with these tokens.
 
     The entries are those of a fresh batch's documents, one after the other
     (see `view`), or all that the cache holds.
@@ -156,11 +190,13 @@ class Compressor(nnx.Module):
     if past is None or ctx.fresh:
       made, at = complete(self.cfg, self.weights(), own, max(1, T // m))
     else:
+      # Entries that end in these tokens may begin in cached ones.
       tokens = _after(past, own)
       made, at = complete(self.cfg, self.weights(), tokens, -(-T // m), T)
     made = made.astype(x.dtype)
     if past is None:
       return made, None
+    # The entry of positions n m..n m + m - 1 has slot n.
     entries = caching.write(past.entries, made, at // m, at >= 0)
     write = lambda a, new: ring.write(a, new, ctx.positions, ctx.valid)
     past = Compressed(
@@ -169,22 +205,26 @@ class Compressor(nnx.Module):
     return made if ctx.fresh else entries, past
 
   def tokens(self, x: jax.Array, ctx: Context) -> Tokens:
-    """What entries draw on, of x [B T D]."""
+    """Projects x [B T D] to what entries draw on."""
     f32 = {'preferred_element_type': jnp.float32}
     kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
     gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
     return Tokens(kv, gate, ctx.positions, _segments(ctx))
 
   def weights(self) -> tuple[jax.Array, RMSNorm]:
-    """What else entries are made with: the bias [m J C] and the norm."""
+    """Returns the other weights of entries: the bias [m J C] and the norm."""
     shape = self.cfg.ratio, self.cfg.series, self.cfg.dim
     return self.bias[...].reshape(shape), self.norm
 
 
 def complete(
-  cfg: CompressorConfig, weights, tokens: Tokens, count: int, new: int = 0
+  cfg: CompressorConfig,
+  weights: tuple[jax.Array, RMSNorm],
+  tokens: Tokens,
+  count: int,
+  new: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-  """The entries of windows that end in the last `new` tokens, or in any.
+  """Makes the entries of windows that end in the last `new` tokens, or in any.
 
   Args:
     cfg: of the compressor; weights: its `weights`.
@@ -201,6 +241,7 @@ def complete(
   (B, L), whole = ends.shape, ends
   if new:
     ends &= jnp.arange(L) >= L - new
+  # Entries in order; number `count` is dropped below.
   number = jnp.where(ends, jnp.cumsum(ends, axis=1) - 1, count)
   rows = jnp.arange(B)[:, None]
   end = (
@@ -212,6 +253,7 @@ def complete(
   bias, norm = weights
   value, logit = _windows(tokens, own, bias, -1)
   if cfg.overlap:
+    # The first series reads the window before, where there is one.
     value_before, logit_before = _windows(tokens, own - m, bias, 0)
     there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
     same = tokens.segments[rows, jnp.maximum(end - m, 0)]
@@ -219,30 +261,39 @@ def complete(
     logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
     value = jnp.concatenate([value_before, value], axis=2)
     logit = jnp.concatenate([logit_before, logit], axis=2)
+  # A softmax over the window for each channel: [B S R C] -> [B S C].
   entry = norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))
+  # An entry is rotated to the place where its window starts.
   start = tokens.positions[rows, jnp.maximum(own[..., 0], 0)]
   entry = tail_rope(entry, start, cfg.rope, cfg.rope_dim)
   return entry, jnp.where(end >= 0, start, -1)
 
 
-def _windows(tokens, at, bias, series):
-  """Values and logits [B S m C] of one series at tokens `at` [B S m]."""
+def _windows(
+  tokens: Tokens, at: jax.Array, bias: jax.Array, series: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns values and logits [B S m C] of one series at tokens `at` [B S m]."""
   rows = jnp.arange(at.shape[0])[:, None, None]
   pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
   return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
 
 
 def fresh_entries(
-  cfg: CompressorConfig, weights, tokens: Tokens, dtype, along: Along = WHOLE
+  cfg: CompressorConfig,
+  weights: tuple[jax.Array, RMSNorm],
+  tokens: Tokens,
+  dtype: jax.typing.DTypeLike,
+  along: Along = WHOLE,
 ) -> jax.Array:
-  """The entries of all documents [B S C], one after the other (see `view`).
+  """Makes the entries of all documents [B S C], one after the other (see `view`).
 
-  Each device makes those whose windows end in its own tokens. They may draw on
+  Each device makes those whose windows end in its local tokens. They may draw on
   tokens of devices before; only finished entries go to all.
   """
   T, m = tokens.positions.shape[1], cfg.ratio
   if not along.axis:
     return complete(cfg, weights, tokens, max(1, T // m))[0].astype(dtype)
+  # Tokens of the devices before that a local entry may draw on.
   before = cfg.series * m - 1
   fills = Tokens(0, 0, -1, -1)
   joined = lambda a, fill: jnp.concatenate(
@@ -255,7 +306,7 @@ def fresh_entries(
 
 
 def _after(past: Compressed, new: Tokens) -> Tokens:
-  """The tokens that wait in a cache, and the new ones after them."""
+  """Returns the tokens that wait in a cache, and the new ones after them."""
   R, start = past.kv.shape[1], new.positions[:, 0]
   positions = ring.before(start, R)
   waiting = Tokens(

@@ -1,9 +1,9 @@
-"""Compressed sparse attention, CSA (V4 section 2.3.1).
+"""Computes compressed sparse attention, CSA (DeepSeek-V4 section 2.3.1).
 
 Of every m tokens (4) one entry is made, each drawing on the window before too,
 and an indexer picks the `top_k` entries that a query reads. The indexer has a
 smaller compressor of its own. Picked entries are gathered, k rows per query,
-for a block of queries at a time; the indexer's scores alone see all entries.
+for a block of queries at a time; the indexer's scores alone cover all entries.
 What the indexer learns from is unpublished for V4. Here it is what V3.2 does:
 the divergence of its softmax over the entries that are read from the
 attention's to them, with detached inputs; all entries in the dense first stage.
@@ -37,7 +37,7 @@ from deepseek_jax.parallel.sharding import param
 
 @dataclasses.dataclass(frozen=True)
 class CSAConfig:
-  """Which entries there are and which are read.
+  """Describes which entries there are and which are read.
 
   Attributes:
     ratio: tokens of an entry (m).
@@ -63,15 +63,18 @@ class CSAConfig:
 
   @property
   def measures_recall(self) -> bool:
-    """Whether training reports it."""
+    """Returns whether training logs the indexer's recall."""
     return self.stage == 'dense' or self.recall_queries > 0
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'csa.', ratio=1, top_k=1, index_heads=1, index_dim=1)
     at_least(self, 'csa.', block=1, recall_queries=0, loss=0)
 
 
 class CSACache(NamedTuple):
+  """Holds the entries, and the indexer's keys of the same windows."""
+
   entries: Compressed
   keys: Compressed  # the indexer's
 
@@ -86,9 +89,19 @@ class EntryIndexer(nnx.Module):
     dim: int,
     latent: int,
     *,
-    std,
+    std: float,
     rngs: nnx.Rngs,
   ):
+    """Makes the indexer's projections and its compressor.
+
+    Args:
+      cfg: shapes of the indexer.
+      compress: how index keys are made of tokens.
+      dim: D.
+      latent: Q.
+      std: of the weights.
+      rngs: random streams of `params`.
+    """
     self.cfg, self.compress = cfg, compress
     J, I = cfg.index_heads, cfg.index_dim
     init = nnx.initializers.normal(std)
@@ -96,12 +109,15 @@ class EntryIndexer(nnx.Module):
     self.weights = param(rngs, init, (dim, J), ('embed', None))
     self.compressor = Compressor(compress, dim, std=std, rngs=rngs)
 
-  def query(self, x, latent, positions) -> IndexQuery:
-    """Of x [B T D] and the queries' latent [B T Q]."""
+  def query(
+    self, x: jax.Array, latent: jax.Array, positions: jax.Array
+  ) -> IndexQuery:
+    """Returns the index queries of x [B T D] and the queries' latent [B T Q]."""
     q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])
     q = compressor.tail_rope(
       q, positions, self.compress.rope, self.compress.rope_dim
     )
+    # Each index head's weight comes from the token itself, [B T J].
     weight = jnp.einsum(
       'BTD,DJ->BTJ', x, self.weights[...], preferred_element_type=jnp.float32
     )
@@ -109,7 +125,7 @@ class EntryIndexer(nnx.Module):
 
 
 class CSA(nnx.Module):
-  """The entries and how queries read the picked ones."""
+  """Makes the entries and lets queries read the picked ones."""
 
   def __init__(
     self,
@@ -118,9 +134,19 @@ class CSA(nnx.Module):
     dim: int,
     latent: int,
     *,
-    std,
+    std: float,
     rngs: nnx.Rngs,
   ):
+    """Makes the compressor of entries and the indexer with its own.
+
+    Args:
+      cfg: see there.
+      compress: how entries are made of tokens.
+      dim: D.
+      latent: Q.
+      std: of the weights.
+      rngs: random streams of `params`.
+    """
     self.cfg = cfg
     self.compressor = Compressor(compress, dim, std=std, rngs=rngs)
     keys = dataclasses.replace(compress, dim=cfg.index_dim)
@@ -136,7 +162,7 @@ class CSA(nnx.Module):
     *,
     scale: float,
   ) -> tuple[Part, CSACache]:
-    """Reads the cache and x [B T D] by turned queries q [B T H C].
+    """Reads the cache and x [B T D] by rotated queries q [B T H C].
 
     Args:
       q, x: see above.
@@ -148,15 +174,29 @@ class CSA(nnx.Module):
     Returns:
       Attention to the entries, and the cache with these tokens.
     """
+    # Entries [B S C] and, from the smaller compressor, keys [B S I].
     entries, kept = self.compressor(x, ctx, past.entries)
     keys, kept_keys = self.indexer.compressor(x, ctx, past.keys)
     query = self.indexer.query(x, latent, ctx.positions)
     view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
+    # The indexer picks, and each query attends to its own picks.
     reading = Reading(self.cfg, q, query, view, entries, keys, scale)
     return reading.part()[0], CSACache(kept, kept_keys)
 
-  def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
-    """Of a fresh batch: what entries draw on, what queries bring, weights."""
+  def inputs(
+    self, x: jax.Array, latent: jax.Array, ctx: Context
+  ) -> tuple[tuple, IndexQuery, tuple]:
+    """Returns the inputs of `fresh` for an uncached batch.
+
+    Args:
+      x: [B T D].
+      latent: [B T Q], what the queries were made of.
+      ctx: the tokens.
+
+    Returns:
+      The compressors' inputs, the index query, and the compressors' weights.
+    """
+    # The indexer takes no gradient from the model and gives it none.
     detached = jax.lax.stop_gradient((x, latent))
     makers = self.compressor, self.indexer.compressor
     tokens = makers[0].tokens(x, ctx), makers[1].tokens(detached[0], ctx)
@@ -169,18 +209,18 @@ def fresh(
   compress: tuple[CompressorConfig, CompressorConfig],
   along: Along,
   q: jax.Array,
-  tokens,
+  tokens: tuple,
   query: IndexQuery,
-  weights,
+  weights: tuple,
   *,
   scale: float,
   rest: jax.Array | None,
 ) -> tuple[Part, dict]:
-  """Attention of own queries to the entries of all.
+  """Computes attention of the local queries to the entries of all.
 
   Args:
     cfg: what is read; compress: how entries and index keys are made.
-    along: which part this is.
+    along: the local shard.
     q: [B T H C].
     tokens, query, weights: see CSA.inputs.
     scale: multiplies the scores.
@@ -191,6 +231,7 @@ def fresh(
     The part, and with `rest` the indexer's 'loss' and, if measured, 'recall',
     [B] each.
   """
+  # Each device compresses its tokens; entries and keys are gathered.
   entries, keys = (
     compressor.fresh_entries(*one, q.dtype, along)
     for one in zip(compress, weights, tokens)

@@ -1,7 +1,7 @@
-"""How queries read compressed entries, and what their indexer learns (V4).
+"""Reads compressed entries, and computes what their indexer learns (V4).
 
 Picked entries are gathered, k rows per query, for a block of queries at a time;
-the indexer's scores alone see all entries (section 2.3.1). The indexer learns
+the indexer's scores alone cover all entries (section 2.3.1). The indexer learns
 the heads' mean attention to the entries, as the layer computes it: one softmax
 over window, entries and sink. A head that spends 1 % on entries counts 1 %.
 Legend: B batch, T queries, S entries, K picked ones, H heads, C head dim, I
@@ -23,7 +23,7 @@ from deepseek_jax.parallel.sequence import WHOLE, Along
 
 
 class Rule(Protocol):
-  """What a reading takes of a CSAConfig."""
+  """Describes what a reading takes of a CSAConfig."""
 
   top_k: int
   stage: str
@@ -33,16 +33,16 @@ class Rule(Protocol):
 
 
 class Reading(NamedTuple):
-  """Own queries and all entries.
+  """Holds the local queries and all entries.
 
   Attributes:
     cfg: which entries are read, and what is measured.
     q: [B T H C]; query: the indexer's.
-    view: the entries that queries see.
+    view: the entries that queries may attend to.
     entries: [B S C]; keys: [B S I], the indexer's.
     scale: multiplies the scores.
     learn: whether the indexer's loss is wanted.
-    along: which part of sequences and heads this is.
+    along: the local shard of sequences and heads.
     rest: [B T H] float32, log-sum-exp of what else is in the softmax: window
       and sink. Read if `learn`.
   """
@@ -59,12 +59,12 @@ class Reading(NamedTuple):
   rest: jax.Array | None = None
 
   def part(self) -> tuple[Part, dict[str, jax.Array]]:
-    """Attention to the entries, and what the indexer learns from.
+    """Computes attention to the entries, and what the indexer learns from.
 
     Returns:
       The part, and if `learn` the indexer's 'loss' and, if measured, 'recall':
       the share of the attention to all entries that lies on the `top_k`. Each
-      is [B], a mean over the queries that see an entry.
+      is [B], a mean over the queries that attend to an entry.
     """
     # With no more entries than that, all would be picked.
     dense = self.cfg.stage == 'dense' or self.entries.shape[1] <= self.cfg.top_k
@@ -74,14 +74,14 @@ class Reading(NamedTuple):
     return part, stats
 
   def choose(self) -> jax.Array:
-    """The entries that each query reads: [B T K] int32, -1 for none.
+    """Picks the entries that each query reads: [B T K] int32, -1 for none.
 
     Of equal scores the lowest entry wins, in prefill and decoding alike.
     """
     query, keys = jax.lax.stop_gradient((self.query, self.keys))
     S = keys.shape[1]
 
-    def block(one, keys):
+    def block(one: tuple[IndexQuery, View], keys: jax.Array) -> jax.Array:
       query, view = one
       scores = index.index_scores(query, keys, self.along)
       return index.best(scores, view.mask(S), min(self.cfg.top_k, S))
@@ -90,7 +90,9 @@ class Reading(NamedTuple):
     queries = query, self.view
     return over_blocks(block, queries, self.cfg.block, numbers, (keys,))
 
-  def _shares(self, log_sum, weights, rest) -> jax.Array:
+  def _shares(
+    self, log_sum: jax.Array, weights: jax.Array, rest: jax.Array
+  ) -> jax.Array:
     """Returns how all heads' attention to the entries is shared out, detached.
 
     Args:
@@ -109,23 +111,32 @@ class Reading(NamedTuple):
     total = self.along.sum_of_heads(total)
     return total / total.sum(axis=-1, keepdims=True)
 
-  def _mean(self, values, view: View, weights=1.0) -> jax.Array:
-    """Of [B T] over all devices' queries that see an entry, weighted: [B]."""
+  def _mean(
+    self, values: jax.Array, view: View, weights: jax.Array | float = 1.0
+  ) -> jax.Array:
+    """Returns the weighted mean of values [B T] over all devices' queries: [B].
+
+    Only queries that attend to an entry count.
+    """
     counted = (view.count > 0) * weights
+    # A query without entries may hold NaN: it is left out, not times 0.
     total = jnp.where(counted > 0, values, 0) * counted
     total = total.sum(axis=1), counted.sum(axis=1)
     total, count = self.along.sum_of_parts(total)
     return total / jnp.maximum(count, 1)
 
-  def _chosen(self, chosen):
-    """Each query's own entries, gathered -> (part, statistics)."""
+  def _chosen(self, chosen: jax.Array) -> tuple[Part, dict[str, jax.Array]]:
+    """Reads each query's own entries, gathered: (part, statistics)."""
 
-    def block(one, entries, keys):
+    def block(
+      one: tuple, entries: jax.Array, keys: jax.Array
+    ) -> tuple[Part, jax.Array | None]:
       q, query, at, rest = one
       seen = at >= 0
       part, weights = attend(q, rows(entries, at), seen, self.scale)
       if not self.learn:
         return part, None
+      # The loss compares both over the picked entries alone.
       scores = index.index_scores(query, rows(keys, at), self.along)
       shares = self._shares(part.log_sum, weights, rest)
       return part, index.divergence(shares, scores, seen)
@@ -141,9 +152,10 @@ class Reading(NamedTuple):
       stats['recall'] = self._recall(chosen)
     return part, stats
 
-  def _recall(self, chosen) -> jax.Array:
-    """Of some queries, spread over the sequence: [B]."""
+  def _recall(self, chosen: jax.Array) -> jax.Array:
+    """Measures the recall of some queries, spread over the sequence: [B]."""
     along, T = self.along, self.q.shape[1]
+    # The sampled queries of this device, and which of them count.
     at, counts = (
       jnp.asarray(a)[along.index]
       for a in sampled(T, self.cfg.recall_queries, along.ways)
@@ -153,17 +165,20 @@ class Reading(NamedTuple):
     q, view, rest, chosen = jax.tree.map(some, own)
     q, entries = jax.lax.stop_gradient((q, self.entries))
     seen = view.mask(entries.shape[1])
+    # These few attend to all entries, as in the dense stage.
     part, weights = attend(q, entries, seen, self.scale)
     shares = self._shares(part.log_sum, weights, rest)
     caught = index.caught(shares, chosen)
     return self._mean(caught, view, counts)
 
-  def _all(self):
-    """All entries that there are -> (part, statistics)."""
+  def _all(self) -> tuple[Part, dict[str, jax.Array]]:
+    """Reads all entries that there are: (part, statistics)."""
     S = self.entries.shape[1]
     k = min(self.cfg.top_k, S)
 
-    def block(one, entries, keys):
+    def block(
+      one: tuple, entries: jax.Array, keys: jax.Array
+    ) -> tuple[Part, tuple | None]:
       q, query, view, rest = one
       seen = view.mask(S)
       part, weights = attend(q, entries, seen, self.scale)
@@ -171,6 +186,7 @@ class Reading(NamedTuple):
         return part, None
       shares = self._shares(part.log_sum, weights, rest)
       scores = index.index_scores(query, keys, self.along)
+      # What the indexer would pick, for the recall alone.
       chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
       caught = index.caught(shares, chosen)
       return part, (index.divergence(shares, scores, seen), caught)

@@ -1,4 +1,4 @@
-"""DeepSeek sparse attention (V3.2, arXiv:2512.02556, section 2.1).
+"""Computes DeepSeek sparse attention (V3.2, arXiv:2512.02556, section 2.1).
 
 Latent attention in which a query reads only the `top_k` tokens that a lightning
 indexer picks, the same ones for all heads. Their latents are gathered, k rows
@@ -25,7 +25,11 @@ from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention import indexer_loss, query_blocks
-from deepseek_jax.model.attention.dsa_reading import read_by_kernel, read_chosen
+from deepseek_jax.model.attention.dsa_reading import (
+  Read,
+  read_by_kernel,
+  read_chosen,
+)
 from deepseek_jax.model.attention.indexer import (
   Indexer,
   IndexerConfig,
@@ -43,14 +47,14 @@ from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import Sequence
-from deepseek_jax.parallel.sequence import WHOLE
+from deepseek_jax.parallel.sequence import WHOLE, Along
 from pallas_kernels.indexer import indexer
 from pallas_kernels.mla_prefill import segment_starts
 
 
 @dataclasses.dataclass(frozen=True)
 class DSAConfig(MLAConfig):
-  """Latent attention of sparse reading.
+  """Describes latent attention of sparse reading.
 
   Attributes:
     indexer: its shapes.
@@ -72,6 +76,7 @@ class DSAConfig(MLAConfig):
   block: int = 128
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     super().__post_init__()
     at_least(self, top_k=1, block=1, recall_queries=0, loss=0)
     if self.indexer.dim < self.rope_dim:
@@ -82,40 +87,47 @@ class DSAConfig(MLAConfig):
 
   @property
   def measures_recall(self) -> bool:
-    """Whether training reports it."""
+    """Returns whether training logs the indexer's recall."""
     return self.stage == 'dense' or self.recall_queries > 0
 
-  def cache(self, batch: int, slots: int, dtype) -> 'SparseLatent':
-    """An empty cache: C + R numbers and an index key of I per slot."""
+  def cache(
+    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+  ) -> 'SparseLatent':
+    """Returns an empty cache: C + R numbers and an index key of I per slot."""
     latent = super().cache(batch, slots, dtype)
     shape = (batch, slots, self.indexer.dim)
     return SparseLatent(*latent, jnp.zeros(shape, dtype))
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'DSA':
+    """Returns the attention of a model of width `dim`."""
     return DSA(self, dim, std=std, rngs=rngs)
 
 
 class SparseLatent(NamedTuple):
-  """All that the layer remembers of a token; also its cache."""
+  """Holds all that the layer caches of tokens; also its cache."""
 
   c: jax.Array  # [B S C], normed
-  kr: jax.Array  # [B S R], turned
-  index: jax.Array  # [B S I], normed and turned
+  kr: jax.Array  # [B S R], rotated
+  index: jax.Array  # [B S I], normed and rotated
 
 
-def choose_by_kernel(query: IndexQuery, keys, sight: Sight, k: int, impl):
-  """`index.choose` in ascending order, without its scores in memory."""
+def choose_by_kernel(
+  query: IndexQuery, keys: jax.Array, sight: Sight, k: int, impl: str
+) -> jax.Array:
+  """Computes `index.choose` in ascending order, without its scores in memory."""
   first = jnp.zeros_like(sight.places)
   if sight.segments is not None:
     first = segment_starts(sight.segments)
+  # A query attends to keys first..own place of its document.
   span = first, sight.places + 1
   return indexer(query.q, keys, query.weight, *span, top_k=k, impl=impl)
 
 
 class DSA(MLA):
-  """Latent attention to the tokens that the indexer picks."""
+  """Attends to the tokens that the indexer picks, through their latents."""
 
-  def __init__(self, cfg: DSAConfig, dim: int, *, std, rngs: nnx.Rngs):
+  def __init__(self, cfg: DSAConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes the weights of MLA and those of the indexer."""
     super().__init__(cfg, dim, std=std, rngs=rngs)
     self.indexer = Indexer(
       cfg.indexer,
@@ -128,49 +140,62 @@ class DSA(MLA):
     )
 
   def remember(self, x: jax.Array, positions: jax.Array) -> SparseLatent:
-    """What is cached of x [B T D]."""
+    """Returns what is cached of x [B T D]."""
     key = self.indexer.key(jax.lax.stop_gradient(x), positions)
     return SparseLatent(*self.latent(x, positions), key)
 
   def index_query(self, x: jax.Array, positions: jax.Array) -> IndexQuery:
-    """The indexer's queries of x [B T D], detached from the model."""
+    """Returns the indexer's queries of x [B T D], detached from the model."""
     x, latent = jax.lax.stop_gradient((x, self.query_latent(x)))
     return self.indexer.query(x, latent, positions)
 
   def __call__(
     self, x: jax.Array, ctx: Context, past: SparseLatent | None = None
   ) -> tuple[jax.Array, SparseLatent | None, dict]:
-    """x [B T D] -> (y [B T D], cache with these tokens, statistics).
+    """Returns y [B T D] of x [B T D], the cache with these tokens, and statistics.
 
     Statistics are of training: 'loss' of the indexer (a scalar, weighted), and
     'recall', the share of dense attention's mass at its `top_k` choices.
     """
-    q = self.query(x, ctx.positions)
-    new = self.remember(x, ctx.positions)
+    q = self.query(x, ctx.positions)  # [B T H N], [B T H R]
+    new = self.remember(x, ctx.positions)  # [B T C], [B T R], [B T I]
     fresh = past is None or ctx.fresh
     if past is not None:
       write = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
       past = SparseLatent(*map(write, past, new))
     query = self.index_query(x, ctx.positions)
+    # Later calls attend to the cache; a first one to its tokens alone.
     if not fresh:
       return self.project(self.cached(q, query, past, ctx)), past, {}
     y, stats = self.fresh(q, query, new, ctx)
     return self.project(y), past, stats
 
   def dense(self, keys: int) -> bool:
-    """Whether queries read all, as they would choose all of so few."""
+    """Returns whether queries read all, as they would choose all of so few."""
     return self.cfg.stage == 'dense' or keys <= self.cfg.top_k
 
-  def cached(self, q, query: IndexQuery, past: SparseLatent, ctx: Context):
-    """What queries read of a cache: [B T H V]."""
+  def cached(
+    self,
+    q: tuple[jax.Array, jax.Array],
+    query: IndexQuery,
+    past: SparseLatent,
+    ctx: Context,
+  ) -> jax.Array:
+    """Attends to what queries choose of a cache: [B T H V]."""
     if self.dense(past.c.shape[1]):
       return self.attend(*q, None, Latent(*past[:2]), ctx)
     sight = query_blocks.sight(ctx.positions, ctx.segments, fresh=False)
     chosen = choose(self.cfg, query, past.index, sight)
     return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
 
-  def fresh(self, q, query: IndexQuery, new: SparseLatent, ctx: Context):
-    """Tokens that see only each other -> ([B T H V], statistics)."""
+  def fresh(
+    self,
+    q: tuple[jax.Array, jax.Array],
+    query: IndexQuery,
+    new: SparseLatent,
+    ctx: Context,
+  ) -> tuple[jax.Array, dict]:
+    """Computes tokens that attend to each other only: ([B T H V], statistics)."""
     (B, T, H, _), cfg = q[0].shape, self.cfg
     if self.dense(T) and not ctx.train:
       return self.attend(*q, Latent(*new[:2]), None, ctx), {}
@@ -180,6 +205,8 @@ class DSA(MLA):
     if not self.dense(T) and not cfg.recall_queries:
       names = ('loss',)
     out = heads, {name: ('batch',) for name in names if ctx.train}
+    # Each device computes its queries and heads; index heads are sharded as
+    # well, so both must divide.
     y, stats = context.split(
       functools.partial(body, cfg, ctx.train),
       (q, query, new, ctx.segments, self.kv_up[...]),
@@ -195,8 +222,15 @@ class DSA(MLA):
     return y, stats
 
 
-def choose(cfg: DSAConfig, query, keys, sight, key_segments=None, along=WHOLE):
-  """The `top_k` keys [B S I] that each query reads: [B T K] int32."""
+def choose(
+  cfg: DSAConfig,
+  query: IndexQuery,
+  keys: jax.Array,
+  sight: Sight,
+  key_segments: jax.Array | None = None,
+  along: Along = WHOLE,
+) -> jax.Array:
+  """Chooses the `top_k` keys [B S I] that each query reads: [B T K] int32."""
   own = lambda: index.choose(
     query,
     keys,
@@ -210,18 +244,45 @@ def choose(cfg: DSAConfig, query, keys, sight, key_segments=None, along=WHOLE):
   return kernels.pick('indexer', by_kernel, own)
 
 
-def read(cfg: DSAConfig, q, keys: SparseLatent, ups, chosen, *, shares: bool):
-  """Attention to the chosen; with the `shares` that the loss wants, or not."""
+def read(
+  cfg: DSAConfig,
+  q: tuple[jax.Array, jax.Array],
+  keys: SparseLatent,
+  ups: tuple[jax.Array, jax.Array],
+  chosen: jax.Array,
+  *,
+  shares: bool,
+) -> Read:
+  """Attends to the chosen; with the `shares` that the loss wants, or not."""
   args = q, keys[:2], ups, chosen
   own = lambda: read_chosen(*args, scale=cfg.scale, most=cfg.block)
+  # The kernel does not return shares, so the loss takes the layer's own code.
   if shares:
     return own()
   by_kernel = lambda impl: read_by_kernel(*args, scale=cfg.scale, impl=impl)
   return kernels.pick('sparse_mla', by_kernel, own)
 
 
-def _scene(cfg, along, q, query, new, segments, up) -> Scene:
-  """What own tokens see of all; gathers their latents and index keys."""
+def _scene(
+  cfg: DSAConfig,
+  along: Along,
+  q: tuple[jax.Array, jax.Array],
+  query: IndexQuery,
+  new: SparseLatent,
+  segments: jax.Array | None,
+  up: jax.Array,
+) -> Scene:
+  """Gathers latents and index keys: what local queries attend to of all.
+
+  Args:
+    cfg: see there.
+    along: the local shard.
+    q: [B T H N] and [B T H R].
+    query: the indexer's.
+    new: what is cached of the local tokens.
+    segments: [B T], or None.
+    up: [C H N+V].
+  """
   seen = gathered_attention.sequence(along, q[0].shape[1], segments)
   places = seen.first + jnp.arange(q[0].shape[1])
   sight = Sight(jnp.broadcast_to(places, q[0].shape[:2]), segments)
@@ -231,8 +292,20 @@ def _scene(cfg, along, q, query, new, segments, up) -> Scene:
   )
 
 
-def _dense(cfg, train, along, q, query, new, segments, up):
-  """Attention to all -> (y, the indexer's loss and recall)."""
+def _dense(
+  cfg: DSAConfig,
+  train: bool,
+  along: Along,
+  q: tuple[jax.Array, jax.Array],
+  query: IndexQuery,
+  new: SparseLatent,
+  segments: jax.Array | None,
+  up: jax.Array,
+) -> tuple[jax.Array, dict]:
+  """Attends to all tokens: (y, the indexer's loss and recall).
+
+  Args: as of `_scene`, and whether the batch is for training.
+  """
   del train  # or this would be MLA's
   scene = _scene(cfg, along, q, query, new, segments, up)
   seen = Sequence(scene.sight.places[0, 0], segments, scene.segments)
@@ -242,8 +315,20 @@ def _dense(cfg, train, along, q, query, new, segments, up):
   return y, indexer_loss.over_all(scene, k, cfg.block)
 
 
-def _sparse(cfg, train, along, q, query, new, segments, up):
-  """Attention to the chosen -> (y, the indexer's loss and recall)."""
+def _sparse(
+  cfg: DSAConfig,
+  train: bool,
+  along: Along,
+  q: tuple[jax.Array, jax.Array],
+  query: IndexQuery,
+  new: SparseLatent,
+  segments: jax.Array | None,
+  up: jax.Array,
+) -> tuple[jax.Array, dict]:
+  """Attends to the chosen tokens: (y, the indexer's loss and recall).
+
+  Args: as of `_scene`, and whether the batch is for training.
+  """
   scene = _scene(cfg, along, q, query, new, segments, up)
   ups = jnp.split(up, [cfg.nope_dim], axis=-1)
   keys, sight = SparseLatent(*scene.latents, scene.keys), scene.sight
@@ -251,6 +336,7 @@ def _sparse(cfg, train, along, q, query, new, segments, up):
   found = read(cfg, q, keys, ups, chosen, shares=train)
   if not train:
     return found.y, {}
+  # The indexer's target is the mean of all heads, on whatever device.
   shares = along.mean_of_heads(jax.lax.stop_gradient(found.shares))
   stats = indexer_loss.over_chosen(scene, chosen, shares, cfg.block)
   if cfg.recall_queries:

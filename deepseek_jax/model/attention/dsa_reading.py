@@ -1,4 +1,4 @@
-"""Latent attention of each query to rows of its own (absorbed form).
+"""Computes latent attention of each query to rows of its own (absorbed form).
 
 What is chosen is the same for all heads, so a query's rows are gathered once:
 k rows of C + R numbers, for a block of queries at a time (DeepSeek-V3.2,
@@ -19,7 +19,7 @@ _NEG = -1e30
 
 
 class Read(NamedTuple):
-  """What reading the chosen tokens gives."""
+  """Holds what reading the chosen tokens gives."""
 
   y: jax.Array  # [B T H V]
   shares: jax.Array | None  # [B T K] float32: the heads' mean attention
@@ -34,11 +34,11 @@ def read_chosen(
   scale: float,
   most: int = 128,
 ) -> Read:
-  """Attention of each query to its own few latents (absorbed form).
+  """Attends from each query to its own few latents (absorbed form).
 
   Args:
-    queries: no-rope [B T H N] and turned rope part [B T H R].
-    keys: latents [B S C] and turned rope keys [B S R].
+    queries: no-rope [B T H N] and rotated rope part [B T H R].
+    keys: latents [B S C] and rotated rope keys [B S R].
     ups: what makes of a latent keys [C H N] and values [C H V].
     chosen: [B T K] int32, rows of the keys; -1 is none.
     scale: multiplies the scores.
@@ -46,9 +46,10 @@ def read_chosen(
   """
   f32 = {'preferred_element_type': jnp.float32}
 
-  def block(one, keys, ups):
+  def block(one: tuple, keys: tuple, ups: tuple) -> Read:
     (qn, qr, at), (k_up, v_up) = one, ups
     c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
+    # Absorbed: k_up goes into the query, v_up into the output.
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
     scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
@@ -65,8 +66,16 @@ def read_chosen(
   )
 
 
-def read_by_kernel(queries, keys, ups, chosen, *, scale: float, impl) -> Read:
-  """`read_chosen` without the shares."""
+def read_by_kernel(
+  queries: tuple[jax.Array, jax.Array],
+  keys: tuple[jax.Array, jax.Array],
+  ups: tuple[jax.Array, jax.Array],
+  chosen: jax.Array,
+  *,
+  scale: float,
+  impl: str,
+) -> Read:
+  """Computes `read_chosen` without the shares."""
   qc = jnp.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
   mixed = sparse_mla(qc, queries[1], *keys, chosen, scale=scale, impl=impl)
   return Read(jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1]), None)

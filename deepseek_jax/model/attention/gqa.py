@@ -1,6 +1,7 @@
-"""Multi-head, grouped-query and multi-query attention (arXiv:2305.13245).
+"""Computes multi-head, grouped-query and multi-query attention.
 
-The baselines of MLA: kv_heads = heads is MHA, 1 is MQA, between is GQA.
+The baselines of MLA (arXiv:2305.13245): kv_heads = heads is MHA, 1 is MQA,
+between is GQA.
 Legend: B batch, T queries, S cache slots, D model, H heads, G key heads,
 K head dim.
 """
@@ -28,17 +29,28 @@ from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import repeat_groups
+from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.parallel.sharding import param, shard, ways
 
 
 @dataclasses.dataclass(frozen=True)
 class GQAConfig:
+  """Describes grouped-query attention.
+
+  Attributes:
+    heads: H.
+    kv_heads: G, which divides H.
+    head_dim: K, even.
+    rope: of queries and keys.
+  """
+
   heads: int
   kv_heads: int
   head_dim: int
   rope: RopeConfig = RopeConfig(interleaved=False)
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     at_least(self, heads=1, kv_heads=1, head_dim=1)
     if self.heads % self.kv_heads:
       raise InputError(
@@ -49,19 +61,25 @@ class GQAConfig:
 
   @property
   def scale(self) -> float:
+    """Returns what multiplies the scores."""
     return self.head_dim**-0.5 * softmax_multiplier(self.rope)
 
-  def cache(self, batch: int, slots: int, dtype) -> 'KeyValue':
-    """An empty cache: 2 G K numbers per slot."""
+  def cache(
+    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+  ) -> 'KeyValue':
+    """Returns an empty cache: 2 G K numbers per slot."""
     shape = (batch, slots, self.kv_heads, self.head_dim)
     return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'GQA':
+    """Returns the attention of a model of width `dim`."""
     return GQA(self, dim, std=std, rngs=rngs)
 
 
 class KeyValue(NamedTuple):
-  k: jax.Array  # [B S G K], turned
+  """Holds keys and values of tokens; also the cache."""
+
+  k: jax.Array  # [B S G K], rotated
   v: jax.Array  # [B S G K]
 
 
@@ -72,7 +90,7 @@ def grouped_attention(
   scale: float,
   segments: jax.Array | None = None,
 ) -> jax.Array:
-  """Causal attention of a batch to itself, on each device's part.
+  """Computes causal attention of a batch to itself, on each device's shard.
 
   Args:
     q: [B T H K].
@@ -84,7 +102,9 @@ def grouped_attention(
     [B T H K].
   """
 
-  def local(along, q, keys, segments):
+  def local(
+    along: Along, q: jax.Array, keys: KeyValue, segments: jax.Array | None
+  ) -> jax.Array:
     if not along.axis:
       return causal_attention(q, *keys, scale=scale, segments=segments)
     seen = gathered_attention.sequence(along, q.shape[1], segments)
@@ -92,7 +112,7 @@ def grouped_attention(
     return gathered_attention.attend(repeat_groups, q, every, (), seen, scale)
 
   H, G = q.shape[2], keys.k.shape[2]
-  if ways('heads', H) != ways('heads', G):  # so few groups cannot be cut
+  if ways('heads', H) != ways('heads', G):  # so few groups can't be sharded
     keys = KeyValue(*repeat_groups(q.shape[2:], keys))
   rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
   return context.split(
@@ -105,7 +125,10 @@ def grouped_attention(
 
 
 class GQA(nnx.Module):
-  def __init__(self, cfg: GQAConfig, dim: int, *, std, rngs: nnx.Rngs):
+  """Attends with H query heads that share G heads of keys and values."""
+
+  def __init__(self, cfg: GQAConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes q [D H K], k and v [D G K], out [H K D]."""
     self.cfg = cfg
     D, H, G, K = dim, cfg.heads, cfg.kv_heads, cfg.head_dim
     init = nnx.initializers.normal(std)
@@ -114,8 +137,8 @@ class GQA(nnx.Module):
     self.v = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
     self.out = param(rngs, init, (H, K, D), ('heads', None, 'embed'))
 
-  def projections(self, x: jax.Array):
-    """x [B T D] -> q [B T H K], k and v [B T G K], not turned."""
+  def projections(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns q [B T H K], k and v [B T G K] of x [B T D], not rotated."""
     weights = self.q[...], self.k[...], self.v[...]
     D, G, K = weights[1].shape
     if ways('heads', G) == 1:
@@ -130,9 +153,9 @@ class GQA(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: KeyValue | None = None
   ) -> tuple[jax.Array, KeyValue | None, dict]:
-    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
+    """Returns y [B T D] of x [B T D], the cache with these tokens, no statistics."""
     cfg = self.cfg
-    q, k, v = self.projections(x)
+    q, k, v = self.projections(x)  # [B T H K], [B T G K] twice
     q, k = (rope(a, ctx.positions, cfg.rope) for a in (q, k))
     q = shard(q, 'batch', 'seq', 'heads', None)
     if past is not None:
@@ -142,6 +165,7 @@ class GQA(nnx.Module):
           for b, n in zip(past, (k, v))
         )
       )
+    # A first call attends to its own tokens, later ones to the cache.
     if past is None or ctx.fresh:
       how = {'scale': cfg.scale, 'segments': ctx.segments}
       y = grouped_attention(q, KeyValue(k, v), **how)

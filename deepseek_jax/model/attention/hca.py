@@ -1,4 +1,4 @@
-"""Heavily compressed attention, HCA (V4 section 2.3.2).
+"""Computes heavily compressed attention, HCA (DeepSeek-V4 section 2.3.2).
 
 Of every m tokens (128) one entry is made, without overlap, and a query reads
 all that are complete. Few enough are left that nothing has to be picked.
@@ -26,20 +26,26 @@ from deepseek_jax.parallel.sequence import Along
 
 @dataclasses.dataclass(frozen=True)
 class HCAConfig:
-  """ratio: tokens of an entry (m)."""
+  """Describes the entries of HCA.
+
+  Attributes:
+    ratio: tokens of an entry (m).
+  """
 
   ratio: int = 128
 
   def __post_init__(self):
+    """Raises InputError unless ratio >= 1."""
     at_least(self, 'hca.', ratio=1)
 
 
 class HCA(nnx.Module):
-  """The entries and how queries read them."""
+  """Makes the entries and lets queries read them."""
 
   def __init__(
-    self, compress: CompressorConfig, dim: int, *, std, rngs: nnx.Rngs
+    self, compress: CompressorConfig, dim: int, *, std: float, rngs: nnx.Rngs
   ):
+    """Makes the compressor."""
     self.cfg = compress
     self.compressor = Compressor(compress, dim, std=std, rngs=rngs)
 
@@ -53,26 +59,40 @@ class HCA(nnx.Module):
     *,
     scale: float,
   ) -> tuple[Part, Compressed]:
-    """Reads the cache and x [B T D] by turned queries q [B T H C].
+    """Reads the cache and x [B T D] by rotated queries q [B T H C].
 
-    The queries' latent is not used. Returns (attention to the entries, cache
-    with these tokens).
+    The queries' latent is not used.
+
+    Returns:
+      Attention to the entries, and the cache with these tokens.
     """
     del latent
+    # Entries so far, with those that these tokens complete: [B S C].
     entries, past = self.compressor(x, ctx, past)
     view = compressor.view(ctx, self.cfg.ratio, fresh=ctx.fresh)
     return read(q, entries, view, scale), past
 
-  def inputs(self, x: jax.Array, latent: jax.Array, ctx: Context):
-    """Of a fresh batch: what entries draw on, what queries bring, weights."""
+  def inputs(
+    self, x: jax.Array, latent: jax.Array, ctx: Context
+  ) -> tuple[compressor.Tokens, None, tuple]:
+    """Returns the inputs of `fresh` for an uncached batch.
+
+    They are the compressor's inputs, None for an index query, and the
+    compressor's weights.
+    """
     del latent
     return self.compressor.tokens(x, ctx), None, self.compressor.weights()
 
 
 def fresh(
-  cfg: CompressorConfig, along: Along, q, tokens, weights, scale: float
+  cfg: CompressorConfig,
+  along: Along,
+  q: jax.Array,
+  tokens: compressor.Tokens,
+  weights: tuple,
+  scale: float,
 ) -> Part:
-  """Attention of own queries to the entries of all; see HCA.inputs."""
+  """Computes attention of local queries to the entries of all (HCA.inputs)."""
   entries = compressor.fresh_entries(cfg, weights, tokens, q.dtype, along)
   where = tokens.positions, tokens.segments
   view = compressor.fresh_view(*where, cfg.ratio, along)
@@ -80,11 +100,12 @@ def fresh(
 
 
 def read(q: jax.Array, entries: jax.Array, view: View, scale: float) -> Part:
-  """Attention of q [B T H C] to the entries [B S C] that each sees."""
+  """Attends from q [B T H C] to the entries [B S C] in each query's view."""
   S, H = entries.shape[1], q.shape[2]
 
-  def block(one, entries):
+  def block(one: tuple[jax.Array, View], entries: jax.Array) -> Part:
     q, view = one
     return attend(q, entries, view.mask(S), scale)[0]
 
+  # In blocks of 128 queries, so that scores [B n H S] stay small.
   return over_blocks(block, (q, view), 128, S * H, (entries,))

@@ -1,1 +1,1 @@
-"""Mixtures of experts: the router, balance, the layer, its statistics."""
+"""Holds mixtures of experts: the router, balance, the layer, its statistics."""

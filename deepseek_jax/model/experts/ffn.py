@@ -1,5 +1,6 @@
-"""SwiGLU feed-forward network (arXiv:2002.05202): down(silu(gate x) * up x).
+"""Computes the SwiGLU feed-forward network: down(silu(gate x) * up x).
 
+See arXiv:2002.05202.
 Legend: B batch, T tokens, D model, F hidden.
 """
 
@@ -16,21 +17,28 @@ from deepseek_jax.parallel.sharding import param, shard, ways
 
 @dataclasses.dataclass(frozen=True)
 class FFNConfig:
-  """width: F; limit: V4's clamp of gate (from above) and up (both sides)."""
+  """Describes a SwiGLU.
+
+  Attributes:
+    width: F.
+    limit: V4's clamp of gate (from above) and up (both sides); None: none.
+  """
 
   width: int
   limit: float | None = None
 
   def __post_init__(self):
+    """Raises InputError unless width >= 1 and limit > 0."""
     at_least(self, width=1)
     above(self, limit=0)
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'FFN':
+    """Returns the FFN of a model of width `dim`."""
     return FFN(self, dim, std=std, rngs=rngs)
 
 
 def swiglu(gate_up: jax.Array, limit: float | None = None) -> jax.Array:
-  """[... 2F], gate half then up half -> [... F].
+  """Computes the activation of [... 2F], gate half then up half: [... F].
 
   With a limit, silu(min(gate, limit)) * clip(up, -limit, limit) (V4).
   """
@@ -38,31 +46,37 @@ def swiglu(gate_up: jax.Array, limit: float | None = None) -> jax.Array:
 
 
 def gated(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
-  """`swiglu` of its halves [... F]."""
+  """Computes `swiglu` from its halves [... F]."""
   if limit is not None:
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
   return jax.nn.silu(gate) * up
 
 
 class FFN(nnx.Module):
-  """The dense FFN, and the shared experts of a MoE layer (one wide SwiGLU)."""
+  """Computes the dense FFN, or the shared experts of a MoE layer.
 
-  def __init__(self, cfg: FFNConfig, dim: int, *, std, rngs: nnx.Rngs):
+  Shared experts are one wide SwiGLU.
+  """
+
+  def __init__(self, cfg: FFNConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes gate_up [D 2 F] and down [F D], drawn with `std`."""
     self.limit = cfg.limit
     init = nnx.initializers.normal(std)
     D, F = dim, cfg.width
-    # gate and up side by side: one matmul instead of two.
+    # Gate and up side by side: one matmul instead of two.
     self.gate_up = param(rngs, init, (D, 2, F), ('embed', None, 'mlp'))
     self.down = param(rngs, init, (F, D), ('mlp', 'embed'))
 
   def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
-    """x [B T D] -> (y [B T D], no statistics)."""
+    """Returns y [B T D] of x [B T D], and no statistics."""
     D, _, F = self.gate_up.shape
     weight = self.gate_up[...]
     if ways('mlp', F) > 1:
-      # Side by side, halves would lie across other devices than they are on.
+      # Flattened, the halves would be sharded over other devices than they
+      # are on.
       both = jnp.einsum('BTD,DNF->BTNF', x, weight)
       h = gated(both[:, :, 0], both[:, :, 1], self.limit)
     else:
       h = swiglu(x @ weight.reshape(D, 2 * F), self.limit)
+    # The hidden units [B T F] stay sharded; `down` sums over them.
     return shard(h, 'batch', 'seq', 'mlp') @ self.down[...], {}

@@ -1,9 +1,10 @@
-"""DeepSeekMoE (arXiv:2401.06066): shared experts, fine-grained routed experts.
+"""Computes DeepSeekMoE: shared experts and fine-grained routed experts.
 
-y = shared(x) + sum of the chosen experts' outputs times their weights.
-Dropless: each expert takes as many tokens as choose it. V2's capacity factor
-(arXiv:2405.04434 section 2.2.4) is an option of training.
-Legend: B batch, T tokens, D model, E experts, K chosen, F expert hidden.
+y = shared(x) + sum of the chosen experts' outputs times their weights
+(arXiv:2401.06066). Dropless: each expert takes as many tokens as choose it.
+V2's capacity factor (arXiv:2405.04434 section 2.2.4) is an option of training.
+Legend: B batch, T tokens, D model, E experts, K chosen, F expert hidden, N
+tokens of a device, M rows sorted by expert.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from pallas_kernels import permute
 
 @dataclasses.dataclass(frozen=True)
 class CapacityConfig:
-  """V2's token dropping: a device takes `factor` times its average load.
+  """Describes V2's token dropping: a device takes `factor` times its mean load.
 
   The budget is a sequence's: of the N choices that its tokens make, a device
   takes factor * N / devices, those of highest affinity. The paper's budget is
@@ -50,6 +51,7 @@ class CapacityConfig:
   exempt: float = 0.1
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     above(self, 'capacity.', factor=0)
     at_least(self, 'capacity.', devices=1)
     within(self, 'capacity.', exempt=(0, 1))
@@ -57,7 +59,7 @@ class CapacityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """Shapes of a MoE layer.
+  """Describes a MoE layer.
 
   Attributes:
     experts: routed experts E.
@@ -87,6 +89,7 @@ class MoEConfig:
   redundant: int = 0
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     at_least(self, experts=1, top_k=1, width=1, shared=0, redundant=0)
     above(self, limit=0)
     if self.top_k > self.experts:
@@ -102,16 +105,21 @@ class MoEConfig:
       )
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MoE':
+    """Returns the MoE layer of a model of width `dim`."""
     return MoE(self, dim, std=std, rngs=rngs)
 
 
 def exempted(tokens: jax.Array, share: float) -> jax.Array:
-  """tokens [B T] int32 -> [B] bool, true for this share of all sequences.
+  """Returns which sequences lose no token: [B] bool, true for `share` of all.
 
   Tokens count in any order, so that the shifted ones of multi-token prediction
   exempt the same sequences.
+
+  Args:
+    tokens: [B T] int32.
+    share: 0..1.
   """
-  # Whole numbers: a sum over a sequence that is cut comes out the same.
+  # Integers: the sum over a sharded sequence comes out the same.
   h = _mixed(tokens.astype(jnp.uint32) + jnp.uint32(1)).sum(
     axis=1, dtype=jnp.uint32
   )
@@ -119,7 +127,7 @@ def exempted(tokens: jax.Array, share: float) -> jax.Array:
 
 
 def _mixed(h: jax.Array) -> jax.Array:
-  """A bijection of uint32 that looks random: murmur's last step."""
+  """Applies murmur's last step: a bijection of uint32 that looks random."""
   u32 = jnp.uint32
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
     h = (h ^ (h >> u32(shift))) * u32(factor)
@@ -141,17 +149,21 @@ def drop(
     exempt: [B] bool, sequences that lose nothing.
 
   Returns:
-    The routing with dropped choices sent nowhere, and their number.
+    The routing with dropped choices sent nowhere (expert E, weight 0), and
+    their number, int32.
   """
   B, T, K = routing.experts.shape
   chosen = routing.experts.reshape(B, T * K)
   device = chosen // (experts // cfg.devices)  # `devices` for padding
+  # By device, and on it by falling affinity; lexsort is stable.
   order = jnp.lexsort((-routing.weights.reshape(B, T * K), device))
   counts = (device[..., None] == jnp.arange(cfg.devices)).sum(axis=1)
   start = jnp.cumsum(counts, axis=1) - counts  # of each device in the order
+  # One more device, that of padding.
   start = jnp.pad(start, [(0, 0), (0, 1)])
   place = jnp.argsort(order, axis=1)  # of each choice in the order
   rank = place - jnp.take_along_axis(start, device, axis=1)
+  # Padding chooses no device, so counts.sum is the N of the sequence.
   budget = cfg.factor * counts.sum(axis=1) / cfg.devices
   dropped = (rank >= budget[:, None]) & (chosen < experts) & ~exempt[:, None]
   kept = ~dropped.reshape(B, T, K)
@@ -165,16 +177,16 @@ def drop(
 
 
 def apply_experts(
-  x,
-  experts,
-  weights,
-  gate_up,
-  down,
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate_up: jax.Array,
+  down: jax.Array,
   *,
   limit: float | None = None,
   float8: bool = False,
 ) -> jax.Array:
-  """Routed experts on one device.
+  """Computes the routed experts on one device.
 
   Args:
     x: [N D] tokens.
@@ -198,17 +210,26 @@ def apply_experts(
     )
   if not float8 and _most_experts_chosen(*experts.shape, E):
     return _apply_all(x, experts, weights, gate_up, down, limit)
+  # Rows sorted by expert, each expert's filled up to whole blocks: [M D].
   plan = permute.plan(experts, E)
   rows = permute.permute(x, plan)
   gate_up = gate_up.reshape(E, D, 2 * F)
+  # Gate, up and activation: [M D] -> [M F].
   h = _hidden(rows, gate_up, plan, limit, float8)
   layout = {'block_expert': plan.block_expert, 'used': plan.used}
+  # Down, [M F] -> [M D]; then rows return to their tokens, weighted.
   y = gmm.grouped_matmul(h, down, **layout, float8=float8)
   return permute.combine(y, weights, plan)
 
 
-def _hidden(rows, gate_up, plan, limit, float8):
-  """rows [M D], gate_up [E D 2F] -> [M F] after the activation."""
+def _hidden(
+  rows: jax.Array,
+  gate_up: jax.Array,
+  plan: permute.Plan,
+  limit: float | None,
+  float8: bool,
+) -> jax.Array:
+  """Computes gate, up and activation of sorted rows [M D]: [M F]."""
   layout = {'block_expert': plan.block_expert, 'used': plan.used}
   args = rows, gate_up
   if float8:
@@ -221,15 +242,22 @@ def _hidden(rows, gate_up, plan, limit, float8):
 
 
 def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
-  """Whether so few tokens choose so many experts that reading them all pays.
+  """Returns whether few tokens choose so many experts that reading all pays.
 
   Then the weights' bytes are the cost, and all of them would be read anyway.
   """
   return tokens <= 16 and 2 * tokens * top_k >= experts
 
 
-def _apply_all(x, experts, weights, gate_up, down, limit):
-  """apply_experts with every expert run on every token: decoding batches.
+def _apply_all(
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate_up: jax.Array,
+  down: jax.Array,
+  limit: float | None,
+) -> jax.Array:
+  """Computes `apply_experts` with every expert on every token: for decoding.
 
   It rounds where the other way rounds: what an expert makes of a token, and
   the float32 sum of those times the float32 weights.
@@ -246,11 +274,19 @@ def _apply_all(x, experts, weights, gate_up, down, limit):
   h = jnp.einsum('ENJD,EJDF->EJNF', rows, w, **f32).sum(axis=1)
   h = swiglu(h.astype(x.dtype), limit)
   y = jnp.einsum('ENF,EFD->END', h, down, **f32).astype(x.dtype)
+  # An expert that a token did not choose has a share of 0.
   return jnp.einsum('NE,END->ND', share, y, precision='highest').astype(x.dtype)
 
 
 class MoE(nnx.Module):
-  def __init__(self, cfg: MoEConfig, dim: int, *, std, rngs: nnx.Rngs):
+  """Computes shared and routed experts."""
+
+  def __init__(self, cfg: MoEConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes the router, the experts' weights and the shared experts.
+
+    With `redundant` copies there are E + redundant experts' weights, and two
+    tables: the copies of each expert, and how many it has (one at first).
+    """
     self.cfg = cfg
     E, D, F = cfg.experts, dim, cfg.width
     init = nnx.initializers.normal(std)
@@ -270,17 +306,32 @@ class MoE(nnx.Module):
       self.shared = FFN(shared, D, std=std, rngs=rngs)
 
   def pick_copies(self, routing: Routing) -> Routing:
-    """Experts -> copies of them, which tokens take in turn."""
+    """Replaces experts by copies of them, which tokens take in turn.
+
+    Returns:
+      The routing with numbers below E + redundant; that number is nowhere.
+    """
     E, last = self.cfg.experts, self.cfg.experts + self.cfg.redundant
     chosen = routing.experts
     turn = jnp.arange(chosen.size // chosen.shape[-1]).reshape(chosen.shape[:2])
+    # Padding has number E: it looks up any expert and is replaced below.
     expert = jnp.minimum(chosen, E - 1)
     turn = turn[..., None] % self.copy_count[...][expert]
     copy = self.copies[...][expert, turn]
     return routing._replace(experts=jnp.where(chosen < E, copy, last))
 
-  def routed(self, x: jax.Array, routing: Routing):
-    """x [B T D] -> ([B T D], choices that no first buffer of a mesh held)."""
+  def routed(
+    self, x: jax.Array, routing: Routing
+  ) -> tuple[jax.Array, jax.Array]:
+    """Computes the routed experts, on a mesh by dispatch and combine.
+
+    Args:
+      x: [B T D].
+      routing: which experts each token goes to.
+
+    Returns:
+      [B T D], and the number of choices that no first buffer of a mesh held.
+    """
     B, T, D = x.shape
     cfg = self.cfg
     compute = functools.partial(
@@ -299,14 +350,18 @@ class MoE(nnx.Module):
     return y.reshape(B, T, D), jnp.int32(0)
 
   def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
-    """x [B T D] -> (y [B T D], statistics).
+    """Returns y [B T D] of x [B T D], and statistics.
 
     Statistics: 'load' [E] int32, tokens that chose each expert; 'experts'
     [B T K] int32; 'dropped' int32, choices over capacity; 'losses', the
     balance losses without their weights; 'loss', their weighted sum; while
     training also those of `routing_statistics`.
+
+    Raises:
+      InputError: training with redundant copies.
     """
     cfg = self.cfg
+    # K experts of each token, their weights, and all scores [B T E].
     routing = self.router(x, ctx)
     values = balance.losses(cfg.balance, routing, ctx.valid)
     stats = {
@@ -324,12 +379,15 @@ class MoE(nnx.Module):
     if ctx.train:
       bias = self.router.bias[...] if cfg.router.bias else None
       stats |= routing_statistics.statistics(routing, bias, cfg.router)
+    # Load and losses above count the choices before any is dropped.
     if cfg.capacity and ctx.train:
       free = exempted(ctx.tokens, cfg.capacity.exempt)
       routing, stats['dropped'] = drop(routing, cfg.experts, cfg.capacity, free)
     if cfg.redundant:
       routing = self.pick_copies(routing)
+    # Experts on their devices: [B T D] -> [B T D].
     y, missed = self.routed(x, routing)
+    # A dropless exchange has sent them in further rounds.
     using = current()
     if using and not using.exchange.dropless:
       stats['dropped'] += missed

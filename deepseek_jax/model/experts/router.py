@@ -1,4 +1,4 @@
-"""Token-to-expert routing: scores, groups, bias, top-k, weights.
+"""Routes tokens to experts: scores, groups, bias, top-k, weights.
 
 The released algorithms are settings of one computation: V2-Lite's greedy
 softmax, V2's group-limited softmax (arXiv:2405.04434 section 2.2.2) and V3's
@@ -27,7 +27,7 @@ from pallas_kernels.router import Rule, normalized, router
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-  """How experts are chosen and weighted.
+  """Describes how experts are chosen and weighted.
 
   Attributes:
     scoring: affinity of a token to an expert.
@@ -51,6 +51,7 @@ class RouterConfig:
   hash_vocab: int = 0
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'router.', groups=1, top_groups=1, hash_vocab=0)
     above(self, 'router.', scale=0)
 
@@ -85,7 +86,10 @@ class RouterConfig:
 
 
 class Routing(NamedTuple):
-  """Where tokens go. An expert number E means nowhere (padding, dropped)."""
+  """Holds where tokens go.
+
+  An expert number E means nowhere (padding, dropped).
+  """
 
   experts: jax.Array  # [B T K] int32
   weights: jax.Array  # [B T K] float32
@@ -94,7 +98,7 @@ class Routing(NamedTuple):
 
 
 def score(logits: jax.Array, scoring: str) -> jax.Array:
-  """Affinities [... E] of float32 router logits [... E]."""
+  """Computes the affinities [... E] of float32 router logits [... E]."""
   if scoring == 'softmax':
     return jax.nn.softmax(logits, axis=-1)
   if scoring == 'sqrtsoftplus':
@@ -119,14 +123,15 @@ def shares(scores: jax.Array) -> jax.Array:
 
 
 def limit_groups(choice: jax.Array, cfg: RouterConfig) -> jax.Array:
-  """choice [... E] with all but the best groups at -inf.
+  """Sets all but the best groups of choice [... E] to -inf.
 
-  Not 0: a biased score can be negative, and a 0 would then win against it.
+  Not to 0: a biased score can be negative, and a 0 would then win against it.
   """
   if cfg.groups == 1:
     return choice
   E = choice.shape[-1]
   grouped = choice.reshape(*choice.shape[:-1], cfg.groups, E // cfg.groups)
+  # A group counts by its best expert, or its best two: [... G].
   if cfg.group_score == 'max':
     rank = grouped.max(axis=-1)
   else:
@@ -139,9 +144,12 @@ def limit_groups(choice: jax.Array, cfg: RouterConfig) -> jax.Array:
 def choose(
   scores: jax.Array, bias: jax.Array | None, top_k: int, cfg: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-  """Scores [... E], bias [E] -> experts [... K] int32, weights [... K].
+  """Chooses experts [... K] int32 by scores [... E] and bias [E].
 
   Equal scores favour the lower expert number.
+
+  Returns:
+    The experts, and their weights [... K] float32, without the bias.
   """
   choice = jax.lax.stop_gradient(scores)
   if bias is not None:
@@ -153,15 +161,17 @@ def choose(
 def weigh(
   scores: jax.Array, experts: jax.Array, cfg: RouterConfig
 ) -> jax.Array:
-  """Weights [... K] of the chosen `experts` [... K] by their scores [... E]."""
+  """Returns the weights [... K] of `experts` by their scores [... E]."""
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.normalize:
     weights = normalized(weights, Rule.eps)
   return weights * cfg.scale
 
 
-def hash_table(key: jax.Array, vocab: int, experts: int, top_k: int):
-  """A random fixed map from tokens to distinct experts, [V K] int32.
+def hash_table(
+  key: jax.Array, vocab: int, experts: int, top_k: int
+) -> jax.Array:
+  """Makes a random fixed map from tokens to distinct experts, [V K] int32.
 
   Tokens are shuffled and taken E at a time; the n-th of them gets experts
   n + o_1 ... n + o_K modulo E, with offsets o drawn anew for each E. So every E
@@ -177,9 +187,28 @@ def hash_table(key: jax.Array, vocab: int, experts: int, top_k: int):
 
 
 class Router(nnx.Module):
+  """Chooses and weights the experts of each token."""
+
   def __init__(
-    self, cfg: RouterConfig, dim: int, experts: int, top_k: int, *, std, rngs
+    self,
+    cfg: RouterConfig,
+    dim: int,
+    experts: int,
+    top_k: int,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
   ):
+    """Makes the weight [D E], and the bias [E] or the hash table [V K].
+
+    Args:
+      cfg: see there.
+      dim: D.
+      experts: E.
+      top_k: K.
+      std: of the weight.
+      rngs: random streams of `params`.
+    """
     self.cfg, self.top_k = cfg, top_k
     init = nnx.initializers.normal(std)
     self.weight = param(
@@ -191,8 +220,19 @@ class Router(nnx.Module):
       table = hash_table(rngs.params(), cfg.hash_vocab, experts, top_k)
       self.table = Buffer(table, axes=(None, None))
 
-  def _routed(self, logits, bias, impl):
-    """`choose` and the scores before it in one kernel."""
+  def _routed(
+    self, logits: jax.Array, bias: jax.Array | None, impl: str
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes `choose` and the scores before it in one kernel.
+
+    Args:
+      logits: [B T E] float32.
+      bias: [E], or None.
+      impl: 'reference' or 'gpu'.
+
+    Returns:
+      Experts and weights [B T K], and the load [E].
+    """
     cfg = self.cfg
     rule = Rule(
       cfg.scoring,
@@ -208,7 +248,7 @@ class Router(nnx.Module):
     return *each, load
 
   def __call__(self, x: jax.Array, ctx: Context) -> Routing:
-    """x [B T D] -> the routing of every valid token; padding goes nowhere."""
+    """Returns the routing of x [B T D]; padding goes nowhere."""
     # float32: with many experts bfloat16 scores tie, and low numbers would win.
     logits = jnp.einsum(
       'BTD,DE->BTE',
@@ -216,12 +256,14 @@ class Router(nnx.Module):
       self.weight[...].astype(jnp.float32),
       precision='highest',
     )
+    # Affinities [B T E] without the bias: they weigh, and enter the losses.
     scores, load = score(logits, self.cfg.scoring), None
     if self.cfg.hash_vocab:
       nowhere = scores.shape[-1]  # for what is no token
       experts = lookup.rows(self.table[...], ctx.tokens, fill=nowhere)
       weights = weigh(scores, experts, self.cfg)
     else:
+      # The bias takes part in the choice alone.
       bias = self.bias[...] if self.cfg.bias else None
       experts, weights, load = kernels.pick(
         'router',
@@ -233,5 +275,6 @@ class Router(nnx.Module):
       weights = jnp.where(ctx.valid[..., None], weights, 0.0)
       load = None  # padding was counted
     if load is None:
+      # Number E, nowhere, is out of range and not counted.
       load = jnp.bincount(experts.reshape(-1), length=scores.shape[-1])
     return Routing(experts, weights, scores, load)

@@ -1,4 +1,4 @@
-"""What training tells about its routing, beyond the load of each expert.
+"""Measures routing while training, beyond the load of each expert.
 
 Three questions: how sure is the gate (the entropy of its scores), how much of
 the choice is the selection bias's rather than the scores' (DeepSeek-V3,
@@ -29,7 +29,7 @@ _GROUPS = 64  # counted pairs are at most so many squared
 def statistics(
   routing: Routing, bias: jax.Array | None, cfg: RouterConfig
 ) -> dict[str, jax.Array]:
-  """Sums over the valid tokens of a batch.
+  """Sums statistics over the valid tokens of a batch.
 
   Args:
     routing: as the router gave it, before anything is dropped.
@@ -46,6 +46,7 @@ def statistics(
   E = routing.scores.shape[-1]
   scores = jax.lax.stop_gradient(routing.scores)
   hit = _hits(routing.experts, E)  # [B T E]
+  # Padding chooses number E, which hits nothing.
   valid = hit.any(axis=-1)
   return {
     'entropy': jnp.where(valid, entropy(scores), 0.0).sum(),
@@ -55,22 +56,26 @@ def statistics(
 
 
 def entropy(scores: jax.Array) -> jax.Array:
-  """Of non-negative scores [... E], over log E: 1 is uniform. [...]."""
+  """Computes the entropy [...] of scores [... E] over log E; 1 is uniform."""
   share = shares(scores)
   terms = share * jnp.log(jnp.where(share > 0, share, 1.0))
   return -terms.sum(axis=-1) / jnp.log(max(scores.shape[-1], 2))
 
 
 def groups(experts: int) -> int:
-  """The groups of neighbours that pairs are counted of."""
+  """Returns how many groups of neighbours pairs are counted of."""
   return max(g for g in range(1, _GROUPS + 1) if experts % g == 0)
 
 
 def _hits(experts: jax.Array, E: int) -> jax.Array:
+  """Returns whether each expert is chosen: [... K] -> [... E] bool."""
   return (experts[..., None] == jnp.arange(E)).any(axis=-2)
 
 
-def _moved(hit, routing: Routing, bias, cfg: RouterConfig) -> jax.Array:
+def _moved(
+  hit: jax.Array, routing: Routing, bias: jax.Array | None, cfg: RouterConfig
+) -> jax.Array:
+  """Returns which tokens choose otherwise without the bias, [B T] bool."""
   if bias is None:
     return jnp.zeros(hit.shape[:-1], bool)
   K = routing.experts.shape[-1]
@@ -79,9 +84,10 @@ def _moved(hit, routing: Routing, bias, cfg: RouterConfig) -> jax.Array:
 
 
 def _together(hit: jax.Array) -> jax.Array:
+  """Counts the pairs of groups that tokens choose, [G G] int32."""
   E = hit.shape[-1]
   G = groups(E)
-  # B and T stay apart: a mesh may cut both.
+  # B and T stay apart: both may be sharded.
   grouped = hit.reshape(*hit.shape[:2], G, E // G)
   grouped = grouped.sum(axis=-1, dtype=jnp.int8)
   return jnp.einsum(

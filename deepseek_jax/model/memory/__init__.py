@@ -1,1 +1,1 @@
-"""Engram: memory looked up by hashed n-grams."""
+"""Holds Engram: tables looked up by hashed n-grams."""

@@ -1,10 +1,10 @@
-"""Engram: tables read by the hash of the last tokens (arXiv:2601.07372).
+"""Computes Engram: tables read by the hash of the last tokens.
 
-A layer with a memory looks up one row per n-gram order and head, makes a value
-and, for each residual stream, a key of them, and adds the value to the stream
-as far as key and stream agree. Tables grow without costing FLOPs. Which rows,
-is the matter of ngram_hash.py. V4.1's memory is `conv` 0; neither form has
-biases here.
+See arXiv:2601.07372. A layer with an Engram looks up one row per n-gram order
+and head, makes a value and, for each residual stream, a key of them, and adds
+the value to the stream as far as key and stream agree. Tables grow without
+costing FLOPs. Which rows are read is computed in ngram_hash.py. V4.1's Engram
+has `conv` 0; neither form has biases here.
 Legend: B batch, T tokens, n streams, D model, L layers with tables, N longest
 n-gram, O = N - 1 orders, H tables of an order, K = O H, E width of a token's
 rows together.
@@ -30,7 +30,7 @@ _ROWS = 128  # tables are filled up to a multiple, so that meshes divide them
 
 @dataclasses.dataclass(frozen=True)
 class EngramConfig:
-  """The memory of all layers that have one.
+  """Describes the Engram of all layers that have one.
 
   Attributes:
     base: rows of a table; the next unused prime from here on.
@@ -55,6 +55,7 @@ class EngramConfig:
   gate_floor: float = 1e-6
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     at_least(self, 'engram.', base=2, longest=2, heads=1, dim=1)
     at_least(self, 'engram.', conv=0, classes=0, seed=0)
     above(self, 'engram.', norm_eps=0)
@@ -68,11 +69,15 @@ class EngramConfig:
       )
 
   def sizes(self, layers: int) -> np.ndarray:
-    """Rows of every table [L O H]."""
+    """Returns the rows of every table, [L O H] int64 primes."""
     return ngrams.primes(self.base, layers, self.longest - 1, self.heads)
 
   def rows(self, layers: int) -> int:
-    """Rows of a layer's tables together, the same in each of `layers`."""
+    """Returns the rows of a layer's tables together, the same in all `layers`.
+
+    Raises:
+      InputError: more than int32 counts.
+    """
     sizes = self.sizes(layers)
     most = int(sizes.reshape(layers, -1).sum(axis=1).max())
     rows = -(-most // _ROWS) * _ROWS
@@ -85,23 +90,28 @@ class EngramConfig:
 
   @property
   def width(self) -> int:
-    """E."""
+    """Returns E."""
     return (self.longest - 1) * self.dim
 
   @property
   def reach(self) -> int:
-    """How many tokens the convolution looks back."""
+    """Returns how many tokens the convolution looks back."""
     return max(self.conv - 1, 0) * self.longest
 
-  def cache(self, batch: int, streams: int, dim: int, dtype):
-    """What the convolution keeps; None without one."""
+  def cache(
+    self, batch: int, streams: int, dim: int, dtype: jax.typing.DTypeLike
+  ) -> jax.Array | None:
+    """Returns a ring of the convolution's last inputs; None without one.
+
+    Its shape is [B reach+1 n D].
+    """
     if not self.reach:
       return None
     return jnp.zeros((batch, self.reach + 1, streams, dim), dtype)
 
 
 def reaches(ctx: Context, back: int) -> jax.Array:
-  """Whether the token `back` places before is of the same document [B T]."""
+  """Returns whether the token `back` places before is of the same document."""
   inside = ctx.positions >= back
   if ctx.segments is None or back == 0:
     return inside
@@ -110,8 +120,17 @@ def reaches(ctx: Context, back: int) -> jax.Array:
   return inside & (beyond | same)
 
 
-def with_past(past, new, ctx: Context, reach: int):
-  """new [B T ...] after the `reach` entries before it: [B reach+T ...]."""
+def with_past(
+  past: jax.Array | None, new: jax.Array, ctx: Context, reach: int
+) -> jax.Array:
+  """Returns new [B T ...] after the `reach` entries before it: [B reach+T ...].
+
+  Args:
+    past: a ring of reach + 1 slots, or None: then zeros stand before.
+    new: entries of these tokens.
+    ctx: the tokens.
+    reach: how many entries.
+  """
   if past is None:
     before = jnp.zeros((new.shape[0], reach, *new.shape[2:]), new.dtype)
   else:
@@ -120,7 +139,7 @@ def with_past(past, new, ctx: Context, reach: int):
 
 
 class Engram(nnx.Module):
-  """The memory of one layer."""
+  """Adds to the stream of one layer what its tables hold of the last tokens."""
 
   def __init__(
     self,
@@ -129,9 +148,19 @@ class Engram(nnx.Module):
     *,
     streams: int,
     rows: int,
-    std,
+    std: float,
     rngs: nnx.Rngs,
   ):
+    """Makes table, key, value, norm scales and, with taps, the convolution.
+
+    Args:
+      cfg: see there.
+      dim: D.
+      streams: n.
+      rows: of the table.
+      std: of the weights; the convolution starts at 0.
+      rngs: random streams of `params`.
+    """
     self.cfg = cfg
     E, n, D = cfg.width, streams, dim
     init = nnx.initializers.normal(std)
@@ -145,66 +174,93 @@ class Engram(nnx.Module):
       self.conv_norm = self._scale(n * D, rngs)
       zeros = nnx.initializers.zeros
       self.conv = param(rngs, zeros, (cfg.conv, n, D), (None, None, None))
-    # Which of the layers with a memory this is; the model's maker says.
+    # Which of the layers with an Engram this is; the Transformer sets it.
     self.number = Buffer(jnp.int32(0), axes=())
 
   @staticmethod
-  def _scale(size, rngs):
+  def _scale(size: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Makes a norm's scale [size], float32 ones."""
     ones = nnx.initializers.ones
     return param(rngs, ones, (size,), (None,), full_precision=True)
 
-  def _norm(self, x, scale):
-    """Each stream of x [B T n D] by itself, in float32."""
+  def _norm(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
+    """Normalises each stream of x [B T n D] by itself, in float32."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x * x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(mean + self.cfg.norm_eps)
     return x * scale[...].astype(jnp.float32).reshape(x.shape[2:])
 
   def read(self, rows: jax.Array) -> jax.Array:
-    """The table's rows [B T K], side by side: [B T E]."""
+    """Returns the table's rows [B T K], side by side: [B T E]."""
     read = lookup.rows(self.table[...], rows)
     return read.reshape(*rows.shape[:2], self.cfg.width)
 
   def gates(self, stream: jax.Array, memory: jax.Array) -> jax.Array:
-    """How far each stream [B T n D] wants the memory [B T E]: [B T n]."""
+    """Computes how far each stream [B T n D] agrees with the rows [B T E].
+
+    Returns:
+      [B T n] float32, 0..1.
+    """
     key = jnp.einsum('BTE,EnD->BTnD', memory, self.key[...])
     key = self._norm(key, self.key_norm)
+    # A scaled dot product of the two, [B T n].
     agree = (key * self._norm(stream, self.query_norm)).sum(axis=-1)
     agree = agree * stream.shape[-1] ** -0.5
     # The square root spreads what is near 0, where random pairs lie.
     root = jnp.sqrt(jnp.maximum(jnp.abs(agree), self.cfg.gate_floor))
     return jax.nn.sigmoid(jnp.sign(agree) * root)
 
-  def mixed(self, x: jax.Array, ctx: Context, past):
-    """Each channel of x [B T n D] over tokens -> (the same shape, cache)."""
+  def mixed(
+    self, x: jax.Array, ctx: Context, past: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Convolves each channel of x [B T n D] over tokens, N apart.
+
+    Args:
+      x: what the gates let through.
+      ctx: the tokens.
+      past: the ring of inputs, or None.
+
+    Returns:
+      [B T n D] float32, and the ring with these tokens.
+    """
     x = self._norm(x, self.conv_norm).astype(x.dtype)
     reach, N, T = self.cfg.reach, self.cfg.longest, x.shape[1]
     joined = with_past(past, x, ctx, reach)
     y = jnp.zeros(x.shape, jnp.float32)
     for k in range(self.cfg.conv):
       tap = joined[:, reach - N * k :][:, :T]
+      # No tap reaches into the document before.
       seen = reaches(ctx, N * k)[..., None, None]
       y += jnp.where(seen, tap, 0) * self.conv[k]
     if past is not None:
       past = ring.write(past, x, ctx.positions, ctx.valid)
     return jax.nn.silu(y), past
 
-  def __call__(self, stream: jax.Array, ctx: Context, past=None):
-    """The stream ([B T D] or [B T n D]) with its memory -> (stream, cache).
+  def __call__(
+    self, stream: jax.Array, ctx: Context, past: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the stream with the Engram's values added, and the cache.
 
-    Reads the rows that ctx.rows holds for this layer.
+    Args:
+      stream: [B T D] or [B T n D].
+      ctx: the tokens; ctx.rows holds the rows that this layer reads.
+      past: as `EngramConfig.cache` makes it, or None.
+
+    Raises:
+      InputError: the n-grams were not hashed.
     """
     if ctx.rows is None:
       raise InputError(
         'engram: the rows of these n-grams were not hashed; call the whole'
         ' model, as stages of a pipeline do not hash'
       )
-    x = stream if stream.ndim == 4 else stream[:, :, None]
-    rows = jnp.take(ctx.rows, self.number[...], axis=2)
+    x = stream if stream.ndim == 4 else stream[:, :, None]  # [B T n D]
+    rows = jnp.take(ctx.rows, self.number[...], axis=2)  # [B T K]
     if ctx.valid is not None:  # padding may hold anything
       rows = jnp.where(ctx.valid[..., None], rows, 0)
     memory = shard(self.read(rows), 'batch', 'seq', None)
-    value = memory @ self.value[...]
+    value = memory @ self.value[...]  # [B T D]
+    # One value for all streams, gated for each: [B T n D].
     y = self.gates(x, memory)[..., None] * value[:, :, None]
     y = y.astype(stream.dtype)
     if self.cfg.reach:

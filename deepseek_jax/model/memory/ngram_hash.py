@@ -1,4 +1,4 @@
-"""The hash of n-grams on the device: tokens -> rows of Engram's tables.
+"""Hashes n-grams on the device: tokens -> rows of Engram's tables.
 
 The data pipeline hashes ahead on the host (data/ngrams.py, int64). Sampling
 and evaluation have no pipeline before them and hash here, where JAX has no
@@ -22,17 +22,30 @@ from deepseek_jax.model.memory.engram import EngramConfig, reaches, with_past
 from deepseek_jax.parallel.sharding import Buffer
 
 
-def _times(a, high, low):
-  """a uint32 times a 63-bit number, modulo 2^64, as (high, low) uint32."""
+def _times(
+  a: jax.Array, high: jax.Array, low: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Multiplies a uint32 by a 63-bit number, modulo 2^64.
+
+  Args:
+    a: uint32.
+    high, low: uint32, the halves of the other factor.
+
+  Returns:
+    The product's halves (high, low), uint32.
+  """
   half = jnp.uint32(0xFFFF)
+  # Schoolbook multiplication of 16-bit digits: no partial product overflows.
   a0, a1, b0, b1 = a & half, a >> 16, low & half, low >> 16
   middle = (a0 * b0 >> 16) + (a0 * b1 & half) + (a1 * b0 & half)
   carried = a1 * b1 + (a0 * b1 >> 16) + (a1 * b0 >> 16) + (middle >> 16)
   return carried + a * high, middle << 16 | a0 * b0 & half
 
 
-def _remainder(high, low, primes, bits: int):
-  """(high, low) as one number modulo primes of at most `bits` bits."""
+def _remainder(
+  high: jax.Array, low: jax.Array, primes: jax.Array, bits: int
+) -> jax.Array:
+  """Returns (high, low) as one number modulo primes of at most `bits` bits."""
   step = 32 - bits  # digits of the long division that fit beside a remainder
   left = high % primes
   for start in range(32, 0, -step):
@@ -42,8 +55,10 @@ def _remainder(high, low, primes, bits: int):
   return left
 
 
-def rows_on_device(window, multipliers, primes, bits: int) -> jax.Array:
-  """What ngrams.rows gives, without 64-bit integers.
+def rows_on_device(
+  window: jax.Array, multipliers: jax.Array, primes: jax.Array, bits: int
+) -> jax.Array:
+  """Computes what ngrams.rows does, without 64-bit integers.
 
   Args:
     window: [B T N] int32, classes of the last tokens.
@@ -57,11 +72,13 @@ def rows_on_device(window, multipliers, primes, bits: int) -> jax.Array:
   L, O, H = primes.shape
   sizes = primes.astype(jnp.uint32)
   flat = sizes.reshape(L, -1)
+  # A layer's tables lie one after the other in one table.
   first = (jnp.cumsum(flat, axis=1, dtype=jnp.uint32) - flat).reshape(L, O, H)
   window = window.astype(jnp.uint32)[..., None, :]  # [B T 1 N]
   high, low = _times(window, multipliers[..., 0], multipliers[..., 1])
   parts, mixed = [], (high[..., 0], low[..., 0])
   for k in range(1, O + 1):
+    # The hash of k + 1 tokens is that of k tokens, xor one more product.
     mixed = mixed[0] ^ high[..., k], mixed[1] ^ low[..., k]
     left = _remainder(
       *(m[..., None] for m in mixed), sizes[:, k - 1], bits
@@ -71,9 +88,18 @@ def rows_on_device(window, multipliers, primes, bits: int) -> jax.Array:
 
 
 class NGramHash(nnx.Module):
-  """From tokens to rows, for all layers at once; nothing of it is trained."""
+  """Maps tokens to rows, for all layers at once; nothing of it is trained."""
 
-  def __init__(self, cfg: EngramConfig, vocab_size: int, layers: tuple):
+  def __init__(
+    self, cfg: EngramConfig, vocab_size: int, layers: tuple[int, ...]
+  ):
+    """Draws the multipliers and finds the primes of `layers`.
+
+    Args:
+      cfg: see there.
+      vocab_size: V.
+      layers: numbers of the layers with an Engram.
+    """
     self.cfg = cfg
     sizes = cfg.sizes(len(layers))
     self.bits = int(sizes.max()).bit_length()
@@ -86,15 +112,22 @@ class NGramHash(nnx.Module):
     self.multipliers = make(halves.astype(np.uint32), jnp.uint32)
     self.primes = make(sizes, jnp.int32)
 
-  def __call__(self, ctx: Context, past=None):
-    """Rows [B T L K] of ctx.tokens, and `past` [B N] with their classes.
+  def __call__(
+    self, ctx: Context, past: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Returns rows [B T L K] of ctx.tokens, and the ring with their classes.
 
-    An n-gram with a number that is no token has the row -1, which none is.
+    An n-gram with a number that is no token has the row -1, which no table has.
+
+    Args:
+      ctx: the tokens.
+      past: [B N] int32, a ring of the last tokens' classes, or None.
     """
     N = self.cfg.longest
     classes = lookup.rows(self.classes[...], ctx.tokens, fill=-1)
     joined = with_past(past, classes, ctx, N - 1)
     T = classes.shape[1]
+    # Places before the document's start hold PAD: [B T N], last token first.
     window = jnp.stack(
       [
         jnp.where(reaches(ctx, k), joined[:, N - 1 - k :][:, :T], ngrams.PAD)
@@ -112,15 +145,19 @@ class NGramHash(nnx.Module):
 
 
 def host_hash(buffers: dict) -> ngrams.NGrams:
-  """The same hash for the data pipeline, from a model's buffers."""
+  """Returns the same hash for the data pipeline, from a model's buffers."""
   part = {k: np.asarray(v) for k, v in buffers['ngrams'].items()}
   high, low = np.moveaxis(part['multipliers'].astype(np.int64), -1, 0)
   how = ngrams.Hash(high << 32 | low, part['primes'].astype(np.int64))
   return ngrams.NGrams(part['classes'], how)
 
 
-def with_classes(cfg: EngramConfig, buffers: dict, classes) -> dict:
-  """A model's buffers with the classes [V] of its tokenizer's tokens."""
+def with_classes(cfg: EngramConfig, buffers: dict, classes: np.ndarray) -> dict:
+  """Returns a model's buffers with the classes [V] of its tokenizer's tokens.
+
+  Raises:
+    InputError: more classes than `cfg.classes`.
+  """
   kinds = int(classes.max()) + 1
   if cfg.classes and kinds > cfg.classes:
     raise InputError(

@@ -110,7 +110,7 @@ def _segments(ctx: Context) -> jax.Array:
 def window_ends(
   positions: jax.Array, segments: jax.Array, ratio: int
 ) -> jax.Array:
-  """Returns whether a whole window of a document ends at a token, [B L] bool."""
+  """Returns whether a document's whole window ends at a token, [B L] bool."""
   L = positions.shape[1]
   back = lambda a, n: jnp.pad(a, [(0, 0), (n, 0)], constant_values=-1)[:, :L]
   # The token m - 1 places before is of the same document ...
@@ -122,7 +122,7 @@ def window_ends(
 
 
 def view(ctx: Context, ratio: int, fresh: bool) -> View:
-  """Returns what each token attends to: a fresh batch's entries, or a cache's."""
+  """Returns which entries each token attends to: a batch's own, or a cache's."""
   if fresh:
     return fresh_view(ctx.positions, _segments(ctx), ratio)
   count = (ctx.positions + 1) // ratio
@@ -180,7 +180,7 @@ class Compressor(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: Compressed | None
   ) -> tuple[jax.Array, Compressed | None]:
-    """Returns the entries [B S C] of x [B T D], and the cache with these tokens.
+    """Returns the entries [B S C], and the cache with the tokens of x [B T D].
 
     The entries are those of a fresh batch's documents, one after the other
     (see `view`), or all that the cache holds.
@@ -272,7 +272,7 @@ def complete(
 def _windows(
   tokens: Tokens, at: jax.Array, bias: jax.Array, series: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns values and logits [B S m C] of one series at tokens `at` [B S m]."""
+  """Returns values and logits [B S m C] of a series at tokens `at` [B S m]."""
   rows = jnp.arange(at.shape[0])[:, None, None]
   pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
   return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
@@ -285,10 +285,10 @@ def fresh_entries(
   dtype: jax.typing.DTypeLike,
   along: Along = WHOLE,
 ) -> jax.Array:
-  """Makes the entries of all documents [B S C], one after the other (see `view`).
+  """Makes the entries of all documents [B S C], one after the other.
 
-  Each device makes those whose windows end in its local tokens. They may draw on
-  tokens of devices before; only finished entries go to all.
+  Each device makes those whose windows end in its local tokens. They may draw
+  on tokens of devices before; only finished entries go to all. See `view`.
   """
   T, m = tokens.positions.shape[1], cfg.ratio
   if not along.axis:

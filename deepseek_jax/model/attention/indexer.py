@@ -1,12 +1,13 @@
-"""The lightning indexer (DeepSeek-V3.2, arXiv:2512.02556, section 2.1).
+"""Computes the lightning indexer (DeepSeek-V3.2, arXiv:2512.02556, section 2.1).
 
 A few light heads score every past token for every query,
 I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]), and attention reads the best. Keys
-have a LayerNorm with a bias, and rope turns the *first* R channels: in halves
+have a LayerNorm with a bias, and rope rotates the *first* R channels: in halves
 for DeepSeek's weights, although their attention interleaves; derived models
 (GLM) interleave here too. YaRN's frequencies are those of the attention, its
-softmax multiplier is not used. The released code turns q and k by a Hadamard
-matrix for the sake of 8-bit numbers; products don't change, so it is left out.
+softmax multiplier is not used. The released code multiplies q and k by a
+Hadamard matrix for the sake of 8-bit numbers; products don't change, so it is
+left out.
 Legend: B batch, T queries, S keys, K chosen keys, J index heads, I index dim,
 R rope dim, D model, Q query latent.
 """
@@ -24,12 +25,19 @@ from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.parallel.sequence import WHOLE, Along
 from deepseek_jax.parallel.sharding import param
 
-_NEG = -1e30  # finite, so that a query that sees nothing makes no NaN
+_NEG = -1e30  # finite: a query without visible keys makes no NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexerConfig:
-  """Shapes of the indexer; `interleaved` pairs rope channels (2i, 2i+1)."""
+  """Describes the indexer.
+
+  Attributes:
+    heads: J.
+    dim: I.
+    interleaved: pairs rope channels (2i, 2i+1).
+    norm_eps: of the keys' norm.
+  """
 
   heads: int = 64
   dim: int = 128
@@ -37,20 +45,23 @@ class IndexerConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'indexer.', heads=1, dim=1)
     above(self, 'indexer.', norm_eps=0)
 
 
 class LayerNorm(nnx.Module):
-  """(x - mean) / deviation * scale + bias over the last axis, in float32."""
+  """Computes (x - mean) / deviation * scale + bias over the last axis."""
 
   def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+    """Makes scale and bias [dim], float32."""
     self.eps = eps
     ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
     self.scale = param(rngs, ones, (dim,), (None,), full_precision=True)
     self.bias = param(rngs, zeros, (dim,), (None,), full_precision=True)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns x [... dim] normalised in float32, in its dtype."""
     y = x.astype(jnp.float32)
     y = y - y.mean(axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -58,7 +69,7 @@ class LayerNorm(nnx.Module):
 
 
 class IndexQuery(NamedTuple):
-  """What scores the keys."""
+  """Holds what scores the keys."""
 
   q: jax.Array  # [B T J I]
   weight: jax.Array  # [B T J] float32, of any sign
@@ -75,9 +86,20 @@ class Indexer(nnx.Module):
     rope_dim: int,
     rope_cfg: RopeConfig,
     *,
-    std,
+    std: float,
     rngs: nnx.Rngs,
   ):
+    """Makes the projections of queries, keys and head weights.
+
+    Args:
+      cfg: see there.
+      dim: D.
+      latent: Q.
+      rope_dim: R.
+      rope_cfg: the attention's, but for the pairs of channels.
+      std: of the weights.
+      rngs: random streams of `params`.
+    """
     self.cfg, self.rope_dim = cfg, rope_dim
     self.rope = dataclasses.replace(rope_cfg, interleaved=cfg.interleaved)
     J, I = cfg.heads, cfg.dim
@@ -89,29 +111,33 @@ class Indexer(nnx.Module):
       rngs, init, (dim, J), ('embed', None), full_precision=True
     )
 
-  def _turned(self, x, positions):
+  def _turned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates the first R channels of x [B T ... I]."""
     first, rest = jnp.split(x, [self.rope_dim], axis=-1)
     first = rope(first, positions, self.rope)
     return jnp.concatenate([first, rest], axis=-1)
 
-  def query(self, x, latent, positions) -> IndexQuery:
-    """Of attention inputs x [B T D] and query latents [B T Q]."""
-    q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])
+  def query(
+    self, x: jax.Array, latent: jax.Array, positions: jax.Array
+  ) -> IndexQuery:
+    """Returns queries of attention inputs x [B T D] and latents [B T Q]."""
+    q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])  # [B T J I]
     weight = x.astype(jnp.float32) @ self.weights[...]
+    # A constant for all keys: no choice depends on it, the loss does.
     scale = (self.cfg.heads * self.cfg.dim) ** -0.5
     return IndexQuery(self._turned(q, positions), weight * scale)
 
   def key(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """What is cached of x [B T D]: [B T I]."""
+    """Returns what is cached of x [B T D]: [B T I]."""
     return self._turned(self.k_norm(x @ self.k[...]), positions)
 
 
 def index_scores(
   query: IndexQuery, keys: jax.Array, along: Along = WHOLE
 ) -> jax.Array:
-  """I of keys [B S I] -> [B T S], or of gathered ones [B T K I] -> [B T K].
+  """Computes I for keys [B S I]: [B T S]; for gathered ones [B T K I]: [B T K].
 
-  Where devices have some of the heads each, these are the sums of all.
+  Where devices hold some of the heads each, these are the sums of all.
   """
   form = 'BTJI,BSI->BTJS' if keys.ndim == 3 else 'BTJI,BTSI->BTJS'
   products = jnp.einsum(form, query.q, keys, preferred_element_type=jnp.float32)
@@ -120,7 +146,7 @@ def index_scores(
 
 
 def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
-  """The k greatest visible scores' places; of equal ones the lowest place.
+  """Returns the places of the k greatest visible scores; of equal ones the lowest.
 
   Args:
     scores: [B T S] float32; seen: [B T S] bool.
@@ -148,11 +174,11 @@ def choose(
   most: int = 128,
   along: Along = WHOLE,
 ) -> jax.Array:
-  """The keys that each query attends to; no gradient.
+  """Chooses the keys that each query attends to; no gradient.
 
   Args:
     query: of T tokens; keys: [B S I].
-    sight: what the queries see.
+    sight: what the queries may attend to.
     k: how many at most; at most S.
     key_segments: [B S], where the sight has segments.
     most: queries scored at a time.
@@ -164,24 +190,31 @@ def choose(
   query, keys = jax.lax.stop_gradient((query, keys))
   S = keys.shape[1]
 
-  def block(one, keys, key_segments):
+  def block(
+    one: tuple[IndexQuery, Sight],
+    keys: jax.Array,
+    key_segments: jax.Array | None,
+  ) -> jax.Array:
     query, sight = one
     seen = sight.mask(jnp.arange(S), key_segments)
     return best(index_scores(query, keys, along), seen, k)
 
+  # Scores of each head: what a block holds per query.
   numbers = S * query.q.shape[2]
   shared = keys, key_segments
   return over_blocks(block, (query, sight), most, numbers, shared)
 
 
 def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:
-  """How much of shares [B T S] lies at chosen [B T K] -> [B T]."""
+  """Returns how much of shares [B T S] lies at chosen [B T K]: [B T]."""
   mass = jnp.take_along_axis(shares, jnp.maximum(chosen, 0), axis=-1)
   return jnp.where(chosen >= 0, mass, 0).sum(axis=-1)
 
 
-def divergence(shares: jax.Array, logits: jax.Array, seen) -> jax.Array:
-  """KL(shares || softmax(logits)) over the visible keys.
+def divergence(
+  shares: jax.Array, logits: jax.Array, seen: jax.Array
+) -> jax.Array:
+  """Computes KL(shares || softmax(logits)) over the visible keys.
 
   Args:
     shares: [... K] float32, adding up to 1; no gradient.

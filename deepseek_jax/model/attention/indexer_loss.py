@@ -1,9 +1,9 @@
-"""What teaches the lightning indexer, and how well it chooses (V3.2, 2.1.1).
+"""Computes the indexer's loss, and how well it chooses (V3.2, section 2.1.1).
 
 Its softmax is to be the attention's, the heads' mean of it: over all keys
 while attention is dense, over the chosen ones once it is sparse. Inputs are
-detached; gradients reach the indexer alone. Each device answers for the
-queries and heads that it has; means are over all of them.
+detached; gradients reach the indexer alone. Each device computes the queries
+and heads that it holds; means are over all of them.
 Legend: B batch, T queries, S keys, K chosen keys, H heads, C latent, N no-rope
 dim, R rope dim, I index dim, Q sampled queries.
 """
@@ -24,18 +24,20 @@ _NEG = -1e30
 
 
 class Scene(NamedTuple):
-  """Own queries and all keys of a fresh batch; only the indexer's are attached.
+  """Holds the local queries and all keys of a fresh batch.
+
+  Only the indexer's are attached.
 
   Attributes:
-    q: no-rope [B T H N] and turned rope part [B T H R].
-    latents: [B S C] and turned rope keys [B S R].
+    q: no-rope [B T H N] and rotated rope part [B T H R].
+    latents: [B S C] and rotated rope keys [B S R].
     k_up: [C H N], what makes of a latent keys.
     index: the indexer's queries.
     keys: [B S I], its keys.
-    sight: what the queries see.
+    sight: what the queries may attend to.
     segments: [B S] of the keys, or None.
     scale: of the attention's scores.
-    along: which part of sequences and heads this is.
+    along: the local shard of sequences and heads.
   """
 
   q: tuple[jax.Array, jax.Array]
@@ -49,22 +51,28 @@ class Scene(NamedTuple):
   along: Along
 
   def detached(self) -> 'Scene':
+    """Returns the same with the attention's inputs detached."""
     attention = self.q, self.latents, self.k_up
     q, latents, k_up = jax.lax.stop_gradient(attention)
     return self._replace(q=q, latents=latents, k_up=k_up)
 
   def shares(self, scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """Attention's scores [B T H S] float32 -> the heads' mean of it [B T S]."""
+    """Returns the heads' mean attention [B T S] of scores [B T H S] float32."""
     scores = jnp.where(seen[:, :, None], scores * self.scale, _NEG)
     mean = jax.nn.softmax(scores, axis=-1).mean(axis=2)
     return self.along.mean_of_heads(mean)
 
   def mask(self, sight: Sight) -> jax.Array:
-    """[B T S] bool."""
+    """Returns which keys the queries may attend to, [B T S] bool."""
     return sight.mask(jnp.arange(self.keys.shape[1]), self.segments)
 
-  def mean(self, values, segments, weights=None) -> jax.Array:
-    """Of own queries' values [B T], over a sequence's that are no padding.
+  def mean(
+    self,
+    values: jax.Array,
+    segments: jax.Array | None,
+    weights: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns the mean of the queries' values over a sequence, without padding.
 
     Args:
       values: [B T].
@@ -79,13 +87,14 @@ class Scene(NamedTuple):
       counted *= weights
     if segments is not None:
       counted *= segments > 0
+    # Sums go over devices before the division: shards hold unequal padding.
     total = (values * counted).sum(axis=1), counted.sum(axis=1)
     total, count = self.along.sum_of_parts(total)
     return total / jnp.maximum(count, 1)
 
 
 def over_all(scene: Scene, k: int, most: int) -> dict[str, jax.Array]:
-  """The warm-up's loss over all keys, and the recall of the `k` best.
+  """Computes the warm-up's loss over all keys, and the recall of the `k` best.
 
   Args:
     scene: what is attended.
@@ -96,15 +105,23 @@ def over_all(scene: Scene, k: int, most: int) -> dict[str, jax.Array]:
     'loss' and 'recall', each [B].
   """
   scene, (c, kr) = scene.detached(), scene.latents
+  # Keys of all heads, made once for all blocks: [B S H N].
   kn = jnp.einsum('BSC,CHN->BSHN', jax.lax.stop_gradient(c), scene.k_up)
   kr = jax.lax.stop_gradient(kr)
   f32 = {'preferred_element_type': jnp.float32}
 
-  def block(one, kn, kr, keys, segments):
+  def block(
+    one: tuple,
+    kn: jax.Array,
+    kr: jax.Array,
+    keys: jax.Array,
+    segments: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array]:
     (qn, qr), query, sight = one
     seen = sight.mask(jnp.arange(keys.shape[1]), segments)
     products = jnp.einsum('BTHN,BSHN->BTHS', qn, kn, **f32)
     products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
+    # The target [B T S], then the indexer's own scores.
     shares = scene.shares(products, seen)
     scores = index.index_scores(query, keys, scene.along)
     chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
@@ -121,7 +138,7 @@ def over_all(scene: Scene, k: int, most: int) -> dict[str, jax.Array]:
 def over_chosen(
   scene: Scene, chosen: jax.Array, shares: jax.Array, most: int
 ) -> dict[str, jax.Array]:
-  """The loss over the chosen keys.
+  """Computes the loss over the chosen keys.
 
   Args:
     scene: what is attended.
@@ -132,8 +149,9 @@ def over_chosen(
     'loss' [B].
   """
 
-  def block(one, keys):
+  def block(one: tuple, keys: jax.Array) -> jax.Array:
     query, at, shares = one
+    # Each query's own index keys [B n K I].
     own = query_blocks.rows(keys, at)
     scores = index.index_scores(query, own, scene.along)
     return index.divergence(shares, scores, at >= 0)
@@ -148,15 +166,15 @@ def over_chosen(
 def sampled(
   length: int, count: int, ways: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """`count` queries spread over a sequence, by the device that has them.
+  """Spreads `count` queries over a sequence, by the device that holds them.
 
   Args:
-    length: of a device's part; count: of all, at most.
-    ways: how many parts.
+    length: of a device's shard; count: of all, at most.
+    ways: how many shards.
 
   Returns:
-    Own places [ways Q] and whether they count [ways Q]; devices that have
-    fewer than others fill up with places that don't.
+    Local places [ways Q] int and whether they count [ways Q] float32; devices
+    that have fewer than others fill up with places that don't.
   """
   every = length * ways
   places = np.linspace(0, every - 1, min(count, every)).astype(int)
@@ -169,17 +187,19 @@ def sampled(
 
 
 def recall(scene: Scene, chosen: jax.Array, count: int) -> jax.Array:
-  """How much of dense attention's mass is chosen, of `count` queries: [B].
+  """Measures how much of dense attention's mass is chosen, by `count` queries: [B].
 
   So few queries take the latents as they are instead of expanding all keys.
   """
   scene, along = scene.detached(), scene.along
   at, counts = sampled(chosen.shape[1], count, along.ways)
   at, counts = jnp.asarray(at)[along.index], jnp.asarray(counts)[along.index]
+  # From here on T is Q, the sampled queries of this device.
   some = lambda a: jnp.asarray(a)[:, at]
   (qn, qr), sight, chosen = jax.tree.map(some, (scene.q, scene.sight, chosen))
   c, kr = scene.latents
   f32 = {'preferred_element_type': jnp.float32}
+  # Absorbed scores of all keys [B Q H S].
   qc = jnp.einsum('BTHN,CHN->BTHC', qn, scene.k_up)
   products = jnp.einsum('BTHC,BSC->BTHS', qc, c, **f32)
   products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)

@@ -1,7 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+"""Computes multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
 
-Keys and values of all heads are up-projections of one latent `c`; only `c`
-(after its norm) and one shared rotary key (after rope) are cached.
+Section 2.1: keys and values of all heads are up-projections of one latent `c`;
+only `c` (after its norm) and one shared rotary key (after rope) are cached.
 Legend: B batch, T queries, S cache slots, D model, H heads, Q query latent,
 C key-value latent, N no-rope dim, R rope dim, V value dim.
 """
@@ -42,7 +42,18 @@ from pallas_kernels.mla_prefill import mla_prefill
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-  """Shapes of latent attention; `q_rank` None leaves queries uncompressed."""
+  """Describes latent attention.
+
+  Attributes:
+    heads: H.
+    q_rank: Q; None leaves queries uncompressed.
+    kv_rank: C.
+    nope_dim: N.
+    rope_dim: R, even.
+    v_dim: V.
+    rope: of the R channels.
+    norm_eps: of the latents' norms.
+  """
 
   heads: int
   q_rank: int | None
@@ -54,6 +65,7 @@ class MLAConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range, or an odd rope_dim."""
     at_least(self, heads=1, q_rank=1, kv_rank=1)
     at_least(self, nope_dim=1, rope_dim=1, v_dim=1)
     above(self, norm_eps=0)
@@ -62,39 +74,48 @@ class MLAConfig:
 
   @property
   def scale(self) -> float:
-    """Softmax scale over all N + R dims, YaRN's mscale squared included."""
+    """Returns the softmax scale over N + R dims, with YaRN's mscale squared."""
     return (self.nope_dim + self.rope_dim) ** -0.5 * softmax_multiplier(
       self.rope
     )
 
-  def cache(self, batch: int, slots: int, dtype) -> 'Latent':
-    """An empty cache: C + R numbers per slot."""
+  def cache(
+    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+  ) -> 'Latent':
+    """Returns an empty cache: C + R numbers per slot."""
     return Latent(
       jnp.zeros((batch, slots, self.kv_rank), dtype),
       jnp.zeros((batch, slots, self.rope_dim), dtype),
     )
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MLA':
+    """Returns the attention of a model of width `dim`."""
     return MLA(self, dim, std=std, rngs=rngs)
 
 
 class Latent(NamedTuple):
-  """All that MLA remembers of a token; also its cache."""
+  """Holds all that MLA caches of tokens; also its cache."""
 
   c: jax.Array  # [B S C], normed
-  kr: jax.Array  # [B S R], turned
+  kr: jax.Array  # [B S R], rotated
 
 
 def read_latents(
-  along: Along, q, latents: Latent, up, seen: Sequence, scale: float
+  along: Along,
+  q: jax.Array,
+  latents: Latent,
+  up: jax.Array,
+  seen: Sequence,
+  scale: float,
 ) -> jax.Array:
-  """Causal attention of own queries [B T H N+R] to the latents of all.
+  """Computes causal attention of the local queries to the latents of all.
 
   Args:
-    along: which part these queries are.
-    q, latents: see above.
+    along: which shard these queries are.
+    q: [B T H N+R].
+    latents: of all tokens.
     up: [C H N+V].
-    seen: what the queries may see.
+    seen: what the queries may attend to.
     scale: multiplies the scores.
 
   Returns:
@@ -104,6 +125,7 @@ def read_latents(
     return gathered_attention.attend(
       expand_latents, q, latents, up, seen, scale
     )
+  # Expanded form: keys [B S H N+R] and values [B S H V] of all heads.
   k, v = expand_latents(q.shape[2:], latents, up)
   how = {'scale': scale, 'segments': seen.queries}
   return kernels.pick(
@@ -121,7 +143,7 @@ def latent_attention(
   scale: float,
   segments: jax.Array | None = None,
 ) -> jax.Array:
-  """Causal attention of a batch to its own latents, on each device's part.
+  """Computes causal attention of a batch to its own latents, on each shard.
 
   Args:
     q: [B T H N+R].
@@ -134,7 +156,13 @@ def latent_attention(
     [B T H V].
   """
 
-  def local(along, q, latents, up, segments):
+  def local(
+    along: Along,
+    q: jax.Array,
+    latents: Latent,
+    up: jax.Array,
+    segments: jax.Array | None,
+  ) -> jax.Array:
     seen = gathered_attention.sequence(along, q.shape[1], segments)
     return read_latents(along, q, along.gather(latents), up, seen, scale)
 
@@ -149,9 +177,10 @@ def latent_attention(
 
 
 class MLA(nnx.Module):
-  """Latent attention with expanded and absorbed forms of one computation."""
+  """Computes latent attention, in expanded and absorbed form."""
 
-  def __init__(self, cfg: MLAConfig, dim: int, *, std, rngs: nnx.Rngs):
+  def __init__(self, cfg: MLAConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes down- and up-projections, their norms, and out [H V D]."""
     self.cfg = cfg
     D, H, Q, C = dim, cfg.heads, cfg.q_rank, cfg.kv_rank
     N, R, V = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
@@ -167,29 +196,42 @@ class MLA(nnx.Module):
     )
     self.kv_down = param(rngs, init, (D, C + R), ('embed', None))
     self.kv_norm = RMSNorm(C, eps=cfg.norm_eps, rngs=rngs)
+    # Keys and values in one: the first N columns of a head are its keys'.
     self.kv_up = param(rngs, init, (C, H, N + V), ('kv_latent', 'heads', None))
     self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
 
   def query_latent(self, x: jax.Array) -> jax.Array:
-    """The normed query latent [B T Q], or x itself when uncompressed."""
+    """Returns the normed query latent [B T Q], or x itself when uncompressed."""
     return x if self.cfg.q_rank is None else self.q_norm(x @ self.q_down[...])
 
-  def query(self, x: jax.Array, positions: jax.Array):
-    """x [B T D] -> no-rope part [B T H N] and turned rope part [B T H R]."""
+  def query(
+    self, x: jax.Array, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the no-rope part [B T H N] and the rotated part [B T H R] of x."""
     q = jnp.einsum('BTQ,QHK->BTHK', self.query_latent(x), self.q_up[...])
     q = shard(q, 'batch', 'seq', 'heads', None)
     qn, qr = jnp.split(q, [self.cfg.nope_dim], axis=-1)
     return qn, rope(qr, positions, self.cfg.rope)
 
   def latent(self, x: jax.Array, positions: jax.Array) -> Latent:
-    """What is cached of x [B T D]: normed latent, turned rope key (no norm)."""
+    """Returns what is cached of x [B T D]: normed latent, rotated rope key."""
     c, kr = jnp.split(x @ self.kv_down[...], [self.cfg.kv_rank], axis=-1)
+    # The norm covers the latent alone, not the rope key.
     return Latent(self.kv_norm(c), rope(kr, positions, self.cfg.rope))
 
-  def write(self, x, ctx: Context, latent: Latent | None, past: Latent):
-    """The cache with x [B T D]; `latent` is of x, or None if not needed yet."""
+  def write(
+    self, x: jax.Array, ctx: Context, latent: Latent | None, past: Latent
+  ) -> Latent:
+    """Returns the cache with x [B T D] written.
 
-    def own():
+    Args:
+      x: [B T D].
+      ctx: its tokens.
+      latent: of x, or None if not needed otherwise.
+      past: the cache.
+    """
+
+    def own() -> Latent:
       new = self.latent(x, ctx.positions) if latent is None else latent
       put = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
       return Latent(*map(put, past, new))
@@ -199,16 +241,20 @@ class MLA(nnx.Module):
     by_kernel = lambda impl: self.stored(x, ctx, past, impl)
     return kernels.pick('latent_kv', by_kernel, own)
 
-  def stored(self, x, ctx: Context, past: Latent, impl) -> Latent:
-    """`write` by the kernel that computes and stores in one."""
+  def stored(
+    self, x: jax.Array, ctx: Context, past: Latent, impl: str
+  ) -> Latent:
+    """Computes `write` by the kernel that projects and stores in one."""
     S, at = past.c.shape[1], ctx.positions
     inside = at < S if ctx.valid is None else (at < S) & ctx.valid
+    # The cache as one list of slots, row after row; -1 is not written.
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
     slots = jnp.where(inside, row + at, -1)
     angles = at[..., None] * jnp.asarray(
       frequencies(self.cfg.rope, self.cfg.rope_dim), jnp.float32
     )
     flat = lambda a: a.reshape(-1, a.shape[-1])
+    # YaRN scales the table, not the angles.
     turn = table_multiplier(self.cfg.rope)
     cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
     cache = latent_kv(
@@ -226,15 +272,22 @@ class MLA(nnx.Module):
     return Latent(*cache)
 
   def ups(self) -> tuple[jax.Array, jax.Array]:
-    """What makes of a latent keys [C H N] and values [C H V]."""
+    """Returns the up-projections of keys [C H N] and of values [C H V]."""
     k_up, v_up = jnp.split(self.kv_up[...], [self.cfg.nope_dim], axis=-1)
     return k_up, v_up
 
-  def absorbed(self, qn, qr, latent: Latent, positions) -> jax.Array:
-    """Attention on the latents themselves (V2 section 2.1.2) -> [B T H V].
+  def absorbed(
+    self, qn: jax.Array, qr: jax.Array, latent: Latent, positions: jax.Array
+  ) -> jax.Array:
+    """Attends to the latents themselves (V2 section 2.1.2): [B T H V].
 
     k_up goes into the query and v_up into the output, so all heads share one
     key and value of C + R numbers: cheap where queries are few.
+
+    Args:
+      qn, qr: [B T H N] and [B T H R].
+      latent: the cache with these tokens.
+      positions: [B T].
     """
     k_up, v_up = self.ups()
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
@@ -248,8 +301,18 @@ class MLA(nnx.Module):
     mixed = jnp.einsum('BHTS,BSC->BHTC', weights, latent.c)
     return jnp.einsum('BHTC,CHV->BTHV', mixed, v_up)
 
-  def decoded(self, qn, qr, latent: Latent, positions, impl) -> jax.Array:
-    """`absorbed` by the kernel of decoding; tokens must follow one another."""
+  def decoded(
+    self,
+    qn: jax.Array,
+    qr: jax.Array,
+    latent: Latent,
+    positions: jax.Array,
+    impl: str,
+  ) -> jax.Array:
+    """Computes `absorbed` by the kernel of decoding.
+
+    Several tokens of a row go to `absorbed`.
+    """
     if qn.shape[1] > 1:
       # It takes the queries of a row for its last tokens; these may be any.
       return self.absorbed(qn, qr, latent, positions)
@@ -269,7 +332,7 @@ class MLA(nnx.Module):
     return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
 
   def absorbing_pays(self, queries: int) -> bool:
-    """Whether the absorbed form costs less than expanding the cached keys.
+    """Returns whether the absorbed form costs less than expanding cached keys.
 
     Per key and head: `queries` wider products against one up-projection.
     """
@@ -277,8 +340,15 @@ class MLA(nnx.Module):
     wider = 2 * cfg.kv_rank - cfg.nope_dim - cfg.v_dim
     return queries * wider < cfg.kv_rank * (cfg.nope_dim + cfg.v_dim)
 
-  def attend(self, qn, qr, latent, past, ctx: Context) -> jax.Array:
-    """Attention to `latent`, these tokens, or to the cache `past`, dense.
+  def attend(
+    self,
+    qn: jax.Array,
+    qr: jax.Array,
+    latent: Latent | None,
+    past: Latent | None,
+    ctx: Context,
+  ) -> jax.Array:
+    """Attends densely to `latent`, these tokens, or to the cache `past`.
 
     Args:
       qn, qr: as `query` returns them.
@@ -290,29 +360,34 @@ class MLA(nnx.Module):
       [B T H V].
     """
     if past is None or ctx.fresh:
+      # A first call attends to its own tokens: keys are expanded.
       q = jnp.concatenate([qn, qr], axis=-1)
       how = {'scale': self.cfg.scale, 'segments': ctx.segments}
       return latent_attention(q, latent, self.kv_up[...], **how)
+    # Few new tokens: the cache is read as it is stored.
     if self.absorbing_pays(qn.shape[1]):
       return kernels.pick(
         'mla_decode',
         lambda impl: self.decoded(qn, qr, past, ctx.positions, impl),
         lambda: self.absorbed(qn, qr, past, ctx.positions),
       )
+    # Many new tokens: expanding the cached keys costs less.
     q = jnp.concatenate([qn, qr], axis=-1)
     k, v = expand_latents(q.shape[2:], past, self.kv_up[...])
     return cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
 
   def project(self, y: jax.Array) -> jax.Array:
-    """Heads' values [B T H V] -> [B T D]."""
+    """Projects the heads' values [B T H V] to [B T D]."""
     y = shard(y, 'batch', 'seq', 'heads', None)
     return jnp.einsum('BTHV,HVD->BTD', y, self.out[...])
 
   def __call__(
     self, x: jax.Array, ctx: Context, past: Latent | None = None
   ) -> tuple[jax.Array, Latent | None, dict]:
-    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
-    qn, qr = self.query(x, ctx.positions)
+    """Returns y [B T D] of x [B T D], the cache with these tokens, no statistics."""
+    qn, qr = self.query(x, ctx.positions)  # [B T H N], [B T H R]
+    # Later calls read the cache, so the kernel may write it without latents in
+    # memory.
     latent = None
     if past is None or ctx.fresh:
       latent = self.latent(x, ctx.positions)

@@ -1,4 +1,4 @@
-"""Native sparse attention (arXiv:2502.11089).
+"""Computes native sparse attention (arXiv:2502.11089).
 
 Three branches with keys and values of their own, each with its softmax, are
 added under gates: compressed blocks of the whole past, the tokens of a few
@@ -6,7 +6,7 @@ selected blocks, a sliding window. A block's score is what the compressed branch
 gives to it, summed over the heads of a group, which reads one choice of blocks.
 Compressed blocks cover `block` tokens, one every `stride`, complete ones only;
 all blocks are counted from the start of a document. Left open by the paper and
-chosen here: rope turns queries and all keys before compression; gates are one
+chosen here: rope rotates queries and all keys before compression; gates are one
 matrix; the compressing MLPs have one hidden layer and serve all groups.
 Legend: B batch, T queries, S keys, D model, H heads, G groups, J = H / G,
 K query/key dim, V value dim, E compressed entries, l block, F hidden,
@@ -50,7 +50,7 @@ from deepseek_jax.parallel.sharding import param, shard
 
 @dataclasses.dataclass(frozen=True)
 class NSAConfig:
-  """Shapes, and what each branch reads.
+  """Describes the shapes, and what each branch reads.
 
   Attributes:
     heads, kv_heads: of queries and of keys; a group is the heads of one key.
@@ -81,6 +81,7 @@ class NSAConfig:
   queries: int = 64
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     at_least(self, heads=1, kv_heads=1, qk_dim=1, v_dim=1, block=1, stride=1)
     at_least(self, hidden=1, select_block=1, select=1, window=1, queries=1)
     at_least(self, initial=0, local=0)
@@ -108,10 +109,13 @@ class NSAConfig:
 
   @property
   def scale(self) -> float:
+    """Returns what multiplies the scores."""
     return self.qk_dim**-0.5 * softmax_multiplier(self.rope)
 
-  def cache(self, batch: int, slots: int, dtype) -> 'NSACache':
-    """An empty cache: three keys and values a slot, and compressed ones."""
+  def cache(
+    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+  ) -> 'NSACache':
+    """Returns an empty cache: three keys and values a slot, and entries."""
     G, K, V = self.kv_heads, self.qk_dim, self.v_dim
     entries = max(1, (slots - self.block) // self.stride + 1)
     empty = lambda *shape: jnp.zeros((batch, *shape), dtype)
@@ -123,22 +127,24 @@ class NSAConfig:
     )
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'NSA':
+    """Returns the attention of a model of width `dim`."""
     return NSA(self, dim, std=std, rngs=rngs)
 
 
 class NSACache(NamedTuple):
-  """Tokens by slot, compressed entries by their number."""
+  """Holds tokens by slot, and compressed entries by their number."""
 
-  k: jax.Array  # [B S 3 G K], turned
+  k: jax.Array  # [B S 3 G K], rotated
   v: jax.Array  # [B S 3 G V]
   ck: jax.Array  # [B E G K]
   cv: jax.Array  # [B E G V]
 
 
 class Compressor(nnx.Module):
-  """A block's vectors, each with its place added -> one: an MLP."""
+  """Compresses a block's vectors, each with its place added, by an MLP."""
 
-  def __init__(self, cfg: NSAConfig, width: int, *, std, rngs: nnx.Rngs):
+  def __init__(self, cfg: NSAConfig, width: int, *, std: float, rngs: nnx.Rngs):
+    """Makes the places [l width], up [l width F] and down [F width]."""
     l, F = cfg.block, cfg.hidden
     init = nnx.initializers.normal(std)
     self.place = param(rngs, init, (l, width), (None, None))
@@ -146,16 +152,17 @@ class Compressor(nnx.Module):
     self.down = param(rngs, init, (F, width), (None, 'width'))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B E l G K] -> [B E G K]."""
+    """Compresses x [B E l G K] to [B E G K]."""
     x = x + self.place[...][:, None]
     hidden = jax.nn.silu(jnp.einsum('BElGK,lKF->BEGF', x, self.up[...]))
     return jnp.einsum('BEGF,FK->BEGK', hidden, self.down[...])
 
 
 class NSA(nnx.Module):
-  """Compressed, selected and sliding attention under gates."""
+  """Adds compressed, selected and sliding attention under gates."""
 
-  def __init__(self, cfg: NSAConfig, dim: int, *, std, rngs: nnx.Rngs):
+  def __init__(self, cfg: NSAConfig, dim: int, *, std: float, rngs: nnx.Rngs):
+    """Makes projections of three branches, the compressors, gates and out."""
     self.cfg = cfg
     D, H, G, K, V = dim, cfg.heads, cfg.kv_heads, cfg.qk_dim, cfg.v_dim
     init = nnx.initializers.normal(std)
@@ -169,8 +176,10 @@ class NSA(nnx.Module):
     self.gate = param(rngs, init, (D, H, 3), heads)
     self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
 
-  def remember(self, k, v, ctx: Context, past: NSACache) -> NSACache:
-    """The cache with these tokens and the blocks that they complete."""
+  def remember(
+    self, k: jax.Array, v: jax.Array, ctx: Context, past: NSACache
+  ) -> NSACache:
+    """Returns the cache with these tokens and the blocks that they complete."""
     cfg, write = self.cfg, caching.write
     k = write(past.k, k, ctx.positions, ctx.valid)
     v = write(past.v, v, ctx.positions, ctx.valid)
@@ -179,6 +188,7 @@ class NSA(nnx.Module):
     number = jnp.maximum((begin - cfg.block + cfg.stride) // cfg.stride, 0)
     number = number + jnp.arange(-(-T // cfg.stride))  # that may end in here
     start = number * cfg.stride
+    # Some of these blocks may still lack tokens: they are not written.
     made = compressed(self.compress, keys_of(CMP, k, v), start, cfg)
     done = start + cfg.block <= end
     ck = write(past.ck, made.k, number, done)
@@ -187,7 +197,7 @@ class NSA(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: NSACache | None = None
   ) -> tuple[jax.Array, NSACache | None, dict]:
-    """x [B T D] -> (y [B T D], cache with these tokens, no statistics)."""
+    """Returns y [B T D] of x [B T D], the cache with these tokens, no statistics."""
     cfg, (B, T, _) = self.cfg, x.shape
     turn = lambda a: rope(a, ctx.positions, cfg.rope)
     q = turn(jnp.einsum('BTD,DHK->BTHK', x, self.q[...]))
@@ -197,11 +207,12 @@ class NSA(nnx.Module):
     gates = jnp.einsum(
       'BTD,DHC->BTHC', x, self.gate[...], preferred_element_type=jnp.float32
     )
-    gates = jax.nn.sigmoid(gates)
+    gates = jax.nn.sigmoid(gates)  # [B T H 3] float32
     if past is None:
       y = self.fresh(q, k, v, gates, ctx.segments)
     else:
       past = self.remember(k, v, ctx, past)
+      # With a cache a row is one document, which begins at slot 0.
       first, start = jnp.zeros((B, T), jnp.int32), jnp.arange(past.ck.shape[1])
       start = jnp.broadcast_to(start * cfg.stride, past.ck.shape[:2])
       entries = Entries(past.ck, past.cv, start)
@@ -213,11 +224,18 @@ class NSA(nnx.Module):
 
   @property
   def compress(self) -> tuple[Compressor, Compressor]:
-    """Of keys, of values."""
+    """Returns the compressors of keys and of values."""
     return self.compress_k, self.compress_v
 
-  def fresh(self, q, k, v, gates, segments) -> jax.Array:
-    """Tokens that see only each other: [B T H V]."""
+  def fresh(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: jax.Array,
+    segments: jax.Array | None,
+  ) -> jax.Array:
+    """Computes tokens that attend to each other only: [B T H V]."""
     rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
     keys = ('batch', 'seq', None, 'heads')
     B, T = q.shape[:2]
@@ -233,23 +251,33 @@ class NSA(nnx.Module):
 
 
 def compressed(
-  compress: tuple[Compressor, Compressor], keys: Keys, start, cfg: NSAConfig
+  compress: tuple[Compressor, Compressor],
+  keys: Keys,
+  start: jax.Array,
+  cfg: NSAConfig,
 ) -> Entries:
-  """The blocks of keys that begin at places start [B E]."""
+  """Returns the compressed blocks of keys that begin at places start [B E]."""
   rows = jnp.maximum(start - keys.begin, 0)[..., None] + jnp.arange(cfg.block)
+  # Incomplete blocks read any rows; their callers leave them out.
   rows = jnp.minimum(rows, keys.k.shape[1] - 1)
   k, v = (query_blocks.rows(a, rows) for a in keys[:2])
   return Entries(compress[0](k), compress[1](v), start)
 
 
-def grouped(q, place, first, gates, groups: int) -> Queries:
-  """Queries of q [B T H K] and gates [B T H 3], by groups of heads."""
+def grouped(
+  q: jax.Array,
+  place: jax.Array,
+  first: jax.Array,
+  gates: jax.Array,
+  groups: int,
+) -> Queries:
+  """Returns queries of q [B T H K] and gates [B T H 3], by groups of heads."""
   by_group = lambda a: a.reshape(*a.shape[:2], groups, -1, a.shape[-1])
   return Queries(by_group(q), place, first, by_group(gates))
 
 
 def _with_before(along: Along, keys: Keys, count: int) -> Keys:
-  """Own tokens after the `count` before them."""
+  """Returns the local tokens after the `count` before them."""
   if not along.axis:
     return keys
   join = lambda a: jnp.concatenate([along.before(a, count), a], axis=1)
@@ -257,22 +285,38 @@ def _with_before(along: Along, keys: Keys, count: int) -> Keys:
   return Keys(join(keys.k), join(keys.v), begin)
 
 
-def _fresh(cfg: NSAConfig, along: Along, q, k, v, gates, segments, compress):
-  """Own queries; only selected tokens and compressed blocks come from all."""
+def _fresh(
+  cfg: NSAConfig,
+  along: Along,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: jax.Array,
+  segments: jax.Array | None,
+  compress: tuple[Compressor, Compressor],
+) -> jax.Array:
+  """Computes the local queries of a batch without a cache: [B T H V].
+
+  Only selected tokens and compressed blocks come from all devices.
+  """
   (B, T), groups = q.shape[:2], k.shape[3]
   begin, every = along.index * T, T * along.ways
   first = document_starts(along.gather(segments), (B, every))
   first = along.own(first)
   size = -(-T // cfg.stride) if along.axis else None
   start = block_starts(first, cfg, begin, size)
+  # A block that ends here may begin on the device before.
   near = _with_before(along, keys_of(CMP, k, v), cfg.block - 1)
   entries = along.gather(compressed(compress, near, start, cfg))
   if along.axis:
+    # Each device filled its share up: real entries move together.
     there = entries.start >= 0
     keep = lambda a: in_a_row(a, there, max(1, every // cfg.stride))
     entries = jax.tree.map(keep, entries)
   place = jnp.broadcast_to(begin + jnp.arange(T), (B, T))
+  # Any token may be selected, so these keys are gathered from all.
   selected = Keys(*along.gather(tuple(keys_of(SLC, k, v)[:2])))
+  # A window reaches W - 1 tokens back, into few devices.
   window = _with_before(along, keys_of(WIN, k, v), cfg.window - 1)
   queries = grouped(q, place, first, gates, groups)
   y = attend(queries, selected, window, entries, cfg)

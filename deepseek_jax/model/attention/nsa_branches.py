@@ -1,11 +1,11 @@
-"""What each branch of native sparse attention reads (arXiv:2502.11089).
+"""Computes each branch of native sparse attention (arXiv:2502.11089).
 
 Pure functions of queries and keys that lie in one place; `cfg` is an NSAConfig.
 Legend: B batch, T queries, S keys, H heads, G groups, J = H / G, K query/key
 dim, V value dim, E compressed entries, N selected blocks, M gathered tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ CMP, SLC, WIN = range(3)  # the branches, in this order in all weights
 
 
 class Entries(NamedTuple):
-  """Compressed blocks."""
+  """Holds compressed blocks."""
 
   k: jax.Array  # [B E G K]
   v: jax.Array  # [B E G V]
@@ -28,7 +28,7 @@ class Entries(NamedTuple):
 
 
 class Queries(NamedTuple):
-  """A block of queries and where they stand."""
+  """Holds a block of queries and their places."""
 
   q: jax.Array  # [B T G J K]
   place: jax.Array  # [B T] int32, the query's own among the keys
@@ -36,8 +36,10 @@ class Queries(NamedTuple):
   gates: jax.Array  # [B T G J 3] float32
 
 
-def document_starts(segments: jax.Array | None, shape) -> jax.Array:
-  """Per token the place where its document begins, [B T] int32."""
+def document_starts(
+  segments: jax.Array | None, shape: tuple[int, int]
+) -> jax.Array:
+  """Returns for each token where its document begins, [B T] int32."""
   if segments is None:
     return jnp.zeros(shape, jnp.int32)
   index = jnp.arange(shape[1])
@@ -47,9 +49,12 @@ def document_starts(segments: jax.Array | None, shape) -> jax.Array:
 
 
 def block_starts(
-  first: jax.Array, cfg, begin=0, size: int | None = None
+  first: jax.Array,
+  cfg: Any,
+  begin: jax.Array | int = 0,
+  size: int | None = None,
 ) -> jax.Array:
-  """Places where the complete compressed blocks of a batch begin.
+  """Returns the places where the complete compressed blocks of a batch begin.
 
   Args:
     first: [B T] as `document_starts` gives it.
@@ -70,8 +75,8 @@ def block_starts(
   return jnp.where(ends < 0, -1, begin + ends - cfg.block + 1)
 
 
-def overlaps(cfg) -> np.ndarray:
-  """How many strides a selected block shares with the entries about it.
+def overlaps(cfg: Any) -> np.ndarray:
+  """Counts the strides that a selected block shares with the entries about it.
 
   For blocks of 64 and entries of 32 every 16: 1, 2, 2, 2, 1, from the entry
   that begins a stride before the block (equation 9, whose printed index holds
@@ -83,15 +88,18 @@ def overlaps(cfg) -> np.ndarray:
 
 
 def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
-  """Softmax over the last axis; all 0 where nothing is seen."""
+  """Computes a softmax over the last axis; all 0 where nothing is visible."""
   p = jax.nn.softmax(jnp.where(seen, scores, _NEG), axis=-1)
   return jnp.where(seen, p, 0)
 
 
-def compressed_branch(one: Queries, entries: Entries, cfg):
-  """-> (output [B T G J V], attention [B T G J E] float32)."""
+def compressed_branch(
+  one: Queries, entries: Entries, cfg: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output [B T G J V] and attention [B T G J E] float32."""
   seen = entries.start >= 0
   start, end = entries.start, entries.start + cfg.block - 1
+  # Entries of the query's document that end at or before its place.
   seen = seen[:, None] & (start[:, None] >= one.first[..., None])
   seen &= end[:, None] <= one.place[..., None]
   scores = jnp.einsum(
@@ -103,8 +111,10 @@ def compressed_branch(one: Queries, entries: Entries, cfg):
   ), p
 
 
-def select(one: Queries, p, entries: Entries, keys: int, cfg):
-  """The blocks that each group reads.
+def select(
+  one: Queries, p: jax.Array, entries: Entries, keys: int, cfg: Any
+) -> jax.Array:
+  """Selects the blocks that each group reads.
 
   Args:
     one: the queries; p: their attention to the entries [B T G J E].
@@ -145,8 +155,10 @@ def select(one: Queries, p, entries: Entries, keys: int, cfg):
   return chosen.reshape(B, T, G, -1)
 
 
-def gathered_attention(q, k, v, at, scale: float) -> jax.Array:
-  """Attention of each query to rows of its own.
+def gathered_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, at: jax.Array, scale: float
+) -> jax.Array:
+  """Attends from each query to rows of its own.
 
   Args:
     q: [B T G J K]; k: [B S G K]; v: [B S G V].
@@ -167,23 +179,23 @@ def gathered_attention(q, k, v, at, scale: float) -> jax.Array:
   return jnp.einsum('BTGJM,BTGMV->BTGJV', p.astype(v.dtype), take(v))
 
 
-def selected_rows(one: Queries, chosen, cfg) -> jax.Array:
-  """Tokens of the chosen blocks up to the query, [B T G N * select_block]."""
+def selected_rows(one: Queries, chosen: jax.Array, cfg: Any) -> jax.Array:
+  """Returns tokens of the chosen blocks up to the query, [B T G M]."""
   begin = one.first[..., None, None] + chosen * cfg.select_block
   rows = begin[..., None] + jnp.arange(cfg.select_block)
   seen = (chosen >= 0)[..., None] & (rows <= one.place[..., None, None, None])
   return jnp.where(seen, rows, -1).reshape(*chosen.shape[:3], -1)
 
 
-def window_rows(one: Queries, groups: int, cfg) -> jax.Array:
-  """The last `window` tokens of the document, [B T G window]."""
+def window_rows(one: Queries, groups: int, cfg: Any) -> jax.Array:
+  """Returns the last `window` tokens of the document, [B T G window]."""
   rows = one.place[..., None] - jnp.arange(cfg.window)
   rows = jnp.where(rows >= one.first[..., None], rows, -1)[:, :, None]
   return jnp.broadcast_to(rows, (*rows.shape[:2], groups, cfg.window))
 
 
 class Keys(NamedTuple):
-  """Tokens of one branch."""
+  """Holds tokens of one branch."""
 
   k: jax.Array  # [B S G K]
   v: jax.Array  # [B S G V]
@@ -191,7 +203,7 @@ class Keys(NamedTuple):
 
 
 def keys_of(branch: int, k: jax.Array, v: jax.Array) -> Keys:
-  """One branch of k [B S 3 G K] and v [B S 3 G V]."""
+  """Returns one branch of k [B S 3 G K] and v [B S 3 G V]."""
   return Keys(k[:, :, branch], v[:, :, branch])
 
 
@@ -200,9 +212,9 @@ def attend(
   selected: Keys,
   window: Keys,
   entries: Entries,
-  cfg,
+  cfg: Any,
 ) -> jax.Array:
-  """All branches, gated and added.
+  """Computes all branches, gated and added.
 
   Args:
     queries: T of them.
@@ -216,8 +228,10 @@ def attend(
   """
   S, G = selected.k.shape[1:3]
 
-  def block(one: Queries, selected: Keys, window: Keys, entries: Entries):
-    def read(keys, at):
+  def block(
+    one: Queries, selected: Keys, window: Keys, entries: Entries
+  ) -> jax.Array:
+    def read(keys: Keys, at: jax.Array) -> jax.Array:
       at = jnp.where(at >= 0, at - keys.begin, -1)
       return gathered_attention(one.q, keys.k, keys.v, at, cfg.scale)
 

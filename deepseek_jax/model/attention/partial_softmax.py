@@ -1,4 +1,4 @@
-"""Softmax attention in parts: each over some keys, joined by their log-sums.
+"""Computes softmax attention in parts: each over some keys, joined by log-sums.
 
 All heads share one key per place, which is the value too (V4). A part is
 normalised by itself; how much it counts follows from its log-sum-exp, and a
@@ -18,6 +18,8 @@ _NEG = -1e30  # finite: a part without visible keys counts 0 and makes no NaN
 
 
 class Part(NamedTuple):
+  """Holds attention to some keys, normalised over these."""
+
   out: jax.Array  # [... T H C]
   log_sum: jax.Array  # [... T H] float32
 
@@ -25,7 +27,7 @@ class Part(NamedTuple):
 def attend(
   q: jax.Array, keys: jax.Array, seen: jax.Array, scale: float
 ) -> tuple[Part, jax.Array]:
-  """Attention to keys that are also the values.
+  """Attends to keys that are also the values.
 
   Args:
     q: [... T H C].
@@ -36,6 +38,7 @@ def attend(
   Returns:
     The part, and the weights [... T H S] float32.
   """
+  # Keys as deep as queries are each query's own.
   form = '...TSC' if keys.ndim == q.ndim else '...SC'
   scores = jnp.einsum(
     f'...THC,{form}->...THS', q, keys, preferred_element_type=jnp.float32
@@ -53,7 +56,7 @@ def attend(
 
 
 def join(parts: list[Part], sinks: jax.Array) -> jax.Array:
-  """Parts over different keys, and sinks [H] -> outputs [B T H C] float32."""
+  """Joins parts over different keys and sinks [H]: [B T H C] float32."""
   logs = jnp.stack([p.log_sum for p in parts])
   sinks = jnp.broadcast_to(sinks.astype(jnp.float32), logs.shape[1:])
   total = jax.nn.logsumexp(jnp.concatenate([logs, sinks[None]]), axis=0)
@@ -70,7 +73,7 @@ def window_attention(
   scale: float,
   history: tuple[jax.Array, jax.Array] | None = None,
 ) -> Part:
-  """Attention of each query to itself and the W - 1 tokens before it.
+  """Attends from each query to itself and the W - 1 tokens before it.
 
   Queries go in blocks of at least W, each against its own and the end of the
   block before: the cost is linear in T.
@@ -78,7 +81,7 @@ def window_attention(
   Args:
     q: [B T H C].
     keys: [B T C].
-    segments: [B T] document of each token; it sees no other.
+    segments: [B T] document of each token; it attends to no other.
     window: W.
     scale: multiplies the scores.
     history: keys [B W-1 C] and segments [B W-1] of the tokens before, or None.
@@ -93,12 +96,12 @@ def window_attention(
   size = T if size >= T else size
   count = -(-T // size)
 
-  def blocks(x):
+  def blocks(x: jax.Array) -> jax.Array:
     rest = [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, [(0, 0), (0, size * count - T), *rest])
     return x.reshape(B, count, size, *x.shape[2:])
 
-  def with_history(x, first):
+  def with_history(x: jax.Array, first: jax.Array) -> jax.Array:
     x = blocks(x)
     if count > 1:
       ends = x[:, :-1, size - (window - 1) :]
@@ -107,7 +110,7 @@ def window_attention(
       first = first[:, None]
     return jnp.concatenate([first, x], axis=2)  # [B count W-1+size ...]
 
-  def block(one):
+  def block(one: tuple) -> Part:
     q, own, keys, theirs = one
     ahead = jnp.arange(keys.shape[2]) - jnp.arange(size)[:, None]
     seen = (ahead >= 0) & (ahead < window)

@@ -1,4 +1,4 @@
-"""Queries a block at a time, and which keys each of them may see.
+"""Computes queries a block at a time, and which keys each of them may attend to.
 
 A query of sparse attention has scores, indices and gathered keys of its own;
 in blocks, memory holds them for a few queries, forwards and backwards.
@@ -19,13 +19,15 @@ _MOST = 1 << 26
 
 
 class Sight(NamedTuple):
-  """What queries see: keys up to their own place, in their own segment."""
+  """Holds what queries may attend to: keys up to their place, in their segment."""
 
   places: jax.Array  # [B T] int32, the query's own place among the keys
   segments: jax.Array | None = None  # [B T]; None: all keys are of one
 
-  def mask(self, keys: jax.Array, key_segments=None) -> jax.Array:
-    """Visible keys; `keys` are places [S], or per query [B T K]."""
+  def mask(
+    self, keys: jax.Array, key_segments: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the visible keys; `keys` are places [S], or per query [B T K]."""
     seen = keys <= self.places[..., None]
     if self.segments is None:
       return seen
@@ -35,8 +37,13 @@ class Sight(NamedTuple):
     return seen & (self.segments[..., None] == theirs)
 
 
-def sight(positions: jax.Array, segments, fresh: bool) -> Sight:
-  """Of tokens among themselves when `fresh`, else of a cache by position."""
+def sight(
+  positions: jax.Array, segments: jax.Array | None, fresh: bool
+) -> Sight:
+  """Returns the visibility of tokens among themselves when `fresh`.
+
+  Else that of a cache, by position.
+  """
   if not fresh:
     return Sight(positions)
   places = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
@@ -44,7 +51,7 @@ def sight(positions: jax.Array, segments, fresh: bool) -> Sight:
 
 
 def rows(keys: jax.Array, chosen: jax.Array) -> jax.Array:
-  """keys [B S ...] at chosen [B ...] -> [B ..., ...]; -1 gives any row."""
+  """Returns keys [B S ...] at chosen [B ...]: [B ..., ...]; -1 gives any row."""
   pick = lambda one, at: lookup.rows(one, at, 'promise_in_bounds')
   return jax.vmap(pick)(keys, jnp.maximum(chosen, 0))
 
@@ -56,9 +63,9 @@ def over_blocks(
   numbers: int = 1,
   shared: tuple = (),
 ) -> Any:
-  """f of every block of queries, put together again.
+  """Computes f of every block of queries, put together again.
 
-  The backward pass runs a block anew, and sums as `each` does.
+  The backward pass recomputes a block, and sums as `each` does.
 
   Args:
     f: (block of `queries` [B n ...], *shared) -> tree of [B n ...].
@@ -73,15 +80,16 @@ def over_blocks(
     return f(queries, *shared)
   size = -(-T // count)
 
-  def split(a):
+  def split(a: jax.Array) -> jax.Array:
     rest = [(0, 0)] * (a.ndim - 2)
     a = jnp.pad(a, [(0, 0), (0, size * count - T), *rest])
     return jnp.moveaxis(a.reshape(B, count, size, *a.shape[2:]), 1, 0)
 
-  def join(a):
+  def join(a: jax.Array) -> jax.Array:
     a = jnp.moveaxis(a, 0, 1)
     return a.reshape(B, count * size, *a.shape[3:])[:, :T]
 
+  # The last block is filled up with zeros, which `join` cuts off again.
   blocks = jax.tree.map(split, queries)
   return jax.tree.map(join, each(f, blocks, shared))
 
@@ -89,7 +97,7 @@ def over_blocks(
 def each(f: Callable[..., Any], blocks: Any, shared: tuple) -> Any:
   """Returns f of each of blocks [count ...], stacked.
 
-  The backward pass runs a block anew instead of keeping what it made. What
+  The backward pass recomputes a block instead of keeping what it made. What
   blocks share gets the sum of their gradients, in float32 whatever it is itself
   (in bfloat16 a sum over thousands of blocks would stand still); then
   derivatives are first ones only.
@@ -105,21 +113,28 @@ def each(f: Callable[..., Any], blocks: Any, shared: tuple) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each(f, blocks, shared):
+def _each(f: Callable[..., Any], blocks: Any, shared: tuple) -> Any:
+  """Computes `each` with gradients of `shared` that are summed in float32."""
   return jax.lax.map(lambda block: f(block, *shared), blocks)
 
 
-def _each_fwd(f, blocks, shared):
+def _each_fwd(
+  f: Callable[..., Any], blocks: Any, shared: tuple
+) -> tuple[Any, tuple]:
+  """Saves the inputs alone: blocks are recomputed."""
   return _each(f, blocks, shared), (blocks, shared)
 
 
-def _each_bwd(f, saved, grad):
+def _each_bwd(
+  f: Callable[..., Any], saved: tuple, grad: Any
+) -> tuple[Any, tuple]:
+  """Recomputes each block, and adds up the gradients of `shared`."""
   blocks, shared = saved
   real = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.inexact)
   # What is no real number has no gradient: None stands in its place.
   only = lambda like, g: g if real(like) else None
 
-  def one(totals, block_grad):
+  def one(totals: Any, block_grad: tuple) -> tuple[Any, Any]:
     block, grad = block_grad
     _, pull = jax.vjp(f, block, *shared)
     own, *theirs = pull(grad)

@@ -1,4 +1,4 @@
-"""Ring buffers: what a layer keeps of the last R tokens of each row.
+"""Holds ring buffers: what a layer caches of the last R tokens of each row.
 
 Token p of a row lies in slot p modulo R. Within a call the valid tokens of a
 row come first and follow the cached ones; padding comes after them.
@@ -12,12 +12,12 @@ from deepseek_jax.model import cache as caching
 
 
 def before(start: jax.Array, slots: int) -> jax.Array:
-  """Positions of the R - 1 tokens before start [B] -> [B R-1]; some below 0."""
+  """Returns the R - 1 positions before start [B]: [B R-1]; some below 0."""
   return start[:, None] + jnp.arange(1 - slots, 0)
 
 
 def unroll(ring: jax.Array, start: jax.Array) -> jax.Array:
-  """ring [B R ...] -> the R - 1 tokens before position start, in order."""
+  """Returns the R - 1 tokens of ring [B R ...] before start [B], in order."""
   B, R = ring.shape[:2]
   return ring[jnp.arange(B)[:, None], before(start, R) % R]
 
@@ -28,7 +28,7 @@ def write(
   positions: jax.Array,
   valid: jax.Array | None,
 ) -> jax.Array:
-  """The ring after new [B T ...] at positions [B T], if `valid` [B T]."""
+  """Returns the ring after new [B T ...] at positions [B T], if `valid` [B T]."""
   R = ring.shape[1]
   if valid is None:
     valid = jnp.ones(positions.shape, bool)

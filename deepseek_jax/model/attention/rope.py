@@ -1,6 +1,6 @@
-"""Rotary positions (arXiv:2104.09864), with YaRN and other length extension.
+"""Rotates channels by position (arXiv:2104.09864), with YaRN and other extension.
 
-Channel pair i turns by position * frequency[i]. `interleaved` pairs channels
+Channel pair i rotates by position * frequency[i]. `interleaved` pairs channels
 (2i, 2i+1), the layout of the released DeepSeek attention weights; otherwise
 channel i pairs with i + R/2 (Llama, the V3.2 indexer).
 YaRN: arXiv:2309.00071; DeepSeek's mscale: V2 section 3.1.4.
@@ -36,6 +36,7 @@ class YarnConfig:
   attention_factor: float | None = None
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'yarn.', factor=1, original_length=1)
     at_least(self, 'yarn.', mscale=0, mscale_all_dim=0)
     above(self, 'yarn.', beta_slow=0, attention_factor=0)
@@ -44,7 +45,7 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Config:
-  """Llama 3.1's length extension: long wavelengths are slowed by `factor`."""
+  """Slows long wavelengths by `factor`: Llama 3.1's length extension."""
 
   factor: float = 8.0
   low_factor: float = 1.0
@@ -52,6 +53,7 @@ class Llama3Config:
   original_length: int = 8192
 
   def __post_init__(self):
+    """Raises InputError for a field out of its range."""
     at_least(self, 'llama3.', factor=1, original_length=1)
     above(self, 'llama3.', low_factor=0)
     above(self, 'llama3.', high_factor=self.low_factor)
@@ -59,11 +61,12 @@ class Llama3Config:
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-  """Positions divided by `factor` (arXiv:2306.15595), as DeepSeek-Coder has."""
+  """Divides positions by `factor` (arXiv:2306.15595), as DeepSeek-Coder does."""
 
   factor: float = 4.0
 
   def __post_init__(self):
+    """Raises InputError unless factor is above 0 and finite."""
     # NaN compares false.
     if not 0 < self.factor < math.inf:
       raise InputError(f'scaling.factor = {self.factor}: must be above 0')
@@ -71,30 +74,39 @@ class LinearConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
+  """Describes a rotation.
+
+  Attributes:
+    theta: base of the frequencies.
+    interleaved: pairs channels (2i, 2i+1), not (i, i + R/2).
+    scaling: extension to longer texts, or None.
+  """
+
   theta: float = 10000.0
   interleaved: bool = True
   scaling: YarnConfig | Llama3Config | LinearConfig | None = None
 
   def __post_init__(self):
+    """Raises InputError unless theta > 1."""
     above(self, 'rope.', theta=1)
 
 
 def mscale(factor: float, weight: float | None) -> float:
-  """YaRN's temperature 0.1 * weight * ln(factor) + 1 (1 when not extended)."""
+  """Returns YaRN's temperature 0.1 * weight * ln(factor) + 1, or 1 unextended."""
   if factor <= 1 or not weight:
     return 1.0
   return 0.1 * weight * math.log(factor) + 1.0
 
 
 def softmax_multiplier(cfg: RopeConfig) -> float:
-  """What YaRN multiplies the softmax scale with: mscale(mscale_all_dim)^2."""
+  """Returns YaRN's factor of the softmax scale: mscale(mscale_all_dim)^2."""
   if isinstance(cfg.scaling, YarnConfig):
     return mscale(cfg.scaling.factor, cfg.scaling.mscale_all_dim) ** 2
   return 1.0
 
 
 def table_multiplier(cfg: RopeConfig) -> float:
-  """What YaRN multiplies cos and sin with; 1 for every released DeepSeek."""
+  """Returns YaRN's factor of cos and sin; 1 for every released DeepSeek."""
   yarn = cfg.scaling
   if not isinstance(yarn, YarnConfig):
     return 1.0
@@ -108,7 +120,11 @@ def table_multiplier(cfg: RopeConfig) -> float:
 
 
 def frequencies(cfg: RopeConfig, dim: int) -> np.ndarray:
-  """Angles per position, [R/2] float64."""
+  """Returns the angles per position, [R/2] float64, in radians.
+
+  Raises:
+    InputError: an odd `dim`.
+  """
   if dim % 2:
     raise InputError(f'rope_dim = {dim}: must be even')
   base = cfg.theta ** (-np.arange(0, dim, 2) / dim)
@@ -121,8 +137,14 @@ def frequencies(cfg: RopeConfig, dim: int) -> np.ndarray:
   return base
 
 
-def _yarn(yarn, base, theta, dim):
-  def turns(n):  # the channel that turns n times within the original length
+def _yarn(
+  yarn: YarnConfig, base: np.ndarray, theta: float, dim: int
+) -> np.ndarray:
+  """Slows the channels that rotate less often than beta_fast, by a ramp."""
+
+  def turns(
+    n: float,
+  ) -> float:  # the channel that rotates n times in the original length
     ratio = yarn.original_length / (n * 2 * math.pi)
     return dim * math.log(ratio) / (2 * math.log(theta))
 
@@ -134,7 +156,8 @@ def _yarn(yarn, base, theta, dim):
   return base * (1 - ramp) + base / yarn.factor * ramp
 
 
-def _llama3(llama, base):
+def _llama3(llama: Llama3Config, base: np.ndarray) -> np.ndarray:
+  """Slows the channels that rotate less often than high_factor, by a ramp."""
   turns = llama.original_length * base / (2 * math.pi)
   share = (turns - llama.low_factor) / (llama.high_factor - llama.low_factor)
   keep = np.clip(share, 0, 1)
@@ -142,9 +165,10 @@ def _llama3(llama, base):
 
 
 def rope(x: jax.Array, positions: jax.Array, cfg: RopeConfig) -> jax.Array:
-  """Turns x [B T ... R] to its positions [B T]; float32 inside, dtype kept."""
+  """Rotates x [B T ... R] to its positions [B T]; float32 inside, dtype kept."""
   freqs = jnp.asarray(frequencies(cfg, x.shape[-1]), jnp.float32)
   angles = positions[..., None].astype(jnp.float32) * freqs  # [B T R/2]
+  # Axes of x between tokens and channels share the angles.
   angles = angles.reshape(
     *positions.shape, *(1,) * (x.ndim - positions.ndim - 1), freqs.size
   )

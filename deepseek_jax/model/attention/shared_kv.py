@@ -1,11 +1,11 @@
-"""V4's attention (section 2.3): one key-value head, a window, far entries.
+"""Computes V4's attention: one key-value head, a window, far entries.
 
-Every head reads the same vectors, as keys and as values: those of the last W
-tokens and, as a layer's `compress` says, entries that stand for many tokens
-(csa.py, hca.py). Rope turns their last channels, so what is read carries the
-turn of its place; turning the output back by the query's own makes it depend
-on distances alone. A sink per head takes part in the softmax. The output goes
-through a low-rank projection of each group of heads.
+Every head reads the same vectors, as keys and as values (section 2.3): those of
+the last W tokens and, as a layer's `compress` says, entries that stand for many
+tokens (csa.py, hca.py). Rope rotates their last channels, so what is read
+carries the rotation of its place; rotating the output back by the query's own
+makes it depend on distances alone. A sink per head takes part in the softmax.
+The output goes through a low-rank projection of each group of heads.
 Legend: B batch, T queries, D model, Q query latent, H heads, C head dim,
 R rope dims, G groups, K = H C / G, O output rank, W window.
 """
@@ -13,7 +13,7 @@ R rope dims, G groups, K = H C / G, O output rank, W window.
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import sequence as context
+from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.parallel.sharding import param, shard
 
 # Cos and sin are not multiplied: the released models use no mscale.
@@ -55,16 +56,16 @@ COMPRESS_ROPE = RopeConfig(
 
 @dataclasses.dataclass(frozen=True)
 class SharedKVConfig:
-  """Shapes, and what a layer reads beside its window.
+  """Describes the shapes, and what a layer reads beside its window.
 
   Attributes:
     heads, head_dim: of the queries; keys and values are one head.
-    rope_dim: the last channels of a head, which are turned.
+    rope_dim: the last channels of a head, which are rotated.
     q_rank: of the queries' latent.
     groups, o_rank: of the output projection.
     window: tokens that are read one by one, the query's own included.
     rope: of layers with a window alone.
-    compress_rope: of all that is turned in layers with entries.
+    compress_rope: of all that is rotated in layers with entries.
     compress: what entries there are.
     csa, hca: their settings.
     norm_eps: of all norms inside.
@@ -85,6 +86,7 @@ class SharedKVConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
     at_least(self, heads=1, head_dim=1, rope_dim=1, q_rank=1)
     at_least(self, groups=1, o_rank=1, window=1)
     above(self, norm_eps=0)
@@ -103,20 +105,21 @@ class SharedKVConfig:
 
   @property
   def scale(self) -> float:
+    """Returns what multiplies the scores."""
     return self.head_dim**-0.5
 
   @property
   def turn(self) -> RopeConfig:
-    """The rope of this layer."""
+    """Returns the rope of this layer."""
     return self.rope if self.compress == 'none' else self.compress_rope
 
   @property
   def measures_recall(self) -> bool:
-    """Whether training reports it."""
+    """Returns whether training logs the indexer's recall."""
     return self.compress == 'csa' and self.csa.measures_recall
 
   def compressor(self) -> CompressorConfig | None:
-    """Of this layer's entries."""
+    """Returns the compressor of this layer's entries; None without any."""
     if self.compress == 'none':
       return None
     csa = self.compress == 'csa'
@@ -129,29 +132,40 @@ class SharedKVConfig:
       norm_eps=self.norm_eps,
     )
 
-  def cache(self, batch: int, slots: int, dtype) -> 'SharedKVCache':
-    """An empty cache: W vectors, and C numbers for every m slots."""
+  def cache(
+    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+  ) -> 'SharedKVCache':
+    """Returns an empty cache: W vectors, and C numbers for every m slots."""
     window = jnp.zeros((batch, self.window, self.head_dim), dtype)
     compress = self.compressor()
     if compress is None:
       return SharedKVCache(window, None)
     far = compress.cache(batch, slots, dtype)
     if self.compress == 'csa':
+      # The indexer's keys are smaller entries of the same windows.
       keys = dataclasses.replace(compress, dim=self.csa.index_dim)
       far = CSACache(far, keys.cache(batch, slots, dtype))
     return SharedKVCache(window, far)
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'SharedKV':
+    """Returns the attention of a model of width `dim`."""
     return SharedKV(self, dim, std=std, rngs=rngs)
 
 
 class SharedKVCache(NamedTuple):
-  window: jax.Array  # [B W C], a ring of turned vectors
+  """Holds the window of last tokens, and what is cached of entries."""
+
+  window: jax.Array  # [B W C], a ring of rotated vectors
   far: CSACache | Compressed | None
 
 
 class SharedKV(nnx.Module):
-  def __init__(self, cfg: SharedKVConfig, dim: int, *, std, rngs: nnx.Rngs):
+  """Attends to a window and to compressed entries, with sinks."""
+
+  def __init__(
+    self, cfg: SharedKVConfig, dim: int, *, std: float, rngs: nnx.Rngs
+  ):
+    """Makes the projections, the sinks [H] and the attention to entries."""
     self.cfg = cfg
     D, H, C, Q = dim, cfg.heads, cfg.head_dim, cfg.q_rank
     G, O = cfg.groups, cfg.o_rank
@@ -174,34 +188,38 @@ class SharedKV(nnx.Module):
     elif cfg.compress == 'hca':
       self.far = HCA(cfg.compressor(), D, **make)
 
-  def query(self, x: jax.Array, positions) -> tuple[jax.Array, jax.Array]:
-    """x [B T D] -> turned queries [B T H C], their latent [B T Q]."""
+  def query(
+    self, x: jax.Array, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns rotated queries [B T H C] of x [B T D], their latent [B T Q]."""
     latent = self.q_norm(x @ self.q_down[...])
     q = jnp.einsum('BTQ,QHC->BTHC', latent, self.q_up[...])
+    # Each head is normed, without weights, before rope.
     wide = q.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     q = (wide * jax.lax.rsqrt(mean + self.cfg.norm_eps)).astype(q.dtype)
     q = shard(q, 'batch', 'seq', 'heads', None)
     return tail_rope(q, positions, self.cfg.turn, self.cfg.rope_dim), latent
 
-  def output(self, y: jax.Array, positions) -> jax.Array:
-    """What heads read [B T H C] -> [B T D]: turned back, then projected."""
+  def output(self, y: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates what heads read [B T H C] back and projects it: [B T D]."""
     y = tail_rope(y, -positions, self.cfg.turn, self.cfg.rope_dim)
     y = y.astype(self.out_up[...].dtype)
-    y = y.reshape(*y.shape[:2], self.cfg.groups, -1)
-    y = jnp.einsum('BTGK,KGO->BTGO', y, self.out_down[...])
+    y = y.reshape(*y.shape[:2], self.cfg.groups, -1)  # [B T G K]
+    y = jnp.einsum('BTGK,KGO->BTGO', y, self.out_down[...])  # [B T G O]
     return jnp.einsum('BTGO,GOD->BTD', y, self.out_up[...])
 
   def __call__(
     self, x: jax.Array, ctx: Context, past: SharedKVCache | None = None
   ) -> tuple[jax.Array, SharedKVCache | None, dict]:
-    """x [B T D] -> (y [B T D], cache with these tokens, statistics).
+    """Returns y [B T D] of x [B T D], the cache with these tokens, and statistics.
 
     In a call with a cache a row is one document, and its padding comes last.
     Statistics: those of CSA, in training.
     """
     cfg = self.cfg
-    q, latent = self.query(x, ctx.positions)
+    q, latent = self.query(x, ctx.positions)  # [B T H C], [B T Q]
+    # One vector a token, key and value of all heads: [B T C].
     kv = self.kv_norm(x @ self.kv[...])
     kv = tail_rope(kv, ctx.positions, cfg.turn, cfg.rope_dim)
     if past is None:
@@ -209,11 +227,27 @@ class SharedKV(nnx.Module):
     else:
       parts, past = self._cached(q, kv, x, latent, ctx, past)
       stats = {}
+    # One softmax over window, entries and sink: [B T H C] -> [B T D].
     y = self.output(join(parts, self.sinks[...]), ctx.positions)
     return y, past, stats
 
-  def _fresh(self, q, kv, x, latent, ctx: Context):
-    """Of a batch that sees only itself: the parts, statistics."""
+  def _fresh(
+    self,
+    q: jax.Array,
+    kv: jax.Array,
+    x: jax.Array,
+    latent: jax.Array,
+    ctx: Context,
+  ) -> tuple[list[Part], dict]:
+    """Computes a batch that attends only to itself: (parts, statistics).
+
+    Args:
+      q: [B T H C].
+      kv: [B T C].
+      x: [B T D].
+      latent: [B T Q].
+      ctx: the tokens.
+    """
     cfg, (B, T, H, _) = self.cfg, q.shape
     segments = ctx.segments
     if segments is None:
@@ -228,6 +262,8 @@ class SharedKV(nnx.Module):
     if query is not None:
       index_heads = query.q.shape[2]
     names = ('loss', 'recall') if cfg.measures_recall else ('loss',)
+    # Each device computes its queries and heads; index heads are sharded as
+    # well, so both must divide.
     parts, stats = context.split(
       functools.partial(_fresh, cfg, learn),
       (q, kv, self.sinks[...], segments, tokens, query, weights),
@@ -242,19 +278,29 @@ class SharedKV(nnx.Module):
       stats['loss'] *= cfg.csa.loss
     return parts, stats
 
-  def _cached(self, q, kv, x, latent, ctx: Context, past: SharedKVCache):
-    """Of tokens that follow a cache: the parts, the cache with them."""
+  def _cached(
+    self,
+    q: jax.Array,
+    kv: jax.Array,
+    x: jax.Array,
+    latent: jax.Array,
+    ctx: Context,
+    past: SharedKVCache,
+  ) -> tuple[list[Part], SharedKVCache]:
+    """Computes tokens that follow a cache: (parts, the cache with them)."""
     cfg, history = self.cfg, None
     segments = ctx.segments
     if segments is None:
       segments = jnp.ones_like(ctx.positions)
     if not ctx.fresh:
+      # The W - 1 tokens before these, out of the ring.
       start = ctx.positions[:, 0]
       there = ring.before(start, cfg.window) >= 0
       history = (
         ring.unroll(past.window, start),
         jnp.where(there, 1, -1).astype(segments.dtype),
       )
+      # A row is one document: 1, and 0 for padding.
       segments = (segments > 0).astype(segments.dtype)
     parts, far = [], None
     parts.append(
@@ -263,6 +309,7 @@ class SharedKV(nnx.Module):
       )
     )
     if cfg.compress != 'none':
+      # Entries that the cache and these tokens make.
       part, far = self.far(q, x, latent, ctx, past.far, scale=cfg.scale)
       parts.append(part)
     window = ring.write(past.window, kv, ctx.positions, ctx.valid)
@@ -271,17 +318,20 @@ class SharedKV(nnx.Module):
 
 def _fresh(
   cfg: SharedKVConfig,
-  learn,
-  along,
-  q,
-  kv,
-  sinks,
-  segments,
-  tokens,
-  query,
-  weights,
-):
-  """Parts of own queries; a window reaches into the devices before."""
+  learn: bool,
+  along: Along,
+  q: jax.Array,
+  kv: jax.Array,
+  sinks: jax.Array,
+  segments: jax.Array,
+  tokens: Any,
+  query: Any,
+  weights: Any,
+) -> tuple[list[Part], dict]:
+  """Computes parts of the local queries, and the indexer's statistics.
+
+  A window reaches into the devices before.
+  """
   history, W = None, cfg.window
   if along.axis:
     history = along.before(kv, W - 1), along.before(segments, W - 1, -1)
@@ -292,6 +342,7 @@ def _fresh(
   if cfg.compress == 'hca':
     return [near, hca.fresh(make, along, q, tokens, weights, scale)], {}
   makes = make, dataclasses.replace(make, dim=cfg.csa.index_dim)
+  # What else shares the softmax with the entries, for the loss.
   rest = jnp.logaddexp(near.log_sum, sinks) if learn else None
   how = {'scale': scale, 'rest': rest}
   part, stats = csa.fresh(

@@ -1,4 +1,4 @@
-"""Softmax attention cores: causal within a batch, and over a cache.
+"""Computes softmax attention: causal within a batch, and over a cache.
 
 Everything that differs between MHA, GQA and expanded MLA is in the shapes.
 Legend: B batch, T queries, S keys, H heads, G key heads, K query/key dim,
@@ -6,6 +6,8 @@ V value dim, N = B * H.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,19 @@ from deepseek_jax.parallel.sharding import in_mesh
 _NEG = -1e30  # finite: a fully masked row gives a mean of values, never NaN
 
 
-def _dot(a, b):
-  """[M K] @ [K N], accumulated in float32."""
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Multiplies [M K] by [K N], accumulated in float32."""
   return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _blocks(length, most):
-  """Borders of at most `most` blocks of queries, each of at least 128."""
+def _blocks(length: int, most: int) -> list[tuple[int, int]]:
+  """Returns borders of at most `most` blocks of queries, each of 128 or more."""
   size = max(128, -(-length // most))
   return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def _mask(segments, start, end):
-  """[T of the block, S before its end] bool."""
+def _mask(segments: jax.Array | None, start: int, end: int) -> jax.Array:
+  """Returns which keys before `end` queries start..end attend to, bool [T S]."""
   index = jnp.arange(end)
   mask = index[start:, None] >= index
   if segments is None:
@@ -35,8 +37,8 @@ def _mask(segments, start, end):
   return mask & (segments[start:end, None] == segments[:end])
 
 
-def _over_heads(f, arrays):
-  """f of each entry of the first axis, stacked.
+def _over_heads(f: Callable, arrays: tuple) -> Any:
+  """Computes f of each entry of the first axis, stacked.
 
   A CPU takes two heads at a time: their scores stay in its caches, which is
   three times as fast as one batched product (measured). Accelerators, and
@@ -50,13 +52,31 @@ def _over_heads(f, arrays):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _causal(q, k, v, segments, scale, most):
-  """q k [N T K], v [N T V], segments [N T] or None -> [N T V]."""
+def _causal(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  scale: float,
+  most: int,
+) -> jax.Array:
+  """Attends causally: q k [N T K], v [N T V], segments [N T] -> [N T V]."""
   return _causal_fwd(q, k, v, segments, scale, most)[0]
 
 
-def _causal_fwd(q, k, v, segments, scale, most):
-  def head(q, k, v, segments):
+def _causal_fwd(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+  scale: float,
+  most: int,
+) -> tuple[jax.Array, tuple]:
+  """Returns the output, and what the backward pass needs of it."""
+
+  def head(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
     outs, normalizers = [], []
     for start, end in _blocks(q.shape[0], most):
       scores = _dot(q[start:end], k[:end].T) * scale
@@ -65,6 +85,7 @@ def _causal_fwd(q, k, v, segments, scale, most):
       p = jnp.exp(scores - top)
       total = p.sum(axis=-1, keepdims=True)
       outs.append(_dot(p.astype(v.dtype), v[:end]) / total)
+      # The log-sum-exp of the scores is all that is kept of them.
       normalizers.append((top + jnp.log(total))[:, 0])
     out = jnp.concatenate(outs).astype(v.dtype)
     return out, jnp.concatenate(normalizers)
@@ -73,11 +94,22 @@ def _causal_fwd(q, k, v, segments, scale, most):
   return out, (q, k, v, segments, out, normalizer)
 
 
-def _causal_bwd(scale, most, saved, grad):
-  """Scores are made again, keys first: then just one product is transposed."""
+def _causal_bwd(
+  scale: float, most: int, saved: tuple, grad: jax.Array
+) -> tuple:
+  """Recomputes scores, keys first: then just one product is transposed."""
   f32 = jnp.float32
 
-  def head(q, k, v, segments, out, normalizer, grad):
+  def head(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    out: jax.Array,
+    normalizer: jax.Array,
+    grad: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # sum_s p dp of each query, from the output (FlashAttention).
     delta = (grad.astype(f32) * out.astype(f32)).sum(axis=-1)  # [T]
     dk, dv = jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
     dq = []
@@ -100,8 +132,8 @@ def _causal_bwd(scale, most, saved, grad):
 _causal.defvjp(_causal_fwd, _causal_bwd)
 
 
-def _heads_first(x, heads):
-  """[B T G K] -> [B * heads, T, K], each of G repeated to make up heads."""
+def _heads_first(x: jax.Array, heads: int) -> jax.Array:
+  """Reshapes [B T G K] to [B * heads, T, K]; each of G serves H / G heads."""
   B, T, G, K = x.shape
   x = jnp.repeat(x.transpose(0, 2, 1, 3), heads // G, axis=1)
   return x.reshape(B * heads, T, K)
@@ -116,11 +148,11 @@ def causal_attention(
   segments: jax.Array | None = None,
   blocks: int = 8,
 ) -> jax.Array:
-  """Attention of a batch to itself: a token sees its segment up to itself.
+  """Attends within a batch: a token attends to its segment up to itself.
 
   Queries go in up to `blocks` unrolled blocks, each against just the keys
   before its end, so close to half of the square is never computed; the
-  backward pass makes the scores again instead of storing them.
+  backward pass recomputes the scores instead of storing them.
 
   Args:
     q: [B T H K]; k: [B T G K], G divides H; v: [B T G V].
@@ -147,7 +179,7 @@ def cached_attention(
   *,
   scale: float,
 ) -> jax.Array:
-  """Attention to a cache whose slot s holds the token of position s.
+  """Attends to a cache whose slot s holds the token of position s.
 
   Args:
     q: [B T H K]; k: [B S G K]; v: [B S G V].
@@ -161,6 +193,7 @@ def cached_attention(
   G = k.shape[2]
   q = q.reshape(B, T, G, H // G, K)
   mask = positions[..., None] >= jnp.arange(k.shape[1])  # [B T S]
+  # J = H / G query heads read one key head, which is not repeated.
   scores = jnp.einsum(
     'BTGJK,BSGK->BGJTS', q, k, preferred_element_type=jnp.float32
   )

@@ -90,9 +90,9 @@ def _check_slots(given: Given, cache: Cache) -> None:
 def _check_one_document(
   segments: np.ndarray, positions: Any, fresh: bool
 ) -> None:
-  """Raises InputError where a row of a cached call holds several documents.
+  """Raises InputError for a row of several documents in a call with a cache.
 
-  Also where it begins with padding after the first call without positions.
+  Also for a row that begins with padding, in a later call without positions.
 
   Args:
     segments: [B T] of the host.

@@ -122,7 +122,7 @@ def window_ends(
 
 
 def view(ctx: Context, ratio: int, fresh: bool) -> View:
-  """Returns which entries each token attends to: a batch's own, or a cache's."""
+  """Returns which entries each token attends to: the batch's or the cache's."""
   if fresh:
     return fresh_view(ctx.positions, _segments(ctx), ratio)
   count = (ctx.positions + 1) // ratio
@@ -196,7 +196,7 @@ class Compressor(nnx.Module):
     made = made.astype(x.dtype)
     if past is None:
       return made, None
-    # The entry of positions n m..n m + m - 1 has slot n.
+    # The entry of positions n m .. n m + m - 1 lies in slot n.
     entries = caching.write(past.entries, made, at // m, at >= 0)
     write = lambda a, new: ring.write(a, new, ctx.positions, ctx.valid)
     past = Compressed(

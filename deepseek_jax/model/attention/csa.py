@@ -112,7 +112,7 @@ class EntryIndexer(nnx.Module):
   def query(
     self, x: jax.Array, latent: jax.Array, positions: jax.Array
   ) -> IndexQuery:
-    """Returns the index queries of x [B T D] and the queries' latent [B T Q]."""
+    """Returns index queries of x [B T D] and the queries' latent [B T Q]."""
     q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])
     q = compressor.tail_rope(
       q, positions, self.compress.rope, self.compress.rope_dim

@@ -119,7 +119,7 @@ class Reading(NamedTuple):
     Only queries that attend to an entry count.
     """
     counted = (view.count > 0) * weights
-    # A query without entries may hold NaN: it is left out, not times 0.
+    # The value of a query without entries means nothing and may be NaN.
     total = jnp.where(counted > 0, values, 0) * counted
     total = total.sum(axis=1), counted.sum(axis=1)
     total, count = self.along.sum_of_parts(total)

@@ -114,7 +114,7 @@ class SparseLatent(NamedTuple):
 def choose_by_kernel(
   query: IndexQuery, keys: jax.Array, sight: Sight, k: int, impl: str
 ) -> jax.Array:
-  """Computes `index.choose` in ascending order, without its scores in memory."""
+  """Computes `index.choose`, ascending, without its scores in memory."""
   first = jnp.zeros_like(sight.places)
   if sight.segments is not None:
     first = segment_starts(sight.segments)
@@ -152,7 +152,7 @@ class DSA(MLA):
   def __call__(
     self, x: jax.Array, ctx: Context, past: SparseLatent | None = None
   ) -> tuple[jax.Array, SparseLatent | None, dict]:
-    """Returns y [B T D] of x [B T D], the cache with these tokens, and statistics.
+    """Returns y [B T D], the cache with the tokens of x [B T D], statistics.
 
     Statistics are of training: 'loss' of the indexer (a scalar, weighted), and
     'recall', the share of dense attention's mass at its `top_k` choices.
@@ -195,7 +195,11 @@ class DSA(MLA):
     new: SparseLatent,
     ctx: Context,
   ) -> tuple[jax.Array, dict]:
-    """Computes tokens that attend to each other only: ([B T H V], statistics)."""
+    """Attends within a batch without a cache.
+
+    Returns:
+      [B T H V], and in training the statistics of `__call__`.
+    """
     (B, T, H, _), cfg = q[0].shape, self.cfg
     if self.dense(T) and not ctx.train:
       return self.attend(*q, Latent(*new[:2]), None, ctx), {}

@@ -153,7 +153,7 @@ class GQA(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: KeyValue | None = None
   ) -> tuple[jax.Array, KeyValue | None, dict]:
-    """Returns y [B T D] of x [B T D], the cache with these tokens, no statistics."""
+    """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     cfg = self.cfg
     q, k, v = self.projections(x)  # [B T H K], [B T G K] twice
     q, k = (rope(a, ctx.positions, cfg.rope) for a in (q, k))

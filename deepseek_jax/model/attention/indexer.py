@@ -1,6 +1,6 @@
-"""Computes the lightning indexer (DeepSeek-V3.2, arXiv:2512.02556, section 2.1).
+"""Computes the lightning indexer (DeepSeek-V3.2, section 2.1).
 
-A few light heads score every past token for every query,
+See arXiv:2512.02556. A few light heads score every past token for every query,
 I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]), and attention reads the best. Keys
 have a LayerNorm with a bias, and rope rotates the *first* R channels: in halves
 for DeepSeek's weights, although their attention interleaves; derived models
@@ -96,7 +96,7 @@ class Indexer(nnx.Module):
       dim: D.
       latent: Q.
       rope_dim: R.
-      rope_cfg: the attention's, but for the pairs of channels.
+      rope_cfg: the attention's; which channels pair is up to `cfg`.
       std: of the weights.
       rngs: random streams of `params`.
     """
@@ -146,7 +146,9 @@ def index_scores(
 
 
 def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
-  """Returns the places of the k greatest visible scores; of equal ones the lowest.
+  """Returns the places of the k greatest visible scores.
+
+  Of equal scores the lowest place comes first.
 
   Args:
     scores: [B T S] float32; seen: [B T S] bool.

@@ -26,7 +26,7 @@ _NEG = -1e30
 class Scene(NamedTuple):
   """Holds the local queries and all keys of a fresh batch.
 
-  Only the indexer's are attached.
+  Gradients reach those of the indexer alone.
 
   Attributes:
     q: no-rope [B T H N] and rotated rope part [B T H R].
@@ -187,9 +187,10 @@ def sampled(
 
 
 def recall(scene: Scene, chosen: jax.Array, count: int) -> jax.Array:
-  """Measures how much of dense attention's mass is chosen, by `count` queries: [B].
+  """Measures how much of dense attention's mass is chosen, [B] float32.
 
-  So few queries take the latents as they are instead of expanding all keys.
+  It is a mean over `count` queries: so few take the latents as they are instead
+  of expanding all keys.
   """
   scene, along = scene.detached(), scene.along
   at, counts = sampled(chosen.shape[1], count, along.ways)

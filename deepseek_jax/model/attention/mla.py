@@ -201,13 +201,13 @@ class MLA(nnx.Module):
     self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
 
   def query_latent(self, x: jax.Array) -> jax.Array:
-    """Returns the normed query latent [B T Q], or x itself when uncompressed."""
+    """Returns the normed query latent [B T Q], or x when uncompressed."""
     return x if self.cfg.q_rank is None else self.q_norm(x @ self.q_down[...])
 
   def query(
     self, x: jax.Array, positions: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns the no-rope part [B T H N] and the rotated part [B T H R] of x."""
+    """Returns no-rope [B T H N] and rotated part [B T H R] of x [B T D]."""
     q = jnp.einsum('BTQ,QHK->BTHK', self.query_latent(x), self.q_up[...])
     q = shard(q, 'batch', 'seq', 'heads', None)
     qn, qr = jnp.split(q, [self.cfg.nope_dim], axis=-1)
@@ -254,7 +254,7 @@ class MLA(nnx.Module):
       frequencies(self.cfg.rope, self.cfg.rope_dim), jnp.float32
     )
     flat = lambda a: a.reshape(-1, a.shape[-1])
-    # YaRN scales the table, not the angles.
+    # YaRN may scale cos and sin, too.
     turn = table_multiplier(self.cfg.rope)
     cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
     cache = latent_kv(
@@ -297,7 +297,7 @@ class MLA(nnx.Module):
     visible = positions[..., None] >= jnp.arange(latent.c.shape[1])  # [B T S]
     scores = jnp.where(visible[:, None], scores * self.cfg.scale, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.c.dtype)
-    # Heads before tokens: the other way round XLA:CPU turns the whole cache.
+    # Heads before tokens: the other way round XLA:CPU transposes the cache.
     mixed = jnp.einsum('BHTS,BSC->BHTC', weights, latent.c)
     return jnp.einsum('BHTC,CHV->BTHV', mixed, v_up)
 
@@ -384,10 +384,9 @@ class MLA(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: Latent | None = None
   ) -> tuple[jax.Array, Latent | None, dict]:
-    """Returns y [B T D] of x [B T D], the cache with these tokens, no statistics."""
+    """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     qn, qr = self.query(x, ctx.positions)  # [B T H N], [B T H R]
-    # Later calls read the cache, so the kernel may write it without latents in
-    # memory.
+    # Later calls attend to the cache alone: a kernel may store right into it.
     latent = None
     if past is None or ctx.fresh:
       latent = self.latent(x, ctx.positions)

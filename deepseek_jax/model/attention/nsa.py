@@ -197,7 +197,7 @@ class NSA(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: NSACache | None = None
   ) -> tuple[jax.Array, NSACache | None, dict]:
-    """Returns y [B T D] of x [B T D], the cache with these tokens, no statistics."""
+    """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     cfg, (B, T, _) = self.cfg, x.shape
     turn = lambda a: rope(a, ctx.positions, cfg.rope)
     q = turn(jnp.einsum('BTD,DHK->BTHK', x, self.q[...]))

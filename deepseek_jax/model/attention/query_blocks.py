@@ -1,4 +1,4 @@
-"""Computes queries a block at a time, and which keys each of them may attend to.
+"""Computes queries a block at a time, and which keys each may attend to.
 
 A query of sparse attention has scores, indices and gathered keys of its own;
 in blocks, memory holds them for a few queries, forwards and backwards.
@@ -19,7 +19,7 @@ _MOST = 1 << 26
 
 
 class Sight(NamedTuple):
-  """Holds what queries may attend to: keys up to their place, in their segment."""
+  """Holds what queries attend to: keys up to their place, in their segment."""
 
   places: jax.Array  # [B T] int32, the query's own place among the keys
   segments: jax.Array | None = None  # [B T]; None: all keys are of one
@@ -51,7 +51,7 @@ def sight(
 
 
 def rows(keys: jax.Array, chosen: jax.Array) -> jax.Array:
-  """Returns keys [B S ...] at chosen [B ...]: [B ..., ...]; -1 gives any row."""
+  """Returns keys [B S ...] at chosen [B ...]: [B ... ...]; -1 gives any row."""
   pick = lambda one, at: lookup.rows(one, at, 'promise_in_bounds')
   return jax.vmap(pick)(keys, jnp.maximum(chosen, 0))
 

@@ -28,7 +28,10 @@ def write(
   positions: jax.Array,
   valid: jax.Array | None,
 ) -> jax.Array:
-  """Returns the ring after new [B T ...] at positions [B T], if `valid` [B T]."""
+  """Returns the ring after new [B T ...] at positions [B T].
+
+  Tokens that are not `valid` [B T] are not written.
+  """
   R = ring.shape[1]
   if valid is None:
     valid = jnp.ones(positions.shape, bool)

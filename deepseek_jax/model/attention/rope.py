@@ -1,4 +1,4 @@
-"""Rotates channels by position (arXiv:2104.09864), with YaRN and other extension.
+"""Rotates channels by position (arXiv:2104.09864), with length extension.
 
 Channel pair i rotates by position * frequency[i]. `interleaved` pairs channels
 (2i, 2i+1), the layout of the released DeepSeek attention weights; otherwise
@@ -61,7 +61,7 @@ class Llama3Config:
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-  """Divides positions by `factor` (arXiv:2306.15595), as DeepSeek-Coder does."""
+  """Divides positions by `factor` (arXiv:2306.15595), as in DeepSeek-Coder."""
 
   factor: float = 4.0
 
@@ -92,7 +92,7 @@ class RopeConfig:
 
 
 def mscale(factor: float, weight: float | None) -> float:
-  """Returns YaRN's temperature 0.1 * weight * ln(factor) + 1, or 1 unextended."""
+  """Returns YaRN's temperature 0.1 weight ln(factor) + 1; 1 if not extended."""
   if factor <= 1 or not weight:
     return 1.0
   return 0.1 * weight * math.log(factor) + 1.0
@@ -142,9 +142,8 @@ def _yarn(
 ) -> np.ndarray:
   """Slows the channels that rotate less often than beta_fast, by a ramp."""
 
-  def turns(
-    n: float,
-  ) -> float:  # the channel that rotates n times in the original length
+  def turns(n: float) -> float:
+    """Returns the channel that rotates n times in the original length."""
     ratio = yarn.original_length / (n * 2 * math.pi)
     return dim * math.log(ratio) / (2 * math.log(theta))
 
@@ -165,7 +164,7 @@ def _llama3(llama: Llama3Config, base: np.ndarray) -> np.ndarray:
 
 
 def rope(x: jax.Array, positions: jax.Array, cfg: RopeConfig) -> jax.Array:
-  """Rotates x [B T ... R] to its positions [B T]; float32 inside, dtype kept."""
+  """Rotates x [B T ... R] to positions [B T], in float32; keeps the dtype."""
   freqs = jnp.asarray(frequencies(cfg, x.shape[-1]), jnp.float32)
   angles = positions[..., None].astype(jnp.float32) * freqs  # [B T R/2]
   # Axes of x between tokens and channels share the angles.

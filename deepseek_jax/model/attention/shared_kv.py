@@ -212,7 +212,7 @@ class SharedKV(nnx.Module):
   def __call__(
     self, x: jax.Array, ctx: Context, past: SharedKVCache | None = None
   ) -> tuple[jax.Array, SharedKVCache | None, dict]:
-    """Returns y [B T D] of x [B T D], the cache with these tokens, and statistics.
+    """Returns y [B T D], the cache with the tokens of x [B T D], statistics.
 
     In a call with a cache a row is one document, and its padding comes last.
     Statistics: those of CSA, in training.

@@ -23,13 +23,16 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _blocks(length: int, most: int) -> list[tuple[int, int]]:
-  """Returns borders of at most `most` blocks of queries, each of 128 or more."""
+  """Returns borders of at most `most` blocks of queries, of 128 or more."""
   size = max(128, -(-length // most))
   return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _mask(segments: jax.Array | None, start: int, end: int) -> jax.Array:
-  """Returns which keys before `end` queries start..end attend to, bool [T S]."""
+  """Returns which keys before `end` the queries start..end attend to.
+
+  [T of the block, S before its end] bool.
+  """
   index = jnp.arange(end)
   mask = index[start:, None] >= index
   if segments is None:

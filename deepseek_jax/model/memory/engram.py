@@ -111,7 +111,10 @@ class EngramConfig:
 
 
 def reaches(ctx: Context, back: int) -> jax.Array:
-  """Returns whether the token `back` places before is of the same document."""
+  """Returns whether the token `back` places before is of the same document.
+
+  [B T] bool; with a cache it may lie in there.
+  """
   inside = ctx.positions >= back
   if ctx.segments is None or back == 0:
     return inside

@@ -173,7 +173,9 @@ class Compressor(nnx.Module):
     f32 = {'preferred_element_type': jnp.float32}
     kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
     gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
-    return Tokens(kv, gate, ctx.positions, _segments(ctx))
+    # A caller's NumPy arrays can't be indexed by traced numbers.
+    where = map(jnp.asarray, (ctx.positions, _segments(ctx)))
+    return Tokens(kv, gate, *where)
 
   def weights(self) -> tuple[jax.Array, RMSNorm]:
     """What else entries are made with: the bias [m J C] and the norm."""

@@ -1,7 +1,8 @@
 """What teaches the lightning indexer, and how well it chooses (V3.2, 2.1.1).
 
 Its softmax is to be the attention's, the heads' mean of it: over all keys
-while attention is dense, over the chosen ones once it is sparse. Inputs are
+while attention is dense, over the chosen ones once it is sparse. Either way the
+layer's softmax runs over nothing else, so each head counts alike. Inputs are
 detached; gradients reach the indexer alone. Each device answers for the
 queries and heads that it has; means are over all of them.
 Legend: B batch, T queries, S keys, K chosen keys, H heads, C latent, N no-rope
@@ -159,7 +160,9 @@ def sampled(
     fewer than others fill up with places that don't.
   """
   every = length * ways
-  places = np.linspace(0, every - 1, min(count, every)).astype(int)
+  # A single one is the last: the first has nothing to choose from.
+  begin = 0 if count > 1 else every - 1
+  places = np.linspace(begin, every - 1, min(count, every)).astype(int)
   device = places // length
   number = np.arange(len(places)) - np.searchsorted(device, device)
   at = np.zeros((ways, number.max() + 1), int)

@@ -51,7 +51,7 @@ MUTANTS = (
   Mutant(
     'clipping_adds_an_eps_to_the_norm',
     'deepseek_jax/train/optimizer.py',
-    'g / norm * limit',
+    'g * factor / near * limit',
     'g / (norm + 1e-6) * limit',
     ('tests/optim_test.py::a_clipped_gradient_scales_with_its_limit',),
     'torch.nn.utils.clip_grad_norm_ does so',
@@ -60,7 +60,7 @@ MUTANTS = (
     'squares_of_a_gradient_underflow',
     _NORMS,
     'jnp.square(a * wide(a))',
-    'jnp.square(a) * wide(a) ** 2',
+    '(jnp.square(a) * jnp.square(wide(a)))',
     ('tests/block_norms_test.py::follows_every_scale',),
     'a norm of 0 is never clipped',
   ),

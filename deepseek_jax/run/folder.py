@@ -10,11 +10,12 @@ import jax
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import set_aside
-from deepseek_jax.run import lock, say
+from deepseek_jax.run import lock
 from deepseek_jax.run.checkpoint import Checkpoints, Restored, flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train.step import TrainState, initial_state

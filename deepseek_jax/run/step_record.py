@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import processes as distributed
@@ -26,7 +27,6 @@ from deepseek_jax.record.routing import (
   FlightRecorder,
   max_violation,
 )
-from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import layer_losses
 from deepseek_jax.train.step import metrics_of

@@ -46,9 +46,9 @@ MUTANTS = (
   ),
   Mutant(
     'padding_is_trained_on',
-    'deepseek_jax/train/step.py',
-    'inside = real[:, 1:] & real[:, :-1]',
-    'inside = jnp.ones_like(real[:, 1:])',
+    'deepseek_jax/train/objective.py',
+    'inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)',
+    'inside = segments[:, 1:] == segments[:, :-1]',
     (f'{_INPUTS_TEST}::it_weighs_nothing',),
     'segment 0 was trained on with cross_document',
     fast=True,

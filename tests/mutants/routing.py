@@ -64,8 +64,8 @@ MUTANTS = (
   Mutant(
     'gates_of_no_weight_divide_by_0',
     _ROUTER,
-    'weights.sum(axis=-1, keepdims=True) + 1e-20',
-    'weights.sum(axis=-1, keepdims=True)',
+    'normalized(weights, Rule.eps)',
+    'normalized(weights, 0.0)',
     (f'{_ROUTER_TEST}::all_zero_scores',),
     'the released code adds 1e-20',
   ),
@@ -161,8 +161,8 @@ MUTANTS = (
   Mutant(
     'sequence_loss_of_raw_scores',
     _BALANCE,
-    'share = scores / scores.sum(axis=-1, keepdims=True)',
-    'share = scores',
+    'f * _mean_over_valid(shares(scores), valid)',
+    'f * _mean_over_valid(scores, valid)',
     (f'{_BALANCE_TEST}::sequence_loss_counts',),
     'V3 eq. 19: scores are normalised over the experts',
   ),

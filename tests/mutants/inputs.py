@@ -5,8 +5,8 @@ from tests.mutants.mutant import Mutant
 _CONTEXT = 'deepseek_jax/model/context.py'
 _LOSSES = 'deepseek_jax/train/cross_entropy.py'
 _CONFIG = 'deepseek_jax/config.py'
-_INPUTS_TEST = 'tests/inputs_test.py'
-_LOSSES_TEST = 'tests/losses_test.py'
+_INPUTS_TEST = 'tests/model/given_test.py'
+_LOSSES_TEST = 'tests/train/cross_entropy_test.py'
 _CONFIG_TEST = 'tests/config_test.py'
 _NUMBERS_TEST = 'tests/config_numbers_test.py'
 

@@ -5,9 +5,9 @@ from tests.mutants.mutant import Mutant
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _MOE = 'deepseek_jax/model/experts/moe.py'
 _BALANCE = 'deepseek_jax/model/experts/balance.py'
-_ROUTER_TEST = 'tests/layers/router_test.py'
-_MOE_TEST = 'tests/layers/moe_test.py'
-_BALANCE_TEST = 'tests/layers/balance_test.py'
+_ROUTER_TEST = 'tests/model/experts/router_test.py'
+_MOE_TEST = 'tests/model/experts/moe_test.py'
+_BALANCE_TEST = 'tests/model/experts/balance_test.py'
 
 MUTANTS = (
   Mutant(
@@ -118,7 +118,7 @@ MUTANTS = (
     'deepseek_jax/model/experts/ffn.py',
     'return jax.nn.silu(gate) * up',
     'return gate * jax.nn.silu(up)',
-    ('tests/layers/ffn_test.py::gate_comes_first',),
+    ('tests/model/experts/ffn_test.py::gate_comes_first',),
     'w1 is the gate, w3 is not',
     fast=True,
   ),

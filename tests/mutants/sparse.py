@@ -7,9 +7,9 @@ _DSA = 'deepseek_jax/model/attention/dsa.py'
 _CHOSEN = 'deepseek_jax/model/attention/dsa_reading.py'
 _NSA = 'deepseek_jax/model/attention/nsa.py'
 _BRANCHES = 'deepseek_jax/model/attention/nsa_branches.py'
-_NSA_TEST = 'tests/layers/nsa_test.py'
-_INDEXER_TEST = 'tests/layers/indexer_test.py'
-_DSA_TEST = 'tests/layers/dsa_test.py'
+_NSA_TEST = 'tests/model/attention/nsa_test.py'
+_INDEXER_TEST = 'tests/model/attention/indexer_test.py'
+_DSA_TEST = 'tests/model/attention/dsa_test.py'
 
 _V32 = (
   Mutant(
@@ -149,7 +149,7 @@ _SUMS = (
     'deepseek_jax/model/attention/query_blocks.py',
     'if any(map(lookup.short, jax.tree.leaves(shared))):',
     'if False:',
-    ('tests/layers/lookup_test.py::latent_of_many_blocks',),
+    ('tests/model/lookup_test.py::latent_of_many_blocks',),
     "V3 section 3.3: a scan's transpose adds in the dtype of what is shared",
   ),
   Mutant(

@@ -26,7 +26,7 @@ from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.context import Context
 from tests import reference, tiny
-from tests.layers import v4_reference
+from tests.model.attention import v4_reference
 
 DIM, T = 12, 37
 YARN = YarnConfig(

@@ -85,7 +85,7 @@ _V32 = (
   Mutant(
     'missing_choices_attended',
     _CHOSEN,
-    'scores = jnp.where(at[:, :, None] >= 0, scores * scale, _NEG)',
+    'scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)',
     'scores = scores * scale',
     (f'{_DSA_TEST}::output_loss_and_recall_equal',),
     'V3.2: future and padded slots among the top k stay masked',

@@ -22,10 +22,9 @@ from deepseek_jax.model.attention import ring
 from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along, in_a_row
 from deepseek_jax.parallel.sharding import param
-
-_NEG = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +217,7 @@ def complete(
     there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
     same = tokens.segments[rows, jnp.maximum(end - m, 0)]
     there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
-    logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
+    logit_before = jnp.where(there[..., None, None], logit_before, MASKED)
     value = jnp.concatenate([value_before, value], axis=2)
     logit = jnp.concatenate([logit_before, logit], axis=2)
   entry = norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))

@@ -19,9 +19,8 @@ from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.query_blocks import Sight
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
-
-_NEG = -1e30
 
 
 class Scene(NamedTuple):
@@ -56,7 +55,7 @@ class Scene(NamedTuple):
 
   def shares(self, scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Attention's scores [B T H S] float32 -> the heads' mean of it [B T S]."""
-    scores = jnp.where(seen[:, :, None], scores * self.scale, _NEG)
+    scores = jnp.where(seen[:, :, None], scores * self.scale, MASKED)
     mean = jax.nn.softmax(scores, axis=-1).mean(axis=2)
     return self.along.mean_of_heads(mean)
 

@@ -61,6 +61,11 @@ class BlockConfig:
     return attention, self.engram.cache(batch, self.streams, dim, dtype)
 
   @property
+  def routed(self) -> bool:
+    """Returns whether the FFN is a mixture of experts."""
+    return hasattr(self.ffn, 'experts')
+
+  @property
   def streams(self) -> int:
     """Returns the number of residual streams: 1 without hyper-connections."""
     return getattr(self.residual, 'streams', 1)

@@ -1,7 +1,8 @@
 """Computes the indexer's loss, and how well it chooses (V3.2, section 2.1.1).
 
 Its softmax is to be the attention's, the heads' mean of it: over all keys
-while attention is dense, over the chosen ones once it is sparse. Inputs are
+while attention is dense, over the chosen ones once it is sparse. Either way the
+layer's softmax runs over nothing else, so each head counts alike. Inputs are
 detached; gradients reach the indexer alone. Each device computes the queries
 and heads that it holds; means are over all of them.
 Legend: B batch, T queries, S keys, K chosen keys, H heads, C latent, N no-rope
@@ -18,9 +19,8 @@ from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.query_blocks import Sight
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
-
-_NEG = -1e30
 
 
 class Scene(NamedTuple):
@@ -58,7 +58,7 @@ class Scene(NamedTuple):
 
   def shares(self, scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Returns the heads' mean attention [B T S] of scores [B T H S] float32."""
-    scores = jnp.where(seen[:, :, None], scores * self.scale, _NEG)
+    scores = jnp.where(seen[:, :, None], scores * self.scale, MASKED)
     mean = jax.nn.softmax(scores, axis=-1).mean(axis=2)
     return self.along.mean_of_heads(mean)
 
@@ -177,7 +177,9 @@ def sampled(
     that have fewer than others fill up with places that don't.
   """
   every = length * ways
-  places = np.linspace(0, every - 1, min(count, every)).astype(int)
+  # A single one is the last: the first has nothing to choose from.
+  begin = 0 if count > 1 else every - 1
+  places = np.linspace(begin, every - 1, min(count, every)).astype(int)
   device = places // length
   number = np.arange(len(places)) - np.searchsorted(device, device)
   at = np.zeros((ways, number.max() + 1), int)

@@ -56,7 +56,10 @@ def statistics(
 
 
 def entropy(scores: jax.Array) -> jax.Array:
-  """Computes the entropy [...] of scores [... E] over log E; 1 is uniform."""
+  """Computes the entropy of non-negative scores [... E] over log E: [...].
+
+  1 is uniform.
+  """
   share = shares(scores)
   terms = share * jnp.log(jnp.where(share > 0, share, 1.0))
   return -terms.sum(axis=-1) / jnp.log(max(scores.shape[-1], 2))

@@ -47,7 +47,7 @@ def _classes(annotation: Any) -> list[type]:
 def optional_fields(cls: type) -> dict[str, type]:
   """Returns fields that may be None -> `str`, or `object` for others.
 
-  A text is told from a number by its field alone: '17' may be a folder's name.
+  A text differs from a number by its field alone: '17' may be a folder's name.
   Nothing for what is no dataclass.
   """
   if not dataclasses.is_dataclass(cls):
@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
 def _named(value: Any) -> Any:
   """Returns a tuple's item like `_plain`; a dataclass with its 'module:Class'.
 
-  No field there tells of which class it is.
+  No field there has a type that names its class.
   """
   if not dataclasses.is_dataclass(value) or isinstance(value, type):
     return _plain(value)

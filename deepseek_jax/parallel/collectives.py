@@ -24,12 +24,14 @@ def total(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
 def _forward(
   x: jax.Array, axes: str | tuple[str, ...]
 ) -> tuple[jax.Array, None]:
+  """Returns the sum, and nothing to keep for the gradient."""
   return total(x, axes), None
 
 
 def _backward(
   axes: str | tuple[str, ...], _, grad: jax.Array
 ) -> tuple[jax.Array]:
+  """Returns the share of the gradient times the devices: the gradient."""
   return (grad * jax.lax.psum(1, axes),)
 
 
@@ -47,10 +49,12 @@ def gathered(x: jax.Array, axis: str) -> jax.Array:
 
 
 def _gathered_fwd(x: jax.Array, axis: str) -> tuple[jax.Array, None]:
+  """Returns what was gathered, and nothing to keep for the gradient."""
   return gathered(x, axis), None
 
 
 def _gathered_bwd(axis: str, _, grad: jax.Array) -> tuple[jax.Array]:
+  """Returns the gradient of x [B T ...], summed over devices in float32."""
   if grad.dtype.itemsize >= 4:
     return (jax.lax.psum_scatter(grad, axis, scatter_dimension=1, tiled=True),)
   # 16-bit gradients travel as they are, but a reduce-scatter would add them up

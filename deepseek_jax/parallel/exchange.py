@@ -29,7 +29,7 @@ class ExchangeConfig:
   """Chooses how tokens reach experts on other devices; changes no meaning.
 
   Attributes:
-    kind: 'all_gather': every device sees all tokens of its group; few devices
+    kind: 'all_gather': every device gets all tokens of its group; few devices
       or few tokens. 'all_to_all': a copy per chosen expert, in equal buffers.
       'ragged_all_to_all': the same without filler; GPU and TPU only.
       'two_hop': one copy per node to the device of the same place there, then
@@ -168,6 +168,7 @@ def _hop(
   wire = group.wire(x.dtype)
   wire, rounds = _buffers(group, wire, to.size, copies.total, copies.longest)
   q = queues.queue(to, group.size)
+  # Ragged rounds need the lengths of everyone's queues: [n n] counts.
   counts = me = None
   if wire.ragged:
     counts = jax.lax.all_gather(q.count, group.axis)
@@ -197,6 +198,7 @@ def _hop(
 
   def further(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
     more = queues.waiting(q, wire, turn, counts)
+    # A round has collectives: all devices must take the same branch.
     more = jax.lax.pmax(more.astype(jnp.int32), group.everyone)
     # Recomputed, or the scan keeps rows of every round, those not begun too.
     again = jax.checkpoint(lambda: one(turn, x, weights)[:2])
@@ -360,6 +362,7 @@ def _way(group: _Group, tokens_split: bool) -> Callable:
 
 
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes of an entry of a PartitionSpec or of the rules."""
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
@@ -368,6 +371,7 @@ def _on_one_device(
   arrays: tuple[jax.Array, ...],
   weights: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
+  """Computes all experts here; nothing is exchanged and nothing dropped."""
   x = arrays[0]
   flat = (a.reshape(-1, a.shape[-1]) for a in arrays)
   return compute(*flat, *weights).reshape(x.shape), jnp.int32(0)
@@ -405,6 +409,7 @@ def run(
     raise InputError(
       f'mesh.rules.experts = {rules["experts"]}: must be one mesh axis'
     )
+  # Experts may lie on one mesh axis, their hidden units on others.
   axis = (there('experts') or [None])[0]
   size = mesh.shape[axis] if axis else 1
   hidden = tuple(there('mlp'))

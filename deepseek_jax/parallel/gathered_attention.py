@@ -153,6 +153,7 @@ def _attend_fwd(
   seen: Sequence,
   scale: float,
 ) -> tuple[jax.Array, tuple]:
+  """Computes `attend`; keeps inputs, out and log-sum-exp [B H T] float32."""
   B, T, H, _ = q.shape
   value = jax.eval_shape(
     functools.partial(expand, q.shape[2:]), parts, weights
@@ -170,6 +171,7 @@ def _attend_fwd(
     return (out, new, total * old + p.sum(axis=-1)), None
 
   f32 = functools.partial(jnp.full, dtype=jnp.float32)
+  # Numerators [B H T V], maxima and denominators [B H T] so far.
   start = (
     f32((B, H, T, value.shape[-1]), 0),
     f32((B, H, T), _NEG),
@@ -184,6 +186,7 @@ def _attend_fwd(
 def _attend_bwd(
   expand: Callable, scale: float, saved: tuple, grad: jax.Array
 ) -> tuple:
+  """Returns gradients of q, parts and weights; recomputes keys and scores."""
   q, parts, weights, seen, out, normalizer = saved
   # The row sums of p * dp (FlashAttention-2, arXiv:2307.08691, section 3.1).
   delta = _dot('BTHV,BTHV->BHT', grad, out)

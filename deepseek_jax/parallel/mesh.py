@@ -30,7 +30,7 @@ RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
-  'tables': 'fsdp',  # n-gram memories; each token reads a few rows
+  'tables': 'fsdp',  # Engram tables; each token reads a few rows
 }
 # ... and of what a step computes.
 ACTIVATIONS = {'batch': ('data', 'fsdp', 'expert'), 'seq': 'context'}
@@ -39,6 +39,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 def _default_rules() -> dict:
+  """Returns the rules of parameters and activations; a new dict each time."""
   return {**RULES, **ACTIVATIONS}
 
 
@@ -95,7 +96,7 @@ class MeshConfig:
     return ' * '.join(f'{n}={s}' for n, s in sizes if s > 1) or 'data=1'
 
   def ways(self, logical: str) -> int:
-    """Returns into how many shards the rules cut the logical axis."""
+    """Returns into how many shards the rules split the logical axis."""
     over = names(self.rules.get(logical))
     return math.prod(getattr(self, name) for name in over)
 

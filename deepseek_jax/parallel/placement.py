@@ -165,7 +165,7 @@ def over(
 
   Args:
     config: sizes, rules, exchange.
-    variables: `Model.abstract`, to be held against the rules.
+    variables: `Model.abstract`, to be checked against the rules.
     devices: as for `mesh.make`.
 
   Raises:
@@ -208,13 +208,14 @@ def to_first(tree: Any) -> Any:
   process by itself has on one device stays there.
   """
   if not distributed.several():
+    # A copy on the host is needed only of what lies on several devices.
     spread = lambda a: len(a.sharding.device_set) > 1
     here = lambda a: isinstance(a, np.ndarray | np.generic)
     one = lambda a: np.asarray(a) if here(a) or spread(a) else a
     return jax.tree.map(one, tree)
   from jax.experimental import multihost_utils
 
-  def one(leaf):
+  def one(leaf: jax.Array):
     whole = (
       np.asarray(leaf)
       if leaf.is_fully_replicated

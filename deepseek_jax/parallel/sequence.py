@@ -154,6 +154,7 @@ def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int) -> Any:
     isinstance(a, tuple) and all(n is None or isinstance(n, str) for n in a)
   )
   over = lambda tree: jax.tree.map(spec, tree, is_leaf=named)
+  # Mesh axes of one device need no collective.
   heads = tuple(n for n in cut.get('heads', ()) if using.mesh.shape[n] > 1)
   along = Along(axis, using.mesh.shape[axis], heads)
   return jax.shard_map(

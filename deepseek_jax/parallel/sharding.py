@@ -1,4 +1,4 @@
-"""Named axes: arrays say what an axis is, rules say which mesh axis it takes.
+"""Named axes: arrays name their axes, rules map the names to mesh axes.
 
 A parameter carries one logical name per axis ('embed', 'heads', 'experts' ...;
 leading axes without a name are layer stacks). `use(mesh, rules)` maps names to

@@ -1,6 +1,6 @@
 """Collectives that carry rows to other devices and back, with their gradients.
 
-A `Wire` is static and says which devices and which formats; `there` dispatches
+A `Wire` is static: which devices and which formats; `there` dispatches
 rows to where they are computed on, `back` brings results to where they came
 from, to be combined. Each is the other's transpose. Buffers are equal blocks
 per destination (all_to_all), or one queue per receiver (ragged_all_to_all).
@@ -135,6 +135,7 @@ back.defvjp(
 def _gather(
   x: jax.Array, wire: Wire, form: str, floor: float = 0.0
 ) -> jax.Array:
+  """Gathers x [N D] over a wire that carries `form`, in wire.dtype."""
   one = lambda p: jax.lax.all_gather(p, wire.axis, tiled=True)
   parts = tuple(map(one, formats.encode(x, form, floor)))
   return formats.decode(parts, form, wire.dtype)
@@ -143,6 +144,7 @@ def _gather(
 def _scatter(
   x: jax.Array, wire: Wire, form: str, floor: float = 0.0
 ) -> jax.Array:
+  """Sums shares [n N D] over a wire that carries `form`, in float32: [N D]."""
   # Not psum_scatter: it would add up in the format of the wire.
   parts = tuple(_blocks(p, wire) for p in formats.encode(x, form, floor))
   moved = formats.decode(parts, form, jnp.float32)

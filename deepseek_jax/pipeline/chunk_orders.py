@@ -74,6 +74,7 @@ class _Recorder:
   """Numbers the chunks of a rank as it names them, near direction first."""
 
   def __init__(self, far_side: bool):
+    """Begins a rank's steps; on the far side near means direction 1."""
     self.far_side, self.steps = far_side, []
     self.count, self.waiting = {}, []
 

@@ -5,10 +5,10 @@ the order of the simulated timeline (1F1B: arXiv:2104.04473; DualPipe:
 DeepSeek-V3, arXiv:2412.19437, section 3.2). One program for all ranks (a scan
 over ticks inside shard_map) would need equal stages, and V3's are not: dense
 layers at the start, embedding, head and prediction at the ends. Separate
-programs take any cut and any schedule, and the other mesh axes work inside a
+programs take any split and any schedule, and the other mesh axes work inside a
 stage as they do without a pipeline. The price: one process drives all devices.
 
-Stage i is held by rank i. What else needs its weights gets a copy in every
+Stage i is stored on rank i. What else needs its weights gets a copy in every
 step: with DualPipe the rank opposite, and the last stage the embedding.
 Legend: P ranks, B sequences, T tokens.
 """
@@ -40,6 +40,7 @@ def slices(mesh: Mesh) -> tuple[Mesh, ...]:
   """Returns the mesh of each rank: `mesh` at each index of its axis `stage`."""
   if 'stage' not in mesh.axis_names:
     raise InputError(f"mesh axes {mesh.axis_names}: a pipeline needs 'stage'")
+  # [stage ...]: the devices of each rank.
   axis = mesh.axis_names.index('stage')
   names = tuple(n for n in mesh.axis_names if n != 'stage')
   ranks = np.moveaxis(mesh.devices, axis, 0)
@@ -284,6 +285,7 @@ class Pipeline:
     )
     numbers = {key: i for i, key in enumerate(self._forwards)}
     chosen = lambda *key: jax.tree.map(lambda a: a[numbers[key]], micro)
+    # One process dispatches all programs, in an order in which none waits.
     run = Step(self, self.copied(held), chosen, shares)
     for span in self._order:
       run.step(span.rank, span.step)

@@ -17,6 +17,7 @@ class Reader:
   """Evaluates a model on the devices where its stages lie."""
 
   def __init__(self, pipeline: Pipeline):
+    """Prepares a program per stage; the first batch compiles them."""
     self._pipeline = pipeline
     self._programs = [
       jax.jit(functools.partial(stage_calls.read, stage))

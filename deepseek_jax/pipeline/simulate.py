@@ -115,6 +115,7 @@ def simulate(schedule: Schedule, times: Durations) -> SimulatedStep:
     for rank, steps in enumerate(schedule):
       while at[rank] < len(steps):
         step = steps[at[rank]]
+        # A step begins once its rank is free and all that it needs has ended.
         needs = [n for c in step if (n := _needs(c, rank, ranks))]
         if not all(n in over for n in needs):
           break

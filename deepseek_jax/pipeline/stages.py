@@ -160,7 +160,7 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
   Raises:
     InputError: there are fewer blocks than stages, or so few per stage that
       those of multi-token prediction would not all be with the head; or
-      blocks have memories, whose rows only a whole model can number.
+      blocks have Engrams, whose rows only a whole model can number.
   """
   if any(b.engram for s in config.segments() for b in s.blocks):
     raise InputError(

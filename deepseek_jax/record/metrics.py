@@ -83,9 +83,11 @@ class MetricsWriter:
     self._newest: dict[str, dict] = {kind: {} for kind in FILES}
 
   def __enter__(self) -> 'MetricsWriter':
+    """Returns the writer, which `with` closes."""
     return self
 
   def __exit__(self, *error: object) -> None:
+    """Closes the files."""
     self.close()
 
   def write(
@@ -158,6 +160,7 @@ class NoMetrics(contextlib.AbstractContextManager):
   """Takes what a MetricsWriter takes and keeps nothing of it."""
 
   def __exit__(self, *error: object) -> None:
+    """Does nothing."""
     pass
 
   def write(
@@ -213,7 +216,7 @@ def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
   """Reads a file of lines.
 
   Returns:
-    Its complete lines, their bytes and what they say; and one text for every
+    Its complete lines, their bytes and their numbers; and one text for every
     line that is not one of metrics.
   """
   if not path.exists():

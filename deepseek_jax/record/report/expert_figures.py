@@ -137,6 +137,7 @@ def sample(edges: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _heat() -> dict:
+  """Returns the arguments of imshow that all heatmaps share."""
   # One scale in every report: dark is idle, bright is twice an even share.
   # 'none' embeds one pixel per cell, which the browser enlarges.
   return {
@@ -211,6 +212,7 @@ def _multiple(
   draw: Callable,
   bar: str,
 ) -> Any:
+  """Draws the panels of the layers in `pick`; `names` are those of the axes."""
   name, across = names
   columns = min(len(pick), _COLUMNS)
   rows = math.ceil(len(pick) / columns)

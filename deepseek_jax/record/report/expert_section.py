@@ -110,6 +110,7 @@ def _share(load: np.ndarray) -> np.ndarray:
 
 def _edges(run: flight.Flight) -> np.ndarray:
   """Returns the steps at which intervals begin and end, [N + 1]."""
+  # The first interval begins before its first record, by a record's steps.
   gaps = np.diff(run.last) / run.records[1:]  # steps per record
   inside = (run.last[0] - run.first[0]) / max(1, run.records[0] - 1)
   gap = gaps[0] if len(gaps) else max(1, inside)

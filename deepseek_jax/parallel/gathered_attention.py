@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
 
-_NEG = -1e30
 _BLOCK = 1024  # keys expanded at a time, at most
 
 
@@ -163,7 +163,7 @@ def _attend_fwd(
     out, top, total = carry
     k, v = expand(q.shape[2:], part, weights)
     # Online softmax in float32: the sums so far shrink as the maximum grows.
-    scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, _NEG)
+    scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, MASKED)
     new = jnp.maximum(top, scores.max(axis=-1))
     p, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
     more = _dot('BHTS,BSHV->BHTV', p.astype(v.dtype), v)
@@ -174,7 +174,7 @@ def _attend_fwd(
   # Numerators [B H T V], maxima and denominators [B H T] so far.
   start = (
     f32((B, H, T, value.shape[-1]), 0),
-    f32((B, H, T), _NEG),
+    f32((B, H, T), MASKED),
     f32((B, H, T), 0),
   )
   skipped = lambda part: None

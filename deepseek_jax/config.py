@@ -1,4 +1,4 @@
-"""Frozen dataclass trees to and from editable dicts, strictly checked.
+"""Turns frozen dataclass trees into editable dicts and back, strictly checked.
 
 Experiments edit `ml_collections.ConfigDict`s; the library takes frozen
 dataclasses. An unknown or ill-typed field is an InputError that names the
@@ -14,8 +14,8 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -28,24 +28,26 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def kind_name(cls: type) -> str:
-  """'mla' for MLAConfig."""
+  """Returns the name of a config class under 'kind': 'mla' for MLAConfig."""
   return cls.__name__.removesuffix('Config').lower()
 
 
-def _members(annotation) -> tuple:
+def _members(annotation: Any) -> tuple:
+  """Returns the alternatives of an annotation, the only one if no union."""
   if typing.get_origin(annotation) in (typing.Union, types.UnionType):
     return typing.get_args(annotation)
   return (annotation,)
 
 
-def _classes(annotation) -> list[type]:
+def _classes(annotation: Any) -> list[type]:
+  """Returns the dataclasses among the alternatives of an annotation."""
   return [c for c in _members(annotation) if dataclasses.is_dataclass(c)]
 
 
 def optional_fields(cls: type) -> dict[str, type]:
-  """Fields of a dataclass that may be None -> `str`, or `object` for others.
+  """Returns fields that may be None -> `str`, or `object` for others.
 
-  A text is told from a number by its field alone: '17' may be a folder's name.
+  A text differs from a number by its field alone: '17' may be a folder's name.
   Nothing for what is no dataclass.
   """
   if not dataclasses.is_dataclass(cls):
@@ -58,8 +60,8 @@ def optional_fields(cls: type) -> dict[str, type]:
   return out
 
 
-def to_dict(config) -> dict[str, Any]:
-  """A dataclass tree as nested plain dicts (JSON values and tuples)."""
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns a dataclass tree as nested plain dicts (JSON values and tuples)."""
   hints = _hints(type(config))
   out = {}
   for field in dataclasses.fields(config):
@@ -71,8 +73,11 @@ def to_dict(config) -> dict[str, Any]:
   return out
 
 
-def _kind(classes, value) -> str | None:
-  """What names the class of a field's value; None where there is one class."""
+def _kind(classes: list[type], value: Any) -> str | None:
+  """Returns what names the class of a field's value.
+
+  None where there is one class.
+  """
   if not classes or not dataclasses.is_dataclass(value):
     return None
   cls = type(value)
@@ -83,7 +88,8 @@ def _kind(classes, value) -> str | None:
   return kind_name(cls) if named else None
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
+  """Returns a field's value with dataclasses as dicts and lists as tuples."""
   if dataclasses.is_dataclass(value):
     return to_dict(value)
   if isinstance(value, Mapping):
@@ -93,16 +99,19 @@ def _plain(value):
   return value
 
 
-def _named(value):
-  """As _plain, inside a tuple: no field there says of which class it is."""
+def _named(value: Any) -> Any:
+  """Returns a tuple's item like `_plain`; a dataclass with its 'module:Class'.
+
+  No field there has a type that names its class.
+  """
   if not dataclasses.is_dataclass(value) or isinstance(value, type):
     return _plain(value)
   cls = type(value)
   return {'kind': f'{cls.__module__}:{cls.__qualname__}', **to_dict(value)}
 
 
-def _unnamed(value, path):
-  """The inverse of _named."""
+def _unnamed(value: Any, path: str) -> Any:
+  """Inverts `_named`."""
   if isinstance(value, Mapping) and ':' in str(value.get('kind')):
     inner = dict(value)
     return from_dict(_imported(inner.pop('kind'), path), inner, f'{path}.')
@@ -111,8 +120,18 @@ def _unnamed(value, path):
   return value
 
 
-def from_dict(cls: type, values: Mapping, path: str = ''):
-  """The dataclass `cls` from nested mappings; `path` prefixes messages."""
+def from_dict(cls: type, values: Mapping, path: str = '') -> Any:
+  """Returns the dataclass `cls` of nested mappings, checked.
+
+  Args:
+    cls: a dataclass.
+    values: field -> value, as `to_dict` gives them; absent fields have their
+      defaults.
+    path: prefixes the field in messages, as in 'model.'.
+
+  Raises:
+    InputError: a field is unknown, missing, ill-typed or out of range.
+  """
   hints = _hints(cls)
   names = [f.name for f in dataclasses.fields(cls)]
   for key in values:
@@ -134,6 +153,7 @@ def from_dict(cls: type, values: Mapping, path: str = ''):
   try:
     return cls(**made)
   except InputError as error:
+    # The message may name its field or its place: name no part of a path twice.
     where = path.rstrip('.')
     above_it, _, last = where.rpartition('.')
     if not where or str(error).startswith(path):
@@ -143,13 +163,19 @@ def from_dict(cls: type, values: Mapping, path: str = ''):
     raise InputError(f'{where}: {error}') from None
 
 
-def _unknown(path, key, names, cls):
+def _unknown(path: str, key: Any, names: list[str], cls: type) -> str:
+  """Returns the message for a field that does not exist, with a hint."""
   near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
   hint = f'did you mean {path}{near[0]}?' if near else f'fields: {names}'
   return f'{path}{key}: no such field in {cls.__name__}; {hint}'
 
 
-def _value(annotation, value, path):
+def _value(annotation: Any, value: Any, path: str) -> Any:
+  """Returns the value that a field holds, dataclasses made of mappings.
+
+  Raises:
+    InputError: it does not fit the annotation.
+  """
   if value is None and type(None) in _members(annotation):
     return None
   classes = _classes(annotation)
@@ -164,8 +190,8 @@ def _value(annotation, value, path):
   return _scalar(annotation, value, path)
 
 
-def _fits(classes, value) -> bool:
-  """Whether a field of these dataclasses takes a value.
+def _fits(classes: list[type], value: Any) -> bool:
+  """Returns whether a field of these dataclasses takes a value.
 
   A user's own dataclass fits where a module is built: if it has the methods
   that all of `classes` have, `build` among them.
@@ -179,11 +205,17 @@ def _fits(classes, value) -> bool:
 
 
 def _methods(cls: type) -> set[str]:
+  """Returns the names of a class's public methods."""
   public = (name for name in dir(cls) if not name.startswith('_'))
   return {name for name in public if callable(getattr(cls, name))}
 
 
-def _choose(classes, value, path):
+def _choose(classes: list[type], value: dict, path: str) -> Any:
+  """Returns the one of several dataclasses that 'kind' names, of a mapping.
+
+  Raises:
+    InputError: there is no such kind, or its fields do not fit.
+  """
   by_kind = {kind_name(c): c for c in classes}
   if ':' in str(value.get('kind')):
     own = _imported(value.pop('kind'), path)
@@ -202,9 +234,12 @@ def _choose(classes, value, path):
 
 
 def _imported(kind: str, path: str) -> type:
-  """The user's dataclass 'module:Class'.
+  """Returns the user's dataclass 'module:Class'.
 
   Its module must be imported already: a file must not decide what code runs.
+
+  Raises:
+    InputError: it is not.
   """
   module, _, name = str(kind).partition(':')
   found = sys.modules.get(module)
@@ -218,7 +253,12 @@ def _imported(kind: str, path: str) -> type:
   return found
 
 
-def _scalar(annotation, value, path):
+def _scalar(annotation: Any, value: Any, path: str) -> Any:
+  """Returns a value that is no dataclass, an int as float where that is wanted.
+
+  Raises:
+    InputError: it is none of the annotation's types or choices.
+  """
   wanted = [m for m in _members(annotation) if not dataclasses.is_dataclass(m)]
   for member in wanted:
     if typing.get_origin(member) is Literal:
@@ -242,7 +282,7 @@ def _scalar(annotation, value, path):
 
 @functools.cache
 def _choices(cls: type) -> dict[str, tuple]:
-  """Fields that must hold one of a few values -> those values."""
+  """Returns fields that must hold one of a few values -> those values."""
   out = {}
   for name, hint in typing.get_type_hints(cls).items():
     members = _members(hint)
@@ -253,7 +293,7 @@ def _choices(cls: type) -> dict[str, tuple]:
   return out
 
 
-def check_choices(config, path: str = '') -> None:
+def check_choices(config: Any, path: str = '') -> None:
   """Checks the fields of a dataclass tree that have choices.
 
   Python does not: a misspelt 'sgmoid' would silently be whatever comes last.
@@ -275,11 +315,11 @@ def check_choices(config, path: str = '') -> None:
         check_choices(one, f'{path}{field.name}.{key}{key and "."}')
 
 
-def at_least(config, prefix: str = '', **least: float) -> None:
+def at_least(config: Any, prefix: str = '', **least: float) -> None:
   """Raises InputError unless each named field is finite and at least so much.
 
   at_least(self, heads=1, dropout=0); `prefix` goes before a field's name in
-  the message: 'engram.'.
+  the message: 'engram.'. An optional field may be None.
   """
   for name, low in least.items():
     number = _number(config, prefix, name)
@@ -287,7 +327,7 @@ def at_least(config, prefix: str = '', **least: float) -> None:
       _refuse(config, prefix, name, f'must be at least {low}')
 
 
-def above(config, prefix: str = '', **below: float) -> None:
+def above(config: Any, prefix: str = '', **below: float) -> None:
   """Raises InputError unless each named field is finite and above so much."""
   for name, low in below.items():
     number = _number(config, prefix, name)
@@ -296,7 +336,11 @@ def above(config, prefix: str = '', **below: float) -> None:
 
 
 def within(
-  config, prefix: str = '', *, ends: str = '[]', **ranges: tuple[float, float]
+  config: Any,
+  prefix: str = '',
+  *,
+  ends: str = '[]',
+  **ranges: tuple[float, float],
 ) -> None:
   """Raises InputError unless each named field lies in its (low, high).
 
@@ -313,18 +357,23 @@ def within(
       _refuse(config, prefix, name, f'must lie in {low}..{high}{less}')
 
 
-def finite(config, *names: str, prefix: str = '') -> None:
+def finite(config: Any, *names: str, prefix: str = '') -> None:
   """Raises InputError unless the named fields are finite numbers."""
   for name in names:
     _number(config, prefix, name)
 
 
-def _refuse(config, prefix, name, what):
+def _refuse(config: Any, prefix: str, name: str, what: str) -> NoReturn:
+  """Raises InputError for a field's value, with what it must be."""
   raise InputError(f'{prefix}{name} = {getattr(config, name)!r}: {what}')
 
 
-def _number(config, prefix: str, name: str):
-  """The field, once it is a number that a device can hold; or None."""
+def _number(config: Any, prefix: str, name: str) -> int | float | None:
+  """Returns the field if it is a number that a device can hold; None for None.
+
+  Raises:
+    InputError: it is not, or it is None and not optional.
+  """
   value = getattr(config, name)
   members = _members(_hints(type(config))[name])
   if value is None and type(None) in members:
@@ -341,7 +390,7 @@ def _number(config, prefix: str, name: str):
   return value
 
 
-def changed(config, changes: Mapping[str, Any]):
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
   """Returns a copy of `config` with dotted fields changed.
 
   changed(config, {'moe.router.scoring': 'softmax'}) is an ablation. Fields
@@ -354,8 +403,11 @@ def changed(config, changes: Mapping[str, Any]):
   return changed_by(config, changes.items())
 
 
-def changed_by(config, changes):
-  """As `changed`, by pairs of a path and a value; the last of a path holds."""
+def changed_by(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
+  """Does what `changed` does, by pairs of a path and a value.
+
+  The last value of a path holds.
+  """
   edits = _Edits()
   for path, value in changes:
     edits.add(str(path).split('.'), value)
@@ -363,20 +415,24 @@ def changed_by(config, changes):
 
 
 class _Edits:
-  """Changes of a field: a value for all of it, then those inside."""
+  """Holds changes of a field: a value for all of it, then those inside."""
 
   def __init__(self):
     self.whole, self.inside = (), {}
 
-  def add(self, parts: list[str], value) -> None:
+  def add(self, parts: list[str], value: Any) -> None:
+    """Adds a change at `parts` of a path below this field."""
     if not parts:  # what was changed inside before is gone
       self.whole, self.inside = (value,), {}
     else:
       self.inside.setdefault(parts[0], _Edits()).add(parts[1:], value)
 
 
-def _changed(config, edits: _Edits, path: str, annotation):
-  """The value at `path` after its edits; `annotation` None allows anything."""
+def _changed(config: Any, edits: _Edits, path: str, annotation: Any) -> Any:
+  """Returns the value at `path` after its edits.
+
+  An `annotation` of None allows anything.
+  """
   for value in edits.whole:
     config = _value(annotation, value, path) if annotation else value
   if not edits.inside:
@@ -399,8 +455,8 @@ def _changed(config, edits: _Edits, path: str, annotation):
   return dataclasses.replace(config, **new)
 
 
-def key(config):
-  """What two configurations have in common if they are equal; hashable.
+def key(config: Any) -> Any:
+  """Returns what two configurations have in common if they are equal; hashable.
 
   Dicts, which have no hash, are compared by their items in any order, classes
   by identity and numbers with their types.

@@ -1,7 +1,7 @@
-"""The error that a user can mend, and what the status of a process means.
+"""Defines the errors that a user can fix, and what a process's status means.
 
-Launchers print its one line and exit with status 2; anything else is a defect
-and keeps its traceback.
+Launchers print an error's one line and exit with its status, 2 for an
+InputError; anything else is a defect and keeps its traceback.
 """
 
 import contextlib
@@ -29,30 +29,39 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 class InputError(ValueError):
-  """What the user gave is wrong: names the field, the value and the fix."""
+  """Reports wrong input of the user: names the field, the value and the fix."""
 
   status = 2
 
 
 class PeerLost(RuntimeError):
-  """Another process of the run is gone, and with it a collective."""
+  """Reports that another process is gone, and with it a collective."""
 
   status = 79
 
 
 class RunAborted(RuntimeError):
-  """A run gave up; launchers print the one line and exit with `status`."""
+  """Reports that a run gave up.
+
+  Launchers print the one line and exit with `status`.
+  """
 
   status = 78
 
 
 class Preempted(RuntimeError):
-  """A run was asked to end and has saved; started again, it goes on."""
+  """Reports a run that was asked to end and has saved.
+
+  Started again, it goes on.
+  """
 
   status = 77
 
 
 class Terminated(Preempted):
-  """A run was asked to end before its first step: nothing new is saved."""
+  """Reports a run that was asked to end before its first step.
+
+  Nothing new is saved.
+  """
 
   status = 143

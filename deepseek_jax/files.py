@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.errors import InputError, naming
 
@@ -12,7 +13,11 @@ MAX_JSON = 100_000_000  # bytes, as safetensors limits its headers
 
 
 def load_json(path: str, limit: int = MAX_JSON) -> dict:
-  """Returns the JSON object in a file of at most `limit` bytes."""
+  """Returns the JSON object in a file of at most `limit` bytes.
+
+  Raises:
+    InputError: it cannot be read, is larger, or holds no JSON object.
+  """
   try:
     size = os.path.getsize(path)
     if size > limit:
@@ -24,9 +29,13 @@ def load_json(path: str, limit: int = MAX_JSON) -> dict:
 
 
 def parse_json(data: bytes, where: str) -> dict:
-  """Returns a JSON object; a key that occurs twice is refused."""
+  """Returns the JSON object in `data`; `where` names it in messages.
 
-  def unique(pairs):
+  Raises:
+    InputError: it is not JSON or no object, or a key occurs twice.
+  """
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
       raise ValueError('a key occurs twice')

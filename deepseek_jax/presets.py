@@ -1,4 +1,4 @@
-"""Published models as configurations, and tiny twins of them.
+"""Returns published models as configurations, and tiny twins of them.
 
 Shapes: DeepSeekMoE arXiv:2401.06066, V2 arXiv:2405.04434, V3 arXiv:2412.19437,
 V3.2 arXiv:2512.02556 and the configurations released with them; Llama 3.1
@@ -6,6 +6,7 @@ arXiv:2407.21783.
 """
 
 import dataclasses
+from typing import Any
 
 from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
@@ -31,21 +32,26 @@ from deepseek_jax.model.transformer import Kind, TransformerConfig
 
 
 def layout(dense: int, moe: int) -> tuple:
-  """Leading dense blocks, then MoE blocks."""
+  """Returns the layout of leading dense blocks, then MoE blocks."""
   runs = ((('dense',), dense), (('moe',), moe))
   return tuple(run for run in runs if run[1])
 
 
-def _softmax_router(**fields) -> RouterConfig:
+def _softmax_router(**fields: Any) -> RouterConfig:
+  """Returns the router before V3: softmax gates, not normalized, no bias."""
   return RouterConfig(scoring='softmax', bias=False, normalize=False, **fields)
 
 
 def _yarn(mscale: float) -> RopeConfig:
+  """Returns YaRN rope; both of its `mscale`s are equal."""
   return RopeConfig(scaling=YarnConfig(mscale=mscale, mscale_all_dim=mscale))
 
 
 def moe_16b() -> TransformerConfig:
-  """DeepSeekMoE 16B: multi-head attention, 64 experts, greedy softmax."""
+  """Returns DeepSeekMoE 16B.
+
+  Multi-head attention, 64 experts, greedy softmax.
+  """
   return TransformerConfig(
     vocab_size=102400,
     dim=2048,
@@ -64,7 +70,7 @@ def moe_16b() -> TransformerConfig:
 
 
 def v2_lite() -> TransformerConfig:
-  """DeepSeek-V2-Lite: MLA without query compression."""
+  """Returns DeepSeek-V2-Lite: MLA without query compression."""
   return TransformerConfig(
     vocab_size=102400,
     dim=2048,
@@ -91,7 +97,7 @@ def v2_lite() -> TransformerConfig:
 
 
 def v2() -> TransformerConfig:
-  """DeepSeek-V2: group-limited softmax over 8 devices, gates times 16."""
+  """Returns DeepSeek-V2: group-limited softmax of 8 devices, gates times 16."""
   return TransformerConfig(
     vocab_size=102400,
     dim=5120,
@@ -126,7 +132,10 @@ def v2() -> TransformerConfig:
 
 
 def v3() -> TransformerConfig:
-  """DeepSeek-V3 and R1: sigmoid gates with a selection bias, one MTP depth."""
+  """Returns DeepSeek-V3 and R1.
+
+  Sigmoid gates with a selection bias, one MTP depth.
+  """
   return TransformerConfig(
     vocab_size=129280,
     dim=7168,
@@ -154,7 +163,7 @@ def v3() -> TransformerConfig:
 
 
 def v3_tiny() -> TransformerConfig:
-  """V3 in every idea, small enough to train on a laptop in minutes.
+  """Returns V3 in every idea, small enough to train on a laptop in minutes.
 
   Plain rope, as V3 had before its length extension. The layers are one pattern
   that occurs once, so nothing is scanned: the fastest form on a CPU.
@@ -186,7 +195,7 @@ def v3_tiny() -> TransformerConfig:
 
 
 def engram_tiny() -> TransformerConfig:
-  """Three layers of v3_tiny(), the second with a memory of n-grams.
+  """Returns three layers of v3_tiny(), the second with an Engram of n-grams.
 
   Its table holds 2.1 of 7.6 million parameters and costs next to no FLOPs.
   """
@@ -201,7 +210,11 @@ def engram_tiny() -> TransformerConfig:
 
 
 def v4_kinds(vocab: int) -> dict[str, Kind]:
-  """Blocks of a window alone, or with entries; `_hash` ones route by token."""
+  """Returns V4's blocks: of a window alone, or with compressed entries.
+
+  Those whose name ends in `_hash` route by token: a table from the token's id
+  to its experts, of a vocabulary of `vocab`, in place of the bias.
+  """
   table = (
     ('moe.router.bias', False),
     ('moe.router.hash_vocab', vocab),
@@ -215,7 +228,8 @@ def v4_kinds(vocab: int) -> dict[str, Kind]:
   return out
 
 
-def _v4_moe(experts, top_k, width, scale) -> MoEConfig:
+def _v4_moe(experts: int, top_k: int, width: int, scale: float) -> MoEConfig:
+  """Returns V4's experts, whose gates are multiplied by `scale`."""
   return MoEConfig(
     experts=experts,
     top_k=top_k,
@@ -228,7 +242,10 @@ def _v4_moe(experts, top_k, width, scale) -> MoEConfig:
 
 
 def v4_flash() -> TransformerConfig:
-  """DeepSeek-V4-Flash: CSA and HCA in turn, hyper-connections, hash routing."""
+  """Returns DeepSeek-V4-Flash.
+
+  CSA and HCA in turn, hyper-connections, hash routing.
+  """
   return TransformerConfig(
     vocab_size=129280,
     dim=4096,
@@ -251,7 +268,7 @@ def v4_flash() -> TransformerConfig:
 
 
 def v4_pro() -> TransformerConfig:
-  """DeepSeek-V4-Pro: as Flash, but it begins with two HCA layers."""
+  """Returns DeepSeek-V4-Pro: as Flash, but it begins with two HCA layers."""
   return TransformerConfig(
     vocab_size=129280,
     dim=7168,
@@ -274,7 +291,10 @@ def v4_pro() -> TransformerConfig:
 
 
 def v4_tiny() -> TransformerConfig:
-  """V4 in every idea, small enough to train on a laptop in two minutes."""
+  """Returns V4 in every idea, small enough to train on a laptop.
+
+  It takes two minutes.
+  """
   return TransformerConfig(
     vocab_size=4096,
     dim=192,
@@ -298,8 +318,8 @@ def v4_tiny() -> TransformerConfig:
   )
 
 
-def _sparse(attention: MLAConfig, **fields) -> DSAConfig:
-  """The same latent attention, reading what an indexer picks."""
+def _sparse(attention: MLAConfig, **fields: Any) -> DSAConfig:
+  """Returns the same latent attention, to what an indexer picks."""
   shapes = {
     f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)
   }
@@ -307,7 +327,7 @@ def _sparse(attention: MLAConfig, **fields) -> DSAConfig:
 
 
 def v32() -> TransformerConfig:
-  """DeepSeek-V3.2: V3 that reads the best 2048 tokens of an indexer."""
+  """Returns DeepSeek-V3.2: V3 that attends to an indexer's best 2048 tokens."""
   dense = v3()
   attention = _sparse(
     dense.attention, indexer=IndexerConfig(heads=64, dim=128), top_k=2048
@@ -316,7 +336,7 @@ def v32() -> TransformerConfig:
 
 
 def v32_tiny() -> TransformerConfig:
-  """v3_tiny() with an indexer that picks a quarter of 256 tokens."""
+  """Returns v3_tiny() with an indexer that picks a quarter of 256 tokens."""
   dense = v3_tiny()
   attention = _sparse(
     dense.attention,
@@ -328,7 +348,10 @@ def v32_tiny() -> TransformerConfig:
 
 
 def nsa_tiny() -> TransformerConfig:
-  """v3_tiny() with native sparse attention: a window of 64 and blocks of 16."""
+  """Returns v3_tiny() with native sparse attention.
+
+  It has a window of 64 tokens and blocks of 16.
+  """
   attention = NSAConfig(
     heads=4,
     kv_heads=2,
@@ -345,7 +368,10 @@ def nsa_tiny() -> TransformerConfig:
   return dataclasses.replace(v3_tiny(), attention=attention)
 
 
-def _llama31(layers, dim, heads, width) -> TransformerConfig:
+def _llama31(
+  layers: int, dim: int, heads: int, width: int
+) -> TransformerConfig:
+  """Returns a Llama 3.1: grouped queries, 8 key heads, scaled rope."""
   return TransformerConfig(
     vocab_size=128256,
     dim=dim,
@@ -365,12 +391,15 @@ def _llama31(layers, dim, heads, width) -> TransformerConfig:
 
 
 def llama31_8b() -> TransformerConfig:
+  """Returns Llama 3.1 8B."""
   return _llama31(32, 4096, 32, 14336)
 
 
 def llama31_70b() -> TransformerConfig:
+  """Returns Llama 3.1 70B."""
   return _llama31(80, 8192, 64, 28672)
 
 
 def llama31_405b() -> TransformerConfig:
+  """Returns Llama 3.1 405B."""
   return _llama31(126, 16384, 128, 53248)

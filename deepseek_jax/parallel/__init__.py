@@ -1,1 +1,1 @@
-"""What layers may know of a mesh: sharding, exchanges, collectives."""
+"""Holds what layers may know of a mesh: sharding, exchanges, collectives."""

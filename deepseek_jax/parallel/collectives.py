@@ -1,4 +1,4 @@
-"""Sums over devices, and over what devices make of gathered arrays.
+"""Collectives with gradients of their own: sums, and gathered arrays.
 
 Legend: B rows, T numbers of a device, n devices.
 """
@@ -11,20 +11,27 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def total(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
-  """psum inside shard_map, where all of `axes` do the same with the result.
+  """Returns the psum of x over `axes`, inside shard_map.
 
-  Then each has the same share of its gradient, and adding up the shares needs
-  no second round. (psum's own derivative is a psum; replication is not checked
-  here, so JAX cannot know.)
+  All devices of `axes` must do the same with the result. Then each has the
+  same share of its gradient, and adding up the shares needs no second round.
+  (psum's own derivative is a psum; replication is not checked here, so JAX
+  cannot know.)
   """
   return jax.lax.psum(x, axes)
 
 
-def _forward(x, axes):
+def _forward(
+  x: jax.Array, axes: str | tuple[str, ...]
+) -> tuple[jax.Array, None]:
+  """Returns the sum, and nothing to keep for the gradient."""
   return total(x, axes), None
 
 
-def _backward(axes, _, grad):
+def _backward(
+  axes: str | tuple[str, ...], _, grad: jax.Array
+) -> tuple[jax.Array]:
+  """Returns the share of the gradient times the devices: the gradient."""
   return (grad * jax.lax.psum(1, axes),)
 
 
@@ -41,15 +48,20 @@ def gathered(x: jax.Array, axis: str) -> jax.Array:
   return jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
-def _gathered_fwd(x, axis):
+def _gathered_fwd(x: jax.Array, axis: str) -> tuple[jax.Array, None]:
+  """Returns what was gathered, and nothing to keep for the gradient."""
   return gathered(x, axis), None
 
 
-def _gathered_bwd(axis, _, grad):
+def _gathered_bwd(axis: str, _, grad: jax.Array) -> tuple[jax.Array]:
+  """Returns the gradient of x [B T ...], summed over devices in float32."""
   if grad.dtype.itemsize >= 4:
     return (jax.lax.psum_scatter(grad, axis, scatter_dimension=1, tiled=True),)
+  # 16-bit gradients travel as they are, but a reduce-scatter would add them up
+  # in 16 bits: exchange the shards, then sum over devices in float32.
   parts = jax.lax.all_to_all(grad, axis, 1, 1, tiled=True)
   ways = jax.lax.psum(1, axis)
+  # [B n*T ...] -> [B n T ...]
   parts = parts.reshape(parts.shape[0], ways, -1, *parts.shape[2:])
   return (parts.astype(jnp.float32).sum(axis=1).astype(grad.dtype),)
 

@@ -1,4 +1,4 @@
-"""Processes of one run end together, with one status.
+"""Ends the processes of one run together, with one status.
 
 The first one to end before its time leaves its status and one line with the
 coordination service. A thread in each of the others looks for that and ends its
@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,7 +27,13 @@ _one_at_a_time = threading.Lock()
 
 
 class Ending(NamedTuple):
-  """Why a run ended: which process, its status, and one line for people."""
+  """Describes why a run ended.
+
+  Attributes:
+    process: index of the process that ended it.
+    status: exit status of that process.
+    line: one line for people; '' for none.
+  """
 
   process: int
   status: int
@@ -61,6 +68,7 @@ def watch() -> None:
 
 
 def _watch(over: threading.Event) -> None:
+  """Ends the process once another has ended the run, unless `over` is set."""
   while not over.wait(_EVERY):
     ending = announced()
     if ending is not None:
@@ -103,7 +111,7 @@ def leave(status: int, line: str = '') -> None:
 
 
 def _announce(ending: Ending) -> Ending:
-  """Leaves word unless another did -> whose word it is."""
+  """Announces an ending unless another process did -> the one that holds."""
   try:
     distributed.client().key_value_set(_END, json.dumps(ending))
     return ending
@@ -112,11 +120,13 @@ def _announce(ending: Ending) -> Ending:
 
 
 def _depart() -> None:
+  """Marks this process as gone for the coordinator that waits."""
   key = f'{_LEFT}/{jax.process_index()}'
   distributed.client().key_value_set(key, '', allow_overwrite=True)
 
 
 def _wait_for_others(seconds: float) -> None:
+  """Returns once all other processes have departed, or after `seconds`."""
   until, others = time.monotonic() + seconds, jax.process_count() - 1
   while time.monotonic() < until:
     gone = _within(
@@ -128,8 +138,8 @@ def _wait_for_others(seconds: float) -> None:
   time.sleep(0.2)  # for them to exit after their last word
 
 
-def _within(seconds: float, ask):
-  """Returns what `ask` does; None if it fails or takes longer."""
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+  """Returns the result of `ask`; None if it fails or takes longer."""
   answers = []
 
   def run():

@@ -10,7 +10,7 @@ chosen, F expert hidden, n devices that share the experts.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ from pallas_kernels import permute
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeConfig:
-  """How tokens reach experts on other devices. Changes no meaning.
+  """Chooses how tokens reach experts on other devices; changes no meaning.
 
   Attributes:
-    kind: 'all_gather': every device sees all tokens of its group; few devices
+    kind: 'all_gather': every device gets all tokens of its group; few devices
       or few tokens. 'all_to_all': a copy per chosen expert, in equal buffers.
       'ragged_all_to_all': the same without filler; GPU and TPU only.
       'two_hop': one copy per node to the device of the same place there, then
@@ -76,12 +76,12 @@ class ExchangeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-  """What every way needs to know; static.
+  """Holds what every kind of exchange needs to know; static.
 
   Attributes:
-    cfg: how.
+    cfg: the kind of exchange, its formats and its buffers.
     compute: (x [N D], experts [N K], weights [N K], gate_up, down) -> [N D].
-    axis: mesh axis of the experts; None when they are not cut.
+    axis: mesh axis of the experts; None when they are not sharded.
     size: devices of a group, n.
     everyone: all mesh axes; rounds are begun by all devices or by none.
     groups: of the axis, where only some of its devices exchange.
@@ -96,7 +96,8 @@ class _Group:
   groups: tuple[tuple[int, ...], ...] | None = None
   choices: int | None = None
 
-  def wire(self, dtype) -> Wire:
+  def wire(self, dtype: jax.typing.DTypeLike) -> Wire:
+    """Returns the wire of the group for rows computed with in `dtype`."""
     cfg = self.cfg
     dtype = jnp.dtype(dtype).name
     return Wire(
@@ -105,12 +106,14 @@ class _Group:
 
 
 def share(total: int, parts: int, longest: int, factor: float) -> int:
-  """Rows of a buffer: `factor` even shares of `total`, `longest` at most."""
+  """Returns rows of a buffer: `factor` even shares, `longest` at most."""
   return max(1, min(longest, math.ceil(factor * total / parts)))
 
 
-def _buffers(group: _Group, wire: Wire, choices: int, total, longest: int):
-  """The wire with its buffer sizes, and the rounds that carry everything."""
+def _buffers(
+  group: _Group, wire: Wire, choices: int, total: int, longest: int
+) -> tuple[Wire, int]:
+  """Returns the wire with its buffer sizes, and the rounds that carry all."""
   n = group.size
   if group.cfg.kind == 'ragged_all_to_all':
     rows = share(total, 1, n * longest, group.cfg.factor)
@@ -122,11 +125,11 @@ def _buffers(group: _Group, wire: Wire, choices: int, total, longest: int):
 
 
 class _Copies(NamedTuple):
-  """Of each token; P of them at most.
+  """Describes the copies of each token; P of them at most.
 
   Attributes:
     to: [N P] int32 destination, n for nowhere.
-    weights: [N P] float32 of what comes back.
+    weights: [N P] float32 of the results that come back.
     choices: [N P] int32, how many choices of experts a copy stands for.
     total: copies that a device sends under even loads.
     longest: copies for one destination at most.
@@ -139,8 +142,14 @@ class _Copies(NamedTuple):
   longest: int
 
 
-def _hop(group: _Group, x, copies: _Copies, load_of, work):
-  """Sends copies of tokens out, has them worked on, adds up what comes back.
+def _hop(
+  group: _Group,
+  x: jax.Array,
+  copies: _Copies,
+  load_of: Callable,
+  work: Callable,
+) -> tuple[jax.Array, jax.Array]:
+  """Dispatches copies of tokens, works on them, and combines the results.
 
   Args:
     group: who exchanges.
@@ -148,29 +157,36 @@ def _hop(group: _Group, x, copies: _Copies, load_of, work):
     copies: of each token.
     load_of: source [M] -> (integers, floats) that travel with the rows; M of
       the source means filler.
-    work: (rows, integers, floats) -> (results, what did not fit further on).
-      Integers of filler are -1.
+    work: (rows, integers, floats) -> (results, how many choices did not fit
+      further on). Integers of filler are -1.
 
   Returns:
-    [N D], and how many choices did not fit their first round.
+    [N D] in the dtype of x, and int32: how many choices did not fit their first
+    round.
   """
   to, weights = copies.to, copies.weights
   wire = group.wire(x.dtype)
   wire, rounds = _buffers(group, wire, to.size, copies.total, copies.longest)
   q = queues.queue(to, group.size)
+  # Ragged rounds need the lengths of everyone's queues: [n n] counts.
   counts = me = None
   if wire.ragged:
     counts = jax.lax.all_gather(q.count, group.axis)
     me = jax.lax.axis_index(group.axis)
 
-  def one(turn, x, weights):
+  def one(
+    turn: int | jax.Array, x: jax.Array, weights: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     lane = queues.lane(q, wire, turn, counts, me)
+    # Dispatch: [N D] -> the rows that come to this device [R D].
     rows = wires.there(permute.permute(x, lane.plan), lane.offsets, wire)
     integers, floats = load_of(lane.plan.source)
+    # Empty rows arrive as 0: shifted by one they read as -1, filler.
     move = lambda a: wires.move(a + 1, lane.offsets, wire) - 1
     keep = lambda a: wires.there(a, lane.offsets, wire.plain())
     work_on = jax.tree.map(move, integers), jax.tree.map(keep, floats)
     y, missed = work(rows, *work_on)
+    # Combine: results [R D] -> [M D] in the order they were sent, then [N D].
     y = wires.back(y, lane.offsets, wire)
     here = lane.plan.slot < wire.sent
     return permute.combine(y, weights, lane.plan), missed, here
@@ -180,9 +196,11 @@ def _hop(group: _Group, x, copies: _Copies, load_of, work):
   if rounds == 1 or not group.cfg.dropless:
     return y, missed
 
-  def further(carry, turn):
+  def further(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
     more = queues.waiting(q, wire, turn, counts)
+    # A round has collectives: all devices must take the same branch.
     more = jax.lax.pmax(more.astype(jnp.int32), group.everyone)
+    # Recomputed, or the scan keeps rows of every round, those not begun too.
     again = jax.checkpoint(lambda: one(turn, x, weights)[:2])
     none = lambda: (jnp.zeros_like(y), jnp.zeros_like(missed))
     added = jax.lax.cond(more > 0, again, none)
@@ -194,18 +212,38 @@ def _hop(group: _Group, x, copies: _Copies, load_of, work):
   return total.astype(y.dtype), missed
 
 
-def _flat(group: _Group, x, experts, weights, gate_up, down):
-  """A copy per chosen expert, straight to its device."""
+def _flat(
+  group: _Group,
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate_up: jax.Array,
+  down: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Sends a copy per chosen expert, straight to its device.
+
+  Args:
+    group: who exchanges.
+    x: [N D].
+    experts: [N K] int32; n * (experts of a device) or more means nowhere.
+    weights: [N K] float32.
+    gate_up, down: this device's experts, see `run`.
+
+  Returns:
+    As `_hop`.
+  """
   mine = gate_up.shape[0]
   K = experts.shape[1]
   to = jnp.minimum(experts // mine, group.size)
 
-  def load_of(source):
+  def load_of(source: jax.Array) -> tuple[jax.Array, tuple]:
     inside = source < experts.size
     chosen = experts.reshape(-1)[jnp.minimum(source, experts.size - 1)]
     return jnp.where(inside, chosen % mine, -1), ()
 
-  def work(rows, experts, _):
+  def work(
+    rows: jax.Array, experts: jax.Array, _
+  ) -> tuple[jax.Array, jax.Array]:
     nowhere = jnp.where(experts < 0, mine, experts)[:, None]
     ones = jnp.ones(nowhere.shape, jnp.float32)
     y = group.compute(rows, nowhere, ones, gate_up, down)
@@ -221,13 +259,24 @@ def _flat(group: _Group, x, experts, weights, gate_up, down):
   return _hop(group, x, copies, load_of, work)
 
 
-def _two_hop(group: _Group, x, experts, weights, gate_up, down):
-  """A copy per node that holds chosen experts, then a flat exchange there."""
+def _two_hop(
+  group: _Group,
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate_up: jax.Array,
+  down: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Sends a copy per node with chosen experts, then exchanges flat there.
+
+  Arguments and results are those of `_flat` (arXiv:2412.19437, section 3.2.2).
+  """
   nodes = group.cfg.nodes
   inner = group.size // nodes
   mine = gate_up.shape[0] * inner  # experts of a node
   inside = tuple(tuple(range(a * inner, (a + 1) * inner)) for a in range(nodes))
   across = tuple(tuple(range(l, group.size, inner)) for l in range(inner))
+  # A token visits a node once, however many of its choices are there.
   node = experts[..., None] // mine == jnp.arange(nodes)  # [N K nodes]
   visits = node.sum(axis=1, dtype=jnp.int32)
   to = jnp.where(visits > 0, jnp.arange(nodes, dtype=jnp.int32), nodes)
@@ -235,14 +284,16 @@ def _two_hop(group: _Group, x, experts, weights, gate_up, down):
     group, size=inner, groups=inside, choices=experts.size
   )
 
-  def load_of(source):
+  def load_of(source: jax.Array) -> tuple[jax.Array, jax.Array]:
     at = jnp.minimum(source, to.size - 1)
     token, there = at // nodes, at % nodes
     local = experts[token] - (there * mine)[:, None]
     keep = (local >= 0) & (local < mine) & (source < to.size)[:, None]
     return jnp.where(keep, local, -1), jnp.where(keep, weights[token], 0.0)
 
-  def work(rows, local, weights):
+  def work(
+    rows: jax.Array, local: jax.Array, weights: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     nowhere = jnp.where(local < 0, mine, local)
     return _flat(near, rows, nowhere, weights, gate_up, down)
 
@@ -257,14 +308,21 @@ def _two_hop(group: _Group, x, experts, weights, gate_up, down):
   return _hop(far, x, copies, load_of, work)
 
 
-def _localized(group: _Group, experts, mine: int):
-  """Expert numbers as this device counts them; `mine` for those elsewhere."""
+def _localized(group: _Group, experts: jax.Array, mine: int) -> jax.Array:
+  """Returns local expert numbers on this device; `mine` for those elsewhere."""
   local = experts - jax.lax.axis_index(group.axis) * mine
   return jnp.where((local >= 0) & (local < mine), local, mine)
 
 
-def _all_gather(group: _Group, x, experts, weights, gate_up, down):
-  """Every device works on the tokens of all, for its own experts."""
+def _all_gather(
+  group: _Group,
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate_up: jax.Array,
+  down: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs the local experts on the tokens of all devices."""
   wire = group.wire(x.dtype)
   whole = lambda a: jax.lax.all_gather(a, group.axis, tiled=True)
   local = _localized(group, whole(experts), gate_up.shape[0])
@@ -273,8 +331,15 @@ def _all_gather(group: _Group, x, experts, weights, gate_up, down):
   return wires.scatter(y, wire), jnp.int32(0)
 
 
-def _shared_tokens(group: _Group, x, experts, weights, gate_up, down):
-  """All devices have the same tokens: each adds what its experts give."""
+def _shared_tokens(
+  group: _Group,
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate_up: jax.Array,
+  down: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Adds up what each device's experts give, where all have the same tokens."""
   local = _localized(group, experts, gate_up.shape[0])
   y = group.compute(x, local, weights, gate_up, down)
   # float32, as experts of one device are added up.
@@ -282,7 +347,8 @@ def _shared_tokens(group: _Group, x, experts, weights, gate_up, down):
   return total.astype(y.dtype), jnp.int32(0)
 
 
-def _way(group: _Group, tokens_split: bool):
+def _way(group: _Group, tokens_split: bool) -> Callable:
+  """Returns the function that exchanges: `_flat` or one with its arguments."""
   if group.size == 1:
     return lambda group, *args: (group.compute(*args), jnp.int32(0))
   if not tokens_split:
@@ -295,18 +361,29 @@ def _way(group: _Group, tokens_split: bool):
   }[group.cfg.kind]
 
 
-def _names(axes) -> tuple[str, ...]:
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes of an entry of a PartitionSpec or of the rules."""
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _on_one_device(compute, arrays, weights):
+def _on_one_device(
+  compute: Callable,
+  arrays: tuple[jax.Array, ...],
+  weights: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+  """Computes all experts here; nothing is exchanged and nothing dropped."""
   x = arrays[0]
   flat = (a.reshape(-1, a.shape[-1]) for a in arrays)
   return compute(*flat, *weights).reshape(x.shape), jnp.int32(0)
 
 
-def run(compute: Callable, arrays, weights, using) -> tuple:
-  """Routed experts over a mesh.
+def run(
+  compute: Callable,
+  arrays: tuple[jax.Array, ...],
+  weights: tuple[jax.Array, ...],
+  using: Any,
+) -> tuple:
+  """Computes routed experts over a mesh.
 
   Args:
     compute: routed experts of one device: (x [N D], experts [N K], weights
@@ -319,6 +396,10 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
   Returns:
     y [B T D]; int32, the choices that did not fit a first buffer: dropped,
     unless the exchange is dropless.
+
+  Raises:
+    InputError: a rule shards experts over several mesh axes, or the hidden
+      units over an axis that shards tokens.
   """
   rules, mesh = using.rules, using.mesh
   if mesh.size == 1:
@@ -328,6 +409,7 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
     raise InputError(
       f'mesh.rules.experts = {rules["experts"]}: must be one mesh axis'
     )
+  # Experts may lie on one mesh axis, their hidden units on others.
   axis = (there('experts') or [None])[0]
   size = mesh.shape[axis] if axis else 1
   hidden = tuple(there('mlp'))
@@ -341,9 +423,16 @@ def run(compute: Callable, arrays, weights, using) -> tuple:
   group = _Group(using.exchange, compute, axis, size, mesh.axis_names)
   way = _way(group, axis in over)
 
-  def local(x, experts, weights, gate_up, down):
+  def local(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
     flat = lambda a: a.reshape(-1, a.shape[-1])
     y, missed = way(group, flat(x), flat(experts), flat(weights), gate_up, down)
+    # Each device of `hidden` has some hidden units: y is their sum.
     if any(mesh.shape[a] > 1 for a in hidden):
       y = sums.total(y, hidden)
     return y.reshape(x.shape), jax.lax.psum(missed, over) if over else missed

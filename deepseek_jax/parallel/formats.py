@@ -1,4 +1,4 @@
-"""What a token's row looks like on its way to an expert, and back.
+"""Formats of a token's row on its way to an expert, and back.
 
 DeepSeek-V3 (arXiv:2412.19437, section 3.3.3) sends tokens as float8 with a
 scale per 128 numbers and brings results back as bfloat16. Backward they change
@@ -45,8 +45,10 @@ def encode(
   return (x,)
 
 
-def decode(parts: tuple[jax.Array, ...], form: str, dtype) -> jax.Array:
-  """What `encode` made, as [M D] of `dtype`."""
+def decode(
+  parts: tuple[jax.Array, ...], form: str, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+  """Returns the rows [M D] that `encode` made, in `dtype`."""
   if form == 'float8':
     q, scales = parts
     q = jax.lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
@@ -57,8 +59,8 @@ def decode(parts: tuple[jax.Array, ...], form: str, dtype) -> jax.Array:
   return x.astype(dtype)
 
 
-def row_bytes(dim: int, form: str, dtype) -> int:
-  """Bytes of one row in `form`, computed with in `dtype`."""
+def row_bytes(dim: int, form: str, dtype: jax.typing.DTypeLike) -> int:
+  """Returns the bytes of one row in `form`, computed with in `dtype`."""
   if form == 'float8':
     return dim + 4 * (dim // _GROUP)
   return dim * jnp.dtype(dtype if form == 'compute' else form).itemsize

@@ -10,7 +10,7 @@ G heads of one layer, so they are gathered as well.
 Blocks that lie ahead of all queries are skipped, so the last device has the
 most to do; to even that out tokens would have to change places before the
 embedding and back before prediction. The backward pass gathers nothing: it
-keeps what was gathered, makes the scores again, and scatters the gradients of
+keeps what was gathered, recomputes the scores, and scatters the gradients of
 what was gathered, as small as it is.
 Legend: B batch, T queries of a device, S keys of a block, H heads, G key heads,
 C latent, N no-rope dim, R rope dim, V value dim, K key dim (N + R of latents).
@@ -31,49 +31,63 @@ _BLOCK = 1024  # keys expanded at a time, at most
 
 
 class Sequence(NamedTuple):
-  """What each query may see."""
+  """Describes which keys each query attends to."""
 
   first: jax.Array  # int32, index of the first query in its row
   queries: jax.Array | None  # [B T] int32 documents, or None for one
   keys: jax.Array | None  # [B all] int32
 
 
-def _dot(spec, a, b):
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns an einsum accumulated in float32."""
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def expand_latents(shape, latents, up):
-  """Latents [B S C], rotary keys [B S R] -> keys [B S H K], values [B S H V].
+def expand_latents(
+  shape: tuple[int, int], latents: tuple[jax.Array, jax.Array], up: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys [B S H K] and values [B S H V] of latents.
 
   Args:
     shape: (H, K).
-    latents: see above.
+    latents: c [B S C] and rotary keys [B S R].
     up: [C H N+V].
   """
   c, kr = latents
   kv = jnp.einsum('BSC,CHK->BSHK', c, up)
   kv = sharding.shard(kv, 'batch', 'seq', 'heads', None)
   kn, v = jnp.split(kv, [shape[1] - kr.shape[-1]], axis=-1)
+  # All heads share the rotary key.
   kr = jnp.broadcast_to(kr[:, :, None], (*kn.shape[:3], kr.shape[-1]))
   return jnp.concatenate([kn, kr], axis=-1), v
 
 
-def repeat_groups(shape, keys_values, _=()):
-  """Keys [B S G K] and values [B S G V], each for its H / G of (H, K)."""
+def repeat_groups(
+  shape: tuple[int, int],
+  keys_values: tuple[jax.Array, jax.Array],
+  _: tuple = (),
+) -> tuple[jax.Array, ...]:
+  """Repeats keys [B S G K] and values [B S G V] for the H heads of (H, K)."""
   H = shape[0]
   return tuple(jnp.repeat(a, H // a.shape[2], axis=2) for a in keys_values)
 
 
-def _blocks(x, size):
-  """[B all ...] -> [blocks B size ...]; None stays."""
+def _blocks(x: jax.Array | None, size: int) -> jax.Array | None:
+  """Returns [B all ...] as [blocks B size ...]; None stays."""
   if x is None:
     return None
   B, length = x.shape[:2]
   return jnp.moveaxis(x.reshape(B, length // size, size, *x.shape[2:]), 1, 0)
 
 
-def _mask(seen: Sequence, start, documents, length: int, size: int):
-  """[B 1 T S] bool: which keys from `start` on each query sees."""
+def _mask(
+  seen: Sequence,
+  start: jax.Array,
+  documents: jax.Array | None,
+  length: int,
+  size: int,
+) -> jax.Array:
+  """Returns [B 1 T S] bool: the keys from `start` on that queries attend to."""
   query = seen.first + jnp.arange(length)
   mask = (query[:, None] >= start + jnp.arange(size))[None, None]
   if documents is None:
@@ -81,14 +95,21 @@ def _mask(seen: Sequence, start, documents, length: int, size: int):
   return mask & (seen.queries[:, None, :, None] == documents[:, None, None])
 
 
-def _walk(body, carry, skipped, seen: Sequence, parts, length: int):
+def _walk(
+  body: Callable,
+  carry: Any,
+  skipped: Callable,
+  seen: Sequence,
+  parts: Any,
+  length: int,
+) -> tuple[Any, Any]:
   """Scans `body` over blocks of tokens, past those ahead of all queries."""
   most = min(length, _BLOCK)
   size = next(s for s in range(most, 0, -1) if length % s == 0)
   parts = jax.tree.map(lambda x: _blocks(x, size), parts)
   starts = jnp.arange(jax.tree.leaves(parts)[0].shape[0]) * size
 
-  def one(carry, block):
+  def one(carry: Any, block: tuple) -> tuple[Any, Any]:
     start, part, documents = block
     mask = _mask(seen, start, documents, length, size)
     near = lambda carry: body(carry, part, mask)
@@ -100,9 +121,14 @@ def _walk(body, carry, skipped, seen: Sequence, parts, length: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def attend(
-  expand: Callable, q, parts: Any, weights: Any, seen: Sequence, scale: float
-):
-  """Attention of own queries to all tokens; first derivatives only.
+  expand: Callable,
+  q: jax.Array,
+  parts: Any,
+  weights: Any,
+  seen: Sequence,
+  scale: float,
+) -> jax.Array:
+  """Computes attention of local queries to all tokens; first derivatives only.
 
   Args:
     expand: ((H, K), parts of a block, weights) -> keys [B S H K], values
@@ -110,24 +136,33 @@ def attend(
     q: [B T H K].
     parts: tree of [B all ...], of all tokens.
     weights: tree of arrays.
-    seen: what each query may see.
+    seen: which keys each query attends to.
     scale: multiplies the scores.
 
   Returns:
-    [B T H V].
+    [B T H V] in the dtype of q.
   """
   return _attend_fwd(expand, q, parts, weights, seen, scale)[0]
 
 
-def _attend_fwd(expand, q, parts, weights, seen, scale):
+def _attend_fwd(
+  expand: Callable,
+  q: jax.Array,
+  parts: Any,
+  weights: Any,
+  seen: Sequence,
+  scale: float,
+) -> tuple[jax.Array, tuple]:
+  """Computes `attend`; keeps inputs, out and log-sum-exp [B H T] float32."""
   B, T, H, _ = q.shape
   value = jax.eval_shape(
     functools.partial(expand, q.shape[2:]), parts, weights
   )[1]
 
-  def body(carry, part, mask):
+  def body(carry: tuple, part: Any, mask: jax.Array) -> tuple[tuple, None]:
     out, top, total = carry
     k, v = expand(q.shape[2:], part, weights)
+    # Online softmax in float32: the sums so far shrink as the maximum grows.
     scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, MASKED)
     new = jnp.maximum(top, scores.max(axis=-1))
     p, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
@@ -136,6 +171,7 @@ def _attend_fwd(expand, q, parts, weights, seen, scale):
     return (out, new, total * old + p.sum(axis=-1)), None
 
   f32 = functools.partial(jnp.full, dtype=jnp.float32)
+  # Numerators [B H T V], maxima and denominators [B H T] so far.
   start = (
     f32((B, H, T, value.shape[-1]), 0),
     f32((B, H, T), MASKED),
@@ -147,12 +183,17 @@ def _attend_fwd(expand, q, parts, weights, seen, scale):
   return out, (q, parts, weights, seen, out, top + jnp.log(total))
 
 
-def _attend_bwd(expand, scale, saved, grad):
+def _attend_bwd(
+  expand: Callable, scale: float, saved: tuple, grad: jax.Array
+) -> tuple:
+  """Returns gradients of q, parts and weights; recomputes keys and scores."""
   q, parts, weights, seen, out, normalizer = saved
+  # The row sums of p * dp (FlashAttention-2, arXiv:2307.08691, section 3.1).
   delta = _dot('BTHV,BTHV->BHT', grad, out)
 
-  def body(carry, part, mask):
+  def body(carry: tuple, part: Any, mask: jax.Array) -> tuple[tuple, Any]:
     dq, dweights = carry
+    # Keys, values and probabilities of the block are recomputed.
     (k, v), pull = jax.vjp(
       functools.partial(expand, q.shape[2:]), part, weights
     )
@@ -184,6 +225,12 @@ def _attend_bwd(expand, scale, saved, grad):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def sequence(along: Along, tokens: int, segments) -> Sequence:
-  """What a device's `tokens` queries see; segments [B T] are their own."""
+def sequence(along: Along, tokens: int, segments: jax.Array | None) -> Sequence:
+  """Describes which keys a device's `tokens` queries attend to.
+
+  Args:
+    along: the device's shard of the sequence.
+    tokens: T.
+    segments: [B T] int32 documents of the device's tokens; None for one.
+  """
   return Sequence(along.index * tokens, segments, along.gather(segments))

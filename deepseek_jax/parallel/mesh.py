@@ -9,8 +9,8 @@ that talk most lie closest together.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ RULES = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
-  'tables': 'fsdp',  # n-gram memories; each token reads a few rows
+  'tables': 'fsdp',  # Engram tables; each token reads a few rows
 }
 # ... and of what a step computes.
 ACTIVATIONS = {'batch': ('data', 'fsdp', 'expert'), 'seq': 'context'}
@@ -39,24 +39,26 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 def _default_rules() -> dict:
+  """Returns the rules of parameters and activations; a new dict each time."""
   return {**RULES, **ACTIVATIONS}
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """How a run is spread. Changes no number beyond rounding, and may change
-  whenever a run goes on.
+  """Describes how a run is sharded.
+
+  It changes no number beyond rounding, and may change whenever a run goes on.
 
   Attributes:
     data: copies of everything, each with its share of a batch.
-    fsdp: parameters are cut, and gathered where they are used.
-    expert: experts are cut; tokens travel to them (see exchange).
-    tensor: heads, hidden units and the vocabulary are cut.
-    context: sequences are cut.
-    stage: layers are cut; a batch passes through as train.batch.accumulate
+    fsdp: parameters are sharded, and gathered where they are used.
+    expert: experts are sharded; tokens travel to them (see exchange).
+    tensor: heads, hidden units and the vocabulary are sharded.
+    context: sequences are sharded.
+    stage: layers are sharded; a batch passes through as train.batch.accumulate
       micro-batches.
-    schedule: in which order they do, with stage > 1 (see plan.schedules).
-    rules: logical axis -> the mesh axis or axes that cut it; '' for none.
+    schedule: in which order, with stage > 1 (see pipeline.chunk_orders).
+    rules: logical axis -> the mesh axis or axes that shard it; '' for none.
     exchange: how tokens reach experts of other devices.
   """
 
@@ -84,26 +86,28 @@ class MeshConfig:
 
   @property
   def devices(self) -> int:
+    """Counts the devices of the mesh."""
     return math.prod(getattr(self, name) for name in AXES)
 
   @property
   def spread(self) -> str:
-    """'data=2 * expert=4', for messages."""
+    """Returns the sizes above 1 as 'data=2 * expert=4', for messages."""
     sizes = [(name, getattr(self, name)) for name in AXES]
     return ' * '.join(f'{n}={s}' for n, s in sizes if s > 1) or 'data=1'
 
   def ways(self, logical: str) -> int:
-    """Into how many parts the rules cut the logical axis."""
+    """Returns into how many shards the rules split the logical axis."""
     over = names(self.rules.get(logical))
     return math.prod(getattr(self, name) for name in over)
 
 
-def names(over) -> tuple[str, ...]:
-  """The mesh axes of a rule."""
+def names(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes of a rule; () for None or ''."""
   return (over,) if isinstance(over, str) and over else tuple(over or ())
 
 
-def _nearest(name: str, known) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
+  """Returns a hint for a message: the closest known name, or all of them."""
   near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f'did you mean {near[0]}?' if near else f'known: {sorted(known)}'
 
@@ -111,7 +115,7 @@ def _nearest(name: str, known) -> str:
 def make(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The jax mesh of all six axes.
+  """Returns the jax mesh of all six axes.
 
   Args:
     config: sizes.
@@ -135,8 +139,14 @@ def make(
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def named(abstract: dict[str, nnx.State]):
-  """(dotted name, abstract variable, stacked axes) of a model's variables."""
+def named(
+  abstract: dict[str, nnx.State],
+) -> Iterable[tuple[str, nnx.Variable, int]]:
+  """Yields (dotted name, abstract variable, stacked axes) of a model.
+
+  Variables are the parameters and then the buffers; stacked is how many leading
+  axes stand for layers.
+  """
   leaf = lambda v: isinstance(v, nnx.Variable)
   for kind in ('params', 'buffers'):
     flat = jax.tree_util.tree_leaves_with_path(abstract[kind], is_leaf=leaf)
@@ -148,7 +158,7 @@ def named(abstract: dict[str, nnx.State]):
 
 
 def check(config: MeshConfig, abstract: dict[str, nnx.State]) -> None:
-  """Holds the rules against a model's parameters.
+  """Checks the rules against a model's parameters.
 
   Args:
     config: sizes and rules.
@@ -173,8 +183,8 @@ def check(config: MeshConfig, abstract: dict[str, nnx.State]) -> None:
   _check_activations(config.rules)
 
 
-def _check_activations(rules: Rules):
-  """Tokens and what is computed of each are cut over different axes."""
+def _check_activations(rules: Rules) -> None:
+  """Raises InputError if one axis shards tokens and what each consists of."""
   if len(names(rules.get('experts'))) > 1:
     raise InputError(
       f'mesh.rules.experts = {rules["experts"]!r}: must be one mesh axis'
@@ -198,7 +208,23 @@ def _check_activations(rules: Rules):
         )
 
 
-def _check_axis(config, name, axis, size, seen):
+def _check_axis(
+  config: MeshConfig,
+  name: str,
+  axis: str | None,
+  size: int,
+  seen: dict[str, str],
+) -> None:
+  """Raises InputError unless a parameter's axis divides by its mesh axes.
+
+  Args:
+    config: sizes and rules.
+    name: of the parameter.
+    axis: logical name of the axis; None is unsharded.
+    size: of the axis.
+    seen: mesh axis -> the axis of the same parameter that it shards already;
+      this one is added.
+  """
   over = names(config.rules.get(axis))
   parts = config.ways(axis)
   if size % parts:
@@ -219,7 +245,14 @@ def _check_axis(config, name, axis, size, seen):
 def check_batch(
   config: MeshConfig, rows: int, seq_len: int, accumulate: int = 1
 ) -> None:
-  """Raises InputError where a batch can't be cut as the rules say."""
+  """Raises InputError where a batch can't be sharded as the rules say.
+
+  Args:
+    config: sizes and rules.
+    rows: sequences of a global batch.
+    seq_len: tokens of a sequence.
+    accumulate: micro-batches that a batch is split into.
+  """
   ways = config.ways('batch')
   if rows % (ways * accumulate):
     raise InputError(
@@ -236,8 +269,10 @@ def check_batch(
     )
 
 
-def shardings(mesh: Mesh, rules: Rules, abstract: dict[str, nnx.State], tree):
-  """NamedShardings of a tree that holds a model's variables under any prefix.
+def shardings(
+  mesh: Mesh, rules: Rules, abstract: dict[str, nnx.State], tree: Any
+) -> Any:
+  """Returns NamedShardings of a tree with a model's variables anywhere in it.
 
   Moments lie as their parameters do; what is no parameter is on every device.
 
@@ -253,9 +288,11 @@ def shardings(mesh: Mesh, rules: Rules, abstract: dict[str, nnx.State], tree):
     parts = [names(rules.get(a)) or None for a in axes]
     specs[name] = PartitionSpec(*(None,) * stacked, *parts)
 
-  def one(path, leaf):
+  def one(path: tuple, leaf: Any) -> NamedSharding:
     parts = jax.tree_util.keystr(path, simple=True, separator='.').split('.')
     for start in range(len(parts)):
+      # The longest tail of the path that names a variable: any prefix may stand
+      # before it, as in a TrainState's params or moments.
       spec = specs.get('.'.join(parts[start:]))
       if spec is not None and len(spec) == leaf.ndim:
         return NamedSharding(mesh, spec)

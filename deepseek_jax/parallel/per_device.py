@@ -1,9 +1,9 @@
-"""What each device does for its own tokens, said outright.
+"""Per-device top-k and token sums, as explicit shard_maps.
 
 XLA's partitioner doesn't know that some operations work row by row: it gathers
-the operand of a top-k from all devices, sorts it everywhere, and cuts the
-result; and no sharding says that B x T tokens, cut both ways, became one list.
-Inside shard_map there is nothing to gather.
+the operand of a top-k from all devices, sorts it everywhere, and shards the
+result; and no sharding says that B x T tokens, sharded both ways, became one
+list. Inside shard_map there is nothing to gather.
 Legend: B sequences, T tokens, N tokens of a device.
 """
 
@@ -16,9 +16,12 @@ from deepseek_jax.parallel import sharding
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """jax.lax.top_k of x [B T ...] over the last axis; no gradient.
+  """Returns jax.lax.top_k of x [B T ...] over the last axis; no gradient.
 
   Outside of a mesh, and for arrays of fewer axes, it is that very function.
+
+  Returns:
+    The values [B T ... k] in the dtype of x, and their indices, int32.
   """
   using = sharding.current()
   if using is None or x.ndim < 3:
@@ -35,12 +38,12 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def token_sum(f: Callable, tokens: tuple, weight: jax.Array) -> jax.Array:
-  """The sum over all tokens of what `f` says of some.
+  """Returns the sum over all tokens of what `f` gives for those of a device.
 
   Args:
     f: (*arrays [N ...], weight) -> scalar, a sum over N.
     tokens: arrays [B T ...].
-    weight: [D V]; every device takes all of it, unless the mesh cuts the
+    weight: [D V]; every device takes all of it, unless the mesh shards the
       vocabulary. Then the partitioner decides.
 
   Returns:
@@ -57,7 +60,7 @@ def token_sum(f: Callable, tokens: tuple, weight: jax.Array) -> jax.Array:
   names = lambda part: (part,) if isinstance(part, str) else part or ()
   over = tuple(name for part in specs[0] for name in names(part))
 
-  def here(tokens, weight):
+  def here(tokens: tuple[jax.Array, ...], weight: jax.Array) -> jax.Array:
     return jax.lax.psum(f(*flat(tokens), weight), over)
 
   return jax.shard_map(

@@ -1,8 +1,8 @@
-"""Where the arrays of a run live when it spans several devices.
+"""Places the arrays of a run that spans several devices.
 
 Rules lay a state's parameters and moments on the mesh; without a mesh JAX
-decides. A batch is cut along its rows. Every process reads the rows that its
-own devices need: the global batch is the same on any number of processes.
+decides. A batch is sharded along its rows. Every process reads the rows that
+its own devices need: the global batch is the same on any number of processes.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.errors import InputError
@@ -28,11 +29,11 @@ _DEFAULT = MeshConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """A mesh and what goes where on it; without a mesh JAX decides.
+  """Holds a mesh and what goes where on it; without a mesh JAX decides.
 
   Attributes:
     mesh: over the devices of all processes.
-    rows: the axes of the mesh along which a batch is cut.
+    rows: the axes of the mesh along which a batch is sharded.
     rules: logical axis -> mesh axes.
     exchange: how tokens reach experts of other devices.
   """
@@ -44,32 +45,33 @@ class Placement:
 
   @functools.cached_property
   def using(self) -> sharding.Using:
-    """What layers are told; always the same, so that programs are kept."""
+    """Returns what layers are given; always the same, to keep programs."""
     return sharding.Using(self.mesh, self.rules, self.exchange)
 
-  def use(self):
-    """The context in which to trace what works on these arrays."""
+  def use(self) -> contextlib.AbstractContextManager:
+    """Returns the context in which to trace what works on these arrays."""
     if self.mesh is None:
       return contextlib.nullcontext()
     return sharding.under(self.using)
 
   @property
   def copied(self) -> NamedSharding | None:
-    """Where a copy is on every device."""
+    """Returns the sharding of an array that every device has whole."""
     return self._sharding()
 
   @property
   def cut(self) -> NamedSharding | None:
-    """Where every device has some rows."""
+    """Returns the sharding of an array of which every device has some rows."""
     return self._sharding(self.rows)
 
-  def _sharding(self, *axes) -> NamedSharding | None:
+  def _sharding(self, *axes: str | tuple[str, ...]) -> NamedSharding | None:
+    """Returns a sharding, a mesh axis per array axis; None without a mesh."""
     if self.mesh is None:
       return None
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-  def shardings(self, tree, variables):
-    """Where a tree that holds a model's variables lies; None without a mesh.
+  def shardings(self, tree: Any, variables: dict[str, nnx.State]) -> Any:
+    """Returns NamedShardings of a model's variables; None without a mesh.
 
     Args:
       tree: arrays or shapes, e.g. a TrainState.
@@ -79,8 +81,10 @@ class Placement:
       return None
     return meshes.shardings(self.mesh, self.rules, variables, tree)
 
-  def abstract(self, make: Callable[[], Any], variables):
-    """Shapes, dtypes and places of what `make` makes, as in `shardings`."""
+  def abstract(
+    self, make: Callable[[], Any], variables: dict[str, nnx.State]
+  ) -> Any:
+    """Returns shapes, dtypes and `shardings` of what `make` makes."""
     shapes = jax.eval_shape(make)
     if self.mesh is None:
       return shapes
@@ -89,14 +93,16 @@ class Placement:
     )
     return jax.tree.map(place, shapes, self.shardings(shapes, variables))
 
-  def make(self, make: Callable[[], Any], variables):
-    """What `make` makes, each part by the device that holds it."""
+  def make(
+    self, make: Callable[[], Any], variables: dict[str, nnx.State]
+  ) -> Any:
+    """Returns what `make` makes, each shard by the device that stores it."""
     where = self.shardings(jax.eval_shape(make), variables)
     with self.use():
       return jax.jit(make, out_shardings=where)()
 
   def block(self, size: int) -> tuple[int, int]:
-    """The rows of a global batch that this process reads: block i of n.
+    """Returns the rows of a global batch that this process reads: block i of n.
 
     Args:
       size: rows of the global batch.
@@ -119,6 +125,7 @@ class Placement:
     mine = self.cut.addressable_devices_indices_map((size,)).values()
     spans = [rows.indices(size)[:2] for (rows,) in mine]
     low, high = min(a for a, _ in spans), max(b for _, b in spans)
+    # The most blocks, that is the smallest, of which one has all of low..high.
     for n in range(shards, 0, -1):
       length = size // n
       if size % n == 0 and low // length == (high - 1) // length:
@@ -126,15 +133,20 @@ class Placement:
     return 0, 1
 
   def batch(self, rows: dict[str, np.ndarray], size: int) -> dict:
-    """Global arrays of `size` rows from the block that this process read."""
+    """Returns global arrays of `size` rows, from the block of this process.
+
+    Args:
+      rows: arrays [rows of the block ...], on the host.
+      size: rows of the global batch.
+    """
     if self.mesh is None:
       return rows
     index, _ = self.block(size)
 
-    def whole(array):
+    def whole(array: np.ndarray) -> jax.Array:
       start = index * len(array)
 
-      def part(where):
+      def part(where: tuple[slice, ...]) -> np.ndarray:
         low, high, _ = where[0].indices(size)
         return array[low - start : high - start]
 
@@ -146,14 +158,14 @@ class Placement:
 
 def over(
   config: MeshConfig,
-  variables=None,
+  variables: dict[str, nnx.State] | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> Placement:
-  """What `config` describes, checked.
+  """Checks `config` and returns the placement that it describes.
 
   Args:
     config: sizes, rules, exchange.
-    variables: `Model.abstract`, to be held against the rules.
+    variables: `Model.abstract`, to be checked against the rules.
     devices: as for `mesh.make`.
 
   Raises:
@@ -167,15 +179,17 @@ def over(
 
 
 def over_all_devices(
-  config: MeshConfig = _DEFAULT, variables=None
+  config: MeshConfig = _DEFAULT, variables: dict[str, nnx.State] | None = None
 ) -> Placement:
-  """Copies everywhere, batches cut over the devices of all processes."""
+  """Returns copies everywhere, batches sharded over all processes' devices."""
   config = dataclasses.replace(config, data=jax.device_count())
   return over(config, variables)
 
 
-def choose(config: MeshConfig = _DEFAULT, variables=None) -> Placement:
-  """As configured; by default one device, or all of several processes.
+def choose(
+  config: MeshConfig = _DEFAULT, variables: dict[str, nnx.State] | None = None
+) -> Placement:
+  """Returns what is configured; by default a device, or all of many processes.
 
   Raises:
     InputError: the mesh fits neither the devices nor the model.
@@ -187,20 +201,21 @@ def choose(config: MeshConfig = _DEFAULT, variables=None) -> Placement:
   return Placement()
 
 
-def to_first(tree):
-  """The tree in the memory of process 0's host, None in the others.
+def to_first(tree: Any) -> Any:
+  """Returns the tree in the memory of process 0's host, None in the others.
 
-  Every process must ask. Parts of an array come together leaf by leaf. What a
+  Every process must ask. Shards of an array come together leaf by leaf. What a
   process by itself has on one device stays there.
   """
   if not distributed.several():
+    # A copy on the host is needed only of what lies on several devices.
     spread = lambda a: len(a.sharding.device_set) > 1
     here = lambda a: isinstance(a, np.ndarray | np.generic)
     one = lambda a: np.asarray(a) if here(a) or spread(a) else a
     return jax.tree.map(one, tree)
   from jax.experimental import multihost_utils
 
-  def one(leaf):
+  def one(leaf: jax.Array):
     whole = (
       np.asarray(leaf)
       if leaf.is_fully_replicated

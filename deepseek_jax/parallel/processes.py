@@ -1,4 +1,4 @@
-"""Several processes as one run: who is who, waiting for each other.
+"""Joins several processes to one run: who is who, and waiting for each other.
 
 Explicit arguments win over the environment (DSJ_COORDINATOR, DSJ_PROCESSES,
 DSJ_PROCESS), and that over what JAX finds out under SLURM, Open MPI and
@@ -9,8 +9,8 @@ network.
 import contextlib
 import itertools
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ _names = itertools.count()
 
 
 class Cluster(NamedTuple):
-  """How processes find each other.
+  """Describes how processes find each other.
 
   Attributes:
     found_by: 'arguments', 'environment', 'slurm', 'openmpi', 'kubernetes', or
@@ -46,7 +46,13 @@ def find_cluster(
   *,
   environment: Mapping[str, str] = os.environ,
 ) -> Cluster:
-  """What `init_distributed` goes by.
+  """Returns the cluster that `init_distributed` joins.
+
+  Args:
+    coordinator: 'host:port' of process 0.
+    processes: how many there are.
+    process: number of this one, from 0.
+    environment: variables to look for it in when none of these is given.
 
   Raises:
     InputError: arguments or variables are incomplete or out of range.
@@ -70,7 +76,15 @@ def find_cluster(
   return Cluster('nobody', count=1, index=0)
 
 
-def _complete(found_by: str, names, given) -> Cluster:
+def _complete(
+  found_by: str, names: Sequence[str], given: Sequence[str | int | None]
+) -> Cluster:
+  """Returns the cluster of a given coordinator, count and index.
+
+  Raises:
+    InputError: one of them is missing, not a whole number or out of range; the
+      message has its name of `names`.
+  """
   numbers = []
   for name, value in zip(names[1:], given[1:]):
     try:
@@ -151,13 +165,13 @@ def init_distributed(
 
 
 def several() -> bool:
-  """Whether this process is one of several."""
+  """Returns whether this process is one of several."""
   # First, as the second question makes JAX look for its devices.
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
-  """Whether this process is the one that writes."""
+  """Returns whether this process is the one that writes."""
   return not several() or jax.process_index() == 0
 
 
@@ -173,10 +187,10 @@ def wait_for_all() -> None:
 
 
 @contextlib.contextmanager
-def first_goes_first():
-  """The body runs in process 0, and then in all others.
+def first_goes_first() -> Iterator[None]:
+  """Runs the body in process 0, and then in all others.
 
-  For what one process makes and the others then find done.
+  It suits what one process makes and the others then find done.
   """
   if not first():
     wait_for_all()
@@ -186,7 +200,7 @@ def first_goes_first():
 
 
 def from_first(number: int) -> int:
-  """What process 0 passes, in every process; int32."""
+  """Returns what process 0 passes, in every process; int32."""
   if not several():
     return number
   from jax.experimental import multihost_utils
@@ -196,7 +210,7 @@ def from_first(number: int) -> int:
 
 
 def text_from_first(text: str) -> str:
-  """What process 0 passes, in every process."""
+  """Returns the text that process 0 passes, in every process."""
   if not several():
     return text
   key = f'deepseek_jax/text/{next(_names)}'
@@ -206,7 +220,7 @@ def text_from_first(text: str) -> str:
   return client().blocking_key_value_get(key, _PATIENCE * 1000)
 
 
-def client():
+def client() -> Any:
   """Returns the client of JAX's coordination service."""
   from jax._src import distributed as internal
 
@@ -223,7 +237,7 @@ def share_preemptions() -> None:
 
 
 def peer_lost(error: Exception) -> PeerLost | None:
-  """The loss of another process that `error` tells of; None if it is another.
+  """Returns the loss of a peer that `error` reports; None if it reports none.
 
   A collective fails with the words of its transport, which are many; what is
   known not to be a loss is memory.

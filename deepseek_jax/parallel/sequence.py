@@ -22,12 +22,14 @@ from deepseek_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Along:
-  """Which part a device works on; by default it has all of everything.
+  """Describes the shard of the sequence (and heads) that this device holds.
+
+  The default is unsharded.
 
   Attributes:
-    axis: the mesh axis that cuts sequences, or None.
-    ways: into how many parts.
-    heads: the mesh axes that cut heads.
+    axis: the mesh axis that shards sequences, or None.
+    ways: into how many shards.
+    heads: the mesh axes that shard heads.
   """
 
   axis: str | None = None
@@ -35,12 +37,12 @@ class Along:
   heads: tuple[str, ...] = ()
 
   @property
-  def index(self):
-    """Number of this part."""
+  def index(self) -> jax.Array | int:
+    """Returns the number of this shard, from 0."""
     return jax.lax.axis_index(self.axis) if self.axis else 0
 
   def gather(self, tree: Any) -> Any:
-    """Arrays [B T ...] -> [B S ...] of all tokens; their gradients scatter.
+    """Gathers arrays [B T ...] to [B S ...] of all tokens; gradients scatter.
 
     What devices add to a gradient is summed in float32; first derivatives.
     """
@@ -49,26 +51,35 @@ class Along:
     return jax.tree.map(lambda a: sums.gathered(a, self.axis), tree)
 
   def own(self, tree: Any) -> Any:
-    """Arrays [B S ...] -> [B T ...] of this device's tokens."""
+    """Slices arrays [B S ...] to [B T ...] of this device's tokens."""
     if not self.axis:
       return tree
 
-    def one(a):
+    def one(a: jax.Array) -> jax.Array:
       size = a.shape[1] // self.ways
       return jax.lax.dynamic_slice_in_dim(a, self.index * size, size, axis=1)
 
     return jax.tree.map(one, tree)
 
-  def before(self, x: jax.Array, count: int, fill=0) -> jax.Array:
-    """The `count` tokens before the own ones [B T ...], `fill` before all.
+  def before(self, x: jax.Array, count: int, fill: float = 0) -> jax.Array:
+    """Returns the `count` tokens that precede the local ones.
 
     They may be more than the neighbour has; then those before it send, too.
+
+    Args:
+      x: [B T ...] of this device's tokens.
+      count: tokens to return.
+      fill: stands for tokens before the sequence's first.
+
+    Returns:
+      [B count ...], in order.
     """
     T, parts, left = x.shape[1], [], count
     for hop in range(1, self.ways):
       size = min(left, T)
       if not size:
         break
+      # The first `hop` devices receive nothing, which ppermute gives as zeros.
       pairs = [(i, i + hop) for i in range(self.ways - hop)]
       part = jax.lax.ppermute(x[:, T - size :], self.axis, pairs)
       if fill:
@@ -79,19 +90,19 @@ class Along:
     return jnp.concatenate([ahead, *parts], axis=1)
 
   def mean_of_heads(self, x: jax.Array) -> jax.Array:
-    """The mean of what devices with other heads have."""
+    """Returns the mean over devices with other heads."""
     return jax.lax.pmean(x, self.heads) if self.heads else x
 
   def max_of_heads(self, x: jax.Array) -> jax.Array:
-    """The greatest of what devices with other heads have; no gradient."""
+    """Returns the maximum over devices with other heads; no gradient."""
     return jax.lax.pmax(x, self.heads) if self.heads else x
 
   def sum_of_heads(self, x: jax.Array) -> jax.Array:
-    """The sum of what devices with other heads have; they go on alike."""
+    """Returns the sum over devices with other heads; all go on alike."""
     return sums.total(x, self.heads) if self.heads else x
 
   def sum_of_parts(self, tree: Any) -> Any:
-    """The sums of what devices with other tokens have."""
+    """Returns sums over devices with other tokens."""
     return jax.lax.psum(tree, self.axis) if self.axis else tree
 
 
@@ -99,7 +110,7 @@ WHOLE = Along()
 
 
 def mesh_axis(length: int) -> str | None:
-  """The mesh axis that splits a sequence of `length`; None if none does."""
+  """Returns the mesh axis that shards a sequence; None if none does."""
   using = sharding.current()
   name = using and using.rules.get('seq')
   if isinstance(name, tuple):
@@ -110,25 +121,28 @@ def mesh_axis(length: int) -> str | None:
 
 
 def in_a_row(x: jax.Array, there: jax.Array, count: int) -> jax.Array:
-  """The first `count` of x [B N ...] that are `there` [B N], in order."""
+  """Selects the first `count` of x [B N ...] that are `there`, in order."""
   order = jnp.argsort(~there, axis=1, stable=True)[:, :count]
   return jnp.take_along_axis(
     x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
   )
 
 
-def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int):
-  """f(along, *args), on each device for its own part of the sequences.
+def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int) -> Any:
+  """Calls f(along, *args) on each device for its shard of the sequences.
 
-  To be traced inside `sharding.use`; where nothing splits sequences, f has all.
+  To be traced inside `sharding.use`; where nothing shards sequences, f has all.
 
   Args:
-    f: takes an Along and the parts of args.
+    f: takes an Along and the shards of args.
     args: trees of arrays.
     axes: for each of args the logical names of its arrays' first axes, which
       must be among `sizes`; () is on all devices.
     out: the same for the tree that f returns.
     sizes: of the named axes, 'seq' among them.
+
+  Returns:
+    What f returns, whole.
   """
   axis = mesh_axis(sizes['seq'])
   if axis is None:
@@ -140,6 +154,7 @@ def split(f: Callable, args: tuple, axes: tuple, out: Any, **sizes: int):
     isinstance(a, tuple) and all(n is None or isinstance(n, str) for n in a)
   )
   over = lambda tree: jax.tree.map(spec, tree, is_leaf=named)
+  # Mesh axes of one device need no collective.
   heads = tuple(n for n in cut.get('heads', ()) if using.mesh.shape[n] > 1)
   along = Along(axis, using.mesh.shape[axis], heads)
   return jax.shard_map(

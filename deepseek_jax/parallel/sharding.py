@@ -1,4 +1,4 @@
-"""Named axes: arrays say what an axis is, rules say which mesh axis it takes.
+"""Named axes: arrays name their axes, rules map the names to mesh axes.
 
 A parameter carries one logical name per axis ('embed', 'heads', 'experts' ...;
 leading axes without a name are layer stacks). `use(mesh, rules)` maps names to
@@ -9,7 +9,8 @@ notebooks and tests need no mesh.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +25,26 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Using:
-  """What `use` makes known to layers."""
+  """Holds what `use` makes known to layers.
+
+  Attributes:
+    mesh: over which the step runs.
+    rules: logical axis -> mesh axes.
+    exchange: how tokens reach experts of other devices.
+  """
 
   mesh: Mesh
   rules: Rules
   exchange: ExchangeConfig = ExchangeConfig()
 
-  def spec(self, axes, shape) -> PartitionSpec:
-    """The PartitionSpec of an activation of `shape` with logical `axes`.
+  def spec(
+    self, axes: Sequence[str | None], shape: Sequence[int]
+  ) -> PartitionSpec:
+    """Returns the PartitionSpec of an activation with logical `axes`.
 
     Mesh axes that do not divide a size are left out, last ones first: one
-    token of a cache has nothing to split.
+    token of a cache has nothing to split. Leading axes without a name are
+    unsharded.
     """
     stack = len(shape) - len(axes)
     parts = [None] * stack
@@ -48,7 +58,7 @@ class Using:
     return PartitionSpec(*parts)
 
   def over(self, axis: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that cut a logical axis of `size`."""
+    """Returns the mesh axes that shard a logical axis of `size`."""
     (names,) = self.spec((axis,), (size,))
     # PartitionSpec makes of one name in a tuple the name.
     return (names,) if isinstance(names, str) else tuple(names or ())
@@ -58,14 +68,29 @@ _current: list[Using] = []
 
 
 class Buffer(nnx.Variable):
-  """State that no gradient reaches: router biases, hash tables."""
+  """Holds state that no gradient reaches: router biases, hash tables."""
 
 
-def param(rngs, init, shape, axes, *, full_precision: bool = False):
+def param(
+  rngs: nnx.Rngs,
+  init: Callable,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  *,
+  full_precision: bool = False,
+) -> nnx.Param:
   """Makes a float32 parameter whose axes are named.
 
-  `full_precision` keeps it in float32 when the model computes in bfloat16
-  (norm weights, the router).
+  Args:
+    rngs: has a stream 'params'.
+    init: (key, shape, dtype) -> jax.Array.
+    shape: of the parameter.
+    axes: logical name of each axis; None is unsharded.
+    full_precision: keeps it in float32 when the model computes in bfloat16
+      (norm weights, the router).
+
+  Raises:
+    ValueError: `shape` and `axes` differ in length.
   """
   if len(shape) != len(axes):
     raise ValueError(f'shape {shape} and axes {axes} differ in length')
@@ -73,15 +98,17 @@ def param(rngs, init, shape, axes, *, full_precision: bool = False):
   return nnx.Param(value, axes=axes, full_precision=full_precision)
 
 
-def spec(axes, rules: Rules, ndim: int | None = None) -> PartitionSpec:
-  """The PartitionSpec of logical `axes`; unnamed leading axes are unsharded."""
+def spec(
+  axes: Sequence[str | None], rules: Rules, ndim: int | None = None
+) -> PartitionSpec:
+  """Returns the PartitionSpec of `axes`; unnamed leading ones are unsharded."""
   stack = (ndim or len(axes)) - len(axes)
   return PartitionSpec(*(None,) * stack, *(rules.get(a) for a in axes))
 
 
 @contextlib.contextmanager
-def under(using: Using):
-  """As `use`, with what is given together."""
+def under(using: Using) -> Iterator[None]:
+  """Does what `use` does, with its arguments given together."""
   _current.append(using)
   try:
     yield
@@ -89,7 +116,9 @@ def under(using: Using):
     _current.pop()
 
 
-def use(mesh: Mesh, rules: Rules, exchange: ExchangeConfig | None = None):
+def use(
+  mesh: Mesh, rules: Rules, exchange: ExchangeConfig | None = None
+) -> contextlib.AbstractContextManager:
   """Applies `rules` to every `shard` traced inside.
 
   The rules are no part of jit's cache key: trace each step inside one `use`.
@@ -103,22 +132,22 @@ def use(mesh: Mesh, rules: Rules, exchange: ExchangeConfig | None = None):
 
 
 def current() -> Using | None:
-  """What tracing happens under; None outside `use`."""
+  """Returns what `use` made known; None outside of it."""
   return _current[-1] if _current else None
 
 
 def in_mesh() -> bool:
-  """Whether tracing happens inside `use`."""
+  """Returns whether tracing happens inside `use`."""
   return bool(_current)
 
 
 def _outside() -> bool:
-  """Whether there is nothing to cut: no mesh, or already one device's part."""
+  """Returns whether nothing is to be sharded: no mesh, or in a shard_map."""
   return not _current or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def ways(axis: str, size: int) -> int:
-  """Into how many parts a logical axis of `size` is cut; 1 outside `use`."""
+  """Returns the shards of a logical axis of `size`; 1 outside `use`."""
   if _outside():
     return 1
   using = _current[-1]
@@ -135,18 +164,21 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def known(x) -> np.ndarray | None:
-  """The values of an array on the host; None inside jit, or of other hosts."""
+def known(x: Any) -> np.ndarray | None:
+  """Returns the values of an array on the host, where they are known.
+
+  None inside jit, or where other hosts have some of them.
+  """
   traced = isinstance(x, jax.core.Tracer)
   if traced or (isinstance(x, jax.Array) and not x.is_fully_addressable):
     return None
   return np.asarray(x)
 
 
-def shardings(abstract, mesh: Mesh, rules: Rules):
-  """NamedShardings for a tree of abstract variables (nnx.State leaves)."""
+def shardings(abstract: Any, mesh: Mesh, rules: Rules) -> Any:
+  """Returns NamedShardings of abstract variables (nnx.State leaves)."""
 
-  def one(variable):
+  def one(variable: nnx.Variable) -> NamedSharding:
     axes = variable.get_metadata().get('axes') or ()
     return NamedSharding(mesh, spec(axes, rules, len(variable.shape)))
 

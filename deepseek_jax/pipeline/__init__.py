@@ -1,1 +1,1 @@
-"""Pipelines: schedules as data, stages of a model, the step through them."""
+"""Runs pipelines: schedules as data, stages of a model, steps through them."""

@@ -1,9 +1,10 @@
-"""One pass over a pipeline's schedule: what is under way between its programs.
+"""Runs one pass over a pipeline's schedule, and holds what is under way in it.
 
 Legend: B sequences, T tokens.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +15,31 @@ from deepseek_jax.train.step import Shares
 
 
 class Place(NamedTuple):
-  """A stage on a rank; with DualPipe a rank has two, a stage two ranks."""
+  """Names a stage on a rank; in DualPipe a rank has two, a stage two ranks."""
 
   rank: int
   stage: int
 
 
-def add(total, more):
+def add(total: Any, more: Any) -> Any:
+  """Returns the sum of two trees of arrays."""
   return jax.tree.map(jnp.add, total, more)
 
 
 class Step:
-  """One pass over a schedule: what is under way, and what was added up."""
+  """Holds a pass over a schedule: what is under way, and what was added up."""
 
-  def __init__(self, pipeline, held, micro, shares: Shares):
+  def __init__(
+    self,
+    pipeline: Any,
+    held: dict[Place, dict],
+    micro: Callable[[int, int], dict],
+    shares: Shares,
+  ):
     """Begins a pass.
 
     Args:
-      pipeline: whose.
+      pipeline: the Pipeline that runs it.
       held: variables by place, in the compute dtype.
       micro: (direction, index) -> a micro-batch.
       shares: how each counts.
@@ -42,7 +50,7 @@ class Step:
     self.metrics = {place: [] for place in pipeline.places}
     self._inbox, self._kept = {}, {}
 
-  def step(self, rank: int, chunks: tuple[Chunk, ...]):
+  def step(self, rank: int, chunks: tuple[Chunk, ...]) -> None:
     """Runs a chunk, or a forward and a backward chunk as one program."""
     forward = next((c for c in chunks if c.kind == 'F'), None)
     backward = next((c for c in chunks if c.kind != 'F'), None)
@@ -64,19 +72,22 @@ class Step:
     if backward:
       self._came(behind, backward, came)
 
-  def _forward_inputs(self, place: Place, chunk: Chunk):
+  def _forward_inputs(self, place: Place, chunk: Chunk) -> tuple:
+    """Returns a stage's variables, its stream [B T ...], batch and shares."""
     stream = self._inbox.pop(('F', place, chunk.index), None)
     batch = self.micro(chunk.direction, chunk.index)
     batch = self.pipeline.put(batch, place.rank, 'batch')
     return self.held[place], stream, batch, self.shares
 
-  def _went(self, place, chunk, results):
+  def _went(self, place: Place, chunk: Chunk, results: tuple) -> None:
+    """Keeps what the backward chunk will need, and sends the stream on."""
     stream, kept, metrics = results
     self._kept[place, chunk.index] = (kept,)
     self.metrics[place].append(metrics)
     self._send('F', place, chunk, stream, 1)
 
-  def _backward_inputs(self, place, chunk: Chunk):
+  def _backward_inputs(self, place: Place, chunk: Chunk) -> tuple:
+    """Returns what the forward chunk kept, and the stream's gradient if any."""
     key = place, chunk.index
     back = self._kept.pop(key)
     if chunk.kind != 'W':
@@ -85,15 +96,26 @@ class Step:
       self._kept[key] = back  # for its W
     return back
 
-  def _came(self, place, chunk, results):
+  def _came(self, place: Place, chunk: Chunk, results: tuple) -> None:
+    """Keeps the sum of the gradients, and sends the stream's one back."""
     total, stream = results
     if chunk.kind != 'I':
       self.totals[place] = total
     if chunk.kind != 'W':
       self._send('B', place, chunk, stream, -1)
 
-  def _send(self, kind, place, chunk, stream, onward):
-    """Puts a stream or its gradient onto the rank of the stage beside."""
+  def _send(
+    self, kind: str, place: Place, chunk: Chunk, stream: Any, onward: int
+  ) -> None:
+    """Puts a stream or its gradient onto the rank of the stage beside.
+
+    Args:
+      kind: 'F' for a stream, 'B' for its gradient.
+      place: that sends.
+      chunk: that made it.
+      stream: [B T ...]; None at the last stage, or at the first for gradients.
+      onward: 1 to the next stage, -1 to the one before.
+    """
     if stream is None:
       return
     rank = place.rank + (-onward if chunk.direction else onward)

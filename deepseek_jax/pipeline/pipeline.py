@@ -5,14 +5,15 @@ the order of the simulated timeline (1F1B: arXiv:2104.04473; DualPipe:
 DeepSeek-V3, arXiv:2412.19437, section 3.2). One program for all ranks (a scan
 over ticks inside shard_map) would need equal stages, and V3's are not: dense
 layers at the start, embedding, head and prediction at the ends. Separate
-programs take any cut and any schedule, and the other mesh axes work inside a
+programs take any split and any schedule, and the other mesh axes work inside a
 stage as they do without a pipeline. The price: one process drives all devices.
 
-Stage i is held by rank i. What else needs its weights gets a copy in every
+Stage i is stored on rank i. What else needs its weights gets a copy in every
 step: with DualPipe the rank opposite, and the last stage the embedding.
 Legend: P ranks, B sequences, T tokens.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,9 +37,10 @@ from deepseek_jax.train.objective import Objective, PretrainingConfig, Shares
 
 
 def slices(mesh: Mesh) -> tuple[Mesh, ...]:
-  """The mesh of each rank: `mesh` at every index of its axis `stage`."""
+  """Returns the mesh of each rank: `mesh` at each index of its axis `stage`."""
   if 'stage' not in mesh.axis_names:
     raise InputError(f"mesh axes {mesh.axis_names}: a pipeline needs 'stage'")
+  # [stage ...]: the devices of each rank.
   axis = mesh.axis_names.index('stage')
   names = tuple(n for n in mesh.axis_names if n != 'stage')
   ranks = np.moveaxis(mesh.devices, axis, 0)
@@ -59,13 +61,13 @@ def check(config: TransformerConfig, stages: int) -> None:
 
 
 class Pipeline:
-  """The gradients of one global batch, by a schedule.
+  """Computes the gradients of one global batch, by a schedule.
 
   Args:
     config: a model.
     mesh: has an axis `stage`, as long as the schedule has ranks; the other
       axes are those of every stage.
-    schedule: of plan.schedules; says how many micro-batches there are.
+    schedule: of chunk_orders; sets how many micro-batches there are.
     rules: logical axis -> mesh axis inside a stage.
     exchange: how tokens reach experts of other devices of a stage.
     objective: what is optimised; None is next-token prediction.
@@ -122,19 +124,19 @@ class Pipeline:
     self._cast = [jax.jit(stage.functional.cast) for stage in self.stages]
 
   def place(self, rank: int, direction: int) -> Place:
-    """Where a rank works on chunks of a direction."""
+    """Returns where a rank works on chunks of a direction."""
     last = len(self.stages) - 1
     return Place(rank, last - rank if direction else rank)
 
-  def put(self, x, rank: int, *axes):
-    """Arrays of `axes` (the rest unsharded) onto a rank's devices."""
+  def put(self, x: Any, rank: int, *axes: str | None) -> Any:
+    """Puts arrays of `axes` (the rest unsharded) onto a rank's devices."""
     using = self.using[rank]
     named = lambda a: (*axes, *(None,) * (a.ndim - len(axes)))
     one = lambda a: NamedSharding(using.mesh, using.spec(named(a), a.shape))
     return jax.device_put(x, jax.tree.map(one, x))
 
-  def shardings(self, number: int, tree, rank: int | None = None):
-    """Where a tree that holds a stage's variables lies.
+  def shardings(self, number: int, tree: Any, rank: int | None = None) -> Any:
+    """Returns NamedShardings of a tree that has a stage's variables in it.
 
     Args:
       number: of the stage.
@@ -146,19 +148,21 @@ class Pipeline:
     return meshes.shardings(using.mesh, using.rules, abstract, tree)
 
   def split(self, variables: dict) -> tuple[dict, ...]:
-    """Every stage's own variables on the devices that hold it."""
+    """Returns every stage's local variables, on the devices that store it."""
     out = []
     for number, stage in enumerate(self.stages):
       mine = {kind: stage.take(tree) for kind, tree in variables.items()}
       out.append(jax.device_put(mine, self.shardings(number, mine)))
     return tuple(out)
 
-  def join(self, trees) -> dict:
-    """Trees by stage, e.g. gradients -> the whole model's, on the host."""
+  def join(self, trees: Sequence[dict]) -> dict:
+    """Joins trees by stage, e.g. gradients, to the model's, on the host."""
     return cutting.join(self.stages, trees)
 
-  def copied(self, held, places=None) -> dict[Place, dict]:
-    """Variables in the compute dtype wherever they are needed.
+  def copied(
+    self, held: Sequence[dict], places: Sequence[Place] | None = None
+  ) -> dict[Place, dict]:
+    """Returns variables in the compute dtype wherever they are needed.
 
     Args:
       held: by stage, from `split`.
@@ -168,6 +172,7 @@ class Pipeline:
     for number, stage in enumerate(self.stages):
       params, buffers = held[number]['params'], held[number]['buffers']
       if stage.embed and not stage.first:
+        # A tied head or multi-token prediction reads the first one's embedding.
         copy = {'embed': held[0]['params']['embed']}
         where = self.shardings(number, {'params': copy})['params']
         params = {**params, **jax.device_put(copy, where)}
@@ -178,35 +183,43 @@ class Pipeline:
           out[place] = jax.device_put(cast, where)
     return out
 
-  def program(self, ahead: Place | None, behind: Place | None, kind: str):
-    """The jitted program of a step on one rank.
+  def program(
+    self, ahead: Place | None, behind: Place | None, kind: str
+  ) -> Callable:
+    """Returns the jitted program of a step on one rank.
 
     Args:
       ahead: whose forward chunk is part of it.
       behind: whose backward chunk is part of it.
-      kind: of that one, 'B', 'I' or 'W'.
+      kind: of that one, 'B', 'I' or 'W'; '' without one.
+
+    Returns:
+      (inputs of the forward chunk, of the backward chunk, sums of gradients) ->
+      (results of `go`, of `come_back`), None for a chunk that is not there. The
+      sums are donated.
     """
     key = ahead, behind, kind
     if key in self._programs:
       return self._programs[key]
 
-    def go(variables, stream, batch, shares):
+    def go(variables: dict, stream: Any, batch: dict, shares: Shares) -> tuple:
       stage, part = self.stages[ahead.stage], self._parts[ahead.stage]
 
-      def loss(params, stream):
+      def loss(params: dict, stream: Any) -> tuple:
         params = params if part is None else part.detached(params)
         own = {'params': params, 'buffers': variables['buffers']}
         return stage_calls.trained(
           stage, own, stream, batch, shares, self.objective
         )
 
+      # The vjp crosses programs as its arrays; how to call them stays here.
       out, pull, metrics = jax.vjp(
         loss, variables['params'], stream, has_aux=True
       )
       kept, self._pulls[ahead] = jax.tree.flatten(pull)
       return out[0], kept, metrics
 
-    def come_back(kept, cotangent, total):
+    def come_back(kept: list, cotangent: Any, total: Any) -> tuple:
       pull = jax.tree.unflatten(self._pulls[behind], kept)
       weights, stream = pull((cotangent, jnp.float32(1)))
       # What is not asked for, XLA does not compute.
@@ -216,19 +229,19 @@ class Pipeline:
       total = jax.lax.with_sharding_constraint(add(total, weights), where)
       return total, None if kind == 'W' else stream
 
-    def both(there, back, total):
+    def both(there: tuple, back: tuple, total: Any) -> tuple:
       went = go(*there) if ahead else None
       return went, come_back(*back, total) if behind else None
 
     self._programs[key] = jax.jit(both, donate_argnums=2)
     return self._programs[key]
 
-  def totals_where(self, place: Place, tree):
-    """Where a tree of a place's gradients lies."""
+  def totals_where(self, place: Place, tree: Any) -> Any:
+    """Returns NamedShardings of a tree of a place's gradients."""
     return self.shardings(place.stage, {'params': tree}, place.rank)['params']
 
-  def zeros(self, place: Place):
-    """Where the gradients of a place's parameters add up, in float32."""
+  def zeros(self, place: Place) -> Any:
+    """Returns float32 zeros, to which a place's gradients are added."""
     if place not in self._zeros:
       init = self.stages[place.stage].functional.init
       shapes = jax.eval_shape(init, jax.random.key(0))['params']
@@ -239,8 +252,10 @@ class Pipeline:
       )
     return self._zeros[place]()
 
-  def gradients(self, held, batch: dict, mtp_weight: float = 0.0):
-    """Gradients of the loss of a global batch, and its metrics.
+  def gradients(
+    self, held: Sequence[dict], batch: dict, mtp_weight: float = 0.0
+  ) -> tuple[tuple[dict, ...], dict]:
+    """Computes the gradients of the loss of a global batch, and its metrics.
 
     Args:
       held: variables by stage, from `split`.
@@ -249,8 +264,11 @@ class Pipeline:
       mtp_weight: lambda.
 
     Returns:
-      Gradients by stage, shaped and placed as `held`, and the metrics of
-      `loss_and_metrics` for the whole batch, on the host.
+      Gradients by stage, float32, shaped and placed as `held`, and the metrics
+      of `loss_and_metrics` for the whole batch, on the host.
+
+    Raises:
+      InputError: B does not divide by the micro-batches.
     """
     rows, count = len(batch['tokens']), len(self._forwards)
     if rows % count:
@@ -258,6 +276,7 @@ class Pipeline:
         f'batch of {rows} sequences: must divide by the {count} micro-batches'
         ' of the schedule'
       )
+    # Every micro-batch's loss is a share of the global batch's mean.
     weights = self.objective.inputs(batch).weights
     denominator = float(np.maximum(np.asarray(weights).sum(), 1.0))
     shares = Shares(np.float32(denominator), count, np.float32(mtp_weight))
@@ -266,6 +285,7 @@ class Pipeline:
     )
     numbers = {key: i for i, key in enumerate(self._forwards)}
     chosen = lambda *key: jax.tree.map(lambda a: a[numbers[key]], micro)
+    # One process dispatches all programs, in an order in which none waits.
     run = Step(self, self.copied(held), chosen, shares)
     for span in self._order:
       run.step(span.rank, span.step)

@@ -1,6 +1,8 @@
-"""Held-out documents read by a pipeline: forward only, stage by stage."""
+"""Reads held-out documents through a pipeline: forward only, stage by stage."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -12,17 +14,18 @@ from deepseek_jax.train.evaluate import bits_per_byte_by
 
 
 class Reader:
-  """Evaluates a model where its stages are held."""
+  """Evaluates a model on the devices where its stages lie."""
 
   def __init__(self, pipeline: Pipeline):
+    """Prepares a program per stage; the first batch compiles them."""
     self._pipeline = pipeline
     self._programs = [
       jax.jit(functools.partial(stage_calls.read, stage))
       for stage in pipeline.stages
     ]
 
-  def bits_per_byte(self, held, heldout) -> float:
-    """See `evaluate.bits_per_byte`.
+  def bits_per_byte(self, held: Sequence[dict], heldout: Any) -> float:
+    """Returns the bits per byte of held-out text, see `evaluate.bits_per_byte`.
 
     Args:
       held: variables by stage, of `pipeline.split`.
@@ -32,7 +35,7 @@ class Reader:
     places = [Place(i, i) for i in range(len(pipeline.stages))]
     variables = pipeline.copied(held, places)
 
-    def nll(batch):
+    def nll(batch: dict) -> Any:
       stream = None
       for place, program in zip(places, self._programs):
         if stream is not None:

@@ -14,7 +14,7 @@ from deepseek_jax.pipeline.chunk_orders import Chunk, Schedule, Step
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-  """Times of one chunk, in any unit.
+  """Holds the times of one chunk, in any unit.
 
   Attributes:
     forward: F.
@@ -39,11 +39,12 @@ class Durations:
 
   @property
   def pair(self) -> float:
+    """Returns the time of a forward and a backward chunk that run together."""
     both = self.forward + self.backward
     return both if self.overlapped is None else self.overlapped
 
   def of(self, step: Step) -> float:
-    """How long a step takes."""
+    """Returns how long a step takes."""
     if len(step) == 2:
       return self.pair
     return {
@@ -55,7 +56,7 @@ class Durations:
 
 
 class Span(NamedTuple):
-  """A step, when and where it ran."""
+  """Describes a step: its rank, its start and its end."""
 
   rank: int
   start: float
@@ -65,29 +66,34 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedStep:
-  """When every chunk of a training step ran on every rank."""
+  """Holds when every chunk of a training step ran on every rank.
+
+  Attributes:
+    ranks: P.
+    spans: in an order in which no chunk comes before one that it needs.
+  """
 
   ranks: int
   spans: tuple[Span, ...]
 
   @property
   def length(self) -> float:
-    """From the first chunk's start to the last one's end."""
+    """Returns the time from the first chunk's start to the last one's end."""
     return max(span.end for span in self.spans)
 
   def idle(self, rank: int) -> float:
-    """Time in which `rank` waits, its start and its end included."""
+    """Returns the time in which `rank` waits, its start and end included."""
     mine = (s for s in self.spans if s.rank == rank)
     return self.length - sum(s.end - s.start for s in mine)
 
   @property
   def bubble(self) -> float:
-    """The idle time of the rank that waits most."""
+    """Returns the idle time of the rank that waits most."""
     return max(self.idle(rank) for rank in range(self.ranks))
 
 
-def _needs(chunk: Chunk, rank: int, ranks: int):
-  """(rank, chunk) that must be over before `chunk` starts on `rank`."""
+def _needs(chunk: Chunk, rank: int, ranks: int) -> tuple[int, Chunk] | None:
+  """Returns the (rank, chunk) that must end before `chunk` starts on `rank`."""
   kind, direction, _ = chunk
   onward = -1 if direction else 1
   first, last = (ranks - 1, 0) if direction else (0, ranks - 1)
@@ -114,6 +120,7 @@ def simulate(schedule: Schedule, times: Durations) -> SimulatedStep:
     for rank, steps in enumerate(schedule):
       while at[rank] < len(steps):
         step = steps[at[rank]]
+        # A step begins once its rank is free and all that it needs has ended.
         needs = [n for c in step if (n := _needs(c, rank, ranks))]
         if not all(n in over for n in needs):
           break

@@ -1,9 +1,13 @@
-"""What one stage of a pipeline computes, in training and in evaluation.
+"""Computes one stage of a pipeline, in training and in evaluation.
 
 Legend: B sequences, T tokens.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from deepseek_jax.model import kernels
 from deepseek_jax.model.context import Context, context
@@ -15,12 +19,12 @@ from deepseek_jax.train.objective import Objective, Predictions, Shares
 
 def trained(
   stage: Stage,
-  variables,
-  stream,
-  batch,
+  variables: dict,
+  stream: jax.Array | None,
+  batch: dict,
   shares: Shares,
   objective: Objective,
-):
+) -> tuple:
   """Returns a stage's part of the loss of a micro-batch, for jax.vjp.
 
   Args:
@@ -45,14 +49,17 @@ def trained(
     positions=inputs.positions,
     train=True,
   )
+  # [B T ...] -> [B T ...]; statistics by segment, of this stage's layers.
   stream, statistics = _through(stage, module, stream, ctx)
   aux, loss, metrics = {'segments': statistics}, jnp.float32(0), {}
+  # The last stage ends in the objective's loss, the others pass the stream on.
   if stage.last:
     with kernels.using(stage.config.compute.kernels):
       hidden, ahead = module.leave(stream, ctx, mtp=objective.mtp)
     aux, stream = aux | ahead, None
     predictions = Predictions(hidden, module.head_weight(), aux)
     loss, metrics = objective(predictions, inputs, shares)
+  # Losses of layers are this stage's for its own layers.
   for losses in (routing_losses, attention_losses):
     extra, more = losses(aux, shares)
     loss, metrics = loss + extra, metrics | more
@@ -65,8 +72,10 @@ def trained(
   return (stream, loss), metrics
 
 
-def read(stage: Stage, variables, stream, batch):
-  """A stage's part of a held-out batch.
+def read(
+  stage: Stage, variables: dict, stream: jax.Array | None, batch: dict
+) -> Any:
+  """Computes a stage of a held-out batch.
 
   Args:
     stage: whose.
@@ -91,7 +100,10 @@ def read(stage: Stage, variables, stream, batch):
   return negative_log_likelihood(hidden, module.head_weight(), batch)
 
 
-def _through(stage: Stage, module, stream, ctx: Context):
+def _through(
+  stage: Stage, module: nnx.Module, stream: jax.Array | None, ctx: Context
+) -> tuple[jax.Array, list]:
+  """Returns the stream [B T ...] past a stage's layers, and statistics."""
   with kernels.using(stage.config.compute.kernels):
     stream = module.enter(ctx) if stage.first else stream
     stream, _, statistics = module.through(stream, ctx, None)
@@ -99,6 +111,7 @@ def _through(stage: Stage, module, stream, ctx: Context):
 
 
 def _sparse_layers(aux: dict) -> int:
+  """Counts the layers with sparse attention, whose recall is a metric."""
   blocks = [s for patterns in aux['segments'] for s in patterns]
   seen = [s['attention'] for s in [*blocks, *aux.get('mtp', [])]]
   return sum(s['recall'].size for s in seen if 'recall' in s)

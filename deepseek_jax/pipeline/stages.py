@@ -1,4 +1,4 @@
-"""A model cut into pipeline stages: which of its variables each holds.
+"""A model sharded into pipeline stages: which of its variables each holds.
 
 Stages are even runs of layers, as the planner lays them. A stage keeps the
 model's own form: whole patterns of a segment stay stacked and are scanned, and
@@ -8,7 +8,8 @@ Legend: P stages.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from deepseek_jax.pipeline.cut import stage_places
 
 
 class Piece(NamedTuple):
-  """Layers of one segment: a slice of its pattern, a slice of its repeats."""
+  """Names layers of a segment: a slice of its pattern and of its repeats."""
 
   segment: int
   pattern: slice
@@ -36,7 +37,7 @@ class Piece(NamedTuple):
 
 
 def pieces(config: TransformerConfig, first: int, end: int) -> tuple:
-  """Layers first..end - 1 as the fewest Pieces, in order."""
+  """Returns layers first..end - 1 as the fewest Pieces, in order."""
   out, at = [], 0
   for i, (names, repeat) in enumerate(config.layout):
     n, before = len(names), at
@@ -44,6 +45,7 @@ def pieces(config: TransformerConfig, first: int, end: int) -> tuple:
     a, b = max(first - before, 0), min(end, at) - before
     if a >= b:
       continue
+    # Up to the first whole pattern, whole patterns, what is left of the last.
     whole = min(-(-a // n) * n, b)
     rest = max(b // n * n, whole)
     for start, stop in ((a, whole), (whole, rest), (rest, b)):
@@ -57,7 +59,7 @@ def pieces(config: TransformerConfig, first: int, end: int) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What one stage of a model holds.
+  """Describes what one stage of a model holds.
 
   Attributes:
     config: of the whole model.
@@ -74,8 +76,8 @@ class Stage:
   last: bool
   embed: bool
 
-  def make(self, key) -> Transformer:
-    """The module; made under jax.eval_shape only, then cut to what it holds."""
+  def make(self, key: jax.Array) -> Transformer:
+    """Makes the module, under jax.eval_shape only, then drops what it lacks."""
     names = [n for n, _ in self.config.layout]
     layout = tuple(
       (names[p.segment][p.pattern], p.repeats.stop - p.repeats.start)
@@ -98,14 +100,14 @@ class Stage:
 
   @property
   def abstract(self) -> dict[str, nnx.State]:
-    """Of its own variables: those of `take`."""
+    """Returns the abstract variables that are the stage's own, no copies."""
     held = self.functional.abstract
     copied = {} if self.first else {'embed'}
     params = {k: v for k, v in held['params'].items() if k not in copied}
     return {**held, 'params': type(held['params'])(params)}
 
   def take(self, tree: dict) -> dict:
-    """This stage's part of a tree of the whole model's variables.
+    """Takes this stage's shard of a tree of the whole model's variables.
 
     The embedding is the first stage's; where the last one needs it, too, that
     is a copy.
@@ -129,8 +131,8 @@ class Stage:
         out.setdefault('segments', {})[number] = found
     return out
 
-  def init(self, key) -> dict:
-    """Its own variables: those that `Model.init` would make, and no others."""
+  def init(self, key: jax.Array) -> dict:
+    """Returns the stage's variables: those of `Model.init`, and no others."""
     runs = [slice(0, 1)] * len(self.config.layout)  # of others, not computed
     for number in {piece.segment for piece in self.pieces}:
       own = [p.repeats for p in self.pieces if p.segment == number]
@@ -149,17 +151,17 @@ class Stage:
 
   @functools.cached_property
   def functional(self) -> Functional:
-    """The stage's module as pure functions."""
+    """Returns the stage's module as pure functions."""
     return functional(self.make, jnp.dtype(self.config.compute.dtype))
 
 
 def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
-  """A model as `count` stages.
+  """Splits a model into `count` stages.
 
   Raises:
     InputError: there are fewer blocks than stages, or so few per stage that
       those of multi-token prediction would not all be with the head; or
-      blocks have memories, whose rows only a whole model can number.
+      blocks have Engrams, whose rows only a whole model can number.
   """
   if any(b.engram for s in config.segments() for b in s.blocks):
     raise InputError(
@@ -181,8 +183,8 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
   return tuple(out)
 
 
-def join(stages: tuple[Stage, ...], trees) -> dict:
-  """Stages' own parts of a tree as the whole model's.
+def join(stages: tuple[Stage, ...], trees: Sequence[dict]) -> dict:
+  """Joins the stages' shards of a tree to the whole model's.
 
   Args:
     stages: all of a model.
@@ -207,16 +209,16 @@ def join(stages: tuple[Stage, ...], trees) -> dict:
   return out
 
 
-def take_each(stage: Stage, tree):
-  """`stage.take` of every tree of variables in a tree, e.g. moments."""
+def take_each(stage: Stage, tree: Any) -> Any:
+  """Applies `stage.take` to every tree of variables in a tree, e.g. moments."""
   one = lambda x: stage.take(x) if isinstance(x, dict) else x
   return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, dict))
 
 
-def join_each(stages: tuple[Stage, ...], trees):
-  """The inverse of `take_each`, on the host; what is no tree is the first's."""
+def join_each(stages: tuple[Stage, ...], trees: Sequence[Any]) -> Any:
+  """Inverts `take_each`, on the host; what is no tree is the first stage's."""
 
-  def one(*parts):
+  def one(*parts: Any) -> Any:
     if isinstance(parts[0], dict):
       return join(stages, parts)
     return np.array(parts[0])
@@ -225,7 +227,7 @@ def join_each(stages: tuple[Stage, ...], trees):
 
 
 def nested(flat: dict, mark: str) -> dict:
-  """{'segments/0/1': x} -> {'segments': {0: {1: x}}}."""
+  """Nests a flat dict: {'segments/0/1': x} -> {'segments': {0: {1: x}}}."""
   key = lambda k: int(k) if k.isdigit() else k
   return trees.nested(
     (map(key, path.split(mark)), value) for path, value in flat.items()
@@ -233,7 +235,7 @@ def nested(flat: dict, mark: str) -> dict:
 
 
 def flat(tree: dict, mark: str) -> dict:
-  """The inverse of `nested`."""
+  """Flattens a nested dict, the inverse of `nested`."""
   out = {}
   for key, value in tree.items():
     if not isinstance(value, dict):

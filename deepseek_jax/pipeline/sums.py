@@ -1,4 +1,6 @@
-"""What a pass through a pipeline leaves at its places, as the whole batch's."""
+"""Sums what a pass through a pipeline leaves at its places."""
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,11 +11,11 @@ from deepseek_jax.pipeline.one_pass import Place, add
 _add = jax.jit(add, donate_argnums=0)
 
 
-def summed(pipeline, totals: dict[Place, dict]) -> tuple[dict, ...]:
-  """Gradients by stage, where it is held, those of its copies added.
+def summed(pipeline: Any, totals: dict[Place, dict]) -> tuple[dict, ...]:
+  """Sums gradients by stage, where it lies, with those of its copies.
 
   Args:
-    pipeline: whose.
+    pipeline: the Pipeline of the pass.
     totals: by place.
   """
   last = len(pipeline.stages) - 1
@@ -24,6 +26,7 @@ def summed(pipeline, totals: dict[Place, dict]) -> tuple[dict, ...]:
     if other != place and other in totals:
       total = _plus(pipeline, place, total, totals[other])
     out.append(dict(total))
+  # The last stage's copy of the embedding is a parameter of the first.
   if last and pipeline.stages[last].embed:
     more = {'embed': out[last].pop('embed')}
     first = {'embed': out[0]['embed']}
@@ -31,12 +34,13 @@ def summed(pipeline, totals: dict[Place, dict]) -> tuple[dict, ...]:
   return tuple(out)
 
 
-def _plus(pipeline, place: Place, total: dict, more: dict) -> dict:
+def _plus(pipeline: Any, place: Place, total: dict, more: dict) -> dict:
+  """Adds gradients of another place to those of `place`, which are donated."""
   return _add(total, jax.device_put(more, pipeline.totals_where(place, more)))
 
 
-def metrics(pipeline, found: dict[Place, list]) -> dict:
-  """Metrics of all chunks, by place, as those of `loss_and_metrics`."""
+def metrics(pipeline: Any, found: dict[Place, list]) -> dict:
+  """Sums the metrics of chunks, by place, to those of `loss_and_metrics`."""
   by_stage = {}
   for place, chunks in found.items():
     by_stage.setdefault(place.stage, []).extend(jax.device_get(chunks))
@@ -53,5 +57,6 @@ def metrics(pipeline, found: dict[Place, list]) -> dict:
     join = np.concatenate if per_layer else lambda v: sum(v[1:], v[0])
     out[name] = join(values)
   if 'recall' in out:
+    # Stages sent sums over their layers: the mean is over all of them.
     out['recall'] = out['recall'] / out.pop('sparse_layers')
   return out

@@ -1,1 +1,1 @@
-"""What a run records: metrics, routing, timeline, last steps."""
+"""Records what a run leaves: metrics, routing, timeline, last steps."""

@@ -1,4 +1,4 @@
-"""The last steps of a run, kept to be written when it gives up.
+"""Keeps the last steps of a run, to be written when it gives up.
 
 `abort.jsonl` has one line per step: its scalars, the norm of the gradient in
 every block, the load of every expert, and which batch it was (the number of its
@@ -25,18 +25,18 @@ FILE = 'abort.jsonl'
 
 
 class LastSteps:
-  """The newest `count` rows."""
+  """Keeps the newest `count` rows, one a step."""
 
   def __init__(self, path: Path, count: int):
     self._path = path
     self._rows: collections.deque[dict] = collections.deque(maxlen=count)
 
-  def add(self, step: int, batch: Mapping, metrics: Mapping):
+  def add(self, step: int, batch: Mapping, metrics: Mapping) -> None:
     """Keeps a step.
 
     Args:
       step: completed steps, this one too.
-      batch: which it read, as `identity` says it.
+      batch: which it read, as `identity` returns it.
       metrics: what it returned: scalars, and 'load' [L E], 'dropped' [L].
     """
     self._rows.append({'step': step, 'batch': batch, **metrics})
@@ -53,7 +53,7 @@ class LastSteps:
 def identity(
   index: int, size: int, block: tuple[int, int], batch: Mapping[str, Any]
 ) -> dict:
-  """Which batch this is, for JSON.
+  """Returns which batch this is, for JSON.
 
   Args:
     index: number of its first example in the stream.
@@ -70,13 +70,16 @@ def identity(
 
 
 def digest(batch: Mapping[str, Any]) -> str:
-  """SHA-256 of the tokens of a batch, rows in order."""
+  """Returns the SHA-256 of the tokens of a batch, rows in order."""
   tokens = np.ascontiguousarray(batch['tokens'], np.int32)
   return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
-def _plain(value):
-  """As JSON has it; what is not finite as 'nan', 'inf' or '-inf'."""
+def _plain(value: Any) -> Any:
+  """Returns a value as JSON has it; floats that are not finite as text.
+
+  Text is 'nan', 'inf' or '-inf'; arrays become lists.
+  """
   if isinstance(value, Mapping):
     return {name: _plain(v) for name, v in value.items()}
   if isinstance(value, str | int):
@@ -90,7 +93,9 @@ def _plain(value):
 
 
 def read(workdir: str | os.PathLike) -> list[dict]:
-  """The rows of a run that gave up, oldest first, numbers as floats again.
+  """Returns the rows of a run that gave up, oldest first.
+
+  Numbers that JSON lacks, written as text, are floats again.
 
   Raises:
     InputError: the run left none, or a line is damaged.
@@ -105,6 +110,7 @@ def read(workdir: str | os.PathLike) -> list[dict]:
 
 
 def _row(line: bytes, where: str) -> dict:
+  """Returns a line's row; raises InputError, with `where`, unless it is one."""
   try:
     row = json.loads(line)
     if isinstance(row['step'], int) and isinstance(row['batch'], dict):
@@ -116,7 +122,8 @@ def _row(line: bytes, where: str) -> dict:
   )
 
 
-def _numbers(value):
+def _numbers(value: Any) -> Any:
+  """Inverts `_plain`; arrays stay lists."""
   if isinstance(value, dict):
     return {name: _numbers(v) for name, v in value.items()}
   if isinstance(value, list):

@@ -11,7 +11,7 @@ FILE = 'metrics.json'
 
 
 class Metric(NamedTuple):
-  """What a logged number is.
+  """Describes a number that is logged.
 
   Every metric adds up over micro-batches and devices: a step returns shares
   of a sum. Scalars add up over pipeline stages too; what has an axis of layers

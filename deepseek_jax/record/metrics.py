@@ -1,4 +1,4 @@
-"""What a run tells of itself: one progress line, JSON lines, TensorBoard.
+"""Writes the scalars of a run: one progress line, JSON lines, TensorBoard.
 
 `metrics.jsonl` holds what the mathematics gives and `timings.jsonl` what the
 clock gives, so two runs of one seed write the same bytes to the first, and a
@@ -84,9 +84,11 @@ class MetricsWriter:
     self._newest: dict[str, dict] = {kind: {} for kind in FILES}
 
   def __enter__(self) -> 'MetricsWriter':
+    """Returns the writer, which `with` closes."""
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
+    """Closes the files."""
     self.close()
 
   def write(
@@ -94,7 +96,7 @@ class MetricsWriter:
     step: int,
     scalars: Mapping[str, Any],
     timings: Mapping[str, Any] | None = None,
-  ):
+  ) -> None:
     """Writes one step's numbers; a step may have several lines.
 
     Args:
@@ -133,18 +135,18 @@ class MetricsWriter:
         shown |= dict(islice(self._newest[kind].items(), _SHOWN[kind]))
       self._progress.update(step, shown)
 
-  def sync(self):
+  def sync(self) -> None:
     """Returns when all lines are on disk, whatever befalls the machine."""
     for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
 
-  def log(self, text: str):
+  def log(self, text: str) -> None:
     """Prints a line above the progress line; nothing with `console=False`."""
     if self._progress:
       self._progress.log(text)
 
-  def close(self):
+  def close(self) -> None:
     """Ends the progress line and closes the files; may be called twice."""
     if self._progress:
       self._progress.close()
@@ -158,23 +160,29 @@ class MetricsWriter:
 class NoMetrics(contextlib.AbstractContextManager):
   """Takes what a MetricsWriter takes and keeps nothing of it."""
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
+    """Does nothing."""
     pass
 
-  def write(self, step: int, scalars: Mapping, timings: Mapping | None = None):
+  def write(
+    self, step: int, scalars: Mapping, timings: Mapping | None = None
+  ) -> None:
+    """Does nothing."""
     pass
 
-  def sync(self):
+  def sync(self) -> None:
+    """Does nothing."""
     pass
 
-  def log(self, text: str):
+  def log(self, text: str) -> None:
+    """Does nothing."""
     pass
 
 
 def read(
   workdir: str | os.PathLike, kind: str = 'metrics'
 ) -> list[dict[str, float]]:
-  """Lines of a run as dicts, oldest first; empty if the run wrote none.
+  """Returns the lines of a run as dicts, oldest first; empty if there are none.
 
   Args:
     workdir: the run's folder.
@@ -209,7 +217,7 @@ def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
   """Reads a file of lines.
 
   Returns:
-    Its complete lines, their bytes and what they say; and one text for every
+    Its complete lines, their bytes and their numbers; and one text for every
     line that is not one of metrics.
   """
   if not path.exists():
@@ -226,6 +234,12 @@ def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
 
 
 def _row(line: bytes) -> dict[str, Any]:
+  """Returns a line's numbers by name.
+
+  Raises:
+    ValueError, KeyError, AttributeError, TypeError, RecursionError: it is not a
+      line of metrics.
+  """
   row = json.loads(line)
   row = {k: _decode(v) for k, v in row.items()}
   operator.index(row['step'])
@@ -233,6 +247,7 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def _decode(value: str | float) -> float:
+  """Returns a value of a line as a number, 'NaN' and the like included."""
   if isinstance(value, str):
     return _NOT_FINITE[value]
   if not isinstance(value, int | float):
@@ -240,8 +255,19 @@ def _decode(value: str | float) -> float:
   return value
 
 
-def _prune(path: Path, resume_step: int | None, say) -> list[int]:
-  """Drops later steps and what cannot be read -> the steps that stay."""
+def _prune(
+  path: Path, resume_step: int | None, say: Callable[[str], None] | None
+) -> list[int]:
+  """Drops later steps and what cannot be read -> the steps that stay.
+
+  Args:
+    path: a file of lines; may be absent.
+    resume_step: the last step that stays; None keeps all.
+    say: takes one line when the file is damaged; None refuses it.
+
+  Raises:
+    InputError: a line cannot be read and `say` is None.
+  """
   rows, wrong = _lines(path)
   if wrong and say is None:
     raise InputError(f'{wrong[0]}; remove the line or start in an empty folder')
@@ -261,7 +287,7 @@ def _prune(path: Path, resume_step: int | None, say) -> list[int]:
 
 
 def _lacking(steps: list[int], last: int) -> str:
-  """'step 3, steps 5 to 9': those of 1 to `last` without a line; '' if none."""
+  """Names steps of 1 to `last` without a line: 'step 3, steps 5 to 9' or ''."""
   there = sorted({0, *steps, last + 1})
   spans = [
     f'step {a + 1}' if a + 2 == b else f'steps {a + 1} to {b - 1}'
@@ -272,12 +298,18 @@ def _lacking(steps: list[int], last: int) -> str:
 
 
 def _numbers(field: str, row: Mapping[str, Any]) -> dict[str, float]:
+  """Returns scalars as Python numbers; raises InputError where one is not."""
   if 'step' in row:
     raise InputError(f"{field}['step'] is taken: rename the scalar")
   return {name: _number(field, name, value) for name, value in row.items()}
 
 
 def _number(field: str, name: str, value: Any) -> int | float:
+  """Returns a scalar as a Python number.
+
+  Raises:
+    InputError: it has several values, or a dtype that is not a real number.
+  """
   array = np.asarray(value)
   if array.size != 1 or array.dtype.kind in 'OUSmMc':
     raise InputError(
@@ -289,6 +321,7 @@ def _number(field: str, name: str, value: Any) -> int | float:
 
 
 def _encode(row: Mapping[str, float]) -> str:
+  """Returns a line of JSON, what is not finite as a string."""
   names = {math.inf: 'Infinity', -math.inf: '-Infinity'}
   finite = {
     k: v if math.isfinite(v) else names.get(v, 'NaN') for k, v in row.items()
@@ -296,7 +329,12 @@ def _encode(row: Mapping[str, float]) -> str:
   return json.dumps(finite, allow_nan=False)
 
 
-def _event_writer(workdir: Path, resume_step: int | None):
+def _event_writer(workdir: Path, resume_step: int | None) -> Any:
+  """Returns a TensorBoard writer that drops what is later than `resume_step`.
+
+  Raises:
+    InputError: tensorboardX is not installed.
+  """
   try:
     import tensorboardX
   except ImportError:

@@ -1,4 +1,4 @@
-"""Flight recorder of the routing: what each expert got, over a whole run.
+"""Records the routing of a whole run: what each expert got.
 
 Arrays of one step (load, bias, ...) are reduced over intervals of steps. When
 the intervals exceed the capacity, neighbours are merged in pairs and intervals
@@ -36,7 +36,11 @@ _COARSE = '_coarse_'
 
 
 class DamagedFile(InputError):
-  """The file cannot be read, or is not one of a FlightRecorder."""
+  """Reports a file that cannot be read, or is not one of a FlightRecorder.
+
+  Attributes:
+    reason: what is wrong with it, in a few words.
+  """
 
   def __init__(self, path: str | os.PathLike, reason: str):
     super().__init__(f'{path} is damaged ({reason}); remove it')
@@ -44,7 +48,7 @@ class DamagedFile(InputError):
 
 
 class Flight(NamedTuple):
-  """A recorded run, oldest interval first."""
+  """Holds a recorded run, oldest interval first."""
 
   first: np.ndarray  # [N] i64, first recorded step of the interval
   last: np.ndarray  # [N] i64, last recorded step
@@ -98,7 +102,7 @@ class FlightRecorder:
     if self._path.exists() and resume_step != -1:
       self._restore(resume_step)
 
-  def record(self, step: int, **arrays: Any):
+  def record(self, step: int, **arrays: Any) -> None:
     """Adds one step, or the steps since the last record, already reduced.
 
     Args:
@@ -115,7 +119,7 @@ class FlightRecorder:
     for track in self._tracks:
       track.add(step, {name: arrays[name] for name in track.reduce})
 
-  def save(self):
+  def save(self) -> None:
     """Writes the file; a crash meanwhile leaves the old one whole."""
     if not self._tracks[0].intervals:
       return
@@ -131,7 +135,14 @@ class FlightRecorder:
       file.flush()
       os.fsync(file.fileno())
 
-  def _checked(self, step: int, arrays: dict[str, Any]):
+  def _checked(
+    self, step: int, arrays: dict[str, Any]
+  ) -> dict[str, np.ndarray]:
+    """Returns the arrays of a record in the dtypes that are kept.
+
+    Raises:
+      InputError: names or shapes differ from before, or the step goes back.
+    """
     reduce = {n: how for t in self._tracks for n, how in t.reduce.items()}
     if arrays.keys() != reduce.keys():
       raise InputError(
@@ -164,11 +175,18 @@ class FlightRecorder:
         )
     return arrays
 
-  def _restore(self, resume_step: int | None):
+  def _restore(self, resume_step: int | None) -> None:
+    """Reads the file, up to `resume_step`.
+
+    Raises:
+      InputError: it was recorded with other settings or shapes.
+      DamagedFile: it cannot be read.
+    """
     settings, columns = _load(self._path)
     wanted = {'layers': self._layers}
     for track in self._tracks:
       wanted |= track.settings()
+    # The width has grown with the run; all else must be as before.
     for name in [n for n in wanted if not n.endswith('width')]:
       if settings.get(name) != wanted[name]:
         raise InputError(
@@ -187,6 +205,8 @@ class FlightRecorder:
 
 
 class _Interval(NamedTuple):
+  """Holds arrays reduced over `records` records, of steps `first` to `last`."""
+
   first: int
   last: int
   records: int
@@ -195,11 +215,14 @@ class _Interval(NamedTuple):
 
 @dataclasses.dataclass
 class _Track:
-  """Arrays that share their intervals.
+  """Holds arrays that share their intervals.
 
   Attributes:
     prefix: of its names in the file.
+    reduce: array name -> how steps combine.
+    capacity: most intervals kept; even.
     width: records per interval.
+    intervals: oldest first; all but the last have `width` records.
   """
 
   prefix: str
@@ -208,11 +231,13 @@ class _Track:
   width: int = 1
   intervals: list[_Interval] = dataclasses.field(default_factory=list)
 
-  def add(self, step: int, arrays: dict[str, np.ndarray]):
+  def add(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+    """Adds one record, to the last interval or as a new one."""
     new = _Interval(step, step, 1, arrays)
     if self.intervals and self.intervals[-1].records < self.width:
       self.intervals[-1] = _merge(self.intervals[-1], new, self.reduce)
       return
+    # Full: neighbours merge in pairs, and intervals are twice as long.
     if len(self.intervals) == self.capacity:
       halves = zip(self.intervals[::2], self.intervals[1::2])
       self.intervals = [_merge(a, b, self.reduce) for a, b in halves]
@@ -220,11 +245,13 @@ class _Track:
     self.intervals.append(new)
 
   def settings(self) -> dict[str, Any]:
+    """Returns what a file of these arrays must agree in, for JSON."""
     named = {'reduce': self.reduce, 'capacity': self.capacity}
     named['width'] = self.width
     return {self.prefix[1:] + name: value for name, value in named.items()}
 
   def columns(self) -> dict[str, np.ndarray]:
+    """Returns the intervals as columns [N ...] of the file."""
     columns = {
       self.prefix + name: np.array(
         [getattr(i, name) for i in self.intervals], np.int64
@@ -235,7 +262,13 @@ class _Track:
       columns[name] = np.stack([i.arrays[name] for i in self.intervals])
     return columns
 
-  def restore(self, settings, columns, resume_step: int | None):
+  def restore(
+    self,
+    settings: Mapping[str, Any],
+    columns: Mapping[str, np.ndarray],
+    resume_step: int | None,
+  ) -> None:
+    """Takes the intervals of a file up to `resume_step`; all if it is None."""
     self.width = settings[self.prefix[1:] + 'width']
     first, last, records = (
       columns[self.prefix + name] for name in ('first', 'last', 'records')
@@ -249,6 +282,7 @@ class _Track:
 
 
 def _merge(a: _Interval, b: _Interval, reduce: Mapping[str, str]) -> _Interval:
+  """Reduces two intervals to one."""
   arrays = {
     name: _ACCUMULATE[how](a.arrays[name], b.arrays[name])
     for name, how in reduce.items()
@@ -257,7 +291,10 @@ def _merge(a: _Interval, b: _Interval, reduce: Mapping[str, str]) -> _Interval:
 
 
 def _widen(array: np.ndarray, how: str) -> np.ndarray:
-  """Sums stay exact: counts in 64-bit integers, the rest in float64."""
+  """Returns the array in the dtype that is kept.
+
+  Sums stay exact: counts in 64-bit integers, the rest in float64.
+  """
   if how == 'sum' and array.dtype.kind in 'biu':
     return array.astype(np.int64)
   if how in ('sum', 'mean'):
@@ -266,7 +303,8 @@ def _widen(array: np.ndarray, how: str) -> np.ndarray:
   return array.astype(array.dtype if array.dtype.kind in 'biuf' else np.float32)
 
 
-def _check(reduce: Mapping[str, str], capacity: int):
+def _check(reduce: Mapping[str, str], capacity: int) -> None:
+  """Raises InputError unless a track's arrays and capacity make sense."""
   for name, how in reduce.items():
     if how not in _ACCUMULATE:
       raise InputError(
@@ -283,7 +321,7 @@ def _check(reduce: Mapping[str, str], capacity: int):
 
 
 def _load(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
-  """Settings and columns of a file.
+  """Returns settings and columns of a file.
 
   Raises:
     DamagedFile: it cannot be read, or holds something else.
@@ -305,7 +343,7 @@ def _load(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
   return settings, columns
 
 
-def _check_columns(prefix: str, settings: dict, columns: dict):
+def _check_columns(prefix: str, settings: dict, columns: dict) -> None:
   """Raises ValueError or KeyError unless a track's columns fit each other."""
   width, reduce = (settings[prefix[1:] + n] for n in ('width', 'reduce'))
   first, last, records = (
@@ -338,7 +376,10 @@ def load(path: str | os.PathLike) -> Flight:
   return fine._replace(coarse=_part(_COARSE, settings, columns))
 
 
-def _part(prefix: str, settings, columns) -> Flight:
+def _part(
+  prefix: str, settings: Mapping[str, Any], columns: Mapping[str, np.ndarray]
+) -> Flight:
+  """Returns the arrays of one track; sums become the means they stand for."""
   first, last, records = (
     columns[prefix + name] for name in ('first', 'last', 'records')
   )
@@ -350,12 +391,13 @@ def _part(prefix: str, settings, columns) -> Flight:
   layers = settings['layers']
   if layers is None:
     counts = [a.shape[1] for a in arrays.values() if a.ndim > 1]
+    # Without names, layers count from 0; arrays [N] have none.
     layers = range(max(counts, default=0))
   return Flight(first, last, records, np.array(layers, np.int64), arrays)
 
 
 def table(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """A recorded file as columns of one length, one row per N, L and E.
+  """Returns a recorded file as columns of one length, one row per N, L and E.
 
   Columns: first_step, last_step, records, layer, expert, then every array. An
   array without an expert or layer axis is repeated; one with further axes
@@ -378,7 +420,7 @@ def table(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def pairs(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The large arrays as columns, one row per N, L, G and G.
+  """Returns the large arrays as columns, one row per N, L, G and G.
 
   Columns: first_step, last_step, records, layer, group, other, then every
   array, such as 'together': how often a token chose of both groups of experts.
@@ -402,12 +444,13 @@ def pairs(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _spread(column: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Repeats a column over the axes of `shape` that it lacks: [rows]."""
   column = column.reshape(column.shape + (1,) * (len(shape) - column.ndim))
   return np.broadcast_to(column, shape).reshape(-1).copy()
 
 
 def max_violation(load: Any) -> np.ndarray:
-  """MaxVio: how far the busiest expert exceeds an even share.
+  """Returns MaxVio: how far the busiest expert exceeds an even share.
 
   max_e load_e / mean_e load_e - 1; 0 is balance, E - 1 is one expert for all.
 
@@ -423,7 +466,7 @@ def max_violation(load: Any) -> np.ndarray:
 
 
 def load_entropy(load: Any) -> np.ndarray:
-  """Entropy of the load over its largest value log E: 1 is balance.
+  """Returns the entropy of the load over its largest value log E: 1 is balance.
 
   Args:
     load: tokens per expert, [... E].
@@ -441,4 +484,5 @@ def load_entropy(load: Any) -> np.ndarray:
 
 
 def _over_total(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+  """Returns part / total; NaN where the total is 0."""
   return np.divide(part, total, out=np.full_like(part, np.nan), where=total > 0)

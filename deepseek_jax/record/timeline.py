@@ -1,4 +1,4 @@
-"""Where the time of a run went, all its launches together.
+"""Adds up where the time of a run went, all its launches together.
 
 `timeline.jsonl` has lines `{"phase": "step", "seconds": 1.5, "step": 20}`: the
 seconds that a phase took since the line before, and the completed steps then.
@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepseek_jax import files
@@ -38,7 +38,8 @@ class Timeline:
     self._step = 0
 
   @contextlib.contextmanager
-  def phase(self, name: str):
+  def phase(self, name: str) -> Iterator[None]:
+    """Counts the seconds that its body takes towards a phase."""
     start = time.monotonic()
     try:
       yield
@@ -46,6 +47,7 @@ class Timeline:
       self.add(name, time.monotonic() - start)
 
   def add(self, name: str, seconds: float) -> None:
+    """Adds seconds to a phase; they are written with the next lines."""
     self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
   def begin(self, step: int) -> None:
@@ -72,12 +74,13 @@ class Timeline:
         )
 
   def reached(self, step: int) -> None:
-    """A step is complete; writes when some time has passed."""
+    """Notes that a step is complete; writes when some time has passed."""
     self._step = step
     if time.monotonic() - self._written > _SECONDS_BETWEEN_LINES:
       self.write()
 
   def write(self) -> None:
+    """Appends a line for each phase since the last call."""
     if self._path is None:
       return
     lines = (
@@ -91,7 +94,7 @@ class Timeline:
     self._written = time.monotonic()
 
   def summary(self) -> str:
-    """'time: step 81.0 %, compile 12.0 %, ...', the longest first."""
+    """Returns 'time: step 81.0 %, compile 12.0 %, ...', the longest first."""
     total = totals(self._path) if self._path else {}
     everything = math.fsum(total.values()) or 1.0
     parts = (
@@ -102,7 +105,7 @@ class Timeline:
 
 
 def totals(path: Path) -> dict[str, float]:
-  """Seconds per phase, of the lines that can be read; empty without a file."""
+  """Returns seconds per phase, of lines that can be read; {} without a file."""
   out: dict[str, float] = {}
   for row in _read(path)[0] if path.exists() else []:
     out[row['phase']] = out.get(row['phase'], 0.0) + row['seconds']
@@ -110,7 +113,10 @@ def totals(path: Path) -> dict[str, float]:
 
 
 def _read(path: Path) -> tuple[list[dict], list[int]]:
-  """Complete lines (a kill may have cut the last), numbers of damaged ones."""
+  """Returns the complete lines, and the numbers of damaged ones.
+
+  A kill may have cut the last line, which is then in neither.
+  """
   *complete, _ = path.read_bytes().split(b'\n')
   rows, wrong = [], []
   for number, line in enumerate(complete, 1):

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML page without external scripts."""
+"""Writes the report of a run: one HTML page without external scripts."""

@@ -1,4 +1,4 @@
-"""Figures of a run as inline SVG: text stays text, heatmaps are small pixels.
+"""Draws figures of a run as inline SVG: text stays text, heatmaps small pixels.
 
 A drawing function gives an SVG element for an HTML page that names no other
 file. Matplotlib is imported on the first call and needs no window.
@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,7 @@ _STYLE = {
 
 
 class Series(NamedTuple):
-  """One curve; values may be not finite, which is marked."""
+  """Holds one curve; values may be not finite, which is marked."""
 
   label: str
   steps: np.ndarray  # [points]
@@ -53,7 +53,7 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """Curves that share an axis."""
+  """Holds curves that share an axis."""
 
   title: str
   unit: str
@@ -61,10 +61,10 @@ class Panel(NamedTuple):
 
 
 def drawn(draw: Callable) -> Callable[..., str]:
-  """Calls a function that returns a Figure in our style; gives its SVG."""
+  """Calls a function that returns a Figure in our style; returns its SVG."""
 
   @functools.wraps(draw)
-  def wrapper(*args, **kwargs) -> str:
+  def wrapper(*args: Any, **kwargs: Any) -> str:
     from matplotlib import style
 
     # Whatever style a notebook has set stays outside.
@@ -76,7 +76,7 @@ def drawn(draw: Callable) -> Callable[..., str]:
 
 @drawn
 def curves(panels: Sequence[Panel], log_x: bool = False) -> str:
-  """One panel across the page, or several in rows of three."""
+  """Draws one panel across the page, or several in rows of three."""
   columns = 3 if len(panels) > 1 else 1
   rows = math.ceil(len(panels) / columns)
   figure, cells = grid([1.5 if columns > 1 else 2.6] * rows, columns)
@@ -92,10 +92,16 @@ def grid(
   columns: int,
   gaps: tuple[float, float] = (0.62, 0.74),
   bar: bool = False,
-):
-  """A figure as wide as the page and its grid; rows and gaps in inches.
+) -> tuple[Any, Any]:
+  """Returns a figure as wide as the page and its grid.
 
   Margins are stated, not fitted: all figures align, and drawing is fast.
+
+  Args:
+    rows: height of each row, in inches.
+    columns: how many.
+    gaps: between columns and between rows, in inches.
+    bar: leaves room for a colour bar in the right margin.
   """
   from matplotlib.figure import Figure
 
@@ -117,22 +123,22 @@ def grid(
   return figure, grid
 
 
-def ticker():
-  """The module matplotlib.ticker."""
+def ticker() -> Any:
+  """Returns the module matplotlib.ticker."""
   from matplotlib import ticker
 
   return ticker
 
 
-def colormap(name: str):
-  """One of matplotlib's colour maps."""
+def colormap(name: str) -> Any:
+  """Returns one of matplotlib's colour maps."""
   from matplotlib import colormaps
 
   return colormaps[name]
 
 
-def value_axis(axes, values: np.ndarray):
-  """Linear, or logarithmic where the values of one axis span too much."""
+def value_axis(axes: Any, values: np.ndarray) -> None:
+  """Makes the axis linear, or logarithmic where its values span too much."""
   axes.grid(axis='y')
   axes.yaxis.set_major_locator(
     ticker().MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
@@ -146,8 +152,8 @@ def value_axis(axes, values: np.ndarray):
     axes.yaxis.set_major_formatter(ticker().FuncFormatter(brief))
 
 
-def step_axis(axes, bins: int = 5):
-  """At most so many whole steps as ticks; a single step gets the only one."""
+def step_axis(axes: Any, bins: int = 5) -> None:
+  """Sets at most `bins` whole steps as ticks; a single step is the only one."""
   steps = {'integer': True, 'min_n_ticks': 1, 'steps': [1, 2, 5, 10]}
   axes.margins(x=0.02)
   axes.xaxis.set_major_locator(ticker().MaxNLocator(bins, **steps))
@@ -155,14 +161,15 @@ def step_axis(axes, bins: int = 5):
 
 
 def brief(value: float, _=None) -> str:
-  """A number beside a tick."""
+  """Formats a number beside a tick."""
   for unit, size in (('M', 1e6), ('k', 1e3)):
     if abs(value) >= size:
       return f'{value / size:.4g}{unit}'
   return f'{value:.4g}'
 
 
-def _draw_panel(axes, panel: Panel, log_x: bool):
+def _draw_panel(axes: Any, panel: Panel, log_x: bool) -> None:
+  """Draws a panel's curves, and their last values in its title or legend."""
   lines = [
     _draw_series(axes, series, color, log_x)
     for series, color in zip(panel.series, COLORS * len(panel.series))
@@ -185,7 +192,7 @@ def _draw_panel(axes, panel: Panel, log_x: bool):
     text.set_color(color)
 
 
-def _draw_series(axes, series: Series, color: str, log_x: bool):
+def _draw_series(axes: Any, series: Series, color: str, log_x: bool) -> Any:
   """Draws one curve and where it is not finite; returns its line."""
   finite = np.isfinite(series.values)
   keep = finite & (series.steps > 0) if log_x else finite
@@ -200,8 +207,14 @@ def _draw_series(axes, series: Series, color: str, log_x: bool):
   return line
 
 
-def _binned(steps: np.ndarray, values: np.ndarray, log_x: bool):
-  """Means and extremes over at most POINTS bins; as given if few."""
+def _binned(
+  steps: np.ndarray, values: np.ndarray, log_x: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Averages a curve over at most POINTS bins; as given if it has few points.
+
+  Returns:
+    Mean step, mean, least and largest value of each bin that has points.
+  """
   if len(steps) <= POINTS:
     return steps, values, values, values
   space = np.geomspace if log_x else np.linspace
@@ -216,13 +229,13 @@ def _binned(steps: np.ndarray, values: np.ndarray, log_x: bool):
 
 
 def title(name: str) -> str:
-  """A scalar's name as a title."""
+  """Returns a scalar's name as a title."""
   text = re.sub('[_/]', ' ', name)
   return text[:1].upper() + text[1:]
 
 
-def _svg(figure) -> str:
-  """The figure as one element, its ids unlike those of any other figure."""
+def _svg(figure: Any) -> str:
+  """Returns the figure as one element, its ids unlike any other figure's."""
   file = io.StringIO()
   figure.savefig(file, format='svg', metadata={'Date': None})
   svg = file.getvalue()

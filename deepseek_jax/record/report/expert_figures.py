@@ -1,10 +1,12 @@
-"""Figures of the experts: load, bias and balance, per layer and over time.
+"""Draws figures of the experts: load, bias and balance, by layer and over time.
 
-Legend: N intervals, L MoE layers, E experts.
+`figure`, `grid` and `axes` are matplotlib's, which is imported when drawing.
+Legend: N intervals, L MoE layers, E experts, G groups of neighbouring experts.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,7 @@ _VECTOR_POINTS = 40_000  # lines with more points in all become pixels
 
 @figures.drawn
 def load_by_layer(share: np.ndarray, layers: Sequence[int]) -> str:
-  """Heatmap of one interval: share [L E] in units of an even share."""
+  """Draws a heatmap of one interval: share [L E] in units of an even share."""
   L, E = share.shape
   figure, grid = figures.grid([float(np.clip(0.23 * L, 1, 5.5))], 1, bar=True)
   axes = figure.add_subplot(grid[0])
@@ -36,10 +38,10 @@ def load_by_layer(share: np.ndarray, layers: Sequence[int]) -> str:
 def load_over_time(
   share: np.ndarray, edges: np.ndarray, layers: Sequence[int]
 ) -> list[str]:
-  """Heatmaps of each layer: share [N L E], edges [N + 1] in steps."""
+  """Draws heatmaps of each layer: share [N L E], edges [N + 1] in steps."""
   pick = sample(edges, _CELLS if len(layers) <= _FINE else _CELLS // 4)
 
-  def heat(axes, n):
+  def heat(axes: Any, n: int) -> Any:
     extent = (edges[0], edges[-1], share.shape[2] - 0.5, -0.5)
     return axes.imshow(share[pick, n].T, **_heat(), extent=extent)
 
@@ -49,12 +51,12 @@ def load_over_time(
 def lines_over_time(
   values: np.ndarray, steps: np.ndarray, layers: Sequence[int], name: str
 ) -> list[str]:
-  """A line per expert in a panel per layer: values [N L E], steps [N]."""
+  """Draws a line per expert in a panel per layer: values [N L E], steps [N]."""
   finite = values[np.isfinite(values)]
   low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
   pad = 0.04 * (high - low) or 1e-3
 
-  def lines(axes, n):
+  def lines(axes: Any, n: int) -> None:
     # Experts in the order of their last value, so that the hue reads as rank.
     order = np.argsort(values[-1, n])
     hues = figures.colormap('viridis')(np.linspace(0.05, 0.9, len(order)))
@@ -77,10 +79,10 @@ def lines_over_time(
 
 
 def chosen_together(lift: np.ndarray, layers: Sequence[int]) -> list[str]:
-  """Heatmaps of each layer: lift [L G G], 1 where pairs are as by chance."""
+  """Draws a heatmap per layer: lift [L G G], 1 where pairs are as by chance."""
   G = lift.shape[-1]
 
-  def heat(axes, n):
+  def heat(axes: Any, n: int) -> Any:
     extent = (-0.5, G - 0.5, G - 0.5, -0.5)
     return axes.imshow(lift[n], **_heat(), extent=extent)
 
@@ -92,7 +94,13 @@ def chosen_together(lift: np.ndarray, layers: Sequence[int]) -> list[str]:
 def layer_curves(
   panels: dict[str, np.ndarray], steps: np.ndarray, layers: Sequence[int]
 ) -> str:
-  """Panels with one line a layer: name -> [N L] or [N 1]; hue is the layer."""
+  """Draws panels with a line per layer, whose hue is the layer: [N L] or [N 1].
+
+  Args:
+    panels: name -> values.
+    steps: [N].
+    layers: [L] numbers of the layers.
+  """
   columns = min(len(panels), 3)
   rows = math.ceil(len(panels) / columns)
   figure, grid = figures.grid([1.5] * rows, columns, bar=len(layers) > 1)
@@ -114,7 +122,7 @@ def layer_curves(
 
 
 def sample(edges: np.ndarray, cells: int) -> np.ndarray:
-  """Which interval lies under the centre of each of equally wide cells.
+  """Returns which interval lies under the centre of each of equally wide cells.
 
   Args:
     edges: [N + 1] steps at which intervals begin and end.
@@ -129,6 +137,7 @@ def sample(edges: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _heat() -> dict:
+  """Returns the arguments of imshow that all heatmaps share."""
   # One scale in every report: dark is idle, bright is twice an even share.
   # 'none' embeds one pixel per cell, which the browser enlarges.
   return {
@@ -140,7 +149,8 @@ def _heat() -> dict:
   }
 
 
-def _load_bar(figure, grid, image, label: str):
+def _load_bar(figure: Any, grid: Any, image: Any, label: str) -> None:
+  """Draws the colour bar of `_heat` in the right margin."""
   bar = figure.colorbar(
     image,
     cax=_bar_axes(figure, grid),
@@ -152,7 +162,8 @@ def _load_bar(figure, grid, image, label: str):
   bar.outline.set_visible(False)
 
 
-def _layer_bar(figure, grid, layers: Sequence[int]):
+def _layer_bar(figure: Any, grid: Any, layers: Sequence[int]) -> None:
+  """Draws a bar of the layers' hues in the right margin."""
   from matplotlib import cm, colors
 
   hues = colors.ListedColormap(
@@ -170,9 +181,22 @@ def _layer_bar(figure, grid, layers: Sequence[int]):
 
 
 def _multiples(
-  layers, name: str, draw: Callable, *, bar: str = '', across: str = 'step'
+  layers: Sequence[int],
+  name: str,
+  draw: Callable,
+  *,
+  bar: str = '',
+  across: str = 'step',
 ) -> list[str]:
-  """A panel per layer, in figures of a few rows."""
+  """Draws a panel per layer, in figures of a few rows.
+
+  Args:
+    layers: [L] numbers of the layers.
+    name: of the vertical axis.
+    draw: (axes, index of a layer) -> the image, or None for lines.
+    bar: label of the colour bar; '' for none.
+    across: name of the horizontal axis.
+  """
   chunk = _COLUMNS * _ROWS
   starts = range(0, len(layers), chunk)
   picks = [range(s, min(s + chunk, len(layers))) for s in starts]
@@ -181,7 +205,14 @@ def _multiples(
 
 
 @figures.drawn
-def _multiple(pick: range, layers, names, draw: Callable, bar: str):
+def _multiple(
+  pick: range,
+  layers: Sequence[int],
+  names: tuple[str, str],
+  draw: Callable,
+  bar: str,
+) -> Any:
+  """Draws the panels of the layers in `pick`; `names` are those of the axes."""
   name, across = names
   columns = min(len(pick), _COLUMNS)
   rows = math.ceil(len(pick) / columns)
@@ -203,8 +234,8 @@ def _multiple(pick: range, layers, names, draw: Callable, bar: str):
   return figure
 
 
-def _bar_axes(figure, grid):
-  """Room for a colour bar in the right margin of the grid."""
+def _bar_axes(figure: Any, grid: Any) -> Any:
+  """Returns axes for a colour bar in the right margin of the grid."""
   bottom, top = grid.bottom, grid.top
   return figure.add_axes(
     (1 - 0.72 / figures.INCHES, bottom, 0.11 / figures.INCHES, top - bottom)

@@ -1,4 +1,4 @@
-"""The report's section on the experts, from a recorded run.
+"""Builds the report's section on the experts, from a recorded run.
 
 Legend: N intervals, L MoE layers, E experts, G groups of neighbouring experts.
 """
@@ -28,7 +28,15 @@ _TITLES = {
 
 
 def routing_section(path: Path) -> dict[str, Any] | None:
-  """Figures of the experts' load, bias and balance; None if dense."""
+  """Returns figures of the experts' load, bias and balance; None if dense.
+
+  Args:
+    path: the run's routing.npz; without it the model is dense.
+
+  Returns:
+    What the page's template reads: 'load', 'layers', 'lines', 'balance' and
+    'together' hold SVG elements, 'inspector' is what the page's script draws.
+  """
   if not path.exists():
     return None
   run = flight.load(path)
@@ -80,7 +88,10 @@ def routing_section(path: Path) -> dict[str, Any] | None:
 
 
 def _lift(together: np.ndarray) -> np.ndarray:
-  """Pairs [L G G] over what independent choices would give; NaN with itself."""
+  """Returns pairs [L G G] over what independent choices would give, float64.
+
+  NaN stands for a group with itself, and where nothing was chosen.
+  """
   together = together.astype(np.float64)
   chosen = together.sum(axis=-1)
   chance = chosen[:, :, None] * chosen[:, None, :]
@@ -92,13 +103,14 @@ def _lift(together: np.ndarray) -> np.ndarray:
 
 
 def _share(load: np.ndarray) -> np.ndarray:
-  """Load over an even share of its layer's tokens; 1 is balance."""
+  """Returns the load over an even share of its layer's tokens; 1 is balance."""
   mean = load.mean(-1, keepdims=True)
   return np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
 
 
 def _edges(run: flight.Flight) -> np.ndarray:
-  """Steps at which intervals begin and end, [N + 1]."""
+  """Returns the steps at which intervals begin and end, [N + 1]."""
+  # The first interval begins before its first record, by a record's steps.
   gaps = np.diff(run.last) / run.records[1:]  # steps per record
   inside = (run.last[0] - run.first[0]) / max(1, run.records[0] - 1)
   gap = gaps[0] if len(gaps) else max(1, inside)
@@ -107,6 +119,7 @@ def _edges(run: flight.Flight) -> np.ndarray:
 
 
 def _load_facts(run: flight.Flight, load: np.ndarray) -> dict[str, Any]:
+  """Returns the last interval's steps, worst MaxVio and idle experts."""
   violation = flight.max_violation(load[-1])
   worst = int(np.nanargmax(violation)) if np.isfinite(violation).any() else 0
   return {
@@ -122,7 +135,7 @@ def _load_facts(run: flight.Flight, load: np.ndarray) -> dict[str, Any]:
 def _inspector(
   experts: Mapping[str, np.ndarray], run: flight.Flight, edges: np.ndarray
 ) -> dict[str, Any] | None:
-  """What the page's script draws: arrays [cells L E] in 16 bits."""
+  """Returns what the page's script draws: arrays [cells L E] in 16 bits."""
   if not experts:
     return None
   _, L, E = shape = next(iter(experts.values())).shape
@@ -146,7 +159,7 @@ def _inspector(
 
 
 def _quantised(values: np.ndarray) -> dict[str, Any]:
-  """Numbers as low + scale x 16-bit little-endian integers, in base64.
+  """Encodes numbers as low + scale x 16-bit little-endian integers, in base64.
 
   The last code, 65535, stands for what is not finite.
   """

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else.
+"""Writes the report of a run: one HTML file that needs nothing else.
 
 `write_report` reads what the run left in its folder and draws it: scalars
 (`metrics.jsonl`, `timings.jsonl`), routing (`routing.npz`), time by phase
@@ -28,7 +28,7 @@ from deepseek_jax.record.metric import Metric, described
 from deepseek_jax.record.report import curves as figures
 from deepseek_jax.record.report.expert_section import routing_section
 
-# Scalar -> its title and unit, in the order of the page; the others follow.
+# First word of a scalar's name -> the curve of the panel that it is.
 _SPLITS = {
   'train': 'training',
   'validation': 'validation',
@@ -39,7 +39,7 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Sample:
-  """A text of the model: it wrote `text` after `prompt`."""
+  """Holds a text of the model: it wrote `text` after `prompt`."""
 
   prompt: str
   text: str
@@ -95,7 +95,7 @@ def write_report(
 
 
 def _fact(value: str | int | float) -> tuple[str, str]:
-  """A headline value in short, and exactly where that says less."""
+  """Returns a headline value in short, and exactly where that shows less."""
   if isinstance(value, str):
     return value, ''
   if isinstance(value, (int, np.integer)):
@@ -104,6 +104,7 @@ def _fact(value: str | int | float) -> tuple[str, str]:
 
 
 def _count(value: int) -> tuple[str, str]:
+  """Returns a count in short, and in full where it was shortened."""
   for unit, size in (('T', 10**12), ('B', 10**9), ('M', 10**6)):
     if abs(value) >= size:
       return f'{value / size:.4g} {unit}', f'{value:,}'
@@ -111,7 +112,7 @@ def _count(value: int) -> tuple[str, str]:
 
 
 def _curves(workdir: Path) -> dict[str, Any] | None:
-  """Figures of all scalars, and the numbers behind them."""
+  """Returns figures of all scalars, and their numbers; None without any."""
   rows = metrics.read(workdir), metrics.read(workdir, 'timings')
   named, known = [_by_name(r) for r in rows], described(workdir)
   panels = _panels(named[0], known) + _panels(named[1], known)
@@ -137,8 +138,10 @@ def _curves(workdir: Path) -> dict[str, Any] | None:
   }
 
 
-def _by_name(rows: Sequence[Mapping[str, float]]):
-  """Scalar -> (steps, values), in the order in which names appeared."""
+def _by_name(
+  rows: Sequence[Mapping[str, float]],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Returns scalar -> (steps, values), in the order in which names appeared."""
   points: dict[str, list] = {}
   for row in rows:
     for name, value in row.items():
@@ -153,7 +156,7 @@ def _by_name(rows: Sequence[Mapping[str, float]]):
 def _panels(
   curves: Mapping[str, tuple], known: Mapping[str, Metric]
 ) -> list[figures.Panel]:
-  """One panel per scalar, its training and validation curves together."""
+  """Returns a panel per scalar, its training and validation curves together."""
   panels: dict[str, list] = {}
   for name, (steps, values) in curves.items():
     first, _, rest = re.sub('[/.]', '_', name).partition('_')
@@ -171,6 +174,7 @@ def _panels(
 
 
 def _panel(known: Metric, series: list[figures.Series]) -> figures.Panel:
+  """Returns the panel of a metric; its title names validation if alone."""
   title, unit = known.title, known.unit
   if [s.label for s in series] == ['validation']:
     title = f'Validation {title[:1].lower()}{title[1:]}'
@@ -178,6 +182,7 @@ def _panel(known: Metric, series: list[figures.Series]) -> figures.Panel:
 
 
 def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
+  """Returns a row of the table: name, count, first, last and least value."""
   finite = np.isfinite(values)
   best = (
     f'{short(values[finite].min())} at step'
@@ -195,7 +200,7 @@ def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
 
 
 def _timeline(path: Path) -> list[tuple[str, float, float]]:
-  """Phases with their seconds and percent of all, the longest first."""
+  """Returns phases with their seconds and percent of all, the longest first."""
   if not path.exists():
     return []
   seconds: dict[str, float] = {}
@@ -215,13 +220,14 @@ def _timeline(path: Path) -> list[tuple[str, float, float]]:
 
 
 def _visible(sample: Sample) -> Sample:
-  """Control characters as pictures of themselves; nothing vanishes."""
+  """Returns a sample with pictures for control characters; nothing vanishes."""
   picture = lambda match: chr(0x2400 + ord(match[0]))
   shown = lambda text: re.sub(r'[\x00-\x08\x0b-\x1f]', picture, text)
   return Sample(shown(sample.prompt), shown(sample.text), shown(sample.kind))
 
 
 def _config(path: Path) -> str:
+  """Returns the run's configuration as indented JSON; '' if there is none."""
   if not path.exists():
     return ''
   try:

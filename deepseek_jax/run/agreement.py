@@ -2,9 +2,6 @@
 
 Processes of different configurations or texts would hang in a collective, or
 train on another run's data without a sign of it.
-
-Processes of different configurations or texts would hang in a collective, or
-train on what is not the run's without a sign of it.
 """
 
 import json

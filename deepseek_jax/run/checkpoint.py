@@ -48,9 +48,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 def differences(stored: dict, wanted: dict) -> list[str]:
   """Returns a line per array that is missing, extra or of another kind.
 
-  The kind of an array is its shape and dtype.
-
-  Both map names to something with a shape and a dtype.
+  Both map names to something with a shape and a dtype, which are its kind.
   """
   kind = lambda a: f'{a.dtype}{list(a.shape)}'
   lines = [
@@ -185,7 +183,7 @@ class Checkpoints:
   def set_aside_after(self, step: int) -> None:
     """Moves later steps to `<directory>-rejected`; they block their numbers."""
     aside = self.directory.with_name(self.directory.name + '-rejected')
-    # Moved, not removed: nothing that was saved is lost.
+    # Moved, not removed: a rejected step may still be of use.
     later = [s for s in self.steps() if s > step]
     for number in map(str, later if distributed.first() else []):
       aside.mkdir(exist_ok=True)
@@ -210,8 +208,6 @@ class Checkpoints:
     """Starts saving; arrays are copied before it returns.
 
     The next save makes up for one that fails.
-
-    A save that fails is made up for by the next one.
 
     Args:
       step: completed steps.

@@ -6,13 +6,6 @@ Started again with the same configuration, a run goes on from its last whole
 checkpoint and reads the batches that it would have read. Settings that change
 no trained number may differ then (see run/folder.py). With several processes
 the first writes; all save and read the checkpoints, in a folder that all share.
-
-The run's folder holds config.json, metrics.jsonl, timings.jsonl,
-timeline.jsonl, routing.npz and checkpoints/, and abort.jsonl if it gave up.
-Started again with the same configuration, a run goes on from its last whole
-checkpoint and sees the batches that it would have seen. What changes no number
-that is trained may differ then (see run/folder.py). Of several processes
-the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
 import dataclasses

@@ -3,10 +3,6 @@
 The manifest has the size and SHA-256 of every file, so that a flipped bit, a
 truncated or a lost file is found and named before anything is read. (orbax
 returns flipped bytes of array data without notice.)
-
-The size and SHA-256 of every file, so that a flipped bit, a cut or a lost file
-is found and named before anything is read. (orbax returns flipped bytes of
-array data without notice.)
 """
 
 import hashlib
@@ -104,7 +100,7 @@ def _seal(files: Mapping[str, list]) -> str:
 
 
 def _hashed(verify: str, number: int, length: int) -> bool:
-  """Returns whether to hash file `number`, of `length` bytes."""
+  """Returns whether file `number`, of `length` bytes, is to be hashed."""
   return verify == 'full' or length <= _SMALL or number % _SAMPLE == 0
 
 

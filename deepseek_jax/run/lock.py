@@ -4,10 +4,6 @@ Readers of a folder take none. The lock lasts as long as the process, however
 that ends; a process may take it again. With several processes the first one
 takes it, so two hosts exclude each other only where their file system shares
 locks.
-
-Readers of a folder take none. The lock lasts as long as the process, however
-that ends; a process may take it again. Of a run of several processes the first
-has it, so two hosts meet only where their file system shares locks.
 """
 
 import os

@@ -7,14 +7,6 @@ one was asked, and names a coming step at which all of them learn of it.
 
 Before the first step of a launch there is nothing to save, and reading text or
 compiling may take longer than a scheduler waits: the process ends at once.
-
-Schedulers send SIGTERM some time before they kill, and a terminal that is
-closed sends SIGHUP. The handler takes note alone, as saving inside of a handler
-could meet a save that is under way. Of several processes JAX tells all when one
-was asked, and names a step to come at which all of them learn of it.
-
-Before the first step of a launch there is nothing to save, and reading text or
-compiling may take longer than a scheduler waits: the process ends at once.
 """
 
 import os

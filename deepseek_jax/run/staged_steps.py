@@ -3,10 +3,6 @@
 Every stage's parameters, buffers and moments lie on its own devices, and are
 updated there; the whole is judged once. Checkpoints store the state as a run
 without stages does, so a run may go on with any number of them.
-
-Every stage's parameters, buffers and moments lie on its own devices, and are
-updated there; the whole is judged once. Checkpoints hold the state as a run
-without stages does, so a run may go on with any number of them.
 """
 
 import functools

@@ -2,9 +2,6 @@
 
 No number that is trained depends on these files: a damaged one is renamed, with
 one line, and the run goes on.
-
-No number that is trained depends on these files: a damaged one is renamed, with
-one line, and the run goes on.
 """
 
 import json

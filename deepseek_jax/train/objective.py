@@ -5,12 +5,6 @@ states, the head and the batch, and returns a loss; what layers add by
 themselves (balance, indexers) is in `layer_losses`. The same objective runs on
 one device, on a mesh and in the last stage of a pipeline.
 Legend: B sequences, T tokens, D model, V vocabulary.
-
-An objective is anything with `build(model) -> Objective`. It sees the hidden
-states, the head and the batch, and returns a loss; what layers add by
-themselves (balance, indexers) is in `layer_losses`. The same objective runs on
-one device, on a mesh and in the last stage of a pipeline.
-Legend: B sequences, T tokens, D model, V vocabulary.
 """
 
 import dataclasses

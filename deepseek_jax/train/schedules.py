@@ -4,10 +4,6 @@ Learning rate, batch size, MTP weight and bias rate count tokens, as in the
 papers; phase borders are shares of the run, so that a tiny run has the shape of
 the published one (V3 section 4.2: 14.8T tokens, phases at 10T, 14.3T and
 14.633T).
-
-Schedules count tokens, as the papers do; phase borders are shares of the run,
-so that a tiny run has the shape of the published one (V3 section 4.2: 14.8T
-tokens, phases at 10T, 14.3T and 14.633T).
 """
 
 import dataclasses

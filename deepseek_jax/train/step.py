@@ -4,10 +4,6 @@ It returns the next state and metrics. The loss is the objective's plus the
 layers' own (balance, indexers), each averaged over the global batch, so
 micro-batches and devices change no number beyond rounding.
 Legend: B sequences, T tokens of a sequence, L MoE layers, E experts.
-
-Loss = the objective's + the layers' own (balance, indexers), each averaged over
-the global batch, so micro-batches and devices change no number beyond rounding.
-Legend: B sequences, T tokens of a sequence, L MoE layers, E experts.
 """
 
 from collections.abc import Callable, Mapping

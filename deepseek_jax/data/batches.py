@@ -24,9 +24,11 @@ class Windows:
   """
 
   def __init__(self, tokens: np.ndarray, seq_len: int):
+    """Takes tokens [N] and T; copies nothing."""
     self._tokens, self._seq_len = tokens, seq_len
 
   def __len__(self) -> int:
+    """Returns the number of whole windows."""
     return max(len(self._tokens) - 1, 0) // self._seq_len
 
   def __getitem__(self, i: int) -> np.ndarray:
@@ -91,6 +93,7 @@ class Batches:
   """
 
   def __init__(self, store: Store, config: DataConfig):
+    """Begins the stream at its first window."""
     self._dataset = dataset(store, config)
     self._eos_id = store.eos_id
     self._cross_document = config.cross_document
@@ -153,8 +156,8 @@ class Batches:
   def get_state(self) -> dict:
     """Returns all that a resumed run needs; constant size, ready for JSON.
 
-    Also 'tokenizer_sha256', by which the tokenizer beside a run is known; that
-    the windows are the same ones, their own hashes say.
+    Also 'tokenizer_sha256', by which the tokenizer beside a run is known; the
+    stream's own hashes decide whether the windows are the same.
     """
     return {
       'next_index': self._next,

@@ -19,7 +19,7 @@ class Boundaries(NamedTuple):
     begins: stand before the tokens of a prompt.
     closes: stand behind them (few tokenizers have such).
     ends: each of them ends what a model generates; the tokenizer's own first.
-    notes: one line for each thing that the folder says and nobody follows.
+    notes: one line for each declaration of the folder that is not followed.
   """
 
   begins: tuple[int, ...]
@@ -43,7 +43,7 @@ def boundaries(
   tokenizer: Tokenizer | ByteTokenizer,
   config: Mapping[str, Any] | None = None,
 ) -> Boundaries:
-  """Reads what a folder says.
+  """Returns what begins and ends a text, by a folder's files.
 
   What begins a text is what the post-processor of tokenizer.json adds, as in
   transformers 5. What ends it is the union of the tokenizer's eos_token and of

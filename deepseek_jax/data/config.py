@@ -43,6 +43,7 @@ class DataConfig:
   cache_dir: str | None = None
 
   def __post_init__(self) -> None:
+    """Raises InputError for a value of the wrong type or out of range."""
     text, number = "'stdlib', a file or a directory", 'a whole number >= 1'
     model = "'bpe', 'bytes' or the path of a tokenizer.json"
     seed = 'a whole number from 0 to 2**32 - 1'

@@ -80,6 +80,7 @@ class Digest:
   """Computes a hash of the names and texts of documents, in order."""
 
   def __init__(self):
+    """Begins with no document."""
     self._sha256 = hashlib.sha256()
 
   def add(self, doc: Document) -> None:

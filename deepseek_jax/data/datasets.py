@@ -111,6 +111,7 @@ class Rules:
   """
 
   def __init__(self, files: dict[tuple[str, ...], str], records: set[tuple]):
+    """Reads the cards and descriptions among the files."""
     self._records = records
     self._record_folders = {parts[:-1] for parts in records}
     self._folders: dict[tuple, set[str]] = {}

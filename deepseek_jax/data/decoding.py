@@ -12,6 +12,7 @@ class ByteDecoder:
   """Decodes tokens that are bytes of UTF-8."""
 
   def __init__(self, token_bytes: Callable[[int], bytes]):
+    """Takes the function (id -> bytes) of the tokenizer."""
     self._bytes = token_bytes
     self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 

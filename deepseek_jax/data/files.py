@@ -18,7 +18,7 @@ from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.data.readers import File
 from deepseek_jax.errors import InputError
 
-# They hold text, or records of it, though their first bytes are no text.
+# They hold text or records, though their first bytes are not text.
 _CONTAINERS = {
   '.7z', '.avro', '.br', '.bz2', '.db', '.doc', '.docx', '.epub', '.feather',
   '.gz', '.h5', '.hdf5', '.lance', '.lz4', '.mds', '.odt', '.orc', '.pdf',

@@ -38,6 +38,7 @@ class Heldout:
   process_count: int = 1
 
   def __post_init__(self) -> None:
+    """Raises InputError without documents, or for a size that does not fit."""
     if self.limit is not None and self.limit < 1:
       raise InputError(f'limit={self.limit}: set it to at least 1, or to None')
     if not self.documents:
@@ -83,6 +84,7 @@ class Heldout:
     return nll / math.log(2) / self.bytes
 
   def __len__(self) -> int:
+    """Returns the number of batches."""
     rows = sum(len(self._spans(doc.tokens)) for doc in self.documents)
     return -(-rows // self.batch)
 

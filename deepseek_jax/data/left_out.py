@@ -42,6 +42,7 @@ class LeftOut:
   """
 
   def __init__(self, path: str):
+    """Begins with nothing left out."""
     self._path = path
     self._counts: dict[str, int] = {}
     self._names: dict[str, list[str]] = {}

@@ -271,17 +271,18 @@ class _Values:
   """Reads JSON values that follow each other in a text given in parts."""
 
   def __init__(self, parts: Iterator[str]):
+    """Takes the parts of the text, read as they are needed."""
     self._parts, self._text = parts, ''
 
   def next(self) -> str:
-    """Returns the first sign that is no space; '' at the end."""
+    """Returns the first character that is not a space; '' at the end."""
     self._text = self._text.lstrip()
     while not self._text and self._more():
       self._text = self._text.lstrip()
     return self._text[:1]
 
   def take(self) -> str:
-    """Returns the first sign that is no space, and goes past it."""
+    """Returns the first character that is not a space, and skips it."""
     sign = self.next()
     self._text = self._text[1:]
     return sign

@@ -23,7 +23,7 @@ class Declared(NamedTuple):
   names: dict[str, str]  # 'eos_token' -> '</s>'
   more: tuple[str, ...]  # special tokens without such a name
   added: tuple[dict[str, Any], ...]  # content and flags, in order of id
-  adds_bos: bool | None  # what add_bos_token says; None if nothing
+  adds_bos: bool | None  # the value of add_bos_token; None if absent
   adds_eos: bool | None
 
 

@@ -125,7 +125,7 @@ class Tokenizer:
     Args:
       text: its contents.
       eos, pad: names of two tokens.
-      declared: what the files beside it say; their tokens are read, too, where
+      declared: from the files beside it; their tokens are read, too, where
         text is encoded with special=True.
     """
     import tokenizers

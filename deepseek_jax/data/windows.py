@@ -36,7 +36,7 @@ def build(
 
   Args:
     config: the data of a run.
-    say: takes a line on what of data.path is not read.
+    say: takes a line on files of data.path that are not read.
 
   Raises:
     InputError: an input or the cached store is wrong.

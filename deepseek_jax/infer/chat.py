@@ -55,7 +55,7 @@ def _template(
 ) -> str:
   """Returns the chat template; InputError if there is none, or too long a one.
 
-  Of several by name, 'tool_use' is taken with tools and 'default' without.
+  If it has several by name, 'tool_use' is used with tools, else 'default'.
   """
   found = config.get('chat_template')
   if isinstance(found, list):  # several, by name

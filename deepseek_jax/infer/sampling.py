@@ -42,6 +42,7 @@ class SampleConfig:
   stop: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range or a stop token."""
     at_least(self, temperature=0, top_k=0)
     within(self, top_p=(0, 1), ends='(]')
     each = self.stop if isinstance(self.stop, tuple) else (None,)
@@ -259,7 +260,7 @@ def _started(
 
 def _check_room(model: Model, rows: int, slots: int, new: int) -> None:
   """Raises InputError where the cache alone is more than the device holds."""
-  # Sizes beyond int32 are no shapes; what grows with the length does evenly.
+  # Shapes must fit int32; the cache grows linearly with the length.
   tried = min(slots, 1 << 20)
   need = _cache_bytes(model, rows, tried) * slots / tried
   room = _room()

@@ -36,6 +36,7 @@ class _Worker:
   """Holds the child process, and the pipes to it."""
 
   def __init__(self):
+    """Starts the process and waits for it; RuntimeError if it fails."""
     self.pid = os.getpid()
     # -I: no module of the working directory or of the environment.
     where = [

@@ -36,7 +36,7 @@ class _Generation(ext.Extension):
     """Returns the block as a call of `_text` on its body."""
     line = next(parser.stream).lineno
     body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-    # A call block, as in transformers: what it sets is not seen outside.
+    # A call block, as in transformers: what it sets is not visible outside.
     block = nodes.CallBlock(self.call_method('_text'), [], [], body)
     return block.set_lineno(line)
 
@@ -49,6 +49,7 @@ class _Dict:
   """Stands for `dict` without its attributes."""
 
   def __call__(self, *args: Any, **kwargs: Any) -> dict:
+    """Returns a dict of the arguments."""
     return dict(*args, **kwargs)
 
   def fromkeys(self, *args: Any, **kwargs: Any) -> dict:
@@ -60,6 +61,7 @@ class _Namespace(jinja2.utils.Namespace):
   """Refuses the names that lead to Python's internals."""
 
   def __init__(*args: Any, **kwargs: Any):
+    """Raises SecurityError for a name that begins with an underscore."""
     # No parameter is named: a template may name an attribute 'self'.
     self, *args = args
     attributes = dict(*args, **kwargs)
@@ -68,6 +70,7 @@ class _Namespace(jinja2.utils.Namespace):
     jinja2.utils.Namespace.__init__(self, attributes)
 
   def __setitem__(self, name: str, value: Any) -> None:
+    """Sets an attribute; SecurityError for one with an underscore first."""
     _public(name)
     super().__setitem__(name, value)
 
@@ -155,7 +158,7 @@ def _limit(seconds: int, mebibytes: int, base: int) -> None:
 
 
 def _address_space() -> int:
-  """Returns the bytes of address space in use, 1 GiB where none is told."""
+  """Returns the bytes of address space in use, 1 GiB where unknown."""
   try:
     import resource
 

@@ -115,14 +115,16 @@ class Checkpoints:
     )
 
   def __enter__(self) -> 'Checkpoints':
+    """Returns itself; `close` follows at the end of the block."""
     return self
 
   def __exit__(self, *error: object) -> None:
+    """Closes the folder, after an error too."""
     self.close()
 
   def close(self) -> None:
     """Waits for a save that is under way, then closes the manager."""
-    with contextlib.suppress(InputError):  # it was said
+    with contextlib.suppress(InputError):  # it was reported
       self._settle()
     self._manager.close()
 

@@ -30,6 +30,7 @@ class EvaluateConfig:
   stride: int | None = None
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     at_least(self, 'evaluate.', every=0, documents=1, batch=1, stride=1)
 
 
@@ -54,6 +55,7 @@ class SafetyConfig:
   last_steps: int = 20
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range or an unknown `verify`."""
     integrity.check_choice(self.verify)
     at_least(self, 'safety.', hang_factor=0, hang_seconds=0, last_steps=0)
 
@@ -87,6 +89,7 @@ class RunConfig:
   init_from: str = ''
 
   def __post_init__(self) -> None:
+    """Raises InputError for parts that do not fit each other."""
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()

@@ -86,7 +86,7 @@ def renew(workdir: Path, config: RunConfig) -> None:
   """Writes config.json, in one rename.
 
   A run that goes on does so when its data are known to be those it began with:
-  the file has what the newest command said.
+  the file holds the newest command's values.
   """
   scratch = workdir / _SCRATCH
   with naming(scratch):
@@ -299,7 +299,7 @@ def keep_tokenizer(
   Args:
     workdir: of the run.
     tokenizer: of the data.
-    bound: SHA-256 of the run's, where a checkpoint says it.
+    bound: SHA-256 of the run's, where a checkpoint stores it.
 
   Raises:
     InputError: neither `tokenizer` nor the one there is the run's.

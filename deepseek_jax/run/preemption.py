@@ -2,8 +2,8 @@
 
 Schedulers send SIGTERM some time before they kill, and a terminal that is
 closed sends SIGHUP. The handler only sets a flag, as saving inside of a handler
-could meet a save that is under way. With several processes JAX tells all when
-one was asked, and names a coming step at which all of them learn of it.
+could meet a save that is under way. With several processes JAX notifies all
+when one was asked, and names a coming step at which all of them learn of it.
 
 Before the first step of a launch there is nothing to save, and reading text or
 compiling may take longer than a scheduler waits: the process ends at once.
@@ -37,6 +37,7 @@ class Preemption:
   """
 
   def __init__(self):
+    """Takes no signal yet; entering does."""
     self._noted = self._begun = False
     self._before = {}  # signal -> the handler to put back
     self._main = False
@@ -44,6 +45,7 @@ class Preemption:
     self._pipe, self._terminals = (), ()
 
   def __enter__(self) -> 'Preemption':
+    """Installs the handlers, in the main thread only."""
     self._main = threading.current_thread() is threading.main_thread()
     self._terminals = [number for number in (1, 2) if _is_terminal(number)]
     self._take(signal.SIGTERM, self._take_note)
@@ -54,6 +56,7 @@ class Preemption:
     return self
 
   def __exit__(self, *error: object) -> None:
+    """Puts the handlers back that were there before."""
     self._over.set()
     if self._pipe:
       signal.set_wakeup_fd(-1)

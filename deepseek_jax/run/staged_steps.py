@@ -60,6 +60,7 @@ class StagedSteps:
   """
 
   def __init__(self, model: Model, config: RunConfig):
+    """Builds the stages and their programs; compiles when first called."""
     cfg, mesh = config.train, config.mesh
     pipeline.check(config.model, mesh.stage)
     order = schedule(mesh, cfg.batch.accumulate)

@@ -30,7 +30,7 @@ def start(
 
   Returns:
     The state, the step that it was saved at (0: new), and the SHA-256 of the
-    run's tokenizer, None where no checkpoint says it.
+    run's tokenizer, None where no checkpoint stores it.
   """
   step = checkpoints.newest_whole(say.warn)
   if step is None:

@@ -57,6 +57,15 @@ class Record:
     *,
     console: bool,
   ):
+    """Opens the files of a run's folder, in process 0.
+
+    Args:
+      config: the run.
+      model: its model.
+      workdir: its folder.
+      resumed: step that the run goes on from; 0 begins anew.
+      console: shows progress.
+    """
     first = distributed.first()
     self._model, self._speeds = model, []
     self.writer = _writer(config, workdir, resumed, console)
@@ -69,9 +78,11 @@ class Record:
     self.recalls = json.loads(distributed.text_from_first(json.dumps(recalls)))
 
   def __enter__(self) -> 'Record':
+    """Returns itself; the block's end closes the writer."""
     return self
 
   def __exit__(self, *error: object) -> None:
+    """Closes the writer, after an error too."""
     self.writer.__exit__(*error)
 
   @property
@@ -199,7 +210,7 @@ def _recorder(
     )
     return record()
   except InputError as error:
-    # Of an earlier version, which recorded less: both files stay.
+    # An earlier version wrote it and recorded less: both files stay.
     kept = path.with_name(f'routing-until-{resume}.npz')
     kept = unused(kept, '.') if kept.exists() else kept
     path.rename(kept)

@@ -25,6 +25,7 @@ class Steps:
   """
 
   def __init__(self, model: Model, config: RunConfig):
+    """Chooses where arrays lie; compiles when first called."""
     check_mesh(config)
     self._where = placement.choose(config.mesh, model.abstract)
     self._model = model
@@ -109,12 +110,15 @@ class compiling:
   """Logs how long compiling took, and whether it came from the cache."""
 
   def __init__(self, rows: int, writer: MetricsWriter | NoMetrics):
+    """Takes the sequences of the step, and the writer of the line."""
     self._rows, self._writer = rows, writer
 
   def __enter__(self) -> None:
+    """Starts the clock."""
     self._start, self._hits = time.perf_counter(), _cache_hits[0]
 
   def __exit__(self, *error: object) -> None:
+    """Logs the line, unless compiling failed."""
     if error[0] is None:
       source = 'from the cache' if _cache_hits[0] > self._hits else 'anew'
       self._writer.log(

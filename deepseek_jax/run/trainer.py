@@ -40,6 +40,7 @@ class Trainer:
   last_steps: LastSteps
 
   def __post_init__(self) -> None:
+    """Starts the watchdog, which writes the last steps before it ends a run."""
     safety = self.config.safety
     self._watchdog = Watchdog(
       safety.hang_factor,
@@ -54,7 +55,7 @@ class Trainer:
     except Preempted:
       raise
     except Exception:
-      with contextlib.suppress(OSError):  # the cause is what to tell
+      with contextlib.suppress(OSError):  # the cause is what to report
         self.last_steps.write()
       raise
     finally:

@@ -1,6 +1,6 @@
 """Ends a process whose step hangs, after dumping every stack.
 
-A collective whose peer is gone waits for ever, and a scheduler sees a healthy
+A collective whose peer is gone waits forever, and a scheduler finds a healthy
 job. Steps of one run take about the same time, so one that takes many times
 their median is stuck.
 """
@@ -39,6 +39,7 @@ class Watchdog:
     least: float,
     on_hang: Callable[[float], None] = lambda seconds: None,
   ):
+    """Starts the watching thread, unless `factor` is 0."""
     self._factor, self._least, self._on_hang = factor, least, on_hang
     self._taken = collections.deque(maxlen=_WINDOW)
     self._armed, self._over = threading.Event(), threading.Event()

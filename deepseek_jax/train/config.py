@@ -39,6 +39,7 @@ class TrainConfig:
   recall_goal: float = 0.0
 
   def __post_init__(self) -> None:
+    """Raises InputError for a length or a goal out of range."""
     above(self, tokens=0)
     within(self, recall_goal=(0, 1))
 

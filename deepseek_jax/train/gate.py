@@ -33,6 +33,7 @@ class GateConfig:
   patience: int = 10
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     at_least(self, sigma=0, warmup=0, patience=1)
     within(self, decay=(0, 1), ends='()')
     if self.sigma and self.warmup < 1:
@@ -90,7 +91,7 @@ def judge(
     # An explosion lies `sigma` deviations above its mean.
     least = _LEAST_DEVIATION * jnp.abs(state.mean)
     deviation = jnp.maximum(jnp.sqrt(state.square), least)
-    # Means of which float32 holds no square, 0 among them, tell nothing.
+    # A mean whose square underflows float32 (0 is one) gives no deviation.
     deviation = jnp.where(least > _LEAST_KNOWN, deviation, jnp.inf)
     calm = (seen <= state.mean + cfg.sigma * deviation).all()
     ok = ok & (calm | (state.accepted < cfg.warmup))
@@ -101,7 +102,7 @@ def judge(
   # Running mean, and mean squared deviation in Welford's form.
   error = seen - state.mean
   mean = state.mean + rate * error
-  most = jnp.finfo(jnp.float32).max  # infinity would stay for ever
+  most = jnp.finfo(jnp.float32).max  # infinity would never leave the mean
   apart = jnp.minimum(error * (seen - mean), most)
   square = state.square + rate * (apart - state.square)
   keep = lambda new, old: jnp.where(ok, new, old)

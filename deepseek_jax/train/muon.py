@@ -26,7 +26,7 @@ from deepseek_jax.train.gradient_norms import gain
 
 # Eight rounds that drive all singular values near 1, two that settle there.
 COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
-# Axes along which matrices are independent of each other.
+# Axes whose entries are matrices independent of each other.
 _INDEPENDENT = ('experts', 'groups', 'series', 'streams', 'branches')
 # Axes up to which a matrix has its inputs, unless they are its outputs.
 _INPUTS = ('embed', 'width')
@@ -40,8 +40,8 @@ class MuonConfig:
     momentum: beta.
     rms: root mean square of an update at a learning rate of 1.
     decay: of the matrices.
-    vectors: whether AdamW's decay takes in what is no matrix, as V4's text has
-      it; else only embedding and head decay.
+    vectors: whether AdamW's decay applies to vectors too, as V4's text has it;
+      else only embedding and head decay.
   """
 
   momentum: float = 0.95
@@ -50,6 +50,7 @@ class MuonConfig:
   vectors: bool = True
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     within(self, 'muon.', momentum=(0, 1), ends='[)')
     above(self, 'muon.', rms=0)
     at_least(self, 'muon.', decay=0)

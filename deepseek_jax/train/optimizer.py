@@ -1,7 +1,7 @@
 """Builds AdamW as in the V3 recipe (arXiv:2412.19437, 3.3 and 4.2), or Muon.
 
 Master weights are float32; the moments may be stored in bfloat16. Under AdamW
-only matrices decay: norm weights do not (the papers do not say; it is the
+only matrices decay: norm weights do not (the papers are silent; it is the
 custom). With `muon` it has the matrices, and AdamW the rest (see muon.py).
 """
 
@@ -44,6 +44,7 @@ class OptimizerConfig:
   table_rate: float = 5.0
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     within(self, beta1=(0, 1), beta2=(0, 1), ends='[)')
     above(self, eps=0, table_rate=0)
     at_least(self, decay=0)

@@ -40,6 +40,7 @@ class ScheduleConfig:
   borders: tuple = (0.6, 0.9)
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number or a border out of range."""
     above(self, peak=0)
     at_least(self, warmup=0)
     within(self, end=(0, 1))
@@ -105,6 +106,7 @@ class SwitchConfig:
   until: float
 
   def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     at_least(self, first=0, last=0)
     finite(self, 'until')  # before or after the whole run, too
 
@@ -146,6 +148,7 @@ class BatchConfig:
   accumulate: int = 1
 
   def __post_init__(self) -> None:
+    """Raises InputError for sizes that make no ramp of whole micro-batches."""
     at_least(self, size=1, accumulate=1, increment=1, start=0, ramp_tokens=0)
     self._check_accumulate()
     if self.ramp_tokens and not 0 < self.start <= self.size:

@@ -115,7 +115,7 @@ def judged(
     length: tokens of a sequence.
 
   Returns:
-    The verdict, the gate's next state, and the metrics that tell of them.
+    The verdict, the gate's next state, and the metrics that report them.
   """
   # One verdict for the whole batch: all stages apply, or none does.
   tokens = tokens_seen(state, length)

@@ -42,7 +42,7 @@ class SampleConfig:
   stop: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
-    """Raises InputError for a number out of range or a stop token."""
+    """Raises InputError for a number out of range or a wrong stop token."""
     at_least(self, temperature=0, top_k=0)
     within(self, top_p=(0, 1), ends='(]')
     each = self.stop if isinstance(self.stop, tuple) else (None,)

@@ -70,7 +70,7 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
 def _idle(block, dim: int) -> int:
   """Parameters of experts not chosen and of rows not read by a token."""
   idle, ffn, memory = 0, block.ffn, block.engram
-  if hasattr(ffn, 'experts'):
+  if block.routed:
     idle += (ffn.experts - ffn.top_k) * 3 * dim * ffn.width
   if memory is not None:
     idle += block.engram_rows * memory.dim // memory.heads - memory.width

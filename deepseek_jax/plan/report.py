@@ -217,7 +217,7 @@ class Report:
 
 
 def _standard(config: TransformerConfig, length: int):
-  if any(hasattr(block.ffn, 'experts') for block, _ in flop.blocks(config)):
+  if any(block.routed for block, _ in flop.blocks(config)):
     return None
   args = (config.layers, config.dim, config.vocab_size)
   return flop.standard_flops(*args), flop.standard_flops(*args, length)

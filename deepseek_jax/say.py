@@ -1,4 +1,4 @@
-"""Prints the messages of a run, apart from its progress."""
+"""Warns on stderr; progress is in `console`."""
 
 import sys
 

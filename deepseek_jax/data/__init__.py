@@ -1,4 +1,4 @@
-"""Text files -> documents -> tokens on disk -> seeded, resumable batches."""
+"""Turns text files into documents, stored tokens, seeded resumable batches."""
 
 from deepseek_jax.data.batches import Batches, dataset, segment
 from deepseek_jax.data.bpe import train_bpe

@@ -1,4 +1,4 @@
-"""Batches of token windows in one seeded order that any process can resume.
+"""Draws batches of token windows in one seeded, resumable order.
 
 Example i is tokens [i T, i T + T], so a window is found by its number alone.
 Grain shuffles the numbers, anew in each epoch; the state of the stream is how
@@ -8,6 +8,7 @@ Legend: B batch, T tokens that the model reads, S = T + 1.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -17,24 +18,33 @@ from deepseek_jax.errors import InputError
 
 
 class Windows:
-  """Random access to windows of T + 1 tokens; neighbours share one token.
+  """Gives random access to windows of T + 1 tokens; neighbours share one token.
 
   The up to T tokens at the end that fill no window are left out.
   """
 
   def __init__(self, tokens: np.ndarray, seq_len: int):
+    """Takes tokens [N] and T; copies nothing."""
     self._tokens, self._seq_len = tokens, seq_len
 
   def __len__(self) -> int:
+    """Returns the number of whole windows."""
     return max(len(self._tokens) - 1, 0) // self._seq_len
 
   def __getitem__(self, i: int) -> np.ndarray:
+    """Returns window i, [T + 1] int32."""
     start = i * self._seq_len
     return np.array(self._tokens[start : start + self._seq_len + 1], np.int32)
 
 
-def dataset(store: Store, config: DataConfig):
-  """An endless `grain.MapDataset` of windows [S] int32, shuffled each epoch."""
+def dataset(store: Store, config: DataConfig) -> Any:
+  """Returns an endless `grain.MapDataset` of windows [S], shuffled each epoch.
+
+  The windows are int32.
+
+  Raises:
+    InputError: the text is too short for one window.
+  """
   import grain
 
   windows = Windows(store.train, config.seq_len)
@@ -50,22 +60,32 @@ def dataset(store: Store, config: DataConfig):
   return grain.MapDataset.source(windows).shuffle(seed=seed).repeat()
 
 
-def segment(tokens, eos_id: int):
+def segment(
+  tokens: np.ndarray, eos_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
   """Numbers the documents of windows by the EOS tokens that end them.
 
-  tokens [B S] -> segments [B S] from 1, positions [B S] from the start of the
-  document or of the window; int32. An EOS belongs to the document it ends.
+  An EOS belongs to the document it ends.
+
+  Args:
+    tokens: [B S] integers.
+    eos_id: the EOS token; None, and no document ends inside a window.
+
+  Returns:
+    segments [B S] from 1, and positions [B S] from the start of the document or
+    of the window; int32.
   """
   starts = np.ones(tokens.shape, bool)
   starts[:, 1:] = tokens[:, :-1] == eos_id
   index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+  # The start of the document that each token belongs to.
   first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
   segments = np.cumsum(starts, axis=1)
   return segments.astype(np.int32), (index - first).astype(np.int32)
 
 
 class Batches:
-  """The training stream of a store; `next` gives and `get_state` remembers.
+  """Draws the training stream of a store; `get_state` says where it is.
 
   Attributes:
     windows: in an epoch.
@@ -73,6 +93,7 @@ class Batches:
   """
 
   def __init__(self, store: Store, config: DataConfig):
+    """Begins the stream at its first window."""
     self._dataset = dataset(store, config)
     self._eos_id = store.eos_id
     self._cross_document = config.cross_document
@@ -91,13 +112,22 @@ class Batches:
   def next(
     self, batch_size: int, process_index: int = 0, process_count: int = 1
   ) -> dict[str, np.ndarray]:
-    """This process's rows of the next global batch of `batch_size` windows.
+    """Returns this process's rows of the next global batch.
 
-    Processes hold equal blocks, in order. Returns int32 arrays
-    [batch_size / process_count, T + 1]: tokens; unless documents may attend to
-    each other segments, the number of the document in the window from 1 (0 is
-    for padding), and positions, from the start of the segment. And ngrams
-    [.. T + 1, L, K], if the attribute is set.
+    Processes hold equal blocks, in order.
+
+    Args:
+      batch_size: windows of the global batch.
+      process_index, process_count: which block, and of how many.
+
+    Returns:
+      int32 arrays [batch_size / process_count, T + 1]: tokens; unless documents
+      may attend to each other segments, the number of the document in the
+      window from 1 (0 is for padding), and positions, from the start of the
+      segment. And ngrams [.. T + 1, L, K], if the attribute is set.
+
+    Raises:
+      InputError: the batch does not divide by the processes.
     """
     if batch_size < 1 or batch_size % process_count:
       raise InputError(
@@ -111,6 +141,7 @@ class Batches:
       )
     rows = batch_size // process_count
     start = self._next + process_index * rows
+    # By number alone, so any process count reads the same global batch.
     tokens = np.stack([self._dataset[i] for i in range(start, start + rows)])
     self._next += batch_size
     eos_id = None if self._cross_document else self._eos_id
@@ -123,10 +154,10 @@ class Batches:
     return out
 
   def get_state(self) -> dict:
-    """All that a resumed run needs; constant size, ready for JSON.
+    """Returns all that a resumed run needs; constant size, ready for JSON.
 
-    And 'tokenizer_sha256', by which the tokenizer beside a run is known; that
-    the windows are the same ones, their own hashes say.
+    Also 'tokenizer_sha256', by which the tokenizer beside a run is known; the
+    stream's own hashes decide whether the windows are the same.
     """
     return {
       'next_index': self._next,

@@ -1,6 +1,6 @@
-"""What begins a text, and what ends it, by the files of a published folder.
+"""Finds what begins and ends a text, by the files of a published folder.
 
-The one place that says it: sampling, chat, streams, conversion and the
+The only place that decides it: sampling, chat, streams, conversion and the
 certificate ask here.
 """
 
@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.data import special_tokens
+from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
 
 
 class Boundaries(NamedTuple):
-  """Tokens around a text.
+  """Holds the tokens around a text.
 
   Attributes:
     begins: stand before the tokens of a prompt.
     closes: stand behind them (few tokenizers have such).
     ends: each of them ends what a model generates; the tokenizer's own first.
-    notes: one line for each thing that the folder says and nobody follows.
+    notes: one line for each declaration of the folder that is not followed.
   """
 
   begins: tuple[int, ...]
@@ -38,9 +39,11 @@ class Boundaries(NamedTuple):
 
 
 def boundaries(
-  folder: str, tokenizer, config: Mapping[str, Any] | None = None
+  folder: str,
+  tokenizer: Tokenizer | ByteTokenizer,
+  config: Mapping[str, Any] | None = None,
 ) -> Boundaries:
-  """Reads what a folder says.
+  """Returns what begins and ends a text, by a folder's files.
 
   What begins a text is what the post-processor of tokenizer.json adds, as in
   transformers 5. What ends it is the union of the tokenizer's eos_token and of
@@ -71,12 +74,13 @@ def boundaries(
   )
 
 
-def of_run(tokenizer) -> Boundaries:
+def of_run(tokenizer: Tokenizer | ByteTokenizer) -> Boundaries:
   """Returns the boundaries of a model trained here: documents only end."""
   return Boundaries((), (), (tokenizer.eos_id,))
 
 
-def _ends(config, file) -> list[int]:
+def _ends(config: Mapping[str, Any], file: str) -> list[int]:
+  """Returns the eos_token_id of a file as a list of ids."""
   found = config.get('eos_token_id')
   if found is None:
     return []
@@ -88,7 +92,12 @@ def _ends(config, file) -> list[int]:
   return ids
 
 
-def _notes(declared, begins, closes) -> tuple[str, ...]:
+def _notes(
+  declared: special_tokens.Declared,
+  begins: tuple[int, ...],
+  closes: tuple[int, ...],
+) -> tuple[str, ...]:
+  """Returns a line for each declared flag that is not followed."""
   return tuple(
     f'tokenizer_config.json: {flag} = {str(wanted).lower()} is not followed, as'
     ' in transformers 5: the post-processor of tokenizer.json decides, and it'

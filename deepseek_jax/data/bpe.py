@@ -1,4 +1,4 @@
-"""Byte-level BPE trained on the corpus (Sennrich et al., arXiv:1508.07909).
+"""Trains a byte-level BPE on the corpus (Sennrich et al., arXiv:1508.07909).
 
 Any text can be encoded, for the 256 bytes are tokens; what is learned is which
 neighbours to merge. Merges never cross the borders that `_WORDS` draws.
@@ -23,7 +23,7 @@ _WORDS = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-  """Byte-level BPE of exactly `vocab_size` tokens, a function of the texts.
+  """Returns a byte-level BPE of exactly `vocab_size` tokens, set by the texts.
 
   Raises InputError if the vocabulary can't hold the 256 bytes and the special
   tokens, or if the texts are too few to fill it.

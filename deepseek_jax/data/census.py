@@ -1,4 +1,4 @@
-"""One pass over a corpus: its hash, and how it splits into two parts."""
+"""Takes one pass over a corpus: its hash, and how it splits into two parts."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from deepseek_jax.errors import InputError
 
 
 class Census(NamedTuple):
-  """What one pass over the corpus finds."""
+  """Holds what one pass over the corpus finds."""
 
   sha256: str
   train: int  # documents
@@ -27,6 +27,7 @@ def census_of(config: DataConfig) -> Census:
   nearest = 1.0
   for doc in corpus.documents(config.path, out):
     digest.add(doc)
+    # For the message: the fraction that would hold out one document.
     nearest = min(nearest, corpus.held_out_hash(doc.text))
     if corpus.is_held_out(doc.text, config.heldout_fraction):
       heldout += 1
@@ -41,7 +42,8 @@ def census_of(config: DataConfig) -> Census:
   return census
 
 
-def _check_split(config, census):
+def _check_split(config: DataConfig, census: Census) -> None:
+  """Raises InputError if the split leaves a part empty."""
   total = census.train + census.heldout
   fraction = f'data.heldout_fraction={config.heldout_fraction}'
   if not total:

@@ -1,14 +1,15 @@
-"""What the data of a run are: a corpus, a tokenizer and how both are cut."""
+"""Describes the data of a run: a corpus, a tokenizer and how both are cut."""
 
 import dataclasses
 import os
+from typing import Any
 
 from deepseek_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Text -> tokens -> windows; every field changes what the model reads.
+  """Describes text -> tokens -> windows; every field changes what is read.
 
   path: 'stdlib' (the source of the running interpreter's standard library), a
     file or a directory of .txt, .py, .md, .jsonl, .json, .parquet and .arrow
@@ -41,7 +42,8 @@ class DataConfig:
   seed: int = 0
   cache_dir: str | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a value of the wrong type or out of range."""
     text, number = "'stdlib', a file or a directory", 'a whole number >= 1'
     model = "'bpe', 'bytes' or the path of a tokenizer.json"
     seed = 'a whole number from 0 to 2**32 - 1'
@@ -58,28 +60,32 @@ class DataConfig:
     self._expect('heldout_fraction', held, 'a share from 0 to below 1')
     self._expect('seed', _is_int(self.seed, 0), seed)
 
-  def _expect(self, field, holds, what):
+  def _expect(self, field: str, holds: bool, what: str) -> None:
+    """Raises InputError unless `holds`; `what` is to be set in its place."""
     if not holds:
       value = getattr(self, field)
       raise InputError(f'data.{field}={value!r}: set it to {what}')
 
   def cache(self) -> str:
-    """The directory of the cache, `~` expanded."""
+    """Returns the directory of the cache, `~` expanded."""
     if self.cache_dir:
       return os.path.expanduser(self.cache_dir)
     home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return os.path.join(home, 'deepseek_jax')
 
 
-def _is_name(value):
+def _is_name(value: Any) -> bool:
+  """Returns whether a value may be a path or a name."""
   return isinstance(value, str) and value != '' and '\0' not in value
 
 
-def _is_int(value, least):
+def _is_int(value: Any, least: int) -> bool:
+  """Returns whether a value is an int, no bool, from `least` below 2^32."""
   number = isinstance(value, int) and not isinstance(value, bool)
   return number and least <= value < 2**32
 
 
-def _is_share(value):
+def _is_share(value: Any) -> bool:
+  """Returns whether a value is a number, no bool, from 0 to 1."""
   number = isinstance(value, int | float) and not isinstance(value, bool)
   return number and 0 <= value <= 1

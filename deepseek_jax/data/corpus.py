@@ -1,4 +1,4 @@
-"""Documents: real text without a download, or the user's own files.
+"""Reads documents: real text without a download, or the user's own files.
 
 A document is a name and a text. The order is that of the sorted names; the
 split into training and held-out documents looks at the text alone, so adding
@@ -33,6 +33,8 @@ _STDLIB_SKIP = (
 
 
 class Document(NamedTuple):
+  """Holds a document of a corpus."""
+
   name: str  # unique in its corpus; relative to the path of the corpus
   text: str
 
@@ -61,7 +63,10 @@ def documents(path: str, out: LeftOut | None = None) -> Iterator[Document]:
   return _read([files.one(root)], out, whole=False)
 
 
-def _read(found, out, *, whole=True):
+def _read(
+  found: Iterable[files.File], out: LeftOut, *, whole: bool = True
+) -> Iterator[Document]:
+  """Yields the documents of files; counts records without text in `out`."""
   for file in found:
     stem = os.fsencode(file.name).decode('utf-8', 'backslashreplace')
     for place, text in readers.texts(file, whole=whole):
@@ -72,22 +77,25 @@ def _read(found, out, *, whole=True):
 
 
 class Digest:
-  """Hash of the names and texts of documents, in order."""
+  """Computes a hash of the names and texts of documents, in order."""
 
   def __init__(self):
+    """Begins with no document."""
     self._sha256 = hashlib.sha256()
 
   def add(self, doc: Document) -> None:
+    """Adds the next document."""
     # Hashed one by one, so that no text can pass for a name.
     for part in doc:
       self._sha256.update(hashlib.sha256(part.encode()).digest())
 
   def hexdigest(self) -> str:
+    """Returns the SHA-256 so far, 64 hex digits."""
     return self._sha256.hexdigest()
 
 
 def corpus_sha256(docs: Iterable[Document]) -> str:
-  """Hash of all names and texts, in order; 64 hex digits."""
+  """Returns a hash of all names and texts, in order; 64 hex digits."""
   digest = Digest()
   for doc in docs:
     digest.add(doc)
@@ -95,18 +103,18 @@ def corpus_sha256(docs: Iterable[Document]) -> str:
 
 
 def unit_hash(*parts: str) -> float:
-  """A fixed pseudo-random number in [0, 1) of some strings."""
+  """Returns a fixed pseudo-random number in [0, 1) of some strings."""
   digest = hashlib.sha256('\0'.join(parts).encode()).digest()
   return int.from_bytes(digest[:6], 'big') / 2**48  # exact in a double
 
 
 def held_out_hash(text: str) -> float:
-  """The fraction above which a document of that text is held out."""
+  """Returns the fraction above which a document of that text is held out."""
   return unit_hash('held out', text)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-  """Whether a document of that text is kept from training.
+  """Returns whether a document of that text is kept from training.
 
   The text decides, not the name: copies of a document are on one side.
   """

@@ -1,4 +1,4 @@
-"""Hugging Face layouts: what of a dataset's folder is text to be trained on.
+"""Decides what of a Hugging Face dataset's folder is text to be trained on.
 
     data/train-00000-of-00002.parquet, train.jsonl, train/…   the split is in
       the name, by the words that the hub looks for
@@ -14,6 +14,7 @@ import fnmatch
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.data import left_out, readers
@@ -35,8 +36,10 @@ _HUB_KEYS = re.compile(
 _CARD_BYTES = 1 << 20  # front matter of more is not looked at
 
 
-def folder_reason(folder: str, folders, names) -> str | None:
-  """Why nothing below a folder is read, by what lies in it; None if it is."""
+def folder_reason(
+  folder: str, folders: Sequence[str], names: Iterable[str]
+) -> str | None:
+  """Returns why nothing below a folder is read, by what lies in it, or None."""
   names = set(names)
   if {'index.json', 'train.bin', 'heldout.bin'} <= names:
     return left_out.STORE
@@ -52,7 +55,9 @@ def folder_reason(folder: str, folders, names) -> str | None:
   return None
 
 
-def keep_one_revision(folder: str, parts, folders: list, out: LeftOut) -> None:
+def keep_one_revision(
+  folder: str, parts: tuple[str, ...], folders: list, out: LeftOut
+) -> None:
   """Drops what is not to be read from the subfolders of a cache of the hub.
 
   Edits `folders`. Raises InputError if nothing says which revision is meant.
@@ -77,11 +82,13 @@ def keep_one_revision(folder: str, parts, folders: list, out: LeftOut) -> None:
   folders[:] = [chosen]
 
 
-def _is_hub_cache(folders) -> bool:
+def _is_hub_cache(folders: Iterable[str]) -> bool:
+  """Returns whether these folders are a repository in the hub's cache."""
   return 'snapshots' in folders and bool({'refs', 'blobs'} & set(folders))
 
 
-def _main(path):
+def _main(path: str) -> str | None:
+  """Returns the revision that refs/main names; None if it can't be read."""
   try:
     return readers.head(path, 100).decode('utf-8', 'replace').strip()
   except InputError:
@@ -89,19 +96,22 @@ def _main(path):
 
 
 class _Card(NamedTuple):
+  """Describes what a dataset's card says of files and splits."""
+
   hub: bool  # begins as cards of the hub do
   train: list[str]  # patterns of files
   other: list[str]
 
 
 class Rules:
-  """Says of each file of a corpus why it is not read, if it is not.
+  """Finds why a file of a corpus is not read, for each that is not.
 
   files: parts of the path below data.path -> path, of all files.
   records: parts of those that hold records.
   """
 
   def __init__(self, files: dict[tuple[str, ...], str], records: set[tuple]):
+    """Reads the cards and descriptions among the files."""
     self._records = records
     self._record_folders = {parts[:-1] for parts in records}
     self._folders: dict[tuple, set[str]] = {}
@@ -130,6 +140,7 @@ class Rules:
     }
 
   def reason(self, parts: tuple[str, ...]) -> str | None:
+    """Returns why a file is not read, one of left_out's; None if it is."""
     at, name = parts[:-1], parts[-1].lower()
     if self._is_card(parts):
       return left_out.CARD
@@ -142,10 +153,12 @@ class Rules:
       return left_out.CACHE
     return left_out.SPLIT if self._is_held(parts) else None
 
-  def _described(self, at):
+  def _described(self, at: tuple[str, ...]) -> bool:
+    """Returns whether a dataset_info.json lies in a folder."""
     return 'dataset_info.json' in self._folders[at]
 
-  def _is_card(self, parts):
+  def _is_card(self, parts: tuple[str, ...]) -> bool:
+    """Returns whether a file is a dataset's card, not a text of that name."""
     if parts not in self._cards:
       return False
     at = parts[:-1]
@@ -153,20 +166,24 @@ class Rules:
     described = not self._folders[at].isdisjoint(_DESCRIPTIONS)
     return self._cards[parts].hub or dataset or described
 
-  def _is_held(self, parts):
-    """Whether a file is of another split than train."""
+  def _is_held(self, parts: tuple[str, ...]) -> bool:
+    """Returns whether a file is of another split than train."""
     for at, kept in self._splits.items():
       inner = parts[len(at) : -1]
       if parts[: len(at)] == at and inner:
         return inner[0] not in kept
     if parts not in self._records:
       return self._is_held_text(parts)
+    # The card decides, then the file's name, then the nearest folder's.
     said = self._by_card(parts) or _split(_stem(parts[-1]))
     folders = (_split(part) for part in reversed(parts[:-1]))
     return (said or next(filter(None, folders), None)) == 'other'
 
-  def _is_held_text(self, parts):
-    """Prose and code may be called test: only beside what is called train."""
+  def _is_held_text(self, parts: tuple[str, ...]) -> bool:
+    """Returns whether a text file is of another split than train.
+
+    Prose and code may be called test: it counts beside what is called train.
+    """
     code = readers.kind_of(parts[-1])[0] in ('.py', '.md')
     if _split(_stem(parts[-1])) == 'other' and not code:
       return parts[:-1] in self._trained_files
@@ -175,8 +192,8 @@ class Rules:
       for i in range(len(parts) - 1)
     )
 
-  def _by_card(self, parts):
-    """What the card of a folder above says of a file's split."""
+  def _by_card(self, parts: tuple[str, ...]) -> str | None:
+    """Returns what the card of a folder above says of a file's split."""
     for depth in range(len(parts) - 1, -1, -1):
       card, inner = self._patterns.get(parts[:depth]), '/'.join(parts[depth:])
       if card and any(fnmatch.fnmatch(inner, p) for p in card.train):
@@ -185,8 +202,8 @@ class Rules:
         return 'other'
     return None
 
-  def _data_files(self, path, at):
-    """The names of the .arrow files that a saved dataset consists of."""
+  def _data_files(self, path: str, at: tuple[str, ...]) -> set[str]:
+    """Returns the .arrow files that a saved dataset consists of."""
     state = _object(path)
     try:
       names = {str(file['filename']) for file in state['_data_files']}
@@ -206,13 +223,14 @@ class Rules:
     return names
 
 
-def _stem(name):
+def _stem(name: str) -> str:
+  """Returns a file's name without its kind and packing."""
   kind, packed = readers.kind_of(name)
   return name[: len(name) - len(kind) - len(packed)]
 
 
-def _split(name) -> str | None:
-  """'train' or 'other' by the last word of a name that says one."""
+def _split(name: str) -> str | None:
+  """Returns 'train' or 'other' by the last word of a name that says one."""
   for word in reversed(re.split(r'[-._ 0-9]+', name.lower())):
     if word in _TRAIN:
       return 'train'
@@ -221,8 +239,8 @@ def _split(name) -> str | None:
   return None
 
 
-def _kept_splits(path):
-  """The folders of a saved DatasetDict that are read."""
+def _kept_splits(path: str) -> tuple[str, ...]:
+  """Returns the folders of a saved DatasetDict that are read."""
   splits = (_object(path) or {}).get('splits')
   if not isinstance(splits, list) or not splits:
     raise InputError(
@@ -237,8 +255,8 @@ def _kept_splits(path):
   return ('train',) if 'train' in splits else tuple(splits)
 
 
-def _object(path):
-  """The JSON object in a file, or None."""
+def _object(path: str) -> dict | None:
+  """Returns the JSON object in a file, or None."""
   try:
     made = json.loads(readers.head(path, 1 << 24))
   except (ValueError, RecursionError):
@@ -246,7 +264,8 @@ def _object(path):
   return made if isinstance(made, dict) else None
 
 
-def _card(path) -> _Card:
+def _card(path: str) -> _Card:
+  """Reads a card: whether it is the hub's, and its patterns by split."""
   text = readers.head(path, _CARD_BYTES).decode('utf-8', 'replace')
   text = text.removeprefix('\ufeff').replace('\r\n', '\n')
   matter, end, _ = text.removeprefix('---\n').partition('\n---')
@@ -258,7 +277,7 @@ def _card(path) -> _Card:
   return _Card(True, patterns['train'], patterns['other'])
 
 
-def _data_files(matter):
+def _data_files(matter: str) -> Iterator[tuple[str, str]]:
   """Yields (split, pattern) of the `configs` in a card's front matter."""
   inside, split, listing = False, None, False
   for line in matter.splitlines():
@@ -269,6 +288,7 @@ def _data_files(matter):
     if not inside:
       continue
     if found:
+      # Read by lines: no YAML parser is needed for what the hub writes.
       key, value = found[1], found[2].strip('\'"')
       listing = key == 'path' and not value
       if key == 'split':

@@ -1,4 +1,4 @@
-"""Decoders of a stream of tokens: the decoded text, as soon as it is certain.
+"""Decodes a stream of tokens: the text, as soon as it is certain.
 
 What a decoder has given never changes, so it waits where a later token could
 still decide: in the middle of a character's bytes, or of a run of byte tokens.
@@ -12,6 +12,7 @@ class ByteDecoder:
   """Decodes tokens that are bytes of UTF-8."""
 
   def __init__(self, token_bytes: Callable[[int], bytes]):
+    """Takes the function (id -> bytes) of the tokenizer."""
     self._bytes = token_bytes
     self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
@@ -79,12 +80,20 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 def is_byte_level(decoder: Mapping | None) -> bool:
-  """Whether a tokenizer.json's decoder joins all tokens' bytes, no more."""
+  """Returns whether a decoder joins all tokens' bytes, and does no more.
+
+  Args:
+    decoder: that of a tokenizer.json.
+  """
   return [part.get('type') for part in _parts(decoder)] == ['ByteLevel']
 
 
 def is_incremental(decoder: Mapping | None) -> bool:
-  """Whether text depends on no later token, but for runs of byte tokens."""
+  """Returns whether text depends on no later token, byte runs excepted.
+
+  Args:
+    decoder: that of a tokenizer.json.
+  """
   for part in _parts(decoder):
     kind = part.get('type')
     if kind == 'Replace':  # one that is longer may reach over tokens
@@ -99,7 +108,8 @@ def is_incremental(decoder: Mapping | None) -> bool:
   return True
 
 
-def _parts(decoder):
+def _parts(decoder: Mapping | None) -> list[Mapping]:
+  """Returns the steps of a decoder, in order."""
   if decoder is None:
     return []
   if decoder.get('type') == 'Sequence':

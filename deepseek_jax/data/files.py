@@ -1,4 +1,4 @@
-"""Which files under data.path are text to be trained on.
+"""Finds the files under data.path that are text to be trained on.
 
 Hidden files and folders, whose names begin with a dot, are no part of a corpus.
 Whatever else is there is either read or named in LeftOut. A file or folder that
@@ -11,14 +11,14 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from deepseek_jax.data import datasets, left_out, readers
 from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.data.readers import File
 from deepseek_jax.errors import InputError
 
-# They hold text, or records of it, though their first bytes are no text.
+# They hold text or records, though their first bytes are not text.
 _CONTAINERS = {
   '.7z', '.avro', '.br', '.bz2', '.db', '.doc', '.docx', '.epub', '.feather',
   '.gz', '.h5', '.hdf5', '.lance', '.lz4', '.mds', '.odt', '.orc', '.pdf',
@@ -28,6 +28,8 @@ _CONTAINERS = {
 
 
 class _Found(NamedTuple):
+  """Describes a regular file under the root."""
+
   parts: tuple[str, ...]  # of the path below the root; sort as trees do
   path: str
   real: str  # without links
@@ -35,7 +37,7 @@ class _Found(NamedTuple):
 
 
 def find(root: str, out: LeftOut) -> list[File]:
-  """The files of a folder that are read, in the order of their paths.
+  """Returns the files of a folder that are read, in the order of their paths.
 
   Raises InputError for what can't be read, and if more is left out than read.
   """
@@ -51,6 +53,7 @@ def find(root: str, out: LeftOut) -> list[File]:
   read, seen = [], set()
   for each in found:
     file = files[each.parts]
+    # By rule, then by what the file is: the first reason counts.
     reason = rules.reason(each.parts)
     if not reason and each.parts in unclear:
       reason = left_out.NO_RECORDS
@@ -70,13 +73,14 @@ def find(root: str, out: LeftOut) -> list[File]:
   return read
 
 
-def _file(found) -> File:
+def _file(found: _Found) -> File:
+  """Returns a file with its kind and packing, by its name."""
   kind, packed = readers.kind_of(found.parts[-1])
   return File(found.path, '/'.join(found.parts), kind, packed, found.size)
 
 
 def one(path: str) -> File:
-  """The file that data.path names itself; InputError if it is not read."""
+  """Returns the file that data.path names; InputError if it is not read."""
   try:
     status = os.stat(path)
   except OSError as error:
@@ -101,12 +105,12 @@ def one(path: str) -> File:
 
 
 def modules(root: str, skip: tuple[str, ...]) -> list[File]:
-  """Every .py file under `root` but for names that match one of `skip`."""
+  """Returns every .py file under `root` whose names match none of `skip`."""
   found = sorted(_walk(root, skip, LeftOut(root)))
   return [_file(each) for each in found if each.parts[-1].endswith('.py')]
 
 
-def _walk(root, skip, out) -> Iterator[_Found]:
+def _walk(root: str, skip: tuple[str, ...], out: LeftOut) -> Iterator[_Found]:
   """Yields regular files; links are followed, but no folder is read twice."""
   above = os.path.realpath(root) + os.sep
   seen = set()
@@ -132,8 +136,10 @@ def _walk(root, skip, out) -> Iterator[_Found]:
         yield found
 
 
-def _regular(folder, real, parts, out) -> _Found | None:
-  """The file of that name in a folder; None if it is no regular file."""
+def _regular(
+  folder: str, real: str, parts: tuple[str, ...], out: LeftOut
+) -> _Found | None:
+  """Returns the file of that name in a folder; None for no regular file."""
   path = os.path.join(folder, parts[-1])
   try:
     status = os.stat(path)
@@ -149,17 +155,19 @@ def _regular(folder, real, parts, out) -> _Found | None:
   return _Found(parts, path, real, status.st_size)
 
 
-def _wanted(name, skip):
+def _wanted(name: str, skip: tuple[str, ...]) -> bool:
+  """Returns whether a name is neither hidden nor skipped."""
   hidden = name.startswith('.') or name == '__pycache__'
   return not hidden and not any(fnmatch.fnmatch(name, s) for s in skip)
 
 
-def _raise(error):
+def _raise(error: OSError) -> NoReturn:
+  """Raises InputError for what the system does not let be read."""
   raise readers.unreadable(error.filename, error) from error
 
 
-def _kind_of_other(path):
-  """Why a file is left out whose name says nothing of text."""
+def _kind_of_other(path: str) -> str:
+  """Returns why a file is left out whose name says nothing of text."""
   low = os.path.basename(path).lower()
   # As in x.tfrecord-00000-of-00001.
   if not _CONTAINERS.isdisjoint(re.findall(r'\.[a-z0-9]+', low)):
@@ -176,26 +184,28 @@ def _kind_of_other(path):
   return left_out.NOT_TEXT if b'\0' in head else left_out.UNREAD
 
 
-def _is_empty(file):
-  """Whether there is no text in a file; records without any are damaged."""
+def _is_empty(file: File) -> bool:
+  """Returns whether there is no text in a file; empty records are damaged."""
   text = file.kind in ('', *readers.TEXT)
   return text and not file.size and not file.packed
 
 
-def _is_unclear(file):
+def _is_unclear(file: File) -> bool:
+  """Returns whether a .json file holds no records of text."""
   if file.kind != '.json' or _is_pointer(file):
     return False
   return not readers.has_records(file)
 
 
-def _is_pointer(file):
-  """Whether it is what git-lfs leaves in place of a file."""
+def _is_pointer(file: File) -> bool:
+  """Returns whether it is what git-lfs leaves in place of a file."""
   return file.size < 1024 and readers.head(file.path, 64).startswith(
     b'version https://git-lfs.github.com/spec/'
   )
 
 
-def _check_pointer(file):
+def _check_pointer(file: File) -> None:
+  """Raises InputError for a file that git-lfs has not fetched."""
   if _is_pointer(file):
     raise InputError(
       f'data.path: {left_out.shown(file.path)} is a git-lfs pointer, not the'

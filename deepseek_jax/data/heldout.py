@@ -1,4 +1,4 @@
-"""Held-out text in bits per byte: each document read by itself.
+"""Reads held-out text for bits per byte: each document by itself.
 
 A document of n tokens is read as EOS, d_1 … d_n, EOS: the first EOS starts it,
 and its tokens and the last EOS are predicted, each exactly once. Longer ones
@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from deepseek_jax.data.corpus import unit_hash
-from deepseek_jax.data.token_store import Store
+from deepseek_jax.data.token_store import HeldoutDocument, Store
 from deepseek_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-  """Evaluation batches of the held-out documents; iterate as often as needed.
+  """Yields evaluation batches of the held-out documents, as often as needed.
 
   batch: global rows of a batch; each process gets its block of every one.
   stride: how far windows move, 1 to T; None is T // 2. Smaller is slower and
@@ -37,7 +37,8 @@ class Heldout:
   process_index: int = 0
   process_count: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError without documents, or for a size that does not fit."""
     if self.limit is not None and self.limit < 1:
       raise InputError(f'limit={self.limit}: set it to at least 1, or to None')
     if not self.documents:
@@ -56,8 +57,8 @@ class Heldout:
       )
 
   @functools.cached_property
-  def documents(self):
-    """The documents that are read: list of HeldoutDocument."""
+  def documents(self) -> list[HeldoutDocument]:
+    """Returns the documents that are read."""
     docs = self.store.heldout_documents()
     if self.limit is not None:
       chosen = sorted(docs, key=lambda doc: unit_hash('evaluate', doc.name))
@@ -66,19 +67,24 @@ class Heldout:
 
   @property
   def bytes(self) -> int:
-    """UTF-8 bytes of the documents."""
+    """Returns the UTF-8 bytes of the documents."""
     return sum(doc.bytes for doc in self.documents)
 
   @property
   def tokens(self) -> int:
-    """Predicted tokens: the sum of all weights, over all processes."""
+    """Returns the predicted tokens: the sum of all processes' weights."""
     return sum(doc.tokens for doc in self.documents)
 
   def bits_per_byte(self, nll: float) -> float:
-    """nll: sum over all predicted tokens of -log p, in nats."""
+    """Returns bits per UTF-8 byte of the documents, from nats.
+
+    Args:
+      nll: sum over all predicted tokens of -log p, in nats.
+    """
     return nll / math.log(2) / self.bytes
 
   def __len__(self) -> int:
+    """Returns the number of batches."""
     rows = sum(len(self._spans(doc.tokens)) for doc in self.documents)
     return -(-rows // self.batch)
 
@@ -100,8 +106,8 @@ class Heldout:
       mine = rows[first : min(first + share, start + self.batch)]
       yield self._batch(mine, share)
 
-  def _spans(self, tokens):
-    """(start of window, first target in it) for `tokens` predictions."""
+  def _spans(self, tokens: int) -> list[tuple[int, int]]:
+    """Returns (window's start, first target in it) for `tokens` predictions."""
     stride = self.stride or max(self.seq_len // 2, 1)
     spans, start, done = [], 0, 0
     while done < tokens:
@@ -111,7 +117,8 @@ class Heldout:
       start = max(min(start + stride, tokens - self.seq_len), 0)
     return spans
 
-  def _batch(self, rows, size):
+  def _batch(self, rows: Sequence[tuple], size: int) -> dict[str, np.ndarray]:
+    """Returns `size` rows as arrays; rows beyond those given are padding."""
     T = self.seq_len
     out = {
       'tokens': np.full((size, T + 1), self.store.pad_id, np.int32),
@@ -122,16 +129,18 @@ class Heldout:
     }
     for row, (number, doc, start, target) in enumerate(rows):
       body = self.store.heldout[doc.offset : doc.offset + doc.tokens]
+      # EOS, d_1 ... d_n, EOS: position t predicts t + 1.
       read = np.concatenate([[self.store.eos_id], body])[start : start + T + 1]
       out['tokens'][row, : len(read)] = read
       out['segments'][row, : len(read)] = 1
+      # Targets before it were predicted in the window before.
       out['weights'][row, target : len(read) - 1] = 1
       out['document'][row] = number
     return out
 
 
 def xz_bits_per_byte(texts: Sequence[str]) -> float:
-  """`xz -9` of each text by itself: all compressed bits over all bytes."""
+  """Returns `xz -9` of each text by itself: compressed bits over all bytes."""
   data = [text.encode() for text in texts]
   if not any(data):
     raise InputError('texts: empty; give at least one document')

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle in prefix-suffix-middle form (DeepSeek-V3, section 4.1).
+"""Cuts documents for fill-in-the-middle, prefix-suffix-middle (V3 section 4.1).
 
 A document is cut at two random characters and read as
 `<|fim_begin|> pre <|fim_hole|> suf <|fim_end|> mid <eos>`, before packing; so
@@ -10,19 +10,27 @@ import random
 from typing import NamedTuple
 
 from deepseek_jax.data.corpus import Document, unit_hash
+from deepseek_jax.data.tokenizer import FimIds
 
 
 class Split(NamedTuple):
+  """Holds the three parts of a document."""
+
   pre: str
   mid: str
   suf: str
 
 
 def fim(doc: Document, rate: float, seed: int) -> Split | None:
-  """The split of a document, or None if it stays as it is.
+  """Returns the split of a document, or None if it stays as it is.
 
   Looks at the name and the seed alone, so no document's fate depends on
-  another's. rate: the expected share of documents that are split.
+  another's.
+
+  Args:
+    doc: the document.
+    rate: the expected share of documents that are split.
+    seed: of the draws.
   """
   if unit_hash('fim', str(seed), doc.name) >= rate:
     return None
@@ -36,7 +44,7 @@ def split(text: str, rng: random.Random) -> Split:
   return Split(text[:a], text[a:b], text[b:])
 
 
-def arrange(ids: tuple[list, list, list], marks) -> list[int]:
-  """Token ids of (pre, mid, suf) in prefix-suffix-middle order."""
+def arrange(ids: tuple[list, list, list], marks: FimIds) -> list[int]:
+  """Returns the ids of (pre, mid, suf) in prefix-suffix-middle order."""
   pre, mid, suf = ids
   return [marks.begin, *pre, marks.hole, *suf, marks.end, *mid]

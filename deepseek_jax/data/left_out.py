@@ -1,4 +1,4 @@
-"""What lies under data.path and is not read: counted, named, reported.
+"""Reports what lies under data.path and is not read: counted and named.
 
 Some of it is left out by rule: dataset cards, other splits than train, runs.
 The rest is text that is there and can't be read; where it outweighs the text
@@ -30,7 +30,7 @@ _LOST = (UNREAD, NO_RECORDS)  # may be what the user meant to train on
 
 
 def shown(path: str) -> str:
-  """A path in one printable line, bytes that are not UTF-8 as \\xNN."""
+  """Returns a path in one printable line, bytes that are not UTF-8 as \\xNN."""
   text = os.fsencode(path).decode('utf-8', 'backslashreplace')
   return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -42,6 +42,7 @@ class LeftOut:
   """
 
   def __init__(self, path: str):
+    """Begins with nothing left out."""
     self._path = path
     self._counts: dict[str, int] = {}
     self._names: dict[str, list[str]] = {}
@@ -57,7 +58,7 @@ class LeftOut:
       self._bytes += size
 
   def __str__(self) -> str:
-    """The reasons with counts and first names; '' if nothing is left out."""
+    """Returns the reasons with counts and first names; '' if there are none."""
     parts = []
     for reason, count in self._counts.items():
       names = [shown(name) for name in self._names[reason]]
@@ -66,7 +67,7 @@ class LeftOut:
     return '; '.join(parts)
 
   def line(self) -> str:
-    """One line for the user; '' if nothing is left out."""
+    """Returns one line for the user; '' if nothing is left out."""
     return f'data.path={self._path!r}: left out {self}' if str(self) else ''
 
   def check_files(self, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Folders that a killed build of a token store left in the cache."""
+"""Removes folders that a killed build of a token store left in the cache."""
 
 import os
 import re
@@ -31,7 +31,10 @@ def remove(folder: str, age: float = _DAY) -> list[str]:
 
 
 def _last_write(path: str) -> float:
-  """Of a folder or its files; now, if it is going away."""
+  """Returns the time of the last write to a folder or its files.
+
+  It is now, if the folder is going away.
+  """
   try:
     with os.scandir(path) as entries:
       times = [entry.stat(follow_symlinks=False).st_mtime for entry in entries]

@@ -1,4 +1,6 @@
-"""Which rows of Engram's tables an n-gram reads (arXiv:2601.07372, section 2).
+"""Computes which rows of Engram's tables an n-gram reads.
+
+Engram: arXiv:2601.07372, section 2.
 
 Tokens whose text differs in case, accents or spacing alone share a class. The
 classes of the last n tokens are multiplied by odd 64-bit numbers, mixed by
@@ -11,10 +13,11 @@ orders (2 to N), H tables of an order, K = O H tables of a layer.
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
 
 PAD = 0  # the class of padding and of what is before a document's start
@@ -22,14 +25,14 @@ _WITNESSES = (2, 3, 5, 7)  # decide every number below 3,215,031,751
 
 
 class Hash(NamedTuple):
-  """All that decides rows but the classes of tokens."""
+  """Holds all that decides rows, apart from the classes of tokens."""
 
   multipliers: np.ndarray  # [L N] int64, odd
   primes: np.ndarray  # [L O H] int64, rows of each table
 
 
 def is_prime(n: int) -> bool:
-  """Miller and Rabin's test, exact below 3.2e9."""
+  """Returns whether n is prime, by Miller and Rabin; exact below 3.2e9."""
   if n < 2 or any(n % p == 0 for p in _WITNESSES):
     return n in _WITNESSES
   odd, twos = n - 1, 0
@@ -43,7 +46,7 @@ def is_prime(n: int) -> bool:
 
 
 def primes(base: int, layers: int, orders: int, heads: int) -> np.ndarray:
-  """Table sizes [L O H]: each order starts at base, no prime is used twice."""
+  """Returns table sizes [L O H]: orders start at base, no prime twice."""
   used: set[int] = set()
   for _ in range(layers * orders):
     free = (p for p in itertools.count(base) if p not in used and is_prime(p))
@@ -55,7 +58,7 @@ def primes(base: int, layers: int, orders: int, heads: int) -> np.ndarray:
 def multipliers(
   layers: tuple[int, ...], longest: int, classes: int, seed: int
 ) -> np.ndarray:
-  """[L N] odd int64, by the numbers of the layers in the model.
+  """Returns [L N] odd int64, by the numbers of the layers in the model.
 
   So small that no product with a class reaches 2^63.
   """
@@ -67,15 +70,18 @@ def multipliers(
 
 
 def offsets(sizes: np.ndarray) -> np.ndarray:
-  """First row of each table in the layer's one table: like sizes [L O H]."""
+  """Returns the first row of each table in its layer's one table, [L O H]."""
   flat = sizes.reshape(len(sizes), -1)
   return (np.cumsum(flat, axis=1) - flat).reshape(sizes.shape)
 
 
-def look_back(classes, positions, segments, longest: int) -> np.ndarray:
-  """Classes [B T] -> [B T N]: entry k is that of the token k places before.
+def look_back(
+  classes: np.ndarray, positions: np.ndarray, segments: np.ndarray, longest: int
+) -> np.ndarray:
+  """Returns the classes of the last tokens, [B T] -> [B T N] int64.
 
-  PAD where that token is of another document or before the window.
+  Entry k is that of the token k places before; PAD where that token is of
+  another document or before the window.
   """
   T = classes.shape[1]
   out = np.full((*classes.shape, longest), PAD, np.int64)
@@ -88,12 +94,18 @@ def look_back(classes, positions, segments, longest: int) -> np.ndarray:
 
 
 def rows(window: np.ndarray, how: Hash) -> np.ndarray:
-  """Classes [B T N] of last tokens -> rows of the layers' tables [B T L K]."""
+  """Returns the rows of the layers' tables [B T L K] for classes [B T N].
+
+  Args:
+    window: [B T N] int64 classes of the last tokens, see `look_back`.
+    how: multipliers and primes.
+  """
   out = []
   layers = zip(how.multipliers, how.primes, offsets(how.primes))
   for factors, sizes, first in layers:
     mixed, parts = window[..., 0] * factors[0], []
     for k in range(1, len(factors)):
+      # The (k + 1)-gram's mix extends that of the k-gram by one token.
       mixed = mixed ^ (window[..., k] * factors[k])
       parts.append(mixed[..., None] % sizes[k - 1] + first[k - 1])
     out.append(np.concatenate(parts, axis=-1))
@@ -101,17 +113,23 @@ def rows(window: np.ndarray, how: Hash) -> np.ndarray:
 
 
 class NGrams(NamedTuple):
-  """What the data pipeline calls to add rows to its batches."""
+  """Adds the rows of n-grams to the batches of the data pipeline."""
 
   classes: np.ndarray  # [V] class of each token
   how: Hash
 
-  def __call__(self, tokens, segments, positions) -> np.ndarray:
-    """int32 [B T] each -> rows [B T L K] int32.
+  def __call__(
+    self, tokens: np.ndarray, segments: np.ndarray, positions: np.ndarray
+  ) -> np.ndarray:
+    """Returns rows [B T L K] int32.
+
+    Args:
+      tokens, segments, positions: int32 [B T] each.
 
     Raises:
       InputError: a token is outside the vocabulary; padding may be.
     """
+    # Padding may hold any id: it is read as token 0, which no token looks at.
     inside = (tokens >= 0) & (tokens < len(self.classes))
     wrong = tokens[~inside & (segments > 0)]
     if wrong.size:
@@ -125,8 +143,8 @@ class NGrams(NamedTuple):
 
 
 @functools.cache
-def _normalizers():
-  """What the published classes were made with, strip apart."""
+def _normalizers() -> tuple[Any, Any]:
+  """Returns the published normalizers of classes, strip apart."""
   from tokenizers import Regex, normalizers
 
   steps = (
@@ -140,7 +158,7 @@ def _normalizers():
 
 
 def normalized(text: str) -> str:
-  """What tokens of one class have in common; a lone space stays one.
+  """Returns what tokens of one class have in common; a lone space stays one.
 
   Text of which nothing is left, such as an accent alone, stays as it is.
   """
@@ -149,8 +167,10 @@ def normalized(text: str) -> str:
   return short if short == ' ' else strip.normalize_str(short) or text
 
 
-def token_classes(tokenizer, vocab_size: int) -> np.ndarray:
-  """[vocab_size] int32, the class of each token; padding's is 0.
+def token_classes(
+  tokenizer: Tokenizer | ByteTokenizer, vocab_size: int
+) -> np.ndarray:
+  """Returns the class of each token, [vocab_size] int32; padding's is 0.
 
   Tokens that are no whole text (bytes of a character) have classes of their
   own. Ids that the tokenizer lacks are like padding.

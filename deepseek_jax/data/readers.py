@@ -1,4 +1,4 @@
-"""The texts of one file, in bounded memory whatever its size.
+"""Reads the texts of one file, in bounded memory whatever its size.
 
 A file of text is one text, or pieces of about 16,000 characters where it is
 long; a file of records has one text a record, in its field 'text'.
@@ -14,7 +14,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from deepseek_jax.data import left_out, tables
 from deepseek_jax.errors import InputError
@@ -33,10 +33,14 @@ _CHUNK = 1 << 20  # bytes
 
 
 class File(NamedTuple):
-  """A file that is read.
+  """Describes a file that is read.
 
-  path: to open it; name: below data.path; kind: one of TEXT and RECORDS;
-  packed: '' or one of PACKED; size: bytes on disk.
+  Attributes:
+    path: to open it.
+    name: below data.path.
+    kind: one of TEXT and RECORDS.
+    packed: '' or one of PACKED.
+    size: bytes on disk.
   """
 
   path: str
@@ -47,7 +51,10 @@ class File(NamedTuple):
 
 
 def kind_of(name: str) -> tuple[str, str]:
-  """(kind, packed) of a file's name, '' for neither; 'A.TXT' is '.txt'."""
+  """Returns (kind, packed) of a file's name, '' for neither.
+
+  Case does not count: 'A.TXT' is '.txt'.
+  """
   low = name.lower()
   packed = next((p for p in PACKED if low.endswith(p)), '')
   kinds = TEXT + (LINES if packed else RECORDS)
@@ -80,7 +87,7 @@ def texts(
 
 
 def has_records(file: File) -> bool:
-  """Whether a .json file is a list or lines of objects with a 'text'."""
+  """Returns whether a .json file is a list or lines of 'text' objects."""
   where = left_out.shown(file.path)
   with _opened(file) as stream:
     if _first(stream) == b'[':
@@ -95,7 +102,7 @@ def has_records(file: File) -> bool:
 
 
 def head(path: str, size: int) -> bytes:
-  """The first bytes of a file; InputError if it can't be read."""
+  """Returns a file's first `size` bytes; InputError if it can't be read."""
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise OSError(errno.EINVAL, 'it is no regular file', path)
@@ -106,7 +113,7 @@ def head(path: str, size: int) -> bytes:
 
 
 def unreadable(path: str, error: OSError) -> InputError:
-  """The InputError for a file that the system does not give."""
+  """Returns the InputError for a file that the system does not give."""
   return InputError(
     f'data.path: cannot read {left_out.shown(path)}'
     f' ({error.strerror or error}): make it readable or take it away'
@@ -114,8 +121,8 @@ def unreadable(path: str, error: OSError) -> InputError:
 
 
 @contextlib.contextmanager
-def _opened(file):
-  """A file's bytes, unpacked; damage and faults of the system by name."""
+def _opened(file: File) -> Iterator[io.BufferedReader]:
+  """Opens a file's bytes, unpacked; names damage and faults of the system."""
   try:
     with open(file.path, 'rb') as raw, _unpacked(raw, file.packed) as stream:
       yield stream
@@ -128,7 +135,8 @@ def _opened(file):
     ) from error
 
 
-def _unpacked(raw, packed):
+def _unpacked(raw: io.BufferedReader, packed: str) -> Any:
+  """Returns the stream of a packed file's contents."""
   if packed and not os.fstat(raw.fileno()).st_size:
     raise EOFError('it is empty')
   if packed == '.gz':
@@ -144,11 +152,12 @@ def _unpacked(raw, packed):
   return raw
 
 
-def _decoded(stream, where) -> Iterator[str]:
+def _decoded(stream: BinaryIO, where: str) -> Iterator[str]:
   """Yields exactly the characters: line ends are not translated."""
   decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
   while True:
     chunk = stream.read(_CHUNK)
+    # Bytes of a character that the chunk before began.
     held = len(decoder.getstate()[0])
     try:
       yield decoder.decode(chunk, final=not chunk)
@@ -159,7 +168,8 @@ def _decoded(stream, where) -> Iterator[str]:
       return
 
 
-def _text(parts: Iterable[str], whole):
+def _text(parts: Iterable[str], whole: bool) -> Iterator[tuple[str, str]]:
+  """Yields a text whole, or in numbered pieces where it is long."""
   parts, read, size = iter(parts), [], 0
   while whole and size <= _WHOLE:
     part = next(parts, None)
@@ -188,7 +198,8 @@ def _pieces(parts: Iterable[str]) -> Iterator[str]:
     text = text[start:]
 
 
-def _cut(text, least):
+def _cut(text: str, least: int) -> int:
+  """Returns where to cut: after a blank line or line end from `least` on."""
   for mark in ('\n\n', '\n'):
     at = text.find(mark, least, least + _PIECE)
     if at >= 0:
@@ -196,8 +207,11 @@ def _cut(text, least):
   return least
 
 
-def _first(stream) -> bytes:
-  """The first byte that is no space or byte order mark; skips those before."""
+def _first(stream: io.BufferedReader) -> bytes:
+  """Returns the first byte that is no space or byte order mark.
+
+  Skips those before it, and leaves it unread.
+  """
   if stream.peek(3)[:3] == codecs.BOM_UTF8:
     stream.read(3)
   while chunk := stream.peek(1):
@@ -208,7 +222,7 @@ def _first(stream) -> bytes:
   return b''
 
 
-def _lines(stream, where):
+def _lines(stream: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
   """Yields (line, value) of the lines that are not blank."""
   for number in itertools.count(1):
     line = stream.readline(_LONGEST + 1)
@@ -222,7 +236,8 @@ def _lines(stream, where):
       yield number, _json(_utf8(line, at), at)
 
 
-def _json(line, where):
+def _json(line: str, where: str) -> Any:
+  """Returns the value of a line of JSON; InputError if it is none."""
   try:
     return json.loads(line)
   except RecursionError as error:
@@ -233,7 +248,7 @@ def _json(line, where):
     ) from error
 
 
-def _listed(stream, where):
+def _listed(stream: BinaryIO, where: str) -> Iterator[Any]:
   """Yields the values of a JSON list, of which one at a time is in memory."""
   text = _Values(_decoded(stream, where))
   text.take()  # the bracket
@@ -253,25 +268,27 @@ def _listed(stream, where):
 
 
 class _Values:
-  """JSON values that follow each other in a text which is read in parts."""
+  """Reads JSON values that follow each other in a text given in parts."""
 
   def __init__(self, parts: Iterator[str]):
+    """Takes the parts of the text, read as they are needed."""
     self._parts, self._text = parts, ''
 
   def next(self) -> str:
-    """The first sign that is no space; '' at the end."""
+    """Returns the first character that is not a space; '' at the end."""
     self._text = self._text.lstrip()
     while not self._text and self._more():
       self._text = self._text.lstrip()
     return self._text[:1]
 
   def take(self) -> str:
+    """Returns the first character that is not a space, and skips it."""
     sign = self.next()
     self._text = self._text[1:]
     return sign
 
-  def value(self, where):
-    """The next value; reads on while it may be cut off."""
+  def value(self, where: str) -> Any:
+    """Returns the next value; reads on while it may be cut off."""
     self.next()
     while True:
       try:
@@ -299,7 +316,8 @@ class _Values:
     return bool(more)
 
 
-def _table(file):
+def _table(file: File) -> Iterator[tuple[str, str | None]]:
+  """Yields the texts of a table's rows, numbered."""
   import pyarrow
 
   where = left_out.shown(file.path)
@@ -324,8 +342,8 @@ def _table(file):
     ) from error
 
 
-def _text_of(record, where):
-  """The text of a record; None if it is null."""
+def _text_of(record: Any, where: str) -> str | None:
+  """Returns the text of a record; None if it is null."""
   text = record.get('text', 0) if isinstance(record, dict) else 0
   if text is None:
     return None
@@ -341,28 +359,32 @@ def _text_of(record, where):
   return text
 
 
-def _check_length(size, where):
+def _check_length(size: int, where: str) -> None:
+  """Raises InputError for a record of more than 64 MiB."""
   if size > _LONGEST:
     raise InputError(
       f'data.path: {where} has more than {_LONGEST >> 20} MiB: cut it'
     )
 
 
-def _utf8(data, where):
+def _utf8(data: bytes, where: str) -> str:
+  """Returns bytes as text; InputError if they are not UTF-8."""
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as error:
     raise _not_utf8(where, error.start) from error
 
 
-def _not_utf8(where, byte):
+def _not_utf8(where: str, byte: int) -> InputError:
+  """Returns the InputError for a byte that is not UTF-8."""
   return InputError(
     f'data.path: {where} is not UTF-8 (byte {byte}): '
     'convert it (iconv -t utf-8) or take it away'
   )
 
 
-def _too_deep(where):
+def _too_deep(where: str) -> InputError:
+  """Returns the InputError for JSON that is nested too deeply."""
   return InputError(
     f'data.path: {where} is nested too deeply to be read: take it out'
   )

@@ -1,11 +1,12 @@
-"""What the files beside a tokenizer.json declare about its special tokens.
+"""Reads what the files beside a tokenizer.json declare of special tokens.
 
 tokenizer_config.json names them; older folders add special_tokens_map.json and
-added_tokens.json. Which file is heard is as in transformers 5.
+added_tokens.json. Which file takes precedence is as in transformers 5.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
@@ -17,12 +18,12 @@ _ORDER = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')  # new ids follow it
 
 
 class Declared(NamedTuple):
-  """Special tokens by the files beside a tokenizer.json."""
+  """Holds the special tokens by the files beside a tokenizer.json."""
 
   names: dict[str, str]  # 'eos_token' -> '</s>'
   more: tuple[str, ...]  # special tokens without such a name
   added: tuple[dict[str, Any], ...]  # content and flags, in order of id
-  adds_bos: bool | None  # what add_bos_token says; None if nothing
+  adds_bos: bool | None  # the value of add_bos_token; None if absent
   adds_eos: bool | None
 
 
@@ -80,16 +81,18 @@ def declared(folder: str) -> Declared:
   return Declared(names, _more(fields), tuple(tokens), *flags)
 
 
-def _order(key):
+def _order(key: str) -> int:
+  """Returns the place of a token's name among those that new ids follow."""
   return _ORDER.index(key[:-6]) if key[:-6] in _ORDER else len(_ORDER)
 
 
-def _token(token):
+def _token(token: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a token's text and flags; KeyError if it has no text."""
   flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
   return {'content': str.__str__(token['content']), **flags}
 
 
-def _more(fields):
+def _more(fields: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns what extra_special_tokens holds, under either of its names."""
   found = fields.get('extra_special_tokens')
   found = found or fields.get('additional_special_tokens') or ()
@@ -99,7 +102,8 @@ def _more(fields):
   return tuple(t for t in map(name, tokens) if isinstance(t, str))
 
 
-def _legacy(added, fields):
+def _legacy(added: Mapping[str, int], fields: Mapping[str, Any]) -> dict:
+  """Returns added_tokens.json in the form of added_tokens_decoder."""
   special = {name(v) for v in fields.values() if isinstance(v, str | dict)}
   return {
     i: {

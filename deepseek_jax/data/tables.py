@@ -1,7 +1,9 @@
-"""The column 'text' of Parquet and Arrow files, a few rows at a time."""
+"""Reads the column 'text' of Parquet and Arrow files, a few rows at a time."""
 
 import mmap
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 from deepseek_jax.errors import InputError
 
@@ -9,7 +11,7 @@ _ROWS = 8  # at a time: a row may be long
 _BUFFER = 1 << 20  # bytes
 
 
-def parquet(stream, where):
+def parquet(stream: BinaryIO, where: str) -> Iterator[Any]:
   """Yields columns of a few rows; pages are read as they are needed."""
   import pyarrow.parquet
 
@@ -21,7 +23,7 @@ def parquet(stream, where):
       yield batch.column(0)
 
 
-def arrow(stream, where):
+def arrow(stream: BinaryIO, where: str) -> Iterator[Any]:
   """Yields the columns of an IPC stream or file, mapped and not read in."""
   import pyarrow
 
@@ -29,6 +31,7 @@ def arrow(stream, where):
     raise pyarrow.ArrowInvalid('empty')
   mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
   source = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
+  # The file format begins with this mark, the stream format does not.
   if mapped[:6] == b'ARROW1':
     file = pyarrow.ipc.open_file(source)
     _check_column(file.schema.names, where)
@@ -40,7 +43,8 @@ def arrow(stream, where):
     yield batch.column(batch.schema.names.index('text'))
 
 
-def _check_column(names, where):
+def _check_column(names: Sequence[str], where: str) -> None:
+  """Raises InputError if there is no column 'text'."""
   if 'text' not in names:
     raise InputError(
       f"data.path: {where} has no column 'text' but {', '.join(names)}: "

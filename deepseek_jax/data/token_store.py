@@ -1,4 +1,4 @@
-"""Token windows on disk: two flat files and an index that vouches for them.
+"""Stores token windows: two flat files and an index that vouches for them.
 
     train.bin, heldout.bin   documents back to back, each ended by the EOS token
     tokenizer.json, …        the tokenizer that made them
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ _CHUNK = 1 << 24  # bytes
 
 
 class HeldoutDocument(NamedTuple):
+  """Describes a held-out document and its place in the token file."""
+
   name: str
   offset: int  # in tokens, into heldout.bin
   tokens: int  # with the EOS that ends it
@@ -33,7 +36,10 @@ class HeldoutDocument(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """A verified store; train [N] and heldout [M] are uint16 or uint32 ids."""
+  """Holds a verified store.
+
+  `train` [N] and `heldout` [M] are uint16 or uint32 token ids.
+  """
 
   path: str
   index: dict
@@ -44,13 +50,18 @@ class Store:
   def open(cls, path: str, vocab_size: int | None = None) -> 'Store':
     """Verifies a store and maps its token files.
 
-    vocab_size: of the model; every token id has to be below it. Raises
-    InputError that names the file at fault.
+    Args:
+      path: the store's folder.
+      vocab_size: of the model; every token id has to be below it.
+
+    Raises:
+      InputError: names the file at fault.
     """
     index = read_index(path)
     dtype = np.dtype(index['dtype'])
     largest = 0
     for name, expected in index['files'].items():
+      # One read for both: the hash and the largest id.
       tokens = dtype if name in (TRAIN, HELDOUT) else None
       largest = max(largest, _verify(path, name, expected, tokens))
     held = index['tokenizer']['vocab_size']
@@ -66,32 +77,38 @@ class Store:
 
   @property
   def vocab_size(self) -> int:
+    """Returns the size of the tokenizer's vocabulary."""
     return self.index['tokenizer']['vocab_size']
 
   @property
   def eos_id(self) -> int:
+    """Returns the token that ends documents."""
     return self.index['tokenizer']['eos_id']
 
   @property
   def pad_id(self) -> int:
+    """Returns the token that fills rows up."""
     return self.index['tokenizer']['pad_id']
 
   @property
   def train_sha256(self) -> str:
+    """Returns the SHA-256 of the training tokens' file."""
     return self.index['files'][TRAIN]['sha256']
 
   @property
   def heldout_sha256(self) -> str:
+    """Returns the SHA-256 of the held-out tokens' file."""
     return self.index['files'][HELDOUT]['sha256']
 
-  def tokenizer(self):
-    """The tokenizer that made the store (loads it on every call)."""
+  def tokenizer(self) -> tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer:
+    """Returns the tokenizer that made the store; loads it on every call."""
     out = tokenizer_lib.from_file(self.path)
     if out.sha256 != self.index['tokenizer']['sha256']:
       raise _damaged(self.path, 'tokenizer.json', 'another tokenizer')
     return out
 
   def heldout_documents(self) -> list[HeldoutDocument]:
+    """Returns the held-out documents in the order of their tokens."""
     out, offset = [], 0
     for name, tokens, size in self.index['heldout']['list']:
       out.append(HeldoutDocument(name, offset, tokens, size))
@@ -99,7 +116,7 @@ class Store:
     return out
 
   def heldout_texts(self) -> list[str]:
-    """The held-out documents as text, exactly as they were read."""
+    """Returns the held-out documents as text, exactly as they were read."""
     tokenizer = self.tokenizer()
     return [
       tokenizer.decode(self.heldout[doc.offset : doc.offset + doc.tokens - 1])
@@ -108,7 +125,7 @@ class Store:
 
 
 def read_index(path: str) -> dict:
-  """The index of a store, with its own hash checked."""
+  """Returns the index of a store, with its own hash checked."""
   file = os.path.join(path, INDEX)
   try:
     with open(file, encoding='utf-8') as stream:
@@ -146,11 +163,15 @@ def write_index(path: str, index: dict) -> None:
     json.dump(index, stream, indent=1)
 
 
-def _index_sha256(index):
+def _index_sha256(index: dict) -> str:
+  """Returns the SHA-256 of an index without its own hash."""
   return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(file, look=lambda data: None):
+def _fingerprint(
+  file: str, look: Callable[[bytes], None] = lambda data: None
+) -> dict:
+  """Returns the bytes and SHA-256 of a file; shows its chunks to `look`."""
   digest = hashlib.sha256()
   with open(file, 'rb') as stream:
     while data := stream.read(_CHUNK):
@@ -159,11 +180,13 @@ def _fingerprint(file, look=lambda data: None):
   return {'bytes': os.path.getsize(file), 'sha256': digest.hexdigest()}
 
 
-def _verify(path, name, expected, dtype):
-  """The largest token id of an undamaged file; 0 if it holds no tokens."""
+def _verify(
+  path: str, name: str, expected: dict, dtype: np.dtype | None
+) -> int:
+  """Returns the largest token id of an undamaged file; 0 without tokens."""
   largest = [0]
 
-  def look(data):
+  def look(data: bytes) -> None:
     if dtype and len(data) % dtype.itemsize == 0:
       largest.append(int(np.frombuffer(data, dtype).max()))
 
@@ -178,14 +201,16 @@ def _verify(path, name, expected, dtype):
   return max(largest)
 
 
-def _damaged(path, name, why):
+def _damaged(path: str, name: str, why: str) -> InputError:
+  """Returns the InputError for a file at fault."""
   return InputError(
     f'{os.path.join(path, name)} is damaged ({why}): '
     f'delete {path} and run again to rebuild it'
   )
 
 
-def _map(path, name, dtype):
+def _map(path: str, name: str, dtype: np.dtype) -> np.ndarray:
+  """Returns a token file, mapped read-only."""
   file = os.path.join(path, name)
   if os.path.getsize(file) == 0:  # an empty file can't be mapped
     return np.zeros(0, dtype)

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and exactly back.
+"""Tokenizes text to token ids and exactly back.
 
 Byte-level BPE (trained here or a Hugging Face tokenizer.json) and plain bytes
 share one interface. Text never turns into a special token: a document that
@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 from deepseek_jax.data import decoding, special_tokens
 from deepseek_jax.errors import InputError, naming
@@ -34,13 +34,15 @@ _PROBE = "class F(X):\n    return  x + 1234567\t# 'naïve' … 東京 🎉\r\n\n
 
 
 class FimIds(NamedTuple):
+  """Holds the ids of the fill-in-the-middle marks."""
+
   begin: int
   hole: int
   end: int
 
 
 class ByteTokenizer:
-  """One token a byte, after the five special ones; depends on nothing."""
+  """Makes a byte a token, after the five special ones; needs no file."""
 
   kind = 'bytes'
   pad_id, eos_id, bos_id = 0, 1, None
@@ -49,7 +51,12 @@ class ByteTokenizer:
   vocab_size = len(SPECIAL) + 256
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
-    """special: read names of special tokens in the text as those tokens."""
+    """Returns the token ids of a text.
+
+    Args:
+      text: any text.
+      special: read names of special tokens in the text as those tokens.
+    """
     if special:
       names = '|'.join(map(re.escape, SPECIAL))
       parts = re.split(f'({names})', text)  # names at the odd places
@@ -59,10 +66,11 @@ class ByteTokenizer:
     return [byte + len(SPECIAL) for byte in text.encode()]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of each text."""
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Special tokens by name, bytes that aren't UTF-8 as U+FFFD.
+    """Returns the text: special tokens by name, bytes not UTF-8 as U+FFFD.
 
     Leaves out ids past the vocabulary: a model's may be larger.
     """
@@ -73,7 +81,8 @@ class ByteTokenizer:
     del after  # text is that of the bytes, wherever they stand
     return decoding.ByteDecoder(self._bytes)
 
-  def _bytes(self, token):
+  def _bytes(self, token: int) -> bytes:
+    """Returns the bytes of a token; none past the vocabulary."""
     first = len(SPECIAL)
     if token >= self.vocab_size:
       return b''
@@ -81,17 +90,20 @@ class ByteTokenizer:
 
   @property
   def sha256(self) -> str:
+    """Returns a hash of all that decides ids."""
     return hashlib.sha256(self._json().encode()).hexdigest()
 
   def save(self, directory: str) -> None:
+    """Writes a folder that `from_file` loads."""
     _write(directory, 'tokenizer.json', self._json())
 
-  def _json(self):
+  def _json(self) -> str:
+    """Returns the contents of its tokenizer.json."""
     return json.dumps({'model': {'type': 'Bytes'}, 'special': SPECIAL})
 
 
 class Tokenizer:
-  """A `tokenizers` tokenizer that keeps text and special tokens apart.
+  """Wraps a `tokenizers` tokenizer; keeps text and special tokens apart.
 
   Attributes: vocab_size (largest id + 1), eos_id, pad_id (eos_id if it has no
   padding token), bos_id (None if it has none), fim (FimIds, or None if it has
@@ -108,10 +120,13 @@ class Tokenizer:
     pad: str | None = None,
     declared: special_tokens.Declared | None = None,
   ):
-    """text: contents of a tokenizer.json; eos, pad: names of two tokens.
+    """Parses a tokenizer.json.
 
-    declared: what the files beside it say; their tokens are read, too, where
-      text is encoded with special=True.
+    Args:
+      text: its contents.
+      eos, pad: names of two tokens.
+      declared: from the files beside it; their tokens are read, too, where
+        text is encoded with special=True.
     """
     import tokenizers
 
@@ -145,7 +160,12 @@ class Tokenizer:
     return _around(self._full, self._post_processor)
 
   def encode(self, text: str, *, special: bool = False) -> list[int]:
-    """special: read names of special tokens in the text as those tokens."""
+    """Returns the token ids of a text.
+
+    Args:
+      text: any text.
+      special: read names of special tokens in the text as those tokens.
+    """
     model = self._full if special else self._plain
     return model.encode(text, add_special_tokens=False).ids
 
@@ -155,7 +175,7 @@ class Tokenizer:
     return [encoding.ids for encoding in out]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Special tokens by name, bytes that aren't UTF-8 as U+FFFD.
+    """Returns the text: special tokens by name, bytes not UTF-8 as U+FFFD.
 
     Leaves out ids past the vocabulary: a model's may be larger.
     """
@@ -177,14 +197,18 @@ class Tokenizer:
       waits=not decoding.is_incremental(spec),
     )
 
-  def _is_open(self, token):
+  def _is_open(self, token: int) -> bool:
+    """Returns whether what follows a token may change its text.
+
+    True for a byte of a run such as <0xE2>.
+    """
     # An id past the vocabulary has no text: it ends no run of bytes.
     name = self._full.id_to_token(token)
     return name is None or _BYTE.fullmatch(name) is not None
 
   @property
   def sha256(self) -> str:
-    """Hash of all that decides ids: the tokenizer and its two names."""
+    """Returns a hash of all that decides ids: the tokenizer and two names."""
     parts = json.dumps([self._spec, self._eos, self._pad], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -200,7 +224,7 @@ class Tokenizer:
     _write(directory, 'tokenizer_config.json', json.dumps(config))
 
 
-def _add(model, declared):
+def _add(model: Any, declared: special_tokens.Declared) -> None:
   """Adds tokens that only the files beside tokenizer.json declare."""
   from tokenizers import AddedToken
 
@@ -218,7 +242,9 @@ def _add(model, declared):
       )
 
 
-def _around(model, post_processor):
+def _around(
+  model: Any, post_processor: dict
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns the ids that a post-processor puts before and behind a text."""
   import tokenizers
 
@@ -240,12 +266,12 @@ def _around(model, post_processor):
   )
 
 
-def _token_bytes(model):
+def _token_bytes(model: Any) -> Callable[[int], bytes]:
   """Returns the function (id -> bytes) of a byte-level tokenizer."""
   alphabet = decoding.byte_level_alphabet()
 
   @functools.lru_cache(maxsize=1 << 16)
-  def token_bytes(token):
+  def token_bytes(token: int) -> bytes:
     name = model.id_to_token(token)
     if name is None:  # a model's vocabulary may be larger
       return b''
@@ -255,7 +281,7 @@ def _token_bytes(model):
   return token_bytes
 
 
-def _all_special(spec):
+def _all_special(spec: dict) -> dict:
   """Marks every <…> token special: some files leave that out for a few.
 
   Other added tokens, such as runs of spaces, are text and stay in use.
@@ -267,7 +293,8 @@ def _all_special(spec):
   return spec | {'added_tokens': added}
 
 
-def _is_mark(name):
+def _is_mark(name: str) -> bool:
+  """Returns whether a name is written as <...>."""
   return len(name) > 2 and name[0] == '<' and name[-1] == '>'
 
 
@@ -303,7 +330,8 @@ def from_file(path: str) -> Tokenizer | ByteTokenizer:
   return out
 
 
-def _check(tokenizer, path, eos):
+def _check(tokenizer: Tokenizer | None, path: str, eos: str | None) -> None:
+  """Raises InputError without an EOS token, or if text changes on its way."""
   if tokenizer is None:
     raise InputError(
       f'data.tokenizer={path!r} has no end-of-text token {eos or ""}: '
@@ -316,11 +344,13 @@ def _check(tokenizer, path, eos):
     )
 
 
-def _first(wanted, names):
+def _first(wanted: Sequence[str], names: Container[str]) -> str | None:
+  """Returns the first of the wanted names that exists, or None."""
   return next((name for name in wanted if name in names), None)
 
 
-def _read(path):
+def _read(path: str) -> str:
+  """Returns the text of a file; InputError if it can't be read."""
   try:
     with open(path, encoding='utf-8') as file:
       return file.read()
@@ -331,7 +361,8 @@ def _read(path):
     ) from error
 
 
-def _parse(text, path):
+def _parse(text: str, path: str) -> dict:
+  """Returns the JSON object of a text; InputError if it is none."""
   try:
     spec = json.loads(text)
   except RecursionError:
@@ -345,7 +376,8 @@ def _parse(text, path):
   return spec
 
 
-def _write(directory, name, text):
+def _write(directory: str, name: str, text: str) -> None:
+  """Writes a file; an OSError names it."""
   path = os.path.join(directory, name)
   with naming(path), open(path, 'w', encoding='utf-8') as file:
     file.write(text)

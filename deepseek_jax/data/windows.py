@@ -1,4 +1,4 @@
-"""Tokenise once: a corpus becomes a store of token windows on disk.
+"""Tokenises once: a corpus becomes a store of token windows on disk.
 
 The store's folder is named by a hash of all that decides its tokens, so runs
 that agree share it and a change of the text or of a setting makes a new one.
@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from deepseek_jax.data import corpus, infill, leftovers
 from deepseek_jax.data import token_store as store
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.data.bpe import train_bpe
-from deepseek_jax.data.census import census_of
+from deepseek_jax.data.census import Census, census_of
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError
 
@@ -29,11 +29,17 @@ _BATCH_CHARACTERS = 1 << 22  # encoded at once: bounds the memory
 def build(
   config: DataConfig, *, say: Callable[[str], None] = say_lib.warn
 ) -> store.Store:
-  """The token windows of a config, from the cache if they are there.
+  """Returns the token windows of a config, from the cache if they are there.
 
   Reads the corpus to hash it, tokenises it unless that was done before, and
-  verifies the store. `say` takes a line on what of data.path is not read.
-  Raises InputError if an input or the cached store is wrong.
+  verifies the store.
+
+  Args:
+    config: the data of a run.
+    say: takes a line on files of data.path that are not read.
+
+  Raises:
+    InputError: an input or the cached store is wrong.
   """
   census = census_of(config)
   if census.left_out:
@@ -53,8 +59,8 @@ def build(
   return out
 
 
-def _recipe(config, census):
-  """All that decides the tokens of a store."""
+def _recipe(config: DataConfig, census: Census) -> dict:
+  """Returns all that decides the tokens of a store."""
   tokenizer = config.tokenizer
   if tokenizer == 'bpe':
     tokenizer = f'bpe {config.vocab_size}'
@@ -71,7 +77,7 @@ def _recipe(config, census):
   }
 
 
-def _write(path, config, census, recipe):
+def _write(path: str, config: DataConfig, census: Census, recipe: dict) -> None:
   """Builds in a folder beside `path` and renames it: all of it or nothing."""
   tokenizer = _tokenizer(config, census)
   folder = f'{path}.{secrets.token_hex(4)}.tmp'
@@ -95,7 +101,8 @@ def _write(path, config, census, recipe):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(folder, path):
+def _publish(folder: str, path: str) -> None:
+  """Renames a finished folder; another process may have been faster."""
   try:
     os.rename(folder, path)
   except OSError:
@@ -103,7 +110,10 @@ def _publish(folder, path):
       raise
 
 
-def _tokenizer(config, census):
+def _tokenizer(
+  config: DataConfig, census: Census
+) -> tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer:
+  """Returns the tokenizer of a config, trained or loaded."""
   if config.tokenizer == 'bpe':
     out = train_bpe(_bpe_texts(config, census), config.vocab_size)
   elif config.tokenizer == 'bytes':
@@ -123,8 +133,8 @@ def _tokenizer(config, census):
   return out
 
 
-def _bpe_texts(config, census):
-  """The training documents, or a sample of them if they are very many."""
+def _bpe_texts(config: DataConfig, census: Census) -> Iterator[str]:
+  """Yields the training documents, or a sample if they are very many."""
   share = _BPE_CHARACTERS / max(census.characters, 1)
   for doc in corpus.documents(config.path):
     held = corpus.is_held_out(doc.text, config.heldout_fraction)
@@ -132,7 +142,11 @@ def _bpe_texts(config, census):
       yield doc.text
 
 
-def _write_tokens(folder, config, tokenizer):
+def _write_tokens(
+  folder: str,
+  config: DataConfig,
+  tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer,
+) -> tuple[dict, str]:
   """Writes both token files; returns the index's counts and the corpus hash."""
   dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
   digest = corpus.Digest()
@@ -172,7 +186,10 @@ def _write_tokens(folder, config, tokenizer):
   return index, digest.hexdigest()
 
 
-def _encoded(config, tokenizer):
+def _encoded(
+  config: DataConfig,
+  tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer,
+) -> Iterator[tuple]:
   """Yields (document, held out, whether cut, ids without EOS), in order."""
   for docs in _batched(corpus.documents(config.path)):
     plans = []
@@ -180,6 +197,7 @@ def _encoded(config, tokenizer):
       held = corpus.is_held_out(doc.text, config.heldout_fraction)
       cut = None if held else infill.fim(doc, config.fim_rate, config.seed)
       plans.append((doc, held, cut))
+    # All parts at once, for encode_batch runs on all cores.
     texts = [text for doc, _, cut in plans for text in cut or (doc.text,)]
     ids = iter(tokenizer.encode_batch(texts))
     for doc, held, cut in plans:
@@ -189,7 +207,13 @@ def _encoded(config, tokenizer):
       yield doc, held, cut is not None, body
 
 
-def _check_ids(doc, held, parts, tokenizer):
+def _check_ids(
+  doc: corpus.Document,
+  held: bool,
+  parts: list[list[int]],
+  tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer,
+) -> None:
+  """Raises InputError if tokens hold an end of text or change the text."""
   if any(tokenizer.eos_id in ids for ids in parts):
     raise InputError(
       f'data.tokenizer reads an end of text inside {doc.name}: take that out'
@@ -202,7 +226,10 @@ def _check_ids(doc, held, parts, tokenizer):
     )
 
 
-def _batched(docs):
+def _batched(
+  docs: Iterable[corpus.Document],
+) -> Iterator[list[corpus.Document]]:
+  """Yields lists of documents of some 4 million characters together."""
   batch, characters = [], 0
   for doc in docs:
     batch.append(doc)

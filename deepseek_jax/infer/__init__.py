@@ -1,1 +1,1 @@
-"""Inference: sampling, chat, placement of redundant experts."""
+"""Serves models: sampling, chat, placement of redundant experts."""

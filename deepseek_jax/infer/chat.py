@@ -1,4 +1,4 @@
-"""Chat: the template of tokenizer_config.json, and a conversation.
+"""Renders and holds conversations by the template of a published folder.
 
 A template is a program that came with a download. In jinja2's immutable
 sandbox it reaches no file, no import and no attribute of Python's; a process of
@@ -11,6 +11,7 @@ from typing import Any
 
 from deepseek_jax import files
 from deepseek_jax.data import special_tokens
+from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import template
 from deepseek_jax.infer.text import decode_stream
@@ -49,7 +50,13 @@ def template_config(folder: str) -> dict[str, Any]:
   return config
 
 
-def _template(config, tools=None) -> str:
+def _template(
+  config: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None = None
+) -> str:
+  """Returns the chat template; InputError if there is none, or too long a one.
+
+  If it has several by name, 'tool_use' is used with tools, else 'default'.
+  """
   found = config.get('chat_template')
   if isinstance(found, list):  # several, by name
     found = {
@@ -77,7 +84,7 @@ def render(
   tools: Sequence[Mapping[str, Any]] | None = None,
   documents: Sequence[Mapping[str, Any]] | None = None,
   add_generation_prompt: bool = True,
-  **variables,
+  **variables: Any,
 ) -> str:
   """Returns messages as the text that the model was trained on.
 
@@ -125,13 +132,14 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-  """Pieces of a text up to the first of `stops`; each is not empty.
+  """Yields pieces of a text up to the first of `stops`; each is not empty.
 
-  What may be the beginning of one waits.
+  Text that may begin a stop waits for the next piece.
   """
   held = ''
   for piece in pieces:
     held += piece
+    # The earliest stop ends the text, whichever it is.
     found = [at for at in map(held.find, stops) if at >= 0]
     if found:
       yield held[: min(found)]
@@ -143,21 +151,21 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def _overlap(text: str, stop: str) -> int:
-  """How many characters at the end of `text` begin `stop`."""
+  """Returns how many characters at the end of `text` begin `stop`."""
   sizes = range(min(len(text), len(stop) - 1), 0, -1)
   return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
 def converse(
   generate_stream: GenerateStream,
-  tokenizer,
+  tokenizer: Tokenizer | ByteTokenizer,
   config: Mapping[str, Any],
   *,
   ends: Sequence[int],
   system: str | None = None,
   ask: Callable[[], str] = lambda: input('> '),
   show: Callable[[str], None] = lambda text: print(text, end='', flush=True),
-  **variables,
+  **variables: Any,
 ) -> list[dict[str, str]]:
   """Holds a conversation until the input ends; returns its messages.
 
@@ -180,6 +188,7 @@ def converse(
     if said.strip() == '/quit':
       break
     messages.append({'role': 'user', 'content': said})
+    # The whole conversation is rendered again: templates look at all of it.
     prompt = tokenizer.encode(
       render(config, messages, **variables), special=True
     )
@@ -192,7 +201,8 @@ def converse(
   return messages
 
 
-def _until(ids, ends):
+def _until(ids: Iterable[int], ends: Sequence[int]) -> Iterator[int]:
+  """Yields tokens up to the first that ends an answer."""
   for token in ids:
     if token in ends:
       return

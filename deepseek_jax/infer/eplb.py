@@ -1,4 +1,4 @@
-"""Expert-parallel load balancing: copies of busy experts, spread over devices.
+"""Balances expert-parallel load: copies of busy experts, over devices.
 
 DeepSeek-V3 (arXiv:2412.19437, section 3.4) serves with redundant experts; the
 placement is the greedy one of DeepSeek's EPLB: whole expert groups to nodes,
@@ -14,7 +14,10 @@ from deepseek_jax.errors import InputError
 
 
 class Placing(NamedTuple):
-  """Which copy is of which expert; copy r lies on device r // (R / devices)."""
+  """Describes which copy is of which expert.
+
+  Copy r lies on device r // (R / devices).
+  """
 
   expert: np.ndarray  # [L R] of each copy
   copies: np.ndarray  # [L E X] of each expert, padded with -1
@@ -22,7 +25,9 @@ class Placing(NamedTuple):
 
 
 def pack(weight: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
-  """Equally many items to each pack, heaviest first to the lightest pack.
+  """Assigns equally many items to each pack, heaviest items first.
+
+  Items go in order of falling weight, each to the lightest pack with room.
 
   Args:
     weight: [n] of the items.
@@ -46,9 +51,14 @@ def pack(weight: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def replicate(weight: np.ndarray, copies: int) -> tuple[np.ndarray, np.ndarray]:
-  """One copy of everything, the others to whatever is busiest per copy.
+  """Returns one copy of each item, and more of those busiest per copy.
 
-  weight [n] -> (item of each copy [copies], copies of each item [n]).
+  Args:
+    weight: [n], load of the items.
+    copies: in all; at least n.
+
+  Returns:
+    (item of each copy [copies], copies of each item [n]).
   """
   n = len(weight)
   item, counts = list(range(n)), np.ones(n, int)
@@ -60,23 +70,37 @@ def replicate(weight: np.ndarray, copies: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inverse(order: np.ndarray) -> np.ndarray:
+  """Returns the inverse of a permutation [n]."""
   out = np.empty_like(order)
   out[order] = np.arange(len(order))
   return out
 
 
-def _place_layer(weight, copies, groups, nodes, devices):
-  """[E] -> expert of each copy [R]."""
+def _place_layer(
+  weight: np.ndarray, copies: int, groups: int, nodes: int, devices: int
+) -> np.ndarray:
+  """Returns the expert of each copy [R], of one layer.
+
+  Args:
+    weight: [E], load of each expert.
+    copies: R.
+    groups: divides E.
+    nodes: divides groups and devices.
+    devices: divides R.
+  """
   E = len(weight)
   size, per_node = E // groups, groups // nodes
+  # Whole groups go to nodes, as a token's groups are limited.
   node, place = pack(weight.reshape(groups, size).sum(axis=1), nodes)
   first = (node * per_node + place) * size  # of each group, node by node
   sorted_place = (first[:, None] + np.arange(size)).reshape(-1)
   original = _inverse(sorted_place)
   out = []
   for part in original.reshape(nodes, -1):
+    # Inside a node its experts are copied, the busiest per copy first.
     item, counts = replicate(weight[part], copies // nodes)
     load = (weight[part] / counts)[item]
+    # A copy has its share of the expert's load; devices get equally many.
     device, at = pack(load, devices // nodes)
     order = _inverse(device * (copies // devices) + at)
     out.append(part[item[order]])
@@ -84,9 +108,13 @@ def _place_layer(weight, copies, groups, nodes, devices):
 
 
 def rebalance_experts(
-  weight, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+  weight: np.ndarray,
+  num_replicas: int,
+  num_groups: int,
+  num_nodes: int,
+  num_gpus: int,
 ) -> Placing:
-  """Where the copies of every layer's experts go.
+  """Returns where the copies of every layer's experts go.
 
   Args:
     weight: [L E], load of each expert.
@@ -102,6 +130,7 @@ def rebalance_experts(
   weight = np.asarray(weight, np.float64)
   E = weight.shape[1]
   _check(E, num_replicas, num_groups, num_nodes, num_gpus)
+  # Groups can't stay on one node each: place experts over all devices.
   if num_groups % num_nodes:
     num_groups = num_nodes = 1
   place = lambda w: _place_layer(
@@ -112,6 +141,7 @@ def rebalance_experts(
 
 
 def _lists(expert: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the copies of each expert [L E X], and how many there are [L E]."""
   counts = np.stack([np.bincount(row, minlength=E) for row in expert])
   copies = np.full((*counts.shape, counts.max()), -1)
   for layer, row in enumerate(expert):
@@ -121,7 +151,10 @@ def _lists(expert: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray]:
   return copies, counts
 
 
-def _check(E, replicas, groups, nodes, devices):
+def _check(
+  E: int, replicas: int, groups: int, nodes: int, devices: int
+) -> None:
+  """Raises InputError for sizes that do not divide."""
   if replicas < E or replicas % devices:
     raise InputError(
       f'num_replicas = {replicas}: must be at least the {E} experts, and a'

@@ -1,4 +1,4 @@
-"""Serving with redundant experts: copies of busy ones on further devices.
+"""Serves with redundant experts: copies of busy ones on further devices.
 
 DeepSeek-V3 (arXiv:2412.19437, section 3.4): from the load of the last minutes
 experts are copied and laid out anew; a token takes one of the copies of each
@@ -13,10 +13,14 @@ import numpy as np
 from deepseek_jax.config import changed
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import eplb
+from deepseek_jax.model.transformer import TransformerConfig
 
 
-def places(config) -> list[tuple]:
-  """((path of a stack of MoE layers), their numbers among L), MTP last."""
+def places(config: TransformerConfig) -> list[tuple]:
+  """Returns (path of a stack of MoE layers, their numbers among L), MTP last.
+
+  The numbers [repeats] are None for MTP blocks, which are not stacked.
+  """
   stacks: dict[tuple, list[int]] = {}
   routed = (layer for layer in config.in_order() if layer.block.routed)
   for number, layer in enumerate(routed):
@@ -29,16 +33,23 @@ def places(config) -> list[tuple]:
   return out
 
 
-def _at(tree: dict, path) -> dict:
+def _at(tree: dict, path: tuple) -> dict:
+  """Returns the dict at a path of nested dicts, made where it is missing."""
   for key in path:
     tree = tree.setdefault(key, {})
   return tree
 
 
 def with_copies(
-  config, variables, load, redundant: int, *, nodes: int = 1, devices: int = 1
-):
-  """A model that serves with copies of its busiest experts.
+  config: TransformerConfig,
+  variables: dict,
+  load: np.ndarray,
+  redundant: int,
+  *,
+  nodes: int = 1,
+  devices: int = 1,
+) -> tuple[TransformerConfig, dict]:
+  """Returns a model that serves with copies of its busiest experts.
 
   Args:
     config: a TransformerConfig without redundant experts.
@@ -64,6 +75,7 @@ def with_copies(
   out = jax.tree.map(lambda a: a, variables)  # a copy of the dicts
   for path, numbers in places(config):
     rows = np.ones((1, E)) if numbers is None else load[numbers]
+    # Each stack is placed by itself; a model has as many copies in every layer.
     placing = eplb.rebalance_experts(
       rows, E + redundant, groups, nodes, devices
     )
@@ -77,8 +89,16 @@ def with_copies(
   return changed(config, {'moe.redundant': redundant}), out
 
 
-def _copy(params, buffers, placing, redundant, *, stacked: bool):
+def _copy(
+  params: dict,
+  buffers: dict,
+  placing: eplb.Placing,
+  redundant: int,
+  *,
+  stacked: bool,
+) -> None:
   """Lays one stack of layers out as `placing` says."""
+  # An expert has at most redundant + 1 copies: one shape for all stacks.
   room = redundant + 1 - placing.copies.shape[-1]
   copies = np.pad(placing.copies, ((0, 0), (0, 0), (0, room)))
   arrays = placing.expert, np.maximum(copies, 0), placing.counts
@@ -87,6 +107,7 @@ def _copy(params, buffers, placing, redundant, *, stacked: bool):
   expert, copies, counts = (jnp.asarray(a, jnp.int32) for a in arrays)
   pick = lambda w, e: w[e]
   for name in ('gate_up', 'down'):
+    # [L E ...] -> [L R ...]: the weights of every copy.
     take = jax.vmap(pick) if stacked else pick
     params[name] = take(params[name], expert)
   buffers['copies'], buffers['copy_count'] = copies, counts

@@ -1,4 +1,4 @@
-"""Sampling: prefill, then a jitted decode loop over the cache.
+"""Samples tokens: prefill, then a jitted decode loop over the cache.
 
 The model is the training model; only its layers are taken apart, so that a
 step reads each weight where it lies instead of copying it out of a stack.
@@ -10,7 +10,7 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from deepseek_jax.parallel.sharding import Using, current
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """How the next token is drawn.
+  """Describes how the next token is drawn.
 
   Attributes:
     temperature: 0 takes the likeliest token.
@@ -41,7 +41,8 @@ class SampleConfig:
   top_p: float = 1.0
   stop: tuple[int, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a number out of range or a wrong stop token."""
     at_least(self, temperature=0, top_k=0)
     within(self, top_p=(0, 1), ends='(]')
     each = self.stop if isinstance(self.stop, tuple) else (None,)
@@ -52,7 +53,7 @@ class SampleConfig:
 
 
 class Sampled(NamedTuple):
-  """What was drawn. `log_probs` are the model's own: untempered, uncut."""
+  """Holds what was drawn. `log_probs` are the model's: untempered, uncut."""
 
   tokens: np.ndarray  # [B N] int32
   lengths: np.ndarray  # [B] int32, tokens up to and including a stop token
@@ -60,7 +61,7 @@ class Sampled(NamedTuple):
 
 
 class _Row(NamedTuple):
-  """The state of the loop."""
+  """Holds the state of the loop."""
 
   cache: Cache
   logits: jax.Array  # [B V] of the next token
@@ -69,7 +70,7 @@ class _Row(NamedTuple):
 
 
 def restrict(logits: jax.Array, cfg: SampleConfig) -> jax.Array:
-  """logits [B V] after temperature, top-k and top-p; the rest at -inf.
+  """Returns logits [B V] after temperature, top-k and top-p; the rest at -inf.
 
   The largest is 0. Ties at a border go to the lower token.
   """
@@ -80,6 +81,7 @@ def restrict(logits: jax.Array, cfg: SampleConfig) -> jax.Array:
   if not cfg.top_k and cfg.top_p == 1:
     return logits
   V = logits.shape[-1]
+  # Sort, decide in sorted order what stays, and scatter back.
   order = jnp.argsort(logits, axis=-1, descending=True)  # stable
   ordered = jnp.take_along_axis(logits, order, axis=-1)
   keep = jnp.arange(V) < (cfg.top_k or V)
@@ -91,8 +93,10 @@ def restrict(logits: jax.Array, cfg: SampleConfig) -> jax.Array:
   return jnp.put_along_axis(logits, order, cut, axis=-1, inplace=False)
 
 
-def draw(logits: jax.Array, key, index, cfg: SampleConfig) -> jax.Array:
-  """Next tokens [B] int32 of logits [B V].
+def draw(
+  logits: jax.Array, key: jax.Array, index: jax.Array, cfg: SampleConfig
+) -> jax.Array:
+  """Returns the next tokens [B] int32 of logits [B V].
 
   A row's randomness depends on the key, the row and the index alone.
   """
@@ -102,6 +106,7 @@ def draw(logits: jax.Array, key, index, cfg: SampleConfig) -> jax.Array:
     best = logits == logits.max(axis=-1, keepdims=True)
     return jnp.where(best, jnp.arange(V), V - 1).min(axis=-1).astype(jnp.int32)
   rows = jnp.arange(logits.shape[0])
+  # One key per row and index, whatever B is and however often it is called.
   keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
   keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
   drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, cfg))
@@ -109,7 +114,7 @@ def draw(logits: jax.Array, key, index, cfg: SampleConfig) -> jax.Array:
 
 
 class _Loop(NamedTuple):
-  """Jitted pieces for one model and one SampleConfig."""
+  """Holds the jitted pieces for one model and one SampleConfig."""
 
   prefill: ...  # (variables, tokens [B T], lengths [B], slots) -> _Row
   step: ...  # (variables, _Row, key) -> (_Row, token [B], log_prob [B])
@@ -118,11 +123,15 @@ class _Loop(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def _loop(model: Model, cfg: SampleConfig, using: Using | None) -> _Loop:
+  """Returns the jitted pieces; a cache of them spares compilations."""
   del using  # what is traced depends on it, which jit does not know
   flat = build_flat(model)
 
-  def prefill(variables, tokens, lengths, slots):
+  def prefill(
+    variables: dict, tokens: jax.Array, lengths: jax.Array, slots: int
+  ) -> _Row:
     B, T = tokens.shape
+    # Padding is segment 0, which nothing attends to.
     valid = jnp.arange(T) < lengths[:, None]
     out = flat.apply(
       variables,
@@ -131,6 +140,7 @@ def _loop(model: Model, cfg: SampleConfig, using: Using | None) -> _Loop:
       segment_ids=valid.astype(jnp.int32),
       cache=flat.init_cache(B, slots),
     )
+    # [B T D] -> [B D]: the last real token of each prompt predicts the next.
     hidden = jnp.take_along_axis(
       out.hidden, (lengths - 1)[:, None, None], axis=1
     )[:, 0]
@@ -142,22 +152,33 @@ def _loop(model: Model, cfg: SampleConfig, using: Using | None) -> _Loop:
     )
     return _Row(out.cache, logits, jnp.zeros(B, bool), jnp.int32(0))
 
-  def step(variables, row: _Row, key):
+  def step(
+    variables: dict, row: _Row, key: jax.Array
+  ) -> tuple[_Row, jax.Array, jax.Array]:
+    # Draw from the logits at hand, then run the model on the new token.
     token = draw(row.logits, key, row.index, cfg)
+    # The model's own log-probabilities, before temperature and top-k.
     log_prob = jnp.take_along_axis(
       jax.nn.log_softmax(row.logits), token[:, None], axis=-1
     )[:, 0]
+    # [B 1] through the model; the cache has all tokens before.
     out = flat.apply(variables, token[:, None], cache=row.cache)
     stops = jnp.asarray(cfg.stop, jnp.int32)
+    # A row that is done goes on being computed, until all rows are.
     done = row.done | (token[:, None] == stops).any(axis=-1)
     row = _Row(out.cache, out.logits[:, 0], done, row.index + 1)
     return row, token, log_prob
 
-  def decode(variables, row, key, count):
+  def decode(
+    variables: dict, row: _Row, key: jax.Array, count: int
+  ) -> tuple[jax.Array, jax.Array]:
+    # [N B]: a step writes one row, and ends early leave zeros.
     tokens = jnp.zeros((count, row.logits.shape[0]), jnp.int32)
     log_probs = jnp.zeros(tokens.shape, jnp.float32)
 
-    def body(state):
+    def body(
+      state: tuple[_Row, jax.Array, jax.Array],
+    ) -> tuple[_Row, jax.Array, jax.Array]:
       row, tokens, log_probs = state
       new, token, log_prob = step(variables, row, key)
       at = row.index
@@ -174,8 +195,8 @@ def _loop(model: Model, cfg: SampleConfig, using: Using | None) -> _Loop:
   )
 
 
-def _padded(prompt) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as one right-padded array [B T] and their lengths [B].
+def _padded(prompt: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns prompts as one right-padded array [B T] and their lengths [B].
 
   T is rounded up, so that prompts of similar length share a compilation.
   """
@@ -183,14 +204,15 @@ def _padded(prompt) -> tuple[np.ndarray, np.ndarray]:
   if not rows or min(len(row) for row in rows) == 0:
     raise InputError('prompt: needs at least one row, each with a token')
   lengths = np.array([len(row) for row in rows], np.int32)
+  # Right-padded to a multiple of 32 tokens.
   out = np.zeros((len(rows), -(-lengths.max() // 32) * 32), np.int32)
   for padded, row in zip(out, rows):
     padded[: len(row)] = row
   return out, lengths
 
 
-def _row(row) -> np.ndarray:
-  """One prompt, [T] int32."""
+def _row(row: Sequence[int]) -> np.ndarray:
+  """Returns one prompt, [T] int32; InputError if it is no row of token ids."""
   array = np.asarray(row)
   if array.size and (array.ndim != 1 or array.dtype.kind not in 'iu'):
     raise InputError(
@@ -200,7 +222,19 @@ def _row(row) -> np.ndarray:
   return np.clip(array, -(2**31), 2**31 - 1).astype(np.int32)
 
 
-def _started(model, variables, prompt, cfg, new, slots):
+def _started(
+  model: Model,
+  variables: dict,
+  prompt: Sequence[Sequence[int]],
+  cfg: SampleConfig,
+  new: int,
+  slots: int | None,
+) -> tuple[_Loop, dict, _Row]:
+  """Checks a request and prefills the cache.
+
+  Returns:
+    The jitted pieces, the prepared variables, and the state after the prompts.
+  """
   tokens, lengths = _padded(prompt)
   if new < 1:
     raise InputError(f'max_new_tokens = {new}: must be at least 1')
@@ -211,6 +245,7 @@ def _started(model, variables, prompt, cfg, new, slots):
       f' {model.config.vocab_size}'
     )
   least = max(int(lengths.max()) + new, tokens.shape[1])
+  # The cache holds prompt and new tokens, rounded up as prompts are.
   slots = slots or -(-least // 32) * 32
   if slots < least:
     raise InputError(
@@ -223,9 +258,9 @@ def _started(model, variables, prompt, cfg, new, slots):
   return loop, variables, loop.prefill(variables, tokens, lengths, slots)
 
 
-def _check_room(model, rows: int, slots: int, new: int) -> None:
+def _check_room(model: Model, rows: int, slots: int, new: int) -> None:
   """Raises InputError where the cache alone is more than the device holds."""
-  # Sizes beyond int32 are no shapes; what grows with the length does evenly.
+  # Shapes must fit int32; the cache grows linearly with the length.
   tried = min(slots, 1 << 20)
   need = _cache_bytes(model, rows, tried) * slots / tried
   room = _room()
@@ -239,13 +274,14 @@ def _check_room(model, rows: int, slots: int, new: int) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _cache_bytes(model: Model, rows: int, slots: int) -> int:
+  """Returns the bytes of a cache of `rows` x `slots` tokens."""
   shapes = jax.eval_shape(lambda: build_flat(model).init_cache(rows, slots))
   leaves = jax.tree.leaves(shapes)
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _room() -> float:
-  """Bytes of memory of the device that computes; inf where it does not say."""
+  """Returns the bytes of the device's memory; inf where it does not say."""
   device = jax.local_devices()[0]
   stats = device.memory_stats() or {}
   if device.platform != 'cpu':
@@ -257,7 +293,7 @@ def _room() -> float:
 
 
 def prepare(model: Model, variables: dict) -> dict:
-  """Variables as the decode loop wants them: cast once, layers apart.
+  """Returns variables as the decode loop wants them: cast once, layers apart.
 
   `generate` and the others take both forms; prepare once to sample often.
   """
@@ -266,12 +302,14 @@ def prepare(model: Model, variables: dict) -> dict:
   return _prepare(model, current())(variables)
 
 
-def _is_prepared(model, variables):
+def _is_prepared(model: Model, variables: dict) -> bool:
+  """Returns whether variables are as `prepare` returns them."""
   flat = build_flat(model)
   params = variables['params']
   like = nnx.to_pure_dict(flat.abstract['params'])
   if jax.tree.structure(params) != jax.tree.structure(like):
     return False
+  # The same tree may still be in float32.
   cast = jax.eval_shape(flat.cast, variables)['params']
   dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
   return dtypes(params) == dtypes(cast)
@@ -279,12 +317,13 @@ def _is_prepared(model, variables):
 
 @functools.lru_cache(maxsize=32)
 def build_flat(model: Model) -> Model:
-  """The same model with every layer a segment of its own."""
+  """Returns the same model with every layer a segment of its own."""
   return build(unstack(model.config))
 
 
 @functools.lru_cache(maxsize=32)
-def _prepare(model, using):
+def _prepare(model: Model, using: Using | None) -> Callable[[dict], dict]:
+  """Returns the jitted cast and unstacking of a model's variables."""
   del using  # as in _loop
   return jax.jit(lambda v: unstack(model.config, model.cast(v)))
 
@@ -319,6 +358,7 @@ def sample(
   tokens, log_probs = loop.decode(variables, row, key, max_new_tokens)
   tokens = np.asarray(tokens)
   stops = np.isin(tokens, np.array(cfg.stop, np.int32))
+  # A row's length ends with its first stop token; else it has all N.
   first = np.where(stops.any(axis=1), stops.argmax(axis=1) + 1, len(tokens.T))
   return Sampled(tokens, first.astype(np.int32), np.asarray(log_probs))
 
@@ -335,7 +375,7 @@ def generate(
   stop: Sequence[int] = (),
   key: jax.Array | None = None,
 ) -> list[list[int]]:
-  """The new tokens of each row, ending with a stop token if one was drawn."""
+  """Returns each row's new tokens, the stop token that ended it included."""
   stop = tuple(stop) if isinstance(stop, Sequence) else stop
   cfg = SampleConfig(temperature, top_k, top_p, stop)
   out = sample(
@@ -368,7 +408,8 @@ def stream(
       return
 
 
-def _checked_key(key, cfg):
+def _checked_key(key: jax.Array | int | None, cfg: SampleConfig) -> jax.Array:
+  """Returns the key of the draws; InputError if one is needed and missing."""
   if key is None and cfg.temperature > 0:
     raise InputError('key: sampling at a temperature above 0 needs one')
   if isinstance(key, int):

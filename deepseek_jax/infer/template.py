@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a child process with limits.
+"""Renders chat templates in a child process with limits.
 
 One small process (`template_worker`) renders all templates of this one. It is
 started when first needed, not forked: threads, a notebook or a test runner
@@ -33,9 +33,10 @@ MAX_TEXT = 1 << 24  # characters
 
 
 class _Worker:
-  """The child process, and the pipes to it."""
+  """Holds the child process, and the pipes to it."""
 
   def __init__(self):
+    """Starts the process and waits for it; RuntimeError if it fails."""
     self.pid = os.getpid()
     # -I: no module of the working directory or of the environment.
     where = [
@@ -60,7 +61,7 @@ class _Worker:
         f' ended with {self.process.returncode}'
       )
 
-  def ask(self, request) -> tuple[str | None, str | None]:
+  def ask(self, request: tuple) -> tuple[str | None, str | None]:
     """Returns (text, None) or (None, why there is none)."""
     body = marshal.dumps(request)  # keeps tuples apart from lists; pure data
     seconds, mebibytes = request[2:4]
@@ -78,7 +79,7 @@ class _Worker:
       return None, f'takes more than {mebibytes} MiB of memory'
     return tuple(reply)
 
-  def _receive(self, seconds):
+  def _receive(self, seconds: float) -> list | None:
     """Returns the next answer; None if the process ended or took too long."""
     clock = threading.Timer(seconds, self.process.kill)
     clock.daemon = True
@@ -104,7 +105,8 @@ class _Worker:
         continue  # a request that was not read
 
 
-def _ending(code, seconds, mebibytes):
+def _ending(code: int | None, seconds: float, mebibytes: int) -> str:
+  """Returns why the child process ended, by its exit code."""
   if code in (-getattr(signal, 'SIGXCPU', 0), -signal.SIGKILL):
     return f'takes more than {seconds} s, or more memory than there is'
   return (
@@ -118,6 +120,7 @@ _worker: _Worker | None = None
 
 
 def _of_this_process() -> _Worker:
+  """Returns the child of this process, started if there is none."""
   global _worker
   if _worker is not None and _worker.pid != os.getpid():
     # This process is a fork: the child and its pipes are the parent's.
@@ -143,7 +146,8 @@ def stop() -> None:
     _worker = None
 
 
-def _after_fork():
+def _after_fork() -> None:
+  """Replaces the lock in a forked process."""
   global _lock
   _lock = threading.Lock()  # another thread may have held it
 

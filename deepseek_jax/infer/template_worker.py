@@ -17,7 +17,8 @@ import math
 import struct
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO, NoReturn
 
 import jinja2
 from jinja2 import ext, nodes, sandbox
@@ -31,56 +32,70 @@ class _Generation(ext.Extension):
 
   tags = frozenset({'generation'})
 
-  def parse(self, parser):
+  def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+    """Returns the block as a call of `_text` on its body."""
     line = next(parser.stream).lineno
     body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-    # A call block, as in transformers: what it sets is not seen outside.
+    # A call block, as in transformers: what it sets is not visible outside.
     block = nodes.CallBlock(self.call_method('_text'), [], [], body)
     return block.set_lineno(line)
 
-  def _text(self, caller):
+  def _text(self, caller: Callable[[], str]) -> str:
+    """Returns the text of the block, unchanged."""
     return caller()
 
 
 class _Dict:
   """Stands for `dict` without its attributes."""
 
-  def __call__(self, *args, **kwargs):
+  def __call__(self, *args: Any, **kwargs: Any) -> dict:
+    """Returns a dict of the arguments."""
     return dict(*args, **kwargs)
 
-  def fromkeys(self, *args, **kwargs):
+  def fromkeys(self, *args: Any, **kwargs: Any) -> dict:
+    """Returns dict.fromkeys of the arguments."""
     return dict.fromkeys(*args, **kwargs)
 
 
 class _Namespace(jinja2.utils.Namespace):
   """Refuses the names that lead to Python's internals."""
 
-  def __init__(*args, **kwargs):  # a template may name an attribute 'self'
+  def __init__(*args: Any, **kwargs: Any):
+    """Raises SecurityError for a name that begins with an underscore."""
+    # No parameter is named: a template may name an attribute 'self'.
     self, *args = args
     attributes = dict(*args, **kwargs)
     for name in attributes:
       _public(name)
     jinja2.utils.Namespace.__init__(self, attributes)
 
-  def __setitem__(self, name, value):
+  def __setitem__(self, name: str, value: Any) -> None:
+    """Sets an attribute; SecurityError for one with an underscore first."""
     _public(name)
     super().__setitem__(name, value)
 
 
-def _public(name):
+def _public(name: Any) -> None:
+  """Raises SecurityError for a name that begins with an underscore."""
   if isinstance(name, str) and name.startswith('_'):
     raise jinja2.exceptions.SecurityError(
       f'a namespace takes no attribute named {name!r}'
     )
 
 
-def _raise_exception(message):
+def _raise_exception(message: Any) -> NoReturn:
+  """Raises TemplateError, by which a template refuses its messages."""
   raise jinja2.TemplateError(str(message))
 
 
 def _to_json(
-  value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-):
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | str | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
+) -> str:
+  """Returns a value as JSON text that is not escaped for HTML."""
   # jinja2's own filter escapes what HTML would misread.
   return json.dumps(
     value,
@@ -143,7 +158,7 @@ def _limit(seconds: int, mebibytes: int, base: int) -> None:
 
 
 def _address_space() -> int:
-  """Returns the bytes of address space in use, 1 GiB where none is told."""
+  """Returns the bytes of address space in use, 1 GiB where unknown."""
   try:
     import resource
 
@@ -154,7 +169,8 @@ def _address_space() -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template):
+def _compiled(template: str) -> jinja2.Template:
+  """Returns a compiled template; the last few are kept."""
   return environment().from_string(template)
 
 
@@ -171,7 +187,8 @@ def answer(template: str, variables: dict[str, Any], most: int) -> list:
     return [None, words(error)]
 
 
-def _read(stream, count):
+def _read(stream: BinaryIO, count: int) -> bytes:
+  """Returns `count` bytes; ends this process if the parent has gone."""
   out = stream.read(count)
   if len(out) < count:
     raise SystemExit  # the parent has gone
@@ -196,6 +213,7 @@ def main() -> None:
     template, variables, seconds, mebibytes, most = marshal.loads(
       _read(source, size)
     )
+    # Anew for each request: the limit counts from the start of the process.
     _limit(seconds, mebibytes, base)
     reply = answer(template, variables, most)
 

@@ -1,10 +1,14 @@
-"""Text of tokens as they come."""
+"""Decodes the text of tokens as they come."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
+
 
 def decode_stream(
-  tokenizer, ids: Iterable[int], after: Sequence[int] = ()
+  tokenizer: Tokenizer | ByteTokenizer,
+  ids: Iterable[int],
+  after: Sequence[int] = (),
 ) -> Iterator[str]:
   """Yields the text of tokens as they come; joined, it is the decoded text.
 

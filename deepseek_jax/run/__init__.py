@@ -1,1 +1,1 @@
-"""The parts of a training run; `deepseek_jax.run.fit` puts them together."""
+"""Holds the parts of a training run; `deepseek_jax.run.fit` joins them."""

@@ -1,7 +1,7 @@
-"""What all processes of a run must have alike, compared before the first step.
+"""Compares what all processes of a run must share, before the first step.
 
 Processes of different configurations or texts would hang in a collective, or
-train on what is not the run's without a sign of it.
+train on another run's data without a sign of it.
 """
 
 import json
@@ -68,12 +68,13 @@ def check_data(config: RunConfig, store: datalib.Store) -> None:
 
 
 def _compared(mine: Mapping) -> list[str]:
+  """Returns a line for each name whose value process 0 has otherwise."""
   text = distributed.text_from_first(json.dumps(mine))
   return _differences(json.loads(text), mine)
 
 
 def _differences(theirs: Mapping, mine: Mapping) -> list[str]:
-  """One line for each name whose value is another in process 0."""
+  """Returns one line for each name whose value differs in process 0."""
   # As text, for NaN does not equal itself.
   show = lambda values, name: json.dumps(values.get(name))
   return [

@@ -1,4 +1,4 @@
-"""Checkpoints: the training state, the place in the data, the configuration.
+"""Saves and restores checkpoints: training state, data position, configuration.
 
 A thin layer over orbax. Arrays are stored under dotted names
 ('params.segments.0.0.attention.q_down'), so that a stored tree can be compared
@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,15 @@ _PAUSE = 5.0  # seconds before a save is tried again
 
 
 class Restored(NamedTuple):
+  """Describes a restored checkpoint: state, data position, configuration."""
+
   state: Any
   data: dict
   config: dict
 
 
-def flatten(tree) -> dict[str, Any]:
-  """A tree as {dotted name: leaf}."""
+def flatten(tree: Any) -> dict[str, Any]:
+  """Returns a tree as {dotted name: leaf}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf
@@ -44,9 +46,9 @@ def flatten(tree) -> dict[str, Any]:
 
 
 def differences(stored: dict, wanted: dict) -> list[str]:
-  """One line per array that is missing, extra, or of other shape or dtype.
+  """Returns a line per array that is missing, extra or of another kind.
 
-  Both map names to something with a shape and a dtype.
+  Both map names to something with a shape and a dtype, which are its kind.
   """
   kind = lambda a: f'{a.dtype}{list(a.shape)}'
   lines = [
@@ -68,7 +70,7 @@ def differences(stored: dict, wanted: dict) -> list[str]:
 
 
 class Checkpoints:
-  """The checkpoints of one run, saved asynchronously. Close it at the end."""
+  """Saves the checkpoints of one run asynchronously; close it at the end."""
 
   def __init__(
     self,
@@ -113,19 +115,21 @@ class Checkpoints:
     )
 
   def __enter__(self) -> 'Checkpoints':
+    """Returns itself; `close` follows at the end of the block."""
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
+    """Closes the folder, after an error too."""
     self.close()
 
   def close(self) -> None:
-    """Waits for a save under way."""
-    with contextlib.suppress(InputError):  # it was said
+    """Waits for a save that is under way, then closes the manager."""
+    with contextlib.suppress(InputError):  # it was reported
       self._settle()
     self._manager.close()
 
   def steps(self) -> list[int]:
-    """Complete steps, oldest first."""
+    """Returns the complete steps, oldest first."""
     return sorted(self._manager.all_steps())
 
   def newest_whole(
@@ -134,7 +138,7 @@ class Checkpoints:
     *,
     before: float = math.inf,
   ) -> int | None:
-    """The newest step that its manifest vouches for; None if none was saved.
+    """Returns the newest step its manifest vouches for; None if none was saved.
 
     Args:
       say: takes one line for every step that is rejected.
@@ -150,7 +154,10 @@ class Checkpoints:
     found = distributed.from_first(-1 if found is None else found)
     return None if found < 0 else found
 
-  def _newest_whole(self, say, before: float) -> int | None:
+  def _newest_whole(
+    self, say: Callable[[str], None], before: float
+  ) -> int | None:
+    """Returns `newest_whole` in the process that reads the files."""
     wrong = []
     for step in (s for s in reversed(self.steps()) if s < before):
       reason = integrity.problem(self.directory / str(step), self._verify)
@@ -178,6 +185,7 @@ class Checkpoints:
   def set_aside_after(self, step: int) -> None:
     """Moves later steps to `<directory>-rejected`; they block their numbers."""
     aside = self.directory.with_name(self.directory.name + '-rejected')
+    # Moved, not removed: a rejected step may still be of use.
     later = [s for s in self.steps() if s > step]
     for number in map(str, later if distributed.first() else []):
       aside.mkdir(exist_ok=True)
@@ -187,20 +195,21 @@ class Checkpoints:
     self._manager.reload()
 
   def _seal(self) -> None:
-    """Called by orbax when all is written, before the rename that commits.
+    """Writes the manifest when all files are on disk, before orbax commits.
 
-    Of several processes by the first alone, when all have written.
+    orbax calls it before the rename that commits the step; with several
+    processes in the first alone, when all have written.
     """
     unfinished = f'{self._saving}.orbax-checkpoint-tmp*'
     for folder in self.directory.glob(unfinished):
       integrity.write_manifest(folder)
 
   def save(
-    self, step: int, state, data: dict, config: dict, *, wait: bool = False
+    self, step: int, state: Any, data: dict, config: dict, *, wait: bool = False
   ) -> None:
     """Starts saving; arrays are copied before it returns.
 
-    A save that fails is made up for by the next one.
+    The next save makes up for one that fails.
 
     Args:
       step: completed steps.
@@ -219,10 +228,11 @@ class Checkpoints:
       self._begin(step, state, data, config)
 
   def wait(self) -> None:
-    """Returns when the last save is on disk, or has failed."""
+    """Waits until the last save is on disk, or has failed."""
     self._settle()
 
-  def _begin(self, step: int, state, data, config) -> None:
+  def _begin(self, step: int, state: Any, data: dict, config: dict) -> None:
+    """Hands a step to orbax, which writes it in the background."""
     args, self._saving = self._ocp.args, step
     items = args.Composite(
       state=args.StandardSave(flatten(state)),
@@ -233,7 +243,7 @@ class Checkpoints:
       self._manager.save(step, args=items)
 
   def _settle(self) -> bool:
-    """Waits for a save under way; whether the last one is on disk."""
+    """Waits for a save under way; returns whether the last one is on disk."""
     if self._saving is not None:
       with self._counting_failures(self._saving):
         self._manager.wait_until_finished()
@@ -242,7 +252,12 @@ class Checkpoints:
     return self._failed == 0
 
   @contextlib.contextmanager
-  def _counting_failures(self, step: int):
+  def _counting_failures(self, step: int) -> Iterator[None]:
+    """Counts and reports failures of storage; other errors pass.
+
+    Removes the unfinished folder. Raises InputError at `_TRIES` failures in a
+    row, with several processes at the first.
+    """
     try:
       yield
     except Exception as error:
@@ -262,8 +277,8 @@ class Checkpoints:
         ' again'
       ) from error
 
-  def restore(self, step: int, like) -> Restored:
-    """The checkpoint of `step`.
+  def restore(self, step: int, like: Any) -> Restored:
+    """Returns the checkpoint of `step`.
 
     Args:
       step: one of `steps()`.
@@ -275,6 +290,7 @@ class Checkpoints:
       InputError: a difference, each named.
     """
     args = self._ocp.args
+    # Compared by name first: orbax would cast dtypes without a word.
     wanted = flatten(like)
     stored = self._manager.item_metadata(step)['state']
     lines = differences(dict(stored), wanted)
@@ -299,7 +315,7 @@ class Checkpoints:
 
 
 def _storage_failure(error: Exception) -> str | None:
-  """What a file system refused, in its words; None for other errors."""
+  """Returns what a file system refused, in its words; None for other errors."""
   if isinstance(error, OSError):
     return error.strerror or str(error)
   # Tensorstore's errors are ValueErrors.
@@ -309,7 +325,8 @@ def _storage_failure(error: Exception) -> str | None:
   return 'the disk is full' if 'RESOURCE_EXHAUSTED' in str(error) else None
 
 
-def _abstract(array):
+def _abstract(array: Any) -> np.ndarray | jax.ShapeDtypeStruct:
+  """Returns shape, dtype and sharding of an array; a NumPy array as it is."""
   if isinstance(array, np.ndarray):
     return array
   # Else orbax asks for the devices that the array was saved from.

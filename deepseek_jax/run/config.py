@@ -1,4 +1,4 @@
-"""What a training run is: all of its configuration, in one tree."""
+"""Describes a training run: all of its configuration, in one tree."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from deepseek_jax.train.objective import PretrainingConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """Validation while training, on some held-out documents.
+  """Describes validation while training, on some held-out documents.
 
   Attributes:
     every: steps between validations (0: none).
@@ -29,13 +29,16 @@ class EvaluateConfig:
   batch: int = 8
   stride: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     at_least(self, 'evaluate.', every=0, documents=1, batch=1, stride=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig:
-  """What a run does about faults. Changes no number, and may change at will.
+  """Describes how a run meets faults; changes no trained number.
+
+  It may change whenever a run goes on.
 
   Attributes:
     verify: of a checkpoint before it is read: 'full' hashes all of it, 'sample'
@@ -51,14 +54,15 @@ class SafetyConfig:
   hang_seconds: float = 120.0
   last_steps: int = 20
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a number out of range or an unknown `verify`."""
     integrity.check_choice(self.verify)
     at_least(self, 'safety.', hang_factor=0, hang_seconds=0, last_steps=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """One run, whole.
+  """Describes one run, whole.
 
   Attributes:
     model, data, train, evaluate, safety, mesh: see there.
@@ -84,7 +88,8 @@ class RunConfig:
   tensorboard: bool = False
   init_from: str = ''
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for parts that do not fit each other."""
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()
@@ -102,7 +107,8 @@ class RunConfig:
         " or take sparse attention with recall_queries or stage = 'dense'"
       )
 
-  def _check_numbers(self):
+  def _check_numbers(self) -> None:
+    """Raises InputError for a number or a path that no run can have."""
     at_least(self, keep=1, checkpoint_every=0)
     if '\0' in self.init_from:
       raise InputError(f'init_from = {self.init_from!r}: is no path; name one')
@@ -110,7 +116,8 @@ class RunConfig:
     if not whole or not 0 <= self.seed < 2**32:  # JAX takes others for these
       raise InputError(f'seed = {self.seed}: must lie in 0..2**32 - 1')
 
-  def _check_validation(self):
+  def _check_validation(self) -> None:
+    """Raises InputError if validation has no document, or too long a stride."""
     evaluate, data = self.evaluate, self.data
     if evaluate.every and not data.heldout_fraction:
       raise InputError(
@@ -125,9 +132,10 @@ class RunConfig:
 
   @property
   def steps(self) -> int:
-    """Steps of the run, with the batch ramp."""
+    """Returns the steps of the run, with the batch ramp."""
     per_sequence, tokens, steps = self.data.seq_len, 0, 0
     batch = self.train.batch
+    # Step by step on the ramp; after it all batches have one size.
     while tokens < min(batch.ramp_tokens, self.train.tokens):
       tokens += batch.at(tokens) * per_sequence
       steps += 1

@@ -1,10 +1,10 @@
-"""A training run: data, steps, metrics, checkpoints, resumption.
+"""Trains a model: data, steps, metrics, checkpoints, resumption.
 
 The run's folder holds config.json, metrics.jsonl, timings.jsonl,
 timeline.jsonl, routing.npz and checkpoints/, and abort.jsonl if it gave up.
 Started again with the same configuration, a run goes on from its last whole
-checkpoint and sees the batches that it would have seen. What changes no number
-that is trained may differ then (see run/folder.py). Of several processes
+checkpoint and reads the batches that it would have read. Settings that change
+no trained number may differ then (see run/folder.py). With several processes
 the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
@@ -54,7 +54,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a finished run leaves in memory."""
+  """Holds what a finished run leaves in memory."""
 
   config: RunConfig
   model: Model
@@ -64,6 +64,7 @@ class Run:
 
   @property
   def variables(self) -> dict:
+    """Returns {'params': ..., 'buffers': ...}, as `Model.apply` takes them."""
     return {'params': self.state.params, 'buffers': self.state.buffers}
 
 
@@ -108,6 +109,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       say=say.warn,
     ) as checkpoints:
       with timeline.phase('restore' if checkpoints.steps() else 'init'):
+        # Moves `batches` to the place where the state was saved.
         state, resumed, bound = start(config, steps, checkpoints, batches)
         if first:  # now that the data are known to be the run's
           keep_tokenizer(workdir, store.tokenizer(), bound)

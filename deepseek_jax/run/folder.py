@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and the run read back from it."""
+"""Claims a run's folder, and reads a run back from it."""
 
 import functools
 import json
@@ -21,6 +21,7 @@ from deepseek_jax.train.step import TrainState, initial_state
 
 
 def as_json(config: RunConfig) -> dict:
+  """Returns a configuration as the JSON values that config.json holds."""
   return json.loads(json.dumps(configs.to_dict(config)))
 
 
@@ -75,24 +76,24 @@ def claim(workdir: Path, config: RunConfig) -> list[str]:
 
 
 def path_of(workdir: str | Path) -> Path:
-  """The path of a run's folder; InputError if no folder can have it."""
+  """Returns the path of a run's folder; InputError if no folder can have it."""
   if '\0' in str(workdir):
     raise InputError(f'workdir {str(workdir)!r}: is no path; choose another')
   return Path(workdir)
 
 
 def renew(workdir: Path, config: RunConfig) -> None:
-  """Writes config.json.
+  """Writes config.json, in one rename.
 
   A run that goes on does so when its data are known to be those it began with:
-  the file has what the newest command said.
+  the file holds the newest command's values.
   """
   with files.whole(workdir / 'config.json') as scratch:
     scratch.write_text(json.dumps(as_json(config), indent=2) + '\n')
 
 
 def _changes(workdir: Path, config: RunConfig) -> list[str]:
-  """What may differ and does; raises InputError where more does."""
+  """Returns lines on what may differ and does; raises InputError on others."""
   there = _filled(_object(workdir / 'config.json'))
   lines = _differences(there, as_json(config))
   saved = has_checkpoint(workdir)
@@ -110,17 +111,18 @@ def _changes(workdir: Path, config: RunConfig) -> list[str]:
 
 
 def _is_free(name: str) -> bool:
+  """Returns whether a field may differ when a run goes on."""
   return name in _FREE or name.startswith(_PREFIXES)
 
 
 def has_checkpoint(workdir: Path) -> bool:
-  """Whether a run has saved a step, be it a damaged one."""
+  """Returns whether a run has saved a step, even a damaged one."""
   saved = workdir / 'checkpoints'
   return saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
 
 
 def _check_empty(workdir: Path) -> None:
-  """But for what a run leaves that ends before it has begun."""
+  """Raises unless the folder has nothing but files of a run not started."""
   if any(p.name not in (lock.FILE, _SCRATCH) for p in workdir.iterdir()):
     raise InputError(
       f'workdir {workdir} is not empty and holds no run: choose another'
@@ -129,6 +131,7 @@ def _check_empty(workdir: Path) -> None:
 
 
 def _object(path: Path) -> dict:
+  """Returns the JSON object in a file; InputError if there is none."""
   try:
     written = json.loads(path.read_text())
   except (ValueError, RecursionError):
@@ -142,6 +145,7 @@ def _object(path: Path) -> dict:
 
 
 def _make(workdir: Path) -> None:
+  """Makes the folder; InputError if the system refuses."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except (
@@ -157,7 +161,7 @@ def _make(workdir: Path) -> None:
 
 
 def config_of(workdir: Path) -> RunConfig:
-  """The configuration that a run's folder holds.
+  """Returns the configuration that a run's folder holds.
 
   Raises:
     InputError: the folder holds no run, or its config.json is broken.
@@ -169,7 +173,7 @@ def config_of(workdir: Path) -> RunConfig:
 
 
 def _filled(written: dict) -> dict:
-  """A config.json with the defaults of fields that came after it."""
+  """Returns a config.json with defaults for the fields that came after it."""
   try:
     return as_json(configs.from_dict(RunConfig, written))
   except InputError:
@@ -177,7 +181,7 @@ def _filled(written: dict) -> dict:
 
 
 def _differences(theirs: dict, mine: dict) -> dict[str, str]:
-  """Fields that differ -> how."""
+  """Returns {field: how it differs}, in dotted names."""
   theirs, mine = flatten(theirs), flatten(mine)
   absent = 'absent'
   return {
@@ -188,7 +192,7 @@ def _differences(theirs: dict, mine: dict) -> dict[str, str]:
 
 
 class Loaded(NamedTuple):
-  """A run read back from its folder."""
+  """Holds a run read back from its folder."""
 
   config: RunConfig
   model: Model
@@ -229,7 +233,9 @@ def load(workdir: str | Path, step: int | None = None) -> Loaded:
   return Loaded(config, model, variables, tokenizer, step)
 
 
-def _step_to_load(checkpoints: Checkpoints, workdir: Path, asked) -> int:
+def _step_to_load(
+  checkpoints: Checkpoints, workdir: Path, asked: int | None
+) -> int:
   """Returns the step asked for, or the newest whole one."""
   if asked is None:
     newest = checkpoints.newest_whole(say.warn)
@@ -249,7 +255,7 @@ def _step_to_load(checkpoints: Checkpoints, workdir: Path, asked) -> int:
 def restore(
   checkpoints: Checkpoints, step: int, like: TrainState, config: RunConfig
 ) -> Restored:
-  """The checkpoint of a step of this run.
+  """Returns the checkpoint of a step of this run.
 
   Args:
     checkpoints: of the run.
@@ -281,13 +287,17 @@ def restore(
   return restored
 
 
-def keep_tokenizer(workdir: Path, tokenizer, bound: str | None) -> None:
-  """Sees to it that tokenizer.json is the one that the run is trained with.
+def keep_tokenizer(
+  workdir: Path,
+  tokenizer: datalib.Tokenizer | datalib.ByteTokenizer,
+  bound: str | None,
+) -> None:
+  """Writes tokenizer.json unless it is the one that the run is trained with.
 
   Args:
     workdir: of the run.
     tokenizer: of the data.
-    bound: SHA-256 of the run's, where a checkpoint says it.
+    bound: SHA-256 of the run's, where a checkpoint stores it.
 
   Raises:
     InputError: neither `tokenizer` nor the one there is the run's.
@@ -319,6 +329,6 @@ def keep_tokenizer(workdir: Path, tokenizer, bound: str | None) -> None:
 
 
 def fresh_state(config: RunConfig, model: Model) -> TrainState:
-  """The state before the first step of a run."""
+  """Returns the state before the first step of a run."""
   variables = model.init(jax.random.key(config.seed))
   return initial_state(model, config.train, variables)

@@ -1,8 +1,8 @@
-"""A manifest for a folder of files: what it held when it was written.
+"""Writes and checks a folder's manifest: what it held when it was written.
 
-The size and SHA-256 of every file, so that a flipped bit, a cut or a lost file
-is found and named before anything is read. (orbax returns flipped bytes of
-array data without notice.)
+The manifest has the size and SHA-256 of every file, so that a flipped bit, a
+truncated or a lost file is found and named before anything is read. (orbax
+returns flipped bytes of array data without notice.)
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def problem(folder: Path, verify: str = 'full') -> str | None:
-  """What is wrong with the folder, naming the file; None if it is whole.
+  """Returns what is wrong with the folder, naming the file; None if whole.
 
   Args:
     folder: as `write_manifest` left it; further files are of no concern.
@@ -65,17 +65,18 @@ def problem(folder: Path, verify: str = 'full') -> str | None:
 
 
 def check_choice(verify: str) -> None:
-  """InputError unless `verify` is one of full, sample, off."""
+  """Raises InputError unless `verify` is one of full, sample, off."""
   if verify not in VERIFY:
     raise InputError(f'verify = {verify!r}: choose one of {list(VERIFY)}')
 
 
 def size(folder: Path) -> int:
-  """Bytes of all files of a folder, those that no manifest names too."""
+  """Returns the bytes of all files of a folder, those in no manifest too."""
   return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
 
 
 def _files(folder: Path) -> dict[str, Path]:
+  """Returns {name: path} of the files that a manifest lists, sorted."""
   unlisted = {folder / name for name in (MANIFEST, *_LATER)}
   return {
     str(path.relative_to(folder)): path
@@ -85,6 +86,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _read(folder: Path) -> Mapping[str, list]:
+  """Returns a manifest's {name: [bytes, SHA-256]}; ValueError if it changed."""
   written = json.loads((folder / MANIFEST).read_text())
   if written['sha256'] != _seal(written['files']):
     raise ValueError('the manifest itself was changed')
@@ -92,14 +94,17 @@ def _read(folder: Path) -> Mapping[str, list]:
 
 
 def _seal(files: Mapping[str, list]) -> str:
+  """Returns the SHA-256 of a manifest's own contents."""
   return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def _hashed(verify: str, number: int, length: int) -> bool:
+  """Returns whether file `number`, of `length` bytes, is to be hashed."""
   return verify == 'full' or length <= _SMALL or number % _SAMPLE == 0
 
 
 def _wrong(path: Path, length: int, sha256: str, *, hashed: bool) -> str | None:
+  """Returns how a file differs from its entry; None if it does not."""
   try:
     found = path.stat().st_size
     if found != length:
@@ -112,6 +117,7 @@ def _wrong(path: Path, length: int, sha256: str, *, hashed: bool) -> str | None:
 
 
 def _sha256(path: Path, *, sync: bool = False) -> str:
+  """Returns a file's SHA-256; `sync` waits until the file is on disk."""
   digest = hashlib.sha256()
   with path.open('rb') as stream:
     while data := stream.read(_CHUNK):

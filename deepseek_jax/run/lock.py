@@ -1,8 +1,9 @@
-"""One run at a time in a folder: a lock that the kernel frees with its holder.
+"""Keeps other runs out of a folder, by a lock that the kernel frees.
 
 Readers of a folder take none. The lock lasts as long as the process, however
-that ends; a process may take it again. Of a run of several processes the first
-has it, so two hosts meet only where their file system shares locks.
+that ends; a process may take it again. With several processes the first one
+takes it, so two hosts exclude each other only where their file system shares
+locks.
 """
 
 import os
@@ -51,6 +52,7 @@ def take(folder: Path) -> None:
 
 
 def _lock(file: int) -> None:
+  """Locks an open file without waiting; OSError if that can't be done."""
   try:
     import fcntl
   except ImportError:
@@ -59,4 +61,5 @@ def _lock(file: int) -> None:
 
 
 def _key(status: os.stat_result) -> tuple[int, int]:
+  """Returns the device and inode of a file, the same for every path to it."""
   return status.st_dev, status.st_ino

@@ -10,16 +10,17 @@ import jax
 
 from deepseek_jax import data as datalib
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.record import last_steps, metrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.checkpoint import Checkpoints
-from deepseek_jax.train.step import train_step
+from deepseek_jax.run.config import RunConfig
+from deepseek_jax.train.step import TrainState, train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-  """One step, repeated.
+  """Describes one step, repeated.
 
   Attributes:
     step: completed steps, this one too.
@@ -41,7 +42,7 @@ class Replayed:
 
   @property
   def same(self) -> bool:
-    """Whether all that was written came back; True if nothing was."""
+    """Returns whether all that was written came back; True if nothing was."""
     numbers = all(
       value == getattr(self, name)
       or (math.isnan(value) and math.isnan(getattr(self, name)))
@@ -61,6 +62,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
     raise InputError(f'step = {step}: the run has {config.steps} steps')
   model = build(config.model)
   batches = datalib.Batches(datalib.build(config.data), config.data)
+  # From the nearest checkpoint on, the same program on the same batches.
   state = _before(workdir, step, config, model, batches)
   run = jax.jit(
     train_step(model, config.train, config.objective),
@@ -74,6 +76,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
     batch = batches.next(size)
     state, out = run(state, batch)
     known = aborted.get(number, {})
+    # With several processes one wrote its own rows down: compare these.
     start, end = known.get('rows', (0, size))
     block = start // (end - start), size // (end - start)
     rows = {'tokens': batch['tokens'][start:end]}
@@ -89,8 +92,14 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
     )
 
 
-def _before(workdir, step, config, model, batches):
-  """The state that is nearest before a step; moves `batches` there."""
+def _before(
+  workdir: Path,
+  step: int,
+  config: RunConfig,
+  model: Model,
+  batches: datalib.Batches,
+) -> TrainState:
+  """Returns the nearest state before a step; moves `batches` there."""
   fresh = functools.partial(folder.fresh_state, config, model)
   with Checkpoints(
     workdir / 'checkpoints', verify=config.safety.verify, read_only=True
@@ -105,12 +114,14 @@ def _before(workdir, step, config, model, batches):
 
 
 def _written_batches(workdir: Path) -> dict[int, dict]:
+  """Returns {step: batch} of abort.jsonl; {} if the run wrote none."""
   if not (workdir / last_steps.FILE).exists():
     return {}
   return {row['step']: row['batch'] for row in last_steps.read(workdir)}
 
 
 def _written(workdir: Path) -> dict[int, dict[str, float]]:
+  """Returns {step: {'loss', 'grad_norm'}} of metrics.jsonl."""
   rows = metrics.read(workdir)
   names = ('loss', 'grad_norm')
   return {r['step']: {n: r[n] for n in names} for r in rows if 'loss' in r}

@@ -1,7 +1,8 @@
-"""What of a state or a step is not finite, and the way out of it."""
+"""Names the numbers of a state or a step that are not finite, and a way out."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from deepseek_jax.train.step import TrainState
 _SHOWN = 3
 
 
-def not_finite(tree) -> list[str]:
+def not_finite(tree: Any) -> list[str]:
   """Returns the dotted names of arrays that hold a number that is not finite.
 
   All processes of a run call it, for arrays that lie on devices of several.
@@ -32,6 +33,7 @@ def not_finite(tree) -> list[str]:
 
 @jax.jit
 def _sound(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns whether each array is finite, by name."""
   return {name: jnp.isfinite(a).all() for name, a in arrays.items()}
 
 
@@ -78,6 +80,7 @@ def of_refused(metrics: Mapping, state: TrainState, workdir: Path) -> str:
     'a refused update leaves weights and moments as they are, so the same'
     ' command ends here again'
   )
+  # Damaged moments alone can turn a finite gradient into such an update.
   if moments or (updates and not gradients):
     return f'{cause}; {again}: {_fresh_moments(workdir)}'
   return (
@@ -87,6 +90,7 @@ def of_refused(metrics: Mapping, state: TrainState, workdir: Path) -> str:
 
 
 def _fresh_moments(workdir: Path) -> str:
+  """Returns the advice to begin again with this run's weights."""
   return (
     'begin a run with its weights and fresh moments, by another --workdir and'
     f' --config.init_from={workdir}'
@@ -94,11 +98,12 @@ def _fresh_moments(workdir: Path) -> str:
 
 
 def _blocks(norms: Mapping) -> list[str]:
+  """Returns the names of the blocks whose norm is not finite."""
   return [name for name, norm in norms.items() if not np.isfinite(norm).all()]
 
 
 def _listed(kinds: Mapping[str, list[str]]) -> str:
-  """'moments a, b and 2 more; gradients of c'."""
+  """Returns names by kind: 'moments a, b, c and 2 more; gradients of d'."""
   parts = []
   for kind, names in kinds.items():
     more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''

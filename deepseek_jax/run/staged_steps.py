@@ -1,16 +1,18 @@
-"""The step of a run whose layers are cut into pipeline stages.
+"""Runs the step of a run whose layers are cut into pipeline stages.
 
 Every stage's parameters, buffers and moments lie on its own devices, and are
-updated there; the whole is judged once. Checkpoints hold the state as a run
+updated there; the whole is judged once. Checkpoints store the state as a run
 without stages does, so a run may go on with any number of them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from deepseek_jax import data as datalib
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
@@ -21,6 +23,7 @@ from deepseek_jax.pipeline import pipeline
 from deepseek_jax.pipeline import stages as cutting
 from deepseek_jax.pipeline.pipeline import Pipeline
 from deepseek_jax.pipeline.reading import Reader
+from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.steps import check_mesh, compiling
@@ -31,6 +34,7 @@ from deepseek_jax.train.step import TrainState
 from deepseek_jax.train.update import (
   Held,
   Proposal,
+  Verdict,
   judged,
   moving,
   proposed,
@@ -40,7 +44,7 @@ from deepseek_jax.train.update import (
 
 
 class StagedState(NamedTuple):
-  """A TrainState with its variables and moments by stage."""
+  """Holds a TrainState with its variables and moments by stage."""
 
   step: np.ndarray
   sequences: np.ndarray
@@ -49,13 +53,14 @@ class StagedState(NamedTuple):
 
 
 class StagedSteps:
-  """Steps through a pipeline; what `Steps` is for one program.
+  """Runs steps through a pipeline, with the methods of `Steps`.
 
   Raises:
     InputError: mesh, schedule, model, batches and devices do not fit.
   """
 
   def __init__(self, model: Model, config: RunConfig):
+    """Builds the stages and their programs; compiles when first called."""
     cfg, mesh = config.train, config.mesh
     pipeline.check(config.model, mesh.stage)
     order = schedule(mesh, cfg.batch.accumulate)
@@ -86,14 +91,19 @@ class StagedSteps:
     self._compiled = set()
 
   def _part(self, number: int) -> Held:
-    """A stage's part of a new run's state."""
+    """Returns a stage's part of a new run's state."""
     key = jax.random.key(self._config.seed)
     made = self._pipeline.stages[number].init(key)
     moments = self._rules[number].init(made['params'])
     return Held(made['params'], made['buffers'], moments)
 
-  def _programs(self, number: int):
-    """Of a stage: what it proposes, and the update, which takes its state."""
+  def _programs(
+    self, number: int
+  ) -> tuple[Callable[..., Proposal], Callable[..., Held]]:
+    """Returns a stage's two programs: its proposal, and its update.
+
+    The gradients are donated to the first, the state to the second.
+    """
     shapes = jax.eval_shape(functools.partial(self._part, number))
     where = self._pipeline.shardings(number, shapes)
     propose = jax.jit(
@@ -103,29 +113,37 @@ class StagedSteps:
     )
     return propose, jax.jit(updated, donate_argnums=0, out_shardings=where)
 
-  def _judged(self, state: StagedState, loss, norm, norms):
-    """As `judged`, from the norms of the stages' updates."""
+  def _judged(
+    self, state: StagedState, loss: jax.Array, norm: jax.Array, norms: tuple
+  ) -> tuple[Verdict, GateState, dict]:
+    """Returns `judged` from the norms of the stages' updates."""
     length = self._config.data.seq_len
     whole = tree_norm(norms)
     return judged(self._config.train, state, loss, norm, whole, length)
 
-  def _gradients(self, state: StagedState, batch: dict):
+  def _gradients(self, state: StagedState, batch: dict) -> tuple[list, dict]:
+    """Returns the stages' gradients and the metrics of a batch."""
     cfg = self._config
     tokens = tokens_seen(state, cfg.data.seq_len)
     weight = float(cfg.train.mtp_weight.at(tokens, cfg.train.tokens))
     return self._pipeline.gradients(_variables(state), batch, weight)
 
-  def __call__(self, state: StagedState, batch: dict, writer):
-    """-> the next state, metrics as of `train_step`, on the host."""
+  def __call__(
+    self, state: StagedState, batch: dict, writer: MetricsWriter | NoMetrics
+  ) -> tuple[StagedState, dict]:
+    """Returns the next state, and metrics as of `train_step`, on the host."""
     self.compiled(state, batch, writer)
+    # Forward and backward through all stages.
     grads, metrics = self._gradients(state, batch)
     each, norms = jax.device_get(tuple(zip(*map(self._norms, grads))))
+    # The norm of the whole gradient, of which each stage has a part.
     norm = jax.device_get(tree_norm(each))
     proposals = self._proposed(state.held, grads, norm)
     each, updates = jax.device_get(
       tuple(zip(*((p.norm, p.norms) for p in proposals)))
     )
     verdict, gate, told = jax.device_get(
+      # Judged once, by the whole model's norms.
       self._judge(state._replace(held=()), metrics['loss'], norm, each)
     )
     held = self._updated(state.held, proposals, metrics.pop('loads'), verdict)
@@ -138,14 +156,24 @@ class StagedSteps:
       metrics
     )
 
-  def _proposed(self, held, grads, norm) -> list[Proposal]:
+  def _proposed(
+    self, held: tuple[Held, ...], grads: list, norm: np.ndarray
+  ) -> list[Proposal]:
+    """Returns each stage's proposal, computed on its own devices."""
     out = []
     for number, propose in enumerate(self._propose):
       with sharding.under(self._pipeline.using[number]):
         out.append(propose(held[number], grads[number], norm))
     return out
 
-  def _updated(self, held, proposals, loads, verdict) -> tuple[Held, ...]:
+  def _updated(
+    self,
+    held: tuple[Held, ...],
+    proposals: list[Proposal],
+    loads: dict,
+    verdict: Verdict,
+  ) -> tuple[Held, ...]:
+    """Returns each stage's next variables and moments, on its own devices."""
     loads, out = cutting.nested(loads, '/'), []
     trainable = self._config.train.trainable
     for number, stage in enumerate(self._pipeline.stages):
@@ -156,12 +184,14 @@ class StagedSteps:
         )
     return tuple(out)
 
-  def _whole_norms(self, norms) -> dict:
-    """Norms of the stages' blocks by the names of the whole model."""
+  def _whole_norms(self, norms: tuple[dict, ...]) -> dict:
+    """Returns norms of the stages' blocks by the names of the whole model."""
     trees = [cutting.nested(own, '.') for own in norms]
     return cutting.flat(self._pipeline.join(trees), '.')
 
-  def compiled(self, state: StagedState, batch: dict, writer) -> None:
+  def compiled(
+    self, state: StagedState, batch: dict, writer: MetricsWriter | NoMetrics
+  ) -> None:
     """Compiles for batches of this size, by a pass that changes nothing.
 
     A program's inputs are known when those before it have run.
@@ -173,7 +203,7 @@ class StagedSteps:
       self._compiled.add(rows)
 
   def begin(self) -> StagedState:
-    """The state of a new run, each part made where it lies."""
+    """Returns the state of a new run, each part made where it lies."""
     held = []
     for number in range(len(self._pipeline.stages)):
       make = functools.partial(self._part, number)
@@ -185,51 +215,54 @@ class StagedSteps:
     return StagedState(new.step, new.sequences, tuple(held), new.gate)
 
   def like(self) -> TrainState:
-    """What a checkpoint holds, as arrays of the host."""
+    """Returns what a checkpoint stores, as NumPy arrays of no memory."""
     one = lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape)
     return jax.tree.map(one, jax.eval_shape(self._fresh))
 
   def adopt(self, state: TrainState) -> StagedState:
-    """A restored state as steps take it."""
+    """Returns a restored state as steps take it."""
     whole, held = Held(state.params, state.buffers, state.moments), []
     for number, stage in enumerate(self._pipeline.stages):
+      # Each stage takes its layers to its own devices.
       part = cutting.take_each(stage, whole)
       where = self._pipeline.shardings(number, part)
       held.append(jax.device_put(part, where))
     return StagedState(state.step, state.sequences, tuple(held), state.gate)
 
   def whole(self, state: StagedState) -> TrainState:
-    """A state as a checkpoint holds it, on the host."""
+    """Returns a state as a checkpoint stores it, on the host."""
     held = cutting.join_each(self._pipeline.stages, state.held)
     return TrainState(state.step, state.sequences, *held, state.gate)
 
   def buffers(self, state: StagedState) -> dict:
-    """The model's buffers, on the host."""
+    """Returns the model's buffers, on the host."""
     return self._pipeline.join([held.buffers for held in state.held])
 
   def with_variables(self, state: StagedState, variables: dict) -> StagedState:
-    """The state with other parameters and buffers."""
+    """Returns the state with other parameters and buffers."""
     parts = self._pipeline.split(variables)
     held = [old._replace(**new) for old, new in zip(state.held, parts)]
     return state._replace(held=tuple(held))
 
   def block(self, size: int) -> tuple[int, int]:
-    """Which block of a batch's rows this process reads: all of them."""
+    """Returns (block, blocks) of the rows that this process reads: all."""
     del size
     return 0, 1
 
   def batch(self, rows: dict[str, np.ndarray], size: int) -> dict:
-    """A global batch, which stays on the host: micro-batches travel."""
+    """Returns a global batch, which stays on the host: micro-batches travel."""
     del size
     return rows
 
-  def bits_per_byte(self, state: StagedState, heldout) -> float:
-    """Of held-out documents."""
+  def bits_per_byte(
+    self, state: StagedState, heldout: datalib.Heldout
+  ) -> float:
+    """Returns the bits per byte of held-out documents."""
     return self._reader.bits_per_byte(_variables(state), heldout)
 
 
 def schedule(mesh: MeshConfig, micro_batches: int) -> schedules.Schedule:
-  """The one that a mesh asks for.
+  """Returns the chunk order that a mesh asks for.
 
   Raises:
     InputError: there are too few micro-batches for it, or an odd number.
@@ -256,6 +289,7 @@ def schedule(mesh: MeshConfig, micro_batches: int) -> schedules.Schedule:
 
 
 def _check_rules(mesh: MeshConfig) -> None:
+  """Raises InputError for a sharding rule over the axis of stages."""
   for name, over in mesh.rules.items():
     if 'stage' in meshes.names(over):
       raise InputError(
@@ -265,5 +299,5 @@ def _check_rules(mesh: MeshConfig) -> None:
 
 
 def _variables(state: StagedState) -> list[dict]:
-  """By stage."""
+  """Returns the parameters and buffers by stage."""
   return [{'params': h.params, 'buffers': h.buffers} for h in state.held]

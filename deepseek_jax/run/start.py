@@ -1,4 +1,4 @@
-"""How a run begins: anew, from another run's weights, or where it ended."""
+"""Begins a run: anew, from another run's weights, or where it ended."""
 
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from deepseek_jax.run import soundness
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import config_of, has_checkpoint, load, restore
-from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.run.staged_steps import StagedState, StagedSteps
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.train import warm_start
+from deepseek_jax.train.step import TrainState
 
 
 def start(
@@ -25,12 +26,12 @@ def start(
   steps: Steps | StagedSteps,
   checkpoints: Checkpoints,
   batches: datalib.Batches,
-):
-  """Where a launch begins; moves `batches` there.
+) -> tuple[TrainState | StagedState, int, str | None]:
+  """Returns the state that a launch begins with; moves `batches` there.
 
   Returns:
     The state, the step that it was saved at (0: new), and the SHA-256 of the
-    run's tokenizer, None where no checkpoint says it.
+    run's tokenizer, None where no checkpoint stores it.
   """
   step = checkpoints.newest_whole(say.warn)
   if step is None:
@@ -38,6 +39,7 @@ def start(
     if config.init_from:
       state = _warm(config.init_from, state, steps)
     return state, 0, None
+  # Later steps are damaged, and this run will save under their numbers.
   checkpoints.set_aside_after(step)
   restored = restore(checkpoints, step, steps.like(), config)
   batches.set_state(restored.data)
@@ -49,8 +51,12 @@ def start(
   return steps.adopt(restored.state), step, bound
 
 
-def check_source(config: RunConfig, model: Model, tokenizer) -> None:
-  """What can be known of `init_from` before its weights are read.
+def check_source(
+  config: RunConfig,
+  model: Model,
+  tokenizer: datalib.Tokenizer | datalib.ByteTokenizer,
+) -> None:
+  """Checks what is known of `init_from` before its weights are read.
 
   Raises:
     InputError: it holds no run with a checkpoint, or one that does not fit.
@@ -67,11 +73,14 @@ def check_source(config: RunConfig, model: Model, tokenizer) -> None:
     )
   warm_start.check_tokenizer(tokenizer, source)
   shapes = lambda m: jax.eval_shape(m.init, jax.random.key(0))
+  # Shapes alone: raises if a weight has no place in this model.
   warm_start.variables(shapes(model), shapes(build(theirs.model)), str(source))
 
 
-def _warm(source: str, state, steps: Steps | StagedSteps):
-  """The state with the weights of another run."""
+def _warm(
+  source: str, state: TrainState | StagedState, steps: Steps | StagedSteps
+) -> TrainState | StagedState:
+  """Returns the state with the weights of another run."""
   begun = steps.whole(state)
   fresh = {'params': begun.params, 'buffers': begun.buffers}
   begun, new = warm_start.variables(fresh, load(source).variables, source)
@@ -80,8 +89,13 @@ def _warm(source: str, state, steps: Steps | StagedSteps):
   return steps.with_variables(state, begun)
 
 
-def with_classes(state, resumed: int, model, store: datalib.Store):
-  """A new run's memory gets the classes of the tokenizer's tokens."""
+def with_classes(
+  state: TrainState, resumed: int, model: Model, store: datalib.Store
+) -> TrainState:
+  """Returns a new run's state with the tokens' classes in Engram's buffers.
+
+  A resumed run has them already.
+  """
   if resumed:
     return state
   classes = token_classes(store.tokenizer(), model.config.vocab_size)

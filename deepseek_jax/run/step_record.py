@@ -1,4 +1,4 @@
-"""What steps leave in a run's folder: scalars, and how tokens were routed.
+"""Writes what steps leave in a run's folder: scalars, and routing.
 
 No number that is trained depends on these files: a damaged one is renamed, with
 one line, and the run goes on.
@@ -41,7 +41,7 @@ METRICS = {
 
 
 class Record:
-  """Writes the numbers of steps, of several processes in the first alone.
+  """Writes the numbers of steps; with several processes the first one alone.
 
   Attributes:
     writer: of metrics and lines.
@@ -57,6 +57,15 @@ class Record:
     *,
     console: bool,
   ):
+    """Opens the files of a run's folder, in process 0.
+
+    Args:
+      config: the run.
+      model: its model.
+      workdir: its folder.
+      resumed: step that the run goes on from; 0 begins anew.
+      console: shows progress.
+    """
     first = distributed.first()
     self._model, self._speeds = model, []
     self.writer = _writer(config, workdir, resumed, console)
@@ -69,14 +78,16 @@ class Record:
     self.recalls = json.loads(distributed.text_from_first(json.dumps(recalls)))
 
   def __enter__(self) -> 'Record':
+    """Returns itself; the block's end closes the writer."""
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
+    """Closes the writer, after an error too."""
     self.writer.__exit__(*error)
 
   @property
   def tokens_per_second(self) -> float | None:
-    """Median over the steps but the first, which waits for the compiler."""
+    """Returns the median over steps, without the first, which compiles."""
     speeds = self._speeds[1:] or self._speeds
     return float(np.median(speeds)) if speeds else None
 
@@ -87,7 +98,7 @@ class Record:
     buffers: Callable[[], dict],
     tokens: int,
     seconds: float,
-  ):
+  ) -> None:
     """Writes a step.
 
     Args:
@@ -97,6 +108,7 @@ class Record:
       tokens: that it read.
       seconds: that it took.
     """
+    # Numbers alone; arrays per layer go to routing.npz.
     scalars = scalars_of(metrics)
     if 'recall' in scalars:
       self.recalls.append(scalars['recall'])
@@ -109,7 +121,8 @@ class Record:
     timings = {'tokens_per_second': speed, 'seconds': seconds}
     self.writer.write(number, scalars, timings)
 
-  def _record_routing(self, number, metrics, buffers):
+  def _record_routing(self, number: int, metrics: dict, buffers: dict) -> None:
+    """Adds a step's routing to routing.npz."""
     load, together = (np.asarray(metrics[k]) for k in ('load', 'together'))
     biases = router_biases(self._model, buffers)
     if biases is None:
@@ -140,7 +153,10 @@ def scalars_of(metrics: dict) -> dict[str, float]:
   return {k: float(v) for k, v in metrics.items() if alone(v)}
 
 
-def _writer(config, workdir, resumed: int, console: bool):
+def _writer(
+  config: RunConfig, workdir: Path, resumed: int, console: bool
+) -> MetricsWriter | NoMetrics:
+  """Returns the writer of metrics; one that writes nothing but in process 0."""
   if not distributed.first():
     return NoMetrics()
   return MetricsWriter(
@@ -154,12 +170,15 @@ def _writer(config, workdir, resumed: int, console: bool):
 
 
 def _recalls(workdir: Path, resumed: int) -> list[float]:
-  """Those of the steps before, for a run that ends by them."""
+  """Returns the recalls of the steps before, for a run that ends by them."""
   rows = metric_files.read(workdir) if resumed else []
   return [r['recall'] for r in rows if 'recall' in r and r['step'] <= resumed]
 
 
-def _recorder(workdir, model, resume) -> FlightRecorder | None:
+def _recorder(
+  workdir: Path, model: Model, resume: int
+) -> FlightRecorder | None:
+  """Returns the recorder of routing; None if the model has no experts."""
   routed = [l for l in model.config.in_order() if l.block.routed]
   layers = [layer.number for layer in routed]
   if not layers:
@@ -186,7 +205,7 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
     )
     return record()
   except InputError as error:
-    # Of an earlier version, which recorded less: both files stay.
+    # An earlier version wrote it and recorded less: both files stay.
     kept = path.with_name(f'routing-until-{resume}.npz')
     kept = unused(kept, '.') if kept.exists() else kept
     path.rename(kept)
@@ -195,7 +214,10 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
 
 
 def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
-  """[L E] in layer order, 0 where a layer has none; None if no layer has."""
+  """Returns the router biases [L E] in layer order; None if no layer has any.
+
+  A layer without one has zeros.
+  """
   out, found = [], False
   for layer in model.config.in_order():
     if not layer.block.routed:

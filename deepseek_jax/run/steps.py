@@ -1,4 +1,4 @@
-"""The step of a run in one program, and where its state and batches lie."""
+"""Runs the step of a run as one program; places its state and batches."""
 
 import functools
 import time
@@ -6,9 +6,11 @@ import time
 import jax
 import numpy as np
 
+from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import placement
+from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import evaluate
@@ -16,13 +18,14 @@ from deepseek_jax.train.step import TrainState, train_step
 
 
 class Steps:
-  """Compiled train steps, one per batch size, and what compiling cost.
+  """Compiles train steps, one per batch size, and logs what compiling cost.
 
   Raises:
     InputError: the mesh does not fit the devices, the model or the batches.
   """
 
   def __init__(self, model: Model, config: RunConfig):
+    """Chooses where arrays lie; compiles when first called."""
     check_mesh(config)
     self._where = placement.choose(config.mesh, model.abstract)
     self._model = model
@@ -30,16 +33,21 @@ class Steps:
     step = train_step(model, config.train, config.objective)
     state = jax.eval_shape(self._fresh)
     where = self._where
+    # Named, so that the donated state keeps its place from step to step.
     places = where.shardings(state, model.abstract), where.copied
     self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
     self._compiled = {}
 
-  def __call__(self, state: TrainState, batch, writer):
-    """-> the next state, metrics."""
+  def __call__(
+    self, state: TrainState, batch: dict, writer: MetricsWriter | NoMetrics
+  ) -> tuple[TrainState, dict]:
+    """Returns the next state and the metrics."""
     return self.compiled(state, batch, writer)(state, batch)
 
-  def compiled(self, state: TrainState, batch, writer):
-    """The step for batches of this size."""
+  def compiled(
+    self, state: TrainState, batch: dict, writer: MetricsWriter | NoMetrics
+  ) -> jax.stages.Compiled:
+    """Returns the step for batches of this size."""
     rows = batch['tokens'].shape[0]
     if rows not in self._compiled:
       with compiling(rows, writer), self._where.use():
@@ -47,41 +55,41 @@ class Steps:
     return self._compiled[rows]
 
   def begin(self) -> TrainState:
-    """The state of a new run, each part made where it lies."""
+    """Returns the state of a new run, each part made where it lies."""
     return self._where.make(self._fresh, self._model.abstract)
 
   def like(self) -> TrainState:
-    """Shapes, dtypes and places of what a checkpoint holds."""
+    """Returns shapes, dtypes and shardings of what a checkpoint stores."""
     return self._where.abstract(self._fresh, self._model.abstract)
 
   def adopt(self, state: TrainState) -> TrainState:
-    """A restored state as steps take it."""
+    """Returns a restored state as steps take it."""
     return state
 
   def whole(self, state: TrainState) -> TrainState:
-    """A state as a checkpoint holds it."""
+    """Returns a state as a checkpoint stores it."""
     return state
 
   def buffers(self, state: TrainState) -> dict:
-    """The model's buffers."""
+    """Returns the model's buffers."""
     return state.buffers
 
   def with_variables(self, state: TrainState, variables: dict) -> TrainState:
-    """The state with other parameters and buffers."""
+    """Returns the state with other parameters and buffers."""
     places = self._where.shardings(variables, self._model.abstract)
     variables = jax.jit(lambda v: v, out_shardings=places)(variables)
     return state._replace(**variables)
 
   def block(self, size: int) -> tuple[int, int]:
-    """Which block of a batch's rows this process reads."""
+    """Returns (block, blocks) of a batch's rows that this process reads."""
     return self._where.block(size)
 
   def batch(self, rows: dict[str, np.ndarray], size: int) -> dict:
-    """A global batch from the rows of this process."""
+    """Returns a global batch from the rows of this process."""
     return self._where.batch(rows, size)
 
-  def bits_per_byte(self, state: TrainState, heldout) -> float:
-    """Of held-out documents."""
+  def bits_per_byte(self, state: TrainState, heldout: datalib.Heldout) -> float:
+    """Returns the bits per byte of held-out documents."""
     variables = {'params': state.params, 'buffers': state.buffers}
     with self._where.use():
       return evaluate.bits_per_byte(self._model, variables, heldout)
@@ -99,15 +107,18 @@ def check_mesh(config: RunConfig) -> None:
 
 
 class compiling:
-  """Tells how long compiling took, and whether it was done before."""
+  """Logs how long compiling took, and whether it came from the cache."""
 
-  def __init__(self, rows: int, writer):
+  def __init__(self, rows: int, writer: MetricsWriter | NoMetrics):
+    """Takes the sequences of the step, and the writer of the line."""
     self._rows, self._writer = rows, writer
 
-  def __enter__(self):
+  def __enter__(self) -> None:
+    """Starts the clock."""
     self._start, self._hits = time.perf_counter(), _cache_hits[0]
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
+    """Logs the line, unless compiling failed."""
     if error[0] is None:
       source = 'from the cache' if _cache_hits[0] > self._hits else 'anew'
       self._writer.log(
@@ -119,7 +130,8 @@ class compiling:
 _cache_hits = [0]
 
 
-def _count_hits(event: str, **_) -> None:
+def _count_hits(event: str, **_: object) -> None:
+  """Counts the programs that come from the compilation cache."""
   _cache_hits[0] += event == '/jax/compilation_cache/cache_hits'
 
 

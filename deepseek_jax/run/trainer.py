@@ -1,4 +1,4 @@
-"""The loop around the step: data in, numbers and checkpoints out."""
+"""Runs the loop around the step: data in, numbers and checkpoints out."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,16 @@ from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.run.preemption import Preemption
-from deepseek_jax.run.staged_steps import StagedSteps
+from deepseek_jax.run.staged_steps import StagedState, StagedSteps
 from deepseek_jax.run.step_record import Record
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.run.watchdog import Watchdog
+from deepseek_jax.train.step import TrainState
 
 
 @dataclasses.dataclass
 class Trainer:
-  """A run from the state that it begins with to its end."""
+  """Trains from the state that a run begins with to its end."""
 
   config: RunConfig
   store: datalib.Store
@@ -38,7 +39,8 @@ class Trainer:
   timeline: Timeline
   last_steps: LastSteps
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Starts the watchdog, which writes the last steps before it ends a run."""
     safety = self.config.safety
     self._watchdog = Watchdog(
       safety.hang_factor,
@@ -46,14 +48,14 @@ class Trainer:
       lambda seconds: self.last_steps.write(),
     )
 
-  def run(self, state):
-    """Trains to the end -> the last state."""
+  def run(self, state: TrainState | StagedState) -> TrainState | StagedState:
+    """Trains to the end; returns the last state."""
     try:
       return self._run(state)
     except Preempted:
       raise
     except Exception:
-      with contextlib.suppress(OSError):  # the cause is what to tell
+      with contextlib.suppress(OSError):  # the cause is what to report
         self.last_steps.write()
       raise
     finally:
@@ -62,11 +64,13 @@ class Trainer:
         self.timeline.write()
         self.record.writer.log(self.timeline.summary())
 
-  def _run(self, state):
+  def _run(self, state: TrainState | StagedState) -> TrainState | StagedState:
+    """Trains to the end, without the files that a failure leaves."""
     config, length = self.config, self.config.data.seq_len
     number, tokens = int(state.step), int(state.sequences) * length
     while tokens < config.train.tokens and not self._imitated():
       start = time.perf_counter()
+      # `_step` returns metrics on the host, so the time has the device's work.
       size = config.train.batch.at(tokens)
       state, metrics = self._step(number + 1, state, size)
       number, tokens = number + 1, tokens + size * length
@@ -79,6 +83,7 @@ class Trainer:
       if _due(config.evaluate.every, number) and not last:
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
+      # Asked once a step in every process: they must answer alike.
       stop = self.preemption.asked(number) and not last
       if _due(config.checkpoint_every, number) or last or stop:
         with self.timeline.phase('checkpoint'):
@@ -89,18 +94,25 @@ class Trainer:
     return state
 
   def _imitated(self) -> bool:
-    """Whether the indexers have found what they were to find."""
+    """Returns whether the indexers' mean recall has reached its goal."""
     goal, recent = self.config.train.recall_goal, self.record.recalls[-10:]
     return bool(goal and len(recent) == 10 and np.mean(recent) >= goal)
 
-  def _step(self, number, state, size):
-    """The step that makes `number` complete -> state, metrics on the host."""
+  def _step(
+    self, number: int, state: TrainState | StagedState, size: int
+  ) -> tuple[TrainState | StagedState, dict]:
+    """Takes the step that makes `number` complete.
+
+    Returns:
+      The next state, and the metrics on the host.
+    """
     first, writer = self.batches.get_state()['next_index'], self.record.writer
     block = self.steps.block(size)
     with self.timeline.phase('data'):
       rows = self.batches.next(size, *block)
       batch = self.steps.batch(rows, size)
     with self.timeline.phase('compile'):
+      # By itself, so that the watchdog does not time compiling.
       self.steps.compiled(state, batch, writer)
     self.preemption.begin()
     with self.timeline.phase('step'), self._watchdog.step():
@@ -111,7 +123,10 @@ class Trainer:
     self.last_steps.add(number, identity, kept)
     return state, metrics
 
-  def _give_up_if_stuck(self, number, metrics, state):
+  def _give_up_if_stuck(
+    self, number: int, metrics: dict, state: TrainState | StagedState
+  ) -> None:
+    """Raises RunAborted after `patience` refused updates in a row."""
     streak = int(metrics['streak'])
     if streak < self.config.train.gate.patience:
       return
@@ -126,7 +141,8 @@ class Trainer:
       f' {why}'
     )
 
-  def _validate(self, number, state):
+  def _validate(self, number: int, state: TrainState | StagedState) -> None:
+    """Writes the bits per byte of some held-out documents."""
     cfg = self.config.evaluate
     heldout = datalib.Heldout(
       self.store,
@@ -138,7 +154,10 @@ class Trainer:
     bits = self.steps.bits_per_byte(state, heldout)
     self.record.writer.write(number, {'validation_bits_per_byte': bits})
 
-  def _save(self, number, state, *, wait: bool):
+  def _save(
+    self, number: int, state: TrainState | StagedState, *, wait: bool
+  ) -> None:
+    """Saves the state; `wait` returns when it is on disk."""
     self.record.save()
     self.checkpoints.save(
       number,
@@ -150,4 +169,5 @@ class Trainer:
 
 
 def _due(every: int, number: int) -> bool:
+  """Returns whether something done every so many steps is due."""
   return every > 0 and number % every == 0

@@ -1,6 +1,6 @@
-"""A watchdog for hanging steps: dumps every stack and ends the process.
+"""Ends a process whose step hangs, after dumping every stack.
 
-A collective whose peer is gone waits for ever, and a scheduler sees a healthy
+A collective whose peer is gone waits forever, and a scheduler finds a healthy
 job. Steps of one run take about the same time, so one that takes many times
 their median is stuck.
 """
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Watchdog:
     least: float,
     on_hang: Callable[[float], None] = lambda seconds: None,
   ):
+    """Starts the watching thread, unless `factor` is 0."""
     self._factor, self._least, self._on_hang = factor, least, on_hang
     self._taken = collections.deque(maxlen=_WINDOW)
     self._armed, self._over = threading.Event(), threading.Event()
@@ -48,13 +49,14 @@ class Watchdog:
 
   @property
   def limit(self) -> float | None:
-    """Seconds that the next step may take; None for the first steps."""
+    """Returns the seconds the next step may take; None for the first steps."""
     if not self._factor or len(self._taken) < _LEAST:
       return None
     return max(self._factor * float(np.median(self._taken)), self._least)
 
   @contextlib.contextmanager
-  def step(self):
+  def step(self) -> Iterator[None]:
+    """Watches one step; its time counts in the median if it ends well."""
     start, self._spent = time.perf_counter(), 0.0
     if self.limit is not None:
       self._armed.set()
@@ -65,20 +67,24 @@ class Watchdog:
       self._armed.clear()
 
   def close(self) -> None:
+    """Ends the watching thread."""
     self._over.set()
     self._armed.set()
 
-  def _watch(self):
+  def _watch(self) -> None:
+    """Waits for armed steps, in a thread, and ends one past its limit."""
     while self._armed.wait() and not self._over.is_set():
       limit = self.limit
       tick = min(limit / 10, 1.0)
       start = time.perf_counter()
       self._over.wait(tick)
+      # At most two ticks: a suspended process has not spent the time.
       self._spent += min(time.perf_counter() - start, 2 * tick)
       if self._armed.is_set() and self._spent > limit:
         self._end(limit)
 
-  def _end(self, limit: float):
+  def _end(self, limit: float) -> None:
+    """Prints all stacks, calls `on_hang` and ends the process."""
     if self._over.is_set():
       return
     print(

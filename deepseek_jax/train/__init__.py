@@ -1,1 +1,1 @@
-"""The training step: objective, optimizer, schedules, gate, evaluation."""
+"""Trains a model: objective, optimizer, schedules, gate, evaluation."""

@@ -1,4 +1,4 @@
-"""The recipe of a run: what is trained, how long, and by which rule."""
+"""Describes what is trained, how long, and by which rule."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig, update_rule
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The recipe of a run, but for its data.
+  """Describes a run, apart from its data.
 
   Attributes:
     tokens: length of the run.
@@ -38,13 +38,18 @@ class TrainConfig:
   trainable: tuple = ()
   recall_goal: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a length or a goal out of range."""
     above(self, tokens=0)
     within(self, recall_goal=(0, 1))
 
 
 def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
-  """What is trained of a model's parameters; None is everything.
+  """Returns the trained part of a model's parameters; None if all are trained.
+
+  Args:
+    cfg: the recipe.
+    abstract: the model's abstract parameters.
 
   Raises:
     InputError: `cfg.trainable` names what the model has not.
@@ -55,17 +60,18 @@ def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
 
 
 def part_of_stage(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
-  """As `part_of`, of some of a model's parameters, be it none."""
+  """Returns `part_of` for a stage's parameters; the part may be empty."""
   return frozen.part(abstract, cfg.trainable) if cfg.trainable else None
 
 
 def optimizer_of(
   cfg: TrainConfig, abstract: nnx.State
 ) -> optax.GradientTransformationExtraArgs:
-  """The update rule of a model's parameters, or of a stage's.
+  """Returns the update rule of a model's parameters, or of a stage's.
 
   Its update takes `norm`, that of the whole model's gradient.
   """
+  # Frozen parameters get no moments.
   part = part_of_stage(cfg, abstract)
   if part is None:
     return update_rule(cfg.optimizer, abstract)

@@ -1,7 +1,8 @@
-"""Held-out loss: bits per byte of documents, each read by itself."""
+"""Measures held-out loss: bits per byte of documents, each read by itself."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,17 @@ from deepseek_jax.parallel.sharding import Using, current
 from deepseek_jax.train.cross_entropy import linear_cross_entropy
 
 
-def negative_log_likelihood(hidden, head, batch) -> jax.Array:
-  """-ln of the probability of a held-out batch's tokens, each by its weight.
+def negative_log_likelihood(
+  hidden: jax.Array, head: jax.Array, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Returns the weighted -ln probability of a held-out batch's tokens.
 
   Args:
     hidden: [B T D].
     head: [D V].
     batch: of a data.Heldout, or arrays like it; padding weighs 0.
   """
+  # Position t predicts token t + 1.
   real = batch['segments'][:, 1:] > 0
   return linear_cross_entropy(
     hidden.reshape(-1, hidden.shape[-1]),
@@ -30,9 +34,10 @@ def negative_log_likelihood(hidden, head, batch) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def _nll(model: Model, using: Using | None) -> Callable:
+  """Returns the jitted nats of a batch: (variables, batch) -> scalar."""
   del using  # what is traced depends on it, which jit does not know
 
-  def nll(variables, batch):
+  def nll(variables: dict, batch: dict[str, jax.Array]) -> jax.Array:
     out = model.apply(
       variables,
       batch['tokens'][:, :-1],
@@ -44,8 +49,8 @@ def _nll(model: Model, using: Using | None) -> Callable:
   return jax.jit(nll)
 
 
-def bits_per_byte(model: Model, variables: dict, heldout) -> float:
-  """-log2 of the probability of all held-out tokens, over their bytes.
+def bits_per_byte(model: Model, variables: dict, heldout: Any) -> float:
+  """Returns -log2 of the probability of all held-out tokens, over their bytes.
 
   Args:
     model, variables: the model.
@@ -55,8 +60,8 @@ def bits_per_byte(model: Model, variables: dict, heldout) -> float:
   return bits_per_byte_by(lambda batch: nll(variables, batch), heldout)
 
 
-def bits_per_byte_by(nll: Callable[[dict], jax.Array], heldout) -> float:
-  """As `bits_per_byte`, by what `nll` says of every batch."""
+def bits_per_byte_by(nll: Callable[[dict], jax.Array], heldout: Any) -> float:
+  """Returns `bits_per_byte` from the nats that `nll` gives for each batch."""
   total = 0.0
   for batch in heldout:
     # NumPy's, which jit may place on as many devices as the variables are on.

@@ -1,4 +1,4 @@
-"""A gate before the update: skips what is not finite or far out of line.
+"""Skips updates that are not finite or far out of line, before they apply.
 
 It keeps running means of the loss and the gradient norm over accepted steps
 only, so a bad batch never moves what it is judged by. (optax.apply_if_finite
@@ -17,7 +17,7 @@ from deepseek_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-  """When an update is skipped, and when a run gives up.
+  """Describes when an update is skipped, and when a run gives up.
 
   Attributes:
     sigma: a loss or gradient norm this many deviations above its mean is an
@@ -32,7 +32,8 @@ class GateConfig:
   decay: float = 0.98
   patience: int = 10
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     at_least(self, sigma=0, warmup=0, patience=1)
     within(self, decay=(0, 1), ends='()')
     if self.sigma and self.warmup < 1:
@@ -43,6 +44,8 @@ class GateConfig:
 
 
 class GateState(NamedTuple):
+  """Holds running means over accepted steps, and how many were skipped."""
+
   mean: jax.Array  # [2] of loss and gradient norm
   square: jax.Array  # [2] mean squared deviation
   accepted: jax.Array  # int32
@@ -51,6 +54,7 @@ class GateState(NamedTuple):
 
 
 def initial_gate() -> GateState:
+  """Returns the gate's state before the first step."""
   zero = jnp.int32(0)
   # Distinct buffers: the state is donated, and no buffer may be twice.
   return GateState(
@@ -64,26 +68,41 @@ _LEAST_DEVIATION = 0.05
 _LEAST_KNOWN = 2.0**-63  # the root of float32's least normal number
 
 
-def judge(cfg: GateConfig, state: GateState, loss, grad_norm, sound=True):
-  """Whether to apply the update -> (bool scalar, the next GateState).
+def judge(
+  cfg: GateConfig,
+  state: GateState,
+  loss: jax.Array,
+  grad_norm: jax.Array,
+  sound: jax.Array | bool = True,
+) -> tuple[jax.Array, GateState]:
+  """Returns whether to apply the update (bool scalar), and the next GateState.
 
-  `sound` is whether the update itself is finite.
+  Args:
+    cfg: the gate's configuration.
+    state: before the step.
+    loss: scalar of the global batch.
+    grad_norm: scalar, norm of its gradient.
+    sound: whether the update itself is finite.
   """
   seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+  # Not finite: skipped, whatever the means are.
   ok = jnp.isfinite(seen).all() & sound
   if cfg.sigma:
+    # An explosion lies `sigma` deviations above its mean.
     least = _LEAST_DEVIATION * jnp.abs(state.mean)
     deviation = jnp.maximum(jnp.sqrt(state.square), least)
-    # Means of which float32 holds no square, 0 among them, tell nothing.
+    # A mean whose square underflows float32 (0 is one) gives no deviation.
     deviation = jnp.where(least > _LEAST_KNOWN, deviation, jnp.inf)
     calm = (seen <= state.mean + cfg.sigma * deviation).all()
     ok = ok & (calm | (state.accepted < cfg.warmup))
+  # A skipped step moves no mean.
   seen = jnp.where(ok, seen, state.mean)
   # Averages plainly at first, then with the decay.
   rate = jnp.maximum(1 - cfg.decay, 1 / (state.accepted + 1))
+  # Running mean, and mean squared deviation in Welford's form.
   error = seen - state.mean
   mean = state.mean + rate * error
-  most = jnp.finfo(jnp.float32).max  # infinity would stay for ever
+  most = jnp.finfo(jnp.float32).max  # infinity would never leave the mean
   apart = jnp.minimum(error * (seen - mean), most)
   square = state.square + rate * (apart - state.square)
   keep = lambda new, old: jnp.where(ok, new, old)

@@ -1,4 +1,4 @@
-"""Norms of a gradient at any scale, the whole and by block.
+"""Computes norms of a gradient at any scale, the whole and by block.
 
 Gradients have no natural size, and their squares leave float32 below 1e-19 and
 above 1e19; so numbers are brought near 1 first, by powers of two: exactly. By
@@ -6,7 +6,8 @@ block they show which layers a bad update came from.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,10 @@ def gain(top: jax.Array) -> jax.Array:
   return jnp.where(exponent < least, 0.0, power)
 
 
-def tree_norm(tree, axes=lambda array: None) -> jax.Array:
+def tree_norm(
+  tree: Any,
+  axes: Callable[[jax.Array], tuple[int, ...] | None] = lambda array: None,
+) -> jax.Array:
   """Returns the Euclidean norm of all numbers of a tree, float32.
 
   f(s x) is s f(x) for every power of two s that keeps the result and the
@@ -40,16 +44,19 @@ def tree_norm(tree, axes=lambda array: None) -> jax.Array:
   ]
   if not leaves:
     return jnp.float32(0)
+  # One factor for all leaves, by the largest number of the tree.
   tops = [jnp.abs(a).max(axis=axes(a), initial=0.0) for a in leaves]
   factor = gain(functools.reduce(jnp.maximum, tops))
   wide = lambda a: factor.reshape(factor.shape + (1,) * (a.ndim - factor.ndim))
+  # Squares near 1 neither underflow nor overflow.
   squares = (jnp.square(a * wide(a)).sum(axis=axes(a)) for a in leaves)
   root = jnp.sqrt(sum(squares))
+  # Division by a power of two is exact.
   return jnp.where(factor > 0, root / jnp.where(factor > 0, factor, 1.0), 0.0)
 
 
 def block_norms(tree: Mapping) -> dict[str, jax.Array]:
-  """Euclidean norms of the parts of a gradient; their squares add up to its.
+  """Returns the norms of a gradient's blocks; their squares add up to its.
 
   Args:
     tree: shaped as a model's parameters.
@@ -72,6 +79,6 @@ def block_norms(tree: Mapping) -> dict[str, jax.Array]:
   return norms
 
 
-def _of_each(repeats) -> jax.Array:
-  """Norms of the parts along the first axis of a tree's arrays."""
+def _of_each(repeats: Any) -> jax.Array:
+  """Returns the norms of the slices along the first axis of a tree's arrays."""
   return tree_norm(repeats, lambda a: tuple(range(1, a.ndim)))

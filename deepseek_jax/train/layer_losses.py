@@ -1,10 +1,11 @@
-"""Losses that layers add by themselves, and what their statistics tell.
+"""Collects the losses that layers add by themselves, and their statistics.
 
 Balance losses (DeepSeek-V2 section 2.2.3, V3 section 2.1.2) and the losses of
 sparse attention's indexers (V3.2 section 2.1), whatever the objective is.
 Legend: L MoE layers, E experts.
 """
 
+import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.experts import statistics as routing_statistics
@@ -22,13 +23,14 @@ METRICS = {
 }
 
 
-def routing_losses(aux: dict, shares: Shares):
+def routing_losses(aux: dict, shares: Shares) -> tuple[jax.Array, dict]:
   """Returns the balance losses of an Output's aux, and its routing.
 
   Returns:
     The loss, and the metrics 'balance_loss', 'loads', 'load', 'dropped' and
     those of `routing_statistics`, as far as there are experts.
   """
+  # Loads move the router biases; shares add up over micro-batches.
   metrics, loss = {'loads': _loads(aux)}, jnp.float32(0)
   balance = _balance_loss(aux)
   if balance is not None:
@@ -41,7 +43,7 @@ def routing_losses(aux: dict, shares: Shares):
   return loss, metrics
 
 
-def attention_losses(aux: dict, shares: Shares):
+def attention_losses(aux: dict, shares: Shares) -> tuple[jax.Array, dict]:
   """Returns what sparse attentions learn from, and how well they choose.
 
   Returns:
@@ -52,15 +54,17 @@ def attention_losses(aux: dict, shares: Shares):
   every = lambda name: [s[name].reshape(-1) for s in layers if name in s]
   metrics, loss = {}, jnp.float32(0)
   if every('loss'):
+    # A sum over layers, for each trains its own indexer.
     loss = jnp.concatenate(every('loss')).sum() / shares.micro_batches
     metrics['attention_loss'] = loss
   if every('recall'):
+    # A mean over layers: it is a share of the attention.
     recall = jnp.concatenate(every('recall')).mean()
     metrics['recall'] = recall / shares.micro_batches
   return loss, metrics
 
 
-def _every_block(aux):
+def _every_block(aux: dict) -> dict[tuple, dict]:
   """Returns each block's statistics by the place of its variables."""
   places = {
     ('segments', i, j): stats
@@ -73,7 +77,8 @@ def _every_block(aux):
   return places
 
 
-def _balance_loss(aux):
+def _balance_loss(aux: dict) -> jax.Array | None:
+  """Returns the sum of the layers' balance losses, None if no layer has one."""
   losses = [
     stats['ffn']['loss'].sum()
     for stats in _every_block(aux).values()
@@ -82,7 +87,8 @@ def _balance_loss(aux):
   return sum(losses) if losses else None
 
 
-def _loads(aux):
+def _loads(aux: dict) -> dict[str, jax.Array]:
+  """Returns the load [... E] of each router by the place of its block."""
   return {
     '/'.join(map(str, place)): stats['ffn']['load']
     for place, stats in _every_block(aux).items()

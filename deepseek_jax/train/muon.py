@@ -1,4 +1,4 @@
-"""Muon as in DeepSeek-V4 (algorithm 1, section 2.4).
+"""Computes Muon's updates as in DeepSeek-V4 (algorithm 1, section 2.4).
 
 A matrix is updated by its momentum made orthogonal: M <- beta M + G,
 O <- NewtonSchulz(beta M + G), W <- W - rate (0.18 sqrt(max(n, m)) O + decay W),
@@ -27,7 +27,7 @@ from deepseek_jax.train.gradient_norms import gain
 
 # Eight rounds that drive all singular values near 1, two that settle there.
 COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
-# Axes along which matrices are independent of each other.
+# Axes whose entries are matrices independent of each other.
 _INDEPENDENT = ('experts', 'groups', 'series', 'streams', 'branches')
 # Axes up to which a matrix has its inputs, unless they are its outputs.
 _INPUTS = ('embed', 'width')
@@ -35,14 +35,14 @@ _INPUTS = ('embed', 'width')
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig:
-  """The matrices' share of the optimizer.
+  """Describes the update of the matrices.
 
   Attributes:
     momentum: beta.
     rms: root mean square of an update at a learning rate of 1.
     decay: of the matrices.
-    vectors: whether AdamW's decay takes in what is no matrix, as V4's text has
-      it; else only embedding and head decay.
+    vectors: whether AdamW's decay applies to vectors too, as V4's text has it;
+      else only embedding and head decay.
   """
 
   momentum: float = 0.95
@@ -50,14 +50,15 @@ class MuonConfig:
   decay: float = 0.1
   vectors: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     within(self, 'muon.', momentum=(0, 1), ends='[)')
     above(self, 'muon.', rms=0)
     at_least(self, 'muon.', decay=0)
 
 
 class Split(NamedTuple):
-  """A parameter as matrices: which of its named axes are what."""
+  """Describes a parameter as matrices: which of its named axes are what."""
 
   independent: tuple[int, ...]
   inputs: tuple[int, ...]
@@ -65,27 +66,32 @@ class Split(NamedTuple):
 
 
 def split(axes: tuple) -> Split | None:
-  """How a parameter with these axis names is made of matrices; None: AdamW.
+  """Returns how a parameter with these axis names is made of matrices.
+
+  None means that it has none, so AdamW updates it.
 
   ('experts', 'embed', None, 'mlp') is gate and up of every expert: matrices
   from embed to mlp.
   """
+  # Embedding, head and n-gram tables are AdamW's.
   named = [a for a in axes if a is not None]
   if not named or 'vocab' in named or 'tables' in named:
     return None
   independent = [i for i, a in enumerate(axes) if a in _INDEPENDENT]
+  # Gate and up are stored together and are two matrices.
   if axes[-1] == 'mlp' and axes[-3:-1] == ('embed', None):
     independent.append(len(axes) - 2)
   rest = [i for i in range(len(axes)) if i not in independent]
   if len(rest) < 2:
     return None
+  # Axes up to the first input axis are inputs, the rest outputs.
   ends = [n for n, i in enumerate(rest, start=1) if axes[i] in _INPUTS]
   cut = min(ends[0] if ends else 1, len(rest) - 1)
   return Split(tuple(independent), tuple(rest[:cut]), tuple(rest[cut:]))
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:
-  """Matrices [... n m] -> nearly the orthogonal ones closest to them, float32.
+  """Returns the nearly orthogonal matrices closest to x [... n m], float32.
 
   Their singular values become 1 within 0.0005, unless they are tiny beside the
   largest. A matrix of zeros stays one, and one without a normal number becomes
@@ -93,12 +99,14 @@ def newton_schulz(x: jax.Array) -> jax.Array:
   """
   x = x.astype(jnp.float32)
   tall = x.shape[-2] > x.shape[-1]
+  # The Gram matrix below is that of the shorter side.
   x = jnp.swapaxes(x, -1, -2) if tall else x
   # By the largest number first: squares underflow below 1e-20.
   x = x * gain(jnp.abs(x).max(axis=(-2, -1), keepdims=True))
   norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
 
-  def once(x, abc):
+  def once(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
+    """Moves the singular values towards 1: a x + (b G + c G^2) x, G = x x^T."""
     a, b, c = abc
     gram = x @ jnp.swapaxes(x, -1, -2)
     return a * x + (b * gram + c * gram @ gram) @ x, None
@@ -109,16 +117,18 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 
 
 def orthogonal(x: jax.Array, how: Split) -> jax.Array:
-  """Every matrix of a parameter (stacked layers first) made orthogonal.
+  """Returns a parameter with every matrix (stacked layers first) orthogonal.
 
   Each is scaled by sqrt(max(n, m)): its root mean square becomes 1.
   """
   stack = x.ndim - sum(map(len, how))
+  # Axes in the order [layers, independent, inputs, outputs].
   order = [*how.independent, *how.inputs, *how.outputs]
   order = [*range(stack), *(stack + i for i in order)]
   size = lambda group: math.prod(x.shape[stack + i] for i in group)
   n, m = size(how.inputs), size(how.outputs)
   turned = x.transpose(order)
+  # [matrices n m], all at once.
   flat = newton_schulz(turned.reshape(-1, n, m)) * math.sqrt(max(n, m))
   return flat.reshape(turned.shape).transpose(
     sorted(range(x.ndim), key=order.__getitem__)
@@ -126,7 +136,7 @@ def orthogonal(x: jax.Array, how: Split) -> jax.Array:
 
 
 class MuonState(NamedTuple):
-  """Momenta; `second` is AdamW's, and a single zero for a matrix."""
+  """Holds the momenta; `second` is AdamW's, and a single zero for a matrix."""
 
   count: jax.Array
   first: Any
@@ -134,7 +144,7 @@ class MuonState(NamedTuple):
 
 
 def splits(abstract: nnx.State) -> dict:
-  """Nested like the parameters: for each its Split, or None."""
+  """Returns the Split of each parameter, or None, nested like them."""
   leaf = lambda v: isinstance(v, nnx.Variable)
   axes = lambda variable: tuple(variable.get_metadata()['axes'])
   return trees.nested(
@@ -146,7 +156,7 @@ def splits(abstract: nnx.State) -> dict:
 def scale_by_muon(
   cfg: MuonConfig, adam: tuple[float, float, float], how: dict
 ) -> optax.GradientTransformation:
-  """The direction without decay and sign, in float32.
+  """Returns the update direction without decay and sign, in float32.
 
   Args:
     cfg: of the matrices.
@@ -157,21 +167,27 @@ def scale_by_muon(
   is_split = lambda s: s is None or isinstance(s, Split)
   each = lambda f, *trees: jax.tree.map(f, how, *trees, is_leaf=is_split)
 
-  def init(params):
+  def init(params: Any) -> MuonState:
     first = jax.tree.map(jnp.zeros_like, params)
     second = each(lambda s, p: jnp.zeros(() if s else p.shape, p.dtype), params)
     return MuonState(jnp.zeros((), jnp.int32), first, second)
 
-  def update(grads, state, params=None):
+  def update(
+    grads: Any, state: MuonState, params: Any = None
+  ) -> tuple[Any, MuonState]:
     del params
     count = state.count + 1
 
-    def one(s, g, m, v):
+    def one(
+      s: Split | None, g: jax.Array, m: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
       g = g.astype(jnp.float32)
       if s:
+        # Nesterov momentum, then the nearest orthogonal matrix.
         m = cfg.momentum * m + g
         ahead = cfg.momentum * m + g
         return cfg.rms * orthogonal(ahead, s), m, v
+      # Adam, with bias correction.
       m = beta1 * m + (1 - beta1) * g
       v = beta2 * v + (1 - beta2) * g * g
       t = count.astype(jnp.float32)

@@ -1,6 +1,6 @@
-"""What a run optimises, as an argument of the training step.
+"""Defines what a run optimises, as an argument of the training step.
 
-An objective is anything with `build(model) -> Objective`. It sees the hidden
+An objective is anything with `build(model) -> Objective`. It gets the hidden
 states, the head and the batch, and returns a loss; what layers add by
 themselves (balance, indexers) is in `layer_losses`. The same objective runs on
 one device, on a mesh and in the last stage of a pipeline.
@@ -8,7 +8,7 @@ Legend: B sequences, T tokens, D model, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,7 +21,7 @@ from deepseek_jax.train.cross_entropy import linear_cross_entropy
 
 
 class Inputs(NamedTuple):
-  """What the model reads of a batch, and what it should predict."""
+  """Holds what the model reads of a batch, and what it should predict."""
 
   tokens: jax.Array  # [B T] int32
   segments: jax.Array | None  # [B T] int32; None: each row is one document
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class Predictions(NamedTuple):
-  """What the model makes of the inputs."""
+  """Holds what the model computes from the inputs."""
 
   hidden: jax.Array  # [B T D], after the final norm
   head: jax.Array  # [D V]
@@ -40,7 +40,7 @@ class Predictions(NamedTuple):
 
 
 class Shares(NamedTuple):
-  """How a micro-batch's loss counts in that of its global batch."""
+  """Describes how a micro-batch's loss counts in that of its global batch."""
 
   denominator: jax.Array  # sum of the weights of the global batch
   micro_batches: int  # in the global batch; all of one size
@@ -65,6 +65,7 @@ def next_token(batch: Mapping[str, jax.Array]) -> Inputs:
   if segments is None:
     weights = jnp.ones(ahead.shape, jnp.float32)
     return Inputs(tokens[:, :-1], None, positions, ahead, weights, batch)
+  # No token is predicted across a document's border, nor is padding.
   inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
   return Inputs(
     tokens[:, :-1],
@@ -77,7 +78,7 @@ def next_token(batch: Mapping[str, jax.Array]) -> Inputs:
 
 
 class Objective(NamedTuple):
-  """A loss of a model.
+  """Describes a loss of a model.
 
   Attributes:
     loss: (Predictions, Inputs, Shares) -> (scalar, metrics). This
@@ -94,7 +95,9 @@ class Objective(NamedTuple):
   mtp: bool = True
   metrics: Mapping[str, Metric] = {}
 
-  def __call__(self, predictions: Predictions, inputs: Inputs, shares: Shares):
+  def __call__(
+    self, predictions: Predictions, inputs: Inputs, shares: Shares
+  ) -> tuple[jax.Array, dict]:
     """Returns the loss and its metrics.
 
     Raises:
@@ -112,7 +115,7 @@ class Objective(NamedTuple):
 
 
 class ObjectiveConfig(Protocol):
-  """A configuration that is built to an objective."""
+  """Describes an objective, and builds it."""
 
   def build(self, model: Any) -> Objective:
     """Returns the objective for `model`, a `Model`."""
@@ -126,7 +129,10 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingConfig:
-  """Next-token prediction, and MTP where the model has it (V3 section 2.2)."""
+  """Describes next-token prediction, with MTP if the model has it.
+
+  DeepSeek-V3, section 2.2.
+  """
 
   def build(self, model: Any) -> Objective:
     """Returns the objective; it asks nothing of the model."""
@@ -134,8 +140,12 @@ class PretrainingConfig:
     return Objective(_pretraining, metrics=METRICS)
 
 
-def _pretraining(predictions: Predictions, inputs: Inputs, shares: Shares):
+def _pretraining(
+  predictions: Predictions, inputs: Inputs, shares: Shares
+) -> tuple[jax.Array, dict]:
+  """Returns next-token cross entropy plus weighted MTP loss, and metrics."""
   hidden, head, aux = predictions
+  # The main loss, of this micro-batch, over the global batch's weights.
   main = _cross_entropy(hidden, head, inputs.labels, inputs.weights)
   metrics = {'loss': main / shares.denominator}
   loss = metrics['loss']
@@ -146,7 +156,9 @@ def _pretraining(predictions: Predictions, inputs: Inputs, shares: Shares):
   return loss, metrics
 
 
-def _cross_entropy(hidden, head, labels, weights):
+def _cross_entropy(
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array
+) -> jax.Array:
   """Returns the weighted sum over tokens: [B T D], [D V], [B T], [B T]."""
   one = lambda hidden, labels, weights, head: linear_cross_entropy(
     hidden, head, labels, weights
@@ -154,7 +166,12 @@ def _cross_entropy(hidden, head, labels, weights):
   return per_device.token_sum(one, (hidden, labels, weights), head)
 
 
-def _mtp_loss(states, head, labels, weights):
+def _mtp_loss(
+  states: Sequence[jax.Array],
+  head: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+) -> jax.Array:
   """Returns the sum of the MTP cross entropies, averaged over depths.
 
   Depth k at i predicts label i+k, where that lies in i's document.
@@ -163,8 +180,10 @@ def _mtp_loss(states, head, labels, weights):
   T = labels.shape[1]
   alive = weights
   for depth, hidden in enumerate(states, start=1):
+    # What rolls in from the row's start is masked by `inside`.
     shifted = jnp.roll(labels, -depth, axis=1)
     inside = jnp.arange(T) < T - depth
+    # A target counts only if all tokens up to it are in i's document.
     alive = alive * jnp.roll(weights, -depth, axis=1) * inside
     total += _cross_entropy(hidden, head, shifted, alive)
   return total / max(len(states), 1)

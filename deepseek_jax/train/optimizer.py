@@ -1,13 +1,14 @@
-"""AdamW as in the V3 recipe (arXiv:2412.19437 sections 3.3 and 4.2), or Muon.
+"""Builds AdamW as in the V3 recipe (arXiv:2412.19437, 3.3 and 4.2), or Muon.
 
 Master weights are float32; the moments may be stored in bfloat16. Under AdamW
-only matrices decay: norm weights do not (the papers do not say; it is the
+only matrices decay: norm weights do not (the papers are silent; it is the
 custom). With `muon` it has the matrices, and AdamW the rest (see muon.py).
 """
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from deepseek_jax.train.muon import MuonConfig
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """What an update is made of.
+  """Describes how gradients become updates.
 
   Attributes:
     beta1, beta2, eps, decay: AdamW's.
@@ -42,7 +43,8 @@ class OptimizerConfig:
   muon: MuonConfig | None = None
   table_rate: float = 5.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises InputError for a number out of range."""
     within(self, beta1=(0, 1), beta2=(0, 1), ends='[)')
     above(self, eps=0, table_rate=0)
     at_least(self, decay=0)
@@ -51,15 +53,15 @@ class OptimizerConfig:
 
 
 def stored_in(
-  dtype, inner: optax.GradientTransformation
+  dtype: jnp.dtype, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """`inner` in float32, its floating-point state kept in `dtype`."""
+  """Returns `inner` in float32, its floating-point state stored in `dtype`."""
 
-  def cast(tree, to):
+  def cast(tree: Any, to: Any) -> Any:
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return jax.tree.map(lambda x: x.astype(to) if floating(x) else x, tree)
 
-  def update(grads, state, params=None):
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     updates, state = inner.update(grads, cast(state, jnp.float32), params)
     return updates, cast(state, dtype)
 
@@ -74,7 +76,14 @@ def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
   left out, it is that of what is given.
   """
 
-  def update(grads, state, params=None, *, norm=None, **more):
+  def update(
+    grads: Any,
+    state: Any,
+    params: Any = None,
+    *,
+    norm: jax.Array | None = None,
+    **more: Any,
+  ) -> tuple[Any, Any]:
     del params, more
     norm = tree_norm(grads) if norm is None else norm
     # Near 1 first: XLA multiplies by an inverse, which may underflow.
@@ -86,27 +95,33 @@ def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _where(holds, abstract: nnx.State) -> dict:
-  """Whether `holds` of the axis names of each parameter."""
+def _where(holds: Callable[[tuple], bool], abstract: nnx.State) -> dict:
+  """Returns whether `holds` is true of each parameter's axis names."""
   one = lambda v: v.replace(holds(v.get_metadata()['axes']))
   leaf = lambda v: isinstance(v, nnx.Variable)
   return nnx.to_pure_dict(jax.tree.map(one, abstract, is_leaf=leaf))
 
 
 def tables(abstract: nnx.State) -> dict:
-  """True for the rows of n-gram memories."""
+  """Returns True for the rows of n-gram (Engram) tables, else False."""
   return _where(lambda axes: 'tables' in axes, abstract)
 
 
 def matrices(abstract: nnx.State) -> dict:
-  """True for parameters of two or more axes; stacks and tables add none."""
+  """Returns True for parameters of two or more axes.
+
+  Stacked layers add no axis, and n-gram tables are no matrices.
+  """
   return _where(lambda axes: len(axes) > 1 and 'tables' not in axes, abstract)
 
 
 def faster_tables(
   cfg: OptimizerConfig, abstract: nnx.State
 ) -> optax.GradientTransformation:
-  """Updates of n-gram tables times `table_rate`; nothing where none are."""
+  """Returns a scaling of n-gram table updates by `table_rate`.
+
+  A model without such tables gets the identity.
+  """
   mask = tables(abstract)
   if not any(jax.tree.leaves(mask)):
     return optax.identity()
@@ -116,7 +131,7 @@ def faster_tables(
 def adamw(
   cfg: OptimizerConfig, abstract: nnx.State
 ) -> optax.GradientTransformationExtraArgs:
-  """The update direction for a learning rate of 1; sign included.
+  """Returns AdamW's update direction for a learning rate of 1, sign included.
 
   Args:
     cfg: the recipe.
@@ -137,7 +152,8 @@ def adamw(
 def with_muon(
   cfg: OptimizerConfig, abstract: nnx.State
 ) -> optax.GradientTransformationExtraArgs:
-  """As `adamw`, with Muon for the matrices; `cfg.muon` is not None."""
+  """Returns `adamw` with Muon for the matrices; `cfg.muon` is not None."""
+  # Muon and Adam share one state: a matrix has one moment, the rest two.
   how = muon.splits(abstract)
   adam = (cfg.beta1, cfg.beta2, cfg.eps)
   moments = muon.scale_by_muon(cfg.muon, adam, how)
@@ -145,6 +161,7 @@ def with_muon(
     moments = stored_in(jnp.dtype(cfg.moments), moments)
   is_split = lambda s: s is None or isinstance(s, muon.Split)
   mine = jax.tree.map(lambda s: s is not None, how, is_leaf=is_split)
+  # AdamW's decay: embedding and head, and vectors if asked; never tables.
   others = jax.tree.map(
     lambda split, matrix, table: (
       not split and not table and (matrix or cfg.muon.vectors)
@@ -171,5 +188,5 @@ def moment_count(cfg: OptimizerConfig, axes: tuple) -> int:
 def update_rule(
   cfg: OptimizerConfig, abstract: nnx.State
 ) -> optax.GradientTransformationExtraArgs:
-  """The update direction for a learning rate of 1, as `cfg` has it."""
+  """Returns the update direction of `cfg` for a learning rate of 1."""
   return adamw(cfg, abstract) if cfg.muon is None else with_muon(cfg, abstract)

@@ -1,11 +1,12 @@
-"""The training step: one pure function from (state, batch) to (state, metrics).
+"""Defines the training step, one pure function of state and batch.
 
-Loss = the objective's + the layers' own (balance, indexers), each averaged over
-the global batch, so micro-batches and devices change no number beyond rounding.
+It returns the next state and metrics. The loss is the objective's plus the
+layers' own (balance, indexers), each averaged over the global batch, so
+micro-batches and devices change no number beyond rounding.
 Legend: B sequences, T tokens of a sequence, L MoE layers, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ from deepseek_jax.train.update import (
 
 
 class TrainState(NamedTuple):
-  """All that a step changes. Everything is an array; float32 but for counts."""
+  """Holds all that a step changes, as arrays: float32 apart from counts."""
 
   step: jax.Array  # int32, steps taken, skipped ones too
   sequences: jax.Array  # uint32, sequences seen: 2^32 of 4096 exceed 14.8T
@@ -46,8 +47,16 @@ class TrainState(NamedTuple):
   gate: GateState
 
 
-def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
-  """The state before the first step; `variables` as model.init makes them."""
+def initial_state(
+  model: Model, cfg: TrainConfig, variables: Mapping[str, Any]
+) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    model: the model.
+    cfg: the recipe.
+    variables: as model.init returns them.
+  """
   optimizer = optimizer_of(cfg, model.abstract['params'])
   return TrainState(
     jnp.int32(0),
@@ -80,7 +89,7 @@ def loss_and_metrics(
   batch: Mapping[str, jax.Array],
   shares: Shares,
   objective: Objective,
-):
+) -> tuple[jax.Array, dict]:
   """Returns this micro-batch's share of the loss of its global batch.
 
   Args:
@@ -107,6 +116,7 @@ def loss_and_metrics(
     mtp=objective.mtp and model.config.mtp.depth > 0,
     ngrams=None if ngrams is None else ngrams[:, :-1],
   )
+  # The objective's loss, then what the layers add by themselves.
   predictions = Predictions(out.hidden, model.head(variables), out.aux)
   loss, metrics = objective(predictions, inputs, shares)
   extra, more = layer_losses.routing_losses(out.aux, shares)
@@ -118,7 +128,7 @@ def train_step(
   model: Model,
   cfg: TrainConfig,
   objective: ObjectiveConfig = PretrainingConfig(),  # noqa: B008
-):
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """Returns the step: (TrainState, batch) -> (TrainState, metrics).
 
   batch: arrays [B ...], B divisible by cfg.batch.accumulate; 'tokens' [B T+1]
@@ -133,14 +143,18 @@ def train_step(
   part = part_of(cfg, model.abstract['params'])
   built = objective.build(model)
 
-  def gradients(state, batch, mtp_weight):
+  def gradients(
+    state: TrainState, batch: dict, mtp_weight: jax.Array
+  ) -> tuple[Any, dict]:
+    # Of the whole batch, so that micro-batches add up to its loss.
     weights = built.inputs(batch).weights
     shares = Shares(
       jnp.maximum(weights.sum(), 1.0), cfg.batch.accumulate, mtp_weight
     )
 
-    def loss(params, micro):
+    def loss(params: Any, micro: dict) -> tuple[jax.Array, dict]:
       if part is not None:
+        # No gradient of a frozen parameter is computed.
         params = part.detached(params)
       variables = {'params': params, 'buffers': state.buffers}
       return loss_and_metrics(model, variables, micro, shares, built)
@@ -149,9 +163,10 @@ def train_step(
     if cfg.batch.accumulate == 1:
       return grad(state.params, batch)
 
-    def one(total, micro):
+    def one(total: tuple, micro: dict) -> tuple[tuple, None]:
       return jax.tree.map(jnp.add, total, grad(state.params, micro)), None
 
+    # [B ...] -> [A B/A ...], A micro-batches; gradients and metrics add up.
     split = lambda a: a.reshape(cfg.batch.accumulate, -1, *a.shape[1:])
     micros = jax.tree.map(split, batch)
     shape = jax.eval_shape(
@@ -160,17 +175,20 @@ def train_step(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     return jax.lax.scan(one, zeros, micros)[0]
 
-  def step(state: TrainState, batch):
+  def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     length = batch['tokens'].shape[1] - 1
     tokens = tokens_seen(state, length)
+    # Schedules count the tokens before this step.
     mtp_weight = cfg.mtp_weight.at(tokens, cfg.tokens)
     grads, metrics = gradients(state, batch, mtp_weight)
     norm = tree_norm(grads)
+    # Propose an update, judge the step by it, then take it or leave it.
     held = Held(state.params, state.buffers, state.moments)
     proposal = proposed(optimizer, held, grads, norm)
     verdict, gate, told = judged(
       cfg, state, metrics['loss'], norm, proposal.norm, length
     )
+    # The router biases move by the loads, not by a gradient (V3 section 2.1.2).
     loads = moving(metrics.pop('loads'), cfg.trainable)
     held = updated(held, proposal, loads, verdict)
     norms = {'block_norms': block_norms(grads), 'update_norms': proposal.norms}

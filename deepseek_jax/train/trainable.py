@@ -1,4 +1,4 @@
-"""Training a part of the parameters: the rest keep their values to the bit.
+"""Trains a part of the parameters; the rest keep their values to the bit.
 
 Frozen parameters get no gradient, no decay and no moments, and don't count in
 the gradient norm. The indexer's warm-up trains so (DeepSeek-V3.2,
@@ -17,7 +17,7 @@ from deepseek_jax.trees import nested
 
 
 class Part(NamedTuple):
-  """Which parameters are trained.
+  """Describes which parameters are trained.
 
   Attributes:
     abstract: their abstract state, without the rest.
@@ -28,21 +28,24 @@ class Part(NamedTuple):
   mask: dict
 
   def detached(self, params: dict) -> dict:
-    """The parameters, those that are frozen cut off from gradients."""
+    """Returns the parameters; no gradient flows to frozen ones."""
     one = lambda p, on: p if on else jax.lax.stop_gradient(p)
     return jax.tree.map(one, params, self.mask)
 
   def only(
     self, inner: optax.GradientTransformation
   ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, made for `abstract`, on a tree of all parameters."""
+    """Returns `inner`, which was made for `abstract`, for all parameters."""
     inner = optax.with_extra_args_support(inner)
 
-    def init(params):
+    def init(params: dict) -> Any:
       return inner.init(_kept(params, self.mask))
 
-    def update(grads, state, params=None, **more):
+    def update(
+      grads: dict, state: Any, params: dict | None = None, **more: Any
+    ) -> tuple[dict, Any]:
       some = lambda tree: None if tree is None else _kept(tree, self.mask)
+      # The inner rule never meets a frozen leaf, so it keeps no moment of one.
       moved, state = inner.update(some(grads), state, some(params), **more)
       return _spread(moved, grads), state
 
@@ -62,7 +65,7 @@ def check(abstract: nnx.State, names: tuple[str, ...]) -> None:
 
 
 def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
-  """The parameters that have one of `names` among the names of their path."""
+  """Returns the parameters with one of `names` in their path."""
   flat = _flat(abstract)
   on = {path: any(n in path for n in names) for path in flat}
   kept = {path: v for path, v in flat.items() if on[path]}
@@ -70,6 +73,7 @@ def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
 
 
 def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:
+  """Returns {path: variable} of an abstract state."""
   leaf = lambda v: isinstance(v, nnx.Variable)
   return {
     tuple(entry.key for entry in path): variable
@@ -78,7 +82,7 @@ def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:
 
 
 def _kept(tree: dict, mask: dict) -> dict:
-  """The tree without its frozen leaves and what then is empty."""
+  """Returns the tree without frozen leaves and dicts that they leave empty."""
   out: dict[Any, Any] = {}
   for key, value in tree.items():
     if isinstance(value, dict):
@@ -91,7 +95,7 @@ def _kept(tree: dict, mask: dict) -> dict:
 
 
 def _spread(some: dict, whole: dict) -> dict:
-  """`some` of the leaves of `whole`, zeros for the others."""
+  """Returns the leaves of `whole`: those in `some`, zeros for the others."""
   out = {}
   for key, value in whole.items():
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The second half of a step: from gradients to the next variables.
+"""Applies the second half of a step: from gradients to the next variables.
 
 Every part of a model, all of it or one pipeline stage, proposes an update. The
 whole batch is judged once, by its loss, the norm of its gradient and that of
@@ -29,7 +29,7 @@ METRICS = {
 
 
 class Held(NamedTuple):
-  """What an update changes, of a model or of a part of it."""
+  """Holds what an update changes, of a model or of a stage of it."""
 
   params: Any
   buffers: Any
@@ -37,7 +37,7 @@ class Held(NamedTuple):
 
 
 class Proposal(NamedTuple):
-  """What an update would change a part of a model by.
+  """Holds the update proposed for a model or for a stage of it.
 
   Attributes:
     updates: of the parameters, at a learning rate of 1.
@@ -53,7 +53,7 @@ class Proposal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-  """What all parts of a model must know of a step.
+  """Holds what all stages of a model must know of a step.
 
   Attributes:
     applied: whether the update is.
@@ -66,18 +66,18 @@ class Verdict(NamedTuple):
   bias_rate: jax.Array
 
 
-def tokens_seen(state, length: int) -> jax.Array:
-  """float32, tokens before this step, of sequences of `length`."""
+def tokens_seen(state: Any, length: int) -> jax.Array:
+  """Returns the tokens before this step, float32, of sequences of `length`."""
   return state.sequences.astype(jnp.float32) * length
 
 
 def proposed(
   optimizer: optax.GradientTransformationExtraArgs,
   held: Held,
-  grads,
+  grads: Any,
   norm: jax.Array,
 ) -> Proposal:
-  """The update of a part of a model.
+  """Returns the update proposed for a model or for a stage of it.
 
   Args:
     optimizer: of `recipe.optimizer_of`.
@@ -88,8 +88,8 @@ def proposed(
   updates, moments = optimizer.update(
     grads, held.moments, held.params, norm=norm
   )
-  # Decay makes the update of a parameter that is no number none, too; that
-  # one is lost already, and may be one that no batch reads.
+  # Weight decay turns a NaN parameter's update into NaN; such a parameter is
+  # left out of the norm: it is lost already, and maybe no batch reads it.
   sound = lambda p, u: jnp.where(jnp.isfinite(p), u, 0)
   sound = jax.tree.map(sound, held.params, updates)
   return Proposal(updates, moments, tree_norm(sound), block_norms(sound))
@@ -97,13 +97,13 @@ def proposed(
 
 def judged(
   cfg: TrainConfig,
-  state,
+  state: Any,
   loss: jax.Array,
   norm: jax.Array,
   update_norm: jax.Array,
   length: int,
 ) -> tuple[Verdict, GateState, dict]:
-  """What becomes of a step.
+  """Decides what becomes of a step.
 
   Args:
     cfg: the recipe.
@@ -115,8 +115,9 @@ def judged(
     length: tokens of a sequence.
 
   Returns:
-    The verdict, the gate's next state, and the metrics that tell of them.
+    The verdict, the gate's next state, and the metrics that report them.
   """
+  # One verdict for the whole batch: all stages apply, or none does.
   tokens = tokens_seen(state, length)
   sound = jnp.isfinite(update_norm)
   applied, gate = judge(cfg.gate, state.gate, loss, norm, sound)
@@ -142,7 +143,7 @@ def updated(
   loads: dict[str, jax.Array],
   verdict: Verdict,
 ) -> Held:
-  """The variables and moments after a step.
+  """Returns the variables and moments after a step.
 
   Args:
     held: before the step.
@@ -151,6 +152,7 @@ def updated(
     verdict: on the step.
   """
   step = lambda p, u: p + verdict.rate * u
+  # Both outcomes are computed; a refused step keeps the old values.
   params = jax.tree.map(step, held.params, proposal.updates)
   buffers = move_biases(held.buffers, loads, verdict.bias_rate)
   keep = lambda new, old: jax.tree.map(
@@ -160,7 +162,10 @@ def updated(
 
 
 def moving(loads: dict, names: tuple) -> dict:
-  """The loads of routers whose bias has one of `names` in its path; (): all."""
+  """Returns the loads of routers that are trained; all for names ().
+
+  A router is trained if its bias has one of `names` in its path.
+  """
   path = lambda place: (*place.split('/'), 'ffn', 'router', 'bias')
   return {
     place: load
@@ -169,8 +174,10 @@ def moving(loads: dict, names: tuple) -> dict:
   }
 
 
-def move_biases(buffers, loads, rate):
-  """Buffers with every router bias moved by its layer's load.
+def move_biases(
+  buffers: Any, loads: dict[str, jax.Array], rate: jax.Array
+) -> Any:
+  """Returns buffers with every router bias moved by its layer's load.
 
   Args:
     buffers: the model's buffers.

@@ -1,4 +1,4 @@
-"""Beginning with the weights of another run, new layers fresh.
+"""Begins with the weights of another run, new layers fresh.
 
 So a trained dense model becomes a sparse one: all of the old run's arrays must
 find their places; what the new model has besides (an indexer) keeps its
@@ -6,7 +6,7 @@ initialisation.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import jax
 from deepseek_jax.errors import InputError
 
 
-def variables(fresh: Mapping[str, Any], old: Mapping[str, Any], source: str):
-  """The fresh variables with those of an old run put in.
+def variables(
+  fresh: Mapping[str, Any], old: Mapping[str, Any], source: str
+) -> tuple[Any, list[str]]:
+  """Returns the fresh variables with those of an old run put in.
 
   Args:
     fresh: {'params': ..., 'buffers': ...} of the new model.
@@ -29,6 +31,7 @@ def variables(fresh: Mapping[str, Any], old: Mapping[str, Any], source: str):
   Raises:
     InputError: an array of the old run has no place, or another shape.
   """
+  # Every old array needs a place of its shape; new ones may stay fresh.
   new, given = (dict(_flat(tree)) for tree in (fresh, old))
   for name, array in given.items():
     if name not in new:
@@ -47,17 +50,19 @@ def variables(fresh: Mapping[str, Any], old: Mapping[str, Any], source: str):
   return merged, sorted(set(new) - set(given))
 
 
-def _flat(tree):
+def _flat(tree: Any) -> Iterator[tuple[str, Any]]:
+  """Yields (dotted name, leaf) of a tree."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     yield _name(path), leaf
 
 
-def _name(path) -> str:
+def _name(path: tuple) -> str:
+  """Returns the dotted name of a path of a tree."""
   return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
-def check_tokenizer(mine, theirs: Path) -> None:
-  """Both runs must read text alike.
+def check_tokenizer(mine: Any, theirs: Path) -> None:
+  """Raises InputError unless both runs read text alike.
 
   Args:
     mine: the tokenizer of the run that begins.

@@ -1,15 +1,16 @@
-"""What an attention costs: multiply-adds per query, per key and per pair.
+"""Counts what an attention costs: multiply-adds per query, key and pair.
 
-Each kind answers for itself, in each form that it can be computed in. A new
+Each kind counts itself, in each form that it can be computed in. A new
 attention either is registered here or has a method `cost(dim)` of its own.
-Legend: D model, H heads, G key heads, K head dim, Q query latent, C latent,
-N no-rope dim, R rope dim, V value dim.
+Legend: D model, H heads, G key heads, K head dim, Q query latent, C latent, N
+no-rope dim, R rope dim, V value dim.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """Multiply-adds per (query, key) pair that a query really computes.
+  """Counts multiply-adds per (query, key) pair that a query really computes.
 
   Attributes:
     macs: per pair.
@@ -42,12 +43,12 @@ class Term:
   index: bool = False
 
   def keys(self, tokens: int) -> int:
-    """Keys of a query that may look at `tokens` tokens."""
+    """Returns the keys of a query that attends to `tokens` tokens."""
     keys = tokens // self.stride
     return keys if self.most is None else min(keys, self.most)
 
   def triangle(self, length: int) -> int:
-    """Pairs of a whole sequence in which query t looks at t = 1..length."""
+    """Returns the pairs of a sequence whose query t attends to tokens 1..t."""
     keys, over = length // self.stride, 0
     if self.most is not None and keys > self.most:
       over, keys = length - self.most * self.stride + 1, self.most - 1
@@ -56,14 +57,14 @@ class Term:
     return self._ramp(keys, length)
 
   def _ramp(self, keys: int, length: int) -> int:
-    """Sum of t // stride for t = 1..length, the last of them `keys`."""
+    """Returns the sum of t // stride for t = 1..length, `keys` the last."""
     last = length - keys * self.stride + 1  # how often `keys` occurs
     return self.stride * (keys * (keys - 1) // 2) + last * keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """One way to compute an attention; all numbers are multiply-adds.
+  """Counts one way to compute an attention, in multiply-adds.
 
   Attributes:
     query: per new token: projections of queries, its own keys, the output.
@@ -78,7 +79,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCost:
-  """All forms of an attention.
+  """Holds the cost of an attention in all its forms.
 
   Attributes:
     weights: matmul weights, each used once per token.
@@ -92,8 +93,12 @@ class AttentionCost:
 
 
 @functools.singledispatch
-def attention_cost(attention, dim: int) -> AttentionCost:
-  """The cost of an attention configuration on a model of width `dim`."""
+def attention_cost(attention: Any, dim: int) -> AttentionCost:
+  """Returns the cost of an attention configuration at model width `dim`.
+
+  Raises:
+    InputError: the attention is not registered and has no method `cost`.
+  """
   if hasattr(attention, 'cost'):
     return attention.cost(dim)
   raise InputError(
@@ -104,6 +109,7 @@ def attention_cost(attention, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of latent attention (V2, section 2.1)."""
   a, D, H = attention, dim, attention.heads
   C, N, R, V = a.kv_rank, a.nope_dim, a.rope_dim, a.v_dim
   if a.q_rank is None:
@@ -127,6 +133,7 @@ def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of grouped-query attention."""
   a, D = attention, dim
   weights = 2 * D * a.head_dim * (a.heads + a.kv_heads)
   pairs = (Term(2 * a.heads * a.head_dim, a.heads * a.head_dim),)
@@ -136,6 +143,7 @@ def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of latent attention with an indexer (V3.2)."""
   a, C, R = attention, attention.kv_rank, attention.rope_dim
   J, I = a.indexer.heads, a.indexer.dim
   dense = _mla(a, dim)
@@ -152,6 +160,7 @@ def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of native sparse attention: three branches."""
   a, D, H, G = attention, dim, attention.heads, attention.kv_heads
   K, V, F = a.qk_dim, a.v_dim, a.hidden
   every = D * (H * (K + 3 + V) + 3 * G * (K + V))
@@ -169,6 +178,7 @@ def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
+  """Returns the cost of V4's attention: a window and compressed entries."""
   a, D, C, Q = attention, dim, attention.head_dim, attention.q_rank
   wide = a.heads * C
   weights = D * Q + Q * wide + D * C
@@ -187,20 +197,23 @@ def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'cached': form})
 
 
-def cache_elements(attention, length: int) -> int:
-  """Numbers that one layer caches of `length` tokens; asks its own cache."""
+def cache_elements(attention: Any, length: int) -> int:
+  """Returns how many numbers a layer caches of `length` tokens.
+
+  The attention's own abstract cache is counted.
+  """
   made = jax.eval_shape(lambda: attention.cache(1, length, jnp.float32))
   return sum(math.prod(a.shape) for a in jax.tree.leaves(made))
 
 
-def cache_bytes_fp8(attention, length: int) -> int | None:
-  """Bytes of the released 8-bit records of one layer; None where none exist.
+def cache_bytes_fp8(attention: Any, length: int) -> int | None:
+  """Returns the bytes of one layer's 8-bit records; None where none exist.
 
-  Of latent attention (FlashMLA) a record is the latent as e4m3, a float32
-  scale per 128 of it, and the rotary key as bfloat16; an index key is e4m3
-  with one scale. Of V4 it is a vector with its turned channels as bfloat16,
-  the others as e4m3 with a byte of scale per 64, in multiples of 8; an index
-  key has 4 bits a number and a byte of scale per 32.
+  In latent attention (FlashMLA) a record is the latent as e4m3, a float32 scale
+  per 128 of it, and the rotary key as bfloat16; an index key is e4m3 with one
+  scale. In V4 it is a vector with its rotated channels as bfloat16, the others
+  as e4m3 with a byte of scale per 64, in multiples of 8; an index key has 4
+  bits a number and a byte of scale per 32.
   """
   if isinstance(attention, SharedKVConfig):
     return _shared_bytes(attention, length)
@@ -214,6 +227,7 @@ def cache_bytes_fp8(attention, length: int) -> int | None:
 
 
 def _shared_bytes(a: SharedKVConfig, length: int) -> int:
+  """Returns the bytes of V4's records: the window, and entries by ratio."""
   flat = a.head_dim - a.rope_dim
   record = flat + 2 * a.rope_dim + 8 * -(-flat // (64 * 8))
   window = min(length, a.window) * record

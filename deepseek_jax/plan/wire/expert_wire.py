@@ -1,4 +1,4 @@
-"""Rows and bytes that an exchange of tokens puts on the wires.
+"""Counts rows and bytes that an exchange of tokens puts on the wires.
 
 `crossing` counts what a routing really sends; `buffers` what the compiled
 program sends, filler included. Legend: N tokens of a device, K choices, E
@@ -14,7 +14,7 @@ from deepseek_jax.parallel.exchange import ExchangeConfig, share
 
 
 class Crossing(NamedTuple):
-  """Copies of tokens that leave a device, all devices together.
+  """Counts copies of tokens that leave a device, over all devices.
 
   Attributes:
     fast: to another device of the same node.
@@ -26,9 +26,14 @@ class Crossing(NamedTuple):
 
 
 def crossing(
-  experts, num_experts: int, devices: int, *, node: int, two_hop: bool = False
+  experts: np.ndarray,
+  num_experts: int,
+  devices: int,
+  *,
+  node: int,
+  two_hop: bool = False,
 ) -> Crossing:
-  """What one dispatch of a routing sends; a combine sends as much back.
+  """Returns what one dispatch of a routing sends; a combine sends as much.
 
   Args:
     experts: [devices N K] int, `num_experts` for nowhere: a device's choices.
@@ -53,10 +58,10 @@ def crossing(
   return Crossing(int(inside.sum()), int(np.sum(visited)))
 
 
-def row_bytes(cfg: ExchangeConfig, dim: int, dtype) -> int:
-  """Bytes that a row costs in a step: dispatch and combine, forward and back.
+def row_bytes(cfg: ExchangeConfig, dim: int, dtype: str) -> int:
+  """Returns the bytes of a row in a step: dispatch, combine and gradients.
 
-  The gradient of a dispatch is a combine, and the other way round.
+  The gradient of a dispatch is a combine, and the reverse.
   """
   one = lambda form: formats.row_bytes(dim, form, dtype)
   return 2 * (one(cfg.dispatch) + one(cfg.combine))

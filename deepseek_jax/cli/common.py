@@ -91,6 +91,7 @@ def _editable(config: Any, plain: dict) -> config_dict.ConfigDict:
   for name, value in plain.items():
     if isinstance(value, dict):
       value = _editable(held[name], value)
+    # A reference keeps the type of a field whose value may be None.
     if value is None or name in optional:
       kind = optional.get(name, object)
       value = config_dict.FieldReference(value, field_type=kind)

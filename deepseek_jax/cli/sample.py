@@ -185,6 +185,7 @@ def _texts(
   texts = ['' for _ in prompts]
   going = set(range(len(prompts)))
   for tokens in _drawn(source, prompts, key):
+    # A row leaves when its text has ended or holds a text of --stop.
     for i in sorted(going):
       if tokens[i] is None:
         going.remove(i)

@@ -43,6 +43,7 @@ def parse(fields: Mapping[str, Any]) -> Parsed:
   Raises:
     InputError: a field is not understood; names field and value.
   """
+  # Limits first: no unchecked number may size anything.
   config_limits.check(fields)
   config_limits.check_size(fields)
   family = fields_of.family(fields.get('model_type'))
@@ -117,6 +118,7 @@ def _typed(fields: Mapping[str, Any], name: str, field: fields_of.Field) -> Any:
   ok = isinstance(value, field.kind) and (
     field.kind is bool or not isinstance(value, bool)
   )
+  # JSON writers may drop the point: 1 is a float, too.
   if field.kind is float and type(value) is int:
     return float(value)
   if not ok:

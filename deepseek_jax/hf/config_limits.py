@@ -126,6 +126,7 @@ def check(fields: Mapping[str, Any]) -> None:
   """
   if not isinstance(fields, Mapping):
     raise InputError('config.json: holds no JSON object')
+  # A list, not recursion: a hostile file may nest beyond Python's stack.
   left = [(str(name), name, value, 1) for name, value in fields.items()]
   seen = 0
   while left:

@@ -71,6 +71,7 @@ def _places(path: str, size: int) -> Iterator[tuple[int, int]]:
     if entry.nbytes <= SMALL:
       yield entry.start, entry.nbytes
       continue
+    # Evenly spaced, the first and last bytes of the tensor included.
     step = (entry.nbytes - BLOCK) / (BLOCKS - 1)
     for i in range(BLOCKS):
       yield entry.start + math.floor(i * step), BLOCK

@@ -84,7 +84,7 @@ def variables(
 def _array(
   leaf: Leaf,
   read: Read,
-  dtype: str | None,
+  dtype: jax.typing.DTypeLike | None,
   mesh: Mesh | None,
   rules: Rules | None,
 ) -> jax.Array:
@@ -104,7 +104,10 @@ def _array(
 
 
 def filled(
-  leaf: Leaf, read: Read, region: tuple[slice, ...], dtype: str | None
+  leaf: Leaf,
+  read: Read,
+  region: tuple[slice, ...],
+  dtype: jax.typing.DTypeLike | None,
 ) -> np.ndarray:
   """Returns a region of a leaf in `dtype`, read about CHUNK bytes at a time."""
   out = None

@@ -22,7 +22,7 @@ def unpacked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
-  """Bytes [R C / 2] -> E2M1 numbers [R C] float32, without their scales."""
+  """Returns E2M1 numbers [R C] float32 of bytes [R C / 2], not scaled."""
   byte = packed.view(np.uint8)
   code = np.stack([byte & 15, byte >> 4], axis=-1)
   value = np.where(code & 8, -GRID[code & 7], GRID[code & 7])
@@ -31,6 +31,7 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 
 def read(entry: Entry, rows: slice, columns: slice) -> np.ndarray:
   """Returns a region of numbers of a packed tensor; reads no other bytes."""
+  # An odd column starts in the upper half of its byte.
   first = columns.start // 2
   held = slice(first, -(-columns.stop // 2))
   packed = safetensors_io.read(entry, rows.start, rows.stop, held)

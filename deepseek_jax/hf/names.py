@@ -201,6 +201,7 @@ def to_theirs(leaf: Leaf, block: np.ndarray) -> np.ndarray:
   k = leaf.rows[0].inputs
   if not k:
     return block
+  # Ours is inputs first, a file's matrix outputs first, each side merged.
   n = block.ndim
   block = block.transpose(*range(k, n), *range(k))
   return block.reshape(math.prod(block.shape[: n - k]), -1)
@@ -232,6 +233,7 @@ def from_theirs(
   k, inner = leaf.rows[0].inputs, leaf.inner
   if not k:
     return block[(slice(None), *region[1:])] if region else block
+  # Rows split into output axes, columns into input axes.
   block = block.reshape(
     -1, *inner[k + 1 :], block.shape[1] // math.prod(inner[1:k]), *inner[1:k]
   )
@@ -311,6 +313,7 @@ def _place(
     segments = config.segments()
     first = sum(len(s.blocks) * s.repeat for s in segments[:i]) + j
     width = len(segments[i].blocks)
+    # The stack of one block holds every `width`-th layer of its segment.
     layers = range(first, first + width * segments[i].repeat, width)
     prefix_of = v4_names.layer_prefix if v4 else layer_prefix
     prefixes = tuple(map(prefix_of, layers))

@@ -96,6 +96,7 @@ class Record:
     Raises:
       InputError: the folder holds other work, or weights of unknown origin.
     """
+    # As JSON reads it back, so that tuples equal the lists of a record.
     self.folder, self.work = folder, json.loads(json.dumps(work))
     self._path = os.path.join(folder, FILE)
     self._files: dict[str, list] = {}
@@ -143,12 +144,12 @@ class Record:
     return True
 
   def done(self, name: str) -> None:
-    """Notes that a file is complete."""
+    """Records that a file is complete."""
     self._files[name] = identity.of_file(os.path.join(self.folder, name))
     self._write(complete=False)
 
   def close(self) -> None:
-    """Notes that all files are."""
+    """Records that all files are complete."""
     self._write(complete=True)
 
   def _write(self, *, complete: bool) -> None:

@@ -217,6 +217,7 @@ def read(
   begin = entry.start + start * width
   if columns is None or columns.stop - columns.start == entry.shape[1]:
     return _filled(entry, begin, (rows, *entry.shape[1:]))
+  # Some columns of a matrix: a short run of bytes per row.
   count = columns.stop - columns.start
   begin += columns.start * entry.dtype.itemsize
   return _filled(entry, begin, (rows, count), width)
@@ -312,7 +313,7 @@ class Writer:
       os.remove(self._part)
 
   def close(self) -> None:
-    """Gives the file its name."""
+    """Renames the file into place, complete and on disk."""
     self._file.flush()
     os.fsync(self._file.fileno())
     self._file.close()

@@ -368,6 +368,7 @@ def _rows(one: Stored, read: Read) -> Iterator[tuple[int, Any]]:
   for start in range(0, shape[0], step):
     stop = min(start + step, shape[0])
     region = [slice(0, n) for n in inner]
+    # m rows of the file are one entry of our first output axis.
     region[k] = slice(start // m, stop // m)
     if part.half is not None:
       region.insert(k, slice(part.half, part.half + 1))

@@ -339,6 +339,7 @@ class Source:
     if scale is None:
       return found
     block = mxfp4.BLOCK if packed else self._block
+    # The scales of the blocks that the region touches.
     r, c = (
       slice(s.start // b, -(-s.stop // b))
       for s, b in zip((rows, columns), block)

@@ -89,6 +89,7 @@ def _mesh_axes(axis: str | None, share: Share) -> list[str]:
 
 def owner(leaf: Leaf, shard: tuple[int, ...], share: Share) -> int:
   """Returns the first process that holds a shard, given its index per axis."""
+  # An index on one axis has a digit per mesh axis, the last one fastest.
   at = dict.fromkeys(share.mesh, 0)
   for axis, index in zip(leaf.axes, shard):
     for name in reversed(_mesh_axes(axis, share)):
@@ -100,7 +101,7 @@ def owner(leaf: Leaf, shard: tuple[int, ...], share: Share) -> int:
 
 
 def chunk_shape(leaf: Leaf, share: Share, itemsize: int) -> list[int]:
-  """Chunks that no shard's border crosses and no read wastes."""
+  """Returns the shape of chunks that divide shards and waste no read."""
   limit = CHUNK * 4 // itemsize  # `steps` counts four bytes a number
   shards = shard_counts(leaf, share)
   held = [n // c for n, c in zip(leaf.shape, shards)]
@@ -164,6 +165,7 @@ def _create(
     _declare(os.path.join(temporary, VARIABLES), leaf, dtype, share)
   with open(os.path.join(temporary, MODEL), 'w', encoding='utf-8') as file:
     json.dump(about, file, indent=2)
+  # Renamed whole: no other process sees half a store.
   os.chmod(temporary, 0o755)
   try:
     os.rename(temporary, folder)

@@ -47,7 +47,7 @@ _TEXT = (
 
 
 class Case(NamedTuple):
-  """Tokens to compare on."""
+  """Holds the tokens of one comparison."""
 
   name: str
   ids: np.ndarray  # [B T]
@@ -250,10 +250,12 @@ class Theirs:
   def _forward(self, case: Case) -> Compared:
     """Returns logits, and the head's logits of every layer, by hooks."""
     torch, model, streams = self._torch, self.model, []
+    # Hooks collect every layer's output for the head to read.
     hooks = [
       layer.register_forward_hook(lambda _, __, out: streams.append(out))
       for layer in model.model.layers
     ]
+    # Positions count from the first token that is not padding.
     positions = np.maximum(np.cumsum(case.valid, axis=1) - 1, 0)
     out = model(
       torch.tensor(case.ids),

@@ -116,9 +116,13 @@ def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
     query = D * H * (N + R)
   else:
     query = a.q_rank * (D + H * (N + R))
+  # Per new token: query, latent with rotary key, output projection.
   own = query + D * (C + R) + H * V * D
+  # From the latent: every head's key and value.
   up = C * H * (N + V)
+  # A pair in expanded form: N + R products of scores, V of values.
   wide = (Term(H * (N + R + V), H * (N + R)),)
+  # Absorbed, keys and values are the latent itself, shared by all heads.
   narrow = (Term(H * (2 * C + R), H * (C + R)),)
   return AttentionCost(
     weights=own + up,
@@ -148,9 +152,11 @@ def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
   J, I = a.indexer.heads, a.indexer.dim
   dense = _mla(a, dim)
   weights = dense.weights + (a.q_rank or dim) * J * I + dim * (I + J)
+  # The indexer scores every token; the core attends to the best top_k.
   index = Term(J * I, index=True)
   chosen = Term(a.heads * (2 * C + R), a.heads * (C + R), most=a.top_k)
   form = Form(weights, 0, (chosen, index))
+  # Warm-up (V3.2): the core attends to all, the indexer scores as well.
   if a.stage == 'dense':
     return AttentionCost(
       weights, Form(weights, 0, (*dense.fresh.pairs, index)), {'absorbed': form}
@@ -163,9 +169,11 @@ def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
   """Returns the cost of native sparse attention: three branches."""
   a, D, H, G = attention, dim, attention.heads, attention.kv_heads
   K, V, F = a.qk_dim, a.v_dim, a.hidden
+  # Per token: queries, three gates and output; keys and values per branch.
   every = D * (H * (K + 3 + V) + 3 * G * (K + V))
   blocks = (a.block + 1) * F * (K + V)  # of the two compressing MLPs
   pair = functools.partial(Term, H * (K + V), H * K)
+  # The branches in order: compressed, selected, window.
   pairs = (
     pair(stride=a.stride),
     pair(most=a.select * a.select_block),
@@ -181,14 +189,18 @@ def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
   """Returns the cost of V4's attention: a window and compressed entries."""
   a, D, C, Q = attention, dim, attention.head_dim, attention.q_rank
   wide = a.heads * C
+  # Query through its latent; one key, which is the value too, for all heads.
   weights = D * Q + Q * wide + D * C
+  # Each group of heads goes down to o_rank, all groups together up to D.
   weights += wide * a.o_rank + a.groups * a.o_rank * D
   pairs = [Term(2 * wide, wide, most=a.window)]
   if a.compress == 'hca':
+    # Projection and gate of the compressor.
     weights += 2 * D * C
     pairs.append(Term(2 * wide, wide, stride=a.hca.ratio))
   if a.compress == 'csa':
     J, I, m = a.csa.index_heads, a.csa.index_dim, a.csa.ratio
+    # Two series of entries and of index keys, each with gates; the indexer.
     weights += 2 * D * 2 * (C + I) + Q * J * I + D * J
     most = None if a.csa.stage == 'dense' else a.csa.top_k
     pairs.append(Term(2 * wide, wide, stride=m, most=most))

@@ -1,4 +1,4 @@
-"""Gives the published bubbles of pipeline schedules (V3's table 2).
+"""Computes the published bubbles of pipeline schedules (V3's table 2).
 
 DeepSeek-V3 (arXiv:2412.19437), section 3.2. `pipeline.simulate` runs the
 schedules themselves and knows nothing of these formulas.

@@ -144,6 +144,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 def _calls(line: str) -> Iterator[tuple[str, int | None]]:
   """Yields (computation, times; None if unknown) of all that a line runs."""
+  # What a while loop calls runs as often as the loop, if XLA knows it.
   times = 1
   if ' while(' in line:
     found = _TRIPS.search(line)
@@ -177,6 +178,7 @@ def collectives(text: str, devices: int) -> tuple[Collective, ...]:
         walk(called, times * (often or 1), loop or often is None, unsure)
 
   walk(entry, 1, False, False)
+  # A group of one device sends nothing.
   return tuple(c for c in out if c.devices > 1)
 
 

@@ -146,6 +146,7 @@ def shares(
   out = {}
   for kind in ('params', 'buffers'):
     for name, variable in _leaves(abstract, kind):
+      # Blocks are stacked: their first axis is the layer, which no rule shards.
       stack = 1 if name.startswith('segments.') else 0
       made = _share(name, variable, stack, mesh, rules, kind == 'params')
       for place in _places(config, name.split('.')):
@@ -161,6 +162,7 @@ def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
     return [('mtp', int(path[1]))]
   if path[0] != 'segments':
     return [('end',)]
+  # A segment repeats its blocks in order: each recurs every `step` layers.
   segments = config.segments()
   number, position = int(path[1]), int(path[2])
   first = sum(len(s.blocks) * s.repeat for s in segments[:number])
@@ -171,7 +173,7 @@ def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
 def ranks(
   config: TransformerConfig, mesh: Mesh, *, both_ends: bool = False
 ) -> tuple[tuple, ...]:
-  """Places that each pipeline rank holds.
+  """Returns the places that each pipeline rank holds.
 
   Args:
     config: a model.

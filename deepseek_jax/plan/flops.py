@@ -88,7 +88,10 @@ def blocks(config: TransformerConfig) -> Iterator[tuple[BlockConfig, int]]:
 
 
 def _blocked(length: int, most: int = 8) -> int:
-  """Pairs that `causal_attention` computes: blocks of at least 128 queries."""
+  """Counts pairs that `causal_attention` computes.
+
+  Its blocks have at least 128 queries and attend to all keys up to their end.
+  """
   size = max(128, -(-length // most))
   ends = (min(i + size, length) for i in range(0, length, size))
   starts = range(0, length, size)
@@ -203,6 +206,7 @@ def _repeated(
     'full': tuple(forward),
   }[remat]
   out = {part: forward[part] for part in again if part in forward}
+  # Nothing of the backward pass reads the output of the last matmul.
   for part in (DENSE, SHARED):
     if part in out:
       out[part] = 2 * out[part] // 3
@@ -254,6 +258,7 @@ def count_flops(
     block = config.block(config.mtp.block)
     inner = sum(block_flops(block, D, length, seen).values())
     streams = block.streams if config.mtp.streams else 1
+    # One depth: projections of embedding and hidden state, a block, the head.
     once = 2 * length * (1 + streams) * D * D + inner + head + collapse
     forward[MTP] = config.mtp.depth * once
     _add(repeated, _repeated(block, D, length, seen, 'none'), config.mtp.depth)
@@ -262,7 +267,9 @@ def count_flops(
 
 
 def matmul_weights(config: TransformerConfig) -> int:
-  """Weights that multiply a token: with head and gates, no embedding, no MTP.
+  """Counts weights that multiply a token.
+
+  Head and gates are included, embedding and MTP are not.
 
   N_mm of training FLOPs = 6 N_mm + attention.
   """
@@ -304,6 +311,7 @@ def decode_parts(
     parts = {'weights': 2 * queries * head, CORE: 0, INDEX: 0}
     for block, repeat in blocks(config):
       forms = attention_cost(block.attention, config.dim).cached
+      # An attention with one form takes part in the sums of all.
       form = forms.get(name) or next(iter(forms.values()))
       rest = sum(block_macs(block, config.dim).values())
       weights = queries * (form.query + rest) + length * form.key

@@ -118,10 +118,12 @@ def state_bytes(
   out = dict.fromkeys(CLASSES[:4], 0)
   for share in held:
     n = share.elements
+    # Buffers are float32, without gradients and moments.
     if not share.trained:
       out['weights'] += 4 * n
       continue
     split = copies * replicas(share, mesh) if training.zero else 1
+    # Only matrices are copied to the compute dtype.
     width = compute if share.matrix else 4
     if width == 4 and split == 1:
       out['weights'] += 4 * n  # the master weights themselves
@@ -175,6 +177,7 @@ def activation_bytes(
       block = config.block(config.mtp.block) if mtp else layers[place[1]]
       kept = kept_bytes(config, block, training.seq_len, mesh.tensor)
       saved += alive * getattr(kept, policy)
+      # While it is differentiated, a block needs what its policy dropped, too.
       most = max(most, kept.none - getattr(kept, policy))
   return training.micro_batch * (saved + most) // mesh.context
 

@@ -254,6 +254,7 @@ def _time(
   run, grid, device = recipe.training, recipe.mesh, cluster.accelerator
   peak = device.bf16.value
   count = flop.count_flops(config, run.seq_len, mtp=True)
+  # Utilization is quoted without multi-token prediction and recomputation.
   paper = flop.count_flops(config, run.seq_len)
   rate = peak * cluster.devices
   parts = grid.stage * grid.tensor * grid.context
@@ -399,6 +400,7 @@ def estimate(
     cluster = hardware.cluster(cluster)
   _check(config, cluster, recipe)
   run = recipe.training
+  # Shares are the same under every policy.
   held, fullest = mesh.shares(config, recipe.mesh, rules), {}
   for policy in POLICIES:
     each = memory.device_bytes(
@@ -418,6 +420,7 @@ def estimate(
   mine = fullest[config.compute.remat]
   step, method = _time(config, cluster, recipe, mine, sent)
   size = memory.checkpoint_bytes(config, run.optimizer, held)
+  # All hosts write their part at the same time.
   hosts = -(-cluster.devices // int(cluster.accelerator.host.value))
   seconds = size / (hosts * recipe.storage)
   if not math.isfinite(seconds):

@@ -298,6 +298,7 @@ def _layers(
   elif ratios is not None:
     by_ratio = {0: 'window', rates['csa']: 'csa', rates['hca']: 'hca'}
     kinds = [by_ratio.get(r) for r in ratios[:count]]
+    # MTP layers follow in the list; they have a window alone.
     if any(ratios[count:]):
       raise _error('compress_ratios', ratios, 'layers after the last must be 0')
   else:
@@ -338,6 +339,7 @@ def compact(names: list[str]) -> tuple:
   """Returns a layout of these blocks, with what repeats written once."""
   out, at = [], 0
   while at < len(names):
+    # The pattern of at most 4 blocks whose repeats cover most layers.
     best = (1, 1)
     for width in range(1, 5):
       pattern, times = names[at : at + width], 1

@@ -186,6 +186,7 @@ def _unpacked(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
     return
   experts, rows, columns = entry.shape
   parts = ('w1', 'w3') if match[2] == 'gate_up_proj' else ('w2',)
+  # An expert's gate and then its up are contiguous: each is a slice.
   shape = (rows // len(parts), columns)
   size = shape[0] * columns * entry.dtype.itemsize
   start = entry.start

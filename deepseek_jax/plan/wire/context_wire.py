@@ -113,6 +113,8 @@ def _native(attention: NSAConfig, cut: Cut) -> Moved:
   a = attention
   token = a.kv_heads // cut.heads * (a.qk_dim + a.v_dim) * cut.width
   blocks = cut.ways * -(-cut.tokens // a.stride)
+  # Selection reads all keys and values, compression all blocks; a block or
+  # window that begins on the device before reads its last tokens.
   return Moved(
     (cut.whole + blocks) * token,
     (cut.before(a.block - 1) + cut.before(a.window - 1)) * token,

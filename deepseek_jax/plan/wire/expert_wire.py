@@ -49,6 +49,7 @@ def crossing(
   away = real & (to // node != here // node)
   if not two_hop:
     return Crossing(int((real & ~away & (to != here)).sum()), int(away.sum()))
+  # One copy per node visited, however many of its experts are chosen.
   visited = [
     (away & (to // node == a)).any(axis=-1) for a in range(-(-devices // node))
   ]
@@ -70,7 +71,7 @@ def row_bytes(cfg: ExchangeConfig, dim: int, dtype: str) -> int:
 def buffers(
   cfg: ExchangeConfig, tokens: int, top_k: int, experts: int, devices: int
 ) -> dict[str, int]:
-  """Rows that one device sends to others in the first round of one dispatch.
+  """Counts rows that one device sends in the first round of one dispatch.
 
   Args:
     cfg: of equal buffers: 'all_gather', 'all_to_all' or 'two_hop'.
@@ -87,12 +88,14 @@ def buffers(
   if cfg.kind == 'all_gather':
     return {'fast': (devices - 1) * tokens, 'slow': 0}
   if cfg.kind == 'all_to_all':
+    # A device gets a row per choice, at most one for each of its experts.
     longest = tokens * min(top_k, mine)
     rows = share(tokens * top_k, devices, longest, cfg.factor)
     return {'fast': (devices - 1) * rows, 'slow': 0}
   if cfg.kind != 'two_hop':
     raise ValueError(f'{cfg.kind}: sends no filler; count with crossing')
   inner = devices // cfg.nodes
+  # First hop: a row per node visited. Second: from there a row per choice.
   total = tokens * min(top_k, cfg.nodes)
   rows = share(total, cfg.nodes, tokens, cfg.factor)
   longest = cfg.nodes * rows * min(top_k, mine)

@@ -145,8 +145,8 @@ ARCHITECTURES = {
   v32.FAMILY: 'DeepseekV32ForCausalLM',
   'deepseek_v4': 'DeepseekV4ForCausalLM',
 }
-# Other names of a family, for serving software to tell the models apart. What
-# is written is named by its architecture.
+# Other names of a family, by which serving software distinguishes models. A
+# written file has the name of its architecture.
 ALIASES = {'kimi_k2': 'deepseek_v3'}
 
 

@@ -281,11 +281,11 @@ def _quantization(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     'activation_scheme': ('dynamic', None),
     'scale_fmt': ('ue8m0', 'float', None),
     'weight_block_size': None,
-    # The dtype of each weight tells whether it is quantised.
+    # Each weight's dtype decides whether it is quantised.
     'modules_to_not_convert': None,
     'dequantize': None,
   }
-  # The method first: it says why the rest is not understood.
+  # The method first: it explains why the rest is not understood.
   for name, value in {'quant_method': None, **found}.items():
     if name not in allowed:
       raise _error(f'quantization_config.{name}', value, 'not supported')

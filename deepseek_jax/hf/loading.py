@@ -43,7 +43,7 @@ def load(
     InputError: a field, tensor or file that is wrong or not understood.
   """
   source = Source(path, mtp=mtp)
-  # What was not asked for is a note; a part that can't be read is a warning.
+  # Leaving out MTP is a note; a drafter, which cannot be read, a warning.
   note = logging.warning if source.drafter else logging.info
   for line in summary(source.unused):
     note('%s: %s', path, line)
@@ -64,8 +64,8 @@ def variables(
   Args:
     leaves: to read.
     read: (leaf, region) -> array.
-    dtype: of the arrays, but of float32 and integer ones; None keeps what is
-      read.
+    dtype: of the arrays; full-precision leaves stay float32, tables int32;
+      None keeps what is read.
     mesh, rules: where the arrays go; without a mesh, on the default device.
   """
   out: dict = {'params': {}, 'buffers': {}}

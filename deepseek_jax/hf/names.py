@@ -237,7 +237,7 @@ def from_theirs(
   block = block.reshape(
     -1, *inner[k + 1 :], block.shape[1] // math.prod(inner[1:k]), *inner[1:k]
   )
-  whole = slice(None)  # the first axes are cut already
+  whole = slice(None)  # the first axes are restricted to the region already
   block = block[(whole, *region[k + 1 :], whole, *region[1:k])]
   outputs = len(inner) - k
   return block.transpose(*range(outputs, len(inner)), *range(outputs))

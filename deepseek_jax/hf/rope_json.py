@@ -7,11 +7,11 @@ YaRN where mscale and mscale_all_dim are not both given and above 0: the code
 that DeepSeek released takes 1 and 0 for what is absent and multiplies cos and
 sin by (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1), so by
 0.1 mscale ln(factor) + 1 without mscale_all_dim. transformers takes both or
-neither, and without multiplies by 0.1 ln(factor) + 1. `layers.rope` follows
-transformers here, with which such files are served; for mscale = 1 or absent,
-without mscale_all_dim, they agree. With both, as in the released files of V2 to
-V3.2, the two codes agree, and in both mscale_all_dim alone sets the softmax
-scale.
+neither, and without multiplies by 0.1 ln(factor) + 1. `model.attention.rope`
+follows transformers here, with which such files are served; for mscale = 1 or
+absent, without mscale_all_dim, they agree. With both, as in the released files
+of V2 to V3.2, the two codes agree, and in both mscale_all_dim alone sets the
+softmax scale.
 """
 
 from collections.abc import Mapping
@@ -171,7 +171,7 @@ def render(rope: RopeConfig, family: str) -> dict[str, Any]:
   values = {key: value for key, value in values.items() if value is not None}
   # Both names: older readers know 'type', newer ones 'rope_type'.
   out['rope_scaling'] = {'type': kind, 'rope_type': kind, **values}
-  # Linear scaling does not say which length it extends.
+  # Linear scaling does not record which length it extends.
   length = getattr(scaling, 'original_length', 4096)
   out['max_position_embeddings'] = round(scaling.factor * length)
   return out

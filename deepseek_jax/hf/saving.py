@@ -88,7 +88,7 @@ def save(
     extra: fields of config.json that don't change the model: eos_token_id,
       bos_token_id, pad_token_id, max_position_embeddings ...
     source: JSON values that identify the variables. With them a folder of
-      other work is refused, and a killed run of the same work is gone on with.
+      other work is refused, and a killed run of the same work is resumed.
 
   Raises:
     InputError: the family of the model can't express it, or an array has
@@ -192,7 +192,7 @@ def write(
     read: (leaf, region) -> array.
     target: how.
     source: JSON values that identify the numbers, as `identity` makes them; a
-      killed run of the same source, format and configuration is gone on with.
+      killed run of the same source, format and configuration is resumed.
     replace: write files anew that are already there, whatever wrote them.
     progress: called with the bytes written so far and in all.
 

@@ -231,7 +231,7 @@ class Source:
       )
 
   def _why_unused(self, name: str) -> str:
-    """Returns why a tensor is not read; InputError where nothing tells."""
+    """Returns why a tensor is not read; InputError if nothing explains."""
     if any(name.endswith(d) for d in names.DERIVED):
       return 'follows from config.json'
     depth, kept = self._depth, self.config.mtp.depth

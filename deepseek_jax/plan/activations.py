@@ -56,7 +56,7 @@ def _cut(config: Any, names: tuple[str, ...], ways: int) -> Any:
 def on_device(block: BlockConfig, tensor: int) -> BlockConfig:
   """Returns what one of `tensor` devices computes: its heads, its hidden units.
 
-  What lies between, such as a block's input and latents, is whole on each.
+  Activations between, such as a block's input and latents, are unsharded.
   """
   if tensor == 1:
     return block
@@ -119,7 +119,7 @@ def block_activations(
     block: attention, FFN and residual.
     dim: D of the model.
     length: T; over 16, so that experts take tokens as in training.
-    dtype: of activations.
+    dtype: name of the dtype of activations.
   """
   f, params = _block_function(block, dim, jnp.dtype(dtype))
   x = jax.ShapeDtypeStruct((1, length, dim), dtype)

@@ -32,7 +32,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import BatchConfig
 from deepseek_jax.train.step import TrainConfig, initial_state, train_step
 
-MOST = 256  # devices; more take minutes and tell nothing new
+MOST = 256  # devices; more take minutes and show nothing new
 _WARNING = re.compile(
   r'Involuntary full rematerialization.*? from sharding (\{.*?\}) to (\{.*?\})'
   r' efficiently for HLO operation \S+ = (\S+?)\{.*?(?:op_name="([^"]*)"|$)',

@@ -54,7 +54,7 @@ class Collective(NamedTuple):
   Attributes:
     kind: one of KINDS.
     arrays: its results on a device.
-    devices: of a group.
+    devices: how many form a group.
     times: how often it runs.
     loop: it stands in a loop of unknown length, which counts as one pass.
     maybe: it stands in a branch of a conditional.
@@ -144,7 +144,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 def _calls(line: str) -> Iterator[tuple[str, int | None]]:
   """Yields (computation, times; None if unknown) of all that a line runs."""
-  # What a while loop calls runs as often as the loop, if XLA knows it.
+  # A while loop runs its body known_trip_count times, if XLA knows it.
   times = 1
   if ' while(' in line:
     found = _TRIPS.search(line)

@@ -19,7 +19,7 @@ from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel.mesh import RULES
 from deepseek_jax.pipeline.cut import stage_places
 
-# As people write them: the order of --compile=8x4x2.
+# The order in which --compile=8x4x2 lists sizes.
 AXES = ('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
 
 
@@ -70,7 +70,7 @@ class Share(NamedTuple):
     routed: a routed expert's.
     matrix: computes in the model's dtype; the others stay float32.
     trained: has gradients and moments.
-    axes: its logical axes, of which the optimizer's rule depends.
+    axes: its logical axes, on which the optimizer's rule depends.
   """
 
   name: str

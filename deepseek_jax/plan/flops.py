@@ -52,7 +52,7 @@ class Flops:
     length: its tokens.
     seen: the convention of the attention core, a key of CONVENTIONS.
     forward: by part, of the forward pass.
-    repeated: by part, what the backward pass computes again.
+    repeated: by part, what the backward pass recomputes.
   """
 
   length: int

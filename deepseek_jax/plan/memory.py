@@ -46,9 +46,9 @@ class Training:
     optimizer: decides how many moments there are, and their dtype.
     zero: 0: optimizer state lies as the parameters do; 1: moments and master
       weights are split over every device that holds the same parameters.
-    dispatch: what tokens travel to experts as; float8 adds a float32 scale
-      per 128 numbers. They come back as bfloat16.
-    schedule: of the pipeline: '1f1b', 'zb1p', 'dualpipe' or 'dualpipev'.
+    dispatch: dtype of tokens sent to experts; float8 adds a float32 scale per
+      128 numbers. Combine sends bfloat16.
+    schedule: pipeline schedule, '1f1b', 'zb1p', 'dualpipe' or 'dualpipev'.
     exchange_factor: rows of an expert exchange's buffers, as a multiple of an
       even share.
   """
@@ -233,8 +233,8 @@ def device_bytes(
     config: a model.
     mesh: axis sizes.
     training: what is kept, and how.
-    policy: of recomputation; by default the model's.
-    held: `mesh.shares` of other rules, or to save making them again.
+    policy: remat policy; by default the model's.
+    held: `mesh.shares` of other rules, or to save computing them again.
   """
   held = meshes.shares(config, mesh) if held is None else held
   copies = 2 if training.both_ends and mesh.stage > 1 else 1

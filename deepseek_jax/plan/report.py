@@ -38,7 +38,7 @@ class Recipe:
   """Describes what a configuration of a model leaves open.
 
   Attributes:
-    tokens: of the run.
+    tokens: to train on.
     batch: sequences per step, over all devices.
     training: sequence length, micro-batch, optimizer, schedule.
     mesh: axis sizes; their product must be the cluster's devices.
@@ -74,7 +74,7 @@ class StepTime:
 
   Attributes:
     compute: executed FLOPs at the peak.
-    bubble: of the pipeline, with chunks at the peak.
+    bubble: idle time of the pipeline, with chunks at the peak.
     update: optimizer state read and written once.
     fast, slow: bytes over each link at its full rate.
     planned: model FLOPs at the recipe's utilization.
@@ -116,7 +116,7 @@ class Cost:
   Steps take the planned time, or the least step time where that is longer.
 
   Attributes:
-    steps: of the run.
+    steps: to take.
     device_hours: over all devices.
     days: of wall-clock time.
     dollars: at the recipe's price.
@@ -152,7 +152,7 @@ class Report:
   Attributes:
     config, cluster, recipe: what was asked.
     parameters: exact counts.
-    flops: of one training sequence, by convention (see flops.CONVENTIONS).
+    flops: counts of one training sequence, by key of flops.CONVENTIONS.
     standard_flops: per token by DeepSeek LLM's rule for dense models, without
       and with attention; None for a MoE.
     decode: FLOPs of a token at `recipe.cache_length`, by form.
@@ -161,7 +161,7 @@ class Report:
     traffic: bytes that a device sends in a step.
     method: bubble and memory multiples of the pipeline schedule.
     time: bounds of a step.
-    cost: of the run.
+    cost: time and money of the run.
     checkpoint: its size and how long it takes.
     assumptions: what all of this rests on, in words.
   """

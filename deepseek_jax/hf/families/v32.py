@@ -51,7 +51,7 @@ def check_layers(fields: Mapping[str, Any], layers: int, dense: int) -> None:
 
 
 def check_ours(attention: DSAConfig) -> None:
-  """Raises InputError for what these files cannot say."""
+  """Raises InputError for what these files cannot express."""
   fixed = {
     'stage': 'sparse',
     'indexer.interleaved': False,

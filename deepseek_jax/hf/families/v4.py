@@ -78,7 +78,7 @@ _READ = {
   'qk_rope_head_dim',
   'partial_rotary_factor',
 }
-# Of training or serving, or said again by the tensors themselves.
+# Fields of training or serving, or ones that the tensors repeat.
 CARRIED = {
   'expert_dtype',
   'router_aux_loss_coef',

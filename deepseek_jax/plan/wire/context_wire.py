@@ -23,7 +23,7 @@ class Moved(NamedTuple):
   """Counts bytes of one layer and one sequence.
 
   Attributes:
-    gathered: of whole arrays with gradients; near: of what neighbours send.
+    gathered: arrays with gradients, whole; near: what neighbours send.
     fixed, fixed_near: the same of what has no gradient.
   """
 
@@ -53,10 +53,10 @@ class Cut(NamedTuple):
   """Describes how sequences are sharded.
 
   Attributes:
-    tokens: T; ways: parts.
+    tokens: T; ways: devices that share a sequence.
     width: bytes of a number.
     documents: whether a window holds several.
-    heads: parts of the heads.
+    heads: ways that the heads are sharded.
   """
 
   tokens: int
@@ -137,6 +137,6 @@ def _shared(attention: SharedKVConfig, cut: Cut) -> Moved:
   # Projections and gates are float32; positions and documents int32.
   near += before * 2 * make.series * wide * 4
   fixed_near += before * 2 * 4
-  # Which entries there are is a byte each; views want every position.
+  # A byte per entry marks whether it exists; visibility needs all positions.
   fixed = entries + 4 * cut.whole + cut.numbers
   return Moved(entries * wide * width, near, fixed, fixed_near)

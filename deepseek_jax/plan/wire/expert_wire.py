@@ -37,8 +37,8 @@ def crossing(
 
   Args:
     experts: [devices N K] int, `num_experts` for nowhere: a device's choices.
-    num_experts: E, cut evenly over the devices.
-    devices: of the expert axis.
+    num_experts: E, sharded evenly over the devices.
+    devices: size of the expert axis.
     node: neighbouring devices that fast links join.
     two_hop: one copy per node, then on inside it; else one per choice.
   """
@@ -74,8 +74,8 @@ def buffers(
   """Counts rows that one device sends in the first round of one dispatch.
 
   Args:
-    cfg: of equal buffers: 'all_gather', 'all_to_all' or 'two_hop'.
-    tokens: of a device, N.
+    cfg: its buffers are equal: 'all_gather', 'all_to_all' or 'two_hop'.
+    tokens: N, those of a device.
     top_k: K.
     experts: E.
     devices: n of the expert axis.

@@ -4,7 +4,7 @@ Gradients are summed over the devices that hold the same weights and work on
 other tokens; what fsdp shards is gathered where it is used, and its gradients
 are scattered. The compiled step does both for every micro-batch. Pipeline ranks
 are taken to add up the gradients of all chunks first, which
-parallel/pipeline.py, a program per chunk, leaves to XLA.
+pipeline/pipeline.py, a program per chunk, leaves to XLA.
 """
 
 import re

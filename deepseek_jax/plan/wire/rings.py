@@ -33,8 +33,8 @@ class Step(NamedTuple):
   """Holds what all formulas read.
 
   Attributes:
-    tokens: that a device works on in a step (of its part of a sequence).
-    micro_batches: of a device in a step.
+    tokens: those that a device works on in a step (of its sequence shard).
+    micro_batches: how many a device works on in a step.
     node: devices that fast links join.
     layers: share of the blocks that pass through a device's stage.
   """

@@ -29,7 +29,7 @@ def backward(attention: Any, dim: int) -> int:
   if type(attention) is GQAConfig:
     return dim
   if type(attention) is MLAConfig:
-    # Latents are whole on every device; what is made of them is cut.
+    # Latents are unsharded; what is projected from them is sharded by head.
     return (attention.q_rank or dim) + attention.kv_rank + attention.rope_dim
   return 0
 
@@ -50,7 +50,7 @@ def layer_sums(block: BlockConfig, dim: int, forward: int) -> tuple[int, int]:
   """Returns the numbers of a token that one layer all-reduces in a step.
 
   Args:
-    block: of the layer.
+    block: configuration of the layer.
     dim: D.
     forward: how often it runs forward.
 

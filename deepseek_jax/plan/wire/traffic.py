@@ -165,7 +165,7 @@ def _context(step: Step, width: int) -> list[Wire]:
   config, n = step.config, step.mesh.context
   length = step.training.seq_len // n
   cut = Cut(length, n, width, heads=step.mesh.tensor)
-  # What is kept for the backward pass need not be gathered again.
+  # Without remat the backward pass keeps what was gathered.
   forward = 1 if config.compute.remat == 'none' else 2
   every = [
     (repeat * step.layers, context_moved(block.attention, cut).sent(n, forward))
@@ -212,8 +212,8 @@ def exchange_sent(
   Args:
     config: a model.
     exchange: 'all_to_all' or 'two_hop'.
-    devices: of the expert axis.
-    tokens: of one device.
+    devices: size of the expert axis.
+    tokens: how many one device holds.
   """
   if exchange.kind not in ('all_to_all', 'two_hop'):
     raise InputError(
@@ -253,7 +253,7 @@ def traffic(
     batch: sequences of the global batch.
     node: devices joined by fast links.
     node_limited: experts' tokens cross to each node at most once.
-    held: `mesh.shares` of other rules, or to save making them again.
+    held: `mesh.shares` of other rules, or to save computing them again.
   """
   held = meshes.shares(config, mesh) if held is None else held
   places = meshes.ranks(config, mesh, both_ends=training.both_ends)

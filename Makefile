@@ -29,7 +29,8 @@ test: $(VENV)/.test
 
 # The sweeps over layers and small models that `test` leaves out.
 sweeps: $(VENV)/.test
-	$(PYTEST) -m slow tests/layers $(wildcard tests/*_test.py)
+	$(PYTEST) -m slow tests/model tests/train tests/infer tests/record \
+	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py)
 
 # Plants every published bug in a copy: the tests must notice each of them.
 mutants: $(VENV)/.test
@@ -41,7 +42,7 @@ faults: $(VENV)/.test
 
 # Every mesh, and several processes, against one device; ends with tables.
 scale: $(VENV)/.test
-	$(PYTEST) tests/scale tests/parallel tests/run -s
+	$(PYTEST) tests/scale tests/parallel tests/pipeline tests/run -s
 
 # The planner against XLA: figures, and many models on many meshes.
 audit: $(VENV)/.test

@@ -1,9 +1,12 @@
-"""Reads small files that are not trusted."""
+"""Reads small files that are not trusted; writes files whole or not at all."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, naming
 
 MAX_JSON = 100_000_000  # bytes, as safetensors limits its headers
 
@@ -36,3 +39,15 @@ def parse_json(data: bytes, where: str) -> dict:
   if not isinstance(out, dict):
     raise InputError(f'{where}: holds no JSON object')
   return out
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+  """Yields a scratch file that takes the place of `path` in the end.
+
+  A crash leaves the old file or the new one; an OSError names the scratch.
+  """
+  scratch = path.with_suffix('.tmp')
+  with naming(scratch):
+    yield scratch
+  scratch.replace(path)

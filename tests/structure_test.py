@@ -14,6 +14,7 @@ RANK = {
   'deepseek_jax.errors': 1,
   'deepseek_jax.config': 2,
   'deepseek_jax.console': 2,
+  'deepseek_jax.say': 2,
   'deepseek_jax.trees': 2,
   'deepseek_jax.files': 2,
   'deepseek_jax.parallel': 3,

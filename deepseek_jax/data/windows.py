@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from deepseek_jax import say as say_lib
 from deepseek_jax.data import corpus, infill, leftovers
 from deepseek_jax.data import token_store as store
 from deepseek_jax.data import tokenizer as tokenizer_lib
@@ -20,7 +21,6 @@ from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.census import census_of
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError
-from deepseek_jax.run import say as say_lib
 
 _BPE_CHARACTERS = 1 << 26  # a larger corpus is sampled to train the BPE on
 _BATCH_CHARACTERS = 1 << 22  # encoded at once: bounds the memory

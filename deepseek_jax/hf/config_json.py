@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from deepseek_jax import trees
 from deepseek_jax.config import from_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields as fields_of
@@ -253,15 +254,11 @@ def _v3(fields: Mapping[str, Any]) -> dict:
 
 def _build(values: Mapping[str, Any]) -> TransformerConfig:
   """Returns the configuration of values by dotted path."""
-  nested: dict = {}
-  for path, value in values.items():
-    if value is None and path.startswith('moe.'):
-      continue
-    *above, last = path.split('.')
-    inner = nested
-    for key in above:
-      inner = inner.setdefault(key, {})
-    inner[last] = value
+  nested = trees.nested(
+    (path.split('.'), value)
+    for path, value in values.items()
+    if value is not None or not path.startswith('moe.')
+  )
   try:
     return from_dict(TransformerConfig, nested)
   except InputError as error:

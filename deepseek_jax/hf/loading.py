@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from deepseek_jax import trees
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read, Source, summary
 from deepseek_jax.model.transformer import TransformerConfig
@@ -73,11 +74,7 @@ def variables(
     wanted = jnp.float32 if leaf.full_precision else dtype
     wanted = jnp.int32 if leaf.integer else wanted
     array = _array(leaf, read, wanted, mesh, rules)
-    *above, last = leaf.path
-    inner = out
-    for key in above:
-      inner = inner.setdefault(key, {})
-    inner[last] = array
+    trees.put(out, leaf.path, array)
   return out
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Mesh
 
-from deepseek_jax import files
+from deepseek_jax import files, trees
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import identity, loading, names
@@ -179,13 +179,8 @@ def _skeleton(path: str, leaves: list[Leaf]) -> None:
   """Lets orbax write a tree of arrays of one number each."""
   import orbax.checkpoint as ocp
 
-  tree: dict = {}
-  for leaf in leaves:
-    *above, last = leaf.path
-    inner = tree
-    for key in above:
-      inner = inner.setdefault(key, {})
-    inner[last] = np.zeros((1,) * len(leaf.shape), np.float32)
+  one = lambda leaf: np.zeros((1,) * len(leaf.shape), np.float32)
+  tree = trees.nested((leaf.path, one(leaf)) for leaf in leaves)
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(os.path.abspath(path), tree)
@@ -421,12 +416,6 @@ def restore(
 def abstract(folder: str) -> dict:
   """Returns ShapeDtypeStructs of a store, the target of orbax's restore."""
   store = Store(folder)
-  out: dict = {}
-  for leaf in store.leaves:
-    *above, last = leaf.path
-    inner = out
-    for key in above:
-      inner = inner.setdefault(key, {})
-    dtype = store._array(leaf).dtype.numpy_dtype
-    inner[last] = jax.ShapeDtypeStruct(leaf.shape, dtype)
-  return out
+  dtype = lambda leaf: store._array(leaf).dtype.numpy_dtype
+  one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype(leaf))
+  return trees.nested((leaf.path, one(leaf)) for leaf in store.leaves)

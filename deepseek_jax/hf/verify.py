@@ -155,14 +155,11 @@ class Ours:
 
   def _blocks(self) -> Iterator[tuple[BlockConfig, Any, Any]]:
     """Yields (configuration, params, buffers) of every layer, in order."""
-    for i, segment in enumerate(self.config.segments()):
-      for repeat in range(segment.repeat):
-        for j, block in enumerate(segment.blocks):
-          one = lambda a, r=repeat: a[r]
-          params = self.variables['params']['segments'][i][j]
-          buffers = self.variables['buffers'].get('segments', {})
-          buffers = buffers.get(i, {}).get(j, {})
-          yield block, jax.tree.map(one, params), jax.tree.map(one, buffers)
+    for layer in self.config.in_order():
+      one = lambda a, r=layer.repeat: a[r]
+      params = layer.of(self.variables['params'])
+      buffers = layer.of(self.variables['buffers'], {})
+      yield layer.block, jax.tree.map(one, params), jax.tree.map(one, buffers)
 
   def _decode(self, case: Case) -> np.ndarray:
     """Returns logits [B T V] of a prompt and of tokens decoded one by one."""

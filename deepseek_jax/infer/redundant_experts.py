@@ -17,22 +17,16 @@ from deepseek_jax.infer import eplb
 
 def places(config) -> list[tuple]:
   """((path of a stack of MoE layers), their numbers among L), MTP last."""
-  out, number = [], 0
-  for i, segment in enumerate(config.segments()):
-    sparse = [j for j, b in enumerate(segment.blocks) if _is_sparse(b)]
-    count = len(sparse)
-    for at, j in enumerate(sparse):
-      numbers = number + at + count * np.arange(segment.repeat)
-      out.append((('segments', i, j, 'ffn'), numbers))
-    number += count * segment.repeat
-  if config.mtp.depth and _is_sparse(config.block(config.mtp.block)):
+  stacks: dict[tuple, list[int]] = {}
+  routed = (layer for layer in config.in_order() if layer.block.routed)
+  for number, layer in enumerate(routed):
+    path = ('segments', layer.segment, layer.place, 'ffn')
+    stacks.setdefault(path, []).append(number)
+  out = [(path, np.array(numbers)) for path, numbers in stacks.items()]
+  if config.mtp.depth and config.block(config.mtp.block).routed:
     paths = [('mtp', k, 'block', 'ffn') for k in range(config.mtp.depth)]
     out += [(path, None) for path in paths]
   return out
-
-
-def _is_sparse(block) -> bool:
-  return hasattr(block.ffn, 'experts')
 
 
 def _at(tree: dict, path) -> dict:

@@ -54,6 +54,11 @@ class BlockConfig:
     return attention, self.engram.cache(batch, self.streams, dim, dtype)
 
   @property
+  def routed(self) -> bool:
+    """Whether the FFN is a mixture of experts."""
+    return hasattr(self.ffn, 'experts')
+
+  @property
   def streams(self) -> int:
     return getattr(self.residual, 'streams', 1)
 

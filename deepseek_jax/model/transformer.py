@@ -94,6 +94,28 @@ class Segment:
   repeat: int
 
 
+class Layer(NamedTuple):
+  """One layer of a model, and where its variables lie.
+
+  Attributes:
+    number: in order, from 0.
+    segment, place: its variables are below ['segments'][segment][place] ...
+    repeat: ... at this index of their leading axis.
+    block: its configuration.
+  """
+
+  number: int
+  segment: int
+  place: int
+  repeat: int
+  block: BlockConfig
+
+  def of(self, tree: Mapping, default: Any = None) -> Any:
+    """Returns what a tree of variables has of this layer's stack."""
+    segments = tree.get('segments', {})
+    return segments.get(self.segment, {}).get(self.place, default)
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
   """Everything about a model.
@@ -203,6 +225,16 @@ class TransformerConfig:
       self.engram,
       self.engram.rows(len(self.engram_layers())),
     )
+
+  def in_order(self) -> tuple[Layer, ...]:
+    """Returns all layers as tokens pass through them."""
+    places = (
+      (i, j, repeat, block)
+      for i, segment in enumerate(self.segments())
+      for repeat in range(segment.repeat)
+      for j, block in enumerate(segment.blocks)
+    )
+    return tuple(Layer(n, *place) for n, place in enumerate(places))
 
   def engram_layers(self) -> tuple[int, ...]:
     """Numbers of the layers with a memory, in order."""
@@ -603,15 +635,12 @@ def unstack(config: TransformerConfig, variables: dict | None = None):
   def apart(tree):
     if 'segments' not in tree:
       return tree
-    layers, number = {}, 0
-    for i, segment in enumerate(config.segments()):
-      for r in range(segment.repeat):
-        for j in range(len(segment.blocks)):
-          stack = tree['segments'].get(i, {}).get(j)
-          if stack is not None:  # a dense block has no buffers
-            one = jax.tree.map(lambda a, r=r: a[r : r + 1], stack)
-            layers[number] = {0: one}
-          number += 1
+    layers = {}
+    for layer in config.in_order():
+      stack, r = layer.of(tree), layer.repeat
+      if stack is not None:  # a dense block has no buffers
+        one = jax.tree.map(lambda a, r=r: a[r : r + 1], stack)
+        layers[layer.number] = {0: one}
     return {**tree, 'segments': layers}
 
   return {kind: apart(tree) for kind, tree in variables.items()}

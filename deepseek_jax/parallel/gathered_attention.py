@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
 
-_NEG = -1e30
 _BLOCK = 1024  # keys expanded at a time, at most
 
 
@@ -128,7 +128,7 @@ def _attend_fwd(expand, q, parts, weights, seen, scale):
   def body(carry, part, mask):
     out, top, total = carry
     k, v = expand(q.shape[2:], part, weights)
-    scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, _NEG)
+    scores = jnp.where(mask, _dot('BTHK,BSHK->BHTS', q, k) * scale, MASKED)
     new = jnp.maximum(top, scores.max(axis=-1))
     p, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
     more = _dot('BHTS,BSHV->BHTV', p.astype(v.dtype), v)
@@ -138,7 +138,7 @@ def _attend_fwd(expand, q, parts, weights, seen, scale):
   f32 = functools.partial(jnp.full, dtype=jnp.float32)
   start = (
     f32((B, H, T, value.shape[-1]), 0),
-    f32((B, H, T), _NEG),
+    f32((B, H, T), MASKED),
     f32((B, H, T), 0),
   )
   skipped = lambda part: None

@@ -7,7 +7,7 @@ inputs allow. Transfers between ranks take no time.
 import dataclasses
 from typing import NamedTuple
 
-from deepseek_jax.config import at_least, within
+from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.pipeline.chunk_orders import Chunk, Schedule, Step
 
@@ -29,8 +29,13 @@ class Durations:
   overlapped: float | None = None
 
   def __post_init__(self):
-    at_least(self, 'durations.', forward=0, backward=0, overlapped=0)
-    within(self, 'durations.', weight=(0, self.backward))
+    at_least(self, 'durations.', forward=0, backward=0)
+    at_least(self, 'durations.', weight=0, overlapped=0)
+    if self.weight > self.backward:
+      raise InputError(
+        f'durations.weight = {self.weight}: must be at most backward ='
+        f' {self.backward}'
+      )
 
   @property
   def pair(self) -> float:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax import trees
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer import (
@@ -225,14 +226,10 @@ def join_each(stages: tuple[Stage, ...], trees):
 
 def nested(flat: dict, mark: str) -> dict:
   """{'segments/0/1': x} -> {'segments': {0: {1: x}}}."""
-  out: dict = {}
-  for path, value in flat.items():
-    *above, last = (int(k) if k.isdigit() else k for k in path.split(mark))
-    inner = out
-    for key in above:
-      inner = inner.setdefault(key, {})
-    inner[last] = value
-  return out
+  key = lambda k: int(k) if k.isdigit() else k
+  return trees.nested(
+    (map(key, path.split(mark)), value) for path, value in flat.items()
+  )
 
 
 def flat(tree: dict, mark: str) -> dict:

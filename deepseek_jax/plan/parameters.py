@@ -76,7 +76,7 @@ def _idle(block: BlockConfig, dim: int) -> int:
   Those are experts not chosen and Engram rows not read.
   """
   idle, ffn, memory = 0, block.ffn, block.engram
-  if hasattr(ffn, 'experts'):
+  if block.routed:
     idle += (ffn.experts - ffn.top_k) * 3 * dim * ffn.width
   if memory is not None:
     idle += block.engram_rows * memory.dim // memory.heads - memory.width

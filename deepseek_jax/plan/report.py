@@ -237,7 +237,7 @@ def _standard(
   config: TransformerConfig, length: int
 ) -> tuple[float, float] | None:
   """Returns standard_flops without and with attention; None for a MoE."""
-  if any(hasattr(block.ffn, 'experts') for block, _ in flop.blocks(config)):
+  if any(block.routed for block, _ in flop.blocks(config)):
     return None
   args = (config.layers, config.dim, config.vocab_size)
   return flop.standard_flops(*args), flop.standard_flops(*args, length)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.errors import InputError, naming
+from deepseek_jax import files
+from deepseek_jax.errors import InputError
 
 FILE = 'abort.jsonl'
 
@@ -45,10 +46,8 @@ class LastSteps:
     if not self._rows:
       return
     lines = (json.dumps(_plain(r), allow_nan=False) for r in self._rows)
-    scratch = self._path.with_suffix('.tmp')
-    with naming(scratch):
+    with files.whole(self._path) as scratch:
       scratch.write_text(''.join(line + '\n' for line in lines))
-    scratch.replace(self._path)
 
 
 def identity(

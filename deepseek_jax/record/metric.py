@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from deepseek_jax import files
+
 FILE = 'metrics.json'
 
 
@@ -34,9 +36,8 @@ class Metric(NamedTuple):
 def describe(workdir: Path, metrics: Mapping[str, Metric]) -> None:
   """Writes the titles and units of a run's metrics beside its numbers."""
   rows = {name: m._asdict() for name, m in metrics.items()}
-  scratch = workdir / (FILE + '.tmp')
-  scratch.write_text(json.dumps(rows, indent=1) + '\n')
-  scratch.replace(workdir / FILE)
+  with files.whole(workdir / FILE) as scratch:
+    scratch.write_text(json.dumps(rows, indent=1) + '\n')
 
 
 def described(workdir: Path) -> dict[str, Metric]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax import files
 from deepseek_jax.console import progress
 from deepseek_jax.errors import InputError, naming
 
@@ -248,16 +249,14 @@ def _prune(path: Path, resume_step: int | None, say) -> list[int]:
     rows = [(line, row) for line, row in rows if row['step'] <= resume_step]
   kept = b''.join(line + b'\n' for line, _ in rows)
   if path.exists() and path.stat().st_size != len(kept):
-    scratch = path.with_suffix('.tmp')
-    with naming(scratch):
+    with files.whole(path) as scratch:
       scratch.write_bytes(kept)
-    if wrong:
-      more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
-      say(
-        f'{wrong[0]}{more}: the file is now {set_aside(path)}, and the other'
-        ' lines go on'
-      )
-    scratch.replace(path)  # a crash leaves the old file or the new one
+      if wrong:
+        more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
+        say(
+          f'{wrong[0]}{more}: the file is now {set_aside(path)}, and the other'
+          ' lines go on'
+        )
   return [row['step'] for _, row in rows]
 
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.errors import InputError, naming
+from deepseek_jax import files
+from deepseek_jax.errors import InputError
 
 _ACCUMULATE = {
   'sum': np.add,
@@ -125,12 +126,10 @@ class FlightRecorder:
     text = json.dumps(settings).encode()
     columns['_settings'] = np.frombuffer(text, np.uint8)
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = self._path.with_name(self._path.name + '.tmp')
-    with naming(scratch), scratch.open('wb') as file:
+    with files.whole(self._path) as scratch, scratch.open('wb') as file:
       np.savez_compressed(file, **columns)
       file.flush()
       os.fsync(file.fileno())
-    scratch.replace(self._path)
 
   def _checked(self, step: int, arrays: dict[str, Any]):
     reduce = {n: how for t in self._tracks for n, how in t.reduce.items()}

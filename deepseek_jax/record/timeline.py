@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deepseek_jax import files
 from deepseek_jax.errors import naming
 from deepseek_jax.record.metrics import set_aside
 
@@ -61,15 +62,14 @@ class Timeline:
       if row.get('step', 0) > step and row['phase'] in _REDONE:
         row['phase'] = 'lost'
         row['step'] = step  # lost once
-    scratch = self._path.with_suffix('.tmp')
-    with naming(scratch):
+    with files.whole(self._path) as scratch:
       scratch.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    if wrong:
-      self._say(
-        f'{self._path}, line {wrong[0]} is not one of phase, seconds and step:'
-        f' the file is now {set_aside(self._path)}, and the other lines go on'
-      )
-    scratch.replace(self._path)
+      if wrong:
+        self._say(
+          f'{self._path}, line {wrong[0]} is not one of phase, seconds and'
+          f' step: the file is now {set_aside(self._path)}, and the other lines'
+          ' go on'
+        )
 
   def reached(self, step: int) -> None:
     """A step is complete; writes when some time has passed."""

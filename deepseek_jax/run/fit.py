@@ -12,12 +12,13 @@ import dataclasses
 from pathlib import Path
 
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
-from deepseek_jax.run import agreement, say
+from deepseek_jax.run import agreement
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ import jax
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax.errors import InputError, naming
+from deepseek_jax import files, say
+from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import set_aside
-from deepseek_jax.run import lock, say
+from deepseek_jax.run import lock
 from deepseek_jax.run.checkpoint import Checkpoints, Restored, flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train.step import TrainState, initial_state
@@ -40,7 +40,7 @@ _FREE = (
 )
 _PREFIXES = tuple(name for name in _FREE if name.endswith('.'))
 _MOVED = 'data.path'  # so may this, if a checkpoint vouches for the windows
-_SCRATCH, _TOKENIZER = 'config.tmp', 'tokenizer.json'
+_SCRATCH, _TOKENIZER = 'config.tmp', 'tokenizer.json'  # see files.whole
 
 
 def claim(workdir: Path, config: RunConfig) -> list[str]:
@@ -87,10 +87,8 @@ def renew(workdir: Path, config: RunConfig) -> None:
   A run that goes on does so when its data are known to be those it began with:
   the file has what the newest command said.
   """
-  scratch = workdir / _SCRATCH
-  with naming(scratch):
+  with files.whole(workdir / 'config.json') as scratch:
     scratch.write_text(json.dumps(as_json(config), indent=2) + '\n')
-  os.replace(scratch, workdir / 'config.json')
 
 
 def _changes(workdir: Path, config: RunConfig) -> list[str]:

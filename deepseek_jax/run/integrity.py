@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.files import whole
 
 MANIFEST = 'manifest.json'
 # Written by orbax after the manifest; carry no data.
@@ -29,12 +30,10 @@ def write_manifest(folder: Path) -> None:
     for name, path in _files(folder).items()
   }
   text = json.dumps({'files': files, 'sha256': _seal(files)}, indent=0)
-  scratch = folder / (MANIFEST + '.tmp')
-  with scratch.open('w') as stream:
+  with whole(folder / MANIFEST) as scratch, scratch.open('w') as stream:
     stream.write(text)
     stream.flush()
     os.fsync(stream.fileno())
-  os.replace(scratch, folder / MANIFEST)
 
 
 def problem(folder: Path, verify: str = 'full') -> str | None:

@@ -9,8 +9,8 @@ import os
 import socket
 from pathlib import Path
 
+from deepseek_jax import say
 from deepseek_jax.errors import InputError, naming
-from deepseek_jax.run import say
 
 FILE = '.lock'
 _held: dict[tuple[int, int], int] = {}  # device and inode -> open file

@@ -5,12 +5,13 @@ from pathlib import Path
 import jax
 
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.data.ngrams import token_classes
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.run import say, soundness
+from deepseek_jax.run import soundness
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import config_of, has_checkpoint, load, restore

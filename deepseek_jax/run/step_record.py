@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import processes as distributed
@@ -26,7 +27,6 @@ from deepseek_jax.record.routing import (
   FlightRecorder,
   max_violation,
 )
-from deepseek_jax.run import say
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import layer_losses
 from deepseek_jax.train.step import metrics_of
@@ -160,16 +160,11 @@ def _recalls(workdir: Path, resumed: int) -> list[float]:
 
 
 def _recorder(workdir, model, resume) -> FlightRecorder | None:
-  layers, experts, number = [], 0, 0
-  for segment in model.config.segments():
-    for _ in range(segment.repeat):
-      for block in segment.blocks:
-        if hasattr(block.ffn, 'experts'):
-          layers.append(number)
-          experts = block.ffn.experts
-        number += 1
+  routed = [l for l in model.config.in_order() if l.block.routed]
+  layers = [layer.number for layer in routed]
   if not layers:
     return None
+  experts = routed[-1].block.ffn.experts
   path, per_layer = workdir / 'routing.npz', layer_losses.METRICS
   if resume > 0 and not path.exists():
     say.warn(f'{path} is gone: how steps up to {resume} were routed is lost')
@@ -202,18 +197,12 @@ def _recorder(workdir, model, resume) -> FlightRecorder | None:
 def router_biases(model: Model, buffers: dict) -> np.ndarray | None:
   """[L E] in layer order, 0 where a layer has none; None if no layer has."""
   out, found = [], False
-  for i, segment in enumerate(model.config.segments()):
-    stacks = []
-    for j, block in enumerate(segment.blocks):
-      if not hasattr(block.ffn, 'experts'):
-        continue
-      place = buffers.get('segments', {}).get(i, {}).get(j, {})
-      bias = place.get('ffn', {}).get('router', {}).get('bias')
-      found = found or bias is not None
-      if bias is None:
-        bias = np.zeros((segment.repeat, block.ffn.experts), np.float32)
-      stacks.append(np.asarray(bias))
-    if stacks:
-      stacked = np.stack(stacks, axis=1)
-      out.append(stacked.reshape(-1, stacked.shape[-1]))
-  return np.concatenate(out) if found else None
+  for layer in model.config.in_order():
+    if not layer.block.routed:
+      continue
+    stack = layer.of(buffers, {})
+    bias = stack.get('ffn', {}).get('router', {}).get('bias')
+    found = found or bias is not None
+    none = np.zeros(layer.block.ffn.experts, np.float32)
+    out.append(none if bias is None else np.asarray(bias)[layer.repeat])
+  return np.stack(out) if found else None

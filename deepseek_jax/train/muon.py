@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from deepseek_jax import trees
 from deepseek_jax.config import above, at_least, within
 from deepseek_jax.train.gradient_norms import gain
 
@@ -134,15 +135,12 @@ class MuonState(NamedTuple):
 
 def splits(abstract: nnx.State) -> dict:
   """Nested like the parameters: for each its Split, or None."""
-  out: dict = {}
   leaf = lambda v: isinstance(v, nnx.Variable)
-  for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf):
-    *above, last = (entry.key for entry in path)
-    inner = out
-    for key in above:
-      inner = inner.setdefault(key, {})
-    inner[last] = split(tuple(variable.get_metadata()['axes']))
-  return out
+  axes = lambda variable: tuple(variable.get_metadata()['axes'])
+  return trees.nested(
+    ([entry.key for entry in path], split(axes(variable)))
+    for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf)
+  )
 
 
 def scale_by_muon(

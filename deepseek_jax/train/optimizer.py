@@ -16,7 +16,7 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least, within
 from deepseek_jax.train import muon
-from deepseek_jax.train.gradient_norms import tree_norm
+from deepseek_jax.train.gradient_norms import gain, tree_norm
 from deepseek_jax.train.muon import MuonConfig
 
 
@@ -77,7 +77,10 @@ def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
   def update(grads, state, params=None, *, norm=None, **more):
     del params, more
     norm = tree_norm(grads) if norm is None else norm
-    one = lambda g: jnp.where(norm < limit, g, g / norm * limit)
+    # Near 1 first: XLA multiplies by an inverse, which may underflow.
+    factor = gain(norm)
+    near = jnp.where(norm * factor == 0, 1.0, norm * factor)
+    one = lambda g: jnp.where(norm < limit, g, g * factor / near * limit)
     return jax.tree.map(one, grads), state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.trees import nested
 
 
 class Part(NamedTuple):
@@ -65,7 +66,7 @@ def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
   flat = _flat(abstract)
   on = {path: any(n in path for n in names) for path in flat}
   kept = {path: v for path, v in flat.items() if on[path]}
-  return Part(type(abstract)(_nested(kept)), _nested(on))
+  return Part(type(abstract)(nested(kept)), nested(on))
 
 
 def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:
@@ -74,16 +75,6 @@ def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:
     tuple(entry.key for entry in path): variable
     for path, variable in jax.tree.leaves_with_path(abstract, is_leaf=leaf)
   }
-
-
-def _nested(flat: dict) -> dict:
-  out: dict = {}
-  for (*above, last), value in flat.items():
-    inner = out
-    for key in above:
-      inner = inner.setdefault(key, {})
-    inner[last] = value
-  return out
 
 
 def _kept(tree: dict, mask: dict) -> dict:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
-from deepseek_jax.run import checkpoint, say
+from deepseek_jax.run import checkpoint
 from deepseek_jax.run.checkpoint import Checkpoints
 from tests.faults import ledger, runs
 

@@ -13,9 +13,10 @@ import pytest
 from absl.testing import absltest
 
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.errors import InputError, Preempted, Terminated
 from deepseek_jax.record import last_steps, timeline
-from deepseek_jax.run import replay, say
+from deepseek_jax.run import replay
 from tests.faults import damage_test, ledger, runs
 
 

@@ -5,9 +5,9 @@ from tests.mutants.mutant import Mutant
 _ROPE = 'deepseek_jax/model/attention/rope.py'
 _MLA = 'deepseek_jax/model/attention/mla.py'
 _CORE = 'deepseek_jax/model/attention/softmax.py'
-_ROPE_TEST = 'tests/layers/rope_test.py'
-_MLA_TEST = 'tests/layers/mla_test.py'
-_CORE_TEST = 'tests/layers/attention_test.py'
+_ROPE_TEST = 'tests/model/attention/rope_test.py'
+_MLA_TEST = 'tests/model/attention/mla_test.py'
+_CORE_TEST = 'tests/model/attention/softmax_test.py'
 
 MUTANTS = (
   Mutant(
@@ -143,7 +143,7 @@ MUTANTS = (
     _CORE,
     'jnp.repeat(x.transpose(0, 2, 1, 3), heads // G, axis=1)',
     'jnp.tile(x.transpose(0, 2, 1, 3), (1, heads // G, 1, 1))',
-    ('tests/layers/gqa_test.py::equals_float64',),
+    ('tests/model/attention/gqa_test.py::equals_float64',),
     'a group of query heads is consecutive',
   ),
   Mutant(
@@ -151,7 +151,7 @@ MUTANTS = (
     'deepseek_jax/model/cache.py',
     'jnp.where(valid, positions, buffer.shape[1])',
     'positions',
-    ('tests/transformer_test.py::write_puts_valid_tokens',),
+    ('tests/model/transformer_test.py::write_puts_valid_tokens',),
     'V4 trap 8: caches of padded prompts',
     fast=True,
   ),
@@ -160,7 +160,7 @@ MUTANTS = (
     'deepseek_jax/model/norm.py',
     'y = x.astype(jnp.float32)\n',
     'y = x\n',
-    ('tests/layers/norm_test.py::bfloat16_rounds_only',),
+    ('tests/model/norm_test.py::bfloat16_rounds_only',),
     'norms are float32 in every release',
     fast=True,
   ),
@@ -169,7 +169,7 @@ MUTANTS = (
     'deepseek_jax/model/norm.py',
     'jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)',
     '1 / (jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True)) + self.eps)',
-    ('tests/layers/norm_test.py::equals_float64',),
+    ('tests/model/norm_test.py::equals_float64',),
     'eps lies under the root',
   ),
 )

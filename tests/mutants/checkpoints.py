@@ -69,7 +69,7 @@ MUTANTS = (
     'deepseek_jax/model/attention/rope.py',
     'return base / cfg.scaling.factor',
     'return base',
-    ('tests/layers/rope_test.py::equals_a_loop_over_pairs',),
+    ('tests/model/attention/rope_test.py::equals_a_loop_over_pairs',),
     'deepseek-coder: positions are divided by 4',
   ),
 )

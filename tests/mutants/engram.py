@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant
 
 _HASH = 'deepseek_jax/model/memory/ngram_hash.py'
 _ENGRAM = 'deepseek_jax/model/memory/engram.py'
-_ENGRAM_TEST = 'tests/layers/engram_test.py'
+_ENGRAM_TEST = 'tests/model/memory/engram_test.py'
 _NGRAMS_TEST = 'tests/data/ngrams_test.py'
 
 MUTANTS = (
@@ -72,7 +72,7 @@ MUTANTS = (
     _ENGRAM,
     "(None, 'streams', 'embed')",
     "(None, None, 'embed')",
-    ('tests/muon_test.py::what_memories_and_branches_share',),
+    ('tests/train/muon_test.py::what_memories_and_branches_share',),
     'V4 section 2.4: every logically independent matrix',
   ),
   Mutant(

@@ -5,8 +5,8 @@ from tests.mutants.mutant import Mutant
 _CONTEXT = 'deepseek_jax/model/context.py'
 _LOSSES = 'deepseek_jax/train/cross_entropy.py'
 _CONFIG = 'deepseek_jax/config.py'
-_INPUTS_TEST = 'tests/inputs_test.py'
-_LOSSES_TEST = 'tests/losses_test.py'
+_INPUTS_TEST = 'tests/model/given_test.py'
+_LOSSES_TEST = 'tests/train/cross_entropy_test.py'
 _CONFIG_TEST = 'tests/config_test.py'
 _NUMBERS_TEST = 'tests/config_numbers_test.py'
 
@@ -46,9 +46,9 @@ MUTANTS = (
   ),
   Mutant(
     'padding_is_trained_on',
-    'deepseek_jax/train/step.py',
-    'inside = real[:, 1:] & real[:, :-1]',
-    'inside = jnp.ones_like(real[:, 1:])',
+    'deepseek_jax/train/objective.py',
+    'inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)',
+    'inside = segments[:, 1:] == segments[:, :-1]',
     (f'{_INPUTS_TEST}::it_weighs_nothing',),
     'segment 0 was trained on with cross_document',
     fast=True,

@@ -5,9 +5,9 @@ from tests.mutants.mutant import Mutant
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _MOE = 'deepseek_jax/model/experts/moe.py'
 _BALANCE = 'deepseek_jax/model/experts/balance.py'
-_ROUTER_TEST = 'tests/layers/router_test.py'
-_MOE_TEST = 'tests/layers/moe_test.py'
-_BALANCE_TEST = 'tests/layers/balance_test.py'
+_ROUTER_TEST = 'tests/model/experts/router_test.py'
+_MOE_TEST = 'tests/model/experts/moe_test.py'
+_BALANCE_TEST = 'tests/model/experts/balance_test.py'
 
 MUTANTS = (
   Mutant(
@@ -64,8 +64,8 @@ MUTANTS = (
   Mutant(
     'gates_of_no_weight_divide_by_0',
     _ROUTER,
-    'weights.sum(axis=-1, keepdims=True) + 1e-20',
-    'weights.sum(axis=-1, keepdims=True)',
+    'normalized(weights, Rule.eps)',
+    'normalized(weights, 0.0)',
     (f'{_ROUTER_TEST}::all_zero_scores',),
     'the released code adds 1e-20',
   ),
@@ -118,7 +118,7 @@ MUTANTS = (
     'deepseek_jax/model/experts/ffn.py',
     'return jax.nn.silu(gate) * up',
     'return gate * jax.nn.silu(up)',
-    ('tests/layers/ffn_test.py::gate_comes_first',),
+    ('tests/model/experts/ffn_test.py::gate_comes_first',),
     'w1 is the gate, w3 is not',
     fast=True,
   ),
@@ -161,8 +161,8 @@ MUTANTS = (
   Mutant(
     'sequence_loss_of_raw_scores',
     _BALANCE,
-    'share = scores / scores.sum(axis=-1, keepdims=True)',
-    'share = scores',
+    'f * _mean_over_valid(shares(scores), valid)',
+    'f * _mean_over_valid(scores, valid)',
     (f'{_BALANCE_TEST}::sequence_loss_counts',),
     'V3 eq. 19: scores are normalised over the experts',
   ),

@@ -7,9 +7,9 @@ _DSA = 'deepseek_jax/model/attention/dsa.py'
 _CHOSEN = 'deepseek_jax/model/attention/dsa_reading.py'
 _NSA = 'deepseek_jax/model/attention/nsa.py'
 _BRANCHES = 'deepseek_jax/model/attention/nsa_branches.py'
-_NSA_TEST = 'tests/layers/nsa_test.py'
-_INDEXER_TEST = 'tests/layers/indexer_test.py'
-_DSA_TEST = 'tests/layers/dsa_test.py'
+_NSA_TEST = 'tests/model/attention/nsa_test.py'
+_INDEXER_TEST = 'tests/model/attention/indexer_test.py'
+_DSA_TEST = 'tests/model/attention/dsa_test.py'
 
 _V32 = (
   Mutant(
@@ -85,7 +85,7 @@ _V32 = (
   Mutant(
     'missing_choices_attended',
     _CHOSEN,
-    'scores = jnp.where(at[:, :, None] >= 0, scores * scale, _NEG)',
+    'scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)',
     'scores = scores * scale',
     (f'{_DSA_TEST}::output_loss_and_recall_equal',),
     'V3.2: future and padded slots among the top k stay masked',
@@ -149,7 +149,7 @@ _SUMS = (
     'deepseek_jax/model/attention/query_blocks.py',
     'if any(map(lookup.short, jax.tree.leaves(shared))):',
     'if False:',
-    ('tests/layers/lookup_test.py::latent_of_many_blocks',),
+    ('tests/model/lookup_test.py::latent_of_many_blocks',),
     "V3 section 3.3: a scan's transpose adds in the dtype of what is shared",
   ),
   Mutant(

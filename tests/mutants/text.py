@@ -43,7 +43,7 @@ MUTANTS = (
     'deepseek_jax/infer/chat.py',
     '    if token in ends:\n',
     '    if token == ends[0]:\n',
-    ('tests/hf/chat_test.py::every_end_ends_an_answer',),
+    ('tests/infer/chat_test.py::every_end_ends_an_answer',),
     'textgen 5885, unsloth 384: the answer runs on',
   ),
   Mutant(

@@ -7,10 +7,10 @@ _OBJECTIVE = 'deepseek_jax/train/objective.py'
 _MTP = 'deepseek_jax/model/mtp.py'
 _FP8 = 'deepseek_jax/hf/fp8.py'
 _PIPELINE = 'deepseek_jax/data/batches.py'
-_TRAIN_TEST = 'tests/train_test.py'
-_MTP_TEST = 'tests/layers/mtp_test.py'
+_TRAIN_TEST = 'tests/train/step_test.py'
+_MTP_TEST = 'tests/model/mtp_test.py'
 _FP8_TEST = 'tests/hf/fp8_test.py'
-_PIPELINE_TEST = 'tests/data/pipeline_test.py'
+_PIPELINE_TEST = 'tests/data/batches_test.py'
 _LOSS = f'{_TRAIN_TEST}::loss_and_gradient_equal_float64'
 
 MUTANTS = (
@@ -117,7 +117,7 @@ MUTANTS = (
     'deepseek_jax/train/gate.py',
     'ok = jnp.isfinite(seen).all()',
     'ok = jnp.isfinite(loss)',
-    ('tests/gate_test.py::only_finiteness_is_judged',),
+    ('tests/train/gate_test.py::only_finiteness_is_judged',),
     'a finite loss can have a gradient that is not',
   ),
   Mutant(
@@ -125,7 +125,7 @@ MUTANTS = (
     'deepseek_jax/train/optimizer.py',
     "len(axes) > 1 and 'tables' not in axes",
     "len(axes) > 0 and 'tables' not in axes",
-    ('tests/optim_test.py::matrices_decay_and_norms_do_not',),
+    ('tests/train/optimizer_test.py::matrices_decay_and_norms_do_not',),
     'stacked norm weights look like matrices',
   ),
   Mutant(

@@ -9,10 +9,10 @@ _READING = 'deepseek_jax/model/attention/csa_reading.py'
 _STREAMS = 'deepseek_jax/model/hyper_connections.py'
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _MUON = 'deepseek_jax/train/muon.py'
-_SHARED_TEST = 'tests/layers/shared_kv_test.py'
-_STREAMS_TEST = 'tests/layers/hyper_connections_test.py'
-_ROUTING_TEST = 'tests/layers/hash_routing_test.py'
-_MUON_TEST = 'tests/muon_test.py'
+_SHARED_TEST = 'tests/model/attention/shared_kv_test.py'
+_STREAMS_TEST = 'tests/model/hyper_connections_test.py'
+_ROUTING_TEST = 'tests/model/experts/hash_routing_test.py'
+_MUON_TEST = 'tests/train/muon_test.py'
 
 MUTANTS = (
   Mutant(
@@ -60,7 +60,9 @@ MUTANTS = (
     _COMPRESSOR,
     '    there &= same == tokens.segments[rows, jnp.maximum(end, 0)]\n',
     '',
-    ('tests/layers/compressor_test.py::is_compressed_as_if_it_were_alone',),
+    (
+      'tests/model/attention/compressor_test.py::is_compressed_as_if_it_were_alone',
+    ),
     'V4 section 3.4: each document compresses from its own start',
   ),
   Mutant(
@@ -76,7 +78,7 @@ MUTANTS = (
     _SHARED,
     '    attention_factor=1.0,\n',
     '    attention_factor=None,\n',
-    ('tests/v4_presets_test.py::rope_has_two_bases_and_no_mscale',),
+    ('tests/presets/v4_presets_test.py::rope_has_two_bases_and_no_mscale',),
     'V4 trap 3: transformers would infer 1.277',
   ),
   Mutant(

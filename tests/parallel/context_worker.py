@@ -19,7 +19,7 @@ from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.train import step as train
 from deepseek_jax.train.step import Shares
 from tests import tiny
-from tests.parallel.pipeline_worker import error
+from tests.pipeline.pipeline_worker import error
 
 B, T, H, C, N, R, V = 2, 32, 4, 16, 8, 4, 6
 SCALE = 0.3

@@ -28,7 +28,7 @@ from deepseek_jax.plan.compiled_collectives import collectives
 from tests import tiny
 from tests.parallel.context_worker import mesh_of
 from tests.parallel.matmuls import matmuls
-from tests.parallel.pipeline_worker import error
+from tests.pipeline.pipeline_worker import error
 
 B, T, DIM = 2, 24, 16
 LONG = 256  # so long that attention outweighs the expansion of latents

@@ -10,10 +10,10 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import last_steps, metrics, timeline
 from deepseek_jax.record import routing as flight
-from deepseek_jax.run import say
 from tests.faults import ledger, runs
 
 

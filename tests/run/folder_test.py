@@ -12,10 +12,11 @@ from absl.testing import absltest
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.errors import InputError, RunAborted
 from deepseek_jax.run import fit as loop
-from deepseek_jax.run import folder, replay, say, soundness
+from deepseek_jax.run import folder, replay, soundness
 from deepseek_jax.run.checkpoint import Checkpoints
 from tests.faults import runs
 

@@ -22,10 +22,9 @@ from deepseek_jax.model.attention import ring
 from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along, in_a_row
 from deepseek_jax.parallel.sharding import param
-
-_NEG = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,9 @@ class Compressor(nnx.Module):
     f32 = {'preferred_element_type': jnp.float32}
     kv = jnp.einsum('BTD,DJC->BTJC', x, self.kv[...], **f32)
     gate = jnp.einsum('BTD,DJC->BTJC', x, self.gate[...], **f32)
-    return Tokens(kv, gate, ctx.positions, _segments(ctx))
+    # A caller's NumPy arrays can't be indexed by traced numbers.
+    where = map(jnp.asarray, (ctx.positions, _segments(ctx)))
+    return Tokens(kv, gate, *where)
 
   def weights(self) -> tuple[jax.Array, RMSNorm]:
     """What else entries are made with: the bias [m J C] and the norm."""
@@ -216,7 +217,7 @@ def complete(
     there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
     same = tokens.segments[rows, jnp.maximum(end - m, 0)]
     there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
-    logit_before = jnp.where(there[..., None, None], logit_before, _NEG)
+    logit_before = jnp.where(there[..., None, None], logit_before, MASKED)
     value = jnp.concatenate([value_before, value], axis=2)
     logit = jnp.concatenate([logit_before, logit], axis=2)
   entry = norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))

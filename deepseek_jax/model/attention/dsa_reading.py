@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.parallel.masking import MASKED
 from pallas_kernels.sparse_mla import sparse_mla
-
-_NEG = -1e30
 
 
 class Read(NamedTuple):
@@ -52,7 +51,7 @@ def read_chosen(
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
     scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
     scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
-    scores = jnp.where(at[:, :, None] >= 0, scores * scale, _NEG)
+    scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     mixed = jnp.einsum('BTHK,BTKC->BTHC', weights.astype(c.dtype), c)
     y = jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)

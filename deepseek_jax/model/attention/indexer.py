@@ -21,10 +21,9 @@ from flax import nnx
 from deepseek_jax.config import above, at_least
 from deepseek_jax.model.attention.query_blocks import Sight, over_blocks
 from deepseek_jax.model.attention.rope import RopeConfig, rope
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along
 from deepseek_jax.parallel.sharding import param
-
-_NEG = -1e30  # finite, so that a query that sees nothing makes no NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +191,6 @@ def divergence(shares: jax.Array, logits: jax.Array, seen) -> jax.Array:
     [...] float32, in nats.
   """
   shares = jax.lax.stop_gradient(shares)
-  log_q = jax.nn.log_softmax(jnp.where(seen, logits, _NEG), axis=-1)
+  log_q = jax.nn.log_softmax(jnp.where(seen, logits, MASKED), axis=-1)
   entropy = jax.scipy.special.xlogy(shares, shares)
   return (entropy - shares * log_q).sum(axis=-1)

@@ -1,7 +1,8 @@
 """What teaches the lightning indexer, and how well it chooses (V3.2, 2.1.1).
 
 Its softmax is to be the attention's, the heads' mean of it: over all keys
-while attention is dense, over the chosen ones once it is sparse. Inputs are
+while attention is dense, over the chosen ones once it is sparse. Either way the
+layer's softmax runs over nothing else, so each head counts alike. Inputs are
 detached; gradients reach the indexer alone. Each device answers for the
 queries and heads that it has; means are over all of them.
 Legend: B batch, T queries, S keys, K chosen keys, H heads, C latent, N no-rope
@@ -18,9 +19,8 @@ from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.query_blocks import Sight
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
-
-_NEG = -1e30
 
 
 class Scene(NamedTuple):
@@ -55,7 +55,7 @@ class Scene(NamedTuple):
 
   def shares(self, scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Attention's scores [B T H S] float32 -> the heads' mean of it [B T S]."""
-    scores = jnp.where(seen[:, :, None], scores * self.scale, _NEG)
+    scores = jnp.where(seen[:, :, None], scores * self.scale, MASKED)
     mean = jax.nn.softmax(scores, axis=-1).mean(axis=2)
     return self.along.mean_of_heads(mean)
 
@@ -159,7 +159,9 @@ def sampled(
     fewer than others fill up with places that don't.
   """
   every = length * ways
-  places = np.linspace(0, every - 1, min(count, every)).astype(int)
+  # A single one is the last: the first has nothing to choose from.
+  begin = 0 if count > 1 else every - 1
+  places = np.linspace(begin, every - 1, min(count, every)).astype(int)
   device = places // length
   number = np.arange(len(places)) - np.searchsorted(device, device)
   at = np.zeros((ways, number.max() + 1), int)

@@ -3,7 +3,8 @@
 Three branches with keys and values of their own, each with its softmax, are
 added under gates: compressed blocks of the whole past, the tokens of a few
 selected blocks, a sliding window. A block's score is what the compressed branch
-gives to it, summed over the heads of a group, which reads one choice of blocks.
+gives to it, summed over the heads of a group, which reads one choice of blocks;
+a branch is a softmax of its own, so each head counts alike, whatever its gates.
 Compressed blocks cover `block` tokens, one every `stride`, complete ones only;
 all blocks are counted from the start of a document. Left open by the paper and
 chosen here: rope turns queries and all keys before compression; gates are one

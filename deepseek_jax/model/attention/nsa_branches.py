@@ -14,8 +14,8 @@ import numpy as np
 from deepseek_jax.model import lookup
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import best
+from deepseek_jax.parallel.masking import MASKED
 
-_NEG = -1e30
 CMP, SLC, WIN = range(3)  # the branches, in this order in all weights
 
 
@@ -84,7 +84,7 @@ def overlaps(cfg) -> np.ndarray:
 
 def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
   """Softmax over the last axis; all 0 where nothing is seen."""
-  p = jax.nn.softmax(jnp.where(seen, scores, _NEG), axis=-1)
+  p = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
   return jnp.where(seen, p, 0)
 
 

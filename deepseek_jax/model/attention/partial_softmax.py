@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.attention.query_blocks import over_blocks
-
-_NEG = -1e30  # finite: a part without visible keys counts 0 and makes no NaN
+from deepseek_jax.parallel.masking import MASKED
 
 
 class Part(NamedTuple):
@@ -40,7 +39,7 @@ def attend(
   scores = jnp.einsum(
     f'...THC,{form}->...THS', q, keys, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(seen[..., None, :], scores * scale, _NEG)
+  scores = jnp.where(seen[..., None, :], scores * scale, MASKED)
   log_sum = jax.nn.logsumexp(scores, axis=-1)
   weights = jnp.exp(scores - log_sum[..., None])
   out = jnp.einsum(

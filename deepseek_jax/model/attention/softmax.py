@@ -10,9 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sharding import in_mesh
-
-_NEG = -1e30  # finite: a fully masked row gives a mean of values, never NaN
 
 
 def _dot(a, b):
@@ -60,7 +59,7 @@ def _causal_fwd(q, k, v, segments, scale, most):
     outs, normalizers = [], []
     for start, end in _blocks(q.shape[0], most):
       scores = _dot(q[start:end], k[:end].T) * scale
-      scores = jnp.where(_mask(segments, start, end), scores, _NEG)
+      scores = jnp.where(_mask(segments, start, end), scores, MASKED)
       top = scores.max(axis=-1, keepdims=True)
       p = jnp.exp(scores - top)
       total = p.sum(axis=-1, keepdims=True)
@@ -164,7 +163,7 @@ def cached_attention(
   scores = jnp.einsum(
     'BTGJK,BSGK->BGJTS', q, k, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(mask[:, None, None], scores * scale, _NEG)
+  scores = jnp.where(mask[:, None, None], scores * scale, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   y = jnp.einsum('BGJTS,BSGV->BTGJV', weights, v)
   return y.reshape(B, T, H, -1)

@@ -246,6 +246,8 @@ def _apply_all(x, experts, weights, gate_up, down, limit):
   h = jnp.einsum('ENJD,EJDF->EJNF', rows, w, **f32).sum(axis=1)
   h = swiglu(h.astype(x.dtype), limit)
   y = jnp.einsum('ENF,EFD->END', h, down, **f32).astype(x.dtype)
+  # Nothing of an expert that is not chosen, whatever its weights are.
+  y = jnp.where(hit.any(axis=1).T[..., None], y, 0)
   return jnp.einsum('NE,END->ND', share, y, precision='highest').astype(x.dtype)
 
 

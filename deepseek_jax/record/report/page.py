@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax import files
 from deepseek_jax.console import short
-from deepseek_jax.errors import InputError, naming
+from deepseek_jax.errors import InputError
 from deepseek_jax.record import metrics
 from deepseek_jax.record.metric import Metric, described
 from deepseek_jax.record.report import curves as figures
@@ -87,11 +88,9 @@ def write_report(
     config=_config(workdir / 'config.json'),
   )
   path = workdir / 'report.html'
-  scratch = path.with_suffix('.tmp')
-  # A lone surrogate, which a byte-level sampler can give, has no UTF-8.
-  with naming(scratch):
+  with files.whole(path) as scratch:
+    # A lone surrogate, which a byte-level sampler can give, has no UTF-8.
     scratch.write_bytes(page.encode('utf-8', 'backslashreplace'))
-  scratch.replace(path)
   return path
 
 

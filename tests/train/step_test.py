@@ -10,9 +10,11 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.model.experts.moe import CapacityConfig, MoEConfig
+from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.train import step as train
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.gate import GateConfig
+from deepseek_jax.train.muon import MuonConfig
 from deepseek_jax.train.objective import Shares
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import (
@@ -396,6 +398,32 @@ class GateTest(parameterized.TestCase):
     )
     norm = np.sqrt(square) / float(metrics['learning_rate'])
     np.testing.assert_allclose(metrics['update_norm'], norm, rtol=1e-4)
+
+
+class MuonTest(parameterized.TestCase):
+  def test_a_part_that_stops_learning_does_not_end_the_run(self):
+    """MTP's weight becomes 0; its momenta halve eightfold to nothing."""
+    recipe = dataclasses.replace(
+      RECIPE,
+      mtp_weight=SwitchConfig(0.3, 0.0, 3 * B * T / RECIPE.tokens),
+      optimizer=OptimizerConfig(muon=MuonConfig(momentum=0.125)),
+    )
+    model = ds.build(
+      dataclasses.replace(tiny.config('dense_mtp'), mtp=MTPConfig(1, 'dense'))
+    )
+    step = jax.jit(train.train_step(model, recipe), donate_argnums=0)
+    state = train.initial_state(model, recipe, tiny.draw(model))
+    momenta = []
+    for number in range(60):
+      state, metrics = step(state, batch())
+      self.assertTrue(bool(metrics['applied']), number)
+      norms = metrics['block_norms']
+      self.assertEqual(float(norms['mtp.0']) > 0, number < 3)
+      merge = state.moments[1].first['mtp'][0]['merge']
+      momenta.append(float(jnp.abs(merge).max()))
+    # It went through all sizes: those whose squares underflow, and none.
+    self.assertTrue(any(1e-30 < m < 1e-21 for m in momenta))
+    self.assertLess(momenta[-1], 2.0**-126)
 
 
 class GlobalBatchTest(parameterized.TestCase):

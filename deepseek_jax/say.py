@@ -1,8 +1,8 @@
-"""What a run has to say, but for its progress."""
+"""Warns on stderr; progress is in `console`."""
 
 import sys
 
 
 def warn(line: str) -> None:
-  """One line on stderr."""
+  """Prints one line on stderr."""
   print(line, file=sys.stderr, flush=True)

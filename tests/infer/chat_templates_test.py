@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from absl.testing import absltest
 
-from tests.hf import chat_templates
+from tests.infer import chat_templates
 
 
 def _shipped():

@@ -115,6 +115,20 @@ class AdamWTest(parameterized.TestCase):
         want,
       )
 
+  @parameterized.parameters(
+    ([3e38, 3e37], 1.0), ([2.0**-126, 0.0], 2.0**-126), ([1e30, 1e-8], 1e-30)
+  )
+  def test_clipping_reaches_the_ends_of_float32(self, grads, limit):
+    clip = jax.jit(lambda g: optim.clipped(limit).update(g, None)[0])
+    got = np.asarray(clip(np.float32(grads)), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(got), limit, rtol=1e-6)
+
+  @parameterized.parameters(0.0, 1e-40, np.inf, np.nan)
+  def test_clipping_hides_nothing(self, bad):
+    clip = jax.jit(lambda g: optim.clipped(1e-40).update(g, None)[0])
+    got = np.asarray(clip(np.float32([bad, 0.0])))
+    self.assertEqual(bool(np.isfinite(got).all()), bool(np.isfinite(bad)))
+
   def test_matrices_decay_and_norms_do_not(self):
     mask = flat(optim.matrices(tiny.model('v3').abstract['params']))
     self.assertEqual(

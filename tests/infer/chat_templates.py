@@ -1,6 +1,6 @@
 """Renders chat templates here and in transformers, and counts what is equal.
 
-python -m tests.hf.chat_templates SOURCE FILE... >> tests/hf/chat_templates.tsv
+python -m tests.infer.chat_templates SOURCE FILE... >> chat_templates.tsv
 
 prints a row for each: where it is from, its name and hash, how many renderings
 were compared, equal in text, and refused by both. The texts stay where they

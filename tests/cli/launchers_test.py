@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _TINY = [
   '--config=experiments/configs/v3_tiny.py',
   '--config.model.vocab_size=261',

@@ -1,6 +1,6 @@
 """A pipeline against the same model in one piece; prints what differs.
 
-python -m tests.parallel.pipeline_worker CASE...
+python -m tests.pipeline.pipeline_worker CASE...
 """
 
 import functools

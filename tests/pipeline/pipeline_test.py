@@ -105,7 +105,7 @@ class CutTest(parameterized.TestCase):
 class ExecutedTest(parameterized.TestCase):
   def test_gradients_and_statistics_equal_one_program(self):
     for name, found in fake_devices.run(
-      'tests.parallel.pipeline_worker', *CASES
+      'tests.pipeline.pipeline_worker', *CASES
     ).items():
       with self.subTest(name):
         self.assertTrue(found['keys'])

@@ -256,7 +256,7 @@ class InputTest(absltest.TestCase):
       ds.changed(ds.presets.v4_tiny().attention, {'compress': 'csa'}),
     ):
       run_config(folder, attention, recall_goal=0.5)
-    with self.assertRaisesRegex(ds.InputError, 'recall_goal = 90: must be a'):
+    with self.assertRaisesRegex(ds.InputError, 'recall_goal = 90: must lie in'):
       recipe(recall_goal=90)
 
   def test_a_name_of_nothing_is_refused(self):

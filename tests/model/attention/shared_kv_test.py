@@ -13,6 +13,7 @@ from flax import nnx
 import deepseek_jax as ds
 from deepseek_jax.model.attention import (
   compressor,
+  indexer_loss,
   ring,
 )
 from deepseek_jax.model.attention import (
@@ -25,7 +26,7 @@ from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.context import Context
 from tests import reference, tiny
-from tests.layers import v4_reference
+from tests.model.attention import v4_reference
 
 DIM, T = 12, 37
 YARN = YarnConfig(
@@ -238,6 +239,21 @@ class LayerTest(parameterized.TestCase):
         )
       losses.append(float(got['loss']))
     self.assertGreater(min(np.abs(np.diff(losses))), 1e-2)
+
+  def test_positions_and_documents_may_be_numpy_arrays(self):
+    merge, weights, _, x = built(CSA)
+    at = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+    ctx = Context(at, at, np.ones_like(at))
+    run = jit(jax.checkpoint(lambda x: merge(weights)(x, ctx)[0]))
+    want = forward(CSA)(x, Context(*context()[:3], None, None))
+    self.assertLess(tiny.relative(run(x), want), 1e-5)
+
+  def test_a_single_sampled_query_is_the_last(self):
+    at, counts = indexer_loss.sampled(6, 1, 2)
+    self.assertEqual(at[counts > 0].tolist(), [5])
+    self.assertEqual(counts.tolist(), [[0], [1]])
+    at, counts = indexer_loss.sampled(6, 3, 1)
+    self.assertEqual(at[counts > 0].tolist(), [0, 2, 5])
 
   def test_statistics_of_a_batch_are_the_mean_of_its_rows(self):
     merge, weights, _, x = built(CSA)

@@ -124,6 +124,18 @@ class MoETest(parameterized.TestCase):
       self.assertLess((gap > 0).mean(), 0.03, name)
       self.assertLess((gap / np.abs(want)).max(), 2.0**-7, name)
 
+  def test_experts_that_nobody_chose_give_nothing_to_few_tokens_either(self):
+    weights = built('v3')[1]
+    x, segments = inputs()
+    x, segments = x[:, 14:16], segments[:, 14:16]
+    y, stats = jitted('v3')(weights, x, segments)
+    unused = np.flatnonzero(np.asarray(stats['load']) == 0)
+    self.assertNotEmpty(unused)
+    broken = weights | {
+      name: weights[name].at[unused].set(np.nan) for name in ('gate_up', 'down')
+    }
+    np.testing.assert_array_equal(jitted('v3')(broken, x, segments)[0], y)
+
   def test_float8_is_the_product_of_rounded_factors(self):
     # Values and gradients near those without it, and not the same. The chain
     # rounds two factors of 3 bits twice: about 5 % of the size in all.

@@ -45,7 +45,7 @@ def finish(run: Run, workdir: Path) -> None:
 
 
 def held_out_facts(run: Run) -> dict:
-  """Returns bits per byte of model and xz -9, each file read by itself."""
+  """Returns bits per byte of model and xz -9; both read each file by itself."""
   config = run.config
   if not run.store.heldout_documents():
     return {}

@@ -172,7 +172,7 @@ def _check_paths() -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Plans, prints the tables, and writes the files that flags name."""
+  """Prints the tables of a plan and writes the files that flags name."""
   del argv
   if _read(_CONFIG) is None:
     raise InputError(

@@ -32,7 +32,7 @@ flags.adopt_module_key_flags(processes)
 
 
 def main(argv: list[str]) -> None:
-  """Trains, then reports from the first process."""
+  """Runs the training, then reports from the first process."""
   del argv
   config = common.frozen(loop.RunConfig, _CONFIG.value)
   run = loop.fit(config, _WORKDIR.value)

@@ -76,7 +76,7 @@ def rules(grid: MeshConfig) -> dict[str, tuple[str, ...]]:
 
 
 def differences(run: loop.RunConfig, made: plan.Report) -> tuple[str, ...]:
-  """Returns, in words, where the plan departs from the run."""
+  """Returns a sentence for each way in which the plan departs from the run."""
   out, exchange = [], run.mesh.exchange
   if rules(run.mesh) != rules(MeshConfig()):
     out.append('activations lie and travel as by the default mesh.rules')

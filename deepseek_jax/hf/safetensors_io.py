@@ -275,7 +275,13 @@ class Writer:
 
   def __init__(
     self, path: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-  ):
+  ) -> None:
+    """Opens the file under a temporary name and writes the header.
+
+    Args:
+      path: of the file to be.
+      tensors: name -> (dtype, shape), in the order of the file.
+    """
     # A name of its own: two writers of one file don't meet.
     self._path = path
     self._part = f'{path}.{secrets.token_hex(4)}.part'

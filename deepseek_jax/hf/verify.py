@@ -112,7 +112,8 @@ def text_ids(
 class Ours:
   """Runs this library's side."""
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str) -> None:
+    """Loads a folder in float32."""
     self.config, self.variables = loading.load(folder)
     self.model = build(self.config)
     self._apply = jax.jit(self.model.apply)
@@ -209,7 +210,12 @@ def _block(block: BlockConfig, dim: int) -> Callable:
 class Theirs:
   """Runs transformers' side."""
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str) -> None:
+    """Loads a folder by transformers, in float32 with eager attention.
+
+    Raises:
+      InputError: torch or transformers is missing.
+    """
     try:
       import torch
       import transformers

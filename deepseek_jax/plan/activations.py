@@ -68,7 +68,7 @@ def on_device(block: BlockConfig, tensor: int) -> BlockConfig:
 
 
 def _depends(jaxpr: core.Jaxpr, first: int) -> list[bool]:
-  """Returns, per output, whether it depends on the inputs from `first` on."""
+  """Returns for each output whether it depends on inputs from `first` on."""
   tainted = set(jaxpr.invars[first:])
   for eqn in jaxpr.eqns:
     inputs = (v for v in eqn.invars if isinstance(v, core.Var))

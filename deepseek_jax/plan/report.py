@@ -200,7 +200,7 @@ class Report:
 
   @property
   def warnings(self) -> tuple[str, ...]:
-    """Returns, in words, what is impossible in the recipe or not counted."""
+    """Returns sentences on what is impossible in the recipe or not counted."""
     t, out = self.time, ()
     missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
     if missing:
@@ -329,7 +329,7 @@ def _check(config: TransformerConfig, cluster: Cluster, recipe: Recipe) -> None:
 
 
 def _optimizer_assumptions(run: memory.Training) -> tuple[str, ...]:
-  """Returns, in words, what is assumed of the optimizer."""
+  """Returns sentences on what is assumed of the optimizer."""
   kind, stage = run.optimizer.moments, f'ZeRO stage {run.zero}'
   if run.optimizer.muon is None:
     return (f'optimizer moments are {kind}, {stage}',)
@@ -344,7 +344,7 @@ def _optimizer_assumptions(run: memory.Training) -> tuple[str, ...]:
 def _assumptions(
   config: TransformerConfig, cluster: Cluster, recipe: Recipe
 ) -> tuple[str, ...]:
-  """Returns, in words, every figure and assumption of the plan."""
+  """Returns sentences, one for every figure and assumption of the plan."""
   a, run = cluster.accelerator, recipe.training
   figures = {
     'bf16 peak': (a.bf16, 1e12, 'TFLOP/s'),

@@ -154,7 +154,7 @@ def _wires(report: Report) -> Table:
 
 
 def render(reports: Mapping[str, Report]) -> Group:
-  """Renders plans by name; the assumptions shown are the first one's."""
+  """Renders plans by name as one Group; assumptions are the first one's."""
   first = next(iter(reports.values()))
   parts = [
     _table('Model', _model(), reports),

@@ -100,11 +100,7 @@ def _editable(config: Any, plain: dict) -> config_dict.ConfigDict:
 
 
 def frozen(cls: type, config: config_dict.ConfigDict) -> Any:
-  """Returns the dataclass `cls` of a ConfigDict.
-
-  Raises:
-    InputError: names a field of a wrong type or value.
-  """
+  """Returns the dataclass of a ConfigDict; InputError names a wrong field."""
   return configs.from_dict(cls, config.to_dict())
 
 
@@ -190,10 +186,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _in_file(error: Exception, argv: list[str]) -> str | None:
-  """Returns the message on an unknown name in the config file.
-
-  None if the error arose elsewhere.
-  """
+  """Returns the message on an unknown name in the config file, or None."""
   path = os.path.realpath((_config_path(argv) or '').partition(':')[0])
   frames = traceback.extract_tb(error.__traceback__)
   inside = [f for f in frames if os.path.realpath(f.filename) == path]

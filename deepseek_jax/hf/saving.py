@@ -279,10 +279,7 @@ def stored(config: TransformerConfig, target: Format) -> list[Stored]:
 
 
 def _dtype(config: TransformerConfig, leaf: Leaf, dtype: np.dtype) -> np.dtype:
-  """Returns the dtype that a tensor is stored in.
-
-  V4 keeps more than biases in float32.
-  """
+  """Returns the dtype of a stored tensor; in V4 more than biases is float32."""
   if leaf.integer:
     return np.dtype(np.int64)
   exact = leaf.full_precision and v4_names.is_v4(config)

@@ -200,7 +200,7 @@ class Report:
 
   @property
   def warnings(self) -> tuple[str, ...]:
-    """Returns sentences on what is impossible in the recipe or not counted."""
+    """Returns sentences on what is impossible or not counted."""
     t, out = self.time, ()
     missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
     if missing:

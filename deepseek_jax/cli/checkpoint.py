@@ -28,7 +28,11 @@ _VERBS = ('ls', 'verify', 'prune')
 
 
 def folder_of(name: str) -> Path:
-  """The folder of checkpoints that a run's folder or itself names."""
+  """Returns the folder of checkpoints that a path or its run has.
+
+  Raises:
+    InputError: there is no checkpoint.
+  """
   given = Path(name)
   folder = given / 'checkpoints' if (given / 'checkpoints').is_dir() else given
   if not folder.is_dir() or not steps(folder):
@@ -37,12 +41,13 @@ def folder_of(name: str) -> Path:
 
 
 def steps(folder: Path) -> list[Path]:
-  """Folders of committed steps, oldest first."""
+  """Returns the folders of committed steps, oldest first."""
   found = (p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
   return sorted(found, key=lambda path: int(path.name))
 
 
 def ls(folder: Path) -> int:
+  """Prints a table of the steps; returns the exit status."""
   table = Table(title=str(folder))
   for name in ('step', 'bytes', 'written', 'manifest'):
     table.add_column(name, justify='right')
@@ -55,6 +60,7 @@ def ls(folder: Path) -> int:
 
 
 def verify(folder: Path) -> int:
+  """Reads every step; returns 1 as exit status if one is damaged."""
   damaged = 0
   for path in steps(folder):
     start = time.perf_counter()
@@ -66,6 +72,7 @@ def verify(folder: Path) -> int:
 
 
 def prune(folder: Path, keep: int) -> int:
+  """Removes all but the newest `keep` whole steps; returns the exit status."""
   if (folder.parent / 'config.json').exists():
     lock.take(folder.parent)
   every = steps(folder)
@@ -79,7 +86,8 @@ def prune(folder: Path, keep: int) -> int:
   return 0
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Runs the verb that the arguments name."""
   if len(argv) != 3 or argv[1] not in _VERBS:
     raise InputError(
       f'arguments {argv[1:]}: give one of {list(_VERBS)} and a folder'

@@ -1,4 +1,4 @@
-"""What every launcher shares: the process, the flags, clean errors.
+"""Defines what every launcher shares: the process, flags, clean errors.
 
 Exit codes: 0 done; 2 bad input; 77 preempted by SIGTERM or Ctrl-C and saved,
 start it again; 143 SIGTERM before the first step, start it again, too; 130
@@ -20,10 +20,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
-def _keep_freed_pages():
+def _keep_freed_pages() -> None:
   """Stops glibc from handing big freed buffers back to the kernel.
 
   XLA on CPU allocates its temporaries anew in every step; mapping them in
@@ -60,19 +60,19 @@ from deepseek_jax.parallel import processes as distributed  # noqa: E402
 # thread (on two cores 2.5 to 2.1 s a step, and no second set of buffers).
 jax.config.update('jax_cpu_enable_async_dispatch', False)
 
-# Flags of the launchers that say where they write.
+# Flags of the launchers that name what they write.
 _WRITTEN = ('workdir', 'to', 'out', 'json', 'picture', 'timeline')
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
-  """Where compiled programs and tokens are kept between runs."""
+  """Returns where compiled programs and tokens are kept between runs."""
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
   return Path(home) / 'deepseek_jax'
 
 
-def editable(config) -> config_dict.ConfigDict:
-  """A dataclass tree as a ConfigDict for flags to edit, typed and locked.
+def editable(config: Any) -> config_dict.ConfigDict:
+  """Returns a dataclass tree as a ConfigDict for flags, typed and locked.
 
   A field that may be None takes what a flag gives, as Python's literals are
   read (--config.x=None too); `frozen` checks its type.
@@ -80,14 +80,18 @@ def editable(config) -> config_dict.ConfigDict:
   return _editable(config, configs.to_dict(config))
 
 
-def _editable(config, plain: dict) -> config_dict.ConfigDict:
-  """Of `plain`, which is `config`, a dataclass or a mapping, as a dict."""
+def _editable(config: Any, plain: dict) -> config_dict.ConfigDict:
+  """Returns `plain`, the fields of `config`, as a locked ConfigDict.
+
+  `config` is a dataclass or a mapping.
+  """
   optional = configs.optional_fields(type(config))
   held = config if isinstance(config, Mapping) else vars(config)
   fields = {}
   for name, value in plain.items():
     if isinstance(value, dict):
       value = _editable(held[name], value)
+    # A reference keeps the type of a field whose value may be None.
     if value is None or name in optional:
       kind = optional.get(name, object)
       value = config_dict.FieldReference(value, field_type=kind)
@@ -95,8 +99,8 @@ def _editable(config, plain: dict) -> config_dict.ConfigDict:
   return config_dict.ConfigDict(fields, convert_dict=False).lock()
 
 
-def frozen(cls: type, config: config_dict.ConfigDict):
-  """The dataclass `cls` of a ConfigDict; InputError names a wrong field."""
+def frozen(cls: type, config: config_dict.ConfigDict) -> Any:
+  """Returns the dataclass of a ConfigDict; InputError names a wrong field."""
   return configs.from_dict(cls, config.to_dict())
 
 
@@ -110,7 +114,7 @@ def define_config(
   parser = flags.FLAGS[name].parser
   load = parser.parse
 
-  def parse(path):
+  def parse(path: str) -> Any:
     made = load(path)
     if dataclasses.is_dataclass(made):
       return editable(made)
@@ -120,7 +124,8 @@ def define_config(
   return holder
 
 
-def _fail(message, status: int):
+def _fail(message: object, status: int) -> None:
+  """Ends the program with one line on stderr."""
   endings.leave(status, f'error: {" ".join(str(message).split())}')
 
 
@@ -152,7 +157,7 @@ def _show_flags(module: str) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's flag parsing, any mistake as one line and status 2."""
+  """Parses flags; any mistake becomes one line and status 2."""
   try:
     rest = flags.FLAGS(argv)
     _open_config()
@@ -181,7 +186,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _in_file(error: Exception, argv: list[str]) -> str | None:
-  """What to say of an unknown name in the config file; None if it is not."""
+  """Returns the message on an unknown name in the config file, or None."""
   path = os.path.realpath((_config_path(argv) or '').partition(':')[0])
   frames = traceback.extract_tb(error.__traceback__)
   inside = [f for f in frames if os.path.realpath(f.filename) == path]
@@ -202,10 +207,11 @@ def _in_file(error: Exception, argv: list[str]) -> str | None:
 
 
 def _place(frame: traceback.FrameSummary) -> str:
+  """Returns file and line of a frame as the end of a message."""
   return f' ({frame.filename}, line {frame.lineno})'
 
 
-def _open_config():
+def _open_config() -> None:
   """Raises now what ml_collections keeps for the first look at a config."""
   if 'config' not in flags.FLAGS or flags.FLAGS['config'].value is None:
     return
@@ -221,7 +227,7 @@ def _open_config():
     )
 
 
-def _cause(error) -> str:
+def _cause(error: object) -> str:
   """Returns the last line of what absl and ml_collections wrap an error in."""
   text = str(error)
   before, mark, trace = text.partition('Error whilst parsing config file')
@@ -232,24 +238,25 @@ def _cause(error) -> str:
 
 
 def _config_path(argv: list[str]) -> str | None:
+  """Returns the file of the last --config, or None."""
   given = [a.partition('=')[2] for a in argv if a.startswith('--config=')]
   return given[-1] if given else None
 
 
 def _named(argv: list[str]) -> dict[str, str]:
-  """Fields of the config that flags name -> the value that is given."""
+  """Returns fields of the config that flags name, with the value given."""
   parts = [a[9:].partition('=') for a in argv if a.startswith('--config.')]
   return {field: value for field, _, value in parts}
 
 
-def _loaded(argv: list[str]):
-  """The config before flags change it; None if no file is named."""
+def _loaded(argv: list[str]) -> Any:
+  """Returns the config before flags change it; None if no file is named."""
   path = _config_path(argv)
   return path and flags.FLAGS['config'].parser.parse(path)
 
 
 def _inside_none(argv: list[str]) -> str | None:
-  """What to say of the first --config.a.b whose a is None."""
+  """Returns the message on the first --config.a.b whose a is None."""
   config = _loaded(argv)
   for field, value in _named(argv).items():
     inner, parts = config, field.split('.')
@@ -266,7 +273,8 @@ def _inside_none(argv: list[str]) -> str | None:
   return None
 
 
-def _literal(text: str):
+def _literal(text: str) -> Any:
+  """Returns text read as a Python literal, or itself."""
   try:
     return ast.literal_eval(text)
   except (SyntaxError, ValueError):
@@ -274,7 +282,7 @@ def _literal(text: str):
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-  """What to say of the first --config.field that the config has not."""
+  """Returns the message on the first --config.field that does not exist."""
   config = _loaded(argv)
   if config is None:
     return None
@@ -295,7 +303,7 @@ def _unknown_field(argv: list[str]) -> str | None:
   return None
 
 
-def _keep_compiled_programs():
+def _keep_compiled_programs() -> None:
   """Turns the compilation cache on, but not for a CPU with an older jax.
 
   There, reading some programs back crashes the process (jax 0.10.2: a
@@ -305,13 +313,13 @@ def _keep_compiled_programs():
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
 
 
-def _print_errors_once():
-  """What fails is told in a line; orbax would log pages about it."""
+def _print_errors_once() -> None:
+  """Silences logs: a failure is one line; orbax would log pages about it."""
   logging.set_verbosity(logging.FATAL)
   getLogger('asyncio').setLevel('CRITICAL')
 
-  def hook(unraisable):
-    # Of writes that a failed save leaves behind.
+  def hook(unraisable: Any) -> None:
+    # Writes that a failed save leaves behind raise this error.
     if str(unraisable.exc_value) != 'Event loop is closed':
       sys.__unraisablehook__(unraisable)
 
@@ -319,7 +327,7 @@ def _print_errors_once():
 
 
 def _place_of(error: OSError) -> str:
-  """The file that the system refused, or the folders that are written to."""
+  """Returns the file that the system refused, or the folders written to."""
   if isinstance(error.filename, str | bytes) and error.filename:
     return os.fsdecode(error.filename)
   given = flags.FLAGS.flag_values_dict() if flags.FLAGS.is_parsed() else {}
@@ -343,7 +351,7 @@ def launch(
     join: joins several processes to one run, before JAX looks for devices.
   """
 
-  def guarded(argv):
+  def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not arguments:
       _fail(
         f'unknown arguments {argv[1:]}: flags begin with --, values follow a =',

@@ -16,6 +16,7 @@ import fnmatch
 import json
 import os
 import shutil
+from collections.abc import Callable
 
 from absl import flags
 from rich.progress import (
@@ -63,7 +64,7 @@ _PROCESSES = flags.DEFINE_integer(
   'processes', 1, 'Processes that convert into one store together.'
 )
 
-# The mesh axes that --shard-to may name, and what they cut.
+# Logical axis -> the mesh axis of --shard-to that shards it.
 RULES = {
   'experts': 'expert',
   'embed': 'fsdp',
@@ -94,12 +95,16 @@ _ALONG = (
   'encoding_*.py',
   'LICENSE*',
 )
-# Of the file that was read, not of the one that is written.
+# Fields that describe the file read, not the one written.
 _DROPPED = ('torch_dtype', 'dtype', 'auto_map', 'transformers_version')
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-  """'expert=8,fsdp=2' -> {'expert': 8, 'fsdp': 2}."""
+  """Returns the axis sizes of 'expert=8,fsdp=2', {'expert': 8, 'fsdp': 2}.
+
+  Raises:
+    InputError: an axis is unknown or a size no number above 0.
+  """
   out = {}
   for part in filter(None, text.split(',')):
     name, _, size = part.partition('=')
@@ -113,7 +118,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def share() -> store.Share:
-  """This process's part of the work, from the flags."""
+  """Returns this process's part of the work, from the flags."""
   processes, process = _PROCESSES.value, _PROCESS.value
   mesh = parse_mesh(_SHARD_TO.value)
   devices = 1
@@ -129,7 +134,9 @@ def share() -> store.Share:
   return store.Share(mesh, RULES, process, processes)
 
 
-def to_store(origin: Source, target: str, dtype: str, progress) -> None:
+def to_store(
+  origin: Source, target: str, dtype: str, progress: Callable[[int, int], None]
+) -> None:
   """Fills a store with a Hugging Face folder."""
   mine = share()
   notes = {
@@ -140,7 +147,13 @@ def to_store(origin: Source, target: str, dtype: str, progress) -> None:
   store.Store(target).fill(origin.read, mine, progress)
 
 
-def to_hf(origin, target: str, carried: dict, dtype: str, progress) -> None:
+def to_hf(
+  origin: Source | store.Store,
+  target: str,
+  carried: dict,
+  dtype: str,
+  progress: Callable[[int, int], None],
+) -> None:
   """Writes a Hugging Face folder from an opened Source or Store."""
   extra = {k: v for k, v in carried.items() if k not in _DROPPED}
   saving.write(
@@ -154,8 +167,8 @@ def to_hf(origin, target: str, carried: dict, dtype: str, progress) -> None:
   )
 
 
-def _identity(origin) -> dict:
-  """What the numbers of a Source or Store are, as JSON values."""
+def _identity(origin: Source | store.Store) -> dict:
+  """Returns what identifies the numbers of an origin, as JSON values."""
   if isinstance(origin, store.Store):
     return origin.source()
   return {'folder': identity.of_folder(origin.folder)}
@@ -192,8 +205,14 @@ def run_to_hf(workdir: str, target: str) -> None:
     json.dump(about, file, indent=2)
 
 
-def convert(folder: str, target: str, progress) -> None:
-  """Does what the flags say."""
+def convert(
+  folder: str, target: str, progress: Callable[[int, int], None]
+) -> None:
+  """Converts `folder` to `target` as the flags ask.
+
+  Raises:
+    InputError: a folder is missing, the same, or of the wrong kind.
+  """
   if not os.path.isdir(folder):
     raise InputError(f'--from={folder}: {source.absent(folder)}')
   if os.path.exists(target) and os.path.samefile(folder, target):
@@ -234,7 +253,8 @@ def copy_along(folder: str, target: str) -> None:
     os.replace(part, os.path.join(target, name))
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Runs the conversion with a progress bar."""
   del argv
   columns = (
     BarColumn(),
@@ -246,7 +266,7 @@ def main(argv):
   with Progress(*columns) as bar:
     task = bar.add_task('convert', total=None)
 
-    def progress(done, total):
+    def progress(done: int, total: int) -> None:
       bar.update(task, completed=done, total=total)
 
     convert(folder, target, progress)

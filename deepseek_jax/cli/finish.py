@@ -1,8 +1,9 @@
-"""The end of a run: held-out bits per byte, samples, balance, the report."""
+"""Ends a run: held-out bits per byte, samples, balance, the report."""
 
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ def finish(run: Run, workdir: Path) -> None:
 
 
 def held_out_facts(run: Run) -> dict:
-  """Bits per byte of model and xz -9; each file read by itself by both."""
+  """Returns bits per byte of model and xz -9; both read each file by itself."""
   config = run.config
   if not run.store.heldout_documents():
     return {}
@@ -63,6 +64,7 @@ def held_out_facts(run: Run) -> dict:
 
 
 def size_facts(run: Run) -> dict:
+  """Returns parameters, training tokens, skipped updates and speed."""
   count = count_parameters(run.config.model)
   facts = {
     'parameters': count.total,
@@ -76,7 +78,10 @@ def size_facts(run: Run) -> dict:
 
 
 def _balance_table(workdir: Path) -> Table | None:
-  """Expert load per MoE layer over the last recorded interval."""
+  """Returns the expert load per MoE layer over the last recorded interval.
+
+  None where the run recorded no routing.
+  """
   path = workdir / 'routing.npz'
   if not path.exists():
     return None
@@ -98,7 +103,7 @@ def _balance_table(workdir: Path) -> Table | None:
 
 
 def write_samples(run: Run) -> list[Sample]:
-  """Two continuations and one infilling of held-out text."""
+  """Returns two continuations and one infilling of held-out text."""
   tokenizer = run.store.tokenizer()
   texts = [t for t in run.store.heldout_texts() if len(t) > 600]
   if not texts:
@@ -148,8 +153,8 @@ def _prefix(text: str, rng: random.Random) -> tuple[str, str]:
   return text[:cut], text[cut:]
 
 
-def _infill(tokenizer, prefix: str, suffix: str, room: int) -> list[int]:
-  """The prompt for what lies between two texts, in the order of training."""
+def _infill(tokenizer: Any, prefix: str, suffix: str, room: int) -> list[int]:
+  """Returns the prompt for what lies between two texts, as trained on."""
   marks = tokenizer.fim
   after = tokenizer.encode(suffix)[: room // 3]
   before = tokenizer.encode(prefix)[-(room - len(after) - 3) :]

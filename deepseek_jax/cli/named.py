@@ -1,4 +1,4 @@
-"""Configurations by name: --config=v3_tiny works in any folder.
+"""Resolves configurations by name: --config=v3_tiny works in any folder.
 
 A launcher of runs takes a recipe; `plan` takes a recipe, or else a preset with
 how it would be trained. ml_collections loads this file as it loads a user's.
@@ -6,13 +6,14 @@ how it would be trained. ml_collections loads this file as it loads a user's.
 
 import dataclasses
 import re
+from types import ModuleType
 
 import deepseek_jax as ds
 from deepseek_jax import plan
 from deepseek_jax.errors import InputError
 
 
-def _public(module) -> tuple[str, ...]:
+def _public(module: ModuleType) -> tuple[str, ...]:
   """Returns the functions that a module defines and that take nothing."""
   own = lambda f: (
     callable(f) and getattr(f, '__module__', '') == (module.__name__)
@@ -32,7 +33,7 @@ RECIPES, PRESETS = _public(ds.recipes), _public(ds.presets)
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-  """A model and how it is trained."""
+  """Holds a model and how it is trained."""
 
   model: ds.TransformerConfig
   recipe: plan.Recipe
@@ -48,7 +49,7 @@ def planned(name: str) -> PlanConfig:
 
 
 def is_name(value: str) -> bool:
-  """Whether a value of --config is a name rather than a file."""
+  """Returns whether a value of --config is a name rather than a file."""
   return re.fullmatch(r'[A-Za-z_]\w*', value) is not None
 
 

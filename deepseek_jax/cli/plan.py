@@ -21,6 +21,7 @@ import math
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -61,7 +62,7 @@ _COMPILE = flags.DEFINE_string(
 
 
 def _name(flag: str, argv: list[str]) -> str:
-  """What a configuration is called: its preset, or its file."""
+  """Returns the name of a configuration: its preset, or its file."""
   for arg in argv:
     key, _, value = arg.partition('=')
     if key.lstrip('-') == flag:
@@ -69,8 +70,8 @@ def _name(flag: str, argv: list[str]) -> str:
   return flag
 
 
-def _read(holder: flags.FlagHolder):
-  """A configuration or None; InputError where there is no such file."""
+def _read(holder: flags.FlagHolder) -> Any:
+  """Returns a configuration or None; InputError where there is no such file."""
   try:
     if holder.value is not None:
       holder.value.keys()  # one that did not load fails when it is used
@@ -99,8 +100,8 @@ def fitted(config: PlanConfig, cluster: plan.Cluster) -> PlanConfig:
   return dataclasses.replace(config, recipe=recipe)
 
 
-def report(config, cluster: plan.Cluster) -> plan.Report:
-  """The plan of an edited configuration, a preset's or a run's."""
+def report(config: Any, cluster: plan.Cluster) -> plan.Report:
+  """Returns the plan of an edited configuration, a preset's or a run's."""
   if 'recipe' in config:
     made = fitted(common.frozen(PlanConfig, config), cluster)
     return plan.estimate(made.model, cluster=cluster, recipe=made.recipe)
@@ -117,8 +118,8 @@ def report(config, cluster: plan.Cluster) -> plan.Report:
   return dataclasses.replace(out, assumptions=told)
 
 
-def program(made: plan.Report, text: str, config) -> compiled.Program:
-  """The training step of a plan on the mesh that --compile names.
+def program(made: plan.Report, text: str, config: Any) -> compiled.Program:
+  """Returns the training step of a plan on the mesh that --compile names.
 
   Args:
     made: the plan.
@@ -139,7 +140,7 @@ def program(made: plan.Report, text: str, config) -> compiled.Program:
 
 
 def timeline(made: plan.Report) -> SimulatedStep:
-  """One training step of a plan's pipeline, simulated in units of F."""
+  """Simulates one training step of a plan's pipeline, in units of F."""
   run, grid = made.recipe.training, made.recipe.mesh
   makers = {'1f1b': schedules.one_f_one_b, 'dualpipe': schedules.dualpipe}
   if grid.stage == 1 or run.schedule not in makers:
@@ -153,8 +154,8 @@ def timeline(made: plan.Report) -> SimulatedStep:
   return simulate(schedule, Durations())
 
 
-def _check_paths():
-  """What can't be written is told before the work, not after it."""
+def _check_paths() -> None:
+  """Raises InputError for files that cannot be written, before the work."""
   for holder in (_JSON, _PICTURE, _TIMELINE):
     if not holder.value:
       continue
@@ -170,7 +171,8 @@ def _check_paths():
       raise InputError(f'--{holder.name}={path}: {wrong}')
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Prints the tables of a plan and writes the files that flags name."""
   del argv
   if _read(_CONFIG) is None:
     raise InputError(

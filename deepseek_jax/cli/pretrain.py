@@ -31,7 +31,8 @@ flags.declare_key_flag('config')
 flags.adopt_module_key_flags(processes)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Runs the training, then reports from the first process."""
   del argv
   config = common.frozen(loop.RunConfig, _CONFIG.value)
   run = loop.fit(config, _WORKDIR.value)

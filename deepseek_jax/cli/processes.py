@@ -1,4 +1,4 @@
-"""Flags of launchers that may run as several processes.
+"""Defines flags of launchers that may run as several processes.
 
 Without them the environment decides, see deepseek_jax/parallel/processes.py.
 """

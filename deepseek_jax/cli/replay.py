@@ -23,7 +23,8 @@ _STEP = flags.DEFINE_integer('step', None, 'The step to repeat.', 1)
 flags.mark_flags_as_required(['workdir', 'step'])
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Prints every repeated step beside what was written."""
   del argv
   same = True
   for row in replay.replay(Path(_WORKDIR.value), _STEP.value):

@@ -1,4 +1,4 @@
-"""The plan of a training run: on its own mesh, by its rules and its exchange.
+"""Plans a training run: on its own mesh, by its rules and its exchange.
 
 A run without a mesh is left to be spread over the cluster.
 """
@@ -13,7 +13,7 @@ from deepseek_jax.plan.device_shares import AXES
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import staged_steps as staged
 
-# What plans take for granted of a batch [rows, tokens].
+# How plans take a batch [rows, tokens] to be sharded.
 _CUT = {'batch': ('data', 'fsdp', 'expert'), 'seq': ('context',)}
 
 
@@ -46,11 +46,12 @@ def check(run: loop.RunConfig, cluster: plan.Cluster) -> None:
 
 
 def _sent(run: loop.RunConfig, dtype: str) -> str:
+  """Returns the dtype that rows travel in."""
   return run.model.compute.dtype if dtype == 'compute' else dtype
 
 
 def plan_of(run: loop.RunConfig) -> PlanConfig:
-  """What is planned for a run; a batch passes as its micro-batches do."""
+  """Returns the plan of a run; a batch passes as its micro-batches do."""
   batch, grid = run.train.batch, run.mesh
   training = plan.Training(
     seq_len=run.data.seq_len,
@@ -70,12 +71,12 @@ def plan_of(run: loop.RunConfig) -> PlanConfig:
 
 
 def rules(grid: MeshConfig) -> dict[str, tuple[str, ...]]:
-  """Of a run, as plans read them."""
+  """Returns the rules of a run as plans read them: axis -> mesh axes."""
   return {name: names(over) for name, over in grid.rules.items()}
 
 
 def differences(run: loop.RunConfig, made: plan.Report) -> tuple[str, ...]:
-  """What the plan takes otherwise than the run, in words."""
+  """Returns a sentence for each way in which the plan departs from the run."""
   out, exchange = [], run.mesh.exchange
   if rules(run.mesh) != rules(MeshConfig()):
     out.append('activations lie and travel as by the default mesh.rules')

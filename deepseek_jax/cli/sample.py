@@ -10,6 +10,7 @@ python -m experiments.sample --workdir=runs/demo --prompt='a=' --prompt='b=' \\
 import itertools
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,15 @@ _DTYPE = flags.DEFINE_enum(
 
 
 class _Source(NamedTuple):
+  """Holds what is sampled from.
+
+  Attributes:
+    model, variables: its pure functions and arrays.
+    tokenizer: of the run or folder.
+    folder: where the chat template is.
+    boundaries: tokens that begin and end a text.
+  """
+
   model: ds.Model
   variables: dict
   tokenizer: object
@@ -63,6 +73,7 @@ class _Source(NamedTuple):
 
 
 def _load() -> _Source:
+  """Returns the run or folder that the flags name, loaded."""
   if bool(_WORKDIR.value) == bool(_HF.value):
     raise InputError('give either --workdir=RUN or --hf=FOLDER')
   if _WORKDIR.value:
@@ -91,8 +102,8 @@ def _load() -> _Source:
   return _Source(ds.build(config), variables, tokenizer, folder, around)
 
 
-def _wanted(source) -> boundaries.Boundaries:
-  """What begins and ends the texts, by the folder and --bos."""
+def _wanted(source: _Source) -> boundaries.Boundaries:
+  """Returns what begins and ends the texts, by the folder and --bos."""
   around, bos = source.boundaries, source.tokenizer.bos_id
   if _CHAT.value:  # the template writes what begins a text
     return around
@@ -107,7 +118,8 @@ def _wanted(source) -> boundaries.Boundaries:
   return around._replace(begins=around.begins or (bos,))
 
 
-def _prompts(source) -> list[list[int]]:
+def _prompts(source: _Source) -> list[list[int]]:
+  """Returns the token ids of every prompt, those of --after infilled."""
   tokenizer, around = source.tokenizer, source.boundaries.around
   if _AFTER.value is None:
     return [
@@ -123,8 +135,11 @@ def _prompts(source) -> list[list[int]]:
   ]
 
 
-def _settings(source) -> sample.SampleConfig:
-  """A stop text that is one token ends a row as the end of a text does."""
+def _settings(source: _Source) -> sample.SampleConfig:
+  """Returns how tokens are drawn.
+
+  A stop text that is one token ends a row as the end of a text does.
+  """
   encoded = [source.tokenizer.encode(s, special=True) for s in _STOP.value]
   single = [ids[0] for ids in encoded if len(ids) == 1]
   stop = (*source.boundaries.ends, *single)
@@ -133,7 +148,9 @@ def _settings(source) -> sample.SampleConfig:
   )
 
 
-def _drawn(source, prompts, key):
+def _drawn(
+  source: _Source, prompts: Sequence[list[int]], key: jax.Array
+) -> Iterator[list[int | None]]:
   """Yields the next token of every prompt; None where its text has ended."""
   cfg = _settings(source)
   steps = sample.stream(
@@ -150,19 +167,25 @@ def _drawn(source, prompts, key):
     yield [None if end else int(t) for t, end in zip(tokens, ended)]
 
 
-def _stream(source, prompt, key):
+def _stream(
+  source: _Source, prompt: list[int], key: jax.Array
+) -> Iterator[int]:
+  """Returns the tokens that follow one prompt, until its text ends."""
   return itertools.takewhile(
     lambda token: token is not None,
     (tokens[0] for tokens in _drawn(source, [prompt], key)),
   )
 
 
-def _texts(source, prompts, key) -> list[str]:
-  """What follows several prompts, drawn as one batch."""
+def _texts(
+  source: _Source, prompts: Sequence[list[int]], key: jax.Array
+) -> list[str]:
+  """Returns what follows several prompts, drawn as one batch."""
   decoders = [source.tokenizer.decoder(prompt) for prompt in prompts]
   texts = ['' for _ in prompts]
   going = set(range(len(prompts)))
   for tokens in _drawn(source, prompts, key):
+    # A row leaves when its text has ended or holds a text of --stop.
     for i in sorted(going):
       if tokens[i] is None:
         going.remove(i)
@@ -175,7 +198,8 @@ def _texts(source, prompts, key) -> list[str]:
   return [''.join(chat.until([text], _STOP.value)) for text in texts]
 
 
-def _converse(source):
+def _converse(source: _Source) -> None:
+  """Runs a chat on the terminal; every answer has a key of its own."""
   key = iter(jax.random.split(jax.random.key(_SEED.value), 1 << 16))
   chat.converse(
     lambda ids: _stream(source, ids, next(key)),
@@ -185,8 +209,8 @@ def _converse(source):
   )
 
 
-def _check_flags():
-  """What is wrong in any case is told before a model is read."""
+def _check_flags() -> None:
+  """Raises InputError for wrong flags before a model is read."""
   sample.SampleConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   if _NEW.value < 1:
     raise InputError(f'--max_new_tokens={_NEW.value}: must be at least 1')
@@ -204,14 +228,15 @@ def _check_flags():
     try:
       text.encode()
     except UnicodeEncodeError as error:
-      # The shell's bytes that are no UTF-8 come as lone surrogates.
+      # Bytes of the shell that are not UTF-8 arrive as lone surrogates.
       raise InputError(
         f'--{name}={text!r}: character {error.start} is not UTF-8; give text'
         ' in UTF-8'
       ) from None
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Prints what follows the prompts, or runs a chat."""
   del argv
   _check_flags()
   source = _load()
@@ -234,7 +259,7 @@ def main(argv):
     source.tokenizer, _stream(source, prompts[0], key), prompts[0]
   )
   pieces = chat.until(pieces, _STOP.value)
-  first = next(pieces, '')  # what is wrong is told before the prompt
+  first = next(pieces, '')  # errors come before the prompt is printed
   print(_PROMPT.value[0], end=first, flush=True)
   for piece in pieces:
     print(piece, end='', flush=True)

@@ -36,7 +36,7 @@ _LENGTHS = flags.DEFINE_list(
 
 
 def tables(certificate: dict) -> list[Table]:
-  """The certificate for people: by case, and by layer over all cases."""
+  """Returns the certificate as tables: by case, and by layer over all cases."""
   by_case = Table(title='Logits against transformers')
   by_case.caption = 'ties: choices of a top-k between equal scores'
   for name in (
@@ -65,6 +65,7 @@ def tables(certificate: dict) -> list[Table]:
 
 
 def _lengths() -> tuple[int, ...]:
+  """Returns the lengths of --lengths, all above 0."""
   try:
     lengths = tuple(map(int, _LENGTHS.value))
   except ValueError:
@@ -74,7 +75,8 @@ def _lengths() -> tuple[int, ...]:
   return lengths
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Prints the certificate; exits with 1 if both sides differ."""
   del argv
   folder = os.path.expanduser(_HF.value)
   certificate = verify.certify(

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints <-> configuration and variables."""
+"""Converts Hugging Face checkpoints from and to configuration and variables."""
 
 from deepseek_jax.hf.loading import load
 from deepseek_jax.hf.saving import save

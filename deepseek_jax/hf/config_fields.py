@@ -1,4 +1,4 @@
-"""Which fields of a config.json are understood, as data.
+"""Lists which fields of a config.json are understood, as data.
 
 Every field is mapped to one of ours, or read together with others, or allowed
 one value, or known not to change what the model computes. There is no fifth
@@ -14,7 +14,7 @@ REQUIRED = object()
 
 
 class Field(NamedTuple):
-  """A field that says what the model computes."""
+  """Describes a field that determines what the model computes."""
 
   ours: str
   kind: type
@@ -145,8 +145,8 @@ ARCHITECTURES = {
   v32.FAMILY: 'DeepseekV32ForCausalLM',
   'deepseek_v4': 'DeepseekV4ForCausalLM',
 }
-# Other names of a family, for serving software to tell the models apart. What
-# is written is named by its architecture.
+# Other names of a family, by which serving software distinguishes models. A
+# written file has the name of its architecture.
 ALIASES = {'kimi_k2': 'deepseek_v3'}
 
 
@@ -161,7 +161,7 @@ def family(model_type: Any) -> str:
 
 
 def is_carried(name: str) -> bool:
-  """Whether a field changes no number of the model."""
+  """Returns whether a field changes no number of the model."""
   # unsloth notes how it has loaded and repaired the tokenizer.
   return (
     name in CARRIED

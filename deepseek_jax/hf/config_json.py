@@ -1,4 +1,4 @@
-"""config.json -> TransformerConfig, field by field, nothing ignored silently.
+"""Reads config.json into a TransformerConfig, every field accounted for.
 
 Meanings follow the code released with the checkpoints; where transformers
 departs from it, a comment here or in `rope_json` says so. Every number is
@@ -23,7 +23,7 @@ from deepseek_jax.presets import layout
 
 
 class Parsed(NamedTuple):
-  """What a config.json says.
+  """Holds what a config.json describes.
 
   Attributes:
     config: the model, with the MTP layers that the file has.
@@ -39,7 +39,12 @@ class Parsed(NamedTuple):
 
 
 def parse(fields: Mapping[str, Any]) -> Parsed:
-  """Raises InputError for any field that is not understood."""
+  """Returns the model of a config.json, with what else the file has.
+
+  Raises:
+    InputError: a field is not understood; names field and value.
+  """
+  # Limits first: no unchecked number may size anything.
   config_limits.check(fields)
   config_limits.check_size(fields)
   family = fields_of.family(fields.get('model_type'))
@@ -61,11 +66,12 @@ def parse(fields: Mapping[str, Any]) -> Parsed:
   return Parsed(config, carried, _quantization(fields))
 
 
-def _parse_v4(fields) -> Parsed:
+def _parse_v4(fields: Mapping[str, Any]) -> Parsed:
+  """Returns what a V4 file describes; fields of a drafter are left out."""
   drafter = tuple(sorted(filter(v4_config.of_drafter, fields)))
   fields = {k: v for k, v in fields.items() if k not in drafter}
   if drafter:
-    # What lies under mtp.* is the drafter's: V4's MTP layer is not there.
+    # Tensors under mtp.* are the drafter's: there is no MTP layer beside it.
     fields['num_nextn_predict_layers'] = 0
   v4_config.check_names(fields)
   carried = {
@@ -77,13 +83,15 @@ def _parse_v4(fields) -> Parsed:
   return Parsed(config, carried, _quantization(fields), drafter)
 
 
-def _check_architecture(named, family):
+def _check_architecture(named: Any, family: str) -> None:
+  """Raises InputError unless `architectures` is absent or the family's."""
   wanted = fields_of.ARCHITECTURES[family]
   if named not in (None, [wanted]):
     raise _error('architectures', named, f'must be [{wanted!r}]')
 
 
-def _check_names(fields, family):
+def _check_names(fields: Mapping[str, Any], family: str) -> None:
+  """Raises InputError for a field that is unknown or has a wrong value."""
   fixed = fields_of.FIXED | fields_of.FIXED_OF[family]
   known = {
     *fields_of.MAPPED[family],
@@ -103,13 +111,15 @@ def _check_names(fields, family):
       raise _error(name, value, f'not supported; must be {fixed[name][0]!r}')
 
 
-def _typed(fields, name, field: fields_of.Field):
+def _typed(fields: Mapping[str, Any], name: str, field: fields_of.Field) -> Any:
+  """Returns a field as its type; InputError where it is missing or another."""
   value = fields.get(name, field.default)
   if value is fields_of.REQUIRED:
     raise InputError(f'config.json: {name}: missing')
   ok = isinstance(value, field.kind) and (
     field.kind is bool or not isinstance(value, bool)
   )
+  # JSON writers may drop the point: 1 is a float, too.
   if field.kind is float and type(value) is int:
     return float(value)
   if not ok:
@@ -118,22 +128,26 @@ def _typed(fields, name, field: fields_of.Field):
   return value
 
 
-def _needed(fields, name) -> int:
-  """A number whose absence libraries would fill in differently."""
+def _needed(fields: Mapping[str, Any], name: str) -> int:
+  """Returns a number whose absence libraries would fill in differently."""
   value = _integer(fields, name)
   if value is None:
     raise InputError(f'config.json: {name}: missing')
   return value
 
 
-def _integer(fields, name):
+def _integer(fields: Mapping[str, Any], name: str) -> int | None:
+  """Returns a whole number, or None where it is absent."""
   value = fields.get(name)
   if value is not None and (type(value) is not int or value < 0):
     raise _error(name, value, 'must be a whole number')
   return value
 
 
-def _grouped_query(fields, values) -> dict:
+def _grouped_query(
+  fields: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict:
+  """Returns the fields of a Llama: grouped-query attention, dense layers."""
   heads = values['attention.heads']
   kv_heads = _integer(fields, 'num_key_value_heads')
   head_dim = _integer(fields, 'head_dim')
@@ -145,21 +159,26 @@ def _grouped_query(fields, values) -> dict:
   }
 
 
-def _head_dim(values) -> int:
+def _head_dim(values: Mapping[str, Any]) -> int:
+  """Returns the head dimension that hidden_size and heads give."""
   heads = values['attention.heads']
   if heads > values['dim']:
     raise _error('num_attention_heads', heads, 'is above hidden_size')
   return values['dim'] // heads
 
 
-def _layers(fields):
+def _layers(fields: Mapping[str, Any]) -> int:
+  """Returns the number of layers, at least 1."""
   layers = _integer(fields, 'num_hidden_layers')
   if not layers:
     raise _error('num_hidden_layers', layers, 'must be at least 1')
   return layers
 
 
-def _latent(fields, values, family) -> dict:
+def _latent(
+  fields: Mapping[str, Any], values: Mapping[str, Any], family: str
+) -> dict:
+  """Returns the fields of latent attention, layout, MTP and router."""
   derived = {
     'num_key_value_heads': values['attention.heads'],
     'head_dim': values['attention.rope_dim'],
@@ -187,7 +206,8 @@ def _latent(fields, values, family) -> dict:
   return out
 
 
-def _mtp_depth(fields, family):
+def _mtp_depth(fields: Mapping[str, Any], family: str) -> int:
+  """Returns the number of multi-token prediction layers."""
   if family == 'deepseek_v2':
     return 0
   names = ('num_nextn_predict_layers', 'num_mtp_layers')
@@ -197,7 +217,8 @@ def _mtp_depth(fields, family):
   return depths.pop() if depths else 0
 
 
-def _v2_router(fields, values) -> dict:
+def _v2_router(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict:
+  """Returns the router fields of V2: softmax, greedy or limited by groups."""
   method = fields.get('topk_method', 'greedy')
   if method not in ('greedy', 'group_limited_greedy'):
     raise _error(
@@ -220,7 +241,8 @@ def _v2_router(fields, values) -> dict:
   return out
 
 
-def _v3(fields) -> dict:
+def _v3(fields: Mapping[str, Any]) -> dict:
+  """Returns the router fields of V3: sigmoid, selection bias, groups."""
   return {
     'moe.router.scoring': 'sigmoid',
     'moe.router.bias': True,
@@ -230,7 +252,8 @@ def _v3(fields) -> dict:
   }
 
 
-def _build(values) -> TransformerConfig:
+def _build(values: Mapping[str, Any]) -> TransformerConfig:
+  """Returns the configuration of values by dotted path."""
   nested = trees.nested(
     (path.split('.'), value)
     for path, value in values.items()
@@ -242,7 +265,8 @@ def _build(values) -> TransformerConfig:
     raise InputError(f'config.json: {error}') from None
 
 
-def _quantization(fields):
+def _quantization(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns the quantization_config, checked; None without one."""
   found = fields.get('quantization_config')
   if found is None:
     return None
@@ -254,11 +278,11 @@ def _quantization(fields):
     'activation_scheme': ('dynamic', None),
     'scale_fmt': ('ue8m0', 'float', None),
     'weight_block_size': None,
-    # Weights say for themselves whether they are quantised.
+    # Each weight's dtype decides whether it is quantised.
     'modules_to_not_convert': None,
     'dequantize': None,
   }
-  # The method first: it says why the rest is not understood.
+  # The method first: it explains why the rest is not understood.
   for name, value in {'quant_method': None, **found}.items():
     if name not in allowed:
       raise _error(f'quantization_config.{name}', value, 'not supported')
@@ -278,5 +302,5 @@ def _quantization(fields):
 
 
 def without_mtp(config: TransformerConfig) -> TransformerConfig:
-  """The model without its multi-token prediction."""
+  """Returns the model without its multi-token prediction."""
   return dataclasses.replace(config, mtp=MTPConfig(depth=0))

@@ -1,4 +1,4 @@
-"""What a downloaded config.json may say at most, checked before it is used.
+"""Limits what a downloaded config.json may hold, before it is used.
 
 The file is anybody's: a number in it must neither start an allocation or a
 loop of its own size nor make the model compute NaN. Limits are far above every
@@ -20,18 +20,20 @@ PARAMETERS = 1e15  # a thousand times the largest released model
 
 
 class Range(NamedTuple):
-  """The numbers from `low` to `high`; `low` itself if not `above`."""
+  """Holds the numbers from `low` to `high`; without `low` itself if `above`."""
 
   low: float
   high: float
   above: bool = False
 
-  def __contains__(self, value) -> bool:
+  def __contains__(self, value: float) -> bool:
+    """Returns whether a number is in the range; NaN is not."""
     return self.low < value <= self.high or (
       value == self.low and not self.above
     )
 
   def __str__(self) -> str:
+    """Returns the range as the end of an error message."""
     first = f'above {self.low}' if self.above else f'at least {self.low}'
     return f'must be {first} and at most {self.high}'
 
@@ -124,6 +126,7 @@ def check(fields: Mapping[str, Any]) -> None:
   """
   if not isinstance(fields, Mapping):
     raise InputError('config.json: holds no JSON object')
+  # A list, not recursion: a hostile file may nest beyond Python's stack.
   left = [(str(name), name, value, 1) for name, value in fields.items()]
   seen = 0
   while left:
@@ -144,13 +147,14 @@ def check(fields: Mapping[str, Any]) -> None:
       raise error(path, value, 'must fit in 64 bits')
 
 
-def _check_limit(path: str, limit: Range | None, value) -> None:
+def _check_limit(path: str, limit: Range | None, value: Any) -> None:
+  """Raises InputError where a value is not a number in its range."""
   if limit is None or value is None:
     return
   if isinstance(value, bool) or not isinstance(value, int | float):
     if path in _UNREAD:
       raise error(path, value, 'must be a number')
-    return  # whoever reads it says which type it must have
+    return  # its reader raises with the type that it must have
   if value not in limit:
     raise error(path, value, str(limit))
 
@@ -161,7 +165,7 @@ def check_size(fields: Mapping[str, Any]) -> None:
   The count is an upper bound: every layer has all experts.
   """
 
-  def at(name, default=1):
+  def at(name: str, default: int = 1) -> int:
     value = fields.get(name, default)
     return value if type(value) is int else default
 

@@ -1,9 +1,9 @@
-"""TransformerConfig -> config.json.
+"""Renders a TransformerConfig as config.json.
 
 What no family of files can express is an error that names the field of ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.errors import InputError
@@ -13,6 +13,7 @@ from deepseek_jax.hf.families import v4 as v4_config
 from deepseek_jax.hf.families import v4_names, v32
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.residual import ResidualConfig
@@ -22,7 +23,7 @@ from deepseek_jax.model.transformer import TransformerConfig
 def render(
   config: TransformerConfig, carried: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-  """The config.json of a model; `carried` adds fields of CARRIED.
+  """Returns the config.json of a model; `carried` adds fields of CARRIED.
 
   Raises InputError naming the field of ours that no family can express.
   """
@@ -61,8 +62,8 @@ def render(
   return out | carried
 
 
-def _reach(config, path):
-  """The value at a dotted path, fields_of.REQUIRED where a part is None."""
+def _reach(config: TransformerConfig, path: str) -> Any:
+  """Returns the value at a dotted path, REQUIRED where a part of it is None."""
   for key in path.split('.'):
     if config is None:
       return fields_of.REQUIRED
@@ -70,7 +71,12 @@ def _reach(config, path):
   return config
 
 
-def _family(config, blocks) -> str:
+def _family(config: TransformerConfig, blocks: Sequence[BlockConfig]) -> str:
+  """Returns the family whose files express the model.
+
+  Raises:
+    InputError: names the field that no family expresses.
+  """
   for i, block in enumerate(blocks):
     if block.attention != config.attention:
       raise InputError(f'layer {i}: its attention differs; not in these files')
@@ -99,7 +105,8 @@ def _family(config, blocks) -> str:
   return 'deepseek_v2' if softmax else 'deepseek_v3'
 
 
-def _leading_dense(blocks) -> int:
+def _leading_dense(blocks: Sequence[BlockConfig]) -> int:
+  """Returns how many dense layers come first; InputError if more follow."""
   dense = [isinstance(b.ffn, FFNConfig) for b in blocks]
   count = dense.index(False) if False in dense else len(dense)
   if any(dense[count:]):
@@ -110,7 +117,8 @@ def _leading_dense(blocks) -> int:
   return count
 
 
-def _latent_fields(config, family, dense) -> dict:
+def _latent_fields(config: TransformerConfig, family: str, dense: int) -> dict:
+  """Returns the fields of latent attention and mixture of experts."""
   out = {
     'num_key_value_heads': config.attention.heads,
     'first_k_dense_replace': dense,
@@ -138,7 +146,8 @@ def _latent_fields(config, family, dense) -> dict:
   return out | groups
 
 
-def _v2_fields(config) -> dict:
+def _v2_fields(config: TransformerConfig) -> dict:
+  """Returns the router fields of V2."""
   router = config.moe.router
   _require(router.bias, 'moe.router.bias', False)
   _require(config.mtp.depth, 'mtp.depth', 0)
@@ -159,7 +168,7 @@ def _v2_fields(config) -> dict:
 
 
 def _no_moe() -> dict:
-  """What a deepseek_v3 without MoE layers says of the MoE that it lacks."""
+  """Returns the MoE fields that a deepseek_v3 file needs without MoE layers."""
   return {
     'n_routed_experts': 2,
     'num_experts_per_tok': 1,
@@ -172,7 +181,8 @@ def _no_moe() -> dict:
   }
 
 
-def _require(value, name, wanted):
+def _require(value: Any, name: str, wanted: Any) -> None:
+  """Raises InputError unless a field has the only value of the family."""
   if value != wanted:
     raise InputError(
       f'{name} = {value!r}: files of this family know only {wanted!r}'

@@ -1,4 +1,4 @@
-"""Content hashes that tell one conversion's source from another's.
+"""Hashes content to tell one conversion's source from another's.
 
 Two checkpoints of one architecture have the same files with the same sizes, so
 only their bytes tell them apart. A file up to WHOLE bytes is hashed whole; of
@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +58,7 @@ def of_variables(variables: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def _places(path: str, size: int):
+def _places(path: str, size: int) -> Iterator[tuple[int, int]]:
   """Yields (start, length) of the bytes that are hashed."""
   if size <= WHOLE or not path.endswith('.safetensors'):
     for start in range(0, size, WHOLE):
@@ -71,12 +71,14 @@ def _places(path: str, size: int):
     if entry.nbytes <= SMALL:
       yield entry.start, entry.nbytes
       continue
+    # Evenly spaced, the first and last bytes of the tensor included.
     step = (entry.nbytes - BLOCK) / (BLOCKS - 1)
     for i in range(BLOCKS):
       yield entry.start + math.floor(i * step), BLOCK
 
 
 def _read(file: int, start: int, length: int, path: str) -> bytes:
+  """Returns `length` bytes from `start` on; InputError where the file ends."""
   parts = []
   while length:
     data = os.pread(file, length, start)

@@ -1,7 +1,8 @@
-"""A Hugging Face folder -> configuration and variables."""
+"""Loads a Hugging Face folder as configuration and variables."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def load(
     InputError: a field, tensor or file that is wrong or not understood.
   """
   source = Source(path, mtp=mtp)
-  # What was not asked for is a note; a part that can't be read is a warning.
+  # Leaving out MTP is a note; a drafter, which cannot be read, a warning.
   note = logging.warning if source.drafter else logging.info
   for line in summary(source.unused):
     note('%s: %s', path, line)
@@ -59,7 +60,15 @@ def variables(
   mesh: Mesh | None = None,
   rules: Rules | None = None,
 ) -> dict:
-  """The arrays of `leaves` as nested dicts; dtype None keeps what is read."""
+  """Returns the arrays of `leaves` as nested dicts.
+
+  Args:
+    leaves: to read.
+    read: (leaf, region) -> array.
+    dtype: of the arrays; full-precision leaves stay float32, tables int32;
+      None keeps what is read.
+    mesh, rules: where the arrays go; without a mesh, on the default device.
+  """
   out: dict = {'params': {}, 'buffers': {}}
   for leaf in leaves:
     wanted = jnp.float32 if leaf.full_precision else dtype
@@ -69,7 +78,14 @@ def variables(
   return out
 
 
-def _array(leaf, read, dtype, mesh, rules):
+def _array(
+  leaf: Leaf,
+  read: Read,
+  dtype: jax.typing.DTypeLike | None,
+  mesh: Mesh | None,
+  rules: Rules | None,
+) -> jax.Array:
+  """Returns a leaf as an array, sharded where there is a mesh."""
   if mesh is None:
     region = tuple(slice(0, n) for n in leaf.shape)
     return jnp.asarray(filled(leaf, read, region, dtype))
@@ -77,15 +93,20 @@ def _array(leaf, read, dtype, mesh, rules):
     mesh, sharding.spec(leaf.axes, rules or {}, len(leaf.shape))
   )
 
-  def held(index):
+  def held(index: tuple[slice, ...]) -> np.ndarray:
     region = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape)]
     return filled(leaf, read, tuple(region), dtype)
 
   return jax.make_array_from_callback(leaf.shape, place, held)
 
 
-def filled(leaf: Leaf, read: Read, region, dtype) -> np.ndarray:
-  """A region of a leaf in `dtype`, read in pieces of about CHUNK bytes."""
+def filled(
+  leaf: Leaf,
+  read: Read,
+  region: tuple[slice, ...],
+  dtype: jax.typing.DTypeLike | None,
+) -> np.ndarray:
+  """Returns a region of a leaf in `dtype`, read about CHUNK bytes at a time."""
   out = None
   for piece in pieces(leaf, region):
     block = read(leaf, piece)
@@ -99,12 +120,15 @@ def filled(leaf: Leaf, read: Read, region, dtype) -> np.ndarray:
   return out
 
 
-def _zip(a, b):
+def _zip(a: Iterable, b: Iterable) -> zip:
+  """Returns a strict zip."""
   return zip(a, b, strict=True)
 
 
-def pieces(leaf: Leaf, region, limit: int = CHUNK):
-  """Cuts a region: one tensor's rows at a time, at most `limit` bytes."""
+def pieces(
+  leaf: Leaf, region: tuple[slice, ...], limit: int = CHUNK
+) -> Iterator[tuple[slice, ...]]:
+  """Yields pieces of a region: rows of one tensor, at most `limit` bytes."""
   starts = [
     range(s.start, s.stop, n) for s, n in _zip(region, steps(leaf, limit))
   ]
@@ -117,7 +141,7 @@ def pieces(leaf: Leaf, region, limit: int = CHUNK):
 
 
 def steps(leaf: Leaf, limit: int) -> list[int]:
-  """Size of a piece along every axis of a leaf."""
+  """Returns the size of a piece along every axis of a leaf."""
   sizes = [1] * leaf.lead + list(leaf.shape[leaf.lead :])
   row = leaf.rows[0]
   axis = leaf.lead + row.inputs + (row.half is not None)

@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face file is which slice of our variables.
+"""Maps tensors of Hugging Face files to slices of our variables.
 
 Every tensor of a file is one slice of one of our arrays: a layer of a stack,
 an expert of its slab, the gate or the up half. So one table of names serves
@@ -9,7 +9,7 @@ Legend: D model, H heads, K head dim, F hidden, E experts, V vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
 
 
 def _swiglu(ours: str, theirs: str) -> tuple[Row, ...]:
+  """Returns the rows of a SwiGLU: gate and up are halves of one array."""
   return (
     Row(f'{ours}gate_up', f'{theirs}gate_proj.weight', 1, half=0),
     Row(f'{ours}gate_up', f'{theirs}up_proj.weight', 1, half=1),
@@ -88,7 +89,7 @@ DERIVED = ('self_attn.rotary_emb.inv_freq',)
 
 
 def block_rows(block: BlockConfig) -> tuple[Row, ...]:
-  """The table of one layer."""
+  """Returns the table of one layer."""
   if isinstance(block.attention, MLAConfig):
     plain = block.attention.q_rank is None
     attention = (*(QUERY if plain else COMPRESSED_QUERY), *MLA)
@@ -102,7 +103,7 @@ def block_rows(block: BlockConfig) -> tuple[Row, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One array of our variables and the tensors that it is made of.
+  """Describes one array of our variables and the tensors that it is made of.
 
   Attributes:
     path: keys from the root of the variables.
@@ -126,21 +127,22 @@ class Leaf:
 
   @property
   def name(self) -> str:
+    """Returns the path with dots."""
     return '.'.join(map(str, self.path))
 
   @property
   def experts(self) -> int | None:
-    """E if the leaf has an experts axis of separate tensors."""
+    """Returns E if experts are tensors of their own, else None."""
     return self.shape[self.stacked] if '{e}' in self.rows[0].theirs else None
 
   @property
   def lead(self) -> int:
-    """Number of leading axes whose entries are tensors of their own."""
+    """Returns how many leading axes have a tensor per entry."""
     return self.stacked + (self.experts is not None)
 
   @property
   def inner(self) -> tuple[int, ...]:
-    """Shape of one tensor in our axes, the half axis left out."""
+    """Returns the shape of one tensor in our axes, the half axis left out."""
     inner = self.shape[self.lead :]
     if self.rows[0].half is None:
       return inner
@@ -149,19 +151,19 @@ class Leaf:
 
   @property
   def theirs(self) -> tuple[int, ...]:
-    """Shape of one tensor in the file."""
+    """Returns the shape of one tensor in the file."""
     k, inner = self.rows[0].inputs, self.inner
     return (math.prod(inner[k:]), math.prod(inner[:k])) if k else inner
 
   @property
   def row_multiple(self) -> int:
-    """Rows of the file's tensor per entry of our first output axis."""
+    """Returns rows of the file's tensor per entry of our first output axis."""
     k, inner = self.rows[0].inputs, self.inner
     return math.prod(inner[k + 1 :]) if k else 1
 
 
 class Part(NamedTuple):
-  """One tensor of a file and where it goes."""
+  """Describes one tensor of a file and where it goes."""
 
   name: str
   leaf: Leaf
@@ -170,8 +172,16 @@ class Part(NamedTuple):
   row: Row
 
 
-def parts(leaf: Leaf, lead=None, halves=None) -> Iterator[Part]:
-  """The tensors of a leaf, or those in ranges of its leading axes."""
+def parts(
+  leaf: Leaf, lead: Sequence[range] | None = None, halves: range | None = None
+) -> Iterator[Part]:
+  """Yields the tensors of a leaf, or those in ranges of its leading axes.
+
+  Args:
+    leaf: the array.
+    lead: a range per leading axis; None takes all.
+    halves: which of gate 0 and up 1; None takes both.
+  """
   full = [range(n) for n in leaf.shape[: leaf.lead]]
   lead = full if lead is None else list(lead)
   layers = lead.pop(0) if leaf.stacked else (None,)
@@ -187,17 +197,18 @@ def parts(leaf: Leaf, lead=None, halves=None) -> Iterator[Part]:
 
 
 def to_theirs(leaf: Leaf, block: np.ndarray) -> np.ndarray:
-  """A block of our inner axes -> [rows, columns] of the file."""
+  """Returns a block of our inner axes as [rows, columns] of the file."""
   k = leaf.rows[0].inputs
   if not k:
     return block
+  # Ours is inputs first, a file's matrix outputs first, each side merged.
   n = block.ndim
   block = block.transpose(*range(k, n), *range(k))
   return block.reshape(math.prod(block.shape[: n - k]), -1)
 
 
-def window(leaf: Leaf, region) -> tuple[slice, slice | None]:
-  """Rows and columns of the file's tensor that hold a region of our axes.
+def window(leaf: Leaf, region: Sequence[slice]) -> tuple[slice, slice | None]:
+  """Returns rows and columns of the file's tensor that hold a region of ours.
 
   Columns are None where the tensor is not a matrix of inputs and outputs.
   """
@@ -215,26 +226,30 @@ def window(leaf: Leaf, region) -> tuple[slice, slice | None]:
   return rows, columns
 
 
-def from_theirs(leaf: Leaf, block: np.ndarray, region) -> np.ndarray:
-  """The `window` of a region, as our block of exactly this region."""
+def from_theirs(
+  leaf: Leaf, block: np.ndarray, region: Sequence[slice]
+) -> np.ndarray:
+  """Returns the `window` of a region as our block of exactly this region."""
   k, inner = leaf.rows[0].inputs, leaf.inner
   if not k:
     return block[(slice(None), *region[1:])] if region else block
+  # Rows split into output axes, columns into input axes.
   block = block.reshape(
     -1, *inner[k + 1 :], block.shape[1] // math.prod(inner[1:k]), *inner[1:k]
   )
-  whole = slice(None)  # the first axes are cut already
+  whole = slice(None)  # the first axes are restricted to the region already
   block = block[(whole, *region[k + 1 :], whole, *region[1:k])]
   outputs = len(inner) - k
   return block.transpose(*range(outputs, len(inner)), *range(outputs))
 
 
 def layer_prefix(index: int) -> str:
+  """Returns the prefix of the tensors of layer `index`, counted from 0."""
   return f'model.layers.{index}.'
 
 
 def mtp_prefix(config: TransformerConfig, depth: int) -> str:
-  """Where a file holds a depth of multi-token prediction, counted from 0."""
+  """Returns the prefix of a depth of multi-token prediction, counted from 0."""
   if v4_names.is_v4(config):
     return v4_names.mtp_prefix(depth)
   return layer_prefix(config.layers + depth)
@@ -248,7 +263,7 @@ def order(name: str) -> tuple:
 
 
 def leaves(config: TransformerConfig) -> list[Leaf]:
-  """Every array of a model with its tensors, in a fixed order.
+  """Returns every array of a model with its tensors, in a fixed order.
 
   Raises InputError for an array that the family has no name for.
   """
@@ -261,7 +276,10 @@ def leaves(config: TransformerConfig) -> list[Leaf]:
   return out
 
 
-def _leaf(config, path, variable) -> Leaf:
+def _leaf(
+  config: TransformerConfig, path: Path, variable: nnx.Variable
+) -> Leaf:
+  """Returns a variable with its tensors; InputError where it has no name."""
   below, rows, prefixes, stacked = _place(config, path[1:])
   name = '.'.join(map(str, below))
   found = tuple(r for r in rows if r.ours == name)
@@ -279,8 +297,13 @@ def _leaf(config, path, variable) -> Leaf:
   return Leaf(path, shape, axes, bool(full), found, prefixes, stacked, integer)
 
 
-def _place(config: TransformerConfig, path):
-  """path below the kind -> (path below the block, table, layers, stacked)."""
+def _place(
+  config: TransformerConfig, path: Path
+) -> tuple[Path, tuple[Row, ...], tuple[str, ...], bool]:
+  """Returns (path below the block, table, prefixes, stacked) of a variable.
+
+  `path` is below the kind, params or buffers.
+  """
   v4 = v4_names.is_v4(config)
   root, rows_of, mtp_rows = ROOT, block_rows, MTP
   if v4:
@@ -290,6 +313,7 @@ def _place(config: TransformerConfig, path):
     segments = config.segments()
     first = sum(len(s.blocks) * s.repeat for s in segments[:i]) + j
     width = len(segments[i].blocks)
+    # The stack of one block holds every `width`-th layer of its segment.
     layers = range(first, first + width * segments[i].repeat, width)
     prefix_of = v4_names.layer_prefix if v4 else layer_prefix
     prefixes = tuple(map(prefix_of, layers))

@@ -1,6 +1,6 @@
-"""The record that a conversion keeps in the folder it writes.
+"""Keeps the record of a conversion in the folder that it writes.
 
-`.convert.json` says what the work is (source, format, config.json), which
+`.convert.json` records what the work is (source, format, config.json), which
 files are done, with their hashes, and whether all are. So a killed conversion
 goes on, another one is refused by name, and a folder that holds half of one
 model and half of another is never taken for a checkpoint.
@@ -56,6 +56,11 @@ def alone(folder: str) -> Iterator[None]:
 
 
 def _locked(file: int, folder: str) -> bool:
+  """Locks a folder; returns False where the file system has no locks.
+
+  Raises:
+    InputError: another process holds the lock.
+  """
   try:
     import fcntl
 
@@ -71,9 +76,13 @@ def _locked(file: int, folder: str) -> bool:
 
 
 class Record:
-  """The record of a folder while a conversion runs; hold `alone` around it.
+  """Keeps the record of a folder while a conversion runs.
 
-  Attributes: folder, work.
+  Hold `alone` around it.
+
+  Attributes:
+    folder: that is written.
+    work: what identifies the conversion.
   """
 
   def __init__(self, folder: str, work: Mapping[str, Any], *, replace: bool):
@@ -87,6 +96,7 @@ class Record:
     Raises:
       InputError: the folder holds other work, or weights of unknown origin.
     """
+    # As JSON reads it back, so that tuples equal the lists of a record.
     self.folder, self.work = folder, json.loads(json.dumps(work))
     self._path = os.path.join(folder, FILE)
     self._files: dict[str, list] = {}
@@ -94,7 +104,8 @@ class Record:
       self._go_on()
     self._write(complete=False)
 
-  def _go_on(self):
+  def _go_on(self) -> None:
+    """Reads the record that is there; InputError where it is of other work."""
     if not os.path.exists(self._path):
       for name in sorted(os.listdir(self.folder)):
         if name.endswith('.safetensors') or name in (
@@ -133,15 +144,16 @@ class Record:
     return True
 
   def done(self, name: str) -> None:
-    """Notes that a file is complete."""
+    """Records that a file is complete."""
     self._files[name] = identity.of_file(os.path.join(self.folder, name))
     self._write(complete=False)
 
   def close(self) -> None:
-    """Notes that all files are."""
+    """Records that all files are complete."""
     self._write(complete=True)
 
-  def _write(self, *, complete: bool):
+  def _write(self, *, complete: bool) -> None:
+    """Writes the record to the folder."""
     fields = {'work': self.work, 'complete': complete, 'files': self._files}
     write_json(self._path, fields)
 

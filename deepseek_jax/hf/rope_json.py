@@ -1,4 +1,4 @@
-"""The rope fields of a config.json <-> RopeConfig.
+"""Converts the rope fields of a config.json from and to RopeConfig.
 
 Old files hold `rope_theta` and `rope_scaling`, new ones `rope_parameters`
 with both in one.
@@ -7,11 +7,11 @@ YaRN where mscale and mscale_all_dim are not both given and above 0: the code
 that DeepSeek released takes 1 and 0 for what is absent and multiplies cos and
 sin by (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1), so by
 0.1 mscale ln(factor) + 1 without mscale_all_dim. transformers takes both or
-neither, and without multiplies by 0.1 ln(factor) + 1. `layers.rope` follows
-transformers here, with which such files are served; for mscale = 1 or absent,
-without mscale_all_dim, they agree. With both, as in the released files of V2 to
-V3.2, the two codes agree, and in both mscale_all_dim alone sets the softmax
-scale.
+neither, and without multiplies by 0.1 ln(factor) + 1. `model.attention.rope`
+follows transformers here, with which such files are served; for mscale = 1 or
+absent, without mscale_all_dim, they agree. With both, as in the released files
+of V2 to V3.2, the two codes agree, and in both mscale_all_dim alone sets the
+softmax scale.
 """
 
 from collections.abc import Mapping
@@ -65,6 +65,11 @@ def mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def parse(fields: Mapping[str, Any], family: str) -> RopeConfig:
+  """Returns the rotary embedding of a config.json.
+
+  Raises:
+    InputError: a field is not understood; names field and value.
+  """
   given = {n: mapping(fields, n) for n in ('rope_parameters', 'rope_scaling')}
   if all(given.values()):
     raise InputError('config.json: has both rope_parameters and rope_scaling')
@@ -93,7 +98,10 @@ def _kind(found: dict, name: str, allowed: tuple[str, ...]) -> str:
   return kind
 
 
-def _scaling(kind, found, name):
+def _scaling(
+  kind: str, found: dict[str, Any], name: str
+) -> YarnConfig | Llama3Config | LinearConfig | None:
+  """Returns the scaling of a kind; InputError for what is not understood."""
   truncate = found.pop('truncate', True)
   if truncate is not True:
     raise error(f'{name}.truncate', truncate, 'not supported')
@@ -130,14 +138,15 @@ def _scaling(kind, found, name):
   return YarnConfig(**{'mscale': None, 'mscale_all_dim': None, **values})
 
 
-def _number(name, value) -> float:
+def _number(name: str, value: Any) -> float:
+  """Returns a value as a float; InputError unless it is a number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise error(name, value, 'must be a number')
   return float(value)
 
 
 def render(rope: RopeConfig, family: str) -> dict[str, Any]:
-  """rope_theta, rope_scaling, and the length that they were made for."""
+  """Returns rope_theta, rope_scaling, and the length they were made for."""
   scaling = rope.scaling
   if family == 'llama' and rope.interleaved:
     raise InputError(
@@ -162,7 +171,7 @@ def render(rope: RopeConfig, family: str) -> dict[str, Any]:
   values = {key: value for key, value in values.items() if value is not None}
   # Both names: older readers know 'type', newer ones 'rope_type'.
   out['rope_scaling'] = {'type': kind, 'rope_type': kind, **values}
-  # Linear scaling does not say which length it extends.
+  # Linear scaling does not record which length it extends.
   length = getattr(scaling, 'original_length', 4096)
   out['max_position_embeddings'] = round(scaling.factor * length)
   return out

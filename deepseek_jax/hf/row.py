@@ -1,10 +1,10 @@
-"""One line of a name table; see names.py."""
+"""Defines one line of a name table; see names.py."""
 
 from typing import NamedTuple
 
 
 class Row(NamedTuple):
-  """Which tensor of a file is which part of one of our arrays.
+  """Maps a tensor of a file to a part of one of our arrays.
 
   Attributes:
     ours: path below the block (or the root), with dots.

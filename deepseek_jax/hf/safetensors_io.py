@@ -11,7 +11,7 @@ import os
 import secrets
 import struct
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +42,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-  """Where a tensor lies."""
+  """Describes where a tensor lies."""
 
   file: str
   dtype: np.dtype
@@ -51,11 +51,16 @@ class Entry(NamedTuple):
 
   @property
   def nbytes(self) -> int:
+    """Returns the bytes of the tensor."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(path: str) -> dict[str, Entry]:
-  """The checked tensors of one file."""
+  """Returns the checked tensors of one file.
+
+  Raises:
+    InputError: the file is missing, truncated or damaged.
+  """
   try:
     size = os.path.getsize(path)
     with open(path, 'rb') as file:
@@ -80,7 +85,8 @@ def read_header(path: str) -> dict[str, Entry]:
   return entries
 
 
-def _entry(path, name, fields, first, size) -> Entry:
+def _entry(path: str, name: str, fields: Any, first: int, size: int) -> Entry:
+  """Returns a tensor of a header, every field checked."""
   where = f'{path}: tensor {name!r}'
   if not isinstance(fields, dict) or set(fields) != {
     'dtype',
@@ -108,14 +114,17 @@ def _entry(path, name, fields, first, size) -> Entry:
   return entry
 
 
-def _naturals(values) -> bool:
+def _naturals(values: Any) -> bool:
+  """Returns whether a JSON value is a list of integers from 0 up."""
   return isinstance(values, list) and all(
     type(v) is int and v >= 0 for v in values
   )
 
 
-def _check_cover(path, entries, first, size):
-  """Tensors must follow each other and fill the file."""
+def _check_cover(
+  path: str, entries: Mapping[str, Entry], first: int, size: int
+) -> None:
+  """Raises InputError unless tensors follow each other and fill the file."""
   end = first
   for name, entry in sorted(entries.items(), key=lambda e: e[1].start):
     if not entry.nbytes:
@@ -147,6 +156,7 @@ def shards(folder: str) -> list[str]:
 
 
 def _weight_map(index: str) -> dict:
+  """Returns the weight_map of an index; InputError without one."""
   listed = files.load_json(index).get('weight_map')
   if not isinstance(listed, dict) or not listed:
     raise InputError(f'{index}: has no weight_map')
@@ -154,7 +164,7 @@ def _weight_map(index: str) -> dict:
 
 
 def read_folder(folder: str) -> dict[str, Entry]:
-  """All tensors of a checkpoint folder, by its index or its single file."""
+  """Returns all tensors of a checkpoint folder, by index or single file."""
   index, parts = os.path.join(folder, INDEX), shards(folder)
   if not os.path.exists(index):
     return read_header(os.path.join(folder, SINGLE))
@@ -175,7 +185,8 @@ def read_folder(folder: str) -> dict[str, Entry]:
   return entries
 
 
-def _shard_name(name) -> str:
+def _shard_name(name: Any) -> str:
+  """Returns the name of a shard; InputError unless it is a plain file name."""
   if (
     not isinstance(name, str)
     or not name.endswith('.safetensors')
@@ -195,7 +206,7 @@ def read(
   stop: int | None = None,
   columns: slice | None = None,
 ) -> np.ndarray:
-  """A tensor, its rows start:stop, or of a matrix also just some columns.
+  """Returns a tensor, its rows start:stop, or some columns of a matrix.
 
   Reads no other bytes.
   """
@@ -206,13 +217,19 @@ def read(
   begin = entry.start + start * width
   if columns is None or columns.stop - columns.start == entry.shape[1]:
     return _filled(entry, begin, (rows, *entry.shape[1:]))
+  # Some columns of a matrix: a short run of bytes per row.
   count = columns.stop - columns.start
   begin += columns.start * entry.dtype.itemsize
   return _filled(entry, begin, (rows, count), width)
 
 
-def _filled(entry, begin, shape, stride=0):
-  """`shape` from byte `begin` on; with a stride, its rows lie so far apart."""
+def _filled(
+  entry: Entry, begin: int, shape: tuple[int, ...], stride: int = 0
+) -> np.ndarray:
+  """Returns an array of `shape` read from byte `begin` on.
+
+  With a stride, in bytes, its rows lie so far apart.
+  """
   out = np.empty(shape, entry.dtype)
   lines = out if stride else out.reshape(1, -1)
   with open(entry.file, 'rb', buffering=0) as file:
@@ -222,7 +239,8 @@ def _filled(entry, begin, shape, stride=0):
   return out
 
 
-def _fill(file, view, name):
+def _fill(file: BinaryIO, view: memoryview, name: str) -> None:
+  """Fills a buffer from a file; InputError where the file ends."""
   done = 0
   while done < len(view):
     got = file.readinto(view[done:])
@@ -232,7 +250,7 @@ def _fill(file, view, name):
 
 
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
-  """The bytes before the data, for tensors in this order."""
+  """Returns the bytes before the data, for tensors in this order."""
   fields, start = {}, 0
   for name, (dtype, shape) in tensors.items():
     dtype = np.dtype(dtype)
@@ -249,15 +267,21 @@ def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
 
 
 class Writer:
-  """One file whose tensors are written row by row, in any order.
+  """Writes one file whose tensors come row by row, in any order.
 
-  A context: it takes its name when that ends, complete and on disk, and
-  leaves nothing behind where it ends by an exception.
+  As a context it gives the file its name at the end, complete and on disk, and
+  leaves nothing behind after an exception.
   """
 
   def __init__(
     self, path: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-  ):
+  ) -> None:
+    """Opens the file under a temporary name and writes the header.
+
+    Args:
+      path: of the file to be.
+      tensors: name -> (dtype, shape), in the order of the file.
+    """
     # A name of its own: two writers of one file don't meet.
     self._path = path
     self._part = f'{path}.{secrets.token_hex(4)}.part'
@@ -282,10 +306,12 @@ class Writer:
     self._file.seek(entry.start + start * row)
     self._file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
-  def __enter__(self):
+  def __enter__(self) -> 'Writer':
+    """Returns the writer."""
     return self
 
-  def __exit__(self, kind, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    """Closes the file; removes it after an exception."""
     if kind is None:
       self.close()
     else:
@@ -293,7 +319,7 @@ class Writer:
       os.remove(self._part)
 
   def close(self) -> None:
-    """Gives the file its name."""
+    """Renames the file into place, complete and on disk."""
     self._file.flush()
     os.fsync(self._file.fileno())
     self._file.close()

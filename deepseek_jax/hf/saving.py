@@ -1,15 +1,15 @@
-"""Configuration and variables -> a Hugging Face folder.
+"""Saves configuration and variables as a Hugging Face folder.
 
-Tensor by tensor and row by row, so a model never has to fit in memory twice,
-or at all (`write` takes any source of regions). A shard file appears complete
-under its name or not at all; what a killed run finished is not done again, and
-never taken for the work of another (see `record`).
+The work goes tensor by tensor and row by row, so a model never has to fit in
+memory twice, or at all (`write` takes any source of regions). A shard file
+appears complete under its name or not at all; what a killed run finished is not
+done again, and never taken for the work of another (see `record`).
 """
 
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ STEP = 1 << 24  # numbers handled at once
 
 
 class Format(NamedTuple):
-  """How a folder is written.
+  """Describes how a folder is written.
 
   Attributes:
     dtype: of the tensors, 'float32', 'bfloat16' or 'float16'; selection biases
@@ -43,7 +43,7 @@ class Format(NamedTuple):
 
 
 class Stored(NamedTuple):
-  """One tensor of the folder to be."""
+  """Describes one tensor of the folder to be."""
 
   name: str
   part: Part
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
   quantize: str | None
 
   def tensors(self) -> dict[str, tuple]:
-    """Its entries in a file's header."""
+    """Returns its entries in a file's header: name -> (dtype, shape)."""
     shape = self.part.leaf.theirs
     if not self.quantize:
       return {self.name: (self.dtype, shape)}
@@ -60,6 +60,7 @@ class Stored(NamedTuple):
 
   @property
   def nbytes(self) -> int:
+    """Returns the bytes of the tensor, scales included."""
     return sum(
       int(np.prod(shape)) * dtype.itemsize
       for dtype, shape in self.tensors().values()
@@ -87,7 +88,7 @@ def save(
     extra: fields of config.json that don't change the model: eos_token_id,
       bos_token_id, pad_token_id, max_position_embeddings ...
     source: JSON values that identify the variables. With them a folder of
-      other work is refused, and a killed run of the same work is gone on with.
+      other work is refused, and a killed run of the same work is resumed.
 
   Raises:
     InputError: the family of the model can't express it, or an array has
@@ -110,7 +111,10 @@ def save(
 def tensors(
   config: TransformerConfig, variables: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """The tensors of a file, in memory: also of gradients or an optimizer."""
+  """Returns the tensors of a file in memory, in float32.
+
+  Variables may also be gradients or the moments of an optimizer.
+  """
   arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
   target = Format('float32')
   read = _reader(arrays)
@@ -120,8 +124,11 @@ def tensors(
   }
 
 
-def _reader(arrays) -> Read:
-  """Regions of arrays; from a device come only single layers and experts."""
+def _reader(arrays: Mapping[tuple, Any]) -> Read:
+  """Returns a reader of regions of arrays.
+
+  From a device it fetches only single layers and experts.
+  """
   # Traced indices: one small program per array, not one per layer.
   pick = jax.jit(lambda array, at: array[tuple(at)])
   host = {
@@ -130,7 +137,7 @@ def _reader(arrays) -> Read:
     if not isinstance(array, jax.Array) or _on_host(array)
   }
 
-  def read(leaf, region):
+  def read(leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
     if leaf.path in host:
       return host[leaf.path][region]
     at = [s.start for s in region[: leaf.lead]]
@@ -141,11 +148,13 @@ def _reader(arrays) -> Read:
 
 
 def _on_host(array: jax.Array) -> bool:
+  """Returns whether an array lies on one CPU device."""
   devices = array.devices()
   return len(devices) == 1 and next(iter(devices)).platform == 'cpu'
 
 
-def _array(variables, leaf: Leaf):
+def _array(variables: Mapping[str, Any], leaf: Leaf) -> Any:
+  """Returns the array of a leaf; InputError where it does not fit config."""
   found = variables
   for key in leaf.path:
     try:
@@ -183,7 +192,7 @@ def write(
     read: (leaf, region) -> array.
     target: how.
     source: JSON values that identify the numbers, as `identity` makes them; a
-      killed run of the same source, format and configuration is gone on with.
+      killed run of the same source, format and configuration is resumed.
     replace: write files anew that are already there, whatever wrote them.
     progress: called with the bytes written so far and in all.
 
@@ -194,7 +203,7 @@ def write(
   path = os.path.expanduser(path)
   os.makedirs(path, exist_ok=True)
   work = {
-    # Numbers of unknown origin are those of no other run.
+    # Numbers of unknown origin equal those of no other run.
     'source': source or secrets.token_hex(16),
     'format': target._asdict(),
     'config': fields,
@@ -208,7 +217,13 @@ def write(
     kept.close()
 
 
-def _write_shards(path, shards, read, kept, progress) -> int:
+def _write_shards(
+  path: str,
+  shards: Sequence[list[Stored]],
+  read: Read,
+  kept: record.Record,
+  progress: Callable[[int, int], None],
+) -> int:
   """Writes the shards that are not done; returns the bytes of all tensors."""
   total = sum(s.nbytes for shard in shards for s in shard)
   done = 0
@@ -226,6 +241,7 @@ def _write_shards(path, shards, read, kept, progress) -> int:
 
 
 def _header_fields(target: Format) -> dict:
+  """Returns the fields of config.json on dtype and quantisation."""
   dtypes = ('float32', 'bfloat16', 'float16')
   if target.dtype not in dtypes:
     raise InputError(f'dtype = {target.dtype!r}: must be one of {dtypes}')
@@ -247,7 +263,7 @@ def _header_fields(target: Format) -> dict:
 
 
 def stored(config: TransformerConfig, target: Format) -> list[Stored]:
-  """Every tensor of the folder, layer by layer."""
+  """Returns every tensor of the folder, layer by layer."""
   dtype = safetensors_io.DTYPES[
     {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}[target.dtype]
   ]
@@ -262,8 +278,8 @@ def stored(config: TransformerConfig, target: Format) -> list[Stored]:
   return sorted(out, key=lambda s: names.order(s.name))
 
 
-def _dtype(config, leaf: Leaf, dtype) -> np.dtype:
-  """What a tensor is stored as: V4 keeps more than biases in float32."""
+def _dtype(config: TransformerConfig, leaf: Leaf, dtype: np.dtype) -> np.dtype:
+  """Returns the dtype of a stored tensor; in V4 more than biases is float32."""
   if leaf.integer:
     return np.dtype(np.int64)
   exact = leaf.full_precision and v4_names.is_v4(config)
@@ -272,8 +288,8 @@ def _dtype(config, leaf: Leaf, dtype) -> np.dtype:
   return dtype
 
 
-def _copies(config, listed: list[Stored]) -> list[Stored]:
-  """The embedding and head that every MTP layer repeats."""
+def _copies(config: TransformerConfig, listed: list[Stored]) -> list[Stored]:
+  """Returns the embedding and head that every MTP layer repeats."""
   if v4_names.is_v4(config):
     return []
   by_name = {s.name: s for s in listed}
@@ -289,6 +305,7 @@ def _copies(config, listed: list[Stored]) -> list[Stored]:
 
 
 def _shards(listed: list[Stored], limit: int) -> list[list[Stored]]:
+  """Splits tensors, in order, into files of at most `limit` bytes."""
   shards, size = [[]], 0
   for one in listed:
     if shards[-1] and size + one.nbytes > limit:
@@ -300,16 +317,24 @@ def _shards(listed: list[Stored], limit: int) -> list[list[Stored]]:
 
 
 def _file_name(i: int, count: int) -> str:
+  """Returns the name of file `i` of `count`."""
   if count == 1:
     return safetensors_io.SINGLE
   return f'model-{i + 1:05d}-of-{count:05d}.safetensors'
 
 
 def _header_of(shard: list[Stored]) -> dict:
+  """Returns the header entries of all tensors of a shard."""
   return {k: v for one in shard for k, v in one.tensors().items()}
 
 
-def _write_shard(file, shard, read, progress):
+def _write_shard(
+  file: str,
+  shard: Sequence[Stored],
+  read: Read,
+  progress: Callable[[int], None],
+) -> None:
+  """Writes one file, some rows of a tensor at a time."""
   done = 0
   with safetensors_io.Writer(file, _header_of(shard)) as writer:
     for one in shard:
@@ -324,8 +349,11 @@ def _write_shard(file, shard, read, progress):
       progress(done)
 
 
-def _rows(one: Stored, read):
-  """(first row, block) of a tensor in the file's layout, a part at a time."""
+def _rows(one: Stored, read: Read) -> Iterator[tuple[int, Any]]:
+  """Yields (first row, block) of a tensor in the file's layout.
+
+  A quantised block is a pair, weight and scale.
+  """
   part, leaf = one.part, one.part.leaf
   shape, inner, m = leaf.theirs, leaf.inner, leaf.row_multiple
   k = part.row.inputs
@@ -337,6 +365,7 @@ def _rows(one: Stored, read):
   for start in range(0, shape[0], step):
     stop = min(start + step, shape[0])
     region = [slice(0, n) for n in inner]
+    # m rows of the file are one entry of our first output axis.
     region[k] = slice(start // m, stop // m)
     if part.half is not None:
       region.insert(k, slice(part.half, part.half + 1))
@@ -353,7 +382,8 @@ def _rows(one: Stored, read):
       yield start, rows.astype(one.dtype)
 
 
-def _write_index(path, shards, total):
+def _write_index(path: str, shards: Sequence[list[Stored]], total: int) -> None:
+  """Writes the index of several files; removes an old one for a single."""
   if len(shards) == 1:
     # A folder with an index is read by it: one of an older save must go.
     with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""A Hugging Face folder as our arrays, any region of them, read when asked.
+"""Opens a Hugging Face folder as our arrays, any region read on demand.
 
 Only the bytes of the rows that a region needs are read; float8 weights are
-dequantised on the way. So whoever holds a shard reads a shard.
+dequantised on the way. So a process that holds a shard reads a shard.
 """
 
 import os
@@ -75,7 +75,7 @@ def summary(unused: Mapping[str, str]) -> list[str]:
 
 
 class Source:
-  """An opened folder whose every tensor is accounted for.
+  """Opens a folder and accounts for its every tensor.
 
   Attributes:
     config: the model.
@@ -133,10 +133,10 @@ class Source:
         used.add(part.name)
     return used
 
-  def _check_layers(self):
+  def _check_layers(self) -> None:
     """Raises InputError unless the files have a tensor of every layer.
 
-    Before anything is built whose size config.json alone decides.
+    This comes before anything is built whose size config.json alone decides.
     """
     pattern = re.compile(r'(?:model\.)?layers\.(\d{1,9})\.')
     there = {int(m[1]) for m in map(pattern.match, self.entries) if m}
@@ -148,12 +148,14 @@ class Source:
         )
 
   def _has_drafter(self) -> bool:
+    """Returns whether a V4 folder has tensors of a drafter."""
     return v4_names.is_v4(self.config) and any(
       name.startswith('mtp.') and any(m in name for m in _DRAFTER_MARKS)
       for name in self.entries
     )
 
   def _keep_mtp(self, mtp: bool | None) -> bool:
+    """Returns whether MTP is read; by default where the files have it."""
     if self.drafter:
       if mtp:
         raise InputError(
@@ -166,7 +168,8 @@ class Source:
       return any(name.startswith(first) for name in self.entries)
     return mtp
 
-  def _check(self, part):
+  def _check(self, part: names.Part) -> None:
+    """Raises InputError unless a tensor has the shape and dtype of its part."""
     entry = self.entries.get(part.name)
     if entry is None:
       raise InputError(
@@ -206,13 +209,20 @@ class Source:
         )
       self._check_scale(part.name, entry.shape, scale, self._block)
 
-  def _shape(self, name) -> tuple[int, ...]:
-    """Of a tensor as numbers: two of MXFP4 lie in a byte."""
+  def _shape(self, name: str) -> tuple[int, ...]:
+    """Returns the shape of a tensor as numbers: MXFP4 packs two in a byte."""
     entry = self.entries[name]
     packed = entry.dtype == mxfp4.PACKED and name + _SCALE in self.entries
     return mxfp4.unpacked_shape(entry.shape) if packed else entry.shape
 
-  def _check_scale(self, name, shape, scale, block):
+  def _check_scale(
+    self,
+    name: str,
+    shape: tuple[int, ...],
+    scale: safetensors_io.Entry,
+    block: tuple[int, ...],
+  ) -> None:
+    """Raises InputError unless the scales have one entry per block."""
     wanted = fp8.scale_shape(shape, block)
     if scale.shape != wanted:
       raise InputError(
@@ -220,7 +230,8 @@ class Source:
         f' blocks of {list(block)} make it {list(wanted)}'
       )
 
-  def _why_unused(self, name) -> str:
+  def _why_unused(self, name: str) -> str:
+    """Returns why a tensor is not read; InputError if nothing explains."""
     if any(name.endswith(d) for d in names.DERIVED):
       return 'follows from config.json'
     depth, kept = self._depth, self.config.mtp.depth
@@ -257,8 +268,8 @@ class Source:
       ' that config.json names'
     )
 
-  def _check_copy(self, name, original):
-    """A repeated tensor must be the one that it repeats."""
+  def _check_copy(self, name: str, original: str) -> None:
+    """Raises InputError unless a repeated tensor equals its original."""
     if original == 'lm_head.weight' and self.config.tied:
       original = 'model.embed_tokens.weight'
     a, b = self.entries[name], self.entries[original]
@@ -275,7 +286,7 @@ class Source:
         )
 
   def read(self, leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
-    """A region of one of our arrays, in the file's dtype or float32."""
+    """Returns a region of one of our arrays, in the file's dtype or float32."""
     lead = [range(s.start, s.stop) for s in region[: leaf.lead]]
     inner = list(region[leaf.lead :])
     k, halves = leaf.rows[0].inputs, None
@@ -293,7 +304,8 @@ class Source:
       out[tuple(at)] = block
     return out
 
-  def _block_of(self, part, inner):
+  def _block_of(self, part: names.Part, inner: list[slice]) -> np.ndarray:
+    """Returns the inner region of one tensor in our axes."""
     leaf = part.leaf
     rows, columns = names.window(leaf, inner)
     block = self._window(part.name, rows, columns)
@@ -301,8 +313,11 @@ class Source:
       self._check_experts(part.name, block)
     return names.from_theirs(leaf, block, tuple(inner))
 
-  def _check_experts(self, name, table):
-    """A number beyond the experts would silently be another expert."""
+  def _check_experts(self, name: str, table: np.ndarray) -> None:
+    """Raises InputError for a number that is no expert.
+
+    It would silently select another one.
+    """
     experts = self.config.moe.experts
     wrong = (table < 0) | (table >= experts)
     if wrong.any():
@@ -311,8 +326,10 @@ class Source:
         f' numbers of experts, 0..{experts - 1}'
       )
 
-  def _window(self, name, rows, columns):
-    """A part of a tensor of the file, dequantised if it is float8."""
+  def _window(
+    self, name: str, rows: slice, columns: slice | None
+  ) -> np.ndarray:
+    """Returns a part of a tensor of the file, dequantised if quantised."""
     entry, scale = (self.entries.get(n) for n in (name, name + _SCALE))
     packed = scale is not None and entry.dtype == mxfp4.PACKED
     if packed:
@@ -322,6 +339,7 @@ class Source:
     if scale is None:
       return found
     block = mxfp4.BLOCK if packed else self._block
+    # The scales of the blocks that the region touches.
     r, c = (
       slice(s.start // b, -(-s.stop // b))
       for s, b in zip((rows, columns), block)

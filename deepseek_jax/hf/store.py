@@ -1,4 +1,4 @@
-"""An orbax checkpoint of variables that is written and read by regions.
+"""Keeps variables as an orbax checkpoint, written and read by regions.
 
 orbax itself writes what describes the tree, for arrays of one number each; the
 zarr arrays beside it are then replaced by ones of the true shape and filled
@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ CHUNK = 1 << 26  # bytes of a chunk, at most
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """The part of the work that a process of several does.
+  """Describes the part of the work that a process of several does.
 
   Attributes:
     mesh: sizes of the mesh axes by name, in the mesh's order.
@@ -63,7 +63,11 @@ ALONE = Share()
 
 
 def shard_counts(leaf: Leaf, share: Share) -> list[int]:
-  """Into how many shards each axis of a leaf is cut."""
+  """Returns into how many shards each axis of a leaf is split.
+
+  Raises:
+    InputError: an axis does not divide evenly.
+  """
   out = []
   for size, axis in zip(leaf.shape, leaf.axes):
     count = math.prod(share.mesh[a] for a in _mesh_axes(axis, share))
@@ -76,14 +80,16 @@ def shard_counts(leaf: Leaf, share: Share) -> list[int]:
   return out
 
 
-def _mesh_axes(axis, share):
+def _mesh_axes(axis: str | None, share: Share) -> list[str]:
+  """Returns the mesh axes that a logical axis is sharded over."""
   over = share.rules.get(axis) if axis else None
   over = (over,) if isinstance(over, str) else over or ()
   return [a for a in over if a in share.mesh]
 
 
 def owner(leaf: Leaf, shard: tuple[int, ...], share: Share) -> int:
-  """The first process that holds a shard, given its index on every axis."""
+  """Returns the first process that holds a shard, given its index per axis."""
+  # An index on one axis has a digit per mesh axis, the last one fastest.
   at = dict.fromkeys(share.mesh, 0)
   for axis, index in zip(leaf.axes, shard):
     for name in reversed(_mesh_axes(axis, share)):
@@ -95,7 +101,7 @@ def owner(leaf: Leaf, shard: tuple[int, ...], share: Share) -> int:
 
 
 def chunk_shape(leaf: Leaf, share: Share, itemsize: int) -> list[int]:
-  """Chunks that no shard's border crosses and no read wastes."""
+  """Returns the shape of chunks that divide shards and waste no read."""
   limit = CHUNK * 4 // itemsize  # `steps` counts four bytes a number
   shards = shard_counts(leaf, share)
   held = [n // c for n, c in zip(leaf.shape, shards)]
@@ -142,7 +148,14 @@ def create(
     )
 
 
-def _create(folder, config, dtype, share, about):
+def _create(
+  folder: str,
+  config: TransformerConfig,
+  dtype: str,
+  share: Share,
+  about: Mapping[str, Any],
+) -> None:
+  """Makes an empty store beside `folder` and renames it into place."""
   leaves = names.leaves(config)
   above = os.path.dirname(os.path.abspath(folder))
   os.makedirs(above, exist_ok=True)
@@ -152,6 +165,7 @@ def _create(folder, config, dtype, share, about):
     _declare(os.path.join(temporary, VARIABLES), leaf, dtype, share)
   with open(os.path.join(temporary, MODEL), 'w', encoding='utf-8') as file:
     json.dump(about, file, indent=2)
+  # Renamed whole: no other process sees half a store.
   os.chmod(temporary, 0o755)
   try:
     os.rename(temporary, folder)
@@ -161,7 +175,7 @@ def _create(folder, config, dtype, share, about):
       raise InputError(f'{folder}: is there and not empty') from None
 
 
-def _skeleton(path, leaves):
+def _skeleton(path: str, leaves: list[Leaf]) -> None:
   """Lets orbax write a tree of arrays of one number each."""
   import orbax.checkpoint as ocp
 
@@ -172,7 +186,7 @@ def _skeleton(path, leaves):
     checkpointer.save(os.path.abspath(path), tree)
 
 
-def _declare(path, leaf: Leaf, dtype: str, share: Share):
+def _declare(path: str, leaf: Leaf, dtype: str, share: Share) -> None:
   """Replaces an array of one number by an empty one of the true shape."""
   folder = os.path.join(path, leaf.name)
   declared = os.path.join(folder, '.zarray')
@@ -194,7 +208,7 @@ def _declare(path, leaf: Leaf, dtype: str, share: Share):
 
 
 class Store:
-  """An opened store.
+  """Opens a store.
 
   Attributes:
     folder: where it is.
@@ -243,13 +257,15 @@ class Store:
       raise self._incomplete('the store')
     return {'store': self._files}
 
-  def _incomplete(self, what) -> InputError:
+  def _incomplete(self, what: str) -> InputError:
+    """Returns the error of a conversion that was not finished."""
     return InputError(
       f'{self.folder}: {what} is incomplete; run the conversion again to'
       ' finish it'
     )
 
-  def _array(self, leaf: Leaf):
+  def _array(self, leaf: Leaf) -> ts.TensorStore:
+    """Returns the tensorstore of a leaf, opened once."""
     if leaf.path not in self._arrays:
       path = os.path.join(self.folder, VARIABLES, leaf.name)
       spec = {
@@ -262,7 +278,7 @@ class Store:
     return self._arrays[leaf.path]
 
   def read(self, leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
-    """A region of an array.
+    """Returns a region of an array.
 
     Raises InputError if it was never filled, or is damaged.
     """
@@ -270,7 +286,7 @@ class Store:
       self._check(leaf, cell)
     return self._array(leaf)[region].read().result()
 
-  def _check(self, leaf, cell):
+  def _check(self, leaf: Leaf, cell: tuple[int, ...]) -> None:
     """Compares a chunk with its manifest, once for every opened store."""
     name = self._name(leaf, cell)
     if name in self._checked:
@@ -283,8 +299,10 @@ class Store:
     manifest.check(self.folder, name, self._files[name], content=content)
     self._checked.add(name)
 
-  def _cells(self, leaf, region):
-    """(chunk number, its region) of the chunks that a region meets."""
+  def _cells(
+    self, leaf: Leaf, region: tuple[slice, ...]
+  ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    """Yields (chunk number, its region) of the chunks that a region meets."""
     size = self._array(leaf).chunk_layout.read_chunk.shape
     ranges = [
       range(s.start // n, -(-s.stop // n)) for s, n in zip(region, size)
@@ -299,10 +317,12 @@ class Store:
         ),
       )
 
-  def _name(self, leaf, cell) -> str:
+  def _name(self, leaf: Leaf, cell: tuple[int, ...]) -> str:
+    """Returns a chunk's file name below the folder."""
     return '/'.join((VARIABLES, leaf.name, '.'.join(map(str, cell)) or '0'))
 
-  def _chunk(self, leaf, cell) -> str:
+  def _chunk(self, leaf: Leaf, cell: tuple[int, ...]) -> str:
+    """Returns the path of a chunk's file."""
     return os.path.join(self.folder, self._name(leaf, cell))
 
   def fill(
@@ -338,13 +358,15 @@ class Store:
     manifest.write(self.folder, files, share.process, share.processes)
     self._files = manifest.read(self.folder)
 
-  def _owner(self, leaf, region, share):
+  def _owner(self, leaf: Leaf, region: tuple[slice, ...], share: Share) -> int:
+    """Returns the process that fills the chunk of a region."""
     counts = shard_counts(leaf, share)
     shard = [s.start // (n // c) for s, n, c in zip(region, leaf.shape, counts)]
     return owner(leaf, tuple(shard), share)
 
 
 def _is_chunk(name: str) -> bool:
+  """Returns whether a file name is that of a zarr chunk."""
   return name.rpartition('/')[2].replace('.', '').isdigit()
 
 
@@ -358,11 +380,13 @@ def _described(folder: str) -> list[str]:
   return sorted(name for name in out if not name.endswith('.__lock'))
 
 
-def _whole(leaf):
+def _whole(leaf: Leaf) -> tuple[slice, ...]:
+  """Returns the region of a whole leaf."""
   return tuple(slice(0, n) for n in leaf.shape)
 
 
-def _nbytes(array, region):
+def _nbytes(array: ts.TensorStore, region: tuple[slice, ...]) -> int:
+  """Returns the bytes of a region of a tensorstore."""
   size = math.prod(s.stop - s.start for s in region)
   return size * array.dtype.numpy_dtype.itemsize
 
@@ -390,7 +414,7 @@ def restore(
 
 
 def abstract(folder: str) -> dict:
-  """ShapeDtypeStructs of a store: what orbax's restore takes as its target."""
+  """Returns ShapeDtypeStructs of a store, the target of orbax's restore."""
   store = Store(folder)
   dtype = lambda leaf: store._array(leaf).dtype.numpy_dtype
   one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype(leaf))

@@ -1,4 +1,4 @@
-"""What a store held when it was filled: size and SHA-256 of every file.
+"""Records what a filled store holds: size and SHA-256 of every file.
 
 Each process that fills a store writes a manifest of its chunks and of the
 files that describe them, `manifest-0-of-1.json` where it works alone. A store
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from typing import Any
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.files import load_json
@@ -28,6 +29,7 @@ def write(folder: str, files: list[str], process: int, processes: int) -> None:
 
 
 def _name(process: int, processes: int) -> str:
+  """Returns the file name of a manifest."""
   return f'manifest-{process}-of-{processes}.json'
 
 
@@ -51,6 +53,7 @@ def read(folder: str) -> dict[str, list] | None:
 
 
 def _read(path: str) -> dict[str, list]:
+  """Returns the entries of a manifest; InputError where it is damaged."""
   fields = load_json(path, 1 << 30)
   files = fields.get('files')
   whole = isinstance(files, dict) and fields.get('sha256') == _seal(files)
@@ -59,7 +62,8 @@ def _read(path: str) -> dict[str, list]:
   return files
 
 
-def _is_entry(wanted) -> bool:
+def _is_entry(wanted: Any) -> bool:
+  """Returns whether a JSON value is [size, hash]."""
   return isinstance(wanted, list) and [*map(type, wanted)] == [int, str]
 
 
@@ -93,4 +97,5 @@ def hashed(path: str) -> list:
 
 
 def _seal(files: dict) -> str:
+  """Returns the SHA-256 of the entries themselves."""
   return hashlib.sha256(json.dumps(files).encode()).hexdigest()

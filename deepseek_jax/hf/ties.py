@@ -1,4 +1,4 @@
-"""One rule for equal scores on both sides of a comparison.
+"""Applies one rule for equal scores on both sides of a comparison.
 
 An indexer's scores are sums of ReLUs: many are exactly 0, so the border of a
 top-k often runs between equal scores. Here the lowest position wins; torch.topk
@@ -8,12 +8,13 @@ takes any of them.
 import collections
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 
 @contextlib.contextmanager
 def lowest_first() -> Iterator[collections.Counter]:
-  """torch.topk takes the lowest of equal positions inside.
+  """Makes torch.topk take the lowest of equal positions inside the context.
 
   Yields a counter: 'tied' is how many choices had equal scores on both sides
   of their border, of 'choices' that left anything out.
@@ -23,7 +24,9 @@ def lowest_first() -> Iterator[collections.Counter]:
   seen = collections.Counter()
   plain = torch.topk
 
-  def topk(x, k, dim=-1, largest=True, sorted=True):
+  def topk(
+    x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+  ) -> Any:
     if not largest:
       return plain(x, k, dim, largest, sorted)
     order = torch.sort(x, dim=dim, descending=True, stable=True)

@@ -1,10 +1,10 @@
-"""A certificate that a checkpoint computes here what it does in transformers.
+"""Certifies that a checkpoint computes here what it does in transformers.
 
 Both read the same folder, each with its own code, and see the same tokens in
-float32 with eager attention. Compared are the logits, also those that the head
+float32 with eager attention. The logits are compared, also those that the head
 makes of every layer's output, so a fault shows in the layer that has it. Of
-equal scores both choose the lowest (see ties.py).
-Legend: B batch, T tokens, D model, V vocabulary, L layers.
+equal scores both choose the lowest (see ties.py). Legend: B batch, T tokens, D
+model, V vocabulary, L layers.
 """
 
 import functools
@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ _TEXT = (
 
 
 class Case(NamedTuple):
-  """Tokens to compare on."""
+  """Holds the tokens of one comparison."""
 
   name: str
   ids: np.ndarray  # [B T]
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 class Compared(NamedTuple):
-  """What a case gives on one side."""
+  """Holds what a case gives on one side."""
 
   logits: np.ndarray  # [B T V]
   layers: list[np.ndarray]  # per layer [B T V], empty when decoding
@@ -64,9 +64,13 @@ class Compared(NamedTuple):
 
 
 def cases(
-  folder: str, vocab_size: int, lengths=LENGTHS, *, left: bool = True
+  folder: str,
+  vocab_size: int,
+  lengths: Sequence[int] = LENGTHS,
+  *,
+  left: bool = True,
 ) -> Iterator[Case]:
-  """Random ids and real text of each length, padding, cached decoding.
+  """Yields random ids and real text of each length, padding, cached decoding.
 
   `left` has padding on the left too, which transformers' V4 can't take: it
   compresses padding into the entries.
@@ -89,8 +93,10 @@ def cases(
   yield Case('cached decoding', ids, valid, prompt=ids.shape[1] // 2)
 
 
-def text_ids(folder: str, length: int, vocab_size: int):
-  """`length` tokens of real text, and what made them."""
+def text_ids(
+  folder: str, length: int, vocab_size: int
+) -> tuple[np.ndarray, str]:
+  """Returns `length` token ids of real text [T], and what made them."""
   if os.path.exists(os.path.join(folder, 'tokenizer.json')):
     made = 'tokenizer.json'
     tokenizer = tokenizers.from_file(folder)
@@ -104,15 +110,17 @@ def text_ids(folder: str, length: int, vocab_size: int):
 
 
 class Ours:
-  """This library's side."""
+  """Runs this library's side."""
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str) -> None:
+    """Loads a folder in float32."""
     self.config, self.variables = loading.load(folder)
     self.model = build(self.config)
     self._apply = jax.jit(self.model.apply)
     self._head = jax.jit(self._lens)
 
-  def _lens(self, stream):
+  def _lens(self, stream: jax.Array) -> jax.Array:
+    """Returns the head's logits [B T V] of a layer's output."""
     params = self.variables['params']
     norm = _pure(
       lambda rngs: RMSNorm(self.config.dim, eps=self.config.norm_eps, rngs=rngs)
@@ -128,6 +136,7 @@ class Ours:
     return x @ self.model.head(self.variables)
 
   def run(self, case: Case) -> Compared:
+    """Returns logits of a case, and of every layer unless it decodes."""
     if case.prompt is not None:
       return Compared(self._decode(case), [])
     segments = jnp.asarray(case.valid, jnp.int32)
@@ -135,7 +144,8 @@ class Ours:
     layers = [np.asarray(self._head(x)) for x in self._streams(case, segments)]
     return Compared(np.asarray(out.logits), layers)
 
-  def _streams(self, case, segments) -> Iterator[jax.Array]:
+  def _streams(self, case: Case, segments: jax.Array) -> Iterator[jax.Array]:
+    """Yields every layer's output, the residual streams."""
     stream = self.variables['params']['embed'][case.ids]
     stream = self.config.residual.expand(stream)
     ctx = context(jnp.asarray(case.ids), segments, self.config.vocab_size)
@@ -144,14 +154,16 @@ class Ours:
       stream = run(params, buffers, stream, *ctx[:3])
       yield stream
 
-  def _blocks(self):
+  def _blocks(self) -> Iterator[tuple[BlockConfig, Any, Any]]:
+    """Yields (configuration, params, buffers) of every layer, in order."""
     for layer in self.config.in_order():
       one = lambda a, r=layer.repeat: a[r]
       params = layer.of(self.variables['params'])
       buffers = layer.of(self.variables['buffers'], {})
       yield layer.block, jax.tree.map(one, params), jax.tree.map(one, buffers)
 
-  def _decode(self, case):
+  def _decode(self, case: Case) -> np.ndarray:
+    """Returns logits [B T V] of a prompt and of tokens decoded one by one."""
     out = self._apply(
       self.variables,
       case.ids[:, : case.prompt],
@@ -165,8 +177,11 @@ class Ours:
     return np.concatenate(every, axis=1)
 
 
-def _pure(make, call=lambda module, *args: module(*args)):
-  """`call` of a module as a function of (params, buffers, *arguments)."""
+def _pure(
+  make: Callable[[nnx.Rngs], nnx.Module],
+  call: Callable = lambda module, *args: module(*args),
+) -> Callable:
+  """Returns `call` of a module as f(params, buffers, *arguments)."""
   built = jax.eval_shape(lambda key: make(nnx.Rngs(key)), jax.random.key(0))
   graphdef, _, _ = nnx.split(built, nnx.Param, Buffer)
   merge = lambda params, buffers: nnx.merge(graphdef, params, buffers)
@@ -174,10 +189,18 @@ def _pure(make, call=lambda module, *args: module(*args)):
 
 
 @functools.lru_cache(maxsize=16)
-def _block(block: BlockConfig, dim: int):
+def _block(block: BlockConfig, dim: int) -> Callable:
+  """Returns a jitted block: (params, buffers, stream, inputs) -> stream."""
   run = _pure(lambda rngs: Block(block, dim, std=0.0, rngs=rngs))
 
-  def apply(params, buffers, stream, ids, positions, segments):
+  def apply(
+    params: Any,
+    buffers: Any,
+    stream: jax.Array,
+    ids: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+  ) -> jax.Array:
     ctx = Context(ids, positions, segments)
     return run(params, buffers, stream, ctx)[0]
 
@@ -185,9 +208,14 @@ def _block(block: BlockConfig, dim: int):
 
 
 class Theirs:
-  """transformers' side."""
+  """Runs transformers' side."""
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str) -> None:
+    """Loads a folder by transformers, in float32 with eager attention.
+
+    Raises:
+      InputError: torch or transformers is missing.
+    """
     try:
       import torch
       import transformers
@@ -207,6 +235,7 @@ class Theirs:
     )
 
   def run(self, case: Case) -> Compared:
+    """Returns what `Ours.run` does, with the number of tied choices."""
     with self._torch.no_grad(), ties.lowest_first() as seen:
       if case.prompt is not None:
         out = Compared(self._decode(case), [])
@@ -221,12 +250,15 @@ class Theirs:
       return []
     return list(found) if isinstance(found, list | tuple) else [int(found)]
 
-  def _forward(self, case):
+  def _forward(self, case: Case) -> Compared:
+    """Returns logits, and the head's logits of every layer, by hooks."""
     torch, model, streams = self._torch, self.model, []
+    # Hooks collect every layer's output for the head to read.
     hooks = [
       layer.register_forward_hook(lambda _, __, out: streams.append(out))
       for layer in model.model.layers
     ]
+    # Positions count from the first token that is not padding.
     positions = np.maximum(np.cumsum(case.valid, axis=1) - 1, 0)
     out = model(
       torch.tensor(case.ids),
@@ -239,7 +271,8 @@ class Theirs:
     lens = lambda x: model.lm_head(model.model.norm(collapse(x))).numpy()
     return Compared(out.logits.numpy(), [lens(x) for x in streams])
 
-  def _decode(self, case):
+  def _decode(self, case: Case) -> np.ndarray:
+    """Returns logits [B T V] of a prompt and of tokens decoded one by one."""
     torch, every = self._torch, []
     past = self._new_cache()
     for start in (0, *range(case.prompt, case.ids.shape[1])):
@@ -252,7 +285,12 @@ class Theirs:
 
 
 def difference(case: Case, ours: Compared, theirs: Compared) -> dict[str, Any]:
-  """The numbers of one case, over its tokens that are not padding."""
+  """Returns the numbers of one case, over its tokens that are not padding.
+
+  Returns:
+    'max' and 'mean' of |difference|, 'kl' the largest KL(theirs, ours) of a
+    token in nats, 'top1' the share of equal first choices, 'layers'.
+  """
   a, b = ours.logits[case.valid], theirs.logits[case.valid]
   layers = [
     _gap(x[case.valid], y[case.valid])
@@ -271,19 +309,21 @@ def difference(case: Case, ours: Compared, theirs: Compared) -> dict[str, Any]:
   }
 
 
-def _gap(a, b):
+def _gap(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+  """Returns largest and mean absolute difference, in float64."""
   gap = np.abs(a.astype(np.float64) - b)
   return {'max': float(gap.max()), 'mean': float(gap.mean())}
 
 
-def _log_softmax(logits):
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+  """Returns float64 log probabilities of logits [... V]."""
   x = logits.astype(np.float64)
   x = x - x.max(axis=-1, keepdims=True)
   return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def hashes(folder: str) -> dict[str, str]:
-  """sha256 of every file that the certificate speaks of."""
+  """Returns the sha256 of every file that the certificate covers."""
   out = {}
   for name in sorted(os.listdir(folder)):
     if name.endswith(('.safetensors', '.json', '.jinja')):
@@ -293,7 +333,7 @@ def hashes(folder: str) -> dict[str, str]:
 
 
 def _readable(source: Source, temporary: str) -> str:
-  """A folder that transformers reads right.
+  """Returns a folder that transformers reads right.
 
   It can't dequantise matrices whose last block is ragged (it takes the block
   size from the number of blocks), so float8 is dequantised for it.
@@ -310,7 +350,7 @@ def certify(
   *,
   max_logit: float = MAX_LOGIT,
   max_kl: float = MAX_KL,
-  lengths=LENGTHS,
+  lengths: Sequence[int] = LENGTHS,
 ) -> dict[str, Any]:
   """Compares both implementations; the certificate is JSON.
 

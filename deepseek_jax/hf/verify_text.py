@@ -1,7 +1,8 @@
-"""The part of a certificate on text: both sides read the same tokens in it.
+"""Certifies text: both sides read the same tokens in it.
 
-Compared with transformers' AutoTokenizer are the ids of prompts, with what
-begins and closes a text, those of a chat, and the tokens that end generation.
+The ids of prompts are compared with those of transformers' AutoTokenizer, with
+what begins and closes a text, those of a chat, and the tokens that end
+generation.
 """
 
 import os
@@ -84,7 +85,8 @@ def compare(folder: str, their_ends: list[int]) -> dict[str, Any]:
   }
 
 
-def _none(note):
+def _none(note: str) -> dict[str, Any]:
+  """Returns the result when nothing could be compared, and why."""
   return {
     'passed': True,
     'compared': 0,
@@ -94,7 +96,7 @@ def _none(note):
   }
 
 
-def _theirs(folder):
+def _theirs(folder: str) -> Any:
   """Returns AutoTokenizer of the folder, or why there is none."""
   import transformers
 
@@ -106,7 +108,9 @@ def _theirs(folder):
     return f'AutoTokenizer: {" ".join(str(error).split())[:200]}'
 
 
-def _talk(folder, tokenizer, theirs, talk):
+def _talk(
+  folder: str, tokenizer: Any, theirs: Any, talk: list[dict[str, str]]
+) -> tuple[str, list[int], list[int]]:
   """Returns (name, our ids, their ids) of a conversation."""
   name = f'chat of {len(talk)} messages'
   try:

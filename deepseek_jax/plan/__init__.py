@@ -1,4 +1,4 @@
-"""What a configuration costs, from the configuration alone."""
+"""Computes what a configuration costs, from the configuration alone."""
 
 from deepseek_jax.plan.attention import (
   AttentionCost,

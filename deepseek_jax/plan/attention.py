@@ -1,15 +1,16 @@
-"""What an attention costs: multiply-adds per query, per key and per pair.
+"""Counts what an attention costs: multiply-adds per query, key and pair.
 
-Each kind answers for itself, in each form that it can be computed in. A new
+Each kind counts itself, in each form that it can be computed in. A new
 attention either is registered here or has a method `cost(dim)` of its own.
-Legend: D model, H heads, G key heads, K head dim, Q query latent, C latent,
-N no-rope dim, R rope dim, V value dim.
+Legend: D model, H heads, G key heads, K head dim, Q query latent, C latent, N
+no-rope dim, R rope dim, V value dim.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """Multiply-adds per (query, key) pair that a query really computes.
+  """Counts multiply-adds per (query, key) pair that a query really computes.
 
   Attributes:
     macs: per pair.
@@ -42,12 +43,12 @@ class Term:
   index: bool = False
 
   def keys(self, tokens: int) -> int:
-    """Keys of a query that may look at `tokens` tokens."""
+    """Returns the keys of a query that attends to `tokens` tokens."""
     keys = tokens // self.stride
     return keys if self.most is None else min(keys, self.most)
 
   def triangle(self, length: int) -> int:
-    """Pairs of a whole sequence in which query t looks at t = 1..length."""
+    """Returns the pairs of a sequence whose query t attends to tokens 1..t."""
     keys, over = length // self.stride, 0
     if self.most is not None and keys > self.most:
       over, keys = length - self.most * self.stride + 1, self.most - 1
@@ -56,14 +57,14 @@ class Term:
     return self._ramp(keys, length)
 
   def _ramp(self, keys: int, length: int) -> int:
-    """Sum of t // stride for t = 1..length, the last of them `keys`."""
+    """Returns the sum of t // stride for t = 1..length, `keys` the last."""
     last = length - keys * self.stride + 1  # how often `keys` occurs
     return self.stride * (keys * (keys - 1) // 2) + last * keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """One way to compute an attention; all numbers are multiply-adds.
+  """Counts one way to compute an attention, in multiply-adds.
 
   Attributes:
     query: per new token: projections of queries, its own keys, the output.
@@ -78,7 +79,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCost:
-  """All forms of an attention.
+  """Holds the cost of an attention in all its forms.
 
   Attributes:
     weights: matmul weights, each used once per token.
@@ -92,8 +93,12 @@ class AttentionCost:
 
 
 @functools.singledispatch
-def attention_cost(attention, dim: int) -> AttentionCost:
-  """The cost of an attention configuration on a model of width `dim`."""
+def attention_cost(attention: Any, dim: int) -> AttentionCost:
+  """Returns the cost of an attention configuration at model width `dim`.
+
+  Raises:
+    InputError: the attention is not registered and has no method `cost`.
+  """
   if hasattr(attention, 'cost'):
     return attention.cost(dim)
   raise InputError(
@@ -104,15 +109,20 @@ def attention_cost(attention, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of latent attention (V2, section 2.1)."""
   a, D, H = attention, dim, attention.heads
   C, N, R, V = a.kv_rank, a.nope_dim, a.rope_dim, a.v_dim
   if a.q_rank is None:
     query = D * H * (N + R)
   else:
     query = a.q_rank * (D + H * (N + R))
+  # Per new token: query, latent with rotary key, output projection.
   own = query + D * (C + R) + H * V * D
+  # From the latent: every head's key and value.
   up = C * H * (N + V)
+  # A pair in expanded form: N + R products of scores, V of values.
   wide = (Term(H * (N + R + V), H * (N + R)),)
+  # Absorbed, keys and values are the latent itself, shared by all heads.
   narrow = (Term(H * (2 * C + R), H * (C + R)),)
   return AttentionCost(
     weights=own + up,
@@ -127,6 +137,7 @@ def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of grouped-query attention."""
   a, D = attention, dim
   weights = 2 * D * a.head_dim * (a.heads + a.kv_heads)
   pairs = (Term(2 * a.heads * a.head_dim, a.heads * a.head_dim),)
@@ -136,13 +147,16 @@ def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of latent attention with an indexer (V3.2)."""
   a, C, R = attention, attention.kv_rank, attention.rope_dim
   J, I = a.indexer.heads, a.indexer.dim
   dense = _mla(a, dim)
   weights = dense.weights + (a.q_rank or dim) * J * I + dim * (I + J)
+  # The indexer scores every token; the core attends to the best top_k.
   index = Term(J * I, index=True)
   chosen = Term(a.heads * (2 * C + R), a.heads * (C + R), most=a.top_k)
   form = Form(weights, 0, (chosen, index))
+  # Warm-up (V3.2): the core attends to all, the indexer scores as well.
   if a.stage == 'dense':
     return AttentionCost(
       weights, Form(weights, 0, (*dense.fresh.pairs, index)), {'absorbed': form}
@@ -152,11 +166,14 @@ def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
+  """Returns the cost of native sparse attention: three branches."""
   a, D, H, G = attention, dim, attention.heads, attention.kv_heads
   K, V, F = a.qk_dim, a.v_dim, a.hidden
+  # Per token: queries, three gates and output; keys and values per branch.
   every = D * (H * (K + 3 + V) + 3 * G * (K + V))
   blocks = (a.block + 1) * F * (K + V)  # of the two compressing MLPs
   pair = functools.partial(Term, H * (K + V), H * K)
+  # The branches in order: compressed, selected, window.
   pairs = (
     pair(stride=a.stride),
     pair(most=a.select * a.select_block),
@@ -169,16 +186,21 @@ def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
 
 @attention_cost.register
 def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
+  """Returns the cost of V4's attention: a window and compressed entries."""
   a, D, C, Q = attention, dim, attention.head_dim, attention.q_rank
   wide = a.heads * C
+  # Query through its latent; one key, which is the value too, for all heads.
   weights = D * Q + Q * wide + D * C
+  # Each group of heads goes down to o_rank, all groups together up to D.
   weights += wide * a.o_rank + a.groups * a.o_rank * D
   pairs = [Term(2 * wide, wide, most=a.window)]
   if a.compress == 'hca':
+    # Projection and gate of the compressor.
     weights += 2 * D * C
     pairs.append(Term(2 * wide, wide, stride=a.hca.ratio))
   if a.compress == 'csa':
     J, I, m = a.csa.index_heads, a.csa.index_dim, a.csa.ratio
+    # Two series of entries and of index keys, each with gates; the indexer.
     weights += 2 * D * 2 * (C + I) + Q * J * I + D * J
     most = None if a.csa.stage == 'dense' else a.csa.top_k
     pairs.append(Term(2 * wide, wide, stride=m, most=most))
@@ -187,20 +209,23 @@ def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'cached': form})
 
 
-def cache_elements(attention, length: int) -> int:
-  """Numbers that one layer caches of `length` tokens; asks its own cache."""
+def cache_elements(attention: Any, length: int) -> int:
+  """Returns how many numbers a layer caches of `length` tokens.
+
+  The attention's own abstract cache is counted.
+  """
   made = jax.eval_shape(lambda: attention.cache(1, length, jnp.float32))
   return sum(math.prod(a.shape) for a in jax.tree.leaves(made))
 
 
-def cache_bytes_fp8(attention, length: int) -> int | None:
-  """Bytes of the released 8-bit records of one layer; None where none exist.
+def cache_bytes_fp8(attention: Any, length: int) -> int | None:
+  """Returns the bytes of one layer's 8-bit records; None where none exist.
 
-  Of latent attention (FlashMLA) a record is the latent as e4m3, a float32
-  scale per 128 of it, and the rotary key as bfloat16; an index key is e4m3
-  with one scale. Of V4 it is a vector with its turned channels as bfloat16,
-  the others as e4m3 with a byte of scale per 64, in multiples of 8; an index
-  key has 4 bits a number and a byte of scale per 32.
+  In latent attention (FlashMLA) a record is the latent as e4m3, a float32 scale
+  per 128 of it, and the rotary key as bfloat16; an index key is e4m3 with one
+  scale. In V4 it is a vector with its rotated channels as bfloat16, the others
+  as e4m3 with a byte of scale per 64, in multiples of 8; an index key has 4
+  bits a number and a byte of scale per 32.
   """
   if isinstance(attention, SharedKVConfig):
     return _shared_bytes(attention, length)
@@ -214,6 +239,7 @@ def cache_bytes_fp8(attention, length: int) -> int | None:
 
 
 def _shared_bytes(a: SharedKVConfig, length: int) -> int:
+  """Returns the bytes of V4's records: the window, and entries by ratio."""
   flat = a.head_dim - a.rope_dim
   record = flat + 2 * a.rope_dim + 8 * -(-flat // (64 * 8))
   window = min(length, a.window) * record

@@ -1,4 +1,4 @@
-"""Gives the published bubbles of pipeline schedules (V3's table 2).
+"""Computes the published bubbles of pipeline schedules (V3's table 2).
 
 DeepSeek-V3 (arXiv:2412.19437), section 3.2. `pipeline.simulate` runs the
 schedules themselves and knows nothing of these formulas.
@@ -12,7 +12,9 @@ from deepseek_jax.pipeline.simulate import Durations
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A row of V3's table 2; multiples are of a pipeline without copies.
+  """Holds a row of V3's table 2.
+
+  Multiples are of a pipeline without copies.
 
   Attributes:
     bubble: idle time of a rank per training step.
@@ -30,7 +32,11 @@ SCHEDULES = ('1f1b', 'zb1p', 'dualpipe', 'dualpipev')
 
 
 def method(schedule: str, stages: int, times: Durations) -> Method:
-  """Bubble and memory of a schedule over `stages` pipeline stages."""
+  """Returns bubble and memory of a schedule over `stages` pipeline stages.
+
+  Raises:
+    InputError: the schedule is unknown or needs an even number of stages.
+  """
   F, B, W = times.forward, times.backward, times.weight
   if schedule == '1f1b':
     return Method((stages - 1) * (F + B), 1, stages)

@@ -1,8 +1,8 @@
-"""The training step compiled for a mesh of devices that do not exist.
+"""Compiles the training step for a mesh of devices that do not exist.
 
-XLA partitions the program for as many fake CPU devices as asked for, and says
-what each would hold and send; no parameter is ever allocated. How many devices
-JAX sees is settled when it starts, so this is a process of its own
+XLA partitions the program for as many fake CPU devices as asked for, and
+reports what each would hold and send; no parameter is ever allocated. The
+number of devices is fixed when JAX starts, so this is a process of its own
 (`python -m deepseek_jax.plan.compiled` reads a Program as JSON).
 """
 
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import BatchConfig
 from deepseek_jax.train.step import TrainConfig, initial_state, train_step
 
-MOST = 256  # devices; more take minutes and tell nothing new
+MOST = 256  # devices; more take minutes and show nothing new
 _WARNING = re.compile(
   r'Involuntary full rematerialization.*? from sharding (\{.*?\}) to (\{.*?\})'
   r' efficiently for HLO operation \S+ = (\S+?)\{.*?(?:op_name="([^"]*)"|$)',
@@ -41,7 +42,7 @@ _WARNING = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is compiled: one step.
+  """Describes the step that is compiled.
 
   Attributes:
     model: the configuration.
@@ -61,6 +62,7 @@ class Program:
   accumulate: int = 1
 
   def __post_init__(self):
+    """Raises InputError where a field is out of range; stage must be 1."""
     at_least(self, 'compile.', seq_len=1, micro_batch=1, accumulate=1)
     if self.mesh.stage > 1:
       raise InputError(
@@ -75,13 +77,13 @@ class Program:
 
   @property
   def rows(self) -> int:
-    """Sequences of the step."""
+    """Returns the number of sequences of the step, over all devices."""
     return self.mesh.ways('batch') * self.micro_batch * self.accumulate
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What XLA made of it.
+  """Holds what XLA reports of the compiled step.
 
   Attributes:
     arguments, outputs, temporaries: bytes per device; the last are what the
@@ -109,10 +111,12 @@ class Compiled:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-  """'8x4x2' (in the order data, fsdp, expert ...) or 'fsdp=8,expert=4'.
+  """Returns the mesh of '8x4x2' or 'fsdp=8,expert=4'.
+
+  The first form lists sizes in the order data, fsdp, expert ...
 
   Raises:
-    InputError: says how to write it.
+    InputError: the text is neither; shows how to write it.
   """
   how = f'write 8x4x2, in the order {", ".join(AXES)}, or fsdp=8,expert=4'
   if '=' in text:
@@ -140,8 +144,13 @@ def check(program: Program) -> None:
   grid.exchange.check(grid.ways('experts'), model.dim, 'cpu')
 
 
-def lower(program: Program):
-  """The lowered step, its abstract state and batch; needs the devices."""
+def lower(
+  program: Program,
+) -> tuple[jax.stages.Lowered, Any, dict[str, jax.ShapeDtypeStruct]]:
+  """Returns the lowered step, its abstract state and its abstract batch.
+
+  The process must see as many devices as the mesh has.
+  """
   check(program)
   model, config = build(program.model), program.mesh
   batch = BatchConfig(program.rows, accumulate=program.accumulate)
@@ -159,6 +168,7 @@ def lower(program: Program):
     (program.rows, program.seq_len + 1), jnp.int32, sharding=cut
   )
   batch = {'tokens': row}
+  # The state is donated, as in training: outputs take the arguments' place.
   step = jax.jit(
     train_step(model, cfg),
     donate_argnums=0,
@@ -169,8 +179,8 @@ def lower(program: Program):
     return step.lower(state, batch), state, batch
 
 
-def _bytes(tree) -> int:
-  """On one device."""
+def _bytes(tree: Any) -> int:
+  """Returns the bytes of a tree of sharded arrays on one device."""
   return sum(
     math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
     for s in jax.tree.leaves(tree)
@@ -178,10 +188,10 @@ def _bytes(tree) -> int:
 
 
 def compile_here(program: Program) -> Compiled:
-  """Compiles in this process, which needs the devices."""
+  """Compiles in this process, which must see all devices of the mesh."""
   start = time.perf_counter()
   lowered, state, _ = lower(program)
-  # Of the backend's own passes none moves a collective or an argument.
+  # The backend's own passes move no collective and no argument: skipped.
   compiled = lowered.compile({'xla_backend_optimization_level': 0})
   found = collectives(compiled.as_text(), program.mesh.devices)
   memory = compiled.memory_analysis()
@@ -199,16 +209,27 @@ def compile_here(program: Program) -> Compiled:
 
 
 def warnings(text: str) -> list[str]:
-  """XLA's warnings of full rematerializations in what it wrote, in short."""
+  """Returns XLA's warnings of full rematerializations in `text`, shortened."""
   return [
     f'{shape} {operation or "(unnamed)"}: {before} -> {after}'
     for before, after, shape, operation in _WARNING.findall(text)
   ]
 
 
-def run(argv: list[str], devices: int, text: str = ''):
-  """Python as a process of its own, which sees so many fake devices."""
-  # Compiled to be read, not to be run: LLVM need not bother.
+def run(
+  argv: list[str], devices: int, text: str = ''
+) -> subprocess.CompletedProcess[str]:
+  """Runs Python in a process that sees `devices` fake CPU devices.
+
+  Args:
+    argv: arguments of the interpreter.
+    devices: how many CPU devices JAX finds there.
+    text: what the process reads on stdin.
+
+  Returns:
+    The finished process, with stdout and stderr as text.
+  """
+  # The program is read, never run: LLVM's costly passes are left out.
   flags = (
     f'--xla_force_host_platform_device_count={devices}'
     ' --xla_llvm_disable_expensive_passes=true'

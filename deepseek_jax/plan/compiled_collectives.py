@@ -1,15 +1,15 @@
-"""The collectives of a compiled program, read from its HLO text.
+"""Reads the collectives of a compiled program from its HLO text.
 
-What stands in a loop counts as often as the loop runs, if XLA knows that; what
-stands in a branch of a conditional is marked. Bytes are those that one device
-sends as a ring does: (n-1)/n of what is gathered, scattered or exchanged, twice
-that for an all-reduce, all of a permute.
+A collective in a loop counts as often as the loop runs, if XLA knows that; one
+in a branch of a conditional is marked. Bytes are those that one device sends as
+a ring does: (n-1)/n of what is gathered, scattered or exchanged, twice that for
+an all-reduce, all of a permute.
 """
 
 import collections
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 KINDS = (
@@ -35,25 +35,26 @@ _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
 
 class Array(NamedTuple):
-  """An array of the program."""
+  """Describes an array of the program."""
 
   dtype: str  # as XLA names it, 'f32'
   shape: tuple[int, ...]
 
   @property
   def bits(self) -> int:
+    """Returns the size of the array in bits."""
     width = _WIDTH.get(self.dtype)
     width = 8 * width if width else int(re.search(r'\d+', self.dtype).group())
     return width * math.prod(self.shape)
 
 
 class Collective(NamedTuple):
-  """One collective of the program.
+  """Describes one collective of the program.
 
   Attributes:
     kind: one of KINDS.
     arrays: its results on a device.
-    devices: of a group.
+    devices: how many form a group.
     times: how often it runs.
     loop: it stands in a loop of unknown length, which counts as one pass.
     maybe: it stands in a branch of a conditional.
@@ -70,13 +71,16 @@ class Collective(NamedTuple):
 
   @property
   def bytes(self) -> int:
-    """Of the result on a device; of a reduce-scatter, of what is scattered."""
+    """Returns the bytes of the result on a device.
+
+    A reduce-scatter counts what is scattered, its input.
+    """
     size = sum(a.bits for a in self.arrays) // 8
     return size * self.devices if self.kind == 'reduce-scatter' else size
 
   @property
   def sent(self) -> int:
-    """Bytes that one device sends in a run of the program."""
+    """Returns the bytes that one device sends in a run of the program."""
     n = self.devices
     if self.kind == 'collective-permute':
       return self.times * self.bytes
@@ -90,7 +94,7 @@ _AXIS = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 
 
 def _group(line: str, devices: int) -> int:
-  """How many devices take part in one group of a collective."""
+  """Returns how many devices take part in one group of a collective."""
   found = _MESH.search(line)
   if found:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
@@ -104,6 +108,7 @@ def _group(line: str, devices: int) -> int:
 
 
 def _collective(line: str, devices: int) -> Collective | None:
+  """Returns the collective of a line of HLO, or None."""
   found = _OP.search(line)
   if not found:
     return None
@@ -112,7 +117,7 @@ def _collective(line: str, devices: int) -> Collective | None:
     for dtype, dims in _SHAPE.findall(found['type'])
   ]
   if found['start'] and found['type'].startswith('('):
-    # (inputs, outputs, ...): of these the outputs.
+    # An asynchronous start returns (inputs, outputs, ...): keep the outputs.
     half = len(arrays) // 2
     arrays = arrays[1:2] if len(arrays) % 2 else arrays[half:]
   source = re.search(r'op_name="([^"]*)"', line)
@@ -124,8 +129,8 @@ def _collective(line: str, devices: int) -> Collective | None:
   )
 
 
-def _computations(text: str):
-  """Lines of each computation by name, and the entry's name."""
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+  """Returns the lines of each computation by name, and the entry's name."""
   bodies, entry, lines = {}, None, []
   for line in text.splitlines():
     found = _COMPUTATION.match(line)
@@ -137,8 +142,9 @@ def _computations(text: str):
   return bodies, entry
 
 
-def _calls(line: str):
-  """(computation, times or None when unknown) of all that a line runs."""
+def _calls(line: str) -> Iterator[tuple[str, int | None]]:
+  """Yields (computation, times; None if unknown) of all that a line runs."""
+  # A while loop runs its body known_trip_count times, if XLA knows it.
   times = 1
   if ' while(' in line:
     found = _TRIPS.search(line)
@@ -151,7 +157,7 @@ def _calls(line: str):
 
 
 def collectives(text: str, devices: int) -> tuple[Collective, ...]:
-  """The collectives that a compiled program runs on each device.
+  """Returns the collectives that a compiled program runs on each device.
 
   Args:
     text: `compiled.as_text()`.
@@ -160,7 +166,7 @@ def collectives(text: str, devices: int) -> tuple[Collective, ...]:
   bodies, entry = _computations(text)
   out = []
 
-  def walk(name, times, loop, maybe):
+  def walk(name: str, times: int, loop: bool, maybe: bool) -> None:
     for line in bodies.get(name, ()):
       one = _collective(line, devices)
       if one:
@@ -172,18 +178,19 @@ def collectives(text: str, devices: int) -> tuple[Collective, ...]:
         walk(called, times * (often or 1), loop or often is None, unsure)
 
   walk(entry, 1, False, False)
+  # A group of one device sends nothing.
   return tuple(c for c in out if c.devices > 1)
 
 
 class Total(NamedTuple):
-  """Collectives of one kind: how many run, what one device sends."""
+  """Counts collectives of one kind: how many run, what one device sends."""
 
   count: int
   sent: int
 
 
 def totals(found: Iterable[Collective]) -> dict[str, Total]:
-  """By kind, the kinds that occur."""
+  """Returns the totals by kind, of the kinds that occur."""
   out = collections.defaultdict(lambda: Total(0, 0))
   for one in found:
     count, sent = out[one.kind]

@@ -1,4 +1,4 @@
-"""How a model lies on a mesh: what a device holds of every parameter.
+"""Computes how a model lies on a mesh: what a device holds of each parameter.
 
 Sizes follow from the parameters' own axis names and a dict of rules, as in
 training. Tokens are split over data, fsdp and expert, a sequence over context,
@@ -7,8 +7,8 @@ blocks over stage. Legend: P stages.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -19,13 +19,13 @@ from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel.mesh import RULES
 from deepseek_jax.pipeline.cut import stage_places
 
-# As people write them: the order of --compile=8x4x2.
+# The order in which --compile=8x4x2 lists sizes.
 AXES = ('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Sizes of the mesh axes; their product is the number of devices."""
+  """Holds sizes of the mesh axes; their product is the number of devices."""
 
   data: int = 1
   fsdp: int = 1
@@ -35,20 +35,22 @@ class Mesh:
   stage: int = 1
 
   def __post_init__(self):
+    """Raises InputError where a size is below 1."""
     at_least(self, 'mesh.', **dict.fromkeys(AXES, 1))
 
   @property
   def devices(self) -> int:
+    """Returns the number of devices."""
     return math.prod(getattr(self, name) for name in AXES)
 
   @property
   def batch(self) -> int:
-    """Ways that the sequences of a batch are split."""
+    """Returns the ways that the sequences of a batch are split."""
     return self.data * self.fsdp * self.expert
 
 
 def mesh_of(sizes: Mapping[str, int] | Mesh | None) -> Mesh:
-  """A Mesh from a dict of axis sizes; axes left out are 1."""
+  """Returns a Mesh from a dict of axis sizes; axes left out are 1."""
   if isinstance(sizes, Mesh):
     return sizes
   for name in sizes or {}:
@@ -58,7 +60,7 @@ def mesh_of(sizes: Mapping[str, int] | Mesh | None) -> Mesh:
 
 
 class Share(NamedTuple):
-  """What one device holds of one parameter of one block.
+  """Describes what one device holds of one parameter of one block.
 
   Attributes:
     name: dotted path.
@@ -68,7 +70,7 @@ class Share(NamedTuple):
     routed: a routed expert's.
     matrix: computes in the model's dtype; the others stay float32.
     trained: has gradients and moments.
-    axes: its logical axes, of which the optimizer's rule depends.
+    axes: its logical axes, on which the optimizer's rule depends.
   """
 
   name: str
@@ -81,7 +83,15 @@ class Share(NamedTuple):
   axes: tuple
 
 
-def _share(name, variable, stack, mesh, rules, trained) -> Share:
+def _share(
+  name: str,
+  variable: nnx.Variable,
+  stack: int,
+  mesh: Mesh,
+  rules: Mapping,
+  trained: bool,
+) -> Share:
+  """Returns the share of a parameter, the first `stack` axes left out."""
   meta = variable.get_metadata()
   axes = meta.get('axes') or ()
   shape = variable.shape[stack:]
@@ -109,8 +119,10 @@ def _share(name, variable, stack, mesh, rules, trained) -> Share:
   )
 
 
-def _leaves(abstract, kind):
-  """(path, variable) of a tree of abstract variables."""
+def _leaves(
+  abstract: Mapping[str, Any], kind: str
+) -> Iterator[tuple[str, nnx.Variable]]:
+  """Yields (path, variable) of a tree of abstract variables."""
   leaf = lambda v: isinstance(v, nnx.Variable)
   flat = jax.tree_util.tree_flatten_with_path(abstract[kind], is_leaf=leaf)[0]
   for path, variable in flat:
@@ -121,7 +133,7 @@ def _leaves(abstract, kind):
 def shares(
   config: TransformerConfig, mesh: Mesh, rules: Mapping | None = None
 ) -> dict[tuple, tuple[Share, ...]]:
-  """What a device holds, by place.
+  """Returns what a device holds, by place.
 
   Places are ('start',), ('block', i) for layer i in order, ('mtp', k) and
   ('end',): the embedding is at the start, final norm and head at the end.
@@ -134,6 +146,7 @@ def shares(
   out = {}
   for kind in ('params', 'buffers'):
     for name, variable in _leaves(abstract, kind):
+      # Blocks are stacked: their first axis is the layer, which no rule shards.
       stack = 1 if name.startswith('segments.') else 0
       made = _share(name, variable, stack, mesh, rules, kind == 'params')
       for place in _places(config, name.split('.')):
@@ -142,13 +155,14 @@ def shares(
 
 
 def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
-  """Where the parameter at `path` occurs; a stacked one in many layers."""
+  """Returns places of the parameter at `path`; a stacked one has many."""
   if path[0] == 'embed':
     return [('start',)]
   if path[0] == 'mtp':
     return [('mtp', int(path[1]))]
   if path[0] != 'segments':
     return [('end',)]
+  # A segment repeats its blocks in order: each recurs every `step` layers.
   segments = config.segments()
   number, position = int(path[1]), int(path[2])
   first = sum(len(s.blocks) * s.repeat for s in segments[:number])
@@ -159,7 +173,7 @@ def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
 def ranks(
   config: TransformerConfig, mesh: Mesh, *, both_ends: bool = False
 ) -> tuple[tuple, ...]:
-  """Places that each pipeline rank holds.
+  """Returns the places that each pipeline rank holds.
 
   Args:
     config: a model.

@@ -1,13 +1,13 @@
-"""FLOPs of a configuration: per part, forward and backward, and by convention.
+"""Counts FLOPs of a configuration: per part, per pass and by convention.
 
 A multiply-add is two FLOPs; only matmuls count, as in every published figure.
-Counts are of one sequence, so that they are whole numbers. The backward pass
-is twice the forward pass. Legend: D model, V vocabulary, L layers.
+Counts are of one sequence, so that they are whole numbers. The backward pass is
+twice the forward pass. Legend: D model, V vocabulary, L layers.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.block import BlockConfig
@@ -46,13 +46,13 @@ PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-  """FLOPs of one sequence.
+  """Holds the FLOPs of one sequence.
 
   Attributes:
     length: its tokens.
     seen: the convention of the attention core, a key of CONVENTIONS.
     forward: by part, of the forward pass.
-    repeated: by part, what the backward pass computes again.
+    repeated: by part, what the backward pass recomputes.
   """
 
   length: int
@@ -62,30 +62,36 @@ class Flops:
 
   @property
   def training(self) -> int:
-    """Forward and backward, nothing recomputed: what papers call FLOPs."""
-    # By what an indexer chooses with no gradient goes back.
+    """Returns forward and backward FLOPs, nothing recomputed.
+
+    This is what papers call FLOPs.
+    """
+    # The choice by an indexer's scores has no gradient: they count once.
     return 3 * sum(self.forward.values()) - 2 * self.forward.get(INDEX, 0)
 
   @property
   def executed(self) -> int:
-    """Forward and backward as run, with what is computed again."""
+    """Returns forward and backward FLOPs as run, recomputation included."""
     return self.training + sum(self.repeated.values())
 
   @property
   def per_token(self) -> float:
-    """Training FLOPs per token."""
+    """Returns training FLOPs per token."""
     return self.training / self.length
 
 
 def blocks(config: TransformerConfig) -> Iterator[tuple[BlockConfig, int]]:
-  """Every block of every segment with its repeats, in order."""
+  """Yields every block with its repeats, segment by segment, in order."""
   for segment in config.segments():
     for block in segment.blocks:
       yield block, segment.repeat
 
 
 def _blocked(length: int, most: int = 8) -> int:
-  """Pairs that `causal_attention` computes: blocks of at least 128 queries."""
+  """Counts pairs that `causal_attention` computes.
+
+  Its blocks have at least 128 queries and attend to all keys up to their end.
+  """
   size = max(128, -(-length // most))
   ends = (min(i + size, length) for i in range(0, length, size))
   starts = range(0, length, size)
@@ -93,7 +99,10 @@ def _blocked(length: int, most: int = 8) -> int:
 
 
 def _pairs(term: Term, length: int, seen: Seen) -> tuple[int, int]:
-  """Pairs of a sequence as a fraction (the halves of odd squares)."""
+  """Returns the (query, key) pairs of a sequence as a fraction.
+
+  The denominator is 2 where half of an odd square is counted.
+  """
   if seen == 'half' and term.most is None:
     return length * term.keys(length), 2
   if seen in ('half', 'triangle'):
@@ -105,8 +114,10 @@ def _pairs(term: Term, length: int, seen: Seen) -> tuple[int, int]:
   raise InputError(f'seen = {seen!r}: must be one of {list(CONVENTIONS)}')
 
 
-def _core(terms, length: int, seen: Seen, scores: bool = False) -> int:
-  """FLOPs of the pairs of one sequence."""
+def _core(
+  terms: Iterable[Term], length: int, seen: Seen, scores: bool = False
+) -> int:
+  """Returns the FLOPs of the pairs of one sequence."""
   total = 0
   for term in terms:
     pairs, over = _pairs(term, length, seen)
@@ -114,8 +125,8 @@ def _core(terms, length: int, seen: Seen, scores: bool = False) -> int:
   return total
 
 
-def ffn_macs(ffn, dim: int) -> dict[str, int]:
-  """Multiply-adds per token of an FFN, by part."""
+def ffn_macs(ffn: Any, dim: int) -> dict[str, int]:
+  """Returns the multiply-adds per token of an FFN, by part."""
   if isinstance(ffn, FFNConfig):
     return {DENSE: 3 * dim * ffn.width}
   if isinstance(ffn, MoEConfig):
@@ -128,10 +139,11 @@ def ffn_macs(ffn, dim: int) -> dict[str, int]:
   raise InputError(f'ffn = {type(ffn).__name__}: the planner lacks its cost')
 
 
-def residual_macs(residual, dim: int) -> tuple[int, int]:
-  """Multiply-adds per token of hyper-connections: (a sublayer's, the head's).
+def residual_macs(residual: Any, dim: int) -> tuple[int, int]:
+  """Returns multiply-adds per token of hyper-connections.
 
-  A plain residual has none.
+  Returns:
+    (those of a sublayer, those of the head); a plain residual has none.
   """
   n = getattr(residual, 'streams', 0)
   if not n:
@@ -141,7 +153,7 @@ def residual_macs(residual, dim: int) -> tuple[int, int]:
 
 
 def memory_macs(block: BlockConfig, dim: int) -> int:
-  """Multiply-adds per token of the block's n-gram memory."""
+  """Returns the multiply-adds per token of the block's Engram."""
   if block.engram is None:
     return 0
   n, taps = block.streams, block.engram.conv if block.engram.reach else 0
@@ -149,7 +161,7 @@ def memory_macs(block: BlockConfig, dim: int) -> int:
 
 
 def block_macs(block: BlockConfig, dim: int) -> dict[str, int]:
-  """Multiply-adds per token of all but the attention, by part."""
+  """Returns the multiply-adds per token of all but the attention, by part."""
   out = ffn_macs(block.ffn, dim)
   extra = {
     RESIDUAL: 2 * residual_macs(block.residual, dim)[0],
@@ -161,7 +173,7 @@ def block_macs(block: BlockConfig, dim: int) -> dict[str, int]:
 def block_flops(
   block: BlockConfig, dim: int, length: int, seen: Seen
 ) -> dict[str, int]:
-  """Forward FLOPs of one block on one sequence, by part."""
+  """Returns the forward FLOPs of one block on one sequence, by part."""
   cost = attention_cost(block.attention, dim)
   index = [t for t in cost.fresh.pairs if t.index]
   out = {
@@ -175,13 +187,15 @@ def block_flops(
   return out
 
 
-def _repeated(block, dim, length, seen, remat) -> dict[str, int]:
-  """FLOPs of one block that its backward pass computes again.
+def _repeated(
+  block: BlockConfig, dim: int, length: int, seen: Seen, remat: str
+) -> dict[str, int]:
+  """Returns the FLOPs of one block that its backward pass recomputes.
 
-  The attention core always makes its scores again. 'dots' keeps plain
-  matmuls, but neither the core nor the routed experts; 'full' keeps nothing.
-  An FFN's last matmul, a third of it, is never needed again; that of routed
-  experts is, for the gradient of their weights in the sum.
+  The attention core always recomputes its scores. 'dots' keeps plain matmuls,
+  but neither the core nor the routed experts; 'full' keeps nothing. An FFN's
+  last matmul, a third of it, is never needed again; that of routed experts is,
+  for the gradient of their weights in the sum.
   """
   forward = block_flops(block, dim, length, seen)
   pairs = attention_cost(block.attention, dim).fresh.pairs
@@ -192,13 +206,15 @@ def _repeated(block, dim, length, seen, remat) -> dict[str, int]:
     'full': tuple(forward),
   }[remat]
   out = {part: forward[part] for part in again if part in forward}
+  # Nothing of the backward pass reads the output of the last matmul.
   for part in (DENSE, SHARED):
     if part in out:
       out[part] = 2 * out[part] // 3
   return {**out, CORE: out.get(CORE, 0) + scores}
 
 
-def _add(total: dict, more: dict, times: int = 1):
+def _add(total: dict, more: dict, times: int = 1) -> None:
+  """Adds `times` counts of `more` to `total`, by part."""
   for part, value in more.items():
     total[part] = total.get(part, 0) + times * value
 
@@ -211,7 +227,7 @@ def count_flops(
   mtp: bool = False,
   remat: Literal['none', 'dots', 'full'] | None = None,
 ) -> Flops:
-  """FLOPs of training on one sequence.
+  """Counts the FLOPs of training on one sequence.
 
   Args:
     config: a model.
@@ -242,6 +258,7 @@ def count_flops(
     block = config.block(config.mtp.block)
     inner = sum(block_flops(block, D, length, seen).values())
     streams = block.streams if config.mtp.streams else 1
+    # One depth: projections of embedding and hidden state, a block, the head.
     once = 2 * length * (1 + streams) * D * D + inner + head + collapse
     forward[MTP] = config.mtp.depth * once
     _add(repeated, _repeated(block, D, length, seen, 'none'), config.mtp.depth)
@@ -250,7 +267,9 @@ def count_flops(
 
 
 def matmul_weights(config: TransformerConfig) -> int:
-  """Weights that multiply a token: with head and gates, no embedding, no MTP.
+  """Counts weights that multiply a token.
+
+  Head and gates are included, embedding and MTP are not.
 
   N_mm of training FLOPs = 6 N_mm + attention.
   """
@@ -262,9 +281,9 @@ def matmul_weights(config: TransformerConfig) -> int:
 def decode_flops(
   config: TransformerConfig, length: int, queries: int = 1
 ) -> dict[str, int]:
-  """FLOPs of `queries` new tokens that read a cache of `length` tokens.
+  """Counts the FLOPs of `queries` new tokens that read a cache.
 
-  The last of them sees `length` tokens, itself included; all count alike.
+  The last of them attends to `length` tokens, itself included; all count alike.
 
   Returns:
     By form ('absorbed' and 'expanded' for latent attention); an attention
@@ -279,7 +298,7 @@ def decode_flops(
 def decode_parts(
   config: TransformerConfig, length: int, queries: int = 1
 ) -> dict[str, dict[str, int]]:
-  """`decode_flops` by form and by 'weights', CORE and INDEX."""
+  """Returns `decode_flops` by form and by 'weights', CORE and INDEX."""
   names = {
     name
     for block, _ in blocks(config)
@@ -292,6 +311,7 @@ def decode_parts(
     parts = {'weights': 2 * queries * head, CORE: 0, INDEX: 0}
     for block, repeat in blocks(config):
       forms = attention_cost(block.attention, config.dim).cached
+      # An attention with one form takes part in the sums of all.
       form = forms.get(name) or next(iter(forms.values()))
       rest = sum(block_macs(block, config.dim).values())
       weights = queries * (form.query + rest) + length * form.key
@@ -311,10 +331,11 @@ def standard_flops(
   *,
   ffn_units: float = 1.0,
 ) -> float:
-  """Training FLOPs per token as DeepSeek LLM counts (arXiv:2401.02954).
+  """Returns training FLOPs per token as DeepSeek LLM counts them.
 
-  72 L D^2 + 12 L D s + 6 D V: a layer is 4 D^2 of attention and `ffn_units`
-  FFNs of 8 D^2, whatever its true widths; the embedding is not counted.
+  arXiv:2401.02954: 72 L D^2 + 12 L D s + 6 D V: a layer is 4 D^2 of attention
+  and `ffn_units` FFNs of 8 D^2, whatever its true widths; the embedding is not
+  counted.
 
   Args:
     layers, dim, vocab: L, D, V.

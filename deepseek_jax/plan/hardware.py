@@ -1,4 +1,4 @@
-"""Accelerators and clusters, every figure with its source.
+"""Lists accelerators and clusters, every figure with its source.
 
 Peaks are dense (no structured sparsity); links are per device, one direction,
 as bytes per second that a collective can use at best. A figure that was not
@@ -21,7 +21,7 @@ _CLOUDMATRIX = 'CloudMatrix384, arXiv:2506.12708'
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A number and where it is from.
+  """Holds a number and where it is from.
 
   Attributes:
     value: the number.
@@ -35,17 +35,18 @@ class Figure:
 
   @property
   def origin(self) -> str:
-    """The source, and whether it can be relied upon."""
+    """Returns the source, and whether it can be relied upon."""
     return self.source if self.vendor else f'{self.source}; UNVERIFIED'
 
 
 def _vendor(value: float, source: str) -> Figure:
+  """Returns a figure that was read in the vendor's own document."""
   return Figure(value, source, vendor=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """One device.
+  """Describes one device.
 
   Attributes:
     name: as in `--cluster`.
@@ -151,17 +152,21 @@ ACCELERATORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """So many of one accelerator."""
+  """Describes so many of one accelerator."""
 
   accelerator: Accelerator
   devices: int
 
 
 def cluster(text: str) -> Cluster:
-  """The cluster that 'h800x2048' names; 'h100' alone is one device."""
+  """Returns the cluster that 'h800x2048' names; 'h100' alone is one device.
+
+  Raises:
+    InputError: no such accelerator, or no count above 0.
+  """
   found = re.fullmatch(r'([0-9a-z]+?)(?:x(\d+))?', text.lower())
   name, count = found.groups() if found else (text, None)
-  # A number of more digits has no use, and int() none of over 4,300.
+  # int() refuses more than 4,300 digits; from 8 on no cluster is meant.
   devices = int(count or 1) if len(count or '') < 8 else 0
   if name not in ACCELERATORS or devices < 1:
     raise InputError(

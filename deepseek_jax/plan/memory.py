@@ -1,4 +1,4 @@
-"""Bytes on a device by class, KV cache, and checkpoint size.
+"""Counts bytes on a device by class, KV cache, and checkpoint size.
 
 State follows the parameters' shares of a mesh exactly; activations follow the
 blocks' own programs. Legend: D model, V vocabulary, K experts per token.
@@ -38,7 +38,7 @@ _LOGIT_CHUNK = 1024  # tokens at a time, see losses.linear_cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """What a training step keeps in memory, and how it is spread.
+  """Describes what a training step keeps in memory, and how it is sharded.
 
   Attributes:
     seq_len: tokens of a sequence.
@@ -46,9 +46,9 @@ class Training:
     optimizer: decides how many moments there are, and their dtype.
     zero: 0: optimizer state lies as the parameters do; 1: moments and master
       weights are split over every device that holds the same parameters.
-    dispatch: what tokens travel to experts as; float8 adds a float32 scale
-      per 128 numbers. They come back as bfloat16.
-    schedule: of the pipeline: '1f1b', 'zb1p', 'dualpipe' or 'dualpipev'.
+    dispatch: dtype of tokens sent to experts; float8 adds a float32 scale per
+      128 numbers. Combine sends bfloat16.
+    schedule: pipeline schedule, '1f1b', 'zb1p', 'dualpipe' or 'dualpipev'.
     exchange_factor: rows of an expert exchange's buffers, as a multiple of an
       even share.
   """
@@ -62,30 +62,38 @@ class Training:
   exchange_factor: float = exchange.ExchangeConfig.factor
 
   def __post_init__(self):
+    """Raises InputError where a number is out of its range."""
     at_least(self, seq_len=1, micro_batch=1)
     above(self, exchange_factor=0)
 
   @property
   def both_ends(self) -> bool:
-    """Whether a rank holds two stages."""
+    """Returns whether a rank holds two stages."""
     return self.schedule in ('dualpipe', 'dualpipev')
 
 
 def row_bytes(dim: int, dtype: str) -> int:
-  """Bytes of one token on its way to an expert."""
+  """Returns the bytes of one token on its way to an expert.
+
+  Args:
+    dim: numbers of the token.
+    dtype: a key of BYTES; float8 adds a float32 scale per 128 numbers.
+  """
   scales = 4 * -(-dim // 128) if dtype == 'float8' else 0
   return dim * BYTES[dtype] + scales
 
 
 def replicas(share: Share, mesh: Mesh) -> int:
-  """Devices of one stage that hold the same part of a parameter and see
-  different tokens: those that add up its gradient."""
+  """Returns how many devices of one stage add up a parameter's gradient.
+
+  They hold the same shard of the parameter and work on different tokens.
+  """
   axes = ('data', 'fsdp', 'expert', 'context')
   return math.prod(getattr(mesh, a) for a in axes if a not in share.over)
 
 
 def moment_bytes(optimizer: OptimizerConfig, share: Share) -> int:
-  """Bytes of a number's moments; Muon's placeholders count as none."""
+  """Returns the bytes of a number's moments; Muon's placeholders count none."""
   return BYTES[optimizer.moments] * moment_count(optimizer, share.axes)
 
 
@@ -96,7 +104,7 @@ def state_bytes(
   training: Training,
   copies: int = 1,
 ) -> dict[str, int]:
-  """Bytes of weights, master weights, gradients and moments of `held`.
+  """Returns bytes of weights, master weights, gradients and moments.
 
   Args:
     config: its compute dtype decides whether weights are a copy.
@@ -110,10 +118,12 @@ def state_bytes(
   out = dict.fromkeys(CLASSES[:4], 0)
   for share in held:
     n = share.elements
+    # Buffers are float32, without gradients and moments.
     if not share.trained:
       out['weights'] += 4 * n
       continue
     split = copies * replicas(share, mesh) if training.zero else 1
+    # Only matrices are copied to the compute dtype.
     width = compute if share.matrix else 4
     if width == 4 and split == 1:
       out['weights'] += 4 * n  # the master weights themselves
@@ -126,7 +136,7 @@ def state_bytes(
 
 
 def _chunks_alive(mesh: Mesh, training: Training, rank: int) -> list[int]:
-  """Micro-batches alive per stage that `rank` holds, at its worst."""
+  """Returns micro-batches alive per stage of `rank`, at its worst."""
   P = mesh.stage
   if P == 1:
     return [1]
@@ -145,7 +155,7 @@ def activation_bytes(
   rank: int = 0,
   policy: str | None = None,
 ) -> int:
-  """Bytes that the blocks of a pipeline rank keep for their backward pass.
+  """Returns the bytes that blocks of a rank keep for their backward pass.
 
   Every block keeps what its policy saves, for each micro-batch alive; the
   block being differentiated needs all of its own. The tensor axis divides
@@ -167,6 +177,7 @@ def activation_bytes(
       block = config.block(config.mtp.block) if mtp else layers[place[1]]
       kept = kept_bytes(config, block, training.seq_len, mesh.tensor)
       saved += alive * getattr(kept, policy)
+      # While it is differentiated, a block needs what its policy dropped, too.
       most = max(most, kept.none - getattr(kept, policy))
   return training.micro_batch * (saved + most) // mesh.context
 
@@ -174,10 +185,11 @@ def activation_bytes(
 def exchange_bytes(
   config: TransformerConfig, mesh: Mesh, training: Training
 ) -> int:
-  """Buffers of one layer's dispatch and combine, a copy per chosen expert.
+  """Returns the bytes of one layer's dispatch and combine buffers.
 
-  For every device of the expert axis a buffer of `exchange_factor` even
-  shares, filled or not, as `exchange.share` makes it.
+  A copy of a token travels per chosen expert. Every device of the expert axis
+  has a buffer of `exchange_factor` even shares, filled or not, as
+  `exchange.share` makes it.
   """
   n = mesh.expert
   if n == 1:
@@ -201,7 +213,7 @@ def exchange_bytes(
 def logit_bytes(
   config: TransformerConfig, mesh: Mesh, training: Training
 ) -> int:
-  """A chunk of float32 logits and of their gradient."""
+  """Returns the bytes of a chunk of float32 logits and of their gradient."""
   tokens = training.micro_batch * training.seq_len // mesh.context
   vocab = config.vocab_size // mesh.tensor
   return 2 * 4 * min(tokens, _LOGIT_CHUNK) * vocab
@@ -215,14 +227,14 @@ def device_bytes(
   policy: str | None = None,
   held: Mapping | None = None,
 ) -> tuple[dict[str, int], ...]:
-  """Bytes by class on a device of each pipeline rank.
+  """Returns bytes by class on a device of each pipeline rank.
 
   Args:
     config: a model.
     mesh: axis sizes.
     training: what is kept, and how.
-    policy: of recomputation; by default the model's.
-    held: `mesh.shares` of other rules, or to save making them again.
+    policy: remat policy; by default the model's.
+    held: `mesh.shares` of other rules, or to save computing them again.
   """
   held = meshes.shares(config, mesh) if held is None else held
   copies = 2 if training.both_ends and mesh.stage > 1 else 1
@@ -243,7 +255,7 @@ def device_bytes(
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """KV cache of one sequence.
+  """Holds the size of the KV cache of one sequence.
 
   Attributes:
     length: its tokens.
@@ -258,12 +270,12 @@ class Cache:
   fp8: int | None
 
   def quantized(self, bits: int) -> float:
-    """Bytes at so many bits per number, scales not counted."""
+    """Returns the bytes at so many bits per number, scales not counted."""
     return self.elements * bits / 8
 
 
 def cache(config: TransformerConfig, length: int = 1) -> Cache:
-  """KV cache of `length` tokens; 1 gives the figure per token."""
+  """Returns the KV cache of `length` tokens; 1 gives the figure per token."""
   if length < 1:
     raise InputError(f'length = {length}: must be at least 1')
   elements, fp8 = 0, 0
@@ -279,7 +291,7 @@ def checkpoint_bytes(
   optimizer: OptimizerConfig = _ADAMW,
   held: Mapping | None = None,
 ) -> int:
-  """Master weights, buffers and moments, as training saves them.
+  """Returns bytes of master weights, buffers and moments, as saved.
 
   Scalars (step, gate, optimizer count, one for each of Muon's parameters:
   under 1 kB) are left out.

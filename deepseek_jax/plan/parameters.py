@@ -1,4 +1,4 @@
-"""Parameter counts, total and active per token, from abstract variables."""
+"""Counts parameters, total and active per token, from abstract variables."""
 
 import dataclasses
 import math
@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.transformer import TransformerConfig, build
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-  """Numbers of parameters; router biases count, multi-token prediction apart.
+  """Holds numbers of parameters.
+
+  Router biases count; multi-token prediction is counted apart.
 
   Attributes:
     total: of the main model, embedding and head included.
@@ -31,7 +34,7 @@ class ParameterCount:
 
   @property
   def active_without_embedding(self) -> int:
-    """The count that most papers quote as active."""
+    """Returns the count that most papers quote as active."""
     return self.active - self.embedding
 
 
@@ -67,8 +70,11 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
   )
 
 
-def _idle(block, dim: int) -> int:
-  """Parameters of experts not chosen and of rows not read by a token."""
+def _idle(block: BlockConfig, dim: int) -> int:
+  """Returns the parameters that a token leaves idle in a block.
+
+  Those are experts not chosen and Engram rows not read.
+  """
   idle, ffn, memory = 0, block.ffn, block.engram
   if block.routed:
     idle += (ffn.experts - ffn.top_k) * 3 * dim * ffn.width

@@ -1,9 +1,12 @@
-"""A plan, and a pipeline's timeline, as pictures.
+"""Draws a plan, and the timeline of a pipeline.
 
 Matplotlib is imported on the first call and needs no window.
 """
 
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from deepseek_jax.errors import naming
 from deepseek_jax.pipeline.simulate import SimulatedStep
@@ -45,14 +48,21 @@ _STYLE = {
 }
 
 
-def _style():
+def _style() -> AbstractContextManager[None]:
+  """Returns the context of this file's matplotlib style."""
   from matplotlib import style
 
   return style.context(_STYLE, after_reset=True)
 
 
-def _stack(axes, row: int, parts, colors, height: float = 0.62):
-  """A horizontal bar of (value, label), wide parts labelled inside."""
+def _stack(
+  axes: Any,
+  row: int,
+  parts: Sequence[tuple[float, str]],
+  colors: Sequence[str],
+  height: float = 0.62,
+) -> float:
+  """Draws a bar of (value, label), wide parts labelled; returns its end."""
   left, limit = 0.0, axes.get_xlim()[1]
   for (value, label), color in zip(parts, colors[: len(parts)], strict=True):
     axes.barh(row, value, height, left=left, color=color, linewidth=0)
@@ -64,7 +74,8 @@ def _stack(axes, row: int, parts, colors, height: float = 0.62):
   return left
 
 
-def _memory(axes, report: Report):
+def _memory(axes: Any, report: Report) -> None:
+  """Draws the bytes of the fullest device, a bar per remat policy."""
   limit = report.cluster.accelerator.memory.value / 1e9
   totals = {p: sum(report.memory[p].values()) / 1e9 for p in POLICIES}
   axes.set_xlim(0, 1.12 * max(limit, *totals.values()))
@@ -90,7 +101,8 @@ def _memory(axes, report: Report):
   _legend(axes, CLASSES, _COLORS)
 
 
-def _legend(axes, names, colors):
+def _legend(axes: Any, names: Iterable[str], colors: Iterable[str]) -> None:
+  """Draws a legend to the right of the axes."""
   from matplotlib.patches import Patch
 
   patches = [Patch(color=c, label=n) for n, c in zip(names, colors)]
@@ -104,7 +116,8 @@ def _legend(axes, names, colors):
   )
 
 
-def _flops(axes, report: Report):
+def _flops(axes: Any, report: Report) -> None:
+  """Draws training FLOPs per token by part, causal and not."""
   rows = (
     ('causal', report.flops['half']),
     ('not causal', report.flops['full']),
@@ -112,7 +125,7 @@ def _flops(axes, report: Report):
   axes.set_xlim(0, 1.16 * max(f.per_token for _, f in rows) / 1e9)
   used = [p for p in PARTS if report.flops['half'].forward.get(p)]
   for row, (_, count) in enumerate(rows):
-    # As in Flops.training: by what an indexer chooses no gradient goes back.
+    # As in Flops.training: an indexer's scores have no gradient here.
     passes = {p: 1 if p == INDEX else 3 for p in used}
     each = [passes[p] * count.forward[p] / count.length / 1e9 for p in used]
     end = _stack(axes, row, [(v, f'{v:.0f}') for v in each], _COLORS)
@@ -125,7 +138,8 @@ def _flops(axes, report: Report):
   _legend(axes, used, _COLORS)
 
 
-def _time(axes, report: Report):
+def _time(axes: Any, report: Report) -> None:
+  """Draws the parts of a step and, below, its bounds and planned time."""
   t = report.time
   parts = (
     ('compute at the peak', t.compute),
@@ -163,6 +177,7 @@ def _time(axes, report: Report):
 
 
 def _head(report: Report, name: str) -> tuple[str, str]:
+  """Returns the title and the line of figures below it."""
   p, cost = report.parameters, report.cost
   sizes = ' x '.join(
     f'{getattr(report.recipe.mesh, axis)} {axis}'
@@ -182,7 +197,9 @@ def _head(report: Report, name: str) -> tuple[str, str]:
   return first, second
 
 
-def draw_plan(report: Report, path: str | os.PathLike, name: str = 'Plan'):
+def draw_plan(
+  report: Report, path: str | os.PathLike, name: str = 'Plan'
+) -> None:
   """Writes the picture of a plan: memory, FLOPs by part, time bounds."""
   from matplotlib.figure import Figure
 
@@ -204,7 +221,7 @@ def draw_plan(report: Report, path: str | os.PathLike, name: str = 'Plan'):
 
 def draw_timeline(
   timeline: SimulatedStep, path: str | os.PathLike, title: str = ''
-):
+) -> None:
   """Writes a pipeline's timeline: ranks downwards, time to the right."""
   from matplotlib.figure import Figure
 

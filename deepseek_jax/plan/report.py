@@ -1,4 +1,4 @@
-"""A plan: everything that a configuration costs on a cluster, in one report.
+"""Builds a plan: everything that a configuration costs on a cluster.
 
 `estimate` is the entry. Nothing here is fitted: every number is a formula of
 the configuration, the cluster's stated figures and the recipe's assumptions.
@@ -35,10 +35,10 @@ POLICIES = ('none', 'dots', 'full')
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a configuration of a model leaves open.
+  """Describes what a configuration of a model leaves open.
 
   Attributes:
-    tokens: of the run.
+    tokens: to train on.
     batch: sequences per step, over all devices.
     training: sequence length, micro-batch, optimizer, schedule.
     mesh: axis sizes; their product must be the cluster's devices.
@@ -62,6 +62,7 @@ class Recipe:
   storage: float = 2e9
 
   def __post_init__(self):
+    """Raises InputError where a number is out of its range."""
     above(self, tokens=0, grace=0, storage=0)
     at_least(self, batch=1, cache_length=1, dollars=0)
     within(self, utilization=(0, 1), ends='(]')
@@ -69,11 +70,11 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-  """Bounds of one training step, in seconds.
+  """Holds bounds of one training step, in seconds.
 
   Attributes:
     compute: executed FLOPs at the peak.
-    bubble: of the pipeline, with chunks at the peak.
+    bubble: idle time of the pipeline, with chunks at the peak.
     update: optimizer state read and written once.
     fast, slow: bytes over each link at its full rate.
     planned: model FLOPs at the recipe's utilization.
@@ -88,30 +89,39 @@ class StepTime:
 
   @property
   def least(self) -> float:
-    """All traffic hides behind compute, or compute behind traffic."""
+    """Returns the time if all traffic hides behind compute, or the reverse."""
     return max(self.compute + self.bubble, self.fast, self.slow) + self.update
 
   @property
   def most(self) -> float:
-    """At full rates, but nothing overlaps."""
+    """Returns the time at full rates when nothing overlaps."""
     parts = (self.compute, self.bubble, self.update, self.fast, self.slow)
     return sum(parts)
 
   @property
   def reachable(self) -> bool:
-    """Whether the plan is not below what is possible at full rates."""
+    """Returns whether the planned time is possible at full rates."""
     return self.planned >= self.least
 
   @property
   def costed(self) -> float:
-    """What the run's cost rests on."""
+    """Returns the step time that the run's cost is computed with."""
     return max(self.planned, self.least)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """The whole run at the recipe's utilization, or at the least step time where
-  that is longer."""
+  """Holds the cost of the whole run.
+
+  Steps take the planned time, or the least step time where that is longer.
+
+  Attributes:
+    steps: to take.
+    device_hours: over all devices.
+    days: of wall-clock time.
+    dollars: at the recipe's price.
+    tokens_per_day: at that step time.
+  """
 
   steps: int
   device_hours: float
@@ -122,7 +132,13 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """bytes on storage, seconds to write them, whether the grace is enough."""
+  """Holds the size of a checkpoint and how long it takes to write.
+
+  Attributes:
+    bytes: on storage.
+    seconds: to write them, all hosts at once.
+    in_time: whether that is within the grace of a preemption.
+  """
 
   bytes: int
   seconds: float
@@ -131,12 +147,12 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a configuration costs on a cluster.
+  """Holds what a configuration costs on a cluster.
 
   Attributes:
     config, cluster, recipe: what was asked.
     parameters: exact counts.
-    flops: of one training sequence, by convention (see flops.CONVENTIONS).
+    flops: counts of one training sequence, by key of flops.CONVENTIONS.
     standard_flops: per token by DeepSeek LLM's rule for dense models, without
       and with attention; None for a MoE.
     decode: FLOPs of a token at `recipe.cache_length`, by form.
@@ -145,7 +161,7 @@ class Report:
     traffic: bytes that a device sends in a step.
     method: bubble and memory multiples of the pipeline schedule.
     time: bounds of a step.
-    cost: of the run.
+    cost: time and money of the run.
     checkpoint: its size and how long it takes.
     assumptions: what all of this rests on, in words.
   """
@@ -169,21 +185,22 @@ class Report:
 
   @property
   def policy(self) -> str:
-    """The model's own remat policy."""
+    """Returns the model's own remat policy."""
     return self.config.compute.remat
 
   @property
   def device_bytes(self) -> int:
-    """On the fullest device under the model's own policy."""
+    """Returns the bytes on the fullest device under the model's own policy."""
     return sum(self.memory[self.policy].values())
 
   @property
   def fits(self) -> bool:
+    """Returns whether the fullest device's memory is large enough."""
     return self.device_bytes <= self.cluster.accelerator.memory.value
 
   @property
   def warnings(self) -> tuple[str, ...]:
-    """What of the recipe cannot be, and what is not counted, in words."""
+    """Returns sentences on what is impossible or not counted."""
     t, out = self.time, ()
     missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
     if missing:
@@ -201,7 +218,7 @@ class Report:
     )
 
   def to_dict(self) -> dict:
-    """JSON values only, exact integers kept."""
+    """Returns the report as JSON values, exact integers kept."""
     out = dataclasses.asdict(dataclasses.replace(self, config=None))
     out['config'] = to_dict(self.config)
     out['derived'] = {
@@ -216,23 +233,34 @@ class Report:
     return out
 
 
-def _standard(config: TransformerConfig, length: int):
+def _standard(
+  config: TransformerConfig, length: int
+) -> tuple[float, float] | None:
+  """Returns standard_flops without and with attention; None for a MoE."""
   if any(block.routed for block, _ in flop.blocks(config)):
     return None
   args = (config.layers, config.dim, config.vocab_size)
   return flop.standard_flops(*args), flop.standard_flops(*args, length)
 
 
-def _time(config, cluster, recipe, held, sent):
-  """Step-time bounds and the pipeline's row of the table."""
+def _time(
+  config: TransformerConfig,
+  cluster: Cluster,
+  recipe: Recipe,
+  held: Mapping[str, int],
+  sent: Traffic,
+) -> tuple[StepTime, pipeline.Method]:
+  """Returns step-time bounds and the schedule's row of V3's table 2."""
   run, grid, device = recipe.training, recipe.mesh, cluster.accelerator
   peak = device.bf16.value
   count = flop.count_flops(config, run.seq_len, mtp=True)
+  # Utilization is quoted without multi-token prediction and recomputation.
   paper = flop.count_flops(config, run.seq_len)
   rate = peak * cluster.devices
   parts = grid.stage * grid.tensor * grid.context
   forward = sum(count.forward.values()) * run.micro_batch / parts / peak
   again = sum(count.repeated.values()) * run.micro_batch / parts / peak
+  # Weight gradients are half of the backward pass; recomputation adds to it.
   times = Durations(forward, 2 * forward + again, forward)
   method = pipeline.method(run.schedule, grid.stage, times)
   bubble = method.bubble if grid.stage > 1 else 0.0
@@ -249,6 +277,7 @@ def _time(config, cluster, recipe, held, sent):
 
 
 def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
+  """Returns the cost of the run; InputError where it is not finite."""
   tokens = recipe.batch * recipe.training.seq_len
   daily = cost.tokens_per_day(tokens, step.costed)
   hours = math.inf
@@ -268,7 +297,8 @@ def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
   )
 
 
-def _check(config, cluster, recipe):
+def _check(config: TransformerConfig, cluster: Cluster, recipe: Recipe) -> None:
+  """Raises InputError where recipe and cluster do not fit each other."""
   grid, run = recipe.mesh, recipe.training
   if grid.devices != cluster.devices:
     raise InputError(
@@ -298,7 +328,8 @@ def _check(config, cluster, recipe):
     )
 
 
-def _optimizer_assumptions(run) -> tuple[str, ...]:
+def _optimizer_assumptions(run: memory.Training) -> tuple[str, ...]:
+  """Returns sentences on what is assumed of the optimizer."""
   kind, stage = run.optimizer.moments, f'ZeRO stage {run.zero}'
   if run.optimizer.muon is None:
     return (f'optimizer moments are {kind}, {stage}',)
@@ -310,7 +341,10 @@ def _optimizer_assumptions(run) -> tuple[str, ...]:
   )
 
 
-def _assumptions(config, cluster, recipe) -> tuple[str, ...]:
+def _assumptions(
+  config: TransformerConfig, cluster: Cluster, recipe: Recipe
+) -> tuple[str, ...]:
+  """Returns sentences, one for every figure and assumption of the plan."""
   a, run = cluster.accelerator, recipe.training
   figures = {
     'bf16 peak': (a.bf16, 1e12, 'TFLOP/s'),
@@ -366,11 +400,13 @@ def estimate(
     cluster = hardware.cluster(cluster)
   _check(config, cluster, recipe)
   run = recipe.training
+  # Shares are the same under every policy.
   held, fullest = mesh.shares(config, recipe.mesh, rules), {}
   for policy in POLICIES:
     each = memory.device_bytes(
       config, recipe.mesh, run, policy=policy, held=held
     )
+    # Pipeline ranks differ; the one with most bytes decides.
     fullest[policy] = max(each, key=lambda classes: sum(classes.values()))
   sent = traffic(
     config,
@@ -384,6 +420,7 @@ def estimate(
   mine = fullest[config.compute.remat]
   step, method = _time(config, cluster, recipe, mine, sent)
   size = memory.checkpoint_bytes(config, run.optimizer, held)
+  # All hosts write their part at the same time.
   hosts = -(-cluster.devices // int(cluster.accelerator.host.value))
   seconds = size / (hosts * recipe.storage)
   if not math.isfinite(seconds):
@@ -410,7 +447,7 @@ def estimate(
 
 
 def v3_recipe(utilization: float = 0.389) -> Recipe:
-  """DeepSeek-V3's own: 16 pipeline ranks of 64 experts' devices, ZeRO-1.
+  """Returns DeepSeek-V3's recipe: 16 pipeline ranks, 64-way experts, ZeRO-1.
 
   arXiv:2412.19437 sections 3.2, 3.3 and 4.2; batch after its ramp; the
   utilization is that of arXiv:2505.09343, table 4.

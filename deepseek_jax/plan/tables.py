@@ -1,4 +1,4 @@
-"""A plan as tables on the terminal; several plans side by side."""
+"""Shows plans as tables on the terminal, several side by side."""
 
 from collections.abc import Callable, Mapping
 
@@ -16,14 +16,17 @@ Row = tuple[str, Callable[[Report], str]]
 
 
 def gigabytes(n: float) -> str:
+  """Returns n bytes as text, in GB of 10^9."""
   return f'{n / 1e9:,.2f} GB'
 
 
 def seconds(s: float) -> str:
+  """Returns a time as text, three digits below 100 s."""
   return f'{s:#.3g} s' if s < 100 else f'{s:,.0f} s'
 
 
 def _table(title: str, rows: list[Row], reports: Mapping[str, Report]) -> Table:
+  """Returns a table with a column per report and a row per figure."""
   table = Table(title=title, title_justify='left', title_style='bold')
   table.add_column('')
   for name in reports:
@@ -34,6 +37,7 @@ def _table(title: str, rows: list[Row], reports: Mapping[str, Report]) -> Table:
 
 
 def _model() -> list[Row]:
+  """Returns the rows on the model alone: parameters, FLOPs, KV cache."""
   giga = lambda n: f'{n / 1e9:,.3f} G'
   standard = lambda i: (
     lambda r: giga(r.standard_flops[i]) if r.standard_flops else '-'
@@ -80,6 +84,7 @@ def _model() -> list[Row]:
 
 
 def _device() -> list[Row]:
+  """Returns the rows on the memory of the fullest device."""
   classes = [
     (f'  {c}', lambda r, c=c: gigabytes(r.memory[r.policy][c])) for c in CLASSES
   ]
@@ -97,6 +102,7 @@ def _device() -> list[Row]:
 
 
 def _step() -> list[Row]:
+  """Returns the rows on the time of a step."""
   t = lambda field: lambda r: seconds(getattr(r.time, field))
   return [
     ('compute at the peak', t('compute')),
@@ -117,6 +123,7 @@ def _step() -> list[Row]:
 
 
 def _run() -> list[Row]:
+  """Returns the rows on the whole run: tokens, cost, checkpoint."""
   wait = lambda r: seconds(r.checkpoint.seconds)
   return [
     ('tokens', lambda r: f'{r.recipe.tokens:,.0f}'),
@@ -136,6 +143,7 @@ def _run() -> list[Row]:
 
 
 def _wires(report: Report) -> Table:
+  """Returns the table of what a device sends per step, by purpose."""
   title = 'Sent by a device per step'
   table = Table(title=title, title_justify='left', title_style='bold')
   for name in ('purpose', 'link', 'bytes', 'how'):
@@ -146,7 +154,7 @@ def _wires(report: Report) -> Table:
 
 
 def render(reports: Mapping[str, Report]) -> Group:
-  """Plans by name as one rich renderable; assumptions are the first one's."""
+  """Renders plans by name as one Group; assumptions are the first one's."""
   first = next(iter(reports.values()))
   parts = [
     _table('Model', _model(), reports),
@@ -165,7 +173,7 @@ def render(reports: Mapping[str, Report]) -> Group:
 
 
 def render_compiled(name: str, program: Program, made: Compiled) -> Group:
-  """What XLA made of a training step, and what it warns of."""
+  """Renders what XLA made of a training step, and its warnings."""
   grid, compute = program.mesh, program.model.compute
   axes = [f'{a} {getattr(grid, a)}' for a in AXES if getattr(grid, a) > 1]
   layers = 'scanned' if compute.scan else 'unrolled'

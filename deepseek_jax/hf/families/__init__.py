@@ -1,1 +1,1 @@
-"""One module per family of Hugging Face checkpoints."""
+"""Holds one module per family of Hugging Face checkpoints."""

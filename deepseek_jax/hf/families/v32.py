@@ -1,6 +1,7 @@
-"""What files of DeepSeek-V3.2 have beside those of V3: the indexer.
+"""Defines what files of DeepSeek-V3.2 add to those of V3: the indexer.
 
-Its fields of config.json, its tensors, and what of ours they cannot say.
+Here are its fields of config.json, its tensors, and what of ours they cannot
+express.
 """
 
 from collections.abc import Mapping
@@ -35,9 +36,9 @@ ROWS = (
 
 
 def check_layers(fields: Mapping[str, Any], layers: int, dense: int) -> None:
-  """The kinds of layers must be those that first_k_dense_replace gives.
+  """Raises InputError unless kinds of layers follow first_k_dense_replace.
 
-  Raises InputError naming the field that differs.
+  The message names the field that differs.
   """
   wanted = {
     'mlp_layer_types': ['dense'] * dense + ['sparse'] * (layers - dense),
@@ -50,7 +51,7 @@ def check_layers(fields: Mapping[str, Any], layers: int, dense: int) -> None:
 
 
 def check_ours(attention: DSAConfig) -> None:
-  """Raises InputError for what these files cannot say."""
+  """Raises InputError for what these files cannot express."""
   fixed = {
     'stage': 'sparse',
     'indexer.interleaved': False,

@@ -1,4 +1,4 @@
-"""config.json of DeepSeek-V4 <-> TransformerConfig.
+"""Converts config.json of DeepSeek-V4 from and to TransformerConfig.
 
 Two spellings are read: the released one (compress_ratios, num_hash_layers,
 rope_scaling) and that of transformers (layer_types, mlp_layer_types,
@@ -7,7 +7,7 @@ layer pattern is not the pattern of either released model, so it must be there.
 Both spellings of the pattern are written; transformers takes its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.errors import InputError
@@ -78,7 +78,7 @@ _READ = {
   'qk_rope_head_dim',
   'partial_rotary_factor',
 }
-# Of training or serving, or said again by the tensors themselves.
+# Fields of training or serving, or ones that the tensors repeat.
 CARRIED = {
   'expert_dtype',
   'router_aux_loss_coef',
@@ -94,12 +94,12 @@ _NAMES = {ours: theirs for theirs, ours in _TYPES.items()}
 
 
 def of_drafter(name: str) -> bool:
-  """Whether a field describes the DSpark drafter of later V4 releases."""
+  """Returns whether a field is of the DSpark drafter of later V4 releases."""
   return name.startswith('dspark_')
 
 
 def check_names(fields: Mapping[str, Any]) -> None:
-  """InputError for a field that is unknown or has an unknown value."""
+  """Raises InputError for a field that is unknown or has an unknown value."""
   known = {*_INTEGERS, *_FLOATS, *_FIXED, *_READ, *CARRIED}
   for name, value in fields.items():
     if name.startswith('_'):
@@ -110,7 +110,8 @@ def check_names(fields: Mapping[str, Any]) -> None:
       raise _error(name, value, f'not supported; must be {_FIXED[name][0]!r}')
 
 
-def _number(fields, name, kind):
+def _number(fields: Mapping[str, Any], name: str, kind: type) -> int | float:
+  """Returns a field as a number of `kind`; InputError where it is missing."""
   value = fields.get(name)
   if value is None:
     raise InputError(f'config.json: {name}: missing')
@@ -122,7 +123,7 @@ def _number(fields, name, kind):
 
 
 def parse(fields: Mapping[str, Any]) -> TransformerConfig:
-  """The model of a config.json whose names are checked."""
+  """Returns the model of a config.json whose names are checked."""
   n = {name: _number(fields, name, int) for name in _INTEGERS}
   n |= {name: _number(fields, name, float) for name in _FLOATS}
   tied = fields.get('tie_word_embeddings', False)
@@ -136,7 +137,10 @@ def parse(fields: Mapping[str, Any]) -> TransformerConfig:
     raise InputError(text) from None
 
 
-def _model(fields, n, tied) -> TransformerConfig:
+def _model(
+  fields: Mapping[str, Any], n: Mapping[str, Any], tied: bool
+) -> TransformerConfig:
+  """Returns the model of the parsed numbers `n`."""
   names, rates = _layers(fields, n['num_hidden_layers'])
   depth, init = 0, 0.02
   if fields.get('num_nextn_predict_layers') is not None:
@@ -163,7 +167,10 @@ def _model(fields, n, tied) -> TransformerConfig:
   )
 
 
-def _attention(fields, n, rates) -> SharedKVConfig:
+def _attention(
+  fields: Mapping[str, Any], n: Mapping[str, Any], rates: Mapping[str, int]
+) -> SharedKVConfig:
+  """Returns the attention; `rates` are tokens of an entry by kind."""
   near, far = _ropes(fields)
   return SharedKVConfig(
     heads=n['num_attention_heads'],
@@ -186,7 +193,8 @@ def _attention(fields, n, rates) -> SharedKVConfig:
   )
 
 
-def _moe(fields, n) -> MoEConfig:
+def _moe(fields: Mapping[str, Any], n: Mapping[str, Any]) -> MoEConfig:
+  """Returns the mixture of experts."""
   return MoEConfig(
     experts=n['n_routed_experts'],
     top_k=n['num_experts_per_tok'],
@@ -200,7 +208,8 @@ def _moe(fields, n) -> MoEConfig:
   )
 
 
-def _scoring(fields):
+def _scoring(fields: Mapping[str, Any]) -> str:
+  """Returns the router's scoring function by name."""
   value = fields.get('scoring_func', 'sqrtsoftplus')
   if value not in ('sqrtsoftplus', 'sigmoid', 'softmax'):
     raise _error(
@@ -209,7 +218,8 @@ def _scoring(fields):
   return value
 
 
-def _rope_dim(fields, head_dim) -> int:
+def _rope_dim(fields: Mapping[str, Any], head_dim: int) -> int:
+  """Returns how many channels are rotated, given outright or as a share."""
   dim = share = None
   if fields.get('qk_rope_head_dim') is not None:
     dim = _number(fields, 'qk_rope_head_dim', int)
@@ -225,8 +235,8 @@ def _rope_dim(fields, head_dim) -> int:
   return dim
 
 
-def _ropes(fields) -> tuple[RopeConfig, RopeConfig]:
-  """Of layers with a window alone, and of those with entries."""
+def _ropes(fields: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
+  """Returns ropes of layers with a window alone, and of those with entries."""
   given = dict(rope_json.mapping(fields, 'rope_parameters'))
   near_theta = fields.get('rope_theta', 10000.0)
   far_theta = fields.get('compress_rope_theta', 160000.0)
@@ -245,7 +255,8 @@ def _ropes(fields) -> tuple[RopeConfig, RopeConfig]:
   return _rope({}, near_theta, name), _rope(flat, far_theta, name)
 
 
-def _rope(found, theta, where) -> RopeConfig:
+def _rope(found: Mapping[str, Any], theta: float, where: str) -> RopeConfig:
+  """Returns a rope as the released code computes it."""
   found = {k: v for k, v in found.items() if k != 'partial_rotary_factor'}
   found.setdefault('rope_theta', theta)
   made = rope_json.parse({'rope_parameters': found}, 'deepseek_v4')
@@ -265,8 +276,10 @@ def _rope(found, theta, where) -> RopeConfig:
   return RopeConfig(theta=made.theta, interleaved=True, scaling=scaling)
 
 
-def _layers(fields, count) -> tuple[list[str], dict[str, int]]:
-  """The kind of every layer, and tokens of an entry by kind."""
+def _layers(
+  fields: Mapping[str, Any], count: int
+) -> tuple[list[str], dict[str, int]]:
+  """Returns the kind of every layer, and tokens of an entry by kind."""
   rates = dict(rope_json.mapping(fields, 'compress_rates'))
   rates = {
     'csa': rates.pop('compressed_sparse_attention', 4),
@@ -285,6 +298,7 @@ def _layers(fields, count) -> tuple[list[str], dict[str, int]]:
   elif ratios is not None:
     by_ratio = {0: 'window', rates['csa']: 'csa', rates['hca']: 'hca'}
     kinds = [by_ratio.get(r) for r in ratios[:count]]
+    # MTP layers follow in the list; they have a window alone.
     if any(ratios[count:]):
       raise _error('compress_ratios', ratios, 'layers after the last must be 0')
   else:
@@ -298,8 +312,8 @@ def _layers(fields, count) -> tuple[list[str], dict[str, int]]:
   return _hashed(fields, kinds), rates
 
 
-def _listed(fields, name, kind) -> list | None:
-  """A list of numbers or texts, or None."""
+def _listed(fields: Mapping[str, Any], name: str, kind: type) -> list | None:
+  """Returns a list of numbers or texts, or None."""
   value = fields.get(name)
   if value is not None and (
     not isinstance(value, list | tuple)
@@ -309,7 +323,8 @@ def _listed(fields, name, kind) -> list | None:
   return value
 
 
-def _hashed(fields, kinds) -> list[str]:
+def _hashed(fields: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
+  """Returns the kinds of layers, those with hash routing marked."""
   ffns = _listed(fields, 'mlp_layer_types', str)
   if ffns is None:
     hashed = _number(fields, 'num_hash_layers', int)
@@ -321,9 +336,10 @@ def _hashed(fields, kinds) -> list[str]:
 
 
 def compact(names: list[str]) -> tuple:
-  """A layout of these blocks, with what repeats written once."""
+  """Returns a layout of these blocks, with what repeats written once."""
   out, at = [], 0
   while at < len(names):
+    # The pattern of at most 4 blocks whose repeats cover most layers.
     best = (1, 1)
     for width in range(1, 5):
       pattern, times = names[at : at + width], 1
@@ -338,7 +354,7 @@ def compact(names: list[str]) -> tuple:
 
 
 def render(config: TransformerConfig) -> dict[str, Any]:
-  """The fields of a model; InputError names what such files can't say."""
+  """Returns the fields of a model; InputError names what has none."""
   names = [n for pattern, repeat in config.layout for n in pattern * repeat]
   kinds = v4_kinds(config.vocab_size)
   for name in {*names, config.mtp.block}:
@@ -399,12 +415,14 @@ def render(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _render_rope(attention: SharedKVConfig) -> dict[str, Any]:
+  """Returns the fields of both ropes."""
   near, far = attention.rope, attention.compress_rope
   out = rope_json.render(far, 'deepseek_v4')
   return out | {'rope_theta': near.theta, 'compress_rope_theta': far.theta}
 
 
 def _require_plain(config: TransformerConfig) -> None:
+  """Raises InputError for settings that files of V4 cannot express."""
   a, router, hc = config.attention, config.moe.router, config.residual
   if not isinstance(hc, HyperConnectionsConfig):
     raise InputError('residual: files of deepseek_v4 have hyper-connections')

@@ -1,22 +1,24 @@
-"""The tensors of DeepSeek-V4 checkpoints, in both ways of naming them.
+"""Names the tensors of DeepSeek-V4 checkpoints, in both spellings.
 
-The table speaks the original names ('layers.0.attn.wq_a.weight'). Names as
+The table has the original names ('layers.0.attn.wq_a.weight'). Names as
 transformers holds them in memory ('model.layers.0.self_attn.q_a_proj.weight',
-experts packed in one tensor), and the mixture that it writes, are turned into
-original ones before anything looks them up.
+experts packed in one tensor), and the mixture that it writes, are translated
+into original ones before anything looks them up.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf.row import Row
 from deepseek_jax.hf.safetensors_io import Entry
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.block import BlockConfig
+from deepseek_jax.model.transformer import TransformerConfig
 
 
 def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
+  """Returns the rows of a hyper-connection."""
   return (
     Row(f'{ours}.fn', f'{theirs}_fn', 2, fp8=False),
     Row(f'{ours}.base', f'{theirs}_base'),
@@ -25,6 +27,7 @@ def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 def _compressor(ours: str, theirs: str) -> tuple[Row, ...]:
+  """Returns the rows of a compressor of entries."""
   return (
     Row(f'{ours}.kv', f'{theirs}.wkv.weight', 1, fp8=False),
     Row(f'{ours}.gate', f'{theirs}.wgate.weight', 1, fp8=False),
@@ -34,6 +37,7 @@ def _compressor(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 def _swiglu(ours: str, theirs: str) -> tuple[Row, ...]:
+  """Returns the rows of a SwiGLU: gate and up are halves of one array."""
   return (
     Row(f'{ours}gate_up', f'{theirs}w1.weight', 1, half=0),
     Row(f'{ours}gate_up', f'{theirs}w3.weight', 1, half=1),
@@ -91,13 +95,13 @@ MTP = (
 )
 
 
-def is_v4(config) -> bool:
-  """Whether files of this family hold a model."""
+def is_v4(config: TransformerConfig) -> bool:
+  """Returns whether files of this family hold a model."""
   return isinstance(config.attention, SharedKVConfig)
 
 
 def block_rows(block: BlockConfig) -> tuple[Row, ...]:
-  """The table of one layer."""
+  """Returns the table of one layer."""
   compress = block.attention.compress
   far = () if compress == 'none' else ENTRIES
   far += INDEXER if compress == 'csa' else ()
@@ -105,10 +109,12 @@ def block_rows(block: BlockConfig) -> tuple[Row, ...]:
 
 
 def layer_prefix(index: int) -> str:
+  """Returns the prefix of the tensors of layer `index`, counted from 0."""
   return f'layers.{index}.'
 
 
 def mtp_prefix(depth: int) -> str:
+  """Returns the prefix of a depth of multi-token prediction, counted from 0."""
   return f'mtp.{depth}.'
 
 
@@ -154,7 +160,7 @@ _SCALED = re.compile(r'(.*\.(?:w[123]|wq_[ab]|wkv|wo_[ab]|[eh]_proj))\.scale$')
 
 
 def original(name: str) -> str:
-  """The original name of a tensor that transformers may have named."""
+  """Returns the original name of a tensor that transformers may have named."""
   for pattern, to in _RENAMES:
     name = pattern.sub(to, name)
   # The scales of quantised weights are named as in V3's files.
@@ -162,7 +168,7 @@ def original(name: str) -> str:
 
 
 def normalized(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-  """The tensors of a folder by original names, packed experts taken apart."""
+  """Returns the tensors of a folder by original names, experts unpacked."""
   out: dict[str, Entry] = {}
   for name, entry in entries.items():
     for new, part in _unpacked(original(name), entry):
@@ -172,13 +178,15 @@ def normalized(entries: Mapping[str, Entry]) -> dict[str, Entry]:
   return out
 
 
-def _unpacked(name: str, entry: Entry):
+def _unpacked(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
+  """Yields the tensors of an entry: one per expert and half if packed."""
   match = _PACKED.fullmatch(name)
   if not match or len(entry.shape) != 3:
     yield name, entry
     return
   experts, rows, columns = entry.shape
   parts = ('w1', 'w3') if match[2] == 'gate_up_proj' else ('w2',)
+  # An expert's gate and then its up are contiguous: each is a slice.
   shape = (rows // len(parts), columns)
   size = shape[0] * columns * entry.dtype.itemsize
   start = entry.start

@@ -1,1 +1,1 @@
-"""Bytes that a training step sends between devices, by cause."""
+"""Counts bytes that a training step sends between devices, by cause."""

@@ -1,14 +1,15 @@
-"""What context parallelism sends, by kind of attention.
+"""Counts what context parallelism sends, by kind of attention.
 
-Two ways: gathered, a device's part goes to all others ((n-1)/n of the whole by
-a ring); near, a few tokens go to the device behind. In training the gradients
-of both come back; numbers of documents and positions only go there.
+Bytes are sent in two ways: gathered, a device's sequence shard goes to all
+others ((n-1)/n of the whole by a ring); near, a few tokens go to the device
+behind. In training the gradients of both come back; numbers of documents and
+positions have none.
 Legend: T tokens of a device, S of all, m ratio, J series, C entry dim, W
 window.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.attention.gqa import GQAConfig
@@ -19,10 +20,10 @@ from deepseek_jax.plan.attention import cache_elements
 
 
 class Moved(NamedTuple):
-  """Bytes of one layer and one sequence.
+  """Counts bytes of one layer and one sequence.
 
   Attributes:
-    gathered: of whole arrays with gradients; near: of what neighbours send.
+    gathered: arrays with gradients, whole; near: what neighbours send.
     fixed, fixed_near: the same of what has no gradient.
   """
 
@@ -32,9 +33,14 @@ class Moved(NamedTuple):
   fixed_near: int = 0
 
   def sent(self, ways: int, forward: int) -> tuple[int, int]:
-    """By a device in a step that runs `forward` times forward, once back.
+    """Returns the bytes that a device sends in a step.
 
-    With gradients, and without.
+    Args:
+      ways: devices of the context axis.
+      forward: how often the layer runs forward; it runs backward once.
+
+    Returns:
+      (bytes of what has gradients, bytes of what has none).
     """
     ring = lambda size: size * (ways - 1) // ways
     return (
@@ -44,13 +50,13 @@ class Moved(NamedTuple):
 
 
 class Cut(NamedTuple):
-  """How sequences are cut.
+  """Describes how sequences are sharded.
 
   Attributes:
-    tokens: T; ways: parts.
+    tokens: T; ways: devices that share a sequence.
     width: bytes of a number.
     documents: whether a window holds several.
-    heads: parts of the heads.
+    heads: ways that the heads are sharded.
   """
 
   tokens: int
@@ -61,22 +67,26 @@ class Cut(NamedTuple):
 
   @property
   def whole(self) -> int:
-    """S."""
+    """Returns S, the tokens of all devices."""
     return self.tokens * self.ways
 
   @property
   def numbers(self) -> int:
-    """Bytes of the documents of all tokens."""
+    """Returns the bytes of the document numbers of all tokens."""
     return 4 * self.whole * self.documents
 
   def before(self, tokens: int) -> int:
-    """Of so many tokens before a device's own those that others have."""
+    """Returns how many of the `tokens` before a device's own others hold."""
     return min(tokens, self.whole - self.tokens)
 
 
 @functools.singledispatch
-def context_moved(attention, cut: Cut) -> Moved:
-  """What one layer sends for one sequence."""
+def context_moved(attention: Any, cut: Cut) -> Moved:
+  """Returns what one layer sends for one sequence.
+
+  Raises:
+    InputError: the attention is not registered.
+  """
   raise InputError(
     f'attention = {type(attention).__name__}: the planner does not know what'
     ' it sends over mesh.context; use 1'
@@ -85,21 +95,26 @@ def context_moved(attention, cut: Cut) -> Moved:
 
 @context_moved.register
 def _latents(attention: MLAConfig, cut: Cut) -> Moved:
+  """Counts latent attention: all latents are gathered."""
   size = cut.whole * cache_elements(attention, 1) * cut.width
   return Moved(size, fixed=cut.numbers)
 
 
 @context_moved.register
 def _groups(attention: GQAConfig, cut: Cut) -> Moved:
+  """Counts grouped-query attention: keys and values of local heads."""
   size = cut.whole * cache_elements(attention, 1) * cut.width
   return Moved(size // cut.heads, fixed=cut.numbers)
 
 
 @context_moved.register
 def _native(attention: NSAConfig, cut: Cut) -> Moved:
+  """Counts native sparse attention: keys gathered, blocks, near tokens."""
   a = attention
   token = a.kv_heads // cut.heads * (a.qk_dim + a.v_dim) * cut.width
   blocks = cut.ways * -(-cut.tokens // a.stride)
+  # Selection reads all keys and values, compression all blocks; a block or
+  # window that begins on the device before reads its last tokens.
   return Moved(
     (cut.whole + blocks) * token,
     (cut.before(a.block - 1) + cut.before(a.window - 1)) * token,
@@ -109,6 +124,7 @@ def _native(attention: NSAConfig, cut: Cut) -> Moved:
 
 @context_moved.register
 def _shared(attention: SharedKVConfig, cut: Cut) -> Moved:
+  """Counts V4's attention: window from the neighbour, entries gathered."""
   a, C, width = attention, attention.head_dim, cut.width
   window = cut.before(a.window - 1)
   near, fixed_near = window * C * width, 4 * window
@@ -121,6 +137,6 @@ def _shared(attention: SharedKVConfig, cut: Cut) -> Moved:
   # Projections and gates are float32; positions and documents int32.
   near += before * 2 * make.series * wide * 4
   fixed_near += before * 2 * 4
-  # Which entries there are is a byte each; views want every position.
+  # A byte per entry marks whether it exists; visibility needs all positions.
   fixed = entries + 4 * cut.whole + cut.numbers
   return Moved(entries * wide * width, near, fixed, fixed_near)

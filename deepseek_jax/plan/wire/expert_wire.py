@@ -1,4 +1,4 @@
-"""Rows and bytes that an exchange of tokens puts on the wires.
+"""Counts rows and bytes that an exchange of tokens puts on the wires.
 
 `crossing` counts what a routing really sends; `buffers` what the compiled
 program sends, filler included. Legend: N tokens of a device, K choices, E
@@ -14,7 +14,7 @@ from deepseek_jax.parallel.exchange import ExchangeConfig, share
 
 
 class Crossing(NamedTuple):
-  """Copies of tokens that leave a device, all devices together.
+  """Counts copies of tokens that leave a device, over all devices.
 
   Attributes:
     fast: to another device of the same node.
@@ -26,14 +26,19 @@ class Crossing(NamedTuple):
 
 
 def crossing(
-  experts, num_experts: int, devices: int, *, node: int, two_hop: bool = False
+  experts: np.ndarray,
+  num_experts: int,
+  devices: int,
+  *,
+  node: int,
+  two_hop: bool = False,
 ) -> Crossing:
-  """What one dispatch of a routing sends; a combine sends as much back.
+  """Returns what one dispatch of a routing sends; a combine sends as much.
 
   Args:
     experts: [devices N K] int, `num_experts` for nowhere: a device's choices.
-    num_experts: E, cut evenly over the devices.
-    devices: of the expert axis.
+    num_experts: E, sharded evenly over the devices.
+    devices: size of the expert axis.
     node: neighbouring devices that fast links join.
     two_hop: one copy per node, then on inside it; else one per choice.
   """
@@ -44,6 +49,7 @@ def crossing(
   away = real & (to // node != here // node)
   if not two_hop:
     return Crossing(int((real & ~away & (to != here)).sum()), int(away.sum()))
+  # One copy per node visited, however many of its experts are chosen.
   visited = [
     (away & (to // node == a)).any(axis=-1) for a in range(-(-devices // node))
   ]
@@ -53,10 +59,10 @@ def crossing(
   return Crossing(int(inside.sum()), int(np.sum(visited)))
 
 
-def row_bytes(cfg: ExchangeConfig, dim: int, dtype) -> int:
-  """Bytes that a row costs in a step: dispatch and combine, forward and back.
+def row_bytes(cfg: ExchangeConfig, dim: int, dtype: str) -> int:
+  """Returns the bytes of a row in a step: dispatch, combine and gradients.
 
-  The gradient of a dispatch is a combine, and the other way round.
+  The gradient of a dispatch is a combine, and the reverse.
   """
   one = lambda form: formats.row_bytes(dim, form, dtype)
   return 2 * (one(cfg.dispatch) + one(cfg.combine))
@@ -65,11 +71,11 @@ def row_bytes(cfg: ExchangeConfig, dim: int, dtype) -> int:
 def buffers(
   cfg: ExchangeConfig, tokens: int, top_k: int, experts: int, devices: int
 ) -> dict[str, int]:
-  """Rows that one device sends to others in the first round of one dispatch.
+  """Counts rows that one device sends in the first round of one dispatch.
 
   Args:
-    cfg: of equal buffers: 'all_gather', 'all_to_all' or 'two_hop'.
-    tokens: of a device, N.
+    cfg: its buffers are equal: 'all_gather', 'all_to_all' or 'two_hop'.
+    tokens: N, those of a device.
     top_k: K.
     experts: E.
     devices: n of the expert axis.
@@ -82,12 +88,14 @@ def buffers(
   if cfg.kind == 'all_gather':
     return {'fast': (devices - 1) * tokens, 'slow': 0}
   if cfg.kind == 'all_to_all':
+    # A device gets a row per choice, at most one for each of its experts.
     longest = tokens * min(top_k, mine)
     rows = share(tokens * top_k, devices, longest, cfg.factor)
     return {'fast': (devices - 1) * rows, 'slow': 0}
   if cfg.kind != 'two_hop':
     raise ValueError(f'{cfg.kind}: sends no filler; count with crossing')
   inner = devices // cfg.nodes
+  # First hop: a row per node visited. Second: from there a row per choice.
   total = tokens * min(top_k, cfg.nodes)
   rows = share(total, cfg.nodes, tokens, cfg.factor)
   longest = cfg.nodes * rows * min(top_k, mine)

@@ -1,13 +1,14 @@
-"""Bytes that weights and their gradients send in a step.
+"""Counts bytes that weights and their gradients send in a step.
 
-Gradients are summed over the devices that hold the same weights and see other
-tokens; what fsdp cuts is gathered where it is used, and its gradients scatter.
-The compiled step does both for every micro-batch. Of pipelines it is taken that
-ranks add up the gradients of all chunks first, which parallel/pipeline.py, a
-program per chunk, leaves to XLA.
+Gradients are summed over the devices that hold the same weights and work on
+other tokens; what fsdp shards is gathered where it is used, and its gradients
+are scattered. The compiled step does both for every micro-batch. Pipeline ranks
+are taken to add up the gradients of all chunks first, which
+pipeline/pipeline.py, a program per chunk, leaves to XLA.
 """
 
 import re
+from collections.abc import Iterable
 
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.plan.device_shares import Share
@@ -21,7 +22,7 @@ _AT_ONCE = re.compile(
 
 
 def _sums(step: Step, share: Share, devices: int) -> tuple[int, ...]:
-  """Sizes of the groups of devices that sum a parameter's gradient in a step.
+  """Returns sizes of the groups of devices that sum a parameter's gradient.
 
   XLA sums over the axes of a batch, then over that of its sequences, once per
   use: it adds up the uses of embedding and head after the devices.
@@ -40,12 +41,12 @@ def _sums(step: Step, share: Share, devices: int) -> tuple[int, ...]:
 
 
 def _often(step: Step) -> int:
-  """How often a step sums gradients over devices."""
+  """Returns how often a step sums gradients over devices."""
   return step.micro_batches if step.mesh.stage == 1 else 1
 
 
-def gradients(step: Step, held) -> list[Wire]:
-  """Sum of gradients over the devices that hold the same weights."""
+def gradients(step: Step, held: Iterable[Share]) -> list[Wire]:
+  """Counts the sum of gradients over devices that hold the same weights."""
   out, zero, often = {}, step.training.zero, _often(step)
   # DualPipe: two ranks hold the same stages.
   copies = 2 if step.training.both_ends and step.mesh.stage > 1 else 1
@@ -79,19 +80,20 @@ def gradients(step: Step, held) -> list[Wire]:
 
 
 def _uses(config: TransformerConfig, name: str) -> int:
-  """How often a step makes a gradient of a parameter: once per use."""
+  """Returns how often a step makes a gradient of a parameter: once per use."""
   each = 1 + config.mtp.depth
   return {'embed': each * (2 if config.tied else 1), 'head': each}.get(name, 1)
 
 
 def _gathers(step: Step, share: Share) -> int:
-  """How often a step gathers a weight that fsdp cuts.
+  """Returns how often a step gathers a weight that fsdp shards.
 
-  Where it is used: a scanned layer's forward and backward, other layers' once
-  unless they are recomputed. The embedding is looked up forward only, and the
-  head makes its gradients in the forward pass. Of experts gate and up lie side
-  by side for one product; so they are kept, unless they are recomputed. What
-  is neither scanned nor recomputed XLA takes out of the loop of micro-batches.
+  It is gathered where it is used: a scanned layer's forward and backward, other
+  layers' once unless they are recomputed. The embedding is looked up forward
+  only, and the head makes its gradients in the forward pass. Gate and up of
+  experts lie side by side for one product; so they are kept, unless they are
+  recomputed. What is neither scanned nor recomputed XLA takes out of the loop
+  of micro-batches.
   """
   config, micro = step.config, step.micro_batches
   once = micro if step.mesh.stage > 1 else 1
@@ -105,8 +107,8 @@ def _gathers(step: Step, share: Share) -> int:
   return once + micro * again
 
 
-def fsdp(step: Step, held) -> list[Wire]:
-  """Weights gathered where they are used, gradients scattered."""
+def fsdp(step: Step, held: Iterable[Share]) -> list[Wire]:
+  """Counts weights gathered where they are used, and gradients scattered."""
   n = step.mesh.fsdp
   if n == 1:
     return []

@@ -1,4 +1,4 @@
-"""What all formulas of bytes on wires share.
+"""Defines what all formulas of bytes on wires share.
 
 A ring over n devices sends (n-1)/n of the bytes per reduce-scatter or
 all-gather, twice that per all-reduce.
@@ -14,7 +14,7 @@ from deepseek_jax.plan.memory import Training
 
 
 class Wire(NamedTuple):
-  """One kind of traffic.
+  """Describes one kind of traffic.
 
   Attributes:
     purpose: what for.
@@ -30,11 +30,11 @@ class Wire(NamedTuple):
 
 
 class Step(NamedTuple):
-  """What all formulas share.
+  """Holds what all formulas read.
 
   Attributes:
-    tokens: that a device works on in a step (of its part of a sequence).
-    micro_batches: of a device in a step.
+    tokens: those that a device works on in a step (of its sequence shard).
+    micro_batches: how many a device works on in a step.
     node: devices that fast links join.
     layers: share of the blocks that pass through a device's stage.
   """
@@ -49,12 +49,12 @@ class Step(NamedTuple):
 
 
 def ring(n: int, size: int) -> int:
-  """Bytes that each of n devices sends to gather or scatter `size` bytes."""
+  """Returns bytes that each of n devices sends to gather or scatter `size`."""
   return size * (n - 1) // n
 
 
 def link_of(step: Step, axes: tuple[str, ...]) -> str:
-  """Fast if the axes and all faster ones fit a node.
+  """Returns 'fast' if the axes and all faster ones fit a node, else 'slow'.
 
   Devices are numbered with stage slowest, then data, fsdp, expert, context,
   and tensor fastest.

@@ -1,12 +1,15 @@
-"""What tensor parallelism sums over devices, by kind of layer.
+"""Counts what tensor parallelism sums over devices, by kind of layer.
 
-A matrix that is cut along what it sums over leaves a part of the sum on each
-device (the output projection, the second matrix of an FFN); one that is cut
-along what it makes leaves a part of its input's gradient on each. Both are
-all-reduced, once per layer and pass where one product makes all that is cut.
-Sparse and shared attentions sum more inside, which is not known: `uncounted`.
-Legend: D model, Q query latent, C key-value latent, R rope dim.
+A matrix that is sharded along its inputs (row-wise) leaves a part of the sum on
+each device (the output projection, the second matrix of an FFN); one that is
+sharded along its outputs (column-wise) leaves a part of its input's gradient on
+each. Both are all-reduced, once per layer and pass where one product makes all
+that is sharded. Sparse and shared attentions sum more inside, which is not
+known: `uncounted`. Legend: D model, Q query latent, C key-value latent, R rope
+dim.
 """
+
+from typing import Any
 
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.attention.mla import MLAConfig
@@ -16,21 +19,26 @@ from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.plan.flops import blocks
 
 
-def backward(attention, dim: int) -> int:
-  """Numbers of a token that attention's inputs get back from each device.
+def backward(attention: Any, dim: int) -> int:
+  """Returns the numbers per token of input gradients that attention
+  all-reduces.
 
-  0 where that is not known. By the very type: DSA is an MLA that sums more.
+  0 where that is not known. The exact type decides: DSA is an MLA that sums
+  more.
   """
   if type(attention) is GQAConfig:
     return dim
   if type(attention) is MLAConfig:
-    # Latents are whole on every device; what is made of them is cut.
+    # Latents are unsharded; what is projected from them is sharded by head.
     return (attention.q_rank or dim) + attention.kv_rank + attention.rope_dim
   return 0
 
 
 def uncounted(config: TransformerConfig) -> tuple[str, ...]:
-  """Attentions of which only the output's sum is counted."""
+  """Returns the attentions whose inner sums are not counted, by name.
+
+  Only their output's sum is.
+  """
   made = [block.attention for block, _ in blocks(config)]
   if config.mtp.depth:
     made.append(config.block(config.mtp.block).attention)
@@ -39,10 +47,10 @@ def uncounted(config: TransformerConfig) -> tuple[str, ...]:
 
 
 def layer_sums(block: BlockConfig, dim: int, forward: int) -> tuple[int, int]:
-  """Numbers of a token that one layer sums over devices in a step.
+  """Returns the numbers of a token that one layer all-reduces in a step.
 
   Args:
-    block: of the layer.
+    block: configuration of the layer.
     dim: D.
     forward: how often it runs forward.
 

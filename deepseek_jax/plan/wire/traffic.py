@@ -1,4 +1,4 @@
-"""Bytes that a device sends per training step, by purpose and by link.
+"""Counts bytes that a device sends per training step, by purpose and link.
 
 A ring over n devices sends (n-1)/n of the bytes per reduce-scatter or
 all-gather, twice that per all-reduce. Expert traffic is the mean under even
@@ -27,25 +27,25 @@ from deepseek_jax.plan.wire.tensor_wire import layer_sums, uncounted
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What a device of the busiest pipeline rank sends in a step."""
+  """Holds what a device of the busiest pipeline rank sends in a step."""
 
   wires: tuple[Wire, ...]
 
   def on(self, link: str) -> int:
-    """Bytes over one kind of link."""
+    """Returns the bytes over one kind of link."""
     return sum(w.bytes for w in self.wires if w.link == link)
 
 
 def rows_sent(
   moe: MoEConfig, expert: int, node: int, node_limited: bool
 ) -> dict[str, Fraction]:
-  """Copies of one token that cross each link on the way to its experts.
+  """Returns copies of one token that cross each link on the way to experts.
 
-  Flat: one copy per chosen expert of another device; of these, those of
-  other nodes cross the slow link. Node-limited (V3, section 3.2.2): one copy
-  per node at most, to the device of the same place, then over fast links to
-  the experts' devices. Mean over even loads; nodes at the router's limit.
-  `node`: devices of the expert axis that share one.
+  Flat: one copy per chosen expert of another device; of these, those of other
+  nodes cross the slow link. Node-limited (V3, section 3.2.2): one copy per node
+  at most, to the device of the same place, then over fast links to the experts'
+  devices. Mean over even loads; nodes at the router's limit. `node`: devices of
+  the expert axis that share one.
   """
   inside = min(expert, node)
   nodes = -(-expert // node)
@@ -62,10 +62,10 @@ def rows_sent(
   }
 
 
-def _mixtures(config: TransformerConfig):
-  """(experts, layers, whether the backward pass runs them forward again).
+def _mixtures(config: TransformerConfig) -> list[tuple[MoEConfig, int, bool]]:
+  """Returns (experts, layers, whether the backward pass reruns them forward).
 
-  Policies of 'dots' and 'full' alike: an exchange is not a plain matmul.
+  Policies 'dots' and 'full' are alike: an exchange is not a plain matmul.
   """
   again = config.compute.remat != 'none'
   made = [(b.ffn, repeat, again) for b, repeat in blocks(config)]
@@ -76,6 +76,7 @@ def _mixtures(config: TransformerConfig):
 
 
 def _experts(step: Step, node_limited: bool) -> list[Wire]:
+  """Counts dispatch and combine of experts, by link."""
   if step.mesh.expert == 1:
     return []
   D, training = step.config.dim, step.training
@@ -88,8 +89,8 @@ def _experts(step: Step, node_limited: bool) -> list[Wire]:
     rows = rows_sent(moe, step.mesh.expert, near, node_limited)
     for link, copies in rows.items():
       often = copies * step.tokens * repeat * step.layers
-      # Results that come back from a node are added up as they are: their
-      # gradients need no weights, so they are not made again.
+      # Results combined from another node are summed unweighted: gradients
+      # need no weights, so they are not recomputed.
       added = link == 'slow' and node_limited
       sizes = {
         'dispatch': (2 + again) * there,
@@ -114,7 +115,7 @@ def _experts(step: Step, node_limited: bool) -> list[Wire]:
 
 
 def _activations(step: Step) -> list[Wire]:
-  """What tensor, context and stage axes send of activations."""
+  """Counts what tensor, context and stage axes send of activations."""
   config, mesh = step.config, step.mesh
   width = BYTES[config.compute.dtype]
   out = []
@@ -133,6 +134,7 @@ def _activations(step: Step) -> list[Wire]:
 
 
 def _tensor(step: Step, width: int) -> Wire:
+  """Counts the all-reduces of tensor parallelism."""
   config, n, uses = step.config, step.mesh.tensor, 1 + step.config.mtp.depth
   forward = 1 if config.compute.remat == 'none' else 2
   every = [
@@ -142,11 +144,11 @@ def _tensor(step: Step, width: int) -> Wire:
   if config.mtp.depth:
     mtp = config.block(config.mtp.block)
     every.append((config.mtp.depth, layer_sums(mtp, config.dim, 1)))
-  # Lookups in a cut vocabulary, and what the head says of hidden states.
+  # Lookups in a sharded vocabulary, and the head's gradient of its input.
   size = width * (
     uses * 2 * config.dim + sum(often * both[0] for often, both in every)
   )
-  # Of logits the greatest, the sum of exponentials and the label's.
+  # float32 per token of the softmax: maximum, sum of exponentials, label.
   size += 4 * (uses * 3 + sum(often * both[1] for often, both in every))
   how = (
     'all-reduces of what row-cut matrices make forward, of what column-cut'
@@ -159,10 +161,11 @@ def _tensor(step: Step, width: int) -> Wire:
 
 
 def _context(step: Step, width: int) -> list[Wire]:
+  """Counts what sequence shards gather of each other, by kind."""
   config, n = step.config, step.mesh.context
   length = step.training.seq_len // n
   cut = Cut(length, n, width, heads=step.mesh.tensor)
-  # What is kept for the backward pass need not be gathered again.
+  # Without remat the backward pass keeps what was gathered.
   forward = 1 if config.compute.remat == 'none' else 2
   every = [
     (repeat * step.layers, context_moved(block.attention, cut).sent(n, forward))
@@ -200,17 +203,17 @@ def exchange_sent(
   devices: int,
   tokens: int,
 ) -> int:
-  """Bytes that one device sends to others by expert exchanges of one step.
+  """Returns the bytes that one device sends by expert exchanges of a step.
 
-  What the compiled program sends in first rounds, filler included; `traffic`
-  counts the rows of even loads alone. With the rows travel the numbers of
-  their experts and, to another node, weights.
+  Counted is what the compiled program sends in first rounds, filler included;
+  `traffic` counts the rows of even loads alone. The numbers of their experts
+  and, to another node, weights travel with the rows.
 
   Args:
     config: a model.
     exchange: 'all_to_all' or 'two_hop'.
-    devices: of the expert axis.
-    tokens: of one device.
+    devices: size of the expert axis.
+    tokens: how many one device holds.
   """
   if exchange.kind not in ('all_to_all', 'two_hop'):
     raise InputError(
@@ -223,7 +226,7 @@ def exchange_sent(
     sizes = tokens, moe.top_k, moe.experts, devices
     rows = exchange_traffic.buffers(exchange, *sizes)
     # int32 experts of a row; across nodes K of them, and K float32 weights
-    # with a gradient. What comes back from a node is not made again.
+    # with a gradient. What another node combined is not recomputed.
     each = 2 * (there + back)
     fast = each + 4 + again * (there + back + 4)
     slow = each + 12 * moe.top_k + again * (there + 8 * moe.top_k)
@@ -241,7 +244,7 @@ def traffic(
   node_limited: bool = True,
   held: Mapping | None = None,
 ) -> Traffic:
-  """Bytes that one device sends in one training step.
+  """Counts the bytes that one device sends in one training step.
 
   Args:
     config: a model.
@@ -250,7 +253,7 @@ def traffic(
     batch: sequences of the global batch.
     node: devices joined by fast links.
     node_limited: experts' tokens cross to each node at most once.
-    held: `mesh.shares` of other rules, or to save making them again.
+    held: `mesh.shares` of other rules, or to save computing them again.
   """
   held = meshes.shares(config, mesh) if held is None else held
   places = meshes.ranks(config, mesh, both_ends=training.both_ends)

@@ -683,22 +683,27 @@ def build(config: TransformerConfig) -> Model:
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp)
 
-  def init_cache(batch: int, slots: int) -> Cache:
-    layers = []
-    for segment in config.segments():
-      one = lambda b: b.cache(batch, slots, config.dim, dtype)
-      empty = [one(b) for b in segment.blocks]
-      # As the weights: every array of a segment is stacked [repeat ...].
-      stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
-      layers.append(tuple(jax.tree.map(stack, empty)))
-    recent = None
-    if config.engram_layers():
-      recent = jnp.zeros((batch, config.engram.longest), jnp.int32)
-    length = jnp.zeros(batch, jnp.int32)
-    return Cache(tuple(layers), length, slots, recent=recent)
-
+  init_cache = functools.partial(_empty_cache, config, dtype)
   head = lambda variables: merge(cast(variables)).head_weight()
   return Model(config, init, apply, init_cache, head, cast, abstract)
+
+
+def _empty_cache(
+  config: TransformerConfig, dtype: jnp.dtype, batch: int, slots: int
+) -> Cache:
+  """Returns a cache that holds no token yet, for rows of `slots` tokens."""
+  layers = []
+  for segment in config.segments():
+    one = lambda b: b.cache(batch, slots, config.dim, dtype)
+    empty = [one(b) for b in segment.blocks]
+    # As the weights: every array of a segment is stacked [repeat ...].
+    stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
+    layers.append(tuple(jax.tree.map(stack, empty)))
+  recent = None
+  if config.engram_layers():
+    recent = jnp.zeros((batch, config.engram.longest), jnp.int32)
+  length = jnp.zeros(batch, jnp.int32)
+  return Cache(tuple(layers), length, slots, recent=recent)
 
 
 def unstack(

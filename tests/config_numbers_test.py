@@ -28,6 +28,7 @@ from deepseek_jax.model.attention.indexer import IndexerConfig
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.model.attention.rope import (
+  LinearConfig,
   Llama3Config,
   RopeConfig,
   YarnConfig,
@@ -56,6 +57,7 @@ from deepseek_jax.plan.memory import Training
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.train.gate import GateConfig
 from deepseek_jax.train.muon import MuonConfig
+from deepseek_jax.train.objective import PretrainingConfig
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import (
   BatchConfig,
@@ -119,6 +121,8 @@ EXAMPLES = (
   Training(),
   MODEL,
   YarnConfig(attention_factor=1.0),
+  LinearConfig(),
+  PretrainingConfig(),
 )
 _NONE = 'there is none of it'
 _NEVER = 'it never happens'

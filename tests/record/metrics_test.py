@@ -256,7 +256,8 @@ class TensorBoardTest(_Case):
   def test_import_is_light(self):
     program = (
       'import sys, deepseek_jax; before = set(sys.modules);'
-      'from deepseek_jax import flight, metrics, report;'
+      'from deepseek_jax.record import metrics, routing;'
+      'from deepseek_jax.record.report import page;'
       'print(*{m.split(".")[0] for m in set(sys.modules) - before})'
     )
     out = subprocess.run(

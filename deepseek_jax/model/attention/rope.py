@@ -67,9 +67,7 @@ class LinearConfig:
 
   def __post_init__(self):
     """Raises InputError unless factor is above 0 and finite."""
-    # NaN compares false.
-    if not 0 < self.factor < math.inf:
-      raise InputError(f'scaling.factor = {self.factor}: must be above 0')
+    above(self, 'scaling.', factor=0)
 
 
 @dataclasses.dataclass(frozen=True)

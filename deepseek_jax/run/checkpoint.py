@@ -9,6 +9,7 @@ A save that fails, as on a full disk, takes nothing that was saved before.
 """
 
 import contextlib
+import itertools
 import math
 import re
 import shutil
@@ -189,8 +190,7 @@ class Checkpoints:
     later = [s for s in self.steps() if s > step]
     for number in map(str, later if distributed.first() else []):
       aside.mkdir(exist_ok=True)
-      shutil.rmtree(aside / number, ignore_errors=True)
-      (self.directory / number).rename(aside / number)
+      (self.directory / number).rename(_unused(aside / number))
     distributed.wait_for_all()
     self._manager.reload()
 
@@ -312,6 +312,12 @@ class Checkpoints:
     leaves = [restored['state'][name] for name in wanted]
     tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Restored(tree, restored['data'], restored['config'])
+
+
+def _unused(path: Path) -> Path:
+  """Returns the path, or with .1, .2 … behind it if something is there."""
+  names = (path.with_name(f'{path.name}.{n}') for n in itertools.count(1))
+  return next(p for p in itertools.chain([path], names) if not p.exists())
 
 
 def _storage_failure(error: Exception) -> str | None:

@@ -97,6 +97,8 @@ class DamageTest(parameterized.TestCase):
 
   def test_rejected_steps_make_way_for_the_same_numbers(self):
     flip(next((self.folder / '2').rglob('manifest.ocdbt')))
+    before = self.folder.parent / 'checkpoints-rejected' / '2' / 'kept'
+    before.mkdir(parents=True)  # set aside at an earlier start
     with Checkpoints(self.folder) as checkpoints:
       checkpoints.set_aside_after(checkpoints.newest_whole())
       self.assertEqual(checkpoints.steps(), [1])
@@ -104,7 +106,9 @@ class DamageTest(parameterized.TestCase):
       checkpoints.wait()
       self.assertEqual(checkpoints.newest_whole(), 2)
       self.assert_restores(checkpoints, 2)
-    self.assertTrue((self.folder.parent / 'checkpoints-rejected/2').is_dir())
+    self.assertTrue(before.is_dir())
+    aside = self.folder.parent / 'checkpoints-rejected/2.1'
+    self.assertTrue((aside / 'manifest.json').exists())
 
   def test_no_whole_step_is_a_refusal_that_names_the_files(self):
     for step in '12':

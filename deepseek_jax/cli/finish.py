@@ -58,6 +58,9 @@ def held_out_facts(run: Run) -> dict:
   bits = evaluate.bits_per_byte(run.model, run.variables, heldout)
   return {
     'held-out bits per byte': bits,
+    'uniform guess, bits per byte': datalib.uniform_bits_per_byte(
+      heldout, config.model.vocab_size
+    ),
     'xz -9 bits per byte': datalib.xz_bits_per_byte(run.store.heldout_texts()),
     'held-out files': len(heldout.documents),
   }

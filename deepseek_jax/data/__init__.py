@@ -9,7 +9,11 @@ from deepseek_jax.data.corpus import (
   documents,
   is_held_out,
 )
-from deepseek_jax.data.heldout import Heldout, xz_bits_per_byte
+from deepseek_jax.data.heldout import (
+  Heldout,
+  uniform_bits_per_byte,
+  xz_bits_per_byte,
+)
 from deepseek_jax.data.infill import fim
 from deepseek_jax.data.token_store import HeldoutDocument, Store
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer, from_file

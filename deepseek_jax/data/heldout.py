@@ -139,6 +139,15 @@ class Heldout:
     return out
 
 
+def uniform_bits_per_byte(heldout: Heldout, vocab_size: int) -> float:
+  """Returns the bits per byte of guessing each of `vocab_size` tokens alike.
+
+  The tokenizer is not charged for what it learnt, so on a small corpus this
+  can undercut a compressor that pays for everything.
+  """
+  return heldout.bits_per_byte(heldout.tokens * math.log(vocab_size))
+
+
 def xz_bits_per_byte(texts: Sequence[str]) -> float:
   """Returns `xz -9` of each text by itself: compressed bits over all bytes."""
   data = [text.encode() for text in texts]

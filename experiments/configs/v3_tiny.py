@@ -2,7 +2,8 @@
 
     python -m experiments.pretrain --config=experiments/configs/v3_tiny.py
 
-About four minutes on two CPU cores. The model beats xz -9 on held-out files.
+About four minutes on two CPU cores. It ends with bits per byte on held-out
+files beside a uniform guess over the vocabulary and `xz -9`.
 """
 
 import deepseek_jax as ds

@@ -272,6 +272,7 @@ class RunTest(absltest.TestCase):
     self.assertEqual(run.returncode, 0, msg=err)
     for words in (
       'held-out bits per byte',
+      'uniform guess, bits per byte',
       'xz -9 bits per byte',
       'tokens per second',
       'expert load',

@@ -183,6 +183,13 @@ class HeldoutTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'data.heldout_fraction'):
       data.Heldout(data.build(config), 16, 4)
 
+  def test_a_uniform_guess_pays_for_every_token_alike(self):
+    heldout = data.Heldout(self.store, 16, 4)
+    tokens = sum(float(batch['weights'].sum()) for batch in heldout)
+    expected = tokens * math.log2(300) / heldout.bytes
+    got = data.uniform_bits_per_byte(heldout, 300)
+    self.assertAlmostEqual(got, expected, places=12)
+
   def test_xz_is_what_the_program_gives_file_by_file(self):
     if not shutil.which('xz'):
       self.skipTest('the xz program is not installed')

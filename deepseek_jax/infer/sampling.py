@@ -279,8 +279,11 @@ def _is_prepared(model, variables):
 
 @functools.lru_cache(maxsize=32)
 def build_flat(model: Model) -> Model:
-  """The same model with every layer a segment of its own."""
-  return build(unstack(model.config))
+  """The same model with every layer a segment of its own, without adapters.
+
+  Those are folded into the weights once, not at every token.
+  """
+  return build(dataclasses.replace(unstack(model.config), lora=None))
 
 
 @functools.lru_cache(maxsize=32)

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
-from deepseek_jax.train.config import TrainConfig, optimizer_of, part_of
+from deepseek_jax.train.config import (
+  TrainConfig,
+  optimizer_of,
+  part_of,
+  recipe_of,
+)
 from deepseek_jax.train.gate import GateState, initial_gate
 from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 from deepseek_jax.train.objective import (
@@ -48,6 +53,7 @@ class TrainState(NamedTuple):
 
 def initial_state(model: Model, cfg: TrainConfig, variables) -> TrainState:
   """The state before the first step; `variables` as model.init makes them."""
+  cfg = recipe_of(cfg, model.config)
   optimizer = optimizer_of(cfg, model.abstract['params'])
   return TrainState(
     jnp.int32(0),
@@ -129,6 +135,7 @@ def train_step(
   batch), 'dropped' [L] and the routing statistics [L ...]; 'block_norms' of the
   gradient and 'update_norms', by block. Jit it with the state donated.
   """
+  cfg = recipe_of(cfg, model.config)
   optimizer = optimizer_of(cfg, model.abstract['params'])
   part = part_of(cfg, model.abstract['params'])
   built = objective.build(model)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import lora
 from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel.mesh import RULES
 from deepseek_jax.pipeline.cut import stage_places
@@ -67,7 +68,7 @@ class Share(NamedTuple):
     over: mesh axes that split it.
     routed: a routed expert's.
     matrix: computes in the model's dtype; the others stay float32.
-    trained: has gradients and moments.
+    trained: has gradients and moments; of a model with `lora`, its adapters.
     axes: its logical axes, of which the optimizer's rule depends.
   """
 
@@ -81,7 +82,7 @@ class Share(NamedTuple):
   axes: tuple
 
 
-def _share(name, variable, stack, mesh, rules, trained) -> Share:
+def _share(name, variable, stack, mesh, rules, kind, trained) -> Share:
   meta = variable.get_metadata()
   axes = meta.get('axes') or ()
   shape = variable.shape[stack:]
@@ -103,7 +104,7 @@ def _share(name, variable, stack, mesh, rules, trained) -> Share:
     math.prod(shape),
     tuple(over),
     'experts' in axes,
-    not meta.get('full_precision', False) and trained,
+    not meta.get('full_precision', False) and kind == 'params',
     trained,
     tuple(axes),
   )
@@ -135,15 +136,18 @@ def shares(
   for kind in ('params', 'buffers'):
     for name, variable in _leaves(abstract, kind):
       stack = 1 if name.startswith('segments.') else 0
-      made = _share(name, variable, stack, mesh, rules, kind == 'params')
-      for place in _places(config, name.split('.')):
+      path = name.split('.')
+      learns = config.lora is None or lora.KEY in path
+      trained = kind == 'params' and learns
+      made = _share(name, variable, stack, mesh, rules, kind, trained)
+      for place in _places(config, path):
         out.setdefault(place, []).append(made)
   return {place: tuple(found) for place, found in out.items()}
 
 
 def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
   """Where the parameter at `path` occurs; a stacked one in many layers."""
-  if path[0] == 'embed':
+  if path[0] == 'embed' or path[:2] == [lora.KEY, 'embed']:
     return [('start',)]
   if path[0] == 'mtp':
     return [('mtp', int(path[1]))]

@@ -110,7 +110,7 @@ def state_bytes(
   out = dict.fromkeys(CLASSES[:4], 0)
   for share in held:
     n = share.elements
-    if not share.trained:
+    if not share.trained and not share.matrix:
       out['weights'] += 4 * n
       continue
     split = copies * replicas(share, mesh) if training.zero else 1
@@ -120,8 +120,9 @@ def state_bytes(
     else:
       out['weights'] += width * n
       out['master weights'] += 4 * -(-n // split)
-    out['gradients'] += 4 * n
-    out['moments'] += moment_bytes(optimizer, share) * -(-n // split)
+    if share.trained:
+      out['gradients'] += 4 * n
+      out['moments'] += moment_bytes(optimizer, share) * -(-n // split)
   return out
 
 

@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 
@@ -222,15 +223,21 @@ class TrainingTest(parameterized.TestCase):
         moved = np.abs(want[name] - old[name]).max()
         self.assertLess(np.abs(got[name] - want[name]).max(), 1e-3 * moved)
 
-  def test_two_devices_and_two_stages_equal_one(self):
-    axes = ('fsdp', 'stage')
-    found = fake_devices.run('tests.model.lora_worker', *axes, devices=2)
+  def check_spread(self, name, *axes):
+    found = fake_devices.run('tests.model.lora_worker', name, *axes, devices=2)
     for axis in axes:
       with self.subTest(axis):
         self.assertGreater(found[axis].pop('moved'), 1e-3)
         self.assertEqual(found[axis].pop('begun'), 0)
         for name, value in found[axis].items():
           self.assertLess(value, 1e-5, name)
+
+  def test_two_devices_and_two_stages_equal_one(self):
+    self.check_spread('gqa', 'fsdp', 'stage')
+
+  @pytest.mark.slow
+  def test_experts_spread_over_two_devices_equal_one(self):
+    self.check_spread('step', 'fsdp', 'expert', 'stage')
 
   def test_a_warm_start_keeps_weights_and_draws_adapters(self):
     fresh = model().init(jax.random.key(0))

@@ -1,6 +1,6 @@
 """Adapters on a mesh and through a pipeline against one device.
 
-python -m tests.model.lora_worker AXIS...
+python -m tests.model.lora_worker MODEL AXIS...
 """
 
 import dataclasses
@@ -46,10 +46,11 @@ def case(axis: str, one: Steps, config: ds.RunConfig, model: ds.Model) -> dict:
   }
 
 
-def main(axes: list[str]) -> dict:
-  names = ('segments', 'mtp', 'head')
+def main(name: str, *axes: str) -> dict:
+  base = tiny.config(name)
+  names = ('segments', 'head', *(('mtp',) if base.mtp.depth else ()))
   lora = ds.LoRAConfig(names, rank=3, alpha=2.0)
-  model = ds.build(dataclasses.replace(tiny.config('step'), lora=lora))
+  model = ds.build(dataclasses.replace(base, lora=lora))
   config = ds.RunConfig(
     model.config,
     datalib.DataConfig(vocab_size=tiny.VOCAB, seq_len=T, cross_document=False),
@@ -60,4 +61,4 @@ def main(axes: list[str]) -> dict:
 
 
 if __name__ == '__main__':
-  print(json.dumps(main(sys.argv[1:])))
+  print(json.dumps(main(*sys.argv[1:])))

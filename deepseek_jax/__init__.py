@@ -17,6 +17,8 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.infer.sampling import SampleConfig, generate, stream
 from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.lora import LoRAConfig
+from deepseek_jax.model.merging import merged
 from deepseek_jax.model.transformer import (
   Model,
   Output,

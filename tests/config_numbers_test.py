@@ -40,6 +40,7 @@ from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import CapacityConfig, MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.residual import ResidualConfig
@@ -98,6 +99,7 @@ EXAMPLES = (
   IndexerConfig(),
   Kind(),
   Llama3Config(),
+  LoRAConfig(),
   MLA,
   MOE,
   MTPConfig(1),

@@ -20,6 +20,7 @@ from deepseek_jax.hf import config_render, fp8, names, record, safetensors_io
 from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
+from deepseek_jax.model.merging import merged
 from deepseek_jax.model.transformer import TransformerConfig
 
 _SCALE = '_scale_inv'
@@ -82,7 +83,8 @@ def save(
   Args:
     path: folder; made if missing, files of the same names are replaced.
     config: of the model.
-    variables: {'params': ..., 'buffers': ...}; MTP layers are written too.
+    variables: {'params': ..., 'buffers': ...}; MTP layers are written too, and
+      adapters are folded into their weights.
     dtype: of the file, by default that of the embedding.
     quantize: see Format.
     extra: fields of config.json that don't change the model: eos_token_id,
@@ -94,6 +96,7 @@ def save(
     InputError: the family of the model can't express it, or an array has
       another shape than the configuration says.
   """
+  config, variables = merged(config, variables)
   arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
   dtype = dtype or str(arrays['params', 'embed'].dtype)
   target = Format(dtype, quantize)
@@ -115,6 +118,7 @@ def tensors(
 
   Variables may also be gradients or the moments of an optimizer.
   """
+  config, variables = merged(config, variables)
   arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
   target = Format('float32')
   read = _reader(arrays)

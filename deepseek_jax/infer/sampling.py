@@ -317,8 +317,11 @@ def _is_prepared(model: Model, variables: dict) -> bool:
 
 @functools.lru_cache(maxsize=32)
 def build_flat(model: Model) -> Model:
-  """Returns the same model with every layer a segment of its own."""
-  return build(unstack(model.config))
+  """Returns the same model, every layer a segment, without adapters.
+
+  Those are folded into the weights once, not at every token.
+  """
+  return build(dataclasses.replace(unstack(model.config), lora=None))
 
 
 @functools.lru_cache(maxsize=32)

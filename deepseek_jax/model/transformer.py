@@ -18,13 +18,14 @@ from flax import nnx
 from deepseek_jax.config import above, at_least, changed_by, check_choices, key
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import given as inputs
-from deepseek_jax.model import kernels, lookup
+from deepseek_jax.model import kernels, lookup, lora
 from deepseek_jax.model.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import Context, context
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.memory.ngram_hash import NGramHash
 from deepseek_jax.model.mtp import MTPConfig, shifted
@@ -131,6 +132,8 @@ class TransformerConfig:
     kinds: the kinds that the layout's names stand for.
     mtp: multi-token prediction.
     engram: the Engram of the kinds that have one.
+    lora: weights that learn a low-rank product; the rest is then frozen, unless
+      train.trainable names it.
     norm_eps: of the block norms and the final norm.
     init_std: of every weight matrix at initialisation.
     tied: embedding and head are one matrix.
@@ -149,6 +152,7 @@ class TransformerConfig:
   )
   mtp: MTPConfig = MTPConfig(depth=0)
   engram: EngramConfig | None = None
+  lora: LoRAConfig | None = None
   norm_eps: float = 1e-6
   init_std: float = 0.006
   tied: bool = False
@@ -525,7 +529,8 @@ class Model:
     init_cache: (batch, slots) -> empty Cache in the compute dtype.
     head: variables -> [D V], what turns `hidden` into logits.
     cast: variables -> the same in the compute dtype, except the parameters
-      that stay float32; apply does it too, so do it once before a loop.
+      that stay float32, and without adapters, which are folded into their
+      weights; apply does it too, so do it once before a loop.
     abstract: key-free nnx.State of shapes, dtypes and axis names.
   """
 
@@ -558,32 +563,43 @@ class Model:
 def _built(function: Callable) -> bool:
   """Returns whether a function of a Model comes from `build`."""
   name = getattr(function, '__qualname__', '')
-  makers = tuple(f'{f.__name__}.<locals>' for f in (build, functional))
-  return getattr(function, '__module__', '') == __name__ and name.startswith(
-    makers
+  module = getattr(function, '__module__', '')
+  return any(
+    module == f.__module__ and name.startswith(f'{f.__name__}.<locals>')
+    for f in (build, functional, lora.adapted)
   )
 
 
 class Functional(NamedTuple):
-  """Holds a module as pure functions, see `functional`."""
+  """Holds a module as pure functions, see `functional`.
+
+  Attributes:
+    abstract, init: as in Model.
+    cast: variables -> the same in the compute dtype, adapters still apart.
+    merge: variables -> module.
+    ready: variables -> as `Model.cast`: adapters folded in.
+  """
 
   abstract: dict[str, nnx.State]
   init: Callable[[jax.Array], dict]
   cast: Callable[[dict], dict]
   merge: Callable[[dict], nnx.Module]
+  ready: Callable[[dict], dict]
 
 
 def functional(
-  make: Callable[[jax.Array], nnx.Module], dtype: jax.typing.DTypeLike
+  make: Callable[[jax.Array], nnx.Module],
+  dtype: jax.typing.DTypeLike,
+  adapters: LoRAConfig | None = None,
+  first: tuple[int, ...] = (),
 ) -> Functional:
   """Takes a module apart into functions of plain dicts; allocates no array.
 
   Args:
     make: key -> module.
     dtype: in which it is computed.
-
-  Returns:
-    abstract and init as in Model, cast likewise; merge: variables -> module.
+    adapters: of its weights, if any.
+    first: see `lora.adapted`.
   """
   # Shapes and dtypes alone: nothing is drawn.
   abstract = jax.eval_shape(make, jax.random.key(0))
@@ -613,7 +629,9 @@ def functional(
   def merge(variables: dict) -> nnx.Module:
     return nnx.merge(graphdef, variables['params'], variables['buffers'])
 
-  return Functional({'params': params, 'buffers': buffers}, init, cast, merge)
+  abstract = {'params': params, 'buffers': buffers}
+  made = Functional(abstract, init, cast, merge, ready=cast)
+  return made if adapters is None else lora.adapted(made, adapters, first)
 
 
 def build(config: TransformerConfig) -> Model:
@@ -651,7 +669,9 @@ def build(config: TransformerConfig) -> Model:
     )
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   dtype = jnp.dtype(config.compute.dtype)
-  abstract, init, cast, merge = functional(make, dtype)
+  abstract, init, _, merge, cast = functional(make, dtype, config.lora)
+  if config.lora is not None:
+    lora.check(abstract['params'], config.lora)
 
   def apply(
     variables: dict,

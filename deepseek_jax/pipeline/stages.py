@@ -140,7 +140,9 @@ class Stage:
     make = lambda key: Transformer(
       self.config, rngs=nnx.Rngs(key), repeats=tuple(runs)
     )
-    made = functional(make, jnp.dtype(self.config.compute.dtype)).init(key)
+    first = tuple(run.start for run in runs)
+    dtype = jnp.dtype(self.config.compute.dtype)
+    made = functional(make, dtype, self.config.lora, first).init(key)
     less = lambda s, by: slice(s.start - by, s.stop - by)
     moved = [
       p._replace(repeats=less(p.repeats, runs[p.segment].start))
@@ -152,7 +154,8 @@ class Stage:
   @functools.cached_property
   def functional(self) -> Functional:
     """Returns the stage's module as pure functions."""
-    return functional(self.make, jnp.dtype(self.config.compute.dtype))
+    dtype = jnp.dtype(self.config.compute.dtype)
+    return functional(self.make, dtype, self.config.lora)
 
 
 def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
@@ -161,8 +164,14 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
   Raises:
     InputError: there are fewer blocks than stages, or so few per stage that
       those of multi-token prediction would not all be with the head; or
-      blocks have Engrams, whose rows only a whole model can number.
+      blocks have Engrams, whose rows only a whole model can number; or the
+      embedding, which two stages may hold, is adapted.
   """
+  if config.lora is not None and 'embed' in config.lora.names:
+    raise InputError(
+      f"mesh.stage = {count}: model.lora.names has 'embed', which stages cannot"
+      ' adapt; leave it out or set mesh.stage to 1'
+    )
   if any(b.engram for s in config.segments() for b in s.blocks):
     raise InputError(
       f'mesh.stage = {count}: a model with memories (engram) has no stages; set'

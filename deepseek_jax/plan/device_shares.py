@@ -15,6 +15,7 @@ from flax import nnx
 
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import lora
 from deepseek_jax.model.transformer import TransformerConfig, build
 from deepseek_jax.parallel.mesh import RULES
 from deepseek_jax.pipeline.cut import stage_places
@@ -69,7 +70,7 @@ class Share(NamedTuple):
     over: mesh axes that split it.
     routed: a routed expert's.
     matrix: computes in the model's dtype; the others stay float32.
-    trained: has gradients and moments.
+    trained: has gradients and moments; of a model with `lora`, its adapters.
     axes: its logical axes, on which the optimizer's rule depends.
   """
 
@@ -89,6 +90,7 @@ def _share(
   stack: int,
   mesh: Mesh,
   rules: Mapping,
+  kind: str,
   trained: bool,
 ) -> Share:
   """Returns the share of a parameter, the first `stack` axes left out."""
@@ -113,7 +115,7 @@ def _share(
     math.prod(shape),
     tuple(over),
     'experts' in axes,
-    not meta.get('full_precision', False) and trained,
+    not meta.get('full_precision', False) and kind == 'params',
     trained,
     tuple(axes),
   )
@@ -148,15 +150,18 @@ def shares(
     for name, variable in _leaves(abstract, kind):
       # Blocks are stacked: their first axis is the layer, which no rule shards.
       stack = 1 if name.startswith('segments.') else 0
-      made = _share(name, variable, stack, mesh, rules, kind == 'params')
-      for place in _places(config, name.split('.')):
+      path = name.split('.')
+      learns = config.lora is None or lora.KEY in path
+      trained = kind == 'params' and learns
+      made = _share(name, variable, stack, mesh, rules, kind, trained)
+      for place in _places(config, path):
         out.setdefault(place, []).append(made)
   return {place: tuple(found) for place, found in out.items()}
 
 
 def _places(config: TransformerConfig, path: list[str]) -> list[tuple]:
   """Returns places of the parameter at `path`; a stacked one has many."""
-  if path[0] == 'embed':
+  if path[0] == 'embed' or path[:2] == [lora.KEY, 'embed']:
     return [('start',)]
   if path[0] == 'mtp':
     return [('mtp', int(path[1]))]

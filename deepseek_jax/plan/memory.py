@@ -119,7 +119,7 @@ def state_bytes(
   for share in held:
     n = share.elements
     # Buffers are float32, without gradients and moments.
-    if not share.trained:
+    if not share.trained and not share.matrix:
       out['weights'] += 4 * n
       continue
     split = copies * replicas(share, mesh) if training.zero else 1
@@ -130,8 +130,9 @@ def state_bytes(
     else:
       out['weights'] += width * n
       out['master weights'] += 4 * -(-n // split)
-    out['gradients'] += 4 * n
-    out['moments'] += moment_bytes(optimizer, share) * -(-n // split)
+    if share.trained:
+      out['gradients'] += 4 * n
+      out['moments'] += moment_bytes(optimizer, share) * -(-n // split)
   return out
 
 

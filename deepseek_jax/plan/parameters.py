@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.model import lora
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.transformer import TransformerConfig, build
 
@@ -15,7 +17,7 @@ from deepseek_jax.model.transformer import TransformerConfig, build
 class ParameterCount:
   """Holds numbers of parameters.
 
-  Router biases count; multi-token prediction is counted apart.
+  Router biases and adapters count; multi-token prediction is counted apart.
 
   Attributes:
     total: of the main model, embedding and head included.
@@ -60,6 +62,9 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
   if config.mtp.depth:
     block = config.block(config.mtp.block)
     mtp_idle = config.mtp.depth * _idle(block, config.dim)
+  if config.lora is not None:
+    of_segments, of_mtp = _idle_adapters(config, abstract['params'])
+    idle, mtp_idle = idle + of_segments, mtp_idle + of_mtp
   return ParameterCount(
     total=total,
     active=total - idle,
@@ -68,6 +73,24 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
     mtp=mtp,
     mtp_active=mtp - mtp_idle,
   )
+
+
+def _idle_adapters(
+  config: TransformerConfig, params: Mapping
+) -> tuple[int, int]:
+  """Returns numbers of adapters of experts not chosen: model's and MTP's."""
+  idle, segments = {'segments': 0, 'mtp': 0}, config.segments()
+  for path, made in lora.adapters(params, config.lora).items():
+    if 'experts' not in made.axes[0]:
+      continue
+    if path[0] == 'segments':
+      block = segments[path[1]].blocks[path[2]]
+    else:
+      block = config.block(config.mtp.block)
+    unused = block.ffn.experts - block.ffn.top_k
+    both = math.prod(made.a) + math.prod(made.b)
+    idle[path[0]] += both // block.ffn.experts * unused
+  return idle['segments'], idle['mtp']
 
 
 def _idle(block: BlockConfig, dim: int) -> int:

@@ -5,6 +5,7 @@ updated there; the whole is judged once. Checkpoints store the state as a run
 without stages does, so a run may go on with any number of them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.steps import check_mesh, compiling
-from deepseek_jax.train.config import optimizer_of, part_of
+from deepseek_jax.train.config import optimizer_of, part_of, recipe_of
 from deepseek_jax.train.gate import GateState
 from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 from deepseek_jax.train.step import TrainState
@@ -61,7 +62,8 @@ class StagedSteps:
 
   def __init__(self, model: Model, config: RunConfig):
     """Builds the stages and their programs; compiles when first called."""
-    cfg, mesh = config.train, config.mesh
+    cfg, mesh = recipe_of(config.train, config.model), config.mesh
+    config = dataclasses.replace(config, train=cfg)
     pipeline.check(config.model, mesh.stage)
     order = schedule(mesh, cfg.batch.accumulate)
     check_mesh(config)

@@ -6,6 +6,8 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config import above, within
+from deepseek_jax.model import lora
+from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.train import schedules
 from deepseek_jax.train import trainable as frozen
 from deepseek_jax.train.gate import GateConfig
@@ -23,7 +25,8 @@ class TrainConfig:
     mtp_weight: lambda of the MTP loss.
     bias_rate: step of the router bias (gamma), frozen by its schedule.
     trainable: names; only parameters and router biases with one of them in
-      their path change ('indexer': the warm-up of sparse attention). (): all.
+      their path change ('indexer': the warm-up of sparse attention). (): all,
+      or of a model with `lora` its adapters alone.
     recall_goal: the run ends early, once the mean recall of its last ten
       steps is this much; 0: never.
   """
@@ -42,6 +45,13 @@ class TrainConfig:
     """Raises InputError for a length or a goal out of range."""
     above(self, tokens=0)
     within(self, recall_goal=(0, 1))
+
+
+def recipe_of(cfg: TrainConfig, model: TransformerConfig) -> TrainConfig:
+  """Returns the recipe with what it leaves to the model: `trainable`."""
+  if model.lora is None or cfg.trainable:
+    return cfg
+  return dataclasses.replace(cfg, trainable=(lora.KEY,))
 
 
 def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:

@@ -23,14 +23,12 @@ from flax import nnx
 
 from deepseek_jax import trees
 from deepseek_jax.config import above, at_least, within
+from deepseek_jax.model import matrices
+from deepseek_jax.model.matrices import Split
 from deepseek_jax.train.gradient_norms import gain
 
 # Eight rounds that drive all singular values near 1, two that settle there.
 COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
-# Axes whose entries are matrices independent of each other.
-_INDEPENDENT = ('experts', 'groups', 'series', 'streams', 'branches')
-# Axes up to which a matrix has its inputs, unless they are its outputs.
-_INPUTS = ('embed', 'width')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +55,9 @@ class MuonConfig:
     at_least(self, 'muon.', decay=0)
 
 
-class Split(NamedTuple):
-  """Describes a parameter as matrices: which of its named axes are what."""
-
-  independent: tuple[int, ...]
-  inputs: tuple[int, ...]
-  outputs: tuple[int, ...]
-
-
 def split(axes: tuple) -> Split | None:
-  """Returns how a parameter with these axis names is made of matrices.
-
-  None means that it has none, so AdamW updates it.
-
-  ('experts', 'embed', None, 'mlp') is gate and up of every expert: matrices
-  from embed to mlp.
-  """
-  # Embedding, head and n-gram tables are AdamW's.
-  named = [a for a in axes if a is not None]
-  if not named or 'vocab' in named or 'tables' in named:
-    return None
-  independent = [i for i, a in enumerate(axes) if a in _INDEPENDENT]
-  # Gate and up are stored together and are two matrices.
-  if axes[-1] == 'mlp' and axes[-3:-1] == ('embed', None):
-    independent.append(len(axes) - 2)
-  rest = [i for i in range(len(axes)) if i not in independent]
-  if len(rest) < 2:
-    return None
-  # Axes up to the first input axis are inputs, the rest outputs.
-  ends = [n for n, i in enumerate(rest, start=1) if axes[i] in _INPUTS]
-  cut = min(ends[0] if ends else 1, len(rest) - 1)
-  return Split(tuple(independent), tuple(rest[:cut]), tuple(rest[cut:]))
+  """Returns how a parameter is made of matrices; None: AdamW has it."""
+  return None if 'vocab' in axes else matrices.split(axes)
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:

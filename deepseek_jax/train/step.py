@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
-from deepseek_jax.train.config import TrainConfig, optimizer_of, part_of
+from deepseek_jax.train.config import (
+  TrainConfig,
+  optimizer_of,
+  part_of,
+  recipe_of,
+)
 from deepseek_jax.train.gate import GateState, initial_gate
 from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 from deepseek_jax.train.objective import (
@@ -57,6 +62,7 @@ def initial_state(
     cfg: the recipe.
     variables: as model.init returns them.
   """
+  cfg = recipe_of(cfg, model.config)
   optimizer = optimizer_of(cfg, model.abstract['params'])
   return TrainState(
     jnp.int32(0),
@@ -139,6 +145,7 @@ def train_step(
   batch), 'dropped' [L] and the routing statistics [L ...]; 'block_norms' of the
   gradient and 'update_norms', by block. Jit it with the state donated.
   """
+  cfg = recipe_of(cfg, model.config)
   optimizer = optimizer_of(cfg, model.abstract['params'])
   part = part_of(cfg, model.abstract['params'])
   built = objective.build(model)

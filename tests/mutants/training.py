@@ -11,6 +11,7 @@ _TRAIN_TEST = 'tests/train/step_test.py'
 _MTP_TEST = 'tests/model/mtp_test.py'
 _FP8_TEST = 'tests/hf/fp8_test.py'
 _PIPELINE_TEST = 'tests/data/batches_test.py'
+_LORA_TEST = 'tests/model/lora_test.py'
 _LOSS = f'{_TRAIN_TEST}::loss_and_gradient_equal_float64'
 
 MUTANTS = (
@@ -188,5 +189,37 @@ MUTANTS = (
     'wanted = dtype',
     ('tests/hf/round_trip_test.py::bfloat16_keeps_norms',),
     'the bias is float32 in every file',
+  ),
+  Mutant(
+    'lora_scale_forgotten',
+    'deepseek_jax/model/lora.py',
+    'return self.alpha / self.rank',
+    'return self.alpha',
+    (f'{_LORA_TEST}::full_rank_equals',),
+    'LoRA section 4.1: the product is scaled by alpha / rank',
+  ),
+  Mutant(
+    'lora_trains_the_base_too',
+    'deepseek_jax/train/config.py',
+    'return dataclasses.replace(cfg, trainable=(lora.KEY,))',
+    'return cfg',
+    (f'{_LORA_TEST}::adapters_alone_move',),
+    'LoRA section 4.1: W is frozen',
+  ),
+  Mutant(
+    'lora_both_matrices_drawn',
+    'deepseek_jax/model/lora.py',
+    "'b': jnp.zeros(one.b, jnp.float32)",
+    "'b': std * jax.random.normal(key, one.b, jnp.float32)",
+    (f'{_LORA_TEST}::a_fresh_model_is',),
+    'LoRA section 4.1: the product is zero at the beginning',
+  ),
+  Mutant(
+    'export_leaves_adapters_out',
+    'deepseek_jax/model/merging.py',
+    'params = lora.folded(params, made, config.lora.scale)',
+    'params = lora.plain(params)',
+    (f'{_LORA_TEST}::merged_equals',),
+    'LoRA section 4.1: deployed weights are W + B A',
   ),
 )

@@ -200,7 +200,7 @@ MUTANTS = (
   ),
   Mutant(
     'muon_takes_all_experts_as_one_matrix',
-    _MUON,
+    'deepseek_jax/model/matrices.py',
     "_INDEPENDENT = ('experts', 'groups', 'series',",
     "_INDEPENDENT = ('groups', 'series',",
     (f'{_MUON_TEST}::each_expert_gate_and_up',),

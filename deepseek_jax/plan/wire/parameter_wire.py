@@ -117,7 +117,7 @@ def fsdp(step: Step, held: Iterable[Share]) -> list[Wire]:
     if 'fsdp' in share.over:
       full = share.elements * n
       gathered = _gathers(step, share)
-      scattered = _uses(step.config, share.name) * often
+      scattered = share.trained * _uses(step.config, share.name) * often
       sent += gathered * ring(n, compute * full) + scattered * ring(n, 4 * full)
   how = (
     'weights gathered where they are used: in scanned layers twice per'

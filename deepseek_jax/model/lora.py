@@ -31,7 +31,7 @@ KEY = 'lora'
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Which weights learn a low-rank product, and how large it is.
+  """Says which weights learn a low-rank product, and how large it is.
 
   Attributes:
     names: dotted names; a matrix is adapted if one of them is a part of its

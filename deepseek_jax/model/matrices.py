@@ -1,4 +1,4 @@
-"""Which axes of a parameter are the inputs and outputs of one matrix.
+"""Says which axes of a parameter are the inputs and outputs of one matrix.
 
 A parameter keeps its natural rank, [D H K] rather than [D H*K], and may hold
 many matrices: one per expert, gate and up, each series of a compressor, each

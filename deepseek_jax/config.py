@@ -11,7 +11,6 @@ import difflib
 import functools
 import numbers
 import operator
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deepseek_jax import own_classes
 from deepseek_jax.errors import InputError
 
 _LARGEST_INT = 2**31 - 1
@@ -206,11 +206,9 @@ def _imported(kind: str, path: str) -> type:
 
   Its module must be imported already: a file must not decide what code runs.
   """
-  module, _, name = str(kind).partition(':')
-  found = sys.modules.get(module)
-  for part in name.split('.'):
-    found = getattr(found, part, None)
-  if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+  found = own_classes.find(str(kind))
+  if found is None:
+    module = str(kind).partition(':')[0]
     raise InputError(
       f'{path}.kind = {kind!r}: no such dataclass is imported; import {module}'
       ' before this is read'

@@ -15,16 +15,19 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common
+from deepseek_jax.cli import common, experiment_file
 from deepseek_jax.run import replay
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_CONFIG = experiment_file.define_flag()
+flags.declare_key_flag('config')
 _STEP = flags.DEFINE_integer('step', None, 'The step to repeat.', 1)
 flags.mark_flags_as_required(['workdir', 'step'])
 
 
 def main(argv):
   del argv
+  experiment_file.load_flag(_CONFIG)
   same = True
   for row in replay.replay(Path(_WORKDIR.value), _STEP.value):
     same &= row.same
@@ -40,4 +43,4 @@ def main(argv):
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main)
+  common.launch(main, names=None)

@@ -91,18 +91,26 @@ class AttentionCost:
   cached: Mapping[str, Form]
 
 
-@functools.singledispatch
 def attention_cost(attention, dim: int) -> AttentionCost:
-  """The cost of an attention configuration on a model of width `dim`."""
+  """Returns the cost of an attention on a model of width `dim`.
+
+  A user's own class says it by a method `cost`, or is taken for the class of
+  the library that it extends.
+  """
   if hasattr(attention, 'cost'):
     return attention.cost(dim)
+  return _library_cost(attention, dim)
+
+
+@functools.singledispatch
+def _library_cost(attention, dim: int) -> AttentionCost:
   raise InputError(
     f'attention = {type(attention).__name__}: the planner does not know its'
     ' cost; give it a method cost(dim) -> plan.AttentionCost'
   )
 
 
-@attention_cost.register
+@_library_cost.register
 def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
   a, D, H = attention, dim, attention.heads
   C, N, R, V = a.kv_rank, a.nope_dim, a.rope_dim, a.v_dim
@@ -125,7 +133,7 @@ def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
   )
 
 
-@attention_cost.register
+@_library_cost.register
 def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
   a, D = attention, dim
   weights = 2 * D * a.head_dim * (a.heads + a.kv_heads)
@@ -134,7 +142,7 @@ def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'cached': form})
 
 
-@attention_cost.register
+@_library_cost.register
 def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
   a, C, R = attention, attention.kv_rank, attention.rope_dim
   J, I = a.indexer.heads, a.indexer.dim
@@ -150,7 +158,7 @@ def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'absorbed': form})
 
 
-@attention_cost.register
+@_library_cost.register
 def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
   a, D, H, G = attention, dim, attention.heads, attention.kv_heads
   K, V, F = a.qk_dim, a.v_dim, a.hidden
@@ -167,7 +175,7 @@ def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
   return AttentionCost(every + blocks, form, {'cached': form})
 
 
-@attention_cost.register
+@_library_cost.register
 def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
   a, D, C, Q = attention, dim, attention.head_dim, attention.q_rank
   wide = a.heads * C

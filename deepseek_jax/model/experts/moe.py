@@ -64,7 +64,7 @@ class MoEConfig:
     top_k: experts per token K.
     width: hidden size of one expert F.
     shared: shared experts; they form one SwiGLU of shared * width.
-    router: how experts are chosen and weighted.
+    router: how experts are chosen and weighted; may be a user's own.
     balance: losses that keep them evenly used.
     capacity: None never drops a token.
     limit: clamp inside every expert, the shared ones too (FFNConfig).
@@ -254,7 +254,9 @@ class MoE(nnx.Module):
     self.cfg = cfg
     E, D, F = cfg.experts, dim, cfg.width
     init = nnx.initializers.normal(std)
-    self.router = Router(cfg.router, D, E, cfg.top_k, std=std, rngs=rngs)
+    self.router = cfg.router.build(
+      D, experts=E, top_k=cfg.top_k, std=std, rngs=rngs
+    )
     R = E + cfg.redundant
     self.gate_up = param(
       rngs, init, (R, D, 2, F), ('experts', 'embed', None, 'mlp')
@@ -322,7 +324,9 @@ class MoE(nnx.Module):
         ' train with 0'
       )
     if ctx.train:
-      bias = self.router.bias[...] if cfg.router.bias else None
+      # How a user's own router uses its bias is not known here.
+      ours = type(self.router) is Router and cfg.router.bias
+      bias = self.router.bias[...] if ours else None
       stats |= routing_statistics.statistics(routing, bias, cfg.router)
     if cfg.capacity and ctx.train:
       free = exempted(ctx.tokens, cfg.capacity.exempt)

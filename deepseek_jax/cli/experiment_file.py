@@ -1,7 +1,7 @@
 """Loads the file that --config names, as a module with a stable name.
 
-A class that the file defines is stored as 'module:Class' in the config.json of a
-run, and found again by that name: the name of the file, in any folder.
+A class that the file defines is stored as 'module:Class' in the config.json of
+a run, and found again by that name: the name of the file, in any folder.
 """
 
 import functools

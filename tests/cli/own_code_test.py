@@ -115,7 +115,9 @@ class OwnCodeTest(parameterized.TestCase):
   @parameterized.parameters('changed', 'other')
   def test_another_file_is_refused(self, which):
     file = getattr(self, which)
-    line = self.said('sample', '--workdir=run', '--prompt=x', f'--config={file}')
+    line = self.said(
+      'sample', '--workdir=run', '--prompt=x', f'--config={file}'
+    )
     self.assertIn('mine.py', line)
     if which == 'changed':
       self.assertIn(_digest(self.file), line)

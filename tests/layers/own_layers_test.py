@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
+from deepseek_jax.hf import names
 from deepseek_jax.infer import redundant_experts
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.experts.moe import MoEConfig
@@ -18,6 +19,7 @@ from deepseek_jax.model.experts.router import (
   routing,
   score,
 )
+from deepseek_jax.plan.attention import attention_cost
 from deepseek_jax.train import update
 from tests.cli import own_window
 
@@ -108,6 +110,36 @@ class RouterTest(parameterized.TestCase):
     )
     self.assertEqual(made.moe.redundant, 2)
     self.assertEqual(made.moe.router, own_window.SquareConfig())
+
+
+class OutsideTest(absltest.TestCase):
+  """What other parts of the library make of a class that extends one."""
+
+  def setUp(self):
+    super().setUp()
+    dense = {'layout': ((('dense',), 2),), 'moe': None}
+    self.config = ds.changed(own_window.get_config().model, dense)
+
+  def test_is_exported_to_no_family(self):
+    words = 'attention = tests.cli.own_window:WindowConfig: no Hugging Face'
+    with self.assertRaisesRegex(ds.InputError, words):
+      names.leaves(self.config)
+
+  def test_a_plan_says_what_it_takes_it_for(self):
+    made = ds.plan.estimate(self.config)
+    words = [line for line in made.assumptions if 'WindowConfig' in line]
+    self.assertLen(words, 1)
+
+  def test_its_own_cost_counts(self):
+    costly = dataclasses.make_dataclass(
+      'Costly',
+      [],
+      bases=(own_window.WindowConfig,),
+      frozen=True,
+      namespace={'cost': lambda self, dim: ('its own', dim)},
+    )
+    cost = attention_cost(costly(2, 1, 8), 16)
+    self.assertEqual(cost, ('its own', 16))
 
 
 class WindowTest(absltest.TestCase):

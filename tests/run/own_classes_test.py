@@ -133,9 +133,9 @@ class OwnClassesTest(parameterized.TestCase):
       agreement.check_config(self.config)
     first = mock.patch.object(distributed, 'text_from_first', lambda _: sent[0])
     index = mock.patch.object(jax, 'process_index', return_value=3)
-    with _digest('beef'), first, index:
-      with self.assertRaisesRegex(ds.InputError, 'sha256: .*"beef" in process'):
-        agreement.check_config(self.config)
+    refused = self.assertRaisesRegex(ds.InputError, 'sha256: .*"beef" in proc')
+    with _digest('beef'), first, index, refused:
+      agreement.check_config(self.config)
 
 
 if __name__ == '__main__':

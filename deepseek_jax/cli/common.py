@@ -117,6 +117,8 @@ def define_config(
       raise flags.Error(f'--{name}={path}: no such file')
     try:
       module = experiment_file.load(file)
+      if not hasattr(module, 'get_config'):
+        raise flags.Error(f'--{name}={path}: has no function get_config()')
       made = module.get_config(*[asked] * len(colon))
       if dataclasses.is_dataclass(made):
         made = editable(made)

@@ -174,7 +174,7 @@ def _make(workdir: Path) -> None:
 
 
 def config_of(workdir: Path, *, same_code: bool = True) -> RunConfig:
-  """The configuration that a run's folder holds.
+  """Returns the configuration that a run's folder holds.
 
   Imports nothing: users' classes must have been imported before.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import deepseek_jax as ds
+from deepseek_jax.config import at_least
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model.attention.gqa import GQA, GQAConfig, KeyValue
 from deepseek_jax.model.attention.rope import rope
@@ -22,6 +23,10 @@ class WindowConfig(GQAConfig):
   """Grouped-query attention to the last `window` tokens."""
 
   window: int = 4
+
+  def __post_init__(self):
+    super().__post_init__()
+    at_least(self, window=1)
 
   def build(self, dim, *, std, rngs):
     return Window(self, dim, std=std, rngs=rngs)

@@ -145,7 +145,7 @@ class OwnCodeTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('attention.windw=3', 'did you mean --config.model.attention.window?'),
-    ('attention.window=0', 'model.attention.window = 0: must be at least 1'),
+    ('attention.window=0', 'model.attention: window = 0: must be at least 1'),
     ('attention.kind=os:getcwd', 'no such dataclass is imported'),
   )
   def test_flags_of_own_fields_are_checked(self, flag, words):

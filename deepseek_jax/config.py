@@ -11,7 +11,6 @@ import difflib
 import functools
 import numbers
 import operator
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from deepseek_jax import own_classes
 from deepseek_jax.errors import InputError
 
 _LARGEST_INT = 2**31 - 1
@@ -241,11 +241,9 @@ def _imported(kind: str, path: str) -> type:
   Raises:
     InputError: it is not.
   """
-  module, _, name = str(kind).partition(':')
-  found = sys.modules.get(module)
-  for part in name.split('.'):
-    found = getattr(found, part, None)
-  if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+  found = own_classes.find(str(kind))
+  if found is None:
+    module = str(kind).partition(':')[0]
     raise InputError(
       f'{path}.kind = {kind!r}: no such dataclass is imported; import {module}'
       ' before this is read'

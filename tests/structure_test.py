@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
   'pallas_kernels': 0,
   'deepseek_jax.errors': 1,
+  'deepseek_jax.own_classes': 1.5,
   'deepseek_jax.config': 2,
   'deepseek_jax.console': 2,
   'deepseek_jax.say': 2,

@@ -45,7 +45,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
-from deepseek_jax.cli import named  # noqa: E402
+from deepseek_jax.cli import experiment_file, named  # noqa: E402
 from deepseek_jax.errors import (  # noqa: E402
   InputError,
   Preempted,
@@ -69,6 +69,9 @@ def cache_dir() -> Path:
   """Returns where compiled programs and tokens are kept between runs."""
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
   return Path(home) / 'deepseek_jax'
+
+
+_WHILST = 'Error whilst parsing config file:'
 
 
 def editable(config: Any) -> config_dict.ConfigDict:
@@ -111,16 +114,26 @@ def define_config(
 ) -> flags.FlagHolder:
   """Defines --config; its value is a ConfigDict, edited by other flags."""
   holder = config_flags.DEFINE_config_file(name, None, what)
-  parser = flags.FLAGS[name].parser
-  load = parser.parse
 
   def parse(path: str) -> Any:
-    made = load(path)
-    if dataclasses.is_dataclass(made):
-      return editable(made)
+    file, colon, asked = path.partition(':')
+    if not os.path.exists(file):
+      raise flags.Error(f'--{name}={path}: no such file')
+    try:
+      module = experiment_file.load(file)
+      if not hasattr(module, 'get_config'):
+        raise flags.Error(f'--{name}={path}: has no function get_config()')
+      made = module.get_config(*[asked] * len(colon))
+      if dataclasses.is_dataclass(made):
+        made = editable(made)
+      if isinstance(made, config_dict.ConfigDict):
+        experiment_file.check_name(made.to_dict(), file)
+    except (TypeError, ValueError) as error:
+      # absl shows these without where they come from.
+      raise ValueError(f'{_WHILST}\n\n{traceback.format_exc()}') from error
     return made
 
-  parser.parse = parse
+  flags.FLAGS[name].parser.parse = parse
   return holder
 
 
@@ -216,6 +229,8 @@ def _open_config() -> None:
   if 'config' not in flags.FLAGS or flags.FLAGS['config'].value is None:
     return
   config = flags.FLAGS['config'].value
+  if isinstance(config, str):  # of a launcher that reads a run's folder
+    return
   try:
     known = config.to_dict
   except AttributeError:
@@ -230,7 +245,7 @@ def _open_config() -> None:
 def _cause(error: object) -> str:
   """Returns the last line of what absl and ml_collections wrap an error in."""
   text = str(error)
-  before, mark, trace = text.partition('Error whilst parsing config file')
+  before, mark, trace = text.partition(_WHILST)
   if mark:
     text = before + trace.strip().splitlines()[-1]
   own = f'{InputError.__module__}.{InputError.__name__}: '
@@ -339,7 +354,7 @@ def launch(
   main: Callable[[list[str]], None],
   *,
   arguments: bool = False,
-  names: Literal['run', 'plan'] = 'run',
+  names: Literal['run', 'plan'] | None = 'run',
   join: Callable[[], object] = lambda: None,
 ) -> None:
   """Runs `main(argv)` as a program.
@@ -347,7 +362,7 @@ def launch(
   Args:
     main: the program.
     arguments: allows others than flags.
-    names: what --config=NAME may name, see `named`.
+    names: what --config=NAME may name, see `named`; None takes files alone.
     join: joins several processes to one run, before JAX looks for devices.
   """
 
@@ -387,7 +402,8 @@ def launch(
       _fail(lost or error, lost.status if lost else 1)
 
   _show_flags(main.__module__)
-  sys.argv[1:] = _as_files(sys.argv[1:], names)
+  if names:
+    sys.argv[1:] = _as_files(sys.argv[1:], names)
   try:
     app.run(guarded, flags_parser=_parse)
   except KeyboardInterrupt:

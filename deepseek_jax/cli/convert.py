@@ -27,7 +27,7 @@ from rich.progress import (
   TransferSpeedColumn,
 )
 
-from deepseek_jax.cli import common
+from deepseek_jax.cli import common, experiment_file
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import identity, record, saving, source, store
@@ -35,6 +35,8 @@ from deepseek_jax.hf.source import Source
 from deepseek_jax.run import fit as loop
 
 _FROM = flags.DEFINE_string('from', None, 'Folder to read.', required=True)
+_CONFIG = experiment_file.define_flag()
+flags.declare_key_flag('config')
 _TO = flags.DEFINE_string('to', None, 'Folder to write.', required=True)
 _AS = flags.DEFINE_enum(
   'as',
@@ -183,7 +185,8 @@ def run_to_hf(workdir: str, target: str) -> None:
     'bos_token_id': None,  # documents only end
     'pad_token_id': tokenizer.pad_id,
   }
-  if run.config.model.attention.rope.scaling is None:
+  rope = getattr(run.config.model.attention, 'rope', None)
+  if rope and rope.scaling is None:
     extra['max_position_embeddings'] = run.config.data.seq_len
   saving.save(
     target,
@@ -256,6 +259,7 @@ def copy_along(folder: str, target: str) -> None:
 def main(argv: list[str]) -> None:
   """Runs the conversion with a progress bar."""
   del argv
+  experiment_file.load_flag(_CONFIG)
   columns = (
     BarColumn(),
     DownloadColumn(binary_units=True),
@@ -275,4 +279,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main)
+  common.launch(main, names=None)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common
+from deepseek_jax.cli import common, experiment_file
 from deepseek_jax.run import replay
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_CONFIG = experiment_file.define_flag()
+flags.declare_key_flag('config')
 _STEP = flags.DEFINE_integer('step', None, 'The step to repeat.', 1)
 flags.mark_flags_as_required(['workdir', 'step'])
 
@@ -26,6 +28,7 @@ flags.mark_flags_as_required(['workdir', 'step'])
 def main(argv: list[str]) -> None:
   """Prints every repeated step beside what was written."""
   del argv
+  experiment_file.load_flag(_CONFIG)
   same = True
   for row in replay.replay(Path(_WORKDIR.value), _STEP.value):
     same &= row.same
@@ -41,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main)
+  common.launch(main, names=None)

@@ -19,7 +19,7 @@ from absl import flags
 
 import deepseek_jax as ds
 from deepseek_jax import hf
-from deepseek_jax.cli import common
+from deepseek_jax.cli import common, experiment_file
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf.source import absent
@@ -28,6 +28,8 @@ from deepseek_jax.infer import sampling as sample
 from deepseek_jax.run import fit as loop
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
+_CONFIG = experiment_file.define_flag()
+flags.declare_key_flag('config')
 _HF = flags.DEFINE_string('hf', None, 'Hugging Face folder, or one converted.')
 _PROMPT = flags.DEFINE_multi_string(
   'prompt', [], 'Text to go on from; several are drawn as one batch.'
@@ -239,6 +241,7 @@ def main(argv: list[str]) -> None:
   """Prints what follows the prompts, or runs a chat."""
   del argv
   _check_flags()
+  experiment_file.load_flag(_CONFIG)
   source = _load()
   source = source._replace(
     variables=sample.prepare(source.model, source.variables),
@@ -268,4 +271,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main)
+  common.launch(main, names=None)

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax import own_classes
+from deepseek_jax.config import to_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf.families import v4_names, v32
 from deepseek_jax.hf.row import Row
@@ -265,8 +267,14 @@ def order(name: str) -> tuple:
 def leaves(config: TransformerConfig) -> list[Leaf]:
   """Returns every array of a model with its tensors, in a fixed order.
 
-  Raises InputError for an array that the family has no name for.
+  Raises InputError for an array that the family has no name for, and for a
+  user's own class: what it computes is in no family, whatever its arrays.
   """
+  for where, kind in own_classes.kinds(to_dict(config)).items():
+    raise InputError(
+      f'{where} = {kind}: no Hugging Face family has it; it can be saved only'
+      ' as a checkpoint of this library'
+    )
   out = []
   is_variable = lambda v: isinstance(v, nnx.Variable)
   for kind, state in build(config).abstract.items():

@@ -70,7 +70,7 @@ def with_copies(
     raise InputError('config.moe: must be sparse, without redundant experts')
   if redundant < 1:
     raise InputError(f'redundant = {redundant}: must be at least 1')
-  E, groups = config.moe.experts, config.moe.router.groups
+  E, groups = config.moe.experts, getattr(config.moe.router, 'groups', 1)
   load = np.asarray(load, np.float64)
   out = jax.tree.map(lambda a: a, variables)  # a copy of the dicts
   for path, numbers in places(config):

@@ -181,9 +181,10 @@ class TransformerConfig:
     for block in [b for s in self.segments() for b in s.blocks]:
       check_choices(block)  # kinds may change whole parts
       router = getattr(block.ffn, 'router', None)
-      if router and router.hash_vocab not in (0, self.vocab_size):
+      hashed = getattr(router, 'hash_vocab', 0)
+      if hashed not in (0, self.vocab_size):
         raise InputError(
-          f'router.hash_vocab = {router.hash_vocab}: must be vocab_size ='
+          f'router.hash_vocab = {hashed}: must be vocab_size ='
           f' {self.vocab_size}, or 0'
         )
 

@@ -92,22 +92,29 @@ class AttentionCost:
   cached: Mapping[str, Form]
 
 
-@functools.singledispatch
 def attention_cost(attention: Any, dim: int) -> AttentionCost:
   """Returns the cost of an attention configuration at model width `dim`.
 
+  A user's own class says it by a method `cost`, or is taken for the class of
+  the library that it extends.
+
   Raises:
-    InputError: the attention is not registered and has no method `cost`.
+    InputError: the attention is neither.
   """
   if hasattr(attention, 'cost'):
     return attention.cost(dim)
+  return _library_cost(attention, dim)
+
+
+@functools.singledispatch
+def _library_cost(attention, dim: int) -> AttentionCost:
   raise InputError(
     f'attention = {type(attention).__name__}: the planner does not know its'
     ' cost; give it a method cost(dim) -> plan.AttentionCost'
   )
 
 
-@attention_cost.register
+@_library_cost.register
 def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
   """Returns the cost of latent attention (V2, section 2.1)."""
   a, D, H = attention, dim, attention.heads
@@ -135,7 +142,7 @@ def _mla(attention: MLAConfig, dim: int) -> AttentionCost:
   )
 
 
-@attention_cost.register
+@_library_cost.register
 def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
   """Returns the cost of grouped-query attention."""
   a, D = attention, dim
@@ -145,7 +152,7 @@ def _gqa(attention: GQAConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'cached': form})
 
 
-@attention_cost.register
+@_library_cost.register
 def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
   """Returns the cost of latent attention with an indexer (V3.2)."""
   a, C, R = attention, attention.kv_rank, attention.rope_dim
@@ -164,7 +171,7 @@ def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
   return AttentionCost(weights, form, {'absorbed': form})
 
 
-@attention_cost.register
+@_library_cost.register
 def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
   """Returns the cost of native sparse attention: three branches."""
   a, D, H, G = attention, dim, attention.heads, attention.kv_heads
@@ -184,7 +191,7 @@ def _nsa(attention: NSAConfig, dim: int) -> AttentionCost:
   return AttentionCost(every + blocks, form, {'cached': form})
 
 
-@attention_cost.register
+@_library_cost.register
 def _shared_kv(attention: SharedKVConfig, dim: int) -> AttentionCost:
   """Returns the cost of V4's attention: a window and compressed entries."""
   a, D, C, Q = attention, dim, attention.head_dim, attention.q_rank

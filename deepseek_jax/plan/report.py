@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from deepseek_jax import own_classes
 from deepseek_jax.config import above, at_least, to_dict, within
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
@@ -341,6 +342,16 @@ def _optimizer_assumptions(run: memory.Training) -> tuple[str, ...]:
   )
 
 
+def _own_assumptions(config: TransformerConfig) -> tuple[str, ...]:
+  """Returns a sentence for each of a user's classes without a cost."""
+  found = own_classes.kinds(to_dict(config)).items()
+  return tuple(
+    f"{path} ({kind}) is counted as the library's class in its place"
+    for path, kind in found
+    if not hasattr(own_classes.find(kind), 'cost')
+  )
+
+
 def _assumptions(
   config: TransformerConfig, cluster: Cluster, recipe: Recipe
 ) -> tuple[str, ...]:
@@ -371,6 +382,7 @@ def _assumptions(
     'experts are evenly loaded; node-limited traffic is at its limit of nodes',
     'activations are what the blocks keep before XLA fuses anything; the copy'
     ' of a block that fsdp gathers is left out',
+    *_own_assumptions(config),
     *_optimizer_assumptions(run),
     f'{recipe.dollars:g} dollars per device and hour',
     f'a host of {a.host.value:g} devices ({a.host.origin}) writes'

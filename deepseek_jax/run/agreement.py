@@ -15,7 +15,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.folder import as_json
+from deepseek_jax.run.folder import as_json, code_of
 
 _SHOWN = 3
 
@@ -28,7 +28,8 @@ def check_config(config: RunConfig) -> None:
   Raises:
     InputError: names the first fields that differ, in the process that differs.
   """
-  mine = flatten(as_json(config)) | {"JAX's version": jax.__version__}
+  mine = flatten(as_json(config) | code_of(config))
+  mine |= {"JAX's version": jax.__version__}
   lines = _compared(mine)
   if lines:
     raise InputError(

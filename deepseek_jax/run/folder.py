@@ -9,7 +9,7 @@ import jax
 
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
-from deepseek_jax import files, say
+from deepseek_jax import files, own_classes, say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
@@ -23,6 +23,12 @@ from deepseek_jax.train.step import TrainState, initial_state
 def as_json(config: RunConfig) -> dict:
   """Returns a configuration as the JSON values that config.json holds."""
   return json.loads(json.dumps(configs.to_dict(config)))
+
+
+def code_of(config: RunConfig) -> dict:
+  """Returns {'code': files of the users' classes}, or {} without such."""
+  code = own_classes.sources(configs.to_dict(config))
+  return {'code': code} if code else {}
 
 
 # What may differ when a run goes on, as it changes no number that is trained:
@@ -89,13 +95,21 @@ def renew(workdir: Path, config: RunConfig) -> None:
   the file holds the newest command's values.
   """
   with files.whole(workdir / 'config.json') as scratch:
-    scratch.write_text(json.dumps(as_json(config), indent=2) + '\n')
+    written = as_json(config) | code_of(config)
+    scratch.write_text(json.dumps(written, indent=2) + '\n')
 
 
 def _changes(workdir: Path, config: RunConfig) -> list[str]:
   """Returns lines on what may differ and does; raises InputError on others."""
-  there = _filled(_object(workdir / 'config.json'))
-  lines = _differences(there, as_json(config))
+  written, code = _parts(_object(workdir / 'config.json'))
+  own_classes.check_same(
+    code,
+    code_of(config).get('code', {}),
+    f'workdir {workdir}',
+    'put it back as it was, or begin another run with its weights'
+    f' (--workdir=ANOTHER --config.init_from={workdir})',
+  )
+  lines = _differences(_filled(written), as_json(config))
   saved = has_checkpoint(workdir)
   wrong = [
     line
@@ -160,16 +174,39 @@ def _make(workdir: Path) -> None:
     ) from None
 
 
-def config_of(workdir: Path) -> RunConfig:
+def config_of(workdir: Path, *, same_code: bool = True) -> RunConfig:
   """Returns the configuration that a run's folder holds.
 
+  Imports nothing: users' classes must have been imported before.
+
+  Args:
+    workdir: the run's folder.
+    same_code: refuses users' classes of a file that has changed since.
+
   Raises:
-    InputError: the folder holds no run, or its config.json is broken.
+    InputError: the folder holds no run, its config.json is broken, or a class
+      in it is not loaded or of another file than the run's.
   """
   path = workdir / 'config.json'
   if not path.exists():
     raise InputError(f'workdir {workdir}: holds no run (no config.json)')
-  return configs.from_dict(RunConfig, _object(path))
+  written, code = _parts(_object(path))
+  own_classes.check_loaded(written, code, f'workdir {workdir}')
+  if same_code:
+    own_classes.check_same(
+      code,
+      own_classes.sources(written),
+      f'workdir {workdir}',
+      'give the file as it was when the run was trained',
+    )
+  return configs.from_dict(RunConfig, written)
+
+
+def _parts(written: dict) -> tuple[dict, dict]:
+  """Returns the configuration and the code of a config.json."""
+  code = written.get('code')
+  rest = {name: value for name, value in written.items() if name != 'code'}
+  return rest, code if isinstance(code, dict) else {}
 
 
 def _filled(written: dict) -> dict:
@@ -201,18 +238,22 @@ class Loaded(NamedTuple):
   step: int
 
 
-def load(workdir: str | Path, step: int | None = None) -> Loaded:
+def load(
+  workdir: str | Path, step: int | None = None, *, same_code: bool = True
+) -> Loaded:
   """Returns a run read back from its folder; needs none of its data.
 
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None is the newest whole one.
+    same_code: see `config_of`.
 
   Raises:
-    InputError: the folder holds no run, or no whole checkpoint of that step.
+    InputError: the folder holds no run, or no whole checkpoint of that step;
+      or see `config_of`.
   """
   workdir = path_of(workdir)
-  config = config_of(workdir)
+  config = config_of(workdir, same_code=same_code)
   model = build(config.model)
   with Checkpoints(
     workdir / 'checkpoints', verify=config.safety.verify, read_only=True

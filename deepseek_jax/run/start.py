@@ -63,7 +63,7 @@ def check_source(
   """
   source = Path(config.init_from)
   try:
-    theirs = config_of(source)
+    theirs = config_of(source, same_code=False)
   except InputError as error:
     raise InputError(f'init_from = {str(source)!r}: {error}') from None
   if not has_checkpoint(source):
@@ -83,7 +83,9 @@ def _warm(
   """Returns the state with the weights of another run."""
   begun = steps.whole(state)
   fresh = {'params': begun.params, 'buffers': begun.buffers}
-  begun, new = warm_start.variables(fresh, load(source).variables, source)
+  # Only weights come from there, and their names and shapes are compared.
+  theirs = load(source, same_code=False).variables
+  begun, new = warm_start.variables(fresh, theirs, source)
   if distributed.first():
     say.warn(f'weights are of {source}; fresh: {", ".join(new) or "none"}')
   return steps.with_variables(state, begun)

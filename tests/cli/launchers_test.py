@@ -121,6 +121,7 @@ _CONFIG_FILES = {
   'absent': (None, ['absent.py']),
   'syntax': ('def get_config(:\n', ['SyntaxError', 'syntax.py, line 1']),
   'raises': ('def get_config():\n  return 1 / 0\n', ['ZeroDivision', 'line 2']),
+  'no_function': ('X = 1\n', ['no_function.py: has no function get_config()']),
   'ill_valued': ("raise ValueError('peak = 7')\n", ['peak = 7']),
   'other': ('def get_config():\n  return 3\n', ['get_config()', 'int']),
   'misspelt': (

@@ -88,8 +88,7 @@ MUTANTS = (
   Mutant(
     'padding_counts_in_the_load',
     _ROUTER,
-    '      experts = jnp.where(ctx.valid[..., None], experts,'
-    ' scores.shape[-1])\n',
+    '    experts = jnp.where(valid[..., None], experts, nowhere)\n',
     '',
     (f'{_ROUTER_TEST}::padding_goes_nowhere',),
     'padding would move the router biases',

@@ -25,8 +25,8 @@ MUTANTS = (
   Mutant(
     'processes_may_differ_in_what_a_resumption_may_change',
     'deepseek_jax/run/agreement.py',
-    'mine = flatten(as_json(config)) | {',
-    "mine = {'seed': config.seed} | {",
+    'mine = flatten(as_json(config) | code_of(config))',
+    "mine = {'seed': config.seed}",
     (f'{_AGREEMENT_TEST}::every_field_is_compared',),
     'one process saves or validates alone: all wait for ever',
   ),

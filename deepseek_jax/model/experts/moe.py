@@ -66,7 +66,7 @@ class MoEConfig:
     top_k: experts per token K.
     width: hidden size of one expert F.
     shared: shared experts; they form one SwiGLU of shared * width.
-    router: how experts are chosen and weighted.
+    router: how experts are chosen and weighted; may be a user's own.
     balance: losses that keep them evenly used.
     capacity: None never drops a token.
     limit: clamp inside every expert, the shared ones too (FFNConfig).
@@ -291,7 +291,9 @@ class MoE(nnx.Module):
     self.cfg = cfg
     E, D, F = cfg.experts, dim, cfg.width
     init = nnx.initializers.normal(std)
-    self.router = Router(cfg.router, D, E, cfg.top_k, std=std, rngs=rngs)
+    self.router = cfg.router.build(
+      D, experts=E, top_k=cfg.top_k, std=std, rngs=rngs
+    )
     R = E + cfg.redundant
     self.gate_up = param(
       rngs, init, (R, D, 2, F), ('experts', 'embed', None, 'mlp')
@@ -378,7 +380,9 @@ class MoE(nnx.Module):
         ' train with 0'
       )
     if ctx.train:
-      bias = self.router.bias[...] if cfg.router.bias else None
+      # How a user's own router uses its bias is not known here.
+      ours = type(self.router) is Router and cfg.router.bias
+      bias = self.router.bias[...] if ours else None
       stats |= routing_statistics.statistics(routing, bias, cfg.router)
     # Load and losses above count the choices before any is dropped.
     if cfg.capacity and ctx.train:

@@ -29,6 +29,10 @@ from pallas_kernels.router import Rule, normalized, router
 class RouterConfig:
   """Describes how experts are chosen and weighted.
 
+  A user's own router is any dataclass with the methods `check` and `build`,
+  whose module maps x [B T D] and the context to a `routing`. If the module has
+  a buffer `bias` [E], the load moves it as it moves this one's.
+
   Attributes:
     scoring: affinity of a token to an expert.
     groups: experts lie in this many groups of neighbours (V3: nodes) ...
@@ -84,6 +88,11 @@ class RouterConfig:
         ' False and router.groups = 1'
       )
 
+  def build(
+    self, dim: int, *, experts: int, top_k: int, std: float, rngs: nnx.Rngs
+  ) -> 'Router':
+    return Router(self, dim, experts, top_k, std=std, rngs=rngs)
+
 
 class Routing(NamedTuple):
   """Holds where tokens go.
@@ -97,6 +106,32 @@ class Routing(NamedTuple):
   load: jax.Array | None = None  # [E] int32, valid tokens of each expert
 
 
+def routing(
+  experts: jax.Array,
+  weights: jax.Array,
+  scores: jax.Array,
+  valid: jax.Array | None,
+  load: jax.Array | None = None,
+) -> Routing:
+  """Returns the routing of a choice; padding goes nowhere and counts nothing.
+
+  Args:
+    experts: [B T K] int32, chosen by each token.
+    weights: [B T K] float32.
+    scores: [B T E] float32.
+    valid: [B T] bool, or None where every token is.
+    load: [E] int32 if it is known for all tokens.
+  """
+  nowhere = scores.shape[-1]
+  if valid is not None:
+    experts = jnp.where(valid[..., None], experts, nowhere)
+    weights = jnp.where(valid[..., None], weights, 0.0)
+    load = None  # padding was counted
+  if load is None:
+    load = jnp.bincount(experts.reshape(-1), length=nowhere)
+  return Routing(experts, weights, scores, load)
+
+
 def score(logits: jax.Array, scoring: str) -> jax.Array:
   """Computes the affinities [... E] of float32 router logits [... E]."""
   if scoring == 'softmax':
@@ -106,6 +141,11 @@ def score(logits: jax.Array, scoring: str) -> jax.Array:
     low = logits < -20
     root = jnp.sqrt(jax.nn.softplus(jnp.where(low, 0.0, logits)))
     return jnp.where(low, jnp.exp(jnp.where(low, logits, 0.0) / 2), root)
+  if scoring != 'sigmoid':  # a subclass of RouterConfig may allow others
+    raise InputError(
+      f'router.scoring = {scoring!r}: is not known here; a router with another'
+      ' has its own build, see RouterConfig'
+    )
   return jax.nn.sigmoid(logits)
 
 
@@ -270,11 +310,4 @@ class Router(nnx.Module):
         lambda impl: self._routed(logits, bias, impl),
         lambda: (*choose(scores, bias, self.top_k, self.cfg), None),
       )
-    if ctx.valid is not None:
-      experts = jnp.where(ctx.valid[..., None], experts, scores.shape[-1])
-      weights = jnp.where(ctx.valid[..., None], weights, 0.0)
-      load = None  # padding was counted
-    if load is None:
-      # Number E, nowhere, is out of range and not counted.
-      load = jnp.bincount(experts.reshape(-1), length=scores.shape[-1])
-    return Routing(experts, weights, scores, load)
+    return routing(experts, weights, scores, ctx.valid, load)

@@ -54,7 +54,7 @@ def rows_sent(
   if not node_limited or nodes == 1:
     fast = K * Fraction(inside - 1, expert)
     return {'fast': fast, 'slow': K * away}
-  limited = moe.router.groups > 1
+  limited = getattr(moe.router, 'groups', 1) > 1
   most = min(moe.top_k, moe.router.top_groups if limited else nodes, nodes)
   return {
     'fast': K * Fraction(inside - 1, inside),

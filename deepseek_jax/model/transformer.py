@@ -165,6 +165,8 @@ class TransformerConfig:
     above(self, norm_eps=0)
     if not isinstance(self.kinds, Mapping):
       raise InputError(f'kinds = {self.kinds!r}: must be a dict of Kinds')
+    if not isinstance(self.lora, LoRAConfig | None):
+      raise InputError(f'lora = {self.lora!r}: must be a LoRAConfig or None')
     if not self.layout:
       raise InputError('layout = (): name at least one block')
     flat = isinstance(self.residual, ResidualConfig)

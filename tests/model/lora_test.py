@@ -368,6 +368,10 @@ class ConfigTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, message):
       ds.build(config('v3', **fields))
 
+  def test_a_dict_is_no_lora_config(self):
+    with self.assertRaisesRegex(InputError, 'lora = .*must be a LoRAConfig'):
+      dataclasses.replace(tiny.config('v3'), lora={'rank': 2})
+
   def test_a_stage_cannot_adapt_the_embedding(self):
     with self.assertRaisesRegex(InputError, 'mesh.stage = 2.*embed'):
       stages.cut(config('step', ('embed',)), 2)

@@ -17,6 +17,7 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax import config as configs
 from deepseek_jax import plan
+from deepseek_jax.cli.named import PlanConfig
 from deepseek_jax.data import DataConfig
 from deepseek_jax.infer.sampling import SampleConfig
 from deepseek_jax.model.attention.compressor import CompressorConfig
@@ -110,6 +111,7 @@ EXAMPLES = (
   OptimizerConfig(),
   Program(tiny.config('v3'), MeshConfig()),
   plan.Recipe(),
+  PlanConfig(tiny.config('v3'), plan.Recipe()),
   ResidualConfig(),
   RopeConfig(),
   RouterConfig(bias=False, hash_vocab=tiny.VOCAB),

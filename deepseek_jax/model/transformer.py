@@ -706,7 +706,9 @@ def build(config: TransformerConfig) -> Model:
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp)
 
-  init_cache = functools.partial(_empty_cache, config, dtype)
+  def init_cache(batch: int, slots: int) -> Cache:
+    return _empty_cache(config, dtype, batch, slots)
+
   head = lambda variables: merge(cast(variables)).head_weight()
   return Model(config, init, apply, init_cache, head, cast, abstract)
 

@@ -47,7 +47,7 @@ MUTANTS = (
     'deepseek_jax/hf/names.py',
     'in own_classes.kinds(to_dict(config)).items():',
     'in ():',
-    ('tests/layers/own_layers_test.py::exported_to_no_family',),
+    ('tests/model/own_layers_test.py::exported_to_no_family',),
     'a sliding window of the same arrays became a Llama without one',
     fast=True,
   ),

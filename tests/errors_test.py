@@ -70,7 +70,7 @@ class FullDiskTest(absltest.TestCase):
       self.folder / 'routing.npz', {'load': 'sum'}, layers=[0]
     )
     recorder.record(1, load=np.ones((1, 4)))
-    self.assert_named('routing.npz.tmp', recorder.save)
+    self.assert_named('routing.tmp', recorder.save)
 
   def test_config_and_tokenizer(self):
     config = runs.config(self.folder)

@@ -94,7 +94,7 @@ class PreemptionTest(runs.RunTest):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
     with ledger.fault('SIGTERM before the first step', 2):
       with (
-        mock.patch.object(datalib, 'build', lambda config: _terminate()),
+        mock.patch.object(datalib, 'build', lambda config, say: _terminate()),
         self.assertRaisesRegex(Terminated, 'SIGTERM before the first step'),
       ):
         self.fit('early')

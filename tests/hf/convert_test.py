@@ -132,7 +132,7 @@ class StoreTest(parameterized.TestCase):
     code = """
 import jax, numpy as np
 from jax.sharding import NamedSharding
-from deepseek_jax import sharding
+from deepseek_jax.parallel import sharding
 from deepseek_jax.hf import names, store
 import hf_models
 mesh = jax.make_mesh((2, 2, 2), ('fsdp', 'expert', 'tensor'))

@@ -47,7 +47,11 @@ def _viridis(share):
 
 
 def _write_scalars(workdir, steps):
-  describe(workdir, {'loss': Metric('Loss', 'nats per token')})
+  known = {
+    'loss': Metric('Loss', 'nats per token'),
+    'grad_norm': Metric('Gradient norm'),
+  }
+  describe(workdir, known)
   with metrics.MetricsWriter(workdir, console=False) as writer:
     for step in range(1, steps + 1):
       row = {'loss': 5 / step, 'grad_norm': 1.0 + step % 3, _HOSTILE: 1.0}

@@ -105,10 +105,9 @@ class LossTest(parameterized.TestCase):
     self.assertLess(count, 2 * T)
     self.assertLess(int(inside.sum()), 2 * T - 4)
     variables = tiny.variables(name)
-    if cross_document:
-      data = tiny.together(data)
+    given = tiny.together(data) if cross_document else data
     (loss, metrics), grads = gradient(name)(
-      variables['params'], variables['buffers'], data, float(count), 0.3
+      variables['params'], variables['buffers'], given, float(count), 0.3
     )
     self.assertAlmostEqual(float(loss), want, delta=2e-5)
     for part in parts:
@@ -139,8 +138,9 @@ class LossTest(parameterized.TestCase):
 
   def test_both_losses_divide_by_all_tokens_of_the_global_batch(self):
     # V3 divides the MTP loss by T too, not by the T - k that have a target.
-    variables, data = tiny.variables('dense_mtp'), small_batch()
-    run = lambda count: gradient('dense_mtp', True)(
+    variables = tiny.variables('dense_mtp')
+    data = tiny.together(small_batch())
+    run = lambda count: gradient('dense_mtp')(
       variables['params'], variables['buffers'], data, count, 0.3
     )[0][1]
     one, two = run(24.0), run(12.0)
@@ -180,7 +180,7 @@ class StepTest(parameterized.TestCase):
     seen = {}
     for n in (1, 2, 4):
       cfg = dataclasses.replace(RECIPE, batch=BatchConfig(B, accumulate=n))
-      step = train.train_step(model, cfg, cross_document=False)
+      step = train.train_step(model, cfg)
       seen[n] = jax.jit(step)(begun, batch())[1]
     self.assertGreater(seen[1]['dropped'].sum(), 0)
     for n in (2, 4):
@@ -440,7 +440,7 @@ class GlobalBatchTest(parameterized.TestCase):
     variables = models[True].init(jax.random.key(0))
     # A trained stream has a size of about 1.
     variables['params']['embed'] *= 50
-    data = tiny.documents(4, 17)
+    data = tiny.together(tiny.documents(4, 17))
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(float8, count):
@@ -448,7 +448,7 @@ class GlobalBatchTest(parameterized.TestCase):
         state = {**variables, 'params': params}
         shares = Shares(count, 1, jnp.float32(0))
         return train.loss_and_metrics(
-          models[float8], state, data, shares, cross_document=True
+          models[float8], state, data, shares, tiny.PRETRAINING
         )[0]
 
       ffn = jax.grad(loss)(variables['params'])['segments'][0][0]['ffn']

@@ -66,7 +66,7 @@ class CertificateTest(absltest.TestCase):
   def test_bad_input_is_status_2(self):
     done, _ = self.run_verify(f'--hf={self.folder}/none')
     self.assertEqual(done.returncode, 2, done.stderr)
-    self.assertIn('config.json: cannot be read', done.stderr)
+    self.assertIn('none: is no folder', done.stderr)
     done, _ = self.run_verify(f'--hf={self.folder}', '--lengths=0')
     self.assertEqual(done.returncode, 2, done.stderr)
     self.assertIn('numbers above 0', done.stderr)

@@ -37,6 +37,7 @@ def check_config(config: RunConfig) -> None:
       f' ({"; ".join(lines[:_SHOWN])}): start all processes with the same'
       ' command and the same packages'
     )
+  distributed.wait_for_all()  # none writes before all agree
 
 
 def check_data(config: RunConfig, store: datalib.Store) -> None:

@@ -162,7 +162,7 @@ def planned(program, state) -> dict:
     'arguments': bytes_['weights']
     + bytes_['moments']
     + small
-    + 3 * 4 * rows * (SEQ_LEN + 1),
+    + 4 * rows * (SEQ_LEN + 1),  # tokens
     'gradients': sum(b for p, b in wires.items() if p.startswith('gradients')),
     'context': wires.get('context', 0),
     'context positions': wires.get('context positions', 0),

@@ -1,4 +1,4 @@
-"""What a full disk refuses is named by whoever was writing there."""
+"""Names the path that a full disk refused."""
 
 import errno
 import resource

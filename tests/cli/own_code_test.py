@@ -69,7 +69,7 @@ class OwnCodeTest(parameterized.TestCase):
     cls.status = trained.returncode
 
   def said(self, verb: str, *args: str) -> str:
-    """What a launcher says that has to refuse, in one line."""
+    """Launchers refuse in one line."""
     started = _start(self.home, verb, *args)
     out, err = started.communicate(timeout=300)
     self.assertEqual(started.returncode, 2, out + err)

@@ -1,4 +1,4 @@
-"""What under data.path is text to be trained on, and what is left out."""
+"""Says what under data.path is trained on, and what is left out."""
 
 import gzip
 import json

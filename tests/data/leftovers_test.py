@@ -1,4 +1,4 @@
-"""What a killed build left goes; what may be in use, or another's, stays."""
+"""Leftovers of a killed build go; what may be in use stays."""
 
 import os
 import tempfile

@@ -25,7 +25,7 @@ _YARN = _V3['rope_scaling']
 
 
 def _bounded(*arguments):
-  """What hostile_configs prints."""
+  """Returns what hostile_configs prints."""
   here = os.path.dirname(__file__)
   done = subprocess.run(
     [sys.executable, os.path.join(here, 'hostile_configs.py'), *arguments],

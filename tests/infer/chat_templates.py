@@ -85,7 +85,7 @@ WAYS = (
 
 
 class Count(NamedTuple):
-  """What was found about one template."""
+  """Holds what was found about one template."""
 
   compared: int
   equal: int  # the same text

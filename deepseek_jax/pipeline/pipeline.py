@@ -33,7 +33,12 @@ from deepseek_jax.pipeline.chunk_orders import Schedule
 from deepseek_jax.pipeline.one_pass import Place, Step, add
 from deepseek_jax.pipeline.simulate import Durations, simulate
 from deepseek_jax.train import trainable as frozen
-from deepseek_jax.train.objective import Objective, PretrainingConfig, Shares
+from deepseek_jax.train.objective import (
+  Objective,
+  PretrainingConfig,
+  Shares,
+  total_weight,
+)
 
 
 def slices(mesh: Mesh) -> tuple[Mesh, ...]:
@@ -277,8 +282,7 @@ class Pipeline:
         ' of the schedule'
       )
     # Every micro-batch's loss is a share of the global batch's mean.
-    weights = self.objective.inputs(batch).weights
-    denominator = float(np.maximum(np.asarray(weights).sum(), 1.0))
+    denominator = float(total_weight(self.objective.inputs(batch)))
     shares = Shares(np.float32(denominator), count, np.float32(mtp_weight))
     micro = jax.tree.map(
       lambda a: np.asarray(a).reshape(count, -1, *a.shape[1:]), batch

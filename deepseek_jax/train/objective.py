@@ -47,6 +47,15 @@ class Shares(NamedTuple):
   mtp_weight: jax.Array  # lambda
 
 
+def total_weight(inputs: Inputs) -> jax.Array:
+  """Returns the sum of a batch's weights, 1 where nothing weighs.
+
+  No floor: weights of any size give the same loss.
+  """
+  total = inputs.weights.sum()
+  return jnp.where(total > 0, total, 1.0)
+
+
 def next_token(batch: Mapping[str, jax.Array]) -> Inputs:
   """Returns the inputs and labels of next-token prediction.
 
@@ -178,12 +187,13 @@ def _mtp_loss(
   """
   total = jnp.float32(0)
   T = labels.shape[1]
-  alive = weights
+  alive = weights != 0
   for depth, hidden in enumerate(states, start=1):
     # What rolls in from the row's start is masked by `inside`.
     shifted = jnp.roll(labels, -depth, axis=1)
     inside = jnp.arange(T) < T - depth
     # A target counts only if all tokens up to it are in i's document.
-    alive = alive * jnp.roll(weights, -depth, axis=1) * inside
-    total += _cross_entropy(hidden, head, shifted, alive)
+    own = jnp.roll(weights, -depth, axis=1)
+    alive = alive & (own != 0) & inside
+    total += _cross_entropy(hidden, head, shifted, own * alive)
   return total / max(len(states), 1)

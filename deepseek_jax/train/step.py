@@ -29,6 +29,7 @@ from deepseek_jax.train.objective import (
   Predictions,
   PretrainingConfig,
   Shares,
+  total_weight,
 )
 from deepseek_jax.train.update import (
   METRICS,
@@ -154,10 +155,8 @@ def train_step(
     state: TrainState, batch: dict, mtp_weight: jax.Array
   ) -> tuple[Any, dict]:
     # Of the whole batch, so that micro-batches add up to its loss.
-    weights = built.inputs(batch).weights
-    shares = Shares(
-      jnp.maximum(weights.sum(), 1.0), cfg.batch.accumulate, mtp_weight
-    )
+    total = total_weight(built.inputs(batch))
+    shares = Shares(total, cfg.batch.accumulate, mtp_weight)
 
     def loss(params: Any, micro: dict) -> tuple[jax.Array, dict]:
       if part is not None:

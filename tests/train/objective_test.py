@@ -24,7 +24,28 @@ def one_step(objective):
   return jax.device_get(run(state, tiny.documents(4, T + 1, 0, 3))[1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+  """Next-token prediction whose weights are all multiplied."""
+
+  by: float
+
+  def build(self, model):
+    plain = ds.PretrainingConfig().build(model)
+
+    def inputs(batch):
+      read = ds.next_token(batch)
+      return read._replace(weights=read.weights * self.by)
+
+    return plain._replace(inputs=inputs)
+
+
 class OwnObjectiveTest(absltest.TestCase):
+  def test_weights_of_any_size_give_one_loss_and_gradient(self):
+    want, got = one_step(ds.PretrainingConfig()), one_step(Weighted(2.0**-20))
+    for name in ('loss', 'grad_norm'):
+      np.testing.assert_allclose(got[name], want[name], rtol=1e-6, err_msg=name)
+
   def test_it_trains_on_one_device_a_mesh_and_through_a_pipeline(self):
     for name, found in fake_devices.run(
       'tests.train.objective_worker', *CASES, devices=2

@@ -69,9 +69,9 @@ class Record:
     first = distributed.first()
     self._model, self._speeds = model, []
     self.writer = _writer(config, workdir, resumed, console)
+    self._known = metrics_of(config.objective.build(model))
     if first:
-      objective = config.objective.build(model)
-      describe(workdir, metrics_of(objective) | METRICS)
+      describe(workdir, self._known | METRICS)
     self._routing = _recorder(workdir, model, resumed or -1) if first else None
     recalls = _recalls(workdir, resumed) if first else []
     # All processes end by them at one step.
@@ -109,7 +109,10 @@ class Record:
       seconds: that it took.
     """
     # Numbers alone; arrays per layer go to routing.npz.
-    scalars = scalars_of(metrics)
+    found = scalars_of(metrics)
+    # As described, the loss first: jit returns them by the alphabet.
+    order = dict.fromkeys([*self._known, *found])
+    scalars = {name: found[name] for name in order if name in found}
     if 'recall' in scalars:
       self.recalls.append(scalars['recall'])
     if self._routing:

@@ -214,6 +214,10 @@ class FinishedRunTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'holds another run .data.path: '):
       loop.claim(begun, other)
 
+  def test_the_loss_comes_first_of_a_step(self):
+    first = metrics.read(self.folder / 'run')[0]
+    self.assertEqual(list(first)[:2], ['step', 'loss'])
+
   def test_an_earlier_step_can_be_loaded(self):
     saved = sorted(
       int(p.name) for p in (self.folder / 'run' / 'checkpoints').iterdir()

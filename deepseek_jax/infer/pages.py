@@ -15,17 +15,21 @@ import numpy as np
 SCRATCH = 0  # the page of table entries that stand for none; never written
 
 
-def chain(tokens: Sequence[int], page: int, salt: str) -> list[bytes]:
+def chain(
+  tokens: Sequence[int], page: int, salt: str, known: Sequence[bytes] = ()
+) -> list[bytes]:
   """Returns a 128-bit hash for each full page of tokens and all before it.
 
   Args:
     tokens: of a request.
     page: P.
     salt: what else must be equal: weights, dtype of the cache, tenant.
+    known: the hashes of its first pages.
   """
+  out = list(known)
   before = hashlib.blake2b(salt.encode(), digest_size=16).digest()
-  out = []
-  for start in range(0, len(tokens) - page + 1, page):
+  before = out[-1] if out else before
+  for start in range(len(out) * page, len(tokens) - page + 1, page):
     part = np.asarray(tokens[start : start + page], np.int32).tobytes()
     before = hashlib.blake2b(before + part, digest_size=16).digest()
     out.append(before)

@@ -125,9 +125,7 @@ class Paging:
     slots = rows.table.shape[1] * self.page
     return Cache(layers, rows.start, slots, False, recent)
 
-  def commit(
-    self, store: Store, cache: Cache, rows: Rows, most: int
-  ) -> Store:
+  def commit(self, store: Store, cache: Cache, rows: Rows, most: int) -> Store:
     """Returns the store with the pages that new tokens have touched.
 
     Args:

@@ -140,9 +140,7 @@ def programs(
 
     cache, history = paging.view(store, rows), jnp.asarray(draws.history)
     count, active = jnp.zeros(R, jnp.int32), rows.count > 0
-    _, like = jax.eval_shape(
-      one, cache, going.token, (count, active), history
-    )
+    _, like = jax.eval_shape(one, cache, going.token, (count, active), history)
     kept = jax.tree.map(lambda a: jnp.zeros((steps, *a.shape), a.dtype), like)
     state = jax.lax.while_loop(
       lambda s: (s[0] < steps) & s[4].any(),

@@ -14,6 +14,18 @@ from deepseek_jax.errors import InputError
 Finish = Literal['stop', 'length', 'cancelled', 'error']
 
 
+def _token(value: Any) -> bool:
+  """Returns whether a value may be a token's number."""
+  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  return whole and value >= 0
+
+
+def _check_finite(name: str, value: Any) -> None:
+  """Raises InputError unless a value is a finite number."""
+  if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    raise InputError(f'{name} = {value!r}: must be a finite number')
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """Describes how the tokens of a request are drawn.
@@ -216,15 +228,3 @@ def answer(events: list[Event]) -> Answer:
     last.usage,
     first,
   )
-
-
-def _token(value: Any) -> bool:
-  """Returns whether a value may be a token's number."""
-  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  return whole and value >= 0
-
-
-def _check_finite(name: str, value: Any) -> None:
-  """Raises InputError unless a value is a finite number."""
-  if not isinstance(value, numbers.Real) or not math.isfinite(value):
-    raise InputError(f'{name} = {value!r}: must be a finite number')

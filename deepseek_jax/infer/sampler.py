@@ -146,9 +146,7 @@ def likeliest(
   return jax.lax.cond(wanted, found, none)
 
 
-def adjusted(
-  logits: jax.Array, draws: Draws, length: jax.Array
-) -> jax.Array:
+def adjusted(logits: jax.Array, draws: Draws, length: jax.Array) -> jax.Array:
   """Returns logits [R V] after penalties, bias and grammar.
 
   Tokens that the grammar does not allow are at -inf.
@@ -178,9 +176,7 @@ def adjusted(
   return jax.lax.cond(free, lambda: logits, masked)
 
 
-def _penalised(
-  logits: jax.Array, draws: Draws, length: jax.Array
-) -> jax.Array:
+def _penalised(logits: jax.Array, draws: Draws, length: jax.Array) -> jax.Array:
   """Returns logits after the three penalties."""
   (R, V), (_, H) = logits.shape, draws.history.shape
   place = jnp.arange(H)
@@ -214,6 +210,7 @@ def restricted(logits: jax.Array, draws: Draws) -> jax.Array:
   V = logits.shape[-1]
   top_k, top_p = draws.int('top_k')[:, None], draws.float('top_p')[:, None]
   min_p = draws.float('min_p')[:, None]
+
   def cut() -> jax.Array:
     # Sort, decide in sorted order what stays, and scatter back.
     order = jnp.argsort(logits, axis=-1, descending=True)  # stable

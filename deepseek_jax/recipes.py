@@ -133,7 +133,7 @@ def nsa_tiny() -> RunConfig:
 
 
 def engram_tiny() -> RunConfig:
-  """Returns a run with a memory of n-grams: two minutes on two cores.
+  """Returns a run with an Engram: two minutes on two cores.
 
   2.1 of 7.6 million weights lie in a table of which a token reads eight rows;
   the data pipeline hashes n-grams to rows ahead.

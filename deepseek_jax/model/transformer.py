@@ -177,7 +177,7 @@ class TransformerConfig:
       )
     if self.mtp.depth and self.block(self.mtp.block).engram:
       raise InputError(
-        f'mtp.block = {self.mtp.block!r}: has a memory, which prediction'
+        f'mtp.block = {self.mtp.block!r}: has an Engram, which prediction'
         ' blocks cannot have; choose a kind with engram = False'
       )
     for block in [b for s in self.segments() for b in s.blocks]:

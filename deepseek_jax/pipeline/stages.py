@@ -174,7 +174,7 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
     )
   if any(b.engram for s in config.segments() for b in s.blocks):
     raise InputError(
-      f'mesh.stage = {count}: a model with memories (engram) has no stages; set'
+      f'mesh.stage = {count}: a model with Engrams has no stages; set'
       ' it to 1 and another axis to that'
     )
   runs = stage_places(config, count)

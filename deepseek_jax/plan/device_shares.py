@@ -60,7 +60,7 @@ def mesh_of(sizes: Mapping[str, int] | Mesh | None) -> Mesh:
   return Mesh(**(sizes or {}))
 
 
-class Share(NamedTuple):
+class DeviceShare(NamedTuple):
   """Describes what one device holds of one parameter of one block.
 
   Attributes:
@@ -92,7 +92,7 @@ def _share(
   rules: Mapping,
   kind: str,
   trained: bool,
-) -> Share:
+) -> DeviceShare:
   """Returns the share of a parameter, the first `stack` axes left out."""
   meta = variable.get_metadata()
   axes = meta.get('axes') or ()
@@ -109,7 +109,7 @@ def _share(
       )
     elements *= size // parts
     over += [n for n in names if getattr(mesh, n) > 1]
-  return Share(
+  return DeviceShare(
     name,
     elements,
     math.prod(shape),
@@ -134,7 +134,7 @@ def _leaves(
 
 def shares(
   config: TransformerConfig, mesh: Mesh, rules: Mapping | None = None
-) -> dict[tuple, tuple[Share, ...]]:
+) -> dict[tuple, tuple[DeviceShare, ...]]:
   """Returns what a device holds, by place.
 
   Places are ('start',), ('block', i) for layer i in order, ('mtp', k) and

@@ -174,8 +174,8 @@ class Report:
   flops: dict[str, flop.Flops]
   standard_flops: tuple[float, float] | None
   decode: dict[str, int]
-  cache: memory.Cache
-  cache_at_length: memory.Cache
+  cache: memory.CacheMemory
+  cache_at_length: memory.CacheMemory
   memory: dict[str, dict[str, int]]
   traffic: Traffic
   method: pipeline.Method

@@ -40,7 +40,7 @@ METRICS = {
 }
 
 
-class Record:
+class StepRecord:
   """Writes the numbers of steps; with several processes the first one alone.
 
   Attributes:
@@ -77,7 +77,7 @@ class Record:
     # All processes end by them at one step.
     self.recalls = json.loads(distributed.text_from_first(json.dumps(recalls)))
 
-  def __enter__(self) -> 'Record':
+  def __enter__(self) -> 'StepRecord':
     """Returns itself; the block's end closes the writer."""
     return self
 

@@ -200,7 +200,7 @@ class TokensTest(parameterized.TestCase):
     got = outputs('engram', tokens, segment_ids=segments, ngrams=rows)
     self.assertTrue(np.isnan(got[0, 0, 4:15]).all())
     apply = model('engram').apply
-    with self.assertRaisesRegex(ds.InputError, r"^ngrams: .*memories' tables"):
+    with self.assertRaisesRegex(ds.InputError, r'^ngrams: .*the Engram tables'):
       apply(made, tokens, segment_ids=segments, ngrams=rows)
 
   @parameterized.parameters(-1, V)

@@ -360,7 +360,7 @@ class TablesTest(parameterized.TestCase):
     ({'engram': None}, 'kinds.memory.engram = True: needs engram'),
     (
       {'mtp': ds.model.transformer.MTPConfig(1, 'memory')},
-      "mtp.block = 'memory': has a memory",
+      "mtp.block = 'memory': has an Engram",
     ),
     (
       {'engram': dataclasses.replace(MEMORY, base=2**30)},

@@ -19,13 +19,9 @@ from deepseek_jax.infer.sampling import SampleConfig, generate, stream
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.merging import merged
-from deepseek_jax.model.transformer import (
-  Model,
-  Output,
-  TransformerConfig,
-  build,
-  moe_statistics,
-)
+from deepseek_jax.model.stacks import moe_statistics
+from deepseek_jax.model.transformer import Model, Output, build
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.record.metric import Metric

@@ -45,7 +45,7 @@ from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.residual import ResidualConfig
-from deepseek_jax.model.transformer import (
+from deepseek_jax.model.transformer_config import (
   ComputeConfig,
   Kind,
   TransformerConfig,

@@ -33,7 +33,7 @@ from deepseek_jax.hf import identity, loading, names
 from deepseek_jax.hf import store_manifest as manifest
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.sharding import Rules
 
 MODEL = 'model.json'

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.exchange import ExchangeConfig

@@ -16,7 +16,8 @@ from flax import nnx
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lora
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import RULES
 from deepseek_jax.pipeline.cut import stage_places
 

@@ -13,7 +13,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.attention import Term, attention_cost
 
 Seen = Literal['half', 'full', 'triangle', 'blocks']

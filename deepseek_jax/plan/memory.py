@@ -12,7 +12,7 @@ from typing import Literal
 from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import exchange
 from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.plan import device_shares as meshes

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from deepseek_jax import own_classes
 from deepseek_jax.config import above, at_least, to_dict, within
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.pipeline.simulate import Durations
 from deepseek_jax.plan import (
   bubbles as pipeline,

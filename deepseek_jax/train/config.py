@@ -7,7 +7,7 @@ from flax import nnx
 
 from deepseek_jax.config import above, within
 from deepseek_jax.model import lora
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.train import schedules
 from deepseek_jax.train import trainable as frozen
 from deepseek_jax.train.gate import GateConfig

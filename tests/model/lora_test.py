@@ -19,7 +19,7 @@ import deepseek_jax as ds
 from deepseek_jax import hf
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lora, matrices
-from deepseek_jax.model.transformer import functional
+from deepseek_jax.model.functional import functional
 from deepseek_jax.pipeline import stages
 from deepseek_jax.plan.device_shares import Mesh, shares
 from deepseek_jax.plan.memory import Training, checkpoint_bytes, state_bytes

@@ -13,7 +13,7 @@ from deepseek_jax import plan
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
-from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.model.transformer_config import ComputeConfig
 from deepseek_jax.parallel import exchange, formats, queues, wires
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan.wire import expert_wire as traffic

@@ -14,7 +14,7 @@ from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.model.transformer_config import ComputeConfig
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.plan import device_shares as mesh

@@ -10,7 +10,7 @@ pipeline/pipeline.py, a program per chunk, leaves to XLA.
 import re
 from collections.abc import Iterable
 
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.device_shares import DeviceShare
 from deepseek_jax.plan.memory import BYTES, replicas
 from deepseek_jax.plan.wire.rings import LinkTraffic, StepInputs, link_of, ring

@@ -8,7 +8,7 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.device_shares import Mesh
 from deepseek_jax.plan.memory import Training
 

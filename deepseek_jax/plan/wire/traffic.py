@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import formats
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import device_shares as meshes

@@ -24,11 +24,11 @@ from deepseek_jax.model.transformer import Model, Output, build
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.record.flight import load as read_routing
+from deepseek_jax.record.load_balance import max_violation
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
-from deepseek_jax.record.routing import load as read_routing
-from deepseek_jax.record.routing import max_violation
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.fit import Run, fit
 from deepseek_jax.run.folder import Loaded, load

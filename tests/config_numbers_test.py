@@ -37,8 +37,9 @@ from deepseek_jax.model.attention.rope import (
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
-from deepseek_jax.model.experts.moe import CapacityConfig, MoEConfig
+from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.lora import LoRAConfig

@@ -13,7 +13,7 @@ from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.transformer_config import TransformerConfig
-from deepseek_jax.parallel import exchange
+from deepseek_jax.parallel import exchange, rounds
 from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.plan import device_shares as meshes
 from deepseek_jax.plan.activations import kept_bytes
@@ -190,7 +190,7 @@ def exchange_bytes(
 
   A copy of a token travels per chosen expert. Every device of the expert axis
   has a buffer of `exchange_factor` even shares, filled or not, as
-  `exchange.share` makes it.
+  `rounds.share` makes it.
   """
   n = mesh.expert
   if n == 1:
@@ -198,7 +198,7 @@ def exchange_bytes(
   tokens = training.micro_batch * training.seq_len // mesh.context
   rows = [
     n
-    * exchange.share(
+    * rounds.share(
       tokens * moe.top_k,
       n,
       tokens * min(moe.top_k, moe.experts // n),

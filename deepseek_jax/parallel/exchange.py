@@ -277,7 +277,7 @@ def run(
   over = tuple(n for part in tokens for n in _names(part))
   if set(hidden) & set(over):
     raise InputError(
-      f'mesh.rules.mlp = {rules["mlp"]!r}: cuts tokens too, so its devices'
+      f'mesh.rules.mlp = {rules["mlp"]!r}: shards tokens too, so its devices'
       ' have different ones; use an axis that batch and seq do not'
     )
   group = Group(using.exchange, compute, axis, size, mesh.axis_names)

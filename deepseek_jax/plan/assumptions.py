@@ -16,9 +16,9 @@ def _optimizer_assumptions(run: memory.Training) -> tuple[str, ...]:
     return (f'optimizer moments are {kind}, {stage}',)
   return (
     f"optimizer moments are {kind}, one for each of Muon's matrices and two for"
-    f' what AdamW has, {stage}',
-    "the products that make Muon's momenta orthogonal, and the shards of"
-    ' matrices that they gather, take no time',
+    f" each of AdamW's parameters, {stage}",
+    "Muon's Newton-Schulz products, and the shards of matrices that they"
+    ' gather, take no time',
   )
 
 
@@ -26,7 +26,7 @@ def _own_assumptions(config: TransformerConfig) -> tuple[str, ...]:
   """Returns a sentence for each of a user's classes without a cost."""
   found = own_classes.kinds(to_dict(config)).items()
   return tuple(
-    f"{path} ({kind}) is counted as the library's class in its place"
+    f"{path} ({kind}) is counted as the library's class of that field"
     for path, kind in found
     if not hasattr(own_classes.find(kind), 'cost')
   )
@@ -60,8 +60,8 @@ def assumed(
     'gradients are summed over devices in every micro-batch, by pipelines once'
     ' per step',
     'experts are evenly loaded; node-limited traffic is at its limit of nodes',
-    'activations are what the blocks keep before XLA fuses anything; the copy'
-    ' of a block that fsdp gathers is left out',
+    'activations are what blocks save for the backward pass before XLA fuses'
+    ' anything; the gathered weights of a block under fsdp are left out',
     *_own_assumptions(config),
     *_optimizer_assumptions(run),
     f'{recipe.dollars:g} dollars per device and hour',

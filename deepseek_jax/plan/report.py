@@ -163,8 +163,8 @@ class Report:
     missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
     if missing:
       out = (
-        f'mesh.tensor = {self.recipe.mesh.tensor}: what {", ".join(missing)}'
-        ' sums inside is not counted among the bytes sent',
+        f'mesh.tensor = {self.recipe.mesh.tensor}: sums inside'
+        f' {", ".join(missing)} are not counted among the bytes sent',
       )
     if t.reachable:
       return out

@@ -232,7 +232,7 @@ class RulesTest(absltest.TestCase):
     grid = AbstractMesh(tuple(sizes.get(a, 1) for a in mesh.AXES), mesh.AXES)
     rules = mesh.MeshConfig().rules | {'mlp': 'data'}
     arrays = (jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 2), jnp.int32), None)
-    with self.assertRaisesRegex(ds.InputError, "mlp = 'data': cuts tokens"):
+    with self.assertRaisesRegex(ds.InputError, "mlp = 'data': shards tokens"):
       exchange.run(None, arrays, (None, None), sharding.Using(grid, rules))
 
 

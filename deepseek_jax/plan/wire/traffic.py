@@ -151,11 +151,12 @@ def _tensor(step: StepInputs, width: int) -> LinkTraffic:
   # float32 per token of the softmax: maximum, sum of exponentials, label.
   size += 4 * (uses * 3 + sum(often * both[1] for often, both in every))
   how = (
-    'all-reduces of what row-cut matrices make forward, of what column-cut'
-    ' ones are given backward, and of the cut vocabulary: 2 (n-1)/n each'
+    'all-reduces: forward of the outputs of row-sharded matrices, backward of'
+    ' the input gradients of column-sharded ones, and of the sharded'
+    ' vocabulary: 2 (n-1)/n each'
   )
   if missing := uncounted(config):
-    how += f'; NOT COUNTED: what {", ".join(missing)} sums inside'
+    how += f'; NOT COUNTED: sums inside {", ".join(missing)}'
   sent = 2 * ring(n, int(step.tokens * size))
   return LinkTraffic('tensor', link_of(step, ('tensor',)), sent, how)
 
@@ -182,15 +183,16 @@ def _context(step: StepInputs, width: int) -> list[LinkTraffic]:
     for i in range(2)
   )
   how = (
-    "what is read of other devices' tokens gathered, its gradients scattered,"
-    ' gathered again where the backward pass recomputes: (n-1)/n each; of'
-    ' windows and blocks that straddle borders what they miss'
+    "all-gather of all sequence shards' keys and values (or latents), reduce-"
+    'scatter of their gradients, gathered again where the backward pass'
+    ' recomputes: (n-1)/n each; windows and blocks that cross a border of shards fetch only'
+    ' the tokens that they lack'
   )
   link = link_of(step, ('context',))
   out = [LinkTraffic('context', link, sent, how)]
   if fixed:
     how = (
-      'numbers of positions and documents; at most, as layers may share them'
+      'positions and document numbers; an upper bound, as layers may share them'
     )
     out.append(LinkTraffic('context positions', link, fixed, how))
   return out

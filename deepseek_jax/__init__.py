@@ -12,7 +12,8 @@ loaded = ds.load('runs/v3')
 """
 
 from deepseek_jax import hf, plan, presets, recipes
-from deepseek_jax.config import changed, from_dict, to_dict
+from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.infer.sampling import SampleConfig, generate, stream

@@ -6,7 +6,7 @@ the source code of Python's standard library unless `data.path` says otherwise.
 """
 
 from deepseek_jax import presets
-from deepseek_jax.config import changed
+from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from deepseek_jax.config import above, at_least, changed_by, check_choices
+from deepseek_jax.config import above, at_least, check_choices
+from deepseek_jax.config_changes import changed_by
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.block import AttentionConfig, BlockConfig
 from deepseek_jax.model.experts.ffn import FFNConfig

@@ -236,8 +236,8 @@ def _check_axis(
   for mesh_axis in over:
     if mesh_axis in seen and getattr(config, mesh_axis) > 1:
       raise InputError(
-        f'{name}: both its axes {seen[mesh_axis]!r} and {axis!r} are sharded over'
-        f' mesh.{mesh_axis}; change mesh.rules.{axis}'
+        f'{name}: both its axes {seen[mesh_axis]!r} and {axis!r} are sharded'
+        f' over mesh.{mesh_axis}; change mesh.rules.{axis}'
       )
     seen[mesh_axis] = axis
 

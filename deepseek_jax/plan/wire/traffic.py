@@ -185,8 +185,8 @@ def _context(step: StepInputs, width: int) -> list[LinkTraffic]:
   how = (
     "all-gather of all sequence shards' keys and values (or latents), reduce-"
     'scatter of their gradients, gathered again where the backward pass'
-    ' recomputes: (n-1)/n each; windows and blocks that cross a border of shards fetch only'
-    ' the tokens that they lack'
+    ' recomputes: (n-1)/n each; windows and blocks that cross a border of'
+    ' shards fetch only the tokens that they lack'
   )
   link = link_of(step, ('context',))
   out = [LinkTraffic('context', link, sent, how)]

@@ -61,6 +61,10 @@ SHARED_FILES = {
   'reference': 'what a kernel is checked against',
   'shapes': 'what a kernel is tested and timed with',
   'fp8': "a kernel's FP8 variant, and hf's FP8 weights",
+  # Models have families: checkpoints in hf/families, prompts in infer/formats.
+  'v3': 'of DeepSeek-V3',
+  'v32': 'of DeepSeek-V3.2',
+  'v4': 'of DeepSeek-V4',
 }
 SHARED_CLASSES = {'Shape': "each kernel's shapes.py describes its own"}
 LINES = 450  # most lines of a file

@@ -256,7 +256,7 @@ def check_batch(
   ways = config.ways('batch')
   if rows % (ways * accumulate):
     raise InputError(
-      f'train.batch: {rows} sequences cannot be sharded in {ways} over'
+      f'train.batch: {rows} sequences cannot be split into {ways} shards of'
       f' mesh ({config.spread}) and {accumulate} micro-batches; set every size'
       f' to a multiple of {ways * accumulate}'
     )

@@ -8,26 +8,55 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import InputError
+from deepseek_jax.model import given as inputs
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def empty_cache(
-  config: TransformerConfig, dtype: jnp.dtype, batch: int, slots: int
+  config: TransformerConfig,
+  dtype: jnp.dtype,
+  batch: int,
+  slots: int,
+  spare: int,
 ) -> Cache:
   """Returns a cache that holds no token yet, for rows of `slots` tokens."""
+  if spare < 0:
+    raise InputError(f'spare = {spare}: must be at least 0')
   layers = []
   for segment in config.segments():
-    one = lambda b: b.cache(batch, slots, config.dim, dtype)
+    one = lambda b: b.cache(batch, slots, config.dim, dtype, spare)
     empty = [one(b) for b in segment.blocks]
     # As the weights: every array of a segment is stacked [repeat ...].
     stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
     layers.append(tuple(jax.tree.map(stack, empty)))
   recent = None
   if config.engram_layers():
-    recent = jnp.zeros((batch, config.engram.longest), jnp.int32)
+    recent = jnp.zeros((batch, config.engram.longest + spare), jnp.int32)
   length = jnp.zeros(batch, jnp.int32)
   return Cache(tuple(layers), length, slots, recent=recent)
+
+
+def empty_mtp_cache(
+  config: TransformerConfig,
+  dtype: jnp.dtype,
+  batch: int,
+  slots: int,
+  spare: int,
+) -> Cache:
+  """Returns the same for the blocks of multi-token prediction, one per depth.
+
+  It is read from the first call on: one program serves all calls.
+  """
+  inputs.check_depth(config)
+  depths = dataclasses.replace(
+    config,
+    layout=(((config.mtp.block,), 1),) * config.mtp.depth,
+    engram=None,
+  )
+  cache = empty_cache(depths, dtype, batch, slots, spare)
+  return dataclasses.replace(cache, fresh=False)
 
 
 def unstack(

@@ -20,7 +20,7 @@ from deepseek_jax import trees
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.functional import Functional, functional
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.model.network import Transformer
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.pipeline.cut import stage_places
 

@@ -380,7 +380,7 @@ class ConfigTest(parameterized.TestCase):
 class FunctionalTest(absltest.TestCase):
   def test_without_lora_nothing_is_in_between(self):
     made = functional(
-      lambda key: ds.model.transformer.Transformer(
+      lambda key: ds.model.network.Transformer(
         tiny.config('gqa'), rngs=nnx.Rngs(key)
       ),
       jnp.float32,

@@ -66,9 +66,21 @@ SHARED_FILES = {
   'v32': 'of DeepSeek-V3.2',
   'v4': 'of DeepSeek-V4',
 }
-SHARED_CLASSES = {'Shape': "each kernel's shapes.py describes its own"}
+SHARED_CLASSES = {
+  'Shape': "each kernel's shapes.py describes its own",
+  # Inference has words of its own, which no module imports beside the others.
+  'Chunk': 'of a prompt in infer, of a stage in pipeline',
+  'Delta': 'of text in detokenize, of a message in formats',
+  'Format': 'of prompts in infer, of stored weights in hf',
+  'Leaf': 'of a cache in infer, of a checkpoint in hf',
+  'Pages': 'of a pool in infer, the kernel argument in latent_kv',
+  'Parsed': 'an answer in infer, a config.json in hf',
+  'Sequence': 'a request under way in infer, keys of a shard in parallel',
+  'Store': 'of cache pages in infer, of converted weights in hf',
+}
 LINES = 450  # most lines of a file
 LONG_FILES = {
+  'deepseek_jax/infer/engine.py': 'all steps of one request',
   'deepseek_jax/hf/families/v4.py': 'all of one family, as every family is',
 }
 

@@ -25,7 +25,7 @@ from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.pipeline.cut import stage_places
 
 
-class Piece(NamedTuple):
+class StagePiece(NamedTuple):
   """Names layers of a segment: a slice of its pattern and of its repeats."""
 
   segment: int
@@ -50,7 +50,7 @@ def pieces(config: TransformerConfig, first: int, end: int) -> tuple:
         continue
       r = start // n
       pattern = slice(start - r * n, min(stop - r * n, n))
-      out.append(Piece(i, pattern, slice(r, -(-stop // n))))
+      out.append(StagePiece(i, pattern, slice(r, -(-stop // n))))
   return tuple(out)
 
 
@@ -68,7 +68,7 @@ class Stage:
   """
 
   config: TransformerConfig
-  pieces: tuple[Piece, ...]
+  pieces: tuple[StagePiece, ...]
   first: bool
   last: bool
   embed: bool

@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.machine import processor
 
 # A research-size V3 in the words of its config.json: 33.7M parameters.
 SHAPES = {
@@ -175,7 +176,7 @@ def main(name: str, tasks) -> None:
   Console().print(table)
   result = {
     'date': datetime.date.today().isoformat(),
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
+    'machine': processor(),
     'rows': rows,
   }
   path = Path(__file__).parent / 'results' / f'{name}.json'

@@ -101,7 +101,7 @@ def _serve(model, size):
 
 
 def _serve_paged(model):
-  """transformers' own continuous batching."""
+  """transformers' own continuous batching; each prompt wants its own length."""
   asked = contest.requests()
   config = transformers.GenerationConfig(
     max_new_tokens=max(n for _, n in asked),
@@ -112,11 +112,15 @@ def _serve_paged(model):
 
   @torch.no_grad()
   def run():
-    for new in sorted({n for _, n in asked}):
-      config.max_new_tokens = new
-      model.generate_batch(
-        [p for p, n in asked if n == new], generation_config=config
-      )
+    with model.continuous_batching_context_manager(config) as manager:
+      for prompt, new in asked:
+        manager.add_request(prompt, max_new_tokens=new)
+      done = 0
+      while done < len(asked):
+        result = manager.get_result(timeout=60)
+        if result is None:
+          raise SystemExit('no result within a minute')
+        done += 1
 
   return run
 

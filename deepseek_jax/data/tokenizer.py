@@ -282,7 +282,7 @@ def _token_bytes(model: Any) -> Callable[[int], bytes]:
 
 
 def _all_special(spec: dict) -> dict:
-  """Marks every <…> token special: some files leave that out for a few.
+  """Marks every <…> and ｜…｜ token special: some files leave that out.
 
   Other added tokens, such as runs of spaces, are text and stay in use.
   """
@@ -294,8 +294,8 @@ def _all_special(spec: dict) -> dict:
 
 
 def _is_mark(name: str) -> bool:
-  """Returns whether a name is written as <...>."""
-  return len(name) > 2 and name[0] == '<' and name[-1] == '>'
+  """Returns whether a name is written as <...>, or as DeepSeek's ｜...｜."""
+  return len(name) > 2 and name[0] + name[-1] in ('<>', '｜｜')
 
 
 def from_file(path: str) -> Tokenizer | ByteTokenizer:

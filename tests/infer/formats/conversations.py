@@ -1,4 +1,4 @@
-"""Conversations that every chat format is tested on, and a tokenizer of marks."""
+"""Conversations that chat formats are tested on, and a tokenizer of marks."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

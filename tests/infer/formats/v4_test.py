@@ -68,7 +68,7 @@ class RecipeTest(parameterized.TestCase):
   )
   def test_both_refuse(self, messages):
     for name in MODELS:
-      with self.assertRaises(Exception):
+      with self.assertRaises((recipe.ConversionError, ValueError)):
         encoding, conversation = theirs(name, messages, {})
         encoding.render_conversation(conversation)
       with self.assertRaises(InputError):

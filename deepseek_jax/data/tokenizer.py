@@ -207,6 +207,11 @@ class Tokenizer:
     return name is None or _BYTE.fullmatch(name) is not None
 
   @property
+  def text_json(self) -> str:
+    """Returns a tokenizer.json that reads text as text: all marks special."""
+    return self._plain.to_str()
+
+  @property
   def sha256(self) -> str:
     """Returns a hash of all that decides ids: the tokenizer and two names."""
     parts = json.dumps([self._spec, self._eos, self._pad], sort_keys=True)

@@ -14,9 +14,9 @@ import numpy as np
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer.formats.message import check_json
 
 MAX_SIZE = 1 << 16  # characters of a grammar
-MAX_DEPTH = 32  # of a JSON schema
 _KINDS = ('json', 'schema', 'regex', 'lark')
 
 
@@ -93,21 +93,12 @@ def _check_schema(text: str) -> None:
   try:
     schema = json.loads(text)
   except RecursionError:
-    raise InputError(
-      f'grammar: the schema is deeper than {MAX_DEPTH} levels'
-    ) from None
+    raise InputError('grammar: the schema is nested too deeply') from None
   except ValueError as error:
     raise InputError(f'grammar: the schema is no JSON: {error}') from None
   if not isinstance(schema, dict | bool):
     raise InputError('grammar: a schema is an object, or true or false')
-  level, depth = [schema], 0
-  while level:
-    depth += 1
-    if depth > MAX_DEPTH:
-      raise InputError(f'grammar: the schema is deeper than {MAX_DEPTH} levels')
-    parts = [p.values() if isinstance(p, dict) else p for p in level]
-    parts = [list(p) for p in parts if not isinstance(p, bool)]
-    level = [v for p in parts for v in p if isinstance(v, dict | list)]
+  check_json(schema, 'grammar.text')
 
 
 def _library() -> Any:
@@ -174,6 +165,12 @@ class Matchers:
         f' only {self.vocab_size}; give the tokenizer of the model'
       )
     self.ends = tuple(dict.fromkeys(map(int, ends))) or (tokenizer.eos_id,)
+    unknown = [end for end in self.ends if not 0 <= end < self.vocab_size]
+    if unknown:
+      raise InputError(
+        f'grammar: end token {unknown[0]} is outside the vocabulary of'
+        f' {self.vocab_size}'
+      )
     if isinstance(tokenizer, ByteTokenizer):
       source: Any = library.TokenizerWrapper(_Bytes(tokenizer, self.vocab_size))
     else:

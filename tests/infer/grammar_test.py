@@ -342,6 +342,11 @@ class InputTest(Case):
     with self.assertRaisesRegex(InputError, 'has 261 tokens, the model only 9'):
       Matchers(make('bytes'), vocab_size=9)
 
+  def test_an_unknown_end_is_refused(self):
+    for end in (261, -1):
+      with self.assertRaisesRegex(InputError, f'end token {end} is outside'):
+        Matchers(make('bytes'), ends=(1, end))
+
 
 class GrammarTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -350,8 +355,12 @@ class GrammarTest(parameterized.TestCase):
     ('regex', None, 'grammar.text'),
     ('schema', '{', 'the schema is no JSON'),
     ('schema', '3', 'a schema is an object'),
-    ('schema', '[' * 60000, 'the schema is deeper'),
-    ('schema', '{"a":' * 33 + '{}' + '}' * 33, 'the schema is deeper than 32'),
+    ('schema', '[' * 60000, 'the schema is nested too deeply'),
+    (
+      'schema',
+      '{"a":' * 33 + '{}' + '}' * 33,
+      'grammar.text: is deeper than 32',
+    ),
   )
   def test_limits(self, kind, text, want):
     with self.assertRaisesRegex(InputError, re.escape(want)):

@@ -5,6 +5,7 @@ special token; text that spells it is text. Inside, a mark is one lone
 surrogate: no decoded text holds such, so that strings can be searched.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ _NAMES = (
   '<｜tool▁output▁end｜>',
 )
 _SIGNS = {name: chr(_FIRST + n) for n, name in enumerate(_NAMES)}
+_LONG = 256  # characters
+_TELLS = re.compile('[>\ud800-\udfff]')  # ends a tag, or is a mark
 _SPELLED = {ord(sign): name for name, sign in _SIGNS.items()}
 
 
@@ -129,6 +132,7 @@ class Parser:
     """Enters a state; `leading`: newlines at its start are dropped."""
     self.state, self._leading = state, leading
     self._held, self._text, self._block = '', '', ''
+    self._said = False  # content other than blanks
     self._reasoning: list[str] = []
     self._content: list[str] = []
     self._calls: list[ToolCall] = []
@@ -167,11 +171,24 @@ class Parser:
     """Returns what became certain with a token."""
     if self.state == 'ended':
       return Delta()
-    reasoned = self.state == 'reasoning'
+    self.reasoning_tokens += self.state == 'reasoning'
+    before = len(self._held)
     self._take(self._signs.get(int(token)), int(token))
-    out = self._advance(final=False)
-    self.reasoning_tokens += reasoned
-    return out
+    if self._waits_for_more(before):
+      return Delta()
+    return self._advance(final=False)
+
+  def _waits_for_more(self, before: int) -> bool:
+    """Returns whether the text since `before` tells nothing new.
+
+    Long arguments and endless newlines are not searched again at each token.
+    """
+    if before < _LONG:
+      return False
+    if self.state == 'calls':
+      return not _TELLS.search(self._held, before)
+    only = not self._held[before - _LONG :].strip('\n')
+    return only and self._held[0] == '\n' and not self._leading
 
   def finish(self) -> Delta:
     """Returns what is left when no token follows."""
@@ -239,6 +256,7 @@ class Parser:
   ) -> Delta:
     """Returns a delta up to a stop text, and adds it to the whole."""
     content = content.translate(_SPELLED)
+    self._said |= not content.isspace() and content != ''
     if content or final:
       content = self._stops.feed(content)
     if self._stops.stopped:
@@ -284,7 +302,8 @@ class Parser:
     if found == _EOS:
       self.state = 'ended'
     elif found == _THINK:
-      if text.strip() or ''.join(self._content).strip():
+      if text.strip() or self._said:
+        self._said = True
         return True, text + _THINK  # in the middle it is no reasoning
       self.state, self._leading, text = 'reasoning', True, ''
     elif found != _END_THINK:

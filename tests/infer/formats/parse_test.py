@@ -76,6 +76,8 @@ def texts(name):
     'r</think>x<y\n\n<z\n',
     'é👩‍👧漢</think>é👩‍👧漢',
     'r</think>a\n\n\nb<',
+    'r' + '\n' * 300 + '</think>' + '\n' * 300 + 'a' + '\n' * 300 + 'b',
+    block(name, ('n', {'t': 'x>\n' * 300, 'u': '\n' * 300 + 'x' * 300})),
     f'r</think>{block(name, ("n", {"t": " <b> "}))}',
   )
 

@@ -87,6 +87,28 @@ class Grammar:
       ' with json_schema.schema, regex or lark'
     )
 
+  def matcher(
+    self,
+    tokenizer: Tokenizer | ByteTokenizer,
+    vocab_size: int | None = None,
+    ends: Sequence[int] = (),
+  ) -> 'Matcher':
+    """Returns a matcher of one answer, see `Matchers`; what it needs is kept.
+
+    Raises InputError, one line, for a grammar that is wrong or unsupported.
+    """
+    return _matchers(tokenizer, vocab_size, tuple(ends)).matcher(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _matchers(
+  tokenizer: Tokenizer | ByteTokenizer,
+  vocab_size: int | None,
+  ends: tuple[int, ...],
+) -> 'Matchers':
+  """Returns the matchers of a tokenizer; the last few are kept."""
+  return Matchers(tokenizer, vocab_size=vocab_size, ends=ends)
+
 
 def _check_schema(text: str) -> None:
   """Raises InputError if a text is no JSON schema of bounded depth."""
@@ -231,12 +253,10 @@ class Matcher:
   def mask(self) -> np.ndarray:
     """Returns which tokens may come next: [ceil(V / 32)] int32, bit t % 32.
 
-    Behind an end there are none.
+    Never empty: behind an end it has the ends, though none is accepted.
     """
     out = np.zeros_like(self._known)
-    if self._ended:
-      return out
-    if not self._inner.is_stopped():
+    if not self.finished:
       found = np.frombuffer(self._inner.compute_bitmask(), np.int32)
       self._check()
       size = min(len(found), len(out))  # theirs may be one longer
@@ -294,6 +314,11 @@ class Matcher:
   def accepting(self) -> bool:
     """Returns whether the text so far is one of the grammar's."""
     return bool(self._inner.is_accepting())
+
+  @property
+  def ended(self) -> bool:
+    """Returns whether the last token was an end."""
+    return self._ended
 
   @property
   def finished(self) -> bool:

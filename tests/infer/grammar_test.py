@@ -232,7 +232,8 @@ class MatcherTest(Case):
     self.assertFalse(matcher.finished)
     self.assertTrue(matcher.accept(3))
     self.assertTrue(matcher.finished and matcher.accepting)
-    self.assertEmpty(allowed(matcher))
+    self.assertTrue(matcher.ended)
+    self.assertEqual(allowed(matcher).tolist(), [1, 3])
     self.assertFalse(matcher.accept(1))
     self.assertEqual(matcher.validate([1]), 0)
 
@@ -246,7 +247,8 @@ class MatcherTest(Case):
       masks, ids = [matcher.mask()], []
       for _ in range(60):
         choices = allowed(matcher)
-        if not len(choices):
+        self.assertNotEmpty(choices)
+        if matcher.ended:
           break
         ids.append(int(draws.choice(choices)))
         self.assertEqual(matcher.validate(ids[-1:]), 1)
@@ -298,6 +300,15 @@ class MatcherTest(Case):
         if re.fullmatch('<[^0].+>|｜DSML｜', tok.decode([i]))
       ]
       self.assertEqual(found & set(marks), {tok.eos_id})
+
+  def test_a_grammar_keeps_what_its_matchers_need(self):
+    tok = make('bytes')
+    grammar = Grammar('regex', 'ab')
+    one = grammar.matcher(tok, 300, (1,))
+    two = Grammar('regex', 'ab').matcher(tok, 300, (1,))
+    self.assertIs(one._known, two._known)
+    self.assertEqual(one.validate([*tok.encode('ab'), 1]), 3)
+    self.assertLen(one.mask(), 10)
 
   def test_matchers_of_one_grammar_go_their_own_way(self):
     tok = make('bytes')

@@ -200,6 +200,7 @@ class Format:
     *,
     tools: bool = True,
     stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
     spell: bool = False,
   ) -> parse.Parser:
     """Returns a parser of the tokens that follow a prompt.
@@ -209,6 +210,7 @@ class Format:
       prompt: token ids; its end decides whether the answer begins in reasoning.
       tools: whether to read tool calls; else their markup is content.
       stop: texts that end the content.
+      ends: tokens that end a turn besides the format's own.
       spell: read marks that the tokenizer lacks from the text, as `encode`
         writes them.
     """
@@ -218,6 +220,7 @@ class Format:
       self.markup if tools else None,
       prompt=prompt,
       stop=stop,
+      ends=ends,
       spell=spell,
     )
 

@@ -36,6 +36,11 @@ class ToolCall(NamedTuple):
   arguments: str
   id: str = ''
 
+  def message(self) -> dict[str, Any]:
+    """Returns it as in an OpenAI-style message."""
+    function = {'name': self.name, 'arguments': self.arguments}
+    return {'id': self.id, 'type': 'function', 'function': function}
+
 
 class Message(NamedTuple):
   """Holds a turn of a conversation.

@@ -7,7 +7,7 @@ surrogate: no decoded text holds such, so that strings can be searched.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.infer.detokenize import Stops
@@ -94,6 +94,15 @@ class Parsed(NamedTuple):
   tool_calls: tuple[ToolCall, ...]
   finished: bool
 
+  def message(self) -> dict[str, Any]:
+    """Returns it as an assistant's message, OpenAI-style, for the next turn."""
+    out: dict[str, Any] = {'role': 'assistant', 'content': self.content}
+    if self.reasoning_content:
+      out['reasoning_content'] = self.reasoning_content
+    if self.tool_calls:
+      out['tool_calls'] = [call.message() for call in self.tool_calls]
+    return out
+
 
 class Parser:
   """Reads the tokens of an answer as they come; see `Format.parser`.
@@ -112,11 +121,13 @@ class Parser:
     *,
     prompt: Sequence[int] = (),
     stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
     spell: bool = False,
   ):
     """Starts behind a prompt; arguments as of `Format.parser`."""
     ids = pieces.ids_of_marks(tokenizer, marks)
     self._signs = {i: sign(name) for name, i in ids.items()}
+    self._signs |= {int(token): _EOS for token in ends}
     missing = [m for m in marks if m not in ids] if spell else []
     # Longer names first: one may begin another.
     missing.sort(key=len, reverse=True)

@@ -115,13 +115,17 @@ class Format:
     talk = Talk(read(messages), found, thinking, effort, answer, required)
     if required and talk.messages[-1].prefix:
       raise InputError('tool_choice: a message with prefix makes no call')
-    for n, message in enumerate(talk.messages):
+    self._check_messages(talk.messages)
+    return talk
+
+  def _check_messages(self, messages: tuple[Message, ...]) -> None:
+    """Raises InputError for a role that the format doesn't know."""
+    for n, message in enumerate(messages):
       if message.role not in self.roles:
         raise InputError(
           f'messages[{n}].role = {message.role!r}: the chat format {self.name}'
           f' knows {", ".join(self.roles)}'
         )
-    return talk
 
   def _check(
     self, tools: Sequence[Any], effort: Any, answer: Any, required: bool

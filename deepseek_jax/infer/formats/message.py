@@ -3,6 +3,7 @@
 Nothing is skipped in silence: what no format can render is named.
 """
 
+import decimal
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -100,7 +101,10 @@ def to_json(value: Any) -> str:
 
 
 def to_short_json(value: Any) -> str:
-  """Returns a value as to_json does, but 1e-7 for Python's 1e-07."""
+  """Returns a value as to_json does, but for Python's 1e-07 and 1e-05.
+
+  These are 1e-7 and 0.00001, as DeepSeek-V4's encoder writes them.
+  """
   if isinstance(value, Mapping):
     write = to_short_json
     fields = (f'{to_json(str(k))}: {write(v)}' for k, v in value.items())
@@ -108,7 +112,11 @@ def to_short_json(value: Any) -> str:
   if isinstance(value, list | tuple):
     return f'[{", ".join(map(to_short_json, value))}]'
   text = to_json(value)
-  return re.sub('e([+-])0', r'e\1', text) if isinstance(value, float) else text
+  if not isinstance(value, float):
+    return text
+  if text.endswith('e-05'):
+    return f'{decimal.Decimal(text):f}'
+  return re.sub('e([+-])0', r'e\1', text)
 
 
 def read(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:

@@ -17,11 +17,12 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least, changed_by, check_choices, key
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import drafting, kernels, lookup, lora
 from deepseek_jax.model import given as inputs
-from deepseek_jax.model import kernels, lookup, lora
 from deepseek_jax.model.block import AttentionConfig, Block, BlockConfig
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import Context, context
+from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
@@ -298,20 +299,6 @@ class Output(NamedTuple):
   aux: dict[str, Any]
 
 
-class Draft(NamedTuple):
-  """Holds what a block of multi-token prediction predicts.
-
-  Attributes:
-    logits: [B T V] float32, of the token after the one that was given.
-    state: [B T D] or [B T n D], what the next depth takes of each place.
-    cache: the cache of these blocks with these tokens.
-  """
-
-  logits: jax.Array
-  state: jax.Array
-  cache: Cache
-
-
 class Transformer(nnx.Module):
   """Computes logits from tokens: embedding, segments of blocks, norm, head."""
 
@@ -532,7 +519,7 @@ class Transformer(nnx.Module):
   def draft(
     self, state: jax.Array, ctx: Context, cache: Cache, depth: int
   ) -> Draft:
-    """Predicts with the block of one depth, or with the last one; see `build`.
+    """Predicts with the block of a depth, or the last; see drafting.py.
 
     Args:
       state: [B T D] or [B T n D], of the depth before.
@@ -577,9 +564,7 @@ class Model:
     apply: see `build`.
     init_cache: (batch, slots, spare=0) -> empty Cache in the compute dtype,
       whose rows may be rewound by `spare` tokens, see `Cache.rewound`.
-    init_mtp_cache: the same for the blocks of multi-token prediction, a
-      segment for each depth.
-    draft: see `build`.
+    init_mtp_cache, draft: see `drafting.functions`.
     head: variables -> [D V], what turns `hidden` into logits.
     cast: variables -> the same in the compute dtype, except the parameters
       that stay float32, and without adapters, which are folded into their
@@ -622,7 +607,7 @@ def _built(function: Callable) -> bool:
   module = getattr(function, '__module__', '')
   return any(
     module == f.__module__ and name.startswith(f'{f.__name__}.<locals>')
-    for f in (build, functional, lora.adapted)
+    for f in (build, functional, lora.adapted, drafting.functions)
   )
 
 
@@ -718,28 +703,12 @@ def build(config: TransformerConfig) -> Model:
       pipeline has hashed; by default they are hashed here, to the same. What
       is no row is treated as what is no token.
     before: [B N-1] int32, of a model with Engrams and a cache: the tokens
-      before a row's first one, in order, instead of those that the cache has
-      seen last. What would lie before a document may be anything.
-
-  draft(variables, state, tokens, cache, positions, valid=None, *, depth=1) ->
-  Draft runs the block of multi-token prediction of a depth, with
-    state: `aux['mtp_state']` of [B T] tokens for depth 1, and for others the
-      state that the depth before has drafted.
-    tokens: [B T] int32, the token `depth` places on from each.
-    cache: from `init_mtp_cache` or an earlier Draft.
-    positions: [B T] int32 of the states, not of the tokens ahead.
-    valid: [B T] bool, False on padding, which comes last.
-    depth: more than there are repeat the last block. Each repetition goes on
-      one position: it takes the drafted state for that of the next token.
+      before a row's first, in order, instead of those that the cache keeps.
 
   Raises:
     InputError: `config` is no TransformerConfig.
   """
-  if not isinstance(config, TransformerConfig):
-    raise InputError(
-      f'config: {config!r} is no TransformerConfig; presets are functions that'
-      ' make one, as ds.presets.v3_tiny()'
-    )
+  _check_config(config)
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   dtype = jnp.dtype(config.compute.dtype)
   abstract, init, _, merge, cast = functional(make, dtype, config.lora)
@@ -779,40 +748,22 @@ def build(config: TransformerConfig) -> Model:
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp, mtp_state)
 
-  def draft(
-    variables: dict,
-    state: jax.Array,
-    tokens: jax.Array,
-    cache: Cache,
-    positions: jax.Array,
-    valid: jax.Array | None = None,
-    *,
-    depth: int = 1,
-  ) -> Draft:
-    segments = None if valid is None else jnp.asarray(valid, jnp.int32)
-    given = inputs.Given(tokens, positions, segments)
-    inputs.check_draft(config, given, cache, state, depth)
-    ctx = context(
-      tokens,
-      segments,
-      config.vocab_size,
-      positions=positions,
-      cached=True,
-      fresh=cache.fresh,
-    )
-    with kernels.using(config.compute.kernels):
-      return merge(cast(variables)).draft(state, ctx, cache, depth)
-
   def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
     return _empty_cache(config, dtype, batch, slots, spare)
 
-  def init_mtp_cache(batch: int, slots: int, spare: int = 0) -> Cache:
-    return _empty_mtp_cache(config, dtype, batch, slots, spare)
-
+  empty = lambda config, *sizes: _empty_cache(config, dtype, *sizes)
+  drafts = drafting.functions(config, lambda v: merge(cast(v)), empty)
   head = lambda variables: merge(cast(variables)).head_weight()
-  return Model(
-    config, init, apply, init_cache, head, cast, abstract, init_mtp_cache, draft
-  )
+  return Model(config, init, apply, init_cache, head, cast, abstract, *drafts)
+
+
+def _check_config(config: Any) -> None:
+  """Raises InputError for what is no TransformerConfig."""
+  if not isinstance(config, TransformerConfig):
+    raise InputError(
+      f'config: {config!r} is no TransformerConfig; presets are functions that'
+      ' make one, as ds.presets.v3_tiny()'
+    )
 
 
 def _empty_cache(
@@ -837,27 +788,6 @@ def _empty_cache(
     recent = jnp.zeros((batch, config.engram.longest + spare), jnp.int32)
   length = jnp.zeros(batch, jnp.int32)
   return Cache(tuple(layers), length, slots, recent=recent)
-
-
-def _empty_mtp_cache(
-  config: TransformerConfig,
-  dtype: jnp.dtype,
-  batch: int,
-  slots: int,
-  spare: int,
-) -> Cache:
-  """Returns the same for the blocks of multi-token prediction, one per depth.
-
-  It is read from the first call on: one program serves all calls.
-  """
-  inputs.check_depth(config)
-  depths = dataclasses.replace(
-    config,
-    layout=(((config.mtp.block,), 1),) * config.mtp.depth,
-    engram=None,
-  )
-  cache = _empty_cache(depths, dtype, batch, slots, spare)
-  return dataclasses.replace(cache, fresh=False)
 
 
 def unstack(

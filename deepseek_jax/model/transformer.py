@@ -125,8 +125,7 @@ def build(config: TransformerConfig) -> Model:
       pipeline has hashed; by default they are hashed here, to the same. What
       is no row is treated as what is no token.
     before: [B N-1] int32, of a model with Engrams and a cache: the tokens
-      before a row's first one, in order, instead of those that the cache has
-      seen last. What would lie before a document may be anything.
+      before a row's first, in order, if not those that the cache saw last.
 
   init_mtp_cache and draft: see `drafting.functions`.
 
@@ -173,10 +172,8 @@ def build(config: TransformerConfig) -> Model:
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp, mtp_state)
 
-  def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
-    return empty_cache(config, dtype, batch, slots, spare)
-
   empty = lambda config, *sizes: empty_cache(config, dtype, *sizes)
   drafts = drafting.functions(config, lambda v: merge(cast(v)), empty)
   head = lambda variables: merge(cast(variables)).head_weight()
+  init_cache = lambda batch, slots, spare=0: empty(config, batch, slots, spare)
   return Model(config, init, apply, init_cache, head, cast, abstract, *drafts)

@@ -52,7 +52,7 @@ MUTANTS = (
   ),
   Mutant(
     'drafting_without_its_cache',
-    'deepseek_jax/model/transformer.py',
+    'deepseek_jax/model/network.py',
     'state, past, _ = module(state, self.embedded(ctx.tokens), ctx, past)',
     'state, *_ = module(state, self.embedded(ctx.tokens), ctx)',
     (f'{_DRAFT}0',),

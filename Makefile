@@ -32,6 +32,10 @@ sweeps: $(VENV)/.test
 	$(PYTEST) -m slow tests/model tests/train tests/infer tests/record \
 	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py)
 
+# Long runs of the inference engine, with the table of near-ties.
+engine: $(VENV)/.test
+	$(PYTEST) -m slow -s -p no:xdist tests/infer/long_test.py
+
 # Plants every published bug in a copy: the tests must notice each of them.
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants.run

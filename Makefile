@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test sweeps mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
+.PHONY: demo test sweeps engine mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,6 +18,7 @@ FAMILIES: tuple[Family, ...] = tuple(
   importlib.import_module(f'{__name__}.{module}').FAMILY
   for module in (
     'llama',
+    'qwen3_moe',
     'v2',
     'v3',
     'v32',

@@ -49,7 +49,7 @@ QWEN3_MOE = ds.changed(
   V2,
   {
     'attention': GQAConfig(4, 2, 10, qk_norm=True),
-    'layout': ((('dense', 'moe'), 1), (('moe',), 1)),
+    'layout': ((('dense', 'moe'), 2),),
     'moe.shared': 0,
     'moe.router.normalize': True,
     'moe.router.scale': 1.0,

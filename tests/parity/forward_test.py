@@ -116,6 +116,28 @@ FORWARD_ONLY = {
       'num_experts_per_tok': 4,
     },
   ),
+  # Numbers of Moonlight and Kimi-K2 that V3 itself doesn't have.
+  'v3_as_moonlight': (
+    'v3',
+    {
+      'q_lora_rank': None,
+      'n_group': 1,
+      'topk_group': 1,
+      'n_shared_experts': 2,
+      'rms_norm_eps': 1e-5,
+      'rope_theta': 50000.0,
+      'routed_scaling_factor': 2.446,
+    },
+  ),
+  'v3_as_kimi_k2': (
+    'v3',
+    {
+      'n_group': 1,
+      'topk_group': 1,
+      'rope_theta': 50000.0,
+      'rope_scaling': ph.yarn(beta_fast=1, mscale=1.0, mscale_all_dim=1.0),
+    },
+  ),
   'qwen3_moe_one_expert_linear': (
     'qwen3_moe',
     {

@@ -47,7 +47,7 @@ def parse(fields: Mapping[str, Any]) -> Parsed:
   # Limits first: no unchecked number may size anything.
   config_limits.check(fields)
   family = families.named(fields.get('model_type'))
-  config_limits.check(fields, family.limits)
+  config_limits.check_more(fields, family.limits)
   _check_architecture(fields.get('architectures'), family)
   drafter = ()
   if family.drafter:

@@ -120,18 +120,12 @@ def error(name: str, value: Any, fix: str) -> InputError:
   return InputError(f'config.json: {plain} = {shown(value)}: {fix}')
 
 
-def check(
-  fields: Mapping[str, Any], limits: Mapping[str, Range] = LIMITS
-) -> None:
+def check(fields: Mapping[str, Any]) -> None:
   """Checks every value of a config.json, however deep.
 
-  Args:
-    fields: of the file.
-    limits: name of a field -> what its number may be.
-
   Raises:
-    InputError: a number is not finite or outside of its limits, or the file
-      is nested or filled beyond measure.
+    InputError: a number is not finite or outside of LIMITS, or the file is
+      nested or filled beyond measure.
   """
   if not isinstance(fields, Mapping):
     raise InputError('config.json: holds no JSON object')
@@ -145,7 +139,7 @@ def check(
       what = 'nested too deep' if depth > _DEPTH else 'too many values'
       raise InputError(f'config.json: {path[:_SHOWN]}: {what}')
     if depth == 1 or path.startswith(_INSIDE):
-      _check_limit(path, limits.get(name), value)
+      _check_limit(path, LIMITS.get(name), value)
     if isinstance(value, Mapping):
       left += [(f'{path}.{k}', k, v, depth + 1) for k, v in value.items()]
     elif isinstance(value, list | tuple):
@@ -154,6 +148,12 @@ def check(
       raise error(path, value, 'must be finite')
     elif isinstance(value, int) and abs(value) >= 1 << 63:
       raise error(path, value, 'must fit in 64 bits')
+
+
+def check_more(fields: Mapping[str, Any], limits: Mapping[str, Range]) -> None:
+  """Raises InputError unless a family's own numbers are in their limits."""
+  for name, limit in limits.items():
+    _check_limit(name, limit, fields.get(name))
 
 
 def _check_limit(path: str, limit: Range | None, value: Any) -> None:

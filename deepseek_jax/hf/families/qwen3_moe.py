@@ -49,12 +49,13 @@ def _parse(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict:
 def _kinds(fields: Mapping[str, Any]) -> list[str]:
   """Returns the kind of every layer."""
   layers = config_fields.layers(fields)
-  dense = config_fields.listed(fields, 'mlp_only_layers', int) or []
+  dense = config_fields.listed(fields, 'mlp_only_layers', int) or ()
   if any(not 0 <= i < layers for i in dense):
     fix = f'must be numbers of layers, 0..{layers - 1}'
     raise error('mlp_only_layers', dense, fix)
   step = config_fields.integer(fields, 'decoder_sparse_step') or 1
-  sparse = lambda i: i not in dense and (i + 1) % step == 0
+  alone = frozenset(dense)  # a hostile list is long
+  sparse = lambda i: i not in alone and (i + 1) % step == 0
   if not any(map(sparse, range(layers))):
     raise error('mlp_only_layers', dense, 'leaves no layer with experts')
   return ['moe' if sparse(i) else 'dense' for i in range(layers)]

@@ -191,11 +191,15 @@ def check_size(config: TransformerConfig) -> None:
 def _block_size(dim: int, block: BlockConfig) -> int:
   """Returns an upper bound of the parameters of a layer."""
   a, ffn = block.attention, block.ffn
-  wide = max(_sum(a, 'head_dim'), _sum(a, 'v_dim'))
-  wide = max(wide, _sum(a, 'nope_dim', 'rope_dim'))
-  ranks = dim + _sum(a, 'q_rank', 'kv_rank', 'o_rank')
+  # Every matrix of an attention maps one of these spaces to another.
+  spaces = dim + _sum(a, 'q_rank', 'kv_rank')
+  spaces += a.heads * _sum(a, 'head_dim', 'nope_dim', 'rope_dim', 'v_dim')
+  spaces += _sum(a, 'groups') * _sum(a, 'o_rank')
+  for index in (getattr(a, 'indexer', None), getattr(a, 'csa', None)):
+    heads = _sum(index, 'heads', 'index_heads')
+    spaces += heads * _sum(index, 'dim', 'index_dim')
   copies = _sum(ffn, 'experts', 'shared') or 1
-  return 3 * dim * copies * ffn.width + 4 * a.heads * wide * ranks
+  return 3 * dim * copies * ffn.width + 4 * spaces**2
 
 
 def _sum(config: Any, *names: str) -> int:

@@ -118,6 +118,19 @@ class SpellingTest(parameterized.TestCase):
     self.assertEqual(ropes.compress_rope.theta, 160000.0)
 
 
+class SizeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    {'o_lora_rank': 1 << 20, 'o_groups': 64, 'num_attention_heads': 64},
+    {'index_n_heads': 1 << 14, 'index_head_dim': 1 << 14},
+    {'num_attention_heads': 1 << 14, 'head_dim': 1 << 14},
+    {'n_routed_experts': 1 << 14, 'moe_intermediate_size': 1 << 22},
+  )
+  def test_a_model_beyond_measure_is_refused(self, **change):
+    fields = _OLD | change
+    with self.assertRaisesRegex(InputError, 'make up to .* parameters'):
+      config_json.parse(fields)
+
+
 class RotatedChannelsTest(parameterized.TestCase):
   @parameterized.parameters(
     (100, 0.58, 58, None),  # a float product of 57.99999999999999

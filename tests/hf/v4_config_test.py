@@ -123,7 +123,11 @@ class SizeTest(parameterized.TestCase):
     {'o_lora_rank': 1 << 20, 'o_groups': 64, 'num_attention_heads': 64},
     {'index_n_heads': 1 << 14, 'index_head_dim': 1 << 14},
     {'num_attention_heads': 1 << 14, 'head_dim': 1 << 14},
-    {'n_routed_experts': 1 << 14, 'moe_intermediate_size': 1 << 22},
+    {
+      'n_routed_experts': 1 << 14,
+      'moe_intermediate_size': 1 << 21,
+      'hidden_size': 1 << 12,
+    },
   )
   def test_a_model_beyond_measure_is_refused(self, **change):
     fields = _OLD | change

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf.config_limits import error
+from deepseek_jax.hf.config_limits import error, shown
 
 REQUIRED = object()
 
@@ -106,7 +106,7 @@ def typed(fields: Mapping[str, Any], name: str, field: Field) -> Any:
   if field.also in fields:
     other = fields[field.also]
     if value not in (REQUIRED, other):
-      raise error(name, value, f'contradicts {field.also} = {other!r}')
+      raise error(name, value, f'contradicts {field.also} = {shown(other)}')
     name, value = field.also, other
   if value is REQUIRED or (value is None and field.default is not REQUIRED):
     value = field.default

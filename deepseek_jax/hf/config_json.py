@@ -17,7 +17,7 @@ from deepseek_jax.hf import config_limits, families
 from deepseek_jax.hf.config_limits import error as _error
 from deepseek_jax.hf.families.family import Family
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 class Parsed(NamedTuple):

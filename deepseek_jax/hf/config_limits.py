@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 FILE_BYTES = 16 << 20  # id2label of a classifier may be long
 _DEPTH = 16

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_fields, config_json, families
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def render(

@@ -20,7 +20,8 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.hf import families
 from deepseek_jax.hf.families.family import Family
 from deepseek_jax.hf.rows import Row
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
 

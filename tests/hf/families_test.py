@@ -25,7 +25,7 @@ from deepseek_jax.model.attention.rope import (
   YarnConfig,
 )
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 
 # How a model is trained and computed, which no config.json holds.
 _RECIPE = (

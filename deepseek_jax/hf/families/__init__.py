@@ -11,7 +11,7 @@ from deepseek_jax.config import kind_name, to_dict
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_limits
 from deepseek_jax.hf.families.family import Family
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 # The first that fits a model is the one that it is written as.
 FAMILIES: tuple[Family, ...] = tuple(

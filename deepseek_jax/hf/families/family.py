@@ -14,7 +14,7 @@ from deepseek_jax.hf.config_limits import Range
 from deepseek_jax.hf.rows import Row
 from deepseek_jax.hf.safetensors_io import Entry
 from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 _NUMBER = r'(\d{1,9})'
 

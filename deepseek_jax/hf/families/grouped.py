@@ -9,7 +9,7 @@ from deepseek_jax.hf.rows import DENSE, GQA, NORMS, QK_NORMS, ROUTED, Row
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 SPECIAL = frozenset({'num_key_value_heads', 'head_dim'})
 MAPPED = config_fields.COMMON

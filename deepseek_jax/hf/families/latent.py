@@ -11,7 +11,7 @@ from deepseek_jax.hf.families.family import Names
 from deepseek_jax.hf.rows import DENSE, NORMS, ROOT, ROUTED, Row, projections
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.presets import layout
 
 ROPES = ('default', 'yarn', 'linear')

@@ -7,7 +7,7 @@ from deepseek_jax.hf import config_fields, rope_json
 from deepseek_jax.hf.families import grouped, plain
 from deepseek_jax.hf.families.family import Family, Names
 from deepseek_jax.hf.rows import ROOT
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.presets import layout
 
 _ROPES = ('default', 'llama3', 'linear')

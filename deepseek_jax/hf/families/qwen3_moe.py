@@ -14,7 +14,7 @@ from deepseek_jax.hf.families import grouped, plain
 from deepseek_jax.hf.families.family import Family, Names
 from deepseek_jax.hf.families.plain import require, require_router
 from deepseek_jax.hf.rows import ROOT
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 _ROPES = ('default', 'yarn', 'linear')
 _MAPPED = grouped.MAPPED | {

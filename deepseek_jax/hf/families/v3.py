@@ -14,7 +14,7 @@ from deepseek_jax.hf.families import latent
 from deepseek_jax.hf.families.family import Family
 from deepseek_jax.hf.families.plain import require_router
 from deepseek_jax.model.attention.mla import MLAConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 _DEPTHS = ('num_nextn_predict_layers', 'num_mtp_layers')
 SPECIAL = latent.SPECIAL | {*_DEPTHS}

@@ -12,7 +12,7 @@ from deepseek_jax.hf.families.family import Family
 from deepseek_jax.hf.rows import Row
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 _ROPES = ('default', 'yarn')
 # The released files have all three, and compress queries.

@@ -17,7 +17,7 @@ from deepseek_jax.hf.families.plain import FIXED_FIELDS, require
 from deepseek_jax.model.attention.rope import YarnConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.presets import v4_kinds
 
 _MAPPED = {

@@ -1,11 +1,14 @@
 """V4's config.json: both spellings agree, and each field is named as it is."""
 
 import hostile_configs
+import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_json, config_render
+from deepseek_jax.hf.families import v4_names
+from deepseek_jax.hf.safetensors_io import Entry
 
 _CSA, _HCA = 'compressed_sparse_attention', 'heavily_compressed_attention'
 _TYPES = ['sliding_attention', _CSA, _HCA]
@@ -133,6 +136,18 @@ class SizeTest(parameterized.TestCase):
     fields = _OLD | change
     with self.assertRaisesRegex(InputError, 'make up to .* parameters'):
       config_json.parse(fields)
+
+
+class PackedExpertsTest(absltest.TestCase):
+  def test_gate_and_up_have_as_many_rows(self):
+    name = 'model.layers.0.mlp.experts.gate_up_proj'
+    entry = lambda rows: Entry('f', np.dtype(np.float32), (3, rows, 5), 64)
+    parts = v4_names.normalized({name: entry(8)})
+    self.assertLen(parts, 6)
+    third = parts['layers.0.ffn.experts.2.w3.weight']
+    self.assertEqual((third.shape, third.start), ((4, 5), 64 + 4 * 5 * 4 * 5))
+    with self.assertRaisesRegex(InputError, r'is \[3, 9, 5\]'):
+      v4_names.normalized({name: entry(9)})
 
 
 class RotatedChannelsTest(parameterized.TestCase):

@@ -161,6 +161,11 @@ def _unpacked(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
     return
   experts, rows, columns = entry.shape
   parts = ('w1', 'w3') if match[2] == 'gate_up_proj' else ('w2',)
+  if rows % len(parts):
+    raise InputError(
+      f'{entry.file}: tensor {name!r} is {list(entry.shape)}: gate and up must'
+      ' have as many rows'
+    )
   # An expert's gate and then its up are contiguous: each is a slice.
   shape = (rows // len(parts), columns)
   size = shape[0] * columns * entry.dtype.itemsize

@@ -91,6 +91,14 @@ bench-sparse: $(VENV)/.test
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py
 
+# The documentation, offline: links, commands and Python blocks checked.
+$(VENV)/.docs: pyproject.toml $(VENV)/.run
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+.PHONY: docs
+docs: $(VENV)/.docs
+	$(BIN)/python docs/tools/build.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -25,6 +25,14 @@ class YarnConfig:
   With `attention_factor` None the cos/sin multiplier is
   mscale(factor, mscale) / mscale(factor, mscale_all_dim), or 0.1 ln(factor) + 1
   when either is absent (the reading of transformers).
+
+  Attributes:
+    factor: how much longer texts are than those trained on.
+    original_length: tokens of the texts trained on.
+    beta_fast: channels with more rotations over that length stay as they are.
+    beta_slow: channels with fewer are slowed by the whole factor.
+    mscale, mscale_all_dim: see above; the latter multiplies the softmax scale.
+    attention_factor: multiplies cos and sin in place of both.
   """
 
   factor: float = 40.0
@@ -45,7 +53,15 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Config:
-  """Slows long wavelengths by `factor`: Llama 3.1's length extension."""
+  """Slows long wavelengths by `factor`: Llama 3.1's length extension.
+
+  Attributes:
+    factor: how much slower the slowest channels rotate.
+    low_factor: channels with fewer rotations over the original length get all
+      of it.
+    high_factor: channels with more stay as they are.
+    original_length: tokens of the texts trained on.
+  """
 
   factor: float = 8.0
   low_factor: float = 1.0
@@ -61,7 +77,11 @@ class Llama3Config:
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-  """Divides positions by `factor` (arXiv:2306.15595), as in DeepSeek-Coder."""
+  """Divides positions by `factor` (arXiv:2306.15595), as in DeepSeek-Coder.
+
+  Attributes:
+    factor: what positions are divided by.
+  """
 
   factor: float = 4.0
 

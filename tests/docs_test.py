@@ -1,0 +1,135 @@
+"""The documentation: links, names and commands hold, the generated page too."""
+
+import pathlib
+import re
+import sys
+import textwrap
+
+from absl.testing import absltest
+
+import deepseek_jax as ds
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'docs' / 'tools'))
+import build  # noqa: E402
+import config_fields  # noqa: E402
+import pages  # noqa: E402
+
+TEXTS = pages.pages()
+_FACE = re.compile(r'\bds((?:\.[A-Za-z_]\w*)+)')
+_FIELD = re.compile(
+  r'`((?:model|data|train|evaluate|safety|mesh)(?:\.[a-z_]\w*)+)`'
+)
+
+
+def has_field(classes: list[type], names: list[str]) -> bool:
+  """Returns whether one of the classes has the dotted field."""
+  for cls in classes:
+    hints = config_fields.typing.get_type_hints(cls)
+    if names[0] not in hints:
+      continue
+    below = config_fields.nested(hints[names[0]])
+    # A dict of kinds, or of mesh axes: any name may follow.
+    if len(names) == 1 or not below or has_field(below, names[1:]):
+      return True
+  return False
+
+
+class PagesTest(absltest.TestCase):
+  def test_links_lead_to_pages_and_headings(self):
+    self.assertEqual(pages.bad_links(TEXTS), [])
+
+  def test_named_files_functions_and_tests_exist(self):
+    self.assertEqual(pages.bad_names(TEXTS), [])
+
+  def test_every_row_of_the_papers_names_code_and_a_test(self):
+    rows = [
+      line
+      for line in TEXTS['papers.md'].splitlines()
+      if line.startswith('| ') and '---' not in line
+    ]
+    rows = [row for row in rows if not row.startswith('| equation')]
+    self.assertGreater(len(rows), 40)
+    for row in rows:
+      with self.subTest(row):
+        _, code, test = (cell for cell in row.strip('|').split(' | '))
+        self.assertRegex(code, r'`(deepseek_jax|pallas_kernels)/[^`]+::')
+        self.assertNotEmpty(pages.tests_named(test))
+
+  def test_names_of_the_face_exist(self):
+    for page, text in TEXTS.items():
+      for dotted in _FACE.findall(text):
+        value = ds
+        for name in dotted.strip('.').split('.'):
+          self.assertTrue(hasattr(value, name), f'{page}: ds{dotted}')
+          value = getattr(value, name)
+
+  def test_named_fields_exist(self):
+    for page, text in TEXTS.items():
+      for dotted in _FIELD.findall(text):
+        self.assertTrue(
+          has_field([ds.RunConfig], dotted.split('.')), f'{page}: {dotted}'
+        )
+
+  def test_commands_name_launchers(self):
+    named = pages.commands(TEXTS)
+    self.assertGreater(len(named), 10)
+    for page, package, verb, _ in named:
+      path = ROOT / package / f'{verb}.py'
+      self.assertTrue(path.is_file(), f'{page}: {package}.{verb}')
+
+  def test_python_blocks_are_python(self):
+    for page, text in TEXTS.items():
+      for block in pages.blocks(page, text):
+        if block.language in ('python', 'py'):
+          compile(block.text, f'{page}:{block.line}', 'exec')
+
+  def test_every_page_is_in_the_contents(self):
+    listed = set(re.findall(r'- ([\w-]+\.md)', (ROOT / 'mkdocs.yml').read_text()))
+    self.assertEqual(listed, set(TEXTS))
+
+
+class GeneratedTest(absltest.TestCase):
+  def test_the_page_of_fields_is_up_to_date(self):
+    self.assertEqual(
+      config_fields.PAGE.read_text(),
+      config_fields.page(),
+      'run python docs/tools/config_fields.py',
+    )
+
+  def test_every_field_is_explained(self):
+    self.assertEqual(config_fields.undocumented(), [])
+
+
+class CheckerTest(absltest.TestCase):
+  def test_a_broken_page_is_noticed(self):
+    text = textwrap.dedent("""
+      # Real heading
+      [a](other.md) [b](#no-heading) [c](#real-heading) [d](https://x.org)
+      `deepseek_jax/absent.py` `deepseek_jax/errors.py::Absent`
+      `deepseek_jax/errors.py::InputError` `mine.py`
+      ```sh
+      python -m experiments.absent --x=1 \\
+        --y
+      ```
+    """)
+    broken = {'page.md': text}
+    self.assertLen(pages.bad_links(broken), 2)
+    self.assertLen(pages.bad_names(broken), 2)
+    self.assertEqual(
+      pages.commands(broken),
+      [('page.md', 'experiments', 'absent', '--x=1    --y')],
+    )
+
+  def test_a_missing_package_is_one_line_and_status_2(self):
+    found = build.importlib.util.find_spec
+    absent = lambda name: None if name == 'material' else found(name)
+    with absltest.mock.patch.object(
+      build.importlib.util, 'find_spec', absent
+    ):
+      self.assertEqual(build.missing(), ['mkdocs-material'])
+      self.assertEqual(build.main(), 2)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -117,9 +117,9 @@ class TargetTest(parameterized.TestCase):
       ('cuda', 'sm_90a', "capability='sm_90a'; give one as '8.0'"),
       ('cuda', '9', "capability='9'"),
     ):
-      with self.assertRaisesRegex(ValueError, message):
-        with target.targeting(platform, capability):
-          pass
+      wrong = self.assertRaisesRegex(ValueError, message)
+      with wrong, target.targeting(platform, capability):
+        pass
 
   def test_the_reason_names_the_target(self):
     dispatch.say_once.cache_clear()

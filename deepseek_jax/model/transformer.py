@@ -703,7 +703,7 @@ def build(config: TransformerConfig) -> Model:
       train=train,
       fresh=fresh,
     )
-    with kernels.using(config.compute.kernels):
+    with kernels.using(config.compute.kernels, config.compute.dtype):
       return merge(cast(variables))(ctx, cache, mtp)
 
   def init_cache(batch: int, slots: int) -> Cache:

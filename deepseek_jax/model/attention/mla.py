@@ -122,17 +122,55 @@ def read_latents(
     [B T H V].
   """
   if along.axis:
-    return gathered_attention.attend(
-      expand_latents, q, latents, up, seen, scale
+    args = q, latents, up, seen, scale
+    return kernels.pick_local(
+      'mla_prefill',
+      lambda impl: _exchanging_heads(along, *args, impl),
+      lambda: gathered_attention.attend(expand_latents, *args),
+      (q, latents, up, seen.keys),
     )
   # Expanded form: keys [B S H N+R] and values [B S H V] of all heads.
   k, v = expand_latents(q.shape[2:], latents, up)
-  how = {'scale': scale, 'segments': seen.queries}
+  segments, heads = seen.queries, ('batch', None, 'heads')
   return kernels.pick(
     'mla_prefill',
-    lambda impl: mla_prefill(q, k, v, **how, impl=impl),
-    lambda: causal_attention(q, k, v, **how),
+    lambda impl, *args: mla_prefill(*args, scale=scale, impl=impl),
+    lambda: causal_attention(q, k, v, scale=scale, segments=segments),
+    (q, k, v, segments),
+    (heads, heads, heads, ('batch',)),
+    heads,
   )
+
+
+def _exchanging_heads(
+  along: Along,
+  q: jax.Array,
+  latents: Latent,
+  up: jax.Array,
+  seen: Sequence,
+  scale: float,
+  impl: str,
+) -> jax.Array:
+  """Computes `read_latents` on a shard of the heads, for all of their tokens.
+
+  Devices that share a sequence exchange queries for heads and back
+  (DeepSpeed-Ulysses, arXiv:2309.14509), so each has the same to do, and a
+  kernel for whole sequences can do it.
+
+  Raises:
+    NotImplementedError: the devices don't divide the heads, or the kernel
+      can't take them.
+  """
+  H, ways = q.shape[2], along.ways
+  if H % ways:
+    raise NotImplementedError(f'{H} heads, not a multiple of {ways} devices')
+  # [B T H N+R] -> [B S H/ways N+R].
+  q = jax.lax.all_to_all(q, along.axis, 2, 1, tiled=True)
+  size = H // ways
+  up = jax.lax.dynamic_slice_in_dim(up, along.index * size, size, axis=1)
+  k, v = expand_latents(q.shape[2:], latents, up)
+  y = mla_prefill(q, k, v, seen.keys, scale=scale, impl=impl)
+  return jax.lax.all_to_all(y, along.axis, 1, 2, tiled=True)
 
 
 def latent_attention(
@@ -238,15 +276,31 @@ class MLA(nnx.Module):
 
     if latent is not None:
       return own()
-    by_kernel = lambda impl: self.stored(x, ctx, past, impl)
-    return kernels.pick('latent_kv', by_kernel, own)
+    arrays = x, ctx.positions, ctx.valid, past
+    weights = self.kv_down[...], self.kv_norm.scale[...]
+    row = ('batch',)
+    return kernels.pick(
+      'latent_kv',
+      self.stored,
+      own,
+      (*arrays, *weights),
+      (row, row, row, row, (), ()),
+      Latent(row, row),
+    )
 
   def stored(
-    self, x: jax.Array, ctx: Context, past: Latent, impl: str
+    self,
+    impl: str,
+    x: jax.Array,
+    positions: jax.Array,
+    valid: jax.Array | None,
+    past: Latent,
+    down: jax.Array,
+    gain: jax.Array,
   ) -> Latent:
     """Computes `write` by the kernel that projects and stores in one."""
-    S, at = past.c.shape[1], ctx.positions
-    inside = at < S if ctx.valid is None else (at < S) & ctx.valid
+    S, at = past.c.shape[1], positions
+    inside = at < S if valid is None else (at < S) & valid
     # The cache as one list of slots, row after row; -1 is not written.
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
     slots = jnp.where(inside, row + at, -1)
@@ -259,8 +313,8 @@ class MLA(nnx.Module):
     cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
     cache = latent_kv(
       flat(x),
-      self.kv_down[...],
-      self.kv_norm.scale[...],
+      down,
+      gain,
       cos,
       sin,
       slots.reshape(-1),
@@ -303,33 +357,31 @@ class MLA(nnx.Module):
 
   def decoded(
     self,
+    impl: str,
     qn: jax.Array,
     qr: jax.Array,
     latent: Latent,
     positions: jax.Array,
-    impl: str,
+    k_up: jax.Array,
+    v_up: jax.Array,
   ) -> jax.Array:
-    """Computes `absorbed` by the kernel of decoding.
-
-    Several tokens of a row go to `absorbed`.
-    """
-    if qn.shape[1] > 1:
-      # It takes the queries of a row for its last tokens; these may be any.
-      return self.absorbed(qn, qr, latent, positions)
-    k_up, v_up = self.ups()
+    """Computes `absorbed` by the kernel of decoding."""
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
-    # A row of the cache is one page.
-    table = jnp.arange(qn.shape[0], dtype=jnp.int32)[:, None]
+    # The kernel takes the queries of a request for its last tokens; these may
+    # be any, so each is a request of its own over the row's one page.
+    B, T = positions.shape
+    alone = lambda a: a.reshape(B * T, 1, *a.shape[2:])
+    table = jnp.repeat(jnp.arange(B, dtype=jnp.int32), T)[:, None]
     mixed = mla_decode(
-      qc,
-      qr,
+      alone(qc),
+      alone(qr),
       *latent,
       table,
-      positions[:, -1].astype(jnp.int32) + 1,
+      positions.reshape(-1).astype(jnp.int32) + 1,
       scale=self.cfg.scale,
       impl=impl,
     )
-    return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+    return jnp.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
 
   def absorbing_pays(self, queries: int) -> bool:
     """Returns whether the absorbed form costs less than expanding cached keys.
@@ -366,10 +418,14 @@ class MLA(nnx.Module):
       return latent_attention(q, latent, self.kv_up[...], **how)
     # Few new tokens: the cache is read as it is stored.
     if self.absorbing_pays(qn.shape[1]):
+      row, heads = ('batch',), ('batch', None, 'heads')
       return kernels.pick(
         'mla_decode',
-        lambda impl: self.decoded(qn, qr, past, ctx.positions, impl),
+        self.decoded,
         lambda: self.absorbed(qn, qr, past, ctx.positions),
+        (qn, qr, past, ctx.positions, *self.ups()),
+        (heads, heads, row, row, (None, 'heads'), (None, 'heads')),
+        heads,
       )
     # Many new tokens: expanding the cached keys costs less.
     q = jnp.concatenate([qn, qr], axis=-1)

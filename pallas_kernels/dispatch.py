@@ -162,7 +162,9 @@ def run(
     except NotImplementedError as error:
       reason, level = str(error), logging.WARNING
     else:
-      _note(op, 'gpu', '', shapes)
+      # What holds its arrays itself has called an operation, which is noted.
+      if args:
+        _note(op, 'gpu', '', shapes)
       return out
   what = f' (for {shapes})' if level == logging.WARNING and shapes else ''
   say_once(level, op, f'reference in use: {reason}{what}')

@@ -1,4 +1,4 @@
-"""Lists which operations of a model run as kernels on a GPU, and why others not.
+"""Lists which operations of a model run as kernels on a GPU, or why not.
 
 Traces a training step, prefill and one step of decoding on a mesh of fake
 devices for a named GPU: nothing is compiled or allocated, and no GPU is needed.

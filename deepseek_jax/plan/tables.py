@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.plan.compiled import Compiled, Program
-from deepseek_jax.plan.kernel_choices import Chosen
 from deepseek_jax.plan.device_shares import AXES
 from deepseek_jax.plan.flops import CONVENTIONS
+from deepseek_jax.plan.kernel_choices import Chosen
 from deepseek_jax.plan.memory import CLASSES
 from deepseek_jax.plan.report import POLICIES, Report
 

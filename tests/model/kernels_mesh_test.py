@@ -1,4 +1,4 @@
-"""On a mesh the same kernels run as on one device, and give the same numbers."""
+"""On a mesh the kernels of one device run, and give the same numbers."""
 
 from absl.testing import absltest, parameterized
 

@@ -160,7 +160,8 @@ class KernelsTest(absltest.TestCase):
       with self.assertLogs('pallas_kernels', logging.WARNING) as logs:
         self.assertEqual([pick(odd), pick(odd)], ['own', 'own'])
       self.assertLen(logs.output, 1)
-      self.assertIn('op: reference in use: odd (for float64[2,3])', logs.output[0])
+      said = 'op: reference in use: odd (for float64[2,3])'
+      self.assertIn(said, logs.output[0])
       with kernels.using('gpu'), self.assertRaisesRegex(Exception, 'odd'):
         pick(odd)
 

@@ -245,8 +245,8 @@ def _started(
       f' {model.config.vocab_size}'
     )
   least = max(int(lengths.max()) + new, tokens.shape[1])
-  # The cache holds prompt and new tokens, rounded up as prompts are.
-  slots = slots or -(-least // 32) * 32
+  # The cache holds prompt and new tokens, in pages of 64 as kernels read it.
+  slots = slots or -(-least // 64) * 64
   if slots < least:
     raise InputError(
       f'slots = {slots}: {lengths.max()} prompt and {new} new tokens need'

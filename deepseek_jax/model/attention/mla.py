@@ -7,7 +7,6 @@ C key-value latent, N no-rope dim, R rope dim, V value dim.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,10 @@ from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
+from deepseek_jax.model.attention.latent_reading import (
+  Latent,
+  latent_attention,
+)
 from deepseek_jax.model.attention.rope import (
   RopeConfig,
   frequencies,
@@ -26,18 +29,13 @@ from deepseek_jax.model.attention.rope import (
 )
 from deepseek_jax.model.attention.softmax import (
   cached_attention,
-  causal_attention,
 )
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.parallel import gathered_attention
-from deepseek_jax.parallel import sequence as context
-from deepseek_jax.parallel.gathered_attention import Sequence, expand_latents
-from deepseek_jax.parallel.sequence import Along
+from deepseek_jax.parallel.gathered_attention import expand_latents
 from deepseek_jax.parallel.sharding import param, shard
 from pallas_kernels.latent_kv import Pages, latent_kv
 from pallas_kernels.mla_decode import mla_decode
-from pallas_kernels.mla_prefill import mla_prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +78,17 @@ class MLAConfig:
     )
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'Latent':
-    """Returns an empty cache: C + R numbers per slot."""
+    """Returns an empty cache: C + R numbers per slot.
+
+    A slot is a position, which a rewound row overwrites: `spare` adds none.
+    """
+    del spare
     return Latent(
       jnp.zeros((batch, slots, self.kv_rank), dtype),
       jnp.zeros((batch, slots, self.rope_dim), dtype),
@@ -91,127 +97,6 @@ class MLAConfig:
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MLA':
     """Returns the attention of a model of width `dim`."""
     return MLA(self, dim, std=std, rngs=rngs)
-
-
-class Latent(NamedTuple):
-  """Holds all that MLA caches of tokens; also its cache."""
-
-  c: jax.Array  # [B S C], normed
-  kr: jax.Array  # [B S R], rotated
-
-
-def read_latents(
-  along: Along,
-  q: jax.Array,
-  latents: Latent,
-  up: jax.Array,
-  seen: Sequence,
-  scale: float,
-) -> jax.Array:
-  """Computes causal attention of the local queries to the latents of all.
-
-  Args:
-    along: which shard these queries are.
-    q: [B T H N+R].
-    latents: of all tokens.
-    up: [C H N+V].
-    seen: what the queries may attend to.
-    scale: multiplies the scores.
-
-  Returns:
-    [B T H V].
-  """
-  if along.axis:
-    args = q, latents, up, seen, scale
-    return kernels.pick_local(
-      'mla_prefill',
-      lambda impl: _exchanging_heads(along, *args, impl),
-      lambda: gathered_attention.attend(expand_latents, *args),
-      (q, latents, up, seen.keys),
-    )
-  # Expanded form: keys [B S H N+R] and values [B S H V] of all heads.
-  k, v = expand_latents(q.shape[2:], latents, up)
-  segments, heads = seen.queries, ('batch', None, 'heads')
-  return kernels.pick(
-    'mla_prefill',
-    lambda impl, *args: mla_prefill(*args, scale=scale, impl=impl),
-    lambda: causal_attention(q, k, v, scale=scale, segments=segments),
-    (q, k, v, segments),
-    (heads, heads, heads, ('batch',)),
-    heads,
-  )
-
-
-def _exchanging_heads(
-  along: Along,
-  q: jax.Array,
-  latents: Latent,
-  up: jax.Array,
-  seen: Sequence,
-  scale: float,
-  impl: str,
-) -> jax.Array:
-  """Computes `read_latents` on a shard of the heads, for all of their tokens.
-
-  Devices that share a sequence exchange queries for heads and back
-  (DeepSpeed-Ulysses, arXiv:2309.14509), so each has the same to do, and a
-  kernel for whole sequences can do it.
-
-  Raises:
-    NotImplementedError: the devices don't divide the heads, or the kernel
-      can't take them.
-  """
-  H, ways = q.shape[2], along.ways
-  if H % ways:
-    raise NotImplementedError(f'{H} heads, not a multiple of {ways} devices')
-  # [B T H N+R] -> [B S H/ways N+R].
-  q = jax.lax.all_to_all(q, along.axis, 2, 1, tiled=True)
-  size = H // ways
-  up = jax.lax.dynamic_slice_in_dim(up, along.index * size, size, axis=1)
-  k, v = expand_latents(q.shape[2:], latents, up)
-  y = mla_prefill(q, k, v, seen.keys, scale=scale, impl=impl)
-  return jax.lax.all_to_all(y, along.axis, 1, 2, tiled=True)
-
-
-def latent_attention(
-  q: jax.Array,
-  latents: Latent,
-  up: jax.Array,
-  *,
-  scale: float,
-  segments: jax.Array | None = None,
-) -> jax.Array:
-  """Computes causal attention of a batch to its own latents, on each shard.
-
-  Args:
-    q: [B T H N+R].
-    latents: of the same tokens.
-    up: [C H N+V].
-    scale: multiplies the scores.
-    segments: [B T] int32 document of each token, or None for one document.
-
-  Returns:
-    [B T H V].
-  """
-
-  def local(
-    along: Along,
-    q: jax.Array,
-    latents: Latent,
-    up: jax.Array,
-    segments: jax.Array | None,
-  ) -> jax.Array:
-    seen = gathered_attention.sequence(along, q.shape[1], segments)
-    return read_latents(along, q, along.gather(latents), up, seen, scale)
-
-  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
-  return context.split(
-    local,
-    (q, latents, up, segments),
-    (heads, rows, (None, 'heads'), rows),
-    heads,
-    **dict(zip(heads, q.shape)),
-  )
 
 
 class MLA(nnx.Module):

@@ -136,6 +136,11 @@ def time_rows(
 def run(flags: argparse.Namespace, cases: list[Case]) -> int:
   """The whole window; the status to end with."""
   end = time.monotonic() + flags.seconds
+  try:
+    flags.out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    print(f'benchmarks.kernels: --out={flags.out}: {error}', file=sys.stderr)
+    return 2
   row = kernel_processes.last_row(
     child('floor'), min(flags.limit, flags.seconds)
   )

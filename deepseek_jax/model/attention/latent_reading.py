@@ -49,12 +49,15 @@ def read_latents(
   """
   if along.axis:
     args = q, latents, up, seen, scale
-    return kernels.pick_local(
-      'mla_prefill',
-      lambda impl: _exchanging_heads(along, *args, impl),
-      lambda: gathered_attention.attend(expand_latents, *args),
-      (q, latents, up, seen.keys),
-    )
+    own = lambda: gathered_attention.attend(expand_latents, *args)
+
+    def by_kernel(impl: str) -> jax.Array:
+      if impl == 'reference' and q.shape[2] % along.ways:
+        return own()  # a reference takes everything
+      return _exchanging_heads(along, *args, impl)
+
+    shown = q, latents, up, seen.keys
+    return kernels.pick_local('mla_prefill', by_kernel, own, shown)
   # Expanded form: keys [B S H N+R] and values [B S H V] of all heads.
   k, v = expand_latents(q.shape[2:], latents, up)
   segments, heads = seen.queries, ('batch', None, 'heads')

@@ -125,6 +125,7 @@ def maps(
       zip(jnp.split(mix, cuts, axis=-1), jnp.split(base, cuts))
     )
   )
+
   # The op takes rows first and ends on columns, as the checkpoints do.
   def mixed(impl: str, comb: jax.Array) -> jax.Array:
     how = {'iterations': cfg.iterations, 'eps': cfg.eps, 'impl': impl}

@@ -3,6 +3,8 @@
 from tests.mutants.mutant import Mutant
 
 _TESTS = 'tests/pallas_kernels'
+# Of V3 and of V3.2.
+_MESH = 'tests/model/kernels_mesh_test.py::shards_are_those_of_the_whole'
 
 MUTANTS = (
   Mutant(
@@ -84,7 +86,7 @@ MUTANTS = (
     'deepseek_jax/model/attention/dsa.py',
     '  if along.heads:\n    whole',
     '  if not along.axis:\n    whole',
-    ('tests/model/kernels_mesh_test.py::numbers_of_the_shards',),
+    (f'{_MESH}1',),
     'tensor parallelism: all index heads score a key together',
   ),
   Mutant(
@@ -92,7 +94,7 @@ MUTANTS = (
     'deepseek_jax/model/attention/latent_reading.py',
     'dynamic_slice_in_dim(up, along.index * size, size, axis=1)',
     'dynamic_slice_in_dim(up, 0 * size, size, axis=1)',
-    ('tests/model/kernels_mesh_test.py::numbers_of_the_shards',),
+    (f'{_MESH}0',),
     'sequences shared by exchange of heads: each device has its own',
   ),
   Mutant(

@@ -72,7 +72,7 @@ class KernelChoicesTest(parameterized.TestCase):
 
   def test_on_the_command_line(self):
     flags = f'--config={TINY}', '--config.model.compute.dtype=bfloat16'
-    done = launch(*flags, '--cluster=h100x2', '--kernels')
+    done = launch(*flags, '--cluster=h100x2', '--kernels', seconds=600)
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertIn('traced on fsdp=2', done.stdout)
     # 48 key dims of the tiny model are no 192.

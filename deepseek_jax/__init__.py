@@ -55,3 +55,4 @@ from deepseek_jax.train.schedules import (
   SwitchConfig,
 )
 from deepseek_jax.train.step import TrainState, initial_state, train_step
+from deepseek_jax.version import __version__

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Lower may not import higher; a name stands for all below it that is not named.
 RANK = {
   'pallas_kernels': 0,
+  'deepseek_jax.version': 0.5,
   'deepseek_jax.errors': 1,
   'deepseek_jax.own_classes': 1.5,
   'deepseek_jax.config': 2,

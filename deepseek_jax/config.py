@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from deepseek_jax import own_classes
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 
 _LARGEST_INT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
@@ -58,6 +58,23 @@ def optional_fields(cls: type) -> dict[str, type]:
     if type(None) in members:
       out[name] = str if members == {str, type(None)} else object
   return out
+
+
+def dtype_name(value: Any) -> Any:
+  """Returns the name of a dtype, of jnp.float32 too; others as they are."""
+  # jnp.float32 is a class that has one; np.float32 is a class of numbers.
+  scalar = isinstance(value, type) and (
+    hasattr(value, 'dtype') or issubclass(value, np.generic)
+  )
+  return (
+    np.dtype(value).name if scalar or isinstance(value, np.dtype) else value
+  )
+
+
+def name_dtypes(config: Any, *fields: str) -> None:
+  """Sets fields of a frozen dataclass that hold a dtype to its name."""
+  for field in fields:
+    object.__setattr__(config, field, dtype_name(getattr(config, field)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -260,6 +277,7 @@ def _scalar(annotation: Any, value: Any, path: str) -> Any:
   wanted = [m for m in _members(annotation) if not dataclasses.is_dataclass(m)]
   for member in wanted:
     if typing.get_origin(member) is Literal:
+      value = dtype_name(value)
       if value in typing.get_args(member):
         return value
       choices = list(typing.get_args(member))
@@ -398,6 +416,11 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
   Raises:
     InputError: there is no such field, or the result makes no sense.
   """
+  if not isinstance(changes, Mapping):
+    raise InputError(
+      f'changes: is {told(changes)}; give a dict, '
+      "as {'moe.router.scoring': 'softmax'}"
+    )
   return changed_by(config, changes.items())
 
 

@@ -94,7 +94,16 @@ def run(
   if impl == 'reference':
     return reference(*args)
   if impl is not None:
-    return _launch(implementations[impl], args)
+    try:
+      return _launch(implementations[impl], args)
+    except ValueError as error:
+      # Pallas names its own mode, not what was asked for.
+      if 'interpret mode' not in str(error):
+        raise
+      raise NotImplementedError(
+        f'{op}: impl={impl!r} needs a Hopper GPU, and the device is'
+        f" {jax.default_backend()}; use None or 'reference'"
+      ) from None
   reason = None
   if not on_hopper():
     reason = 'the default device is not a Hopper GPU'

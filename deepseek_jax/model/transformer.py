@@ -8,6 +8,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers, n streams.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import above, at_least, changed_by, check_choices, key
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import (
+  above,
+  at_least,
+  changed_by,
+  check_choices,
+  key,
+  kind_name,
+  name_dtypes,
+)
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model import given as inputs
 from deepseek_jax.model import kernels, lookup, lora
 from deepseek_jax.model.block import AttentionConfig, Block, BlockConfig
@@ -83,6 +92,7 @@ class ComputeConfig:
 
   def __post_init__(self):
     """Raises InputError for an unknown choice of kernels."""
+    name_dtypes(self, 'dtype')
     if self.kernels not in (None, 'reference', 'gpu'):
       raise InputError(
         f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
@@ -518,7 +528,7 @@ class Transformer(nnx.Module):
     return statistics, states
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
   """Holds a transformer as pure functions over plain nested dicts.
 
@@ -528,7 +538,7 @@ class Model:
   Attributes:
     config: the model's configuration.
     init: key -> {'params': {...}, 'buffers': {...}}, float32.
-    apply: see `build`.
+    apply: (variables, tokens [B T], ...) -> Output; see its own help.
     init_cache: (batch, slots) -> empty Cache in the compute dtype.
     head: variables -> [D V], what turns `hidden` into logits.
     cast: variables -> the same in the compute dtype, except the parameters
@@ -544,6 +554,22 @@ class Model:
   head: Callable[[dict], jax.Array]
   cast: Callable[[dict], dict]
   abstract: dict[str, nnx.State]
+
+  def __repr__(self) -> str:
+    """Returns one line: shapes, the kind of attention, parameters."""
+    cfg = self.config
+    sizes = [math.prod(a.shape) for a in jax.tree.leaves(self.abstract)]
+    kinds = dict.fromkeys(
+      kind_name(type(l.block.attention)) for l in cfg.in_order()
+    )
+    experts = (
+      f', {cfg.moe.top_k} of {cfg.moe.experts} experts' if cfg.moe else ''
+    )
+    return (
+      f'Model({cfg.layers} layers of width {cfg.dim}, {"/".join(kinds)}'
+      f'{experts}, vocabulary {cfg.vocab_size}: {sum(sizes):,} weights,'
+      f' {cfg.compute.dtype})'
+    )
 
   @functools.cached_property
   def _key(self) -> tuple:
@@ -637,44 +663,65 @@ def functional(
   return made if adapters is None else lora.adapted(made, adapters, first)
 
 
+# Stands here, as `build` is short and help(model.apply) is read.
+_APPLY = """Computes logits, states, cache and statistics of tokens.
+
+Legend: B rows, T tokens, V vocabulary, D width, L memories, K their rows.
+
+Args:
+  variables: {'params', 'buffers'} as `init` returns them, or cast.
+  tokens: [B T] int32, each 0..V - 1 except on padding, where it may be
+    anything. Another number is an InputError; inside jit, where it can't
+    be known, it gives NaN logits in its row and changes no other.
+  positions: [B T] int32; by default those after the cached tokens, or from
+    0 within each document.
+  segment_ids: [B T] int32. A run of equal ids is a document, which attends
+    to no other: the same id further on is another document. 0 (or less) is
+    padding, which is cached, routed and counted nowhere. None: all of a
+    row is one document.
+  cache: from `init_cache` or an earlier Output. With one, a row is one
+    document: segment_ids tell its tokens, 1, from the padding around them,
+    0; after the first call padding comes last. More documents in a row are
+    an InputError, and NaN logits in that row inside jit: decode a packed
+    row as rows of their own.
+  train: applies what is for training only (capacity).
+  mtp: runs the multi-token prediction blocks too.
+  ngrams: [B T L K] int32, rows of the Engrams' tables that the data
+    pipeline has hashed; by default they are hashed here, to the same. What
+    is no row is treated as what is no token.
+
+Returns:
+  An Output: logits [B T V] float32, hidden [B T D], the cache with these
+  tokens or None, and aux, the statistics.
+
+Raises:
+  InputError: variables or arrays do not fit the model.
+"""
+
+
 def build(config: TransformerConfig) -> Model:
   """Makes the pure functions of a model; allocates no array.
 
-  apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
-  train=False, mtp=False, ngrams=None) -> Output, with
-    tokens: [B T] int32, each 0..V - 1 except on padding, where it may be
-      anything. Another number is an InputError; inside jit, where it can't be
-      known, it gives NaN logits in its row and changes no other.
-    positions: [B T] int32; by default those after the cached tokens, or from 0
-      within each document.
-    segment_ids: [B T] int32. A run of equal ids is a document, which attends
-      to no other: the same id further on is another document. 0 (or less) is
-      padding, which is cached, routed and counted nowhere. None: all of a row
-      is one document.
-    cache: from `init_cache` or an earlier Output. With one, a row is one
-      document: segment_ids tell its tokens, 1, from the padding around them, 0;
-      after the first call padding comes last. More documents in a row are an
-      InputError, and NaN logits in that row inside jit: decode a packed row as
-      rows of their own.
-    train: applies what is for training only (capacity).
-    mtp: runs the multi-token prediction blocks too.
-    ngrams: [B T L K] int32, rows of the Engrams' tables that the data
-      pipeline has hashed; by default they are hashed here, to the same. What
-      is no row is treated as what is no token.
+  `help(model.apply)` says what it takes.
 
   Raises:
     InputError: `config` is no TransformerConfig.
   """
-  if not isinstance(config, TransformerConfig):
-    raise InputError(
-      f'config: {config!r} is no TransformerConfig; presets are functions that'
-      ' make one, as ds.presets.v3_tiny()'
-    )
+  _check_config(config)
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   dtype = jnp.dtype(config.compute.dtype)
-  abstract, init, _, merge, cast = functional(make, dtype, config.lora)
+  abstract, draw, _, merge, cast = functional(make, dtype, config.lora)
   if config.lora is not None:
     lora.check(abstract['params'], config.lora)
+  check = functools.partial(inputs.variables, _shapes(config, abstract))
+
+  def init(key: jax.Array | int) -> dict:
+    """Returns fresh variables of a random key, or of its seed.
+
+    {'params': {...}, 'buffers': {...}}, nested dicts of float32 arrays, and of
+    integers in tables.
+    """
+    return draw(inputs.random_key(key))
 
   def apply(
     variables: dict,
@@ -687,6 +734,7 @@ def build(config: TransformerConfig) -> Model:
     mtp: bool = False,
     ngrams: jax.Array | None = None,
   ) -> Output:
+    check(variables)
     given = inputs.Given(tokens, positions, segment_ids, ngrams)
     inputs.check(config, given, cache)
     fresh = cache is None or cache.fresh
@@ -706,11 +754,50 @@ def build(config: TransformerConfig) -> Model:
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp)
 
+  apply.__doc__ = _APPLY
+
   def init_cache(batch: int, slots: int) -> Cache:
+    """Returns an empty cache for `batch` rows of `slots` tokens."""
+    inputs.sizes(batch=batch, slots=slots)
     return _empty_cache(config, dtype, batch, slots)
 
-  head = lambda variables: merge(cast(variables)).head_weight()
-  return Model(config, init, apply, init_cache, head, cast, abstract)
+  def head(variables: dict) -> jax.Array:
+    """Returns [D V], what turns `Output.hidden` into logits."""
+    check(variables)
+    return merge(cast(variables)).head_weight()
+
+  def ready(variables: dict) -> dict:
+    """Returns variables in the compute dtype, adapters folded in."""
+    check(variables)
+    return cast(variables)
+
+  return Model(config, init, apply, init_cache, head, ready, abstract)
+
+
+def _check_config(config: Any) -> None:
+  """Raises InputError for what is no TransformerConfig, with what to give."""
+  if isinstance(config, TransformerConfig):
+    return
+  fix = 'ds.presets.v3_tiny() makes one'
+  if isinstance(getattr(config, 'model', None), TransformerConfig):
+    fix = 'give its model, config.model'
+  elif isinstance(config, Model):
+    fix = 'give its configuration, model.config'
+  elif callable(config):
+    fix = f'call it: {getattr(config, "__name__", "")}()'
+  elif isinstance(config, Mapping):
+    fix = 'ds.from_dict(ds.TransformerConfig, config) makes one'
+  raise InputError(f'config: is {told(config)}, no TransformerConfig; {fix}')
+
+
+def _shapes(config: TransformerConfig, abstract: dict) -> dict:
+  """Returns the trees of arrays that a model's functions take.
+
+  With adapters, or with these folded in: then any tree will do.
+  """
+  if config.lora is not None:
+    return dict.fromkeys(abstract)
+  return {kind: nnx.to_pure_dict(state) for kind, state in abstract.items()}
 
 
 def _empty_cache(
@@ -768,7 +855,16 @@ def moe_statistics(aux: dict, name: str) -> jax.Array | None:
   """Returns one MoE statistic of all layers in order, [L_moe, ...].
 
   None without MoE layers. `aux` is that of an Output.
+
+  Raises:
+    InputError: the layers have no statistic of that name.
   """
+  if not isinstance(aux, Mapping):
+    raise InputError(f'aux: is {told(aux)}; give the aux of an Output, out.aux')
+  layers = [s['ffn'] for patterns in aux['segments'] for s in patterns]
+  known = sorted({key for layer in layers for key in layer})
+  if known and name not in known:
+    raise InputError(f'name = {name!r}: must be one of {known}')
   out = []
   for patterns in aux['segments']:
     picked = [s['ffn'][name] for s in patterns if name in s['ffn']]

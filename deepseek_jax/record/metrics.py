@@ -189,10 +189,13 @@ def read(
     kind: 'metrics' or 'timings'.
 
   Raises:
-    InputError: a line is not JSON. A last line cut short by a crash is skipped.
+    InputError: there is no such folder, or a line is not JSON. A last line
+      that a crash cut short is skipped.
   """
   if kind not in FILES:
     raise InputError(f'kind={kind!r}: choose one of {sorted(FILES)}')
+  if not os.path.isdir(workdir):
+    raise InputError(f'workdir {os.fspath(workdir)}: is no folder; name a run')
   rows, wrong = _lines(Path(workdir) / FILES[kind])
   if wrong:
     raise InputError(f'{wrong[0]}; remove the line')

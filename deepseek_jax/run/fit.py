@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deepseek_jax import data as datalib
 from deepseek_jax import say
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
@@ -68,6 +69,16 @@ class Run:
     return {'params': self.state.params, 'buffers': self.state.buffers}
 
 
+def _check(config: object) -> None:
+  """Raises InputError for what is no RunConfig, with what to give."""
+  if isinstance(config, RunConfig):
+    return
+  fix = 'ds.recipes.v3_tiny() makes one, of a model, data and training'
+  if callable(config) and hasattr(config, '__name__'):
+    fix = f'call it: {config.__name__}()'
+  raise InputError(f'config: is {told(config)}, no RunConfig; {fix}')
+
+
 def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
 
@@ -83,6 +94,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     Terminated: it came before the first step; nothing new is saved.
   """
   workdir = path_of(workdir)
+  _check(config)
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)

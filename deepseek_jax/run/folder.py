@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax import files, own_classes, say
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import set_aside
@@ -83,6 +84,8 @@ def claim(workdir: Path, config: RunConfig) -> list[str]:
 
 def path_of(workdir: str | Path) -> Path:
   """Returns the path of a run's folder; InputError if no folder can have it."""
+  if not isinstance(workdir, str | os.PathLike) or not str(workdir):
+    raise InputError(f'workdir: is {told(workdir)}; give the folder of a run')
   if '\0' in str(workdir):
     raise InputError(f'workdir {str(workdir)!r}: is no path; choose another')
   return Path(workdir)

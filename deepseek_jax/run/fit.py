@@ -9,6 +9,7 @@ the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from deepseek_jax import data as datalib
@@ -79,13 +80,20 @@ def _check(config: object) -> None:
   raise InputError(f'config: is {told(config)}, no RunConfig; {fix}')
 
 
-def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
+def fit(
+  config: RunConfig,
+  workdir: str | Path,
+  *,
+  console: bool = True,
+  announce: Callable[[RunConfig, datalib.Store], Iterable[str]] | None = None,
+) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
 
   Args:
     config: the run.
     workdir: its folder; must be new, or this run's.
     console: shows progress.
+    announce: gives the first lines of a run whose text is read.
 
   Raises:
     InputError: the configuration, the data or the folder are wrong.
@@ -106,6 +114,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
       with distributed.first_goes_first():
         told = say.warn if first else lambda line: None
+        if first and console:
+          print(f'reading {config.data.path}', flush=True)
         store = datalib.build(config.data, say=told)
         batches = datalib.Batches(store, config.data)
         # A begun run has its weights, whatever became of their source.
@@ -132,6 +142,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       timeline.begin(resumed)
       record = Record(config, model, workdir, resumed, console=console)
       with record:
+        for line in announce(config, store) if announce and first else ():
+          record.writer.log(line)
         if resumed:
           record.writer.log(f'resumed from step {resumed}')
         for change in changes:

@@ -80,7 +80,8 @@ class Trainer:
       self.record.step(number, metrics, buffers, size * length, seconds)
       self._give_up_if_stuck(number, metrics, state)
       last = tokens >= config.train.tokens or self._imitated()
-      if _due(config.evaluate.every, number) and not last:
+      every = config.evaluate.every
+      if _due(every, number) or (every and last):
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
       # Asked once a step in every process: they must answer alike.

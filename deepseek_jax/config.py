@@ -200,9 +200,9 @@ def _value(annotation: Any, value: Any, path: str) -> Any:
     return _choose(classes, dict(value), path)
   if classes and _fits(classes, value):
     return value
-  origin = typing.get_origin(annotation)
-  if origin is dict and isinstance(value, Mapping):
-    _, inner = typing.get_args(annotation)
+  mapped = [m for m in alternatives(annotation) if typing.get_origin(m) is dict]
+  if mapped and isinstance(value, Mapping):
+    _, inner = typing.get_args(mapped[0])
     return {k: _value(inner, v, f'{path}.{k}') for k, v in value.items()}
   return _scalar(annotation, value, path)
 

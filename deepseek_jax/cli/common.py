@@ -103,7 +103,10 @@ def _editable(config: Any, plain: dict) -> config_dict.ConfigDict:
   held = config if isinstance(config, Mapping) else vars(config)
   fields = {}
   for name, value in plain.items():
-    if isinstance(value, dict):
+    # Keys of a mapping that may be absent are no fields: paths have dots.
+    if isinstance(value, dict) and not (
+      name in optional and not dataclasses.is_dataclass(held[name])
+    ):
       value = _editable(held[name], value)
     # A reference keeps the type of a field whose value may be None.
     if value is None or name in optional:

@@ -15,10 +15,12 @@ from rich.table import Table
 from deepseek_jax import data as datalib
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_flops, count_parameters
-from deepseek_jax.record import metrics, results
+from deepseek_jax.record import metrics, results, writers
 from deepseek_jax.record import routing as flight
 from deepseek_jax.record.report.page import Sample, write_report
+from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.run.fit import Run
+from deepseek_jax.run.folder import as_json
 from deepseek_jax.train import evaluate
 
 HELD_OUT = 'heldout_bits_per_byte'  # in metrics.jsonl
@@ -85,7 +87,7 @@ def results_of(run: Run, workdir: Path) -> dict[str, Any]:
     'peak_memory_bytes': results.peak_memory(),
     'seed': config.seed,
     'data': {
-      'path': config.data.path,
+      'paths': list(config.data.paths),
       'corpus_sha256': store.index['recipe']['corpus_sha256'],
       'train_sha256': store.train_sha256,
       'heldout_sha256': store.heldout_sha256,
@@ -133,10 +135,16 @@ def keep_in_metrics(run: Run, workdir: Path, reached: dict) -> None:
     row['step'] == step and HELD_OUT in row for row in metrics.read(workdir)
   ):
     return
-  with metrics.MetricsWriter(
-    workdir, tensorboard=run.config.tensorboard, console=False
-  ) as writer:
-    writer.write(step, {HELD_OUT: reached['heldout']['bits_per_byte']})
+  last = {HELD_OUT: reached['heldout']['bits_per_byte']}
+  others = []
+  if run.config.tensorboard:
+    others.append(writers.TensorBoard(workdir, None))
+    others[0].hparams(flatten(as_json(run.config)), last)
+  if run.config.wandb:
+    plain = as_json(run.config)
+    others.append(writers.WandB(workdir, run.config.wandb, plain))
+  with metrics.MetricsWriter(workdir, console=False, writers=others) as writer:
+    writer.write(step, last)
 
 
 def facts_of(reached: dict) -> dict[str, float | int]:

@@ -14,7 +14,7 @@ def lines(config: RunConfig, store: datalib.Store) -> Iterator[str]:
   """Yields the first lines of a run whose text is tokenised."""
   train, held = store.index['train'], store.index['heldout']
   yield (
-    f'data: {config.data.path}: {train["documents"]:,} documents,'
+    f'data: {", ".join(config.data.paths)}: {train["documents"]:,} documents,'
     f' {train["tokens"]:,} tokens to train on; {held["documents"]:,} held out'
     f' ({held["bytes"]:,} bytes)'
   )

@@ -26,6 +26,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 # What other modules define shows in --help, too.
 flags.declare_key_flag('config')
 flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(training)
 
 
 def main(argv: list[str]) -> None:

@@ -23,6 +23,7 @@ _TOKENS = flags.DEFINE_float(
 )
 flags.declare_key_flag('config')
 flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(training)
 
 
 def main(argv: list[str]) -> None:

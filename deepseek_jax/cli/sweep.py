@@ -9,8 +9,8 @@
 Several --axis make every combination; the first value of each is the arm that
 the others are compared with. Each run is a folder in --folder, made by
 `pretrain` in a process of its own: what has ended is not run again, what was
-cut short goes on. At the end compare.html has tables and curves. --match solves the
-widths of FFN and experts (--match_by=depth: the repeats of the last layers)
+cut short goes on. At the end compare.html has tables and curves. --match solves
+the widths of FFN and experts (--match_by=depth: the repeats of the last layers)
 until every arm has as many active_params, params or flops as the first.
 """
 
@@ -47,6 +47,7 @@ _BY = flags.DEFINE_enum(
 _SLURM = flags.DEFINE_bool('slurm', False, 'Write a SLURM array; run nothing.')
 _ONLY = flags.DEFINE_integer('only', None, 'Run this run of the sweep alone.')
 _DRY = flags.DEFINE_bool('dry', False, 'Say what would run, and end.')
+flags.adopt_module_key_flags(training)
 FILE = 'sweep.json'
 
 _SBATCH = """#!/bin/bash

@@ -22,10 +22,10 @@ class Census(NamedTuple):
 
 def census_of(config: DataConfig) -> Census:
   """Reads the corpus once; InputError if its split leaves a part empty."""
-  digest, out = corpus.Digest(), LeftOut(config.path)
+  digest, out = corpus.Digest(), LeftOut(', '.join(config.paths))
   train = heldout = characters = 0
   nearest = 1.0
-  for doc in corpus.documents(config.path, out):
+  for doc in corpus.documents_of(config, out):
     digest.add(doc)
     # For the message: the fraction that would hold out one document.
     nearest = min(nearest, corpus.held_out_hash(doc.text))

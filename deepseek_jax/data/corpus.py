@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from deepseek_jax.data import files, left_out, readers
+from deepseek_jax.data.config import MARK, DataConfig
 from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.errors import InputError
 
@@ -61,6 +62,21 @@ def documents(path: str, out: LeftOut | None = None) -> Iterator[Document]:
   if os.path.isdir(root):
     return _read(files.find(root, out), out)
   return _read([files.one(root)], out, whole=False)
+
+
+def documents_of(
+  config: DataConfig, out: LeftOut | None = None
+) -> Iterator[Document]:
+  """Yields the documents of all sources of a config, one after the other.
+
+  With `data.sources` a name begins with its source; else as `documents` does.
+  """
+  if not config.sources:
+    yield from documents(config.path, out)
+    return
+  for path in config.sources:
+    for doc in documents(path, out):
+      yield Document(f'{path}{MARK}{doc.name}', doc.text)
 
 
 def _read(

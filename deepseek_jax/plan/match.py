@@ -97,7 +97,8 @@ def match(
   at = lambda times: changed(config, turn(config, times))
   made = config
   if abs(cost(config) / goal - 1) > 1e-3:
-    made = at(_solved(lambda times: cost(at(times)), goal))
+    whole = lambda times: repr(turn(config, times))
+    made = at(_solved(lambda times: cost(at(times)), whole, goal))
   wanted = {
     path: value
     for path, value in turn(made, 1.0).items()
@@ -124,10 +125,13 @@ def _field(config: TransformerConfig, path: str) -> object:
   return value
 
 
-def _solved(cost: Callable[[float], float], goal: float) -> float:
+def _solved(
+  cost: Callable[[float], float], whole: Callable[[float], str], goal: float
+) -> float:
   """Returns the factor whose cost, growing with it, is nearest to a goal."""
   low, high = 1 / _MOST, _MOST
-  for _ in range(40):
+  # Widths and layers are whole: near factors make the same model.
+  while high / low > 1.001 and whole(low) != whole(high):
     middle = (low * high) ** 0.5
     low, high = (middle, high) if cost(middle) < goal else (low, middle)
   return min((low, high), key=lambda times: abs(cost(times) - goal))

@@ -9,7 +9,7 @@ the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from deepseek_jax import data as datalib
@@ -20,6 +20,7 @@ from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
+from deepseek_jax.record.writers import Writer
 from deepseek_jax.run import agreement
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
@@ -33,6 +34,7 @@ from deepseek_jax.run.folder import (
   renew,
 )
 from deepseek_jax.run.preemption import Preemption
+from deepseek_jax.run.profile import Profile
 from deepseek_jax.run.staged_steps import StagedSteps
 from deepseek_jax.run.start import check_source, start, with_classes
 from deepseek_jax.run.step_record import Record, router_biases
@@ -86,6 +88,8 @@ def fit(
   *,
   console: bool = True,
   announce: Callable[[RunConfig, datalib.Store], Iterable[str]] | None = None,
+  writers: Sequence[Writer] = (),
+  profile: tuple[int, int] | None = None,
 ) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
 
@@ -94,6 +98,8 @@ def fit(
     workdir: its folder; must be new, or this run's.
     console: shows progress.
     announce: gives the first lines of a run whose text is read.
+    writers: take the scalars of every step, too; closed at the end.
+    profile: first and last step of a trace in workdir/profile.
 
   Raises:
     InputError: the configuration, the data or the folder are wrong.
@@ -115,7 +121,7 @@ def fit(
       with distributed.first_goes_first():
         told = say.warn if first else lambda line: None
         if first and console:
-          print(f'reading {config.data.path}', flush=True)
+          print(f'reading {", ".join(config.data.paths)}', flush=True)
         store = datalib.build(config.data, say=told)
         batches = datalib.Batches(store, config.data)
         # A begun run has its weights, whatever became of their source.
@@ -140,7 +146,9 @@ def fit(
           state = with_classes(state, resumed, model, store)
           batches.ngrams = ngram_hash.host_hash(state.buffers)
       timeline.begin(resumed)
-      record = Record(config, model, workdir, resumed, console=console)
+      record = Record(
+        config, model, workdir, resumed, console=console, writers=writers
+      )
       with record:
         for line in announce(config, store) if announce and first else ():
           record.writer.log(line)
@@ -159,6 +167,7 @@ def fit(
           preemption,
           timeline,
           LastSteps(workdir / 'abort.jsonl', kept),
+          (profile and first and Profile(profile, workdir / 'profile')) or None,
         )
         state = steps.whole(trainer.run(state))
   return Run(config, model, store, state, record.tokens_per_second)

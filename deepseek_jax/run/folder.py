@@ -41,6 +41,7 @@ _FREE = (
   'keep',
   'checkpoint_every',
   'tensorboard',
+  'wandb',
   'evaluate.every',
   'evaluate.batch',
   'train.gate.patience',

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from deepseek_jax import config as configs
+from deepseek_jax import config_changes
 from deepseek_jax.cli import common, kinds
 from deepseek_jax.errors import InputError
 from deepseek_jax.plan import match as matching
@@ -93,7 +93,7 @@ def changed(
 
 def _with(run: RunConfig, fields: dict[str, Any]) -> RunConfig:
   """Returns a run with fields changed, an int where a float is wanted too."""
-  return configs.changed(run, fields) if fields else run
+  return config_changes.changed(run, fields) if fields else run
 
 
 def _folder(point: Sequence[tuple[str, Any]], seed: int) -> str:
@@ -141,7 +141,7 @@ def runs(
         'data.seed': first.data.seed + number,
       }
       name = _folder(point, seed['seed'])
-      out.append(Run(name, configs.changed(config, seed), note))
+      out.append(Run(name, config_changes.changed(config, seed), note))
   names = [run.name for run in out]
   if len(set(names)) < len(names):
     raise InputError('--axis: two arms have one name; name other fields')

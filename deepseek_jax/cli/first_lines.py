@@ -10,7 +10,7 @@ from deepseek_jax.cli import run_plan
 from deepseek_jax.run.config import RunConfig
 
 
-def lines(config: RunConfig, store: datalib.Store) -> Iterator[str]:
+def lines(config: RunConfig, store: datalib.TokenStore) -> Iterator[str]:
   """Yields the first lines of a run whose text is tokenised."""
   train, held = store.index['train'], store.index['heldout']
   yield (

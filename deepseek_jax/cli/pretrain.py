@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, processes, training
+from deepseek_jax.cli import common, process_flags, training
 from deepseek_jax.run import fit as loop
 
 _CONFIG = common.define_config()
@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string(
 flags.mark_flags_as_required(['config', 'workdir'])
 # What other modules define shows in --help, too.
 flags.declare_key_flag('config')
-flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(process_flags)
 flags.adopt_module_key_flags(training)
 
 
@@ -39,4 +39,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main, join=processes.join)
+  common.launch(main, join=process_flags.join)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, experiment_file, processes, training
+from deepseek_jax.cli import common, experiment_file, process_flags, training
 from deepseek_jax.errors import InputError
 from deepseek_jax.run import extension, folder
 
@@ -22,7 +22,7 @@ _TOKENS = flags.DEFINE_float(
   'tokens', None, 'How many tokens the run is to have in all.'
 )
 flags.declare_key_flag('config')
-flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(process_flags)
 flags.adopt_module_key_flags(training)
 
 
@@ -40,4 +40,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main, arguments=True, names=None, join=processes.join)
+  common.launch(main, arguments=True, names=None, join=process_flags.join)

@@ -18,7 +18,7 @@ from deepseek_jax.data.heldout import (
   uniform_bits_per_byte,
   xz_bits_per_byte,
 )
-from deepseek_jax.data.token_store import Store
+from deepseek_jax.data.token_store import TokenStore
 
 PRIMED = 1 << 24  # bytes of training text that a compressor reads, the last
 
@@ -52,7 +52,7 @@ def primed_bits_per_byte(
   return 8 * more / len(joined)
 
 
-def training_text(store: Store, limit: int = PRIMED) -> bytes:
+def training_text(store: TokenStore, limit: int = PRIMED) -> bytes:
   """Returns the last bytes of the training documents, decoded."""
   # Four bytes a token, as a rule: more is decoded than is kept.
   tokens, tokenizer = store.train[-limit:], store.tokenizer()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.token_store import TRAIN, Store
+from deepseek_jax.data.token_store import TRAIN, TokenStore
 from deepseek_jax.errors import InputError
 
 
@@ -49,7 +49,9 @@ class Windows:
     return np.array(read, np.int32)
 
 
-def dataset(store: Store, config: DataConfig, *, recut: bool = True) -> Any:
+def dataset(
+  store: TokenStore, config: DataConfig, *, recut: bool = True
+) -> Any:
   """Returns an endless `grain.MapDataset` of windows [S], shuffled each epoch.
 
   Of several sources each has its own order and epochs, and Grain mixes them by
@@ -133,7 +135,7 @@ class Batches:
     drawn: windows of each source so far.
   """
 
-  def __init__(self, store: Store, config: DataConfig):
+  def __init__(self, store: TokenStore, config: DataConfig):
     """Begins the stream at its first window."""
     self._store, self._config = store, config
     self._read(recut=True)

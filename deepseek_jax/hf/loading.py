@@ -15,7 +15,7 @@ from deepseek_jax.config import dtype_name
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read, Source, summary
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.sharding import Rules
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from deepseek_jax.config import changed
+from deepseek_jax.config_changes import changed
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.plan.flops import count_flops

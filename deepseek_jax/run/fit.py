@@ -37,7 +37,7 @@ from deepseek_jax.run.preemption import Preemption
 from deepseek_jax.run.profile import Profile
 from deepseek_jax.run.staged_steps import StagedSteps
 from deepseek_jax.run.start import check_source, start, with_classes
-from deepseek_jax.run.step_record import Record, router_biases
+from deepseek_jax.run.step_record import StepRecord, router_biases
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.run.trainer import Trainer
 from deepseek_jax.train.step import TrainState
@@ -62,7 +62,7 @@ class Run:
 
   config: RunConfig
   model: Model
-  store: datalib.Store
+  store: datalib.TokenStore
   state: TrainState
   tokens_per_second: float | None  # median of this launch; None without steps
 
@@ -87,7 +87,7 @@ def fit(
   workdir: str | Path,
   *,
   console: bool = True,
-  announce: Callable[[RunConfig, datalib.Store], Iterable[str]] | None = None,
+  announce: Callable[[RunConfig, datalib.TokenStore], Iterable[str]] | None = None,
   writers: Sequence[Writer] = (),
   profile: tuple[int, int] | None = None,
 ) -> Run:
@@ -146,7 +146,7 @@ def fit(
           state = with_classes(state, resumed, model, store)
           batches.ngrams = ngram_hash.host_hash(state.buffers)
       timeline.begin(resumed)
-      record = Record(
+      record = StepRecord(
         config, model, workdir, resumed, console=console, writers=writers
       )
       with record:

@@ -78,7 +78,9 @@ class DocumentsTest(absltest.TestCase):
 
   def test_docs_install_the_checkout_or_the_wheel_never_a_bare_name(self):
     for path in [*_ROOT.glob('*.md'), *(_ROOT / 'docs').rglob('*.md')]:
-      bare = re.findall(r'pip install [^`#\n]*\bdeepseek[_-]jax', path.read_text())
+      bare = re.findall(
+        r'pip install [^`#\n]*\bdeepseek[_-]jax', path.read_text()
+      )
       self.assertEqual(bare, [], path)
 
   def test_every_runtime_import_is_a_dependency(self):

@@ -114,9 +114,17 @@ class NSAConfig:
     return self.qk_dim**-0.5 * softmax_multiplier(self.rope)
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'NSACache':
-    """Returns an empty cache: three keys and values a slot, and entries."""
+    """Returns an empty cache: three keys and values a slot, and entries.
+
+    A slot is a position, which a rewound row overwrites: `spare` adds none.
+    """
+    del spare
     G, K, V = self.kv_heads, self.qk_dim, self.v_dim
     entries = max(1, (slots - self.block) // self.stride + 1)
     empty = lambda *shape: jnp.zeros((batch, *shape), dtype)
@@ -141,7 +149,7 @@ class NSACache(NamedTuple):
   cv: jax.Array  # [B E G V]
 
 
-class Compressor(nnx.Module):
+class BlockCompressor(nnx.Module):
   """Compresses a block's vectors, each with its place added, by an MLP."""
 
   def __init__(self, cfg: NSAConfig, width: int, *, std: float, rngs: nnx.Rngs):
@@ -172,8 +180,8 @@ class NSA(nnx.Module):
     self.q = param(rngs, init, (D, H, K), heads)
     self.k = param(rngs, init, (D, 3, G, K), branches)
     self.v = param(rngs, init, (D, 3, G, V), branches)
-    self.compress_k = Compressor(cfg, K, std=std, rngs=rngs)
-    self.compress_v = Compressor(cfg, V, std=std, rngs=rngs)
+    self.compress_k = BlockCompressor(cfg, K, std=std, rngs=rngs)
+    self.compress_v = BlockCompressor(cfg, V, std=std, rngs=rngs)
     self.gate = param(rngs, init, (D, H, 3), heads)
     self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
 
@@ -224,7 +232,7 @@ class NSA(nnx.Module):
     return jnp.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}
 
   @property
-  def compress(self) -> tuple[Compressor, Compressor]:
+  def compress(self) -> tuple[BlockCompressor, BlockCompressor]:
     """Returns the compressors of keys and of values."""
     return self.compress_k, self.compress_v
 
@@ -252,7 +260,7 @@ class NSA(nnx.Module):
 
 
 def compressed(
-  compress: tuple[Compressor, Compressor],
+  compress: tuple[BlockCompressor, BlockCompressor],
   keys: Keys,
   start: jax.Array,
   cfg: NSAConfig,
@@ -294,7 +302,7 @@ def _fresh(
   v: jax.Array,
   gates: jax.Array,
   segments: jax.Array | None,
-  compress: tuple[Compressor, Compressor],
+  compress: tuple[BlockCompressor, BlockCompressor],
 ) -> jax.Array:
   """Computes the local queries of a batch without a cache: [B T H V].
 

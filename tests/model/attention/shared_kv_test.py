@@ -20,7 +20,7 @@ from deepseek_jax.model.attention import (
   partial_softmax as partial_attention,
 )
 from deepseek_jax.model.attention.csa import CSAConfig
-from deepseek_jax.model.attention.csa_reading import Reading
+from deepseek_jax.model.attention.csa_entries import EntryAttention
 from deepseek_jax.model.attention.hca import HCAConfig
 from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
@@ -287,7 +287,7 @@ class LayerTest(parameterized.TestCase):
       query = query._replace(weight=query.weight.at[:, ::2].set(-0.0))
       view = compressor.view(ctx, 4, True)
       cfg = CSAConfig(top_k=3, block=16)
-      return Reading(cfg, None, query, view, None, keys, 1.0).choose()
+      return EntryAttention(cfg, None, query, view, None, keys, 1.0).choose()
 
     chosen = choose(x)
     for t in range(T):
@@ -411,7 +411,7 @@ class PartsTest(parameterized.TestCase):
     held = ring.write(jnp.full((2, 4), -1), at * 10, at, valid)
     self.assertEqual(held[0].tolist(), [40, 50, 60, 70])
     self.assertEqual(held[1].tolist(), [0, 10, -1, -1])
-    last = ring.unroll(held, jnp.array([8, 2]))
+    last = ring.unroll(held, jnp.array([8, 2]), 4)
     self.assertEqual(last[0].tolist(), [50, 60, 70])
     self.assertEqual(ring.before(jnp.array([2]), 4).tolist(), [[-1, 0, 1]])
     self.assertEqual(last[1, 1:].tolist(), [0, 10])

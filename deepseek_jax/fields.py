@@ -17,7 +17,7 @@ from deepseek_jax import config as configs
 _ITEM = re.compile(r'( *)(\w+(?:, \w+)*): +(\S.*)')
 
 
-class Row(NamedTuple):
+class FieldRow(NamedTuple):
   """Describes a field of a configuration.
 
   Attributes:
@@ -48,7 +48,7 @@ class Section(NamedTuple):
   name: str
   text: str
   kinds: tuple[str, ...]
-  rows: tuple[Row, ...]
+  rows: tuple[FieldRow, ...]
 
 
 def texts(cls: type) -> dict[str, str]:
@@ -101,7 +101,7 @@ def sections(config: Any, path: str = '', annotation: Any = None) -> Iterator:
       inside.append((value, where, hint))
       continue
     text = about.get(field.name, '')
-    rows.append(Row(where, kind_of(hint), value, text))
+    rows.append(FieldRow(where, kind_of(hint), value, text))
     if isinstance(value, dict):
       parts = {k: v for k, v in value.items() if dataclasses.is_dataclass(v)}
       inside += [(v, f'{where}.{k}', None) for k, v in parts.items()]

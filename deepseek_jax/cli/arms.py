@@ -17,7 +17,7 @@ from deepseek_jax.run.config import RunConfig
 _NAME = re.compile(r'[^\w.=+-]+')
 
 
-class Run(NamedTuple):
+class ArmRun(NamedTuple):
   """Describes a run of a sweep.
 
   Attributes:
@@ -108,7 +108,7 @@ def runs(
   seeds: int,
   match: str | None,
   knob: str,
-) -> list[Run]:
+) -> list[ArmRun]:
   """Returns every run of a sweep, arm by arm; all of them are checked.
 
   Args:
@@ -141,7 +141,7 @@ def runs(
         'data.seed': first.data.seed + number,
       }
       name = _folder(point, seed['seed'])
-      out.append(Run(name, config_changes.changed(config, seed), note))
+      out.append(ArmRun(name, config_changes.changed(config, seed), note))
   names = [run.name for run in out]
   if len(set(names)) < len(names):
     raise InputError('--axis: two arms have one name; name other fields')

@@ -47,7 +47,7 @@ def tables(arms: Sequence[comparison.Arm], metric: str) -> list[Table]:
   return out
 
 
-def known_metric(entries: Sequence[comparison.Entry], metric: str) -> None:
+def known_metric(entries: Sequence[comparison.RunFolder], metric: str) -> None:
   """Raises InputError where no run has a metric."""
   if any(comparison.value(entry, metric) is not None for entry in entries):
     return

@@ -91,7 +91,7 @@ def of_config(config: Any, section: str = '') -> str:
   return '\n'.join(out).rstrip()
 
 
-def _row(row: fields.Row) -> list[str]:
+def _row(row: fields.FieldRow) -> list[str]:
   """Returns a field as a flag with its value, its type and its meaning."""
   width = max(shutil.get_terminal_size((100, 24)).columns, 60)
   value = row.value if isinstance(row.value, str) else repr(row.value)

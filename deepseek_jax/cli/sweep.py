@@ -64,7 +64,7 @@ exit $status
 """
 
 
-def planned(folder: Path) -> list[arms.Run]:
+def planned(folder: Path) -> list[arms.ArmRun]:
   """Returns the runs of a sweep: those that the flags make, or the folder's.
 
   Raises:
@@ -78,7 +78,9 @@ def planned(folder: Path) -> list[arms.Run]:
       )
     rows = files.load_json(str(path)).get('runs', [])
     return [
-      arms.Run(r['name'], configs.from_dict(RunConfig, r['config']), r['note'])
+      arms.ArmRun(
+        r['name'], configs.from_dict(RunConfig, r['config']), r['note']
+      )
       for r in rows
     ]
   if 'recipe' in _CONFIG.value:
@@ -104,7 +106,7 @@ def planned(folder: Path) -> list[arms.Run]:
   return made
 
 
-def as_plain(made: list[arms.Run]) -> dict:
+def as_plain(made: list[arms.ArmRun]) -> dict:
   """Returns the runs of a sweep as JSON values."""
   return {
     'runs': [
@@ -144,7 +146,7 @@ def write_slurm(folder: Path, count: int) -> Path:
   return path
 
 
-def run_all(made: list[arms.Run], folder: Path) -> list[str]:
+def run_all(made: list[arms.ArmRun], folder: Path) -> list[str]:
   """Runs what has not ended, one after the other; returns lines on failures.
 
   Raises:

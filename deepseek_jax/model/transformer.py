@@ -98,33 +98,14 @@ def _built(function: Callable) -> bool:
   module = getattr(function, '__module__', '')
   return any(
     module == f.__module__ and name.startswith(f'{f.__name__}.<locals>')
-    for f in (build, functional, lora.adapted)
+    for f in (build, _apply, _draft, functional, lora.adapted)
   )
 
 
-def build(config: TransformerConfig) -> Model:
-  """Makes the pure functions of a model; allocates no array.
-
-  `help(model.apply)` and `help(model.draft)` say what they take.
-
-  Raises:
-    InputError: `config` is no TransformerConfig.
-  """
-  _check_config(config)
-  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
-  dtype = jnp.dtype(config.compute.dtype)
-  abstract, drawn, _, merge, cast = functional(make, dtype, config.lora)
-  if config.lora is not None:
-    lora.check(abstract['params'], config.lora)
-  check = functools.partial(inputs.variables, _shapes(config, abstract))
-
-  def init(key: jax.Array | int) -> dict:
-    """Returns fresh variables of a random key, or of its seed.
-
-    {'params': {...}, 'buffers': {...}}, nested dicts of float32 arrays, and of
-    integers in tables.
-    """
-    return drawn(inputs.random_key(key))
+def _apply(
+  config: TransformerConfig, call: Callable, check: Callable[[dict], None]
+) -> Callable[..., Output]:
+  """Returns `Model.apply` of the module that `call` makes of variables."""
 
   def apply(
     variables: dict,
@@ -158,7 +139,16 @@ def build(config: TransformerConfig) -> Model:
       fresh=fresh,
     )
     with kernels.using(config.compute.kernels):
-      return merge(cast(variables))(ctx, cache, mtp, mtp_state)
+      return call(variables)(ctx, cache, mtp, mtp_state)
+
+  apply.__doc__ = calls.APPLY
+  return apply
+
+
+def _draft(
+  config: TransformerConfig, call: Callable, check: Callable[[dict], None]
+) -> Callable[..., Draft]:
+  """Returns `Model.draft` of the module that `call` makes of variables."""
 
   def draft(
     variables: dict,
@@ -170,6 +160,7 @@ def build(config: TransformerConfig) -> Model:
     *,
     depth: int = 1,
   ) -> Draft:
+    check(variables)
     segments = None if valid is None else jnp.asarray(valid, jnp.int32)
     given = inputs.Given(tokens, positions, segments)
     inputs.check_draft(config, given, cache, state, depth)
@@ -182,9 +173,39 @@ def build(config: TransformerConfig) -> Model:
       fresh=cache.fresh,
     )
     with kernels.using(config.compute.kernels):
-      return merge(cast(variables)).draft(state, ctx, cache, depth)
+      return call(variables).draft(state, ctx, cache, depth)
 
-  apply.__doc__, draft.__doc__ = calls.APPLY, calls.DRAFT
+  draft.__doc__ = calls.DRAFT
+  return draft
+
+
+def build(config: TransformerConfig) -> Model:
+  """Makes the pure functions of a model; allocates no array.
+
+  `help(model.apply)` and `help(model.draft)` say what they take.
+
+  Raises:
+    InputError: `config` is no TransformerConfig.
+  """
+  _check_config(config)
+  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
+  dtype = jnp.dtype(config.compute.dtype)
+  abstract, drawn, _, merge, cast = functional(make, dtype, config.lora)
+  if config.lora is not None:
+    lora.check(abstract['params'], config.lora)
+  check = functools.partial(inputs.variables, _shapes(config, abstract))
+
+  def init(key: jax.Array | int) -> dict:
+    """Returns fresh variables of a random key, or of its seed.
+
+    {'params': {...}, 'buffers': {...}}, nested dicts of float32 arrays, and of
+    integers in tables.
+    """
+    return drawn(inputs.random_key(key))
+
+  call = lambda variables: merge(cast(variables))
+  apply = _apply(config, call, check)
+  draft = _draft(config, call, check)
 
   def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
     """Returns an empty cache for `batch` rows of `slots` tokens."""
@@ -199,7 +220,7 @@ def build(config: TransformerConfig) -> Model:
   def head(variables: dict) -> jax.Array:
     """Returns [D V], what turns `Output.hidden` into logits."""
     check(variables)
-    return merge(cast(variables)).head_weight()
+    return call(variables).head_weight()
 
   def ready(variables: dict) -> dict:
     """Returns variables in the compute dtype, adapters folded in."""

@@ -42,7 +42,7 @@ class Interval(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class RunFolder:
   """Holds what a run's folder says.
 
   Attributes:
@@ -68,7 +68,7 @@ class Arm:
   """Holds the runs of one configuration, a run for each seed."""
 
   name: str
-  runs: tuple[Entry, ...]
+  runs: tuple[RunFolder, ...]
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -92,7 +92,7 @@ def _flat(tree: Any, path: str = '') -> dict[str, Any]:
   return out
 
 
-def read(folder: Path) -> Entry:
+def read(folder: Path) -> RunFolder:
   """Returns what a run's folder holds.
 
   Raises:
@@ -111,7 +111,7 @@ def read(folder: Path) -> Entry:
     for name, p in rows.items()
   }
   config = _flat(files.load_json(str(path)))
-  return Entry(folder, config, results.read(folder), curves)
+  return RunFolder(folder, config, results.read(folder), curves)
 
 
 def folders(given: Sequence[str]) -> list[Path]:
@@ -133,7 +133,7 @@ def folders(given: Sequence[str]) -> list[Path]:
   return list(dict.fromkeys(out))
 
 
-def arms(entries: Sequence[Entry]) -> list[Arm]:
+def arms(entries: Sequence[RunFolder]) -> list[Arm]:
   """Returns the arms of runs, each named by the fields in which they differ.
 
   Raises:
@@ -145,7 +145,7 @@ def arms(entries: Sequence[Entry]) -> list[Arm]:
   told = [
     {n: v for n, v in e.config.items() if not ignored(n)} for e in entries
   ]
-  groups: dict[str, list[Entry]] = {}
+  groups: dict[str, list[RunFolder]] = {}
   for entry, config in zip(entries, told):
     groups.setdefault(json.dumps(config, sort_keys=True), []).append(entry)
   every = {name for config in told for name in config}
@@ -193,7 +193,7 @@ def _distinct(found: list[Arm]) -> list[Arm]:
   ]
 
 
-def value(entry: Entry, metric: str) -> float | None:
+def value(entry: RunFolder, metric: str) -> float | None:
   """Returns the last value of a metric, None if the run has none."""
   held = (entry.results or {}).get('heldout')
   if metric == 'heldout_bits_per_byte' and held:

@@ -26,7 +26,7 @@ from deepseek_jax import files
 from deepseek_jax.console import progress
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.record.json_lines import read_lines
-from deepseek_jax.record.writers import TensorBoard, Writer
+from deepseek_jax.record.writers import ScalarWriter, TensorBoard
 
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
 _SHOWN = {'metrics': 4, 'timings': 1}  # values on the progress line
@@ -52,7 +52,7 @@ class MetricsWriter:
     resume_step: the step that the run continues from: lines of later steps are
       dropped (-1 drops all). None appends to what is there. Write a step's
       lines before saving its checkpoint, or a resumed run lacks them.
-    writers: take every line, too (see writers.Writer); closed with this one.
+    writers: take every line, too (see writers.ScalarWriter); closed with it.
     say: takes one line for each file that is damaged, which is then renamed and
       begun anew with what can be read of it, and for each that lacks steps
       before `resume_step`. None refuses damaged files.
@@ -70,7 +70,7 @@ class MetricsWriter:
     tensorboard: bool = False,
     console: bool = True,
     resume_step: int | None = None,
-    writers: Sequence[Writer] = (),
+    writers: Sequence[ScalarWriter] = (),
     say: Callable[[str], None] | None = None,
   ):
     workdir = Path(workdir)

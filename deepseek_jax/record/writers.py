@@ -1,7 +1,7 @@
 """Sends a run's scalars elsewhere: TensorBoard, Weights & Biases, one's own.
 
-A writer is anything with the methods of `Writer`; ds.fit(..., writers=[...])
-takes them. metrics.jsonl is written in any case, and is what resuming reads.
+A writer is anything with the methods of `ScalarWriter`; `ds.fit` takes a list of
+them. metrics.jsonl is written in any case, and is what resuming reads.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from deepseek_jax.errors import InputError
 
 
-class Writer(Protocol):
+class ScalarWriter(Protocol):
   """Takes the scalars of a run; `write` comes once for each line of metrics."""
 
   def write(

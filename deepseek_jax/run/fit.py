@@ -20,7 +20,7 @@ from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
-from deepseek_jax.record.writers import Writer
+from deepseek_jax.record.writers import ScalarWriter
 from deepseek_jax.run import agreement
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
@@ -82,13 +82,38 @@ def _check(config: object) -> None:
   raise InputError(f'config: is {told(config)}, no RunConfig; {fix}')
 
 
+def _opened(
+  config: RunConfig, model: Model, workdir: Path, console: bool
+) -> tuple[datalib.TokenStore, datalib.Batches, list[str]]:
+  """Opens the data of a run and claims its folder.
+
+  Returns:
+    The tokens, their stream, and how config.json differs from the run, see
+    `claim`.
+  """
+  first = distributed.first()
+  with distributed.first_goes_first():
+    told = say.warn if first else lambda line: None
+    if first and console:
+      print(f'reading {", ".join(config.data.paths)}', flush=True)
+    store = datalib.build(config.data, say=told)
+    batches = datalib.Batches(store, config.data)
+    # A begun run has its weights, whatever became of their source.
+    begun = (workdir / 'config.json').exists()
+    if first and config.init_from and not begun:
+      check_source(config, model, store.tokenizer())
+    changes = claim(workdir, config)
+  return store, batches, changes
+
+
 def fit(
   config: RunConfig,
   workdir: str | Path,
   *,
   console: bool = True,
-  announce: Callable[[RunConfig, datalib.TokenStore], Iterable[str]] | None = None,
-  writers: Sequence[Writer] = (),
+  announce: Callable[[RunConfig, datalib.TokenStore], Iterable[str]]
+  | None = None,
+  writers: Sequence[ScalarWriter] = (),
   profile: tuple[int, int] | None = None,
 ) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
@@ -118,17 +143,7 @@ def fit(
       model = build(config.model)
       # Whatever does not fit is found here.
       steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
-      with distributed.first_goes_first():
-        told = say.warn if first else lambda line: None
-        if first and console:
-          print(f'reading {", ".join(config.data.paths)}', flush=True)
-        store = datalib.build(config.data, say=told)
-        batches = datalib.Batches(store, config.data)
-        # A begun run has its weights, whatever became of their source.
-        begun = (workdir / 'config.json').exists()
-        if first and config.init_from and not begun:
-          check_source(config, model, store.tokenizer())
-        changes = claim(workdir, config)
+      store, batches, changes = _opened(config, model, workdir, console)
       agreement.check_data(config, store)
     with Checkpoints(
       workdir / 'checkpoints',

@@ -25,7 +25,7 @@ from deepseek_jax.record.metrics import (
   unused,
 )
 from deepseek_jax.record.routing import FlightRecorder
-from deepseek_jax.record.writers import WandB, Writer
+from deepseek_jax.record.writers import ScalarWriter, WandB
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.train import layer_losses
@@ -56,7 +56,7 @@ class StepRecord:
     resumed: int,
     *,
     console: bool,
-    writers: Sequence[Writer] = (),
+    writers: Sequence[ScalarWriter] = (),
   ):
     """Opens the files of a run's folder, in process 0.
 
@@ -163,7 +163,7 @@ def _writer(
   workdir: Path,
   resumed: int,
   console: bool,
-  writers: Sequence[Writer],
+  writers: Sequence[ScalarWriter],
 ) -> MetricsWriter | NoMetrics:
   """Returns the writer of metrics; one that writes nothing but in process 0."""
   if not distributed.first():

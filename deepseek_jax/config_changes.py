@@ -78,6 +78,7 @@ def _changed(config: Any, edits: _Edits, path: str, annotation: Any) -> Any:
     if not names:
       raise InputError(f'{below(name)}: {name} is a field of {config!r}')
     if name not in names:
-      raise InputError(unknown_field('', below(name), names, type(config)))
+      where = below(name).removesuffix(name)
+      raise InputError(unknown_field(where, name, names, type(config)))
     new[name] = _changed(getattr(config, name), edit, below(name), hints[name])
   return dataclasses.replace(config, **new)

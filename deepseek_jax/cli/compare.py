@@ -8,6 +8,7 @@ their seeds are one arm; the first arm is what the others are compared with.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from deepseek_jax.cli import common
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.record import comparison
 from deepseek_jax.record.report import compared
+from deepseek_jax.run import folder
 
 METRIC = 'heldout_bits_per_byte'
 _OUT = flags.DEFINE_string('out', 'compare.html', 'Where the page goes.')
@@ -65,10 +67,12 @@ def compare(
   json_path: str | None,
 ) -> None:
   """Prints the tables of runs and writes their page, and their numbers."""
-  entries = [comparison.read(path) for path in comparison.folders(given)]
+  found = comparison.folders(given)
+  entries = [comparison.read(path, folder.filled) for path in found]
   known_metric(entries, metric)
   arms = comparison.arms(entries)
-  console = Console()
+  # A log has no width: rows stay whole.
+  console = Console(width=None if sys.stdout.isatty() else 180)
   for line in comparison.cautions(arms):
     console.print(line, style='yellow', markup=False, highlight=False)
   for table in tables(arms, metric):

@@ -8,7 +8,7 @@ none.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +92,14 @@ def _flat(tree: Any, path: str = '') -> dict[str, Any]:
   return out
 
 
-def read(folder: Path) -> RunFolder:
+def read(
+  folder: Path, fill: Callable[[dict], dict] = lambda config: config
+) -> RunFolder:
   """Returns what a run's folder holds.
+
+  Args:
+    folder: of the run.
+    fill: gives a config.json the fields that came after it.
 
   Raises:
     InputError: it is no run's.
@@ -110,7 +116,7 @@ def read(folder: Path) -> RunFolder:
     name: (np.array([s for s, _ in p]), np.array([v for _, v in p], float))
     for name, p in rows.items()
   }
-  config = _flat(files.load_json(str(path)))
+  config = _flat(fill(files.load_json(str(path))))
   return RunFolder(folder, config, results.read(folder), curves)
 
 

@@ -113,7 +113,7 @@ def _changes(workdir: Path, config: RunConfig) -> list[str]:
     'put it back as it was, or begin another run with its weights'
     f' (--workdir=ANOTHER --config.init_from={workdir})',
   )
-  lines = _differences(_filled(written), as_json(config))
+  lines = _differences(filled(written), as_json(config))
   saved = has_checkpoint(workdir)
   wrong = {
     name: line
@@ -239,7 +239,7 @@ def _parts(written: dict) -> tuple[dict, dict]:
   return rest, code if isinstance(code, dict) else {}
 
 
-def _filled(written: dict) -> dict:
+def filled(written: dict) -> dict:
   """Returns a config.json with defaults for the fields that came after it."""
   try:
     return as_json(configs.from_dict(RunConfig, written))
@@ -347,7 +347,7 @@ def restore(
     )
   if not restored.config:  # saved by hand
     return restored
-  lines = _differences(_filled(restored.config), as_json(config))
+  lines = _differences(filled(restored.config), as_json(config))
   other = {n for n in lines if not _is_free(n) and n != _MOVED}
   if other and other <= set(extension.FIELDS):
     other = other if _growth(restored.config, config, step) else set()

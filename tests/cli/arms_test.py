@@ -64,21 +64,25 @@ class RunsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, f'arm model.*{words}'):
       _runs(axis)
 
-  @parameterized.product(
-    name=('active_params', 'params', 'flops'), kind=('gqa', 'dsa')
-  )
-  def test_arms_are_matched(self, name, kind):
-    made = _runs(f'model.attention.kind=mla,{kind}', match=name)
+  @parameterized.parameters('active_params', 'params', 'flops')
+  def test_arms_are_matched(self, name):
+    axes = ('model.attention.kind=gqa', 'model.attention.kv_heads=4,1')
+    made = _runs(*axes, match=name)
     cost = matching.quantity(name, ds.recipes.v3_tiny().data.seq_len)
     first, second = (cost(run.config.model) for run in made)
     self.assertLess(abs(second / first - 1), matching.CLOSE)
-    unmatched = _runs(f'model.attention.kind=mla,{kind}')[1]
-    self.assertNotEqual(cost(unmatched.config.model), second)
-    self.assertEqual(
-      made[0].config, _runs('model.attention.kind=mla')[0].config
-    )
+    plain = _runs(*axes)
+    self.assertEqual(made[0].config, plain[0].config)
+    unmatched = cost(plain[1].config.model)
+    self.assertLess(abs(second - first), abs(unmatched - first) / 2)
     self.assertIn('width = ', made[1].note)
     self.assertIn(name, made[1].note)
+
+  def test_what_is_too_large_to_match_is_named(self):
+    with self.assertRaisesRegex(
+      ds.InputError, r'kind=dsa.* the closest is .*--match_by=depth'
+    ):
+      _runs('model.attention.kind=mla,dsa', match='flops')
 
 
 class MatchTest(parameterized.TestCase):

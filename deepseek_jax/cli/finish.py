@@ -113,7 +113,7 @@ def held_out(run: Run) -> dict[str, Any] | None:
   )
   return {
     'bits_per_byte': evaluate.bits_per_byte(run.model, run.variables, heldout),
-    'baselines': datalib.baselines(heldout, run.store.vocab_size),
+    'baselines': datalib.bits_to_beat(heldout, run.store.vocab_size),
     'documents': len(heldout.documents),
     'tokens': heldout.tokens,
     'bytes': heldout.bytes,

@@ -1,7 +1,7 @@
 """Sends a run's scalars elsewhere: TensorBoard, Weights & Biases, one's own.
 
-A writer is anything with the methods of `ScalarWriter`; `ds.fit` takes a list of
-them. metrics.jsonl is written in any case, and is what resuming reads.
+A writer is anything with the methods of `ScalarWriter`; `ds.fit` takes several.
+metrics.jsonl is written in any case, and is what resuming reads.
 """
 
 import os

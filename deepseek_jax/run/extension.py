@@ -78,14 +78,15 @@ def extended(config: RunConfig, tokens: float, steps: int) -> RunConfig:
     InputError: steps that are saved would have been others.
   """
   train, done = config.train, tokens_after(config, steps)
+  sized = dataclasses.replace(train, tokens=float(tokens))  # refuses 0 and NaN
   moved = {}
   for name in _SWITCHES:
     switch = getattr(train, name)
     at = switch.until * train.tokens
-    if at < done:  # it has switched, and stays where it did
+    # What has switched, or would have in a shorter run, stays where it is.
+    if at < done or tokens < train.tokens:
       moved[name] = dataclasses.replace(switch, until=at / tokens)
-  train = dataclasses.replace(train, tokens=float(tokens), **moved)
-  out = dataclasses.replace(config, train=train)
+  out = dataclasses.replace(config, train=dataclasses.replace(sized, **moved))
   why = problem(config, out, steps)
   if why:
     raise InputError(f'train.tokens = {tokens:g}: {why}')

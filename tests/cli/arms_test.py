@@ -95,6 +95,16 @@ class MatchTest(parameterized.TestCase):
     self.assertEqual(found.changes, {'layout': deep.layout})
     self.assertEqual(found.cost, found.goal)
 
+  def test_active_parameters_are_those_of_a_token(self):
+    config = ds.presets.v3_tiny()
+    count = ds.plan.count_parameters(config)
+    for name, number in (
+      ('active_params', count.active),
+      ('params', count.total),
+    ):
+      self.assertEqual(matching.quantity(name, 64)(config), number)
+    self.assertLess(count.active, count.total)
+
   def test_what_is_equal_stays(self):
     config = ds.presets.v3_tiny()
     found = matching.match(config, config, 'flops', seq_len=64)

@@ -1,4 +1,4 @@
-"""A run, its results, its extension, a sweep: real processes, one tiny model."""
+"""A run, its results and extension, a sweep: real processes, a tiny model."""
 
 import json
 import os

@@ -16,13 +16,14 @@ from flax import nnx
 
 from deepseek_jax.config import key, kind_name
 from deepseek_jax.errors import InputError, told
-from deepseek_jax.model import calls, kernels, lora
+from deepseek_jax.model import calls, drafting, kernels, lora
 from deepseek_jax.model import given as inputs
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import context
+from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.functional import functional
-from deepseek_jax.model.network import Draft, Output, Transformer
-from deepseek_jax.model.stacks import empty_cache, empty_mtp_cache
+from deepseek_jax.model.network import Output, Transformer
+from deepseek_jax.model.stacks import empty_cache
 from deepseek_jax.model.transformer_config import TransformerConfig
 
 
@@ -98,7 +99,7 @@ def _built(function: Callable) -> bool:
   module = getattr(function, '__module__', '')
   return any(
     module == f.__module__ and name.startswith(f'{f.__name__}.<locals>')
-    for f in (build, _apply, _draft, functional, lora.adapted)
+    for f in (build, _apply, functional, lora.adapted, drafting.functions)
   )
 
 
@@ -145,40 +146,6 @@ def _apply(
   return apply
 
 
-def _draft(
-  config: TransformerConfig, call: Callable, check: Callable[[dict], None]
-) -> Callable[..., Draft]:
-  """Returns `Model.draft` of the module that `call` makes of variables."""
-
-  def draft(
-    variables: dict,
-    state: jax.Array,
-    tokens: jax.Array,
-    cache: Cache,
-    positions: jax.Array,
-    valid: jax.Array | None = None,
-    *,
-    depth: int = 1,
-  ) -> Draft:
-    check(variables)
-    segments = None if valid is None else jnp.asarray(valid, jnp.int32)
-    given = inputs.Given(tokens, positions, segments)
-    inputs.check_draft(config, given, cache, state, depth)
-    ctx = context(
-      tokens,
-      segments,
-      config.vocab_size,
-      positions=positions,
-      cached=True,
-      fresh=cache.fresh,
-    )
-    with kernels.using(config.compute.kernels):
-      return call(variables).draft(state, ctx, cache, depth)
-
-  draft.__doc__ = calls.DRAFT
-  return draft
-
-
 def build(config: TransformerConfig) -> Model:
   """Makes the pure functions of a model; allocates no array.
 
@@ -205,17 +172,11 @@ def build(config: TransformerConfig) -> Model:
 
   call = lambda variables: merge(cast(variables))
   apply = _apply(config, call, check)
-  draft = _draft(config, call, check)
 
   def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
     """Returns an empty cache for `batch` rows of `slots` tokens."""
     inputs.sizes(batch=batch, slots=slots)
     return empty_cache(config, dtype, batch, slots, spare)
-
-  def init_mtp_cache(batch: int, slots: int, spare: int = 0) -> Cache:
-    """Returns an empty cache for the blocks of multi-token prediction."""
-    inputs.sizes(batch=batch, slots=slots)
-    return empty_mtp_cache(config, dtype, batch, slots, spare)
 
   def head(variables: dict) -> jax.Array:
     """Returns [D V], what turns `Output.hidden` into logits."""
@@ -227,17 +188,14 @@ def build(config: TransformerConfig) -> Model:
     check(variables)
     return cast(variables)
 
-  return Model(
-    config,
-    init,
-    apply,
-    init_cache,
-    head,
-    ready,
-    abstract,
-    init_mtp_cache,
-    draft,
-  )
+  def checked(variables: dict) -> Transformer:
+    check(variables)
+    return call(variables)
+
+  empty = lambda config, *sizes: empty_cache(config, dtype, *sizes)
+  drafts = drafting.functions(config, checked, empty)
+  drafts.draft.__doc__ = calls.DRAFT
+  return Model(config, init, apply, init_cache, head, ready, abstract, *drafts)
 
 
 def _check_config(config: Any) -> None:

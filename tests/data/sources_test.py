@@ -71,7 +71,7 @@ class SourcesTest(parameterized.TestCase):
       np.testing.assert_array_equal(
         straight.next(8)['tokens'], resumed.next(8)['tokens']
       )
-    self.assertEqual(straight.shares, resumed.shares)
+    self.assertEqual(straight.drawn, resumed.drawn)
 
   def test_processes_agree_on_rows_and_shares(self):
     single, parts = self.batches(), [self.batches() for _ in range(2)]

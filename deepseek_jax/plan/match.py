@@ -21,6 +21,7 @@ _WIDTHS = ('ffn.width', 'moe.width')
 _STEP = 8  # widths are multiples of it
 _MOST = 32.0  # times as wide, or as deep
 CLOSE = 0.02  # of the goal
+_EQUAL = 1e-3  # of the goal: no change is worth it
 
 
 class Matched(NamedTuple):
@@ -71,6 +72,11 @@ def _wider(config: TransformerConfig, times: float) -> dict[str, int]:
   return out
 
 
+def _dense_wider(config: TransformerConfig, times: float) -> dict[str, int]:
+  """Returns the width of the dense FFN alone, times a factor."""
+  return {'ffn.width': _wider(config, times)['ffn.width']}
+
+
 def _deeper(config: TransformerConfig, times: float) -> dict[str, tuple]:
   """Returns the layout with the repeats of its last entry times a factor."""
   *first, (names, repeat) = config.layout
@@ -94,19 +100,20 @@ def match(
     raise InputError(f'match_by = {knob!r}: must be one of {", ".join(KNOBS)}')
   cost = quantity(name, seq_len)
   goal, turn = cost(like), {'width': _wider, 'depth': _deeper}[knob]
-  at = lambda times: changed(config, turn(config, times))
   made = config
-  if abs(cost(config) / goal - 1) > 1e-3:
-    whole = lambda times: repr(turn(config, times))
-    made = at(_solved(lambda times: cost(at(times)), whole, goal))
-  wanted = {
-    path: value
-    for path, value in turn(made, 1.0).items()
-    if made != config and _field(config, path) != value
+  if abs(cost(config) / goal - 1) > _EQUAL:
+    made = _at(config, turn, cost, goal)
+  both = made.ffn is not None and made.moe is not None
+  if knob == 'width' and both and abs(cost(made) / goal - 1) > _EQUAL:
+    # A step of all experts is large: the dense FFN makes up the rest.
+    finer = _at(made, _dense_wider, cost, goal)
+    made = min((made, finer), key=lambda c: abs(cost(c) - goal))
+  changes = {
+    path: _field(made, path)
+    for path in turn(made, 1.0)
+    if _field(made, path) != _field(config, path)
   }
-  # Rounding by one step may have changed a width that was no multiple of it.
-  made = changed(config, wanted) if wanted else config
-  out = Matched(made, wanted, cost(made), goal)
+  out = Matched(made, changes, cost(made), goal)
   if abs(out.off) > CLOSE:
     other = 'depth' if knob == 'width' else 'width'
     raise InputError(
@@ -115,6 +122,18 @@ def match(
       ' change the arm'
     )
   return out
+
+
+def _at(
+  config: TransformerConfig,
+  turn: Callable[[TransformerConfig, float], dict],
+  cost: Callable[[TransformerConfig], float],
+  goal: float,
+) -> TransformerConfig:
+  """Returns a model turned to where its cost is nearest to a goal."""
+  at = lambda times: changed(config, turn(config, times))
+  whole = lambda times: repr(turn(config, times))
+  return at(_solved(lambda times: cost(at(times)), whole, goal))
 
 
 def _field(config: TransformerConfig, path: str) -> object:

@@ -39,7 +39,10 @@ def of_launcher(doc: str, program: str) -> str:
   for flag in _flags(program):
     default = '' if flag.default is None else f' (default: {flag.default!r})'
     out += [f'  --{flag.name}: {line}' for line in [f'{flag.help}{default}']]
-  if 'config' in flags.FLAGS:
+  # Launchers that read a run's folder have a --config without fields.
+  if 'config' in flags.FLAGS and hasattr(
+    type(flags.FLAGS['config']), 'override_values'
+  ):
     out += [
       '',
       '--help with --config=NAME_OR_FILE lists every field, --help=model.moe'

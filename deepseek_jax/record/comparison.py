@@ -32,12 +32,11 @@ class Interval(NamedTuple):
 
   def __str__(self) -> str:
     """Returns mean and half width, to the digits that mean something."""
-    if self.half is None:
+    if self.half is None or not math.isfinite(self.mean):
       return f'{self.mean:.4g}'
-    digits = (
-      3 if not self.half else max(0, 1 - math.floor(math.log10(self.half)))
-    )
-    digits = min(digits, 9)
+    digits = 3
+    if self.half:
+      digits = min(max(0, 1 - math.floor(math.log10(self.half))), 9)
     return f'{self.mean:.{digits}f} ± {self.half:.{digits}f}'
 
 
@@ -203,7 +202,7 @@ def value(entry: RunFolder, metric: str) -> float | None:
   """Returns the last value of a metric, None if the run has none."""
   held = (entry.results or {}).get('heldout')
   if metric == 'heldout_bits_per_byte' and held:
-    return held['bits_per_byte']
+    return float(held['bits_per_byte'])  # 'nan' of a run that diverged
   if metric not in entry.curves:
     return None
   return float(entry.curves[metric][1][-1])
@@ -231,6 +230,8 @@ def differences(found: Sequence[Arm], metric: str) -> list[Difference]:
     made = interval([mine[seed] - first[seed] for seed in both])
     if made.half is None:
       verdict = 'one seed: it may be noise'
+    elif not math.isfinite(made.mean):
+      verdict = 'a run diverged'
     elif abs(made.mean) <= made.half:
       verdict = 'not told from 0'
     else:

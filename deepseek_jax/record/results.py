@@ -1,6 +1,7 @@
 """Writes and reads what a run reached: results.json beside its config.json."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -23,9 +24,18 @@ def write(workdir: Path, values: Mapping[str, Any]) -> Path:
   """Writes a run's results, whole or not at all; returns their path."""
   path = workdir / FILE
   with files.whole(path) as scratch:
-    text = json.dumps(values, indent=2, allow_nan=False)
+    text = json.dumps(_finite(values), indent=2, allow_nan=False)
     scratch.write_text(f'{text}\n', encoding='utf-8')
   return path
+
+
+def _finite(value: Any) -> Any:
+  """Returns values with 'nan' and 'inf' as texts: JSON has no such number."""
+  if isinstance(value, Mapping):
+    return {name: _finite(inner) for name, inner in value.items()}
+  if isinstance(value, float) and not math.isfinite(value):
+    return str(value)
+  return value
 
 
 def read(workdir: Path) -> dict[str, Any] | None:

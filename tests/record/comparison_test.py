@@ -135,6 +135,21 @@ class ComparisonTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, 'same seeds; name one'):
       comparison.arms([*entries])
 
+  def test_a_run_that_diverged_is_no_number_but_no_crash(self):
+    _run(self.folder, 'a', 2.0)
+    _run(self.folder, 'b', math.nan, scoring='softmax')
+    entries = map(comparison.read, comparison.folders([str(self.folder)]))
+    arms = comparison.arms([*entries])
+    self.assertEqual(comparison.table(arms, _METRIC)[1][_METRIC], 'nan')
+    (made,) = comparison.differences(arms, _METRIC)
+    self.assertEqual(made.verdict, 'one seed: it may be noise')
+
+  def test_a_diverged_seed_is_told(self):
+    arms = self._sweep(theirs=(1.9, math.nan, 1.97))
+    (made,) = comparison.differences(arms, _METRIC)
+    self.assertEqual(made.verdict, 'a run diverged')
+    self.assertEqual(comparison.table(arms, _METRIC)[1][_METRIC], 'nan')
+
   @parameterized.parameters('nowhere', '.')
   def test_a_folder_without_runs_is_named(self, name):
     with self.assertRaisesRegex(ds.InputError, 'is no folder|holds no run'):
@@ -198,9 +213,13 @@ class ResultsTest(absltest.TestCase):
       self.assertIsNone(results.read(Path(folder)))
       results.write(Path(folder), {'heldout': None})
       self.assertEqual(results.read(Path(folder)), {'heldout': None})
-      with self.assertRaises(ValueError):
-        results.write(Path(folder), {'x': math.nan})
-      self.assertEqual(results.read(Path(folder)), {'heldout': None})
+      # A run that diverged has results, too.
+      results.write(Path(folder), {'x': {'y': math.nan}, 'z': -math.inf})
+      found = results.read(Path(folder))
+      self.assertEqual(found, {'x': {'y': 'nan'}, 'z': '-inf'})
+      with self.assertRaises(TypeError):
+        results.write(Path(folder), {'x': object()})
+      self.assertEqual(results.read(Path(folder)), found)
 
 
 if __name__ == '__main__':

@@ -13,10 +13,12 @@ from deepseek_jax.run.config import RunConfig
 def lines(config: RunConfig, store: datalib.TokenStore) -> Iterator[str]:
   """Yields the first lines of a run whose text is tokenised."""
   train, held = store.index['train'], store.index['heldout']
+  files = store.index.get('corpus_files')  # a store of before has none
+  paths = ', '.join(config.data.paths)
+  read = f'{paths}: {files:,} files' if files else paths
   yield (
-    f'data: {", ".join(config.data.paths)}: {train["documents"]:,} documents,'
-    f' {train["tokens"]:,} tokens to train on; {held["documents"]:,} held out'
-    f' ({held["bytes"]:,} bytes)'
+    f'data: {read}, {train["documents"]:,} documents, {train["tokens"]:,} tokens'
+    f' to train on; {held["documents"]:,} held out ({held["bytes"]:,} bytes)'
   )
   about = store.index['tokenizer']
   yield f'tokenizer: {about["kind"]}, {about["vocab_size"]:,} tokens'

@@ -18,6 +18,7 @@ class Census(NamedTuple):
   characters: int  # of the training documents
   nearest: float  # the least fraction that holds out a document
   left_out: str  # a line for the user, or ''
+  files: int  # that were read
 
 
 def census_of(config: DataConfig) -> Census:
@@ -36,7 +37,13 @@ def census_of(config: DataConfig) -> Census:
       characters += len(doc.text)
   out.check_records(train + heldout)
   census = Census(
-    digest.hexdigest(), train, heldout, characters, nearest, out.line()
+    digest.hexdigest(),
+    train,
+    heldout,
+    characters,
+    nearest,
+    out.line(),
+    out.read,
   )
   _check_split(config, census)
   return census

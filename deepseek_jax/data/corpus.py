@@ -84,6 +84,7 @@ def _read(
 ) -> Iterator[Document]:
   """Yields the documents of files; counts records without text in `out`."""
   for file in found:
+    out.read += 1
     stem = os.fsencode(file.name).decode('utf-8', 'backslashreplace')
     for place, text in readers.texts(file, whole=whole):
       if text is None:

@@ -92,7 +92,8 @@ def _write(path: str, config: DataConfig, census: Census, recipe: dict) -> None:
         f'data.path={config.path!r} changed while it was read: run again'
       )
     tokenizer.save(folder)
-    store.write_index(folder, index | {'recipe': recipe})
+    about = {'recipe': recipe, 'corpus_files': census.files}
+    store.write_index(folder, index | about)
     _publish(folder, path)
   except OSError as error:
     raise InputError(

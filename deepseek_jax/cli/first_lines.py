@@ -17,8 +17,9 @@ def lines(config: RunConfig, store: datalib.TokenStore) -> Iterator[str]:
   paths = ', '.join(config.data.paths)
   read = f'{paths}: {files:,} files' if files else paths
   yield (
-    f'data: {read}, {train["documents"]:,} documents, {train["tokens"]:,} tokens'
-    f' to train on; {held["documents"]:,} held out ({held["bytes"]:,} bytes)'
+    f'data: {read}, {train["documents"]:,} documents,'
+    f' {train["tokens"]:,} tokens to train on;'
+    f' {held["documents"]:,} held out ({held["bytes"]:,} bytes)'
   )
   about = store.index['tokenizer']
   yield f'tokenizer: {about["kind"]}, {about["vocab_size"]:,} tokens'

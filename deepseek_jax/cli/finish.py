@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax import data as datalib
+from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_flops, count_parameters
 from deepseek_jax.record import flight, load_balance, metrics, results, writers
 from deepseek_jax.record.report.page import Sample, write_report
 from deepseek_jax.run.checkpoint import flatten
+from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.fit import Run
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.train import evaluate
@@ -69,7 +71,6 @@ def results_of(run: Run, workdir: Path) -> dict[str, Any]:
   config, state = run.config, run.state
   count = count_parameters(config.model)
   tokens = int(state.sequences) * config.data.seq_len
-  flops = count_flops(config.model, config.data.seq_len, mtp=True)
   store = run.store
   return {
     'heldout': held_out(run),
@@ -79,10 +80,7 @@ def results_of(run: Run, workdir: Path) -> dict[str, Any]:
     'seconds': _seconds(workdir),
     'tokens_per_second': run.tokens_per_second,
     'parameters': {'total': count.total, 'active': count.active},
-    'flops': {
-      'training': flops.per_token * tokens,
-      'per_token': flops.per_token,
-    },
+    'flops': _flops(config, tokens),
     'peak_memory_bytes': results.peak_memory(),
     'seed': config.seed,
     'data': {
@@ -95,6 +93,18 @@ def results_of(run: Run, workdir: Path) -> dict[str, Any]:
     'machine': results.machine(),
     'git': results.git_state(Path(__file__).parent),
   }
+
+
+def _flops(config: RunConfig, tokens: int) -> dict[str, float] | None:
+  """Returns the FLOPs of a run; None of layers that the planner doesn't know.
+
+  Those are of a user's own classes.
+  """
+  try:
+    made = count_flops(config.model, config.data.seq_len, mtp=True)
+  except InputError:
+    return None
+  return {'training': made.per_token * tokens, 'per_token': made.per_token}
 
 
 def held_out(run: Run) -> dict[str, Any] | None:

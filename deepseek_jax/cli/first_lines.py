@@ -7,6 +7,7 @@ import jax
 from deepseek_jax import data as datalib
 from deepseek_jax import plan
 from deepseek_jax.cli import run_plan
+from deepseek_jax.errors import InputError
 from deepseek_jax.run.config import RunConfig
 
 
@@ -31,13 +32,21 @@ def lines(config: RunConfig, store: datalib.TokenStore) -> Iterator[str]:
     f'steps: {config.steps:,} of {batch.size} x {config.data.seq_len} tokens,'
     f' {epochs:.2g} epochs; schedule {config.train.schedule.kind}'
   )
-  made = run_plan.plan_of(config)
-  each = plan.device_bytes(made.model, made.recipe.mesh, made.recipe.training)
-  most = max(each, key=lambda classes: sum(classes.values()))
-  parts = ', '.join(f'{n} {_size(b)}' for n, b in most.items() if b)
-  yield f'memory: {_size(sum(most.values()))} a device by the plan ({parts})'
+  yield f'memory: {_memory(config)}'
   device = jax.local_devices()[0]
   yield f'devices: {config.mesh.spread or "one"}, {device.device_kind}'
+
+
+def _memory(config: RunConfig) -> str:
+  """Returns the bytes of a device by the plan, or why there is none."""
+  made = run_plan.plan_of(config)
+  try:
+    each = plan.device_bytes(made.model, made.recipe.mesh, made.recipe.training)
+  except InputError as error:  # the planner knows no layers of one's own
+    return f'not planned ({error})'
+  most = max(each, key=lambda classes: sum(classes.values()))
+  parts = ', '.join(f'{n} {_size(b)}' for n, b in most.items() if b)
+  return f'{_size(sum(most.values()))} a device by the plan ({parts})'
 
 
 def _size(size: int) -> str:

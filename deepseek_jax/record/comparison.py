@@ -257,9 +257,9 @@ def cautions(found: Sequence[Arm]) -> list[str]:
       out.append(f'{unit} differ: {each[0]:,} to {each[-1]:,}')
   for name, get in (
     ('active parameters', lambda r: r['parameters']['active']),
-    ('training FLOPs', lambda r: r['flops']['training']),
+    ('training FLOPs', lambda r: (r['flops'] or {}).get('training')),
   ):
-    each = sorted({get(r) for r in ended})
+    each = sorted({n for r in ended if (n := get(r))})
     if each and each[-1] > 1.02 * each[0]:
       out.append(
         f'{name} differ by {100 * (each[-1] / each[0] - 1):.0f} %:'
@@ -283,7 +283,7 @@ def table(found: Sequence[Arm], metric: str) -> list[dict[str, str]]:
         'tokens': mean(lambda r: r['tokens']),
         'parameters': mean(lambda r: r['parameters']['total']),
         'active': mean(lambda r: r['parameters']['active']),
-        'FLOPs': mean(lambda r: r['flops']['training']),
+        'FLOPs': mean(lambda r: (r['flops'] or {}).get('training')),
         'tokens/s': mean(lambda r: r['tokens_per_second']),
         'seconds': mean(lambda r: r['seconds']),
         'peak MiB': mean(lambda r: (r['peak_memory_bytes'] or 0) / 2**20),

@@ -128,6 +128,14 @@ class ComparisonTest(parameterized.TestCase):
     ):
       self.assertIn(words, lines)
 
+  def test_layers_that_no_planner_knows_have_no_flops(self):
+    _run(self.folder, 'a', 2.0)
+    _run(self.folder, 'b', 1.0, scoring='softmax', flops=None)
+    entries = map(comparison.read, comparison.folders([str(self.folder)]))
+    arms = comparison.arms([*entries])
+    self.assertEqual(comparison.table(arms, _METRIC)[1]['FLOPs'], '—')
+    self.assertEqual(comparison.cautions(arms), [])
+
   def test_two_runs_of_one_seed_are_refused(self):
     _run(self.folder, 'a', 2.0)
     _run(self.folder, 'b', 2.0)

@@ -148,7 +148,16 @@ def run(
     _note(op, impl, '', shapes)
     return reference(*args)
   if impl is not None:
-    out = _launch(op, implementations[impl], args)
+    try:
+      out = _launch(op, implementations[impl], args)
+    except ValueError as error:
+      # Pallas names its own mode, not what was asked for.
+      if 'interpret mode' not in str(error):
+        raise
+      raise NotImplementedError(
+        f'{op}: impl={impl!r} needs a Hopper GPU, and the device is'
+        f" {jax.default_backend()}; use None or 'reference'"
+      ) from None
     _note(op, impl, '', shapes)
     return out
   reason, level = None, logging.INFO

@@ -99,9 +99,9 @@ class SwitchConfig:
   """Describes a value that changes once.
 
   Attributes:
-    first: the value at the beginning.
-    last: the value after the change.
-    until: share of the run's tokens at which it changes.
+    first: value at the start.
+    last: value after the change.
+    until: share of the run at which it changes.
   """
 
   first: float

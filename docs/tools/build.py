@@ -26,12 +26,14 @@ launcher = importlib.import_module(f'deepseek_jax.cli.{sys.argv[1]}')
 from absl import flags
 from deepseek_jax.cli import common
 from deepseek_jax.run.config import RunConfig
+kind = 'plan' if sys.argv[1] == 'plan' else 'run'
 status = 0
 for line in sys.stdin.read().splitlines():
   child = os.fork()
   if not child:
     try:
-      flags.FLAGS([sys.argv[1], *shlex.split(line)])
+      argv = common._as_files([sys.argv[1], *shlex.split(line)], kind)
+      flags.FLAGS(argv)
       if sys.argv[1] == 'pretrain':
         common.frozen(RunConfig, launcher._CONFIG.value)
     except BaseException as error:
@@ -125,6 +127,7 @@ def main() -> int:
   built = subprocess.run(
     [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet'],
     cwd=pages.ROOT,
+    env=os.environ | {'NO_MKDOCS_2_WARNING': '1'},
     check=False,
   )
   if built.returncode:

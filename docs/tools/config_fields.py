@@ -7,14 +7,12 @@ python docs/tools/config_fields.py --check   # status 1 if it is out of date
 import dataclasses
 import inspect
 import pathlib
-import re
 import sys
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 import deepseek_jax as ds
-from deepseek_jax import plan
+from deepseek_jax import fields, plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'config.md'
@@ -36,7 +34,6 @@ TREES = (
     'What `ds.plan.estimate` and `experiments.plan` take beside a model.',
   ),
 )
-_LINE = re.compile(r'^( *)(\w+(?:, \w+)*): (.*)$')
 _INTRO = """# Every configuration field
 
 <!-- Written by docs/tools/config_fields.py: edit the docstrings instead. -->
@@ -68,32 +65,6 @@ def walk(cls: type, path: str | None, seen: dict[type, str | None]) -> None:
     below = None if path is None else f'{path}.{field.name}'.lstrip('.')
     for other in nested(hints[field.name]):
       walk(other, below, seen)
-
-
-def documented(cls: type) -> dict[str, str]:
-  """Returns what the docstrings of a class and its bases say of each field."""
-  found: dict[str, str] = {}
-  names = {field.name for field in dataclasses.fields(cls)}
-  for base in cls.__mro__:
-    for name, text in _entries(inspect.getdoc(base) or '', names):
-      found.setdefault(name, text)
-  return found
-
-
-def _entries(doc: str, names: set[str]) -> Iterator[tuple[str, str]]:
-  """Yields (field, text) of lines like 'a, b: text' and what follows them."""
-  lines = doc.splitlines()
-  for number, line in enumerate(lines):
-    match = _LINE.match(line)
-    if not match or not set(match[2].split(', ')) <= names:
-      continue
-    text = [match[3]]
-    for more in lines[number + 1 :]:
-      if not more.startswith(match[1] + ' '):
-        break
-      text.append(more.strip())
-    for name in match[2].split(', '):
-      yield name, ' '.join(text)
 
 
 def shown_type(hint: Any, known: dict) -> str:
@@ -149,7 +120,7 @@ def _cell(text: str) -> str:
 
 def section(cls: type, path: str | None, known: dict) -> str:
   """Returns the section of one dataclass."""
-  hints, texts = typing.get_type_hints(cls), documented(cls)
+  hints, texts = typing.get_type_hints(cls), fields.texts(cls)
   file = pathlib.Path(inspect.getsourcefile(cls)).relative_to(ROOT)
   owner = 'plan' if (path or '').startswith('recipe') else 'run'
   where = f'`{path}` of a {owner}, ' if path else ''
@@ -176,7 +147,7 @@ def undocumented() -> list[str]:
     f'{cls.__name__}.{field.name}'
     for cls in seen
     for field in dataclasses.fields(cls)
-    if field.name not in documented(cls)
+    if field.name not in fields.texts(cls)
   ]
 
 

@@ -27,12 +27,13 @@ class YarnConfig:
   when either is absent (the reading of transformers).
 
   Attributes:
-    factor: how much longer texts are than those trained on.
-    original_length: tokens of the texts trained on.
-    beta_fast: channels with more rotations over that length stay as they are.
-    beta_slow: channels with fewer are slowed by the whole factor.
-    mscale, mscale_all_dim: see above; the latter multiplies the softmax scale.
-    attention_factor: multiplies cos and sin in place of both.
+    factor: how many times longer texts become.
+    original_length: tokens of the texts before.
+    beta_fast: rotations in the original length from which a frequency stays.
+    beta_slow: rotations up to which a frequency is slowed by all of `factor`.
+    mscale: of cos and sin, as above; None: absent.
+    mscale_all_dim: of the softmax, squared; None: absent.
+    attention_factor: the cos/sin multiplier itself, or None.
   """
 
   factor: float = 40.0
@@ -56,11 +57,10 @@ class Llama3Config:
   """Slows long wavelengths by `factor`: Llama 3.1's length extension.
 
   Attributes:
-    factor: how much slower the slowest channels rotate.
-    low_factor: channels with fewer rotations over the original length get all
-      of it.
-    high_factor: channels with more stay as they are.
-    original_length: tokens of the texts trained on.
+    factor: how many times longer texts become.
+    low_factor: wavelengths above original_length / low_factor are slowed.
+    high_factor: those below original_length / high_factor stay.
+    original_length: tokens of the texts before.
   """
 
   factor: float = 8.0
@@ -80,7 +80,7 @@ class LinearConfig:
   """Divides positions by `factor` (arXiv:2306.15595), as in DeepSeek-Coder.
 
   Attributes:
-    factor: what positions are divided by.
+    factor: how many times longer texts become.
   """
 
   factor: float = 4.0

@@ -19,27 +19,38 @@ import pages
 
 SITE = pages.ROOT / 'build' / 'docs'
 _NEEDED = {'mkdocs': 'mkdocs', 'material': 'mkdocs-material'}
-# Parses each command line of stdin in a child of its own, flags set afresh.
+# Starts a launcher for each command line of stdin, in a child of its own; what
+# would do the work only looks at the configuration.
 _PARSE = """
 import importlib, os, shlex, sys
-launcher = importlib.import_module(f'deepseek_jax.cli.{sys.argv[1]}')
-from absl import flags
+verb = sys.argv[1]
+launcher = importlib.import_module(f'deepseek_jax.cli.{verb}')
 from deepseek_jax.cli import common
 from deepseek_jax.run.config import RunConfig
-kind = 'plan' if sys.argv[1] == 'plan' else 'run'
+
+def main(argv):
+  if verb in ('pretrain', 'sweep'):
+    common.frozen(RunConfig, launcher._CONFIG.value)
+
+main.__module__ = launcher.__name__
+launcher.main = main
+common._keep_compiled_programs = lambda: None
+flagged = sys.modules.get('deepseek_jax.cli.process_flags')
+if flagged:
+  flagged.join = lambda: None
 status = 0
 for line in sys.stdin.read().splitlines():
   child = os.fork()
   if not child:
+    sys.argv = [verb, *shlex.split(line)]
     try:
-      argv = common._as_files([sys.argv[1], *shlex.split(line)], kind)
-      flags.FLAGS(argv)
-      if sys.argv[1] == 'pretrain':
-        common.frozen(RunConfig, launcher._CONFIG.value)
-    except BaseException as error:
-      print(f'{sys.argv[1]} {line}: {error}', file=sys.stderr, flush=True)
-      os._exit(1)
-    os._exit(0)
+      launcher.run()
+      code = 0
+    except SystemExit as end:
+      code = end.code or 0
+    if code:
+      print(f'refused: {verb} {line}', file=sys.stderr, flush=True)
+    os._exit(code)
   status |= os.waitpid(child, 0)[1]
 sys.exit(bool(status))
 """
@@ -52,7 +63,10 @@ def missing() -> list[str]:
 
 def environment() -> dict[str, str]:
   """Returns the environment of what runs: a CPU, quick compilation."""
-  flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  flags = (
+    '--xla_backend_optimization_level=0'
+    ' --xla_llvm_disable_expensive_passes=true'
+  )
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': str(pages.ROOT),

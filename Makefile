@@ -102,7 +102,7 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.run
 	touch $@
 .PHONY: docs
 docs: $(VENV)/.docs
-	$(BIN)/python docs/tools/build.py
+	$(BIN)/python docs/tools/build_site.py
 
 # The wheel in a bare environment of each Python that is there, used from a
 # folder with an experiments/ of its own. PYTHONS='3.12' chooses.

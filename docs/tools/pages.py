@@ -86,9 +86,7 @@ def names(path: str) -> frozenset[str]:
     elif isinstance(node, ast.FunctionDef | ast.ClassDef):
       found.add(node.name)
     if isinstance(node, ast.ClassDef):
-      inside = {
-        n.name for n in node.body if isinstance(n, ast.FunctionDef)
-      } | {
+      inside = {n.name for n in node.body if isinstance(n, ast.FunctionDef)} | {
         n.target.id
         for n in node.body
         if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)

@@ -1,6 +1,6 @@
 """Builds the documentation into build/docs, offline, and checks all of it.
 
-python docs/tools/build.py
+python docs/tools/build_site.py
 
 Python blocks of a page run in order, in one process per page; blocks of the
 language `py` are only compiled. Shell commands are parsed by the launchers that

@@ -1,0 +1,82 @@
+"""Servers for tests, on a free port of this machine."""
+
+import contextlib
+import tempfile
+import threading
+
+from deepseek_jax.data import tokenizer as tokenizers
+from deepseek_jax.data.boundaries import Boundaries
+from deepseek_jax.infer import formats
+from deepseek_jax.serve.config import Limits, ServeConfig
+from deepseek_jax.serve.engine_loop import wait_until_ready
+from deepseek_jax.serve.format_dialect import FormatDialect
+from deepseek_jax.serve.process import Server
+from deepseek_jax.serve.served import Served
+from tests import tokenizer_folders
+from tests.serve.fake_engine import FakeEngine
+
+KEY = 'k' * 32
+BYTES = tokenizers.ByteTokenizer()
+
+
+def deepseek_tokenizer():
+  """Returns a tiny tokenizer with the marks of all of DeepSeek's formats."""
+  model = tokenizer_folders.byte_level()
+  marks = dict.fromkeys(
+    mark for form in formats.FORMATS.values() for mark in form.marks
+  )
+  model.add_special_tokens([*marks])
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer_folders.save(
+      folder,
+      model,
+      names={
+        'bos_token': formats.pieces.BOS,
+        'eos_token': formats.pieces.EOS,
+        'chat_template': None,
+      },
+    )
+    return tokenizers.from_file(folder)
+
+
+def served_bytes(**fields):
+  """Returns a model of bytes that has no chat format."""
+  fields = {'name': 'tiny', 'context': 256, **fields}
+  return Served(
+    tokenizer=BYTES,
+    boundaries=Boundaries((), (), (BYTES.eos_id,)),
+    vocab_size=BYTES.vocab_size,
+    **fields,
+  )
+
+
+def served_chat(tokenizer, form='v4', **fields):
+  """Returns a model that speaks one of DeepSeek's formats."""
+  fields = {'name': 'tiny-chat', 'context': 4096, **fields}
+  return Served(
+    tokenizer=tokenizer,
+    boundaries=Boundaries((), (), (tokenizer.eos_id,)),
+    vocab_size=tokenizer.vocab_size,
+    dialect=FormatDialect(formats.get(form), tokenizer),
+    **fields,
+  )
+
+
+@contextlib.contextmanager
+def running(served, engine=None, *, limits=None, log=None, **config):
+  """Yields (server, engine) that answer; all ends with the block."""
+  engine = engine or FakeEngine(
+    served.tokenizer, context=served.context, stop=served.stop[0]
+  )
+  config = ServeConfig(port=0, limits=limits or Limits(), **config)
+  server = Server(served, engine, config, log=log or (lambda line: None))
+  thread = threading.Thread(target=server.loop.run)
+  server.start()
+  thread.start()
+  try:
+    assert wait_until_ready(server.loop, 20)
+    yield server, engine
+  finally:
+    server.stop()
+    server.join()
+    thread.join()

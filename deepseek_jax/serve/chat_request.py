@@ -63,11 +63,13 @@ def read(
     )
   fields = Fields(body)
   common = requests.common(fields, served, limits)
+  grammar = response_format.grammar(fields, served, limits)
   chat, parallel = _chat(fields, served, limits)
-  chat = dataclasses.replace(chat, form=body.get('response_format'))
+  form = body.get('response_format')
+  if grammar is not None and form['type'] != 'regex':  # formats know JSON's
+    chat = dataclasses.replace(chat, form=form)
   wanted = _new_tokens(fields, limits)
   top = _logprobs(fields, limits)
-  grammar = response_format.grammar(fields, served, limits)
   for name, only in (('modalities', ['text']), ('prediction', None)):
     if fields.raw(name) not in (None, only):
       fields.fail(name, 'is not offered here; leave it out')

@@ -33,7 +33,7 @@ class Limits:
     schema: characters of a schema or grammar.
     schema_depth: objects and lists inside each other in it.
     requests: under way at a time, those that wait included.
-    held: steps of an answer that wait for a slow reader.
+    held: pieces of a stream that wait for a slow reader.
     seconds: for one request; 0: no limit.
   """
 
@@ -59,10 +59,12 @@ class Limits:
     """Raises InputError for a limit that lets nothing through."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      least = 0 if field.name == 'seconds' else 1
-      if type(value) not in (int, float) or not least <= value < 1 << 40:
+      kinds = (int,) if isinstance(field.default, int) else (int, float)
+      least = 0 if field.name == 'seconds' else 1 if kinds == (int,) else 1e-3
+      if type(value) not in kinds or not least <= value < 1 << 40:
         raise InputError(
-          f'limits.{field.name} = {value!r}: must be a number of at least'
+          f'limits.{field.name} = {value!r}: must be'
+          f' {"a whole number" if kinds == (int,) else "a number"} of at least'
           f' {least}'
         )
 

@@ -7,6 +7,7 @@ ended, so a slow reader holds no more than its share.
 
 import asyncio
 import queue
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,20 +48,33 @@ class Stream:
     Args:
       owner: runs the engine.
       answers: of all its requests.
-      held: most steps that wait to be read.
+      held: most items that wait to be read.
     """
     self.loop = asyncio.get_running_loop()
     self._owner, self._held = owner, held
     self._items: list[Item] = []
+    self._new: list[Item] = []  # shared with the engine's thread
+    self._lock = threading.Lock()
     self._left, self._error = answers, None
     self._filled = asyncio.Event()
 
   def put(self, items: Sequence[Item]) -> None:
-    """Takes items of one step; ends the stream if too many wait."""
+    """Takes items of one step; on the engine's thread.
+
+    A loop that is behind is woken once for all that has come.
+    """
+    with self._lock:
+      waking, self._new = bool(self._new), [*self._new, *items]
+    if not waking:
+      _call(self, self._take)
+
+  def _take(self) -> None:
+    """Takes what has come; ends the stream if too much waits."""
+    with self._lock:
+      new, self._new = self._new, []
     if self._error is not None:
       return
-    self._items += items
-    # Some steps finish several answers, so the bound is one of steps.
+    self._items += new
     if len(self._items) > self._held:
       self._items = []
       self.fail(errors.slow())
@@ -79,6 +93,7 @@ class Stream:
 
   async def __anext__(self) -> list[Item]:
     """Returns what has come since the last call; waits until there is some."""
+    await asyncio.sleep(0)  # others' turn, however much has come
     while not self._items:
       if self._error is not None:
         raise self._error
@@ -272,7 +287,7 @@ class EngineLoop:
       item = Item(running.place, event, load)
       lists.setdefault(running.stream, []).append(item)
     for stream, items in lists.items():
-      _call(stream, stream.put, items)
+      stream.put(items)
     self.on_step(dict(self.engine.stats))
 
   def _ended(self, number: int, running: _Running) -> Any:

@@ -5,7 +5,6 @@ A field that is null counts as absent, as in OpenAI's API.
 
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -132,7 +131,7 @@ class Fields:
     value = self.raw(field, default)
     if value is None:
       return None
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or value != value:
       self.fail(field, f'is {shown(value)}, must be a number')
     if not low <= value <= high:
       self.fail(field, f'is {shown(value)}, must be from {low:g} to {high:g}')

@@ -109,8 +109,9 @@ def _biases(
     fields.fail('logit_bias', message)
   out = {}
   for name in names:
-    token = int(name) if name.isascii() and name.isdigit() else -1
-    if len(name) > 9 or not 0 <= token < served.vocab_size:
+    number = len(name) < 10 and name.isascii() and name.isdigit()
+    token = int(name) if number else -1
+    if not 0 <= token < served.vocab_size:
       fields.fail(
         'logit_bias',
         f'{name[:20]!r} is no token; write ids from 0 to'

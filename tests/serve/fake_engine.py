@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 import threading
+import time
 from collections import deque
 
 import numpy as np
@@ -35,6 +36,7 @@ class FakeEngine:
     script: (request, index) -> tokens that it says; by default the prompt
       again, and again, with a stop token at its end.
     hold: while set, steps give nothing.
+    pace: seconds of a step.
     fails: raised by the next step.
     nan: prompts that begin with this token fail.
     seen: requests as they came.
@@ -45,6 +47,7 @@ class FakeEngine:
     self.slots, self.queue = slots, queue
     self.script = None
     self.hold = threading.Event()
+    self.pace = 0.0
     self.fails, self.nan = None, None
     self.seen, self.threads = [], set()
     self._rows, self._waiting = [], deque()
@@ -95,7 +98,7 @@ class FakeEngine:
     self.threads.add(threading.get_ident())
     if self.fails:
       raise self.fails
-    self.hold.wait(0.002) if self.hold.is_set() else None
+    time.sleep(0.002 if self.hold.is_set() else self.pace)
     while self._waiting and len(self._rows) < self.slots:
       self._rows.append(self._waiting.popleft())
     rows = [*self._rows, *(r for r in self._waiting if r.cancelled)]

@@ -1,6 +1,7 @@
 """Servers for tests, on a free port of this machine."""
 
 import contextlib
+import socket
 import tempfile
 import threading
 
@@ -26,17 +27,20 @@ def deepseek_tokenizer():
     mark for form in formats.FORMATS.values() for mark in form.marks
   )
   model.add_special_tokens([*marks])
+  return of_folder(
+    model,
+    names={
+      'bos_token': formats.pieces.BOS,
+      'eos_token': formats.pieces.EOS,
+      'chat_template': None,
+    },
+  )
+
+
+def of_folder(model, **files):
+  """Returns the tokenizer of a folder, as users have them."""
   with tempfile.TemporaryDirectory() as folder:
-    tokenizer_folders.save(
-      folder,
-      model,
-      names={
-        'bos_token': formats.pieces.BOS,
-        'eos_token': formats.pieces.EOS,
-        'chat_template': None,
-      },
-    )
-    return tokenizers.from_file(folder)
+    return tokenizers.from_file(tokenizer_folders.save(folder, model, **files))
 
 
 def served_bytes(**fields):
@@ -80,3 +84,17 @@ def running(served, engine=None, *, limits=None, log=None, **config):
     server.stop()
     server.join()
     thread.join()
+
+
+def connect(url):
+  """Returns a socket that is connected to a server."""
+  host, _, port = url.removeprefix('http://').rpartition(':')
+  return socket.create_connection((host, int(port)), timeout=20)
+
+
+def raw(url, text):
+  """Returns all that a server answers to some bytes until it closes."""
+  with connect(url) as wire:
+    wire.sendall(text.encode())
+    parts = iter(lambda: wire.recv(1 << 16), b'')
+    return b''.join(parts).decode()

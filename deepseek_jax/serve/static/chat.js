@@ -360,7 +360,9 @@ document.addEventListener('keydown', (event) => {
 at('stop').addEventListener('click', stop);
 at('fresh').addEventListener('click', fresh);
 at('adjust').addEventListener('click', adjust);
+// Browsers let a second Esc close it all the same.
 at('lock').addEventListener('cancel', (event) => event.preventDefault());
+at('lock').addEventListener('close', () => { if (!key) at('lock').showModal(); });
 at('unlock').addEventListener('submit', () => {
   key = at('key').value.trim();
   at('key').value = '';

@@ -277,6 +277,7 @@ def _check_json(value: Any, where: str) -> None:
 def read_answer(form: Any) -> str | Mapping[str, Any] | None:
   """Returns the form that response_format asks for: see Talk.answer."""
   kind = form.get('type') if isinstance(form, Mapping) else form
+  kind = kind if isinstance(kind, str | None) else repr(kind)
   if kind in (None, 'text'):
     return None
   if kind == 'json_object':

@@ -63,11 +63,12 @@ def read(
     )
   fields = Fields(body)
   common = requests.common(fields, served, limits)
-  grammar = response_format.grammar(fields, served, limits)
+  form = response_format.read(fields, served, limits)
   chat, parallel = _chat(fields, served, limits)
-  form = body.get('response_format')
-  if grammar is not None and form['type'] != 'regex':  # formats know JSON's
-    chat = dataclasses.replace(chat, form=form)
+  if form is not None and chat.tools:
+    fields.fail('response_format', 'cannot be had together with tools')
+  if form is not None and form.kind != 'regex':  # formats know JSON's
+    chat = dataclasses.replace(chat, form=body['response_format'])
   wanted = _new_tokens(fields, limits)
   top = _logprobs(fields, limits)
   for name, only in (('modalities', ['text']), ('prediction', None)):
@@ -85,10 +86,19 @@ def read(
     sampling=common.sampling,
     n=common.n,
     logprobs=top,
-    grammar=grammar,
+    grammar=form and _grammar(form, chat, prompt, served),
     salt=f'{salt}{common.salt}',
   )
   return ChatRequest(common, chat, request, top is not None, parallel)
+
+
+def _grammar(
+  form: response_format.Form, chat: Chat, prompt: list[int], served: Served
+) -> Any:
+  """Returns the grammar of an answer, behind its thinking if it thinks."""
+  dialect = served.dialect
+  thinking = dialect.parser(chat, prompt, ()).state == 'reasoning'
+  return form.grammar(served, dialect.end_of_thinking if thinking else None)
 
 
 def _chat(fields: Fields, served: Served, limits: Limits) -> tuple[Chat, bool]:
@@ -134,7 +144,7 @@ def _thinking(fields: Fields, served: Served) -> tuple[bool | None, str | None]:
   if len(set(found.values())) > 1:
     fields.fail(next(iter(found)), f'says otherwise than {list(found)[-1]}')
   thinking = next(iter(found.values()), None)
-  if thinking and not served.dialect.thinks:
+  if thinking and served.dialect.end_of_thinking is None:
     fields.fail(next(iter(found)), f'{served.name} does not think')
   return thinking, effort
 

@@ -59,9 +59,10 @@ def read(
   best = fields.integer('best_of', common.n, 1, limits.answers)
   if best != common.n:
     fields.fail('best_of', f'is {best}, must equal n = {common.n}')
-  grammar = response_format.grammar(fields, served, limits)
+  form = response_format.read(fields, served, limits)
   prompts = _prompts(fields, served, limits, echo)
   fields.close()
+  grammar = form and form.grammar(served)
   scored = echo and top is not None
   out = []
   for i, (ids, _) in enumerate(prompts):

@@ -46,7 +46,7 @@ class Limits:
   answers: int = 8
   stops: int = 16
   stop_length: int = 256
-  biases: int = 1024
+  biases: int = 300
   top_logprobs: int = 20
   tools: int = 128
   schema: int = 1 << 16

@@ -74,12 +74,12 @@ class Dialect(Protocol):
 
   Attributes:
     name: of the format.
-    thinks: whether its answers may begin by reasoning.
+    end_of_thinking: the token that ends reasoning; None: it never reasons.
     calls: whether tools may be given.
   """
 
   name: str
-  thinks: bool
+  end_of_thinking: int | None
   calls: bool
 
   def encode(self, chat: Chat) -> list[int]:

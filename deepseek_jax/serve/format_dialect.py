@@ -26,7 +26,7 @@ class FormatDialect:
     """
     self._format, self._tokenizer = chosen, tokenizer
     self.name, self.calls = chosen.name, chosen.tools
-    self.thinks = _thinks(tokenizer)
+    self.end_of_thinking = _end_of_thinking(tokenizer)
     self.encode(Chat(({'role': 'user', 'content': ''},)))
 
   def encode(self, chat: Chat) -> list[int]:
@@ -65,7 +65,7 @@ class TemplateDialect:
     """Takes the template of a folder; InputError if it has none."""
     self._config = templates.template_config(folder)
     self._tokenizer = tokenizer
-    self.thinks = _thinks(tokenizer)
+    self.end_of_thinking = _end_of_thinking(tokenizer)
     declared = special_tokens.declared(folder)
     names = {*declared.names.values(), *declared.more}
     names |= {token['content'] for token in declared.added}
@@ -117,9 +117,10 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return out
 
 
-def _thinks(tokenizer: Any) -> bool:
-  """Returns whether a tokenizer has the marks of reasoning."""
-  return len(pieces.ids_of_marks(tokenizer, _THINKING)) == len(_THINKING)
+def _end_of_thinking(tokenizer: Any) -> int | None:
+  """Returns the token that ends reasoning, if a tokenizer has both marks."""
+  found = pieces.ids_of_marks(tokenizer, _THINKING)
+  return found[pieces.END_THINK] if len(found) == len(_THINKING) else None
 
 
 def _without(value: Any, hidden: Mapping[str, str]) -> Any:

@@ -91,7 +91,7 @@ def _sampling(fields: Fields, served: Served, limits: Limits) -> Sampling:
     presence_penalty=fields.number('presence_penalty', 0.0, -2.0, 2.0),
     frequency_penalty=fields.number('frequency_penalty', 0.0, -2.0, 2.0),
     logit_bias=_biases(fields, served, limits),
-    seed=secrets.randbits(31) if seed is None else seed % 2**32,
+    seed=secrets.randbits(32) if seed is None else seed,
     stop=served.stop,
   )
 
@@ -192,7 +192,7 @@ def room(
 
 def seeded(sampling: Sampling, offset: int) -> Sampling:
   """Returns the sampling of another prompt of the same request."""
-  return dataclasses.replace(sampling, seed=(sampling.seed + offset) % 2**32)
+  return dataclasses.replace(sampling, seed=sampling.seed + offset)
 
 
 def nesting(value: Any, most: int) -> int:

@@ -1,7 +1,7 @@
 """Reads what form an answer must have: JSON, a schema, a regular expression."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.serve import errors
@@ -14,8 +14,27 @@ _KINDS = ('text', 'json_object', 'json_schema', 'regex')
 _FIELD = 'response_format'
 
 
-def grammar(fields: Fields, served: Served, limits: Limits) -> Any:
-  """Returns the grammar of `response_format`, or None for free text.
+class Form(NamedTuple):
+  """Holds what form an answer must have: a kind, and a schema or regex."""
+
+  kind: str
+  value: Any = None
+
+  def grammar(self, served: Served, after: int | None = None) -> Any:
+    """Returns the engine's grammar; ApiError if it is wrong.
+
+    Args:
+      served: makes it.
+      after: a token behind which the answer begins; None: at once.
+    """
+    try:
+      return served.grammar(self.kind, self.value, after)
+    except InputError as error:
+      raise errors.wrong(_FIELD, ' '.join(str(error).split())) from None
+
+
+def read(fields: Fields, served: Served, limits: Limits) -> Form | None:
+  """Returns what `response_format` asks for; None for free text.
 
   Beside OpenAI's kinds: {"type": "regex", "regex": "..."}.
 
@@ -44,10 +63,7 @@ def grammar(fields: Fields, served: Served, limits: Limits) -> Any:
       f'is {kind}, but this server constrains no answers: install'
       " 'deepseek_jax[grammar]'",
     )
-  try:
-    return served.grammar(kind, value)
-  except InputError as error:
-    raise errors.wrong(_FIELD, ' '.join(str(error).split())) from None
+  return Form(kind, value)
 
 
 def _schema(inner: Fields, limits: Limits) -> Any:

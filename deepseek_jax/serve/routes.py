@@ -103,7 +103,7 @@ class Api(NamedTuple):
       'capabilities': {
         'chat': dialect is not None,
         'chat_format': dialect.name if dialect else None,
-        'thinking': bool(dialect and dialect.thinks),
+        'thinking': bool(dialect and dialect.end_of_thinking is not None),
         'tools': bool(dialect and dialect.calls),
         'infilling': bool(served.tokenizer.fim),
         'constrained': served.grammar is not None,

@@ -26,8 +26,7 @@ class Served:
     context: most tokens of a prompt and its answer.
     vocab_size: token ids of a prompt are below it.
     dialect: how a conversation is written; None: completions only.
-    grammar: (response format's kind, its value) -> grammar of the engine;
-      None: answers are not constrained.
+    grammar: see `grammars.reader`; None: answers are not constrained.
     fingerprint: of the weights.
     created: seconds since 1970.
   """
@@ -38,7 +37,7 @@ class Served:
   context: int
   vocab_size: int
   dialect: Dialect | None = None
-  grammar: Callable[[str, Any], Any] | None = None
+  grammar: Callable[[str, Any, int | None], Any] | None = None
   fingerprint: str = 'fp_0'
   created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 

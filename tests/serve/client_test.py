@@ -52,10 +52,10 @@ class ChatTest(parameterized.TestCase):
     cls.client = cls.enterClassContext(client_of(cls.server))
 
   @staticmethod
-  def grammar(kind, value):
+  def grammar(kind, value, after):
     if value == {'type': 'nonsense'}:
       raise InputError('schema: type = nonsense')
-    return kind, value
+    return kind, value, after
 
   def says(self, *texts):
     """Lets the engine say a text; of several, one for each answer."""
@@ -306,17 +306,24 @@ class ChatTest(parameterized.TestCase):
   def test_forms_of_answers_reach_the_engine(self):
     self.says('</think>{}')
     schema = {'type': 'object'}
+    (end,) = self.tokenizer.encode('</think>', special=True)
     for form, want in (
       ({'type': 'text'}, None),
-      ({'type': 'json_object'}, ('json_object', None)),
+      ({'type': 'json_object'}, ('json_object', None, end)),
       (
         {'type': 'json_schema', 'json_schema': {'name': 'a', 'schema': schema}},
-        ('json_schema', schema),
+        ('json_schema', schema, end),
       ),
-      ({'type': 'regex', 'regex': 'a+'}, ('regex', 'a+')),
+      ({'type': 'regex', 'regex': 'a+'}, ('regex', 'a+', end)),
     ):
       self.ask(response_format=form)
       self.assertEqual(self.engine.seen[-1].grammar, want)
+      off = {'thinking': {'type': 'disabled'}}
+      self.ask(response_format=form, extra_body=off)
+      want = want and (*want[:2], None)
+      self.assertEqual(self.engine.seen[-1].grammar, want)
+    with self.assertRaisesRegex(openai.BadRequestError, 'with tools'):
+      self.ask(response_format=form, tools=[_WEATHER])
     with self.assertRaisesRegex(openai.BadRequestError, 'nonsense') as caught:
       wrong = {'name': 'a', 'schema': {'type': 'nonsense'}}
       self.ask(response_format={'type': 'json_schema', 'json_schema': wrong})

@@ -217,7 +217,7 @@ class Engine:
     return number
 
   def _detokenizer(self, request: Request) -> Detokenizer | None:
-    """Returns what makes text of a request's tokens, if there is a tokenizer."""
+    """Returns what makes text of a request's tokens; None without any."""
     if self.text is None:
       return None
     stop = request.stop_strings
@@ -310,7 +310,7 @@ class Engine:
     return [[answer(events[i, k]) for k in range(n)] for i, n in order]
 
   def load(self, variables: dict) -> None:
-    """Takes new weights: all prefixes are forgotten, what runs is recomputed."""
+    """Takes new weights: forgets prefixes, and recomputes what runs."""
     self._variables = prepare(self.model, variables)
     self._epoch += 1
     self._scheduler.forget()

@@ -312,6 +312,7 @@ class Engine:
   def load(self, variables: dict) -> None:
     """Takes new weights: forgets prefixes, and recomputes what runs."""
     self._variables = prepare(self.model, variables)
+    self._store = _beside(self._store, self._variables)
     self._epoch += 1
     self._scheduler.forget()
 
@@ -633,6 +634,19 @@ def _copied(store: Store, source: int, to: int) -> Store:
   """Returns the store with the rings of one slot in another, too."""
   copy = lambda a: a.at[:, to].set(a[:, source])
   return store._replace(slots=tuple(map(copy, store.slots)))
+
+
+def _beside(store: Store, variables: dict) -> Store:
+  """Returns the store committed to the device that the variables are on.
+
+  What a program gives back is, if any of its arguments was: the first shape
+  would be compiled again for a store that came uncommitted. On several devices
+  the mesh decides.
+  """
+  places = {d for a in jax.tree.leaves(variables) for d in a.devices()}
+  if len(places) == 1 and any(a.committed for a in jax.tree.leaves(variables)):
+    return jax.device_put(store, places.pop())
+  return store
 
 
 def _least(buckets: tuple[int, ...], need: int) -> int:

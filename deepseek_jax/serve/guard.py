@@ -19,6 +19,7 @@ from deepseek_jax.serve.meters import Meters
 # Answer without a key, to GET and HEAD: no word of a model or a user.
 OPEN = frozenset({'/', '/health', '/ready', '/chat.css', '/chat.js'})
 SALT = 'deepseek_jax.salt'  # in the scope: of the key that asks
+_SILENT = ('/health', '/ready', '/metrics')  # programs look there all the time
 _ID = re.compile(r'[A-Za-z0-9._-]{1,128}')
 _HEADERS = {
   'content-security-policy': (
@@ -89,7 +90,8 @@ class Guard:
       self._meters.answered(route, status)
       seconds = time.monotonic() - start
       method = scope['method'] if scope['method'].isalpha() else '?'
-      self._log(f'{number} {method[:8]} {route} {status} {seconds:.3f} s')
+      if route not in _SILENT:
+        self._log(f'{number} {method[:8]} {route} {status} {seconds:.3f} s')
 
   def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
     """Returns why a request may not pass, or None."""

@@ -193,6 +193,15 @@ class ContractTest(parameterized.TestCase):
     self.assertLen(answers, 300)
     self.assertEqual(run.stats['compilations'], before)
 
+  def test_nor_for_weights_that_were_put_on_a_device(self):
+    # As a run's are when they are read back.
+    held = jax.device_put(families.variables('gqa'), jax.devices()[0])
+    run = engine(variables=held, rows=(3,), budget=8)
+    run.warm_up()
+    before = run.stats['compilations']
+    run.run(requests(2))
+    self.assertEqual(run.stats['compilations'], before)
+
   @parameterized.parameters('gqa', 'nsa', 'v4')
   def test_garbage_where_nothing_is_cached_changes_nothing(self, name):
     asked = requests(3, seed=4)

@@ -14,9 +14,9 @@ import numpy as np
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer.formats.message import check_json
 
 MAX_SIZE = 1 << 16  # characters of a grammar
-MAX_DEPTH = 32  # of a JSON schema
 _KINDS = ('json', 'schema', 'regex', 'lark')
 
 
@@ -87,27 +87,40 @@ class Grammar:
       ' with json_schema.schema, regex or lark'
     )
 
+  def matcher(
+    self,
+    tokenizer: Tokenizer | ByteTokenizer,
+    vocab_size: int | None = None,
+    ends: Sequence[int] = (),
+  ) -> 'Matcher':
+    """Returns a matcher of one answer, see `Matchers`; what it needs is kept.
+
+    Raises InputError, one line, for a grammar that is wrong or unsupported.
+    """
+    return _matchers(tokenizer, vocab_size, tuple(ends)).matcher(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _matchers(
+  tokenizer: Tokenizer | ByteTokenizer,
+  vocab_size: int | None,
+  ends: tuple[int, ...],
+) -> 'Matchers':
+  """Returns the matchers of a tokenizer; the last few are kept."""
+  return Matchers(tokenizer, vocab_size=vocab_size, ends=ends)
+
 
 def _check_schema(text: str) -> None:
   """Raises InputError if a text is no JSON schema of bounded depth."""
   try:
     schema = json.loads(text)
   except RecursionError:
-    raise InputError(
-      f'grammar: the schema is deeper than {MAX_DEPTH} levels'
-    ) from None
+    raise InputError('grammar: the schema is nested too deeply') from None
   except ValueError as error:
     raise InputError(f'grammar: the schema is no JSON: {error}') from None
   if not isinstance(schema, dict | bool):
     raise InputError('grammar: a schema is an object, or true or false')
-  level, depth = [schema], 0
-  while level:
-    depth += 1
-    if depth > MAX_DEPTH:
-      raise InputError(f'grammar: the schema is deeper than {MAX_DEPTH} levels')
-    parts = [p.values() if isinstance(p, dict) else p for p in level]
-    parts = [list(p) for p in parts if not isinstance(p, bool)]
-    level = [v for p in parts for v in p if isinstance(v, dict | list)]
+  check_json(schema, 'grammar.text')
 
 
 def _library() -> Any:
@@ -174,6 +187,12 @@ class Matchers:
         f' only {self.vocab_size}; give the tokenizer of the model'
       )
     self.ends = tuple(dict.fromkeys(map(int, ends))) or (tokenizer.eos_id,)
+    unknown = [end for end in self.ends if not 0 <= end < self.vocab_size]
+    if unknown:
+      raise InputError(
+        f'grammar: end token {unknown[0]} is outside the vocabulary of'
+        f' {self.vocab_size}'
+      )
     if isinstance(tokenizer, ByteTokenizer):
       source: Any = library.TokenizerWrapper(_Bytes(tokenizer, self.vocab_size))
     else:
@@ -234,12 +253,10 @@ class Matcher:
   def mask(self) -> np.ndarray:
     """Returns which tokens may come next: [ceil(V / 32)] int32, bit t % 32.
 
-    Behind an end there are none.
+    Never empty: behind an end it has the ends, though none is accepted.
     """
     out = np.zeros_like(self._known)
-    if self._ended:
-      return out
-    if not self._inner.is_stopped():
+    if not self.finished:
       found = np.frombuffer(self._inner.compute_bitmask(), np.int32)
       self._check()
       size = min(len(found), len(out))  # theirs may be one longer
@@ -297,6 +314,11 @@ class Matcher:
   def accepting(self) -> bool:
     """Returns whether the text so far is one of the grammar's."""
     return bool(self._inner.is_accepting())
+
+  @property
+  def ended(self) -> bool:
+    """Returns whether the last token was an end."""
+    return self._ended
 
   @property
   def finished(self) -> bool:

@@ -232,7 +232,8 @@ class MatcherTest(Case):
     self.assertFalse(matcher.finished)
     self.assertTrue(matcher.accept(3))
     self.assertTrue(matcher.finished and matcher.accepting)
-    self.assertEmpty(allowed(matcher))
+    self.assertTrue(matcher.ended)
+    self.assertEqual(allowed(matcher).tolist(), [1, 3])
     self.assertFalse(matcher.accept(1))
     self.assertEqual(matcher.validate([1]), 0)
 
@@ -246,7 +247,8 @@ class MatcherTest(Case):
       masks, ids = [matcher.mask()], []
       for _ in range(60):
         choices = allowed(matcher)
-        if not len(choices):
+        self.assertNotEmpty(choices)
+        if matcher.ended:
           break
         ids.append(int(draws.choice(choices)))
         self.assertEqual(matcher.validate(ids[-1:]), 1)
@@ -299,6 +301,15 @@ class MatcherTest(Case):
       ]
       self.assertEqual(found & set(marks), {tok.eos_id})
 
+  def test_a_grammar_keeps_what_its_matchers_need(self):
+    tok = make('bytes')
+    grammar = Grammar('regex', 'ab')
+    one = grammar.matcher(tok, 300, (1,))
+    two = Grammar('regex', 'ab').matcher(tok, 300, (1,))
+    self.assertIs(one._known, two._known)
+    self.assertEqual(one.validate([*tok.encode('ab'), 1]), 3)
+    self.assertLen(one.mask(), 10)
+
   def test_matchers_of_one_grammar_go_their_own_way(self):
     tok = make('bytes')
     matchers = Matchers(tok)
@@ -342,6 +353,11 @@ class InputTest(Case):
     with self.assertRaisesRegex(InputError, 'has 261 tokens, the model only 9'):
       Matchers(make('bytes'), vocab_size=9)
 
+  def test_an_unknown_end_is_refused(self):
+    for end in (261, -1):
+      with self.assertRaisesRegex(InputError, f'end token {end} is outside'):
+        Matchers(make('bytes'), ends=(1, end))
+
 
 class GrammarTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -350,8 +366,12 @@ class GrammarTest(parameterized.TestCase):
     ('regex', None, 'grammar.text'),
     ('schema', '{', 'the schema is no JSON'),
     ('schema', '3', 'a schema is an object'),
-    ('schema', '[' * 60000, 'the schema is deeper'),
-    ('schema', '{"a":' * 33 + '{}' + '}' * 33, 'the schema is deeper than 32'),
+    ('schema', '[' * 60000, 'the schema is nested too deeply'),
+    (
+      'schema',
+      '{"a":' * 33 + '{}' + '}' * 33,
+      'grammar.text: is deeper than 32',
+    ),
   )
   def test_limits(self, kind, text, want):
     with self.assertRaisesRegex(InputError, re.escape(want)):

@@ -60,7 +60,13 @@ class Format:
     Raises:
       InputError: names the field that is wrong or that no format can render.
     """
-    return joined(self._render(self.read(messages, **options), generation))
+    talk = self.read(messages, **options)
+    if generation and talk.messages[-1].tool_calls:
+      raise InputError(
+        'messages: the last tool_calls have no result yet: give a message of'
+        ' role tool for each'
+      )
+    return joined(self._render(talk, generation))
 
   def read(
     self,
@@ -85,8 +91,13 @@ class Format:
     found = read_tools(tools)
     if tool_choice == 'none':
       found = ()
-    required = tool_choice not in (None, 'auto', 'none')
-    if effort is not None and effort not in EFFORTS:
+    required = tool_choice == 'required' or isinstance(tool_choice, Mapping)
+    if not required and tool_choice not in (None, 'auto', 'none'):
+      raise InputError(
+        f'tool_choice = {tool_choice!r}: must be auto, none, required or a'
+        ' function'
+      )
+    if effort is not None and effort not in tuple(EFFORTS):
       raise InputError(
         f'effort = {effort!r}: must be one of {", ".join(EFFORTS)}'
       )
@@ -189,6 +200,7 @@ class Format:
     *,
     tools: bool = True,
     stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
     spell: bool = False,
   ) -> parse.Parser:
     """Returns a parser of the tokens that follow a prompt.
@@ -198,6 +210,7 @@ class Format:
       prompt: token ids; its end decides whether the answer begins in reasoning.
       tools: whether to read tool calls; else their markup is content.
       stop: texts that end the content.
+      ends: tokens that end a turn besides the format's own.
       spell: read marks that the tokenizer lacks from the text, as `encode`
         writes them.
     """
@@ -207,6 +220,7 @@ class Format:
       self.markup if tools else None,
       prompt=prompt,
       stop=stop,
+      ends=ends,
       spell=spell,
     )
 

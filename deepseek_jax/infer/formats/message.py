@@ -5,11 +5,12 @@ Nothing is skipped in silence: what no format can render is named.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
 
+MAX_DEPTH = 32  # of a JSON schema or of arguments
 ROLES = ('system', 'user', 'assistant', 'tool', 'latest_reminder')
 # Names that templates and APIs use for what an assistant thought.
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
@@ -34,6 +35,11 @@ class ToolCall(NamedTuple):
   name: str
   arguments: str
   id: str = ''
+
+  def message(self) -> dict[str, Any]:
+    """Returns it as in an OpenAI-style message."""
+    function = {'name': self.name, 'arguments': self.arguments}
+    return {'id': self.id, 'type': 'function', 'function': function}
 
 
 class Message(NamedTuple):
@@ -238,6 +244,7 @@ def _calls(calls: Any, where: str) -> tuple[ToolCall, ...]:
       raise InputError(f'{here}.function.name: give the name of a function')
     arguments = function.get('arguments', '{}')
     if isinstance(arguments, Mapping):
+      check_json(arguments, f'{here}.function.arguments')
       arguments = to_json(arguments)
     if not isinstance(arguments, str):
       raise InputError(f'{here}.function.arguments: must be JSON as a text')
@@ -251,6 +258,8 @@ def read_tools(
 ) -> tuple[Mapping[str, Any], ...]:
   """Returns the functions of OpenAI-style tools."""
   out = []
+  if isinstance(tools, Mapping | str) or not isinstance(tools, Sequence | None):
+    raise InputError('tools: give a list')
   for n, tool in enumerate(tools or ()):
     function = tool.get('function', tool) if isinstance(tool, Mapping) else None
     name = function.get('name') if isinstance(function, Mapping) else None
@@ -261,17 +270,30 @@ def read_tools(
     parameters = function.get('parameters')
     if parameters is not None and not isinstance(parameters, Mapping):
       raise InputError(f'tools[{n}].function.parameters: must be a JSON schema')
-    _check_json(function, f'tools[{n}].function')
+    check_json(function, f'tools[{n}].function')
     out.append(function)
   return tuple(out)
 
 
-def _check_json(value: Any, where: str) -> None:
-  """Raises InputError for what cannot be written as JSON in UTF-8."""
+def check_json(value: Any, where: str) -> None:
+  """Raises InputError for what is no JSON in UTF-8, or nested too deeply."""
+  level, depth = [value], 0
+  while level:
+    depth += 1
+    if depth > MAX_DEPTH:
+      raise InputError(f'{where}: is deeper than {MAX_DEPTH} levels')
+    level = [part for each in level for part in _parts(each)]
   try:
     to_short_json(value).encode()
-  except (TypeError, ValueError, RecursionError) as error:
+  except (TypeError, ValueError) as error:
     raise InputError(f'{where}: is no JSON: {error}') from None
+
+
+def _parts(value: Any) -> Collection[Any]:
+  """Returns what an array or object holds; nothing of anything else."""
+  if isinstance(value, Mapping):
+    return value.values()
+  return value if isinstance(value, list | tuple) else ()
 
 
 def read_answer(form: Any) -> str | Mapping[str, Any] | None:
@@ -289,5 +311,5 @@ def read_answer(form: Any) -> str | Mapping[str, Any] | None:
       f'response_format.type = {kind!r}: must be text, json_object, or'
       ' json_schema with json_schema.schema'
     )
-  _check_json(schema, 'response_format.json_schema.schema')
+  check_json(schema, 'response_format.json_schema.schema')
   return schema

@@ -108,6 +108,19 @@ class RegistryTest(parameterized.TestCase):
     folders.save(folder, folders.byte_level(), names=names)
     self.assertEqual(formats.guess(folder).name, 'r1')
 
+  def test_the_template_of_v31_is_none_of_them(self):
+    template = (
+      "{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>' }}{% else %}"
+      "{{ '</think>' }}{% endif %}"
+    )
+    for model_type in ('deepseek_v3', 'deepseek_v32'):
+      folder = self.enterContext(tempfile.TemporaryDirectory())
+      names = {'chat_template': template}
+      model = folders.byte_level()
+      folders.save(folder, model, model_type=model_type, names=names)
+      with self.assertRaisesRegex(InputError, 'V3.1'):
+        formats.guess(folder)
+
   @parameterized.parameters(
     (('<｜User｜>', '<｜Assistant｜>'), 'v3'),
     (('<｜User｜>', '<｜Assistant｜>', '｜DSML｜'), 'v32'),
@@ -192,6 +205,11 @@ class TurnsTest(parameterized.TestCase):
     self.assertEqual(got, want)
 
 
+_DEEP = {}
+for _ in range(40):
+  _DEEP = {'a': _DEEP}
+
+
 class InputTest(parameterized.TestCase):
   @parameterized.parameters(
     ([], 'messages: give at least one'),
@@ -235,6 +253,12 @@ class InputTest(parameterized.TestCase):
     ),
     ({'response_format': {'type': 'xml'}}, "response_format.type = 'xml'"),
     ({'response_format': {'type': 'json_schema'}}, 'response_format.type'),
+    ({'tools': 5}, 'tools: give a list'),
+    ({'tools': [{'name': '\ud800'}]}, r'tools\[0\].function: is no JSON'),
+    ({'tools': [{'name': 'x', 'parameters': _DEEP}]}, 'is deeper than 32'),
+    ({'effort': ['x']}, 'effort = '),
+    ({'response_format': ['x']}, 'response_format.type'),
+    ({'tool_choice': 'banana'}, "tool_choice = 'banana': must be auto"),
     ({'tool_choice': 'required'}, "tool_choice = 'required': needs tools"),
     (
       {'tool_choice': 'required', 'tools': [talks.TOOL], 'thinking': True},
@@ -245,6 +269,22 @@ class InputTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, want) as caught:
       formats.get('v4').render([_U('u')], **options)
     self.assertNotIn('\n', str(caught.exception))
+
+  def test_calls_without_results_open_no_answer(self):
+    talk = [_U('u'), _A('', None, talks.call('{}'))]
+    for name in NAMES:
+      chat = formats.get(name)
+      with self.assertRaisesRegex(InputError, 'the last tool_calls have no'):
+        chat.render(talk)
+      self.assertNotEmpty(chat.render(talk, generation=False))
+      self.assertLen(chat.turns(talk), 1)
+
+  def test_arguments_nested_too_deeply_are_one_text(self):
+    for depth in (900, 100000):
+      text = '{"a":' + '[' * depth + ']' * depth + '}'
+      talk = [_U('u'), _A('', None, talks.call(text)), _T('t')]
+      found = formats.text_of(formats.get('v4').render(talk))
+      self.assertIn(text if depth > 900 else '[' * depth, found)
 
   def test_openais_developer_is_a_system_message(self):
     for name in NAMES:
@@ -263,7 +303,8 @@ class InputTest(parameterized.TestCase):
   def test_arguments_may_be_an_object(self):
     chat = formats.get('v4')
     given = [talks.call({'city': 'Köln'}), talks.call('{"city": "Köln"}')]
-    texts = [chat.render([_U('u'), _A('', None, one)]) for one in given]
+    asked = [[_U('u'), _A('', None, one), _T('t')] for one in given]
+    texts = [chat.render(each) for each in asked]
     self.assertEqual(texts[0], texts[1])
 
   def test_results_without_ids_answer_in_order(self):

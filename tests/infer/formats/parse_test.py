@@ -76,6 +76,8 @@ def texts(name):
     'r</think>x<y\n\n<z\n',
     'é👩‍👧漢</think>é👩‍👧漢',
     'r</think>a\n\n\nb<',
+    'r' + '\n' * 300 + '</think>' + '\n' * 300 + 'a' + '\n' * 300 + 'b',
+    block(name, ('n', {'t': 'x>\n' * 300, 'u': '\n' * 300 + 'x' * 300})),
     f'r</think>{block(name, ("n", {"t": " <b> "}))}',
   )
 
@@ -158,6 +160,28 @@ class ParseTest(parameterized.TestCase):
       self.assertEqual(calls, want)
     got = parsed(name, text).parsed.tool_calls
     self.assertEqual([call.id for call in got], ['call_0', 'call_1'])
+
+  def test_other_tokens_may_end_a_turn(self):
+    tok, chat = talks.tokenizer(), formats.get('v4')
+    for name in (pieces.USER, pieces.SYSTEM):  # one of the format, one not
+      (end,) = tok.encode(name, special=True)
+      ids = [*tok.encode('ab'), end, *tok.encode('c')]
+      got = chat.parser(tok).parse(ids)
+      self.assertEqual(got, (f'ab{name}c', '', (), False))
+      got = chat.parser(tok, ends=[end, tok.vocab_size + 3]).parse(ids)
+      self.assertEqual(got, ('ab', '', (), True))
+
+  @parameterized.parameters(*formats.FORMATS)
+  def test_an_answer_is_the_next_prompts_message(self, name):
+    chat = formats.get(name)
+    for text in texts(name):
+      got = parsed(name, f'{text}{_EOS}', thinking=True).parsed
+      said = got.message()
+      self.assertEqual(said['content'], got.content)
+      whole = chat.render([*_TALK, said], generation=False, thinking=True)
+      calls = chat.read([*_TALK, said]).messages[-1].tool_calls
+      self.assertEqual(calls, got.tool_calls)
+      self.assertIn(got.content, formats.text_of(whole))
 
   def test_reasoning_that_does_not_end_leaves_no_content(self):
     for name in formats.FORMATS:

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test sweeps mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
+.PHONY: demo test sweeps mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks serve pages clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,15 @@ NEWER_PYTHON ?= python3.12
 kernels: $(VENV)/.test .venv-interpreter/.ready
 	$(PYTEST) tests/pallas_kernels --ignore=tests/pallas_kernels/interpreter_test.py
 	.venv-interpreter/bin/python -m pytest tests/pallas_kernels/interpreter_test.py
+
+# The server under load: 200 clients, cut and slow streams, wrong bodies.
+serve: $(VENV)/.test
+	$(PYTEST) tests/serve --ignore=tests/serve/page_test.py -s
+
+# The chat page in headless Chromium, which must be installed.
+pages: $(VENV)/.test
+	$(BIN)/pip install --quiet --editable '.[pages]'
+	$(BIN)/python -m tests.serve.page_run
 
 # Ahead-of-time compilation of the kernels for an H200; needs no GPU.
 AOT_JAX ?= 0.11.2

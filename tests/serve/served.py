@@ -67,7 +67,9 @@ def served_chat(tokenizer, form='v4', **fields):
 
 
 @contextlib.contextmanager
-def running(served, engine=None, *, limits=None, log=None, **config):
+def running(
+  served, engine=None, *, limits=None, log=None, seconds=20, **config
+):
   """Yields (server, engine) that answer; all ends with the block."""
   engine = engine or FakeEngine(
     served.tokenizer, context=served.context, stop=served.stop[0]
@@ -78,7 +80,7 @@ def running(served, engine=None, *, limits=None, log=None, **config):
   server.start()
   thread.start()
   try:
-    assert wait_until_ready(server.loop, 20)
+    assert wait_until_ready(server.loop, seconds)
     yield server, engine
   finally:
     server.stop()

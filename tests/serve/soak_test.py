@@ -83,9 +83,7 @@ async def _stream(client, told, rng, kind):
       if not line.startswith('data: {'):
         continue
       now = time.monotonic()
-      (told.gaps if seen else told.first).append(
-        now - last if seen else now - start
-      )
+      (told.gaps if seen else told.first).append(now - last)
       last, seen = now, seen + 1
       if kind == 'cut' and seen >= rng.randint(0, 5):
         return

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax.cli import common, experiment_file
-from deepseek_jax.cli.source import Source, load
+from deepseek_jax.cli.opened import Opened, load
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import chat
@@ -52,7 +52,7 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-def _wanted(source: Source) -> boundaries.Boundaries:
+def _wanted(source: Opened) -> boundaries.Boundaries:
   """Returns what begins and ends the texts, by the folder and --bos."""
   around, bos = source.boundaries, source.tokenizer.bos_id
   if _CHAT.value:  # the template writes what begins a text
@@ -68,7 +68,7 @@ def _wanted(source: Source) -> boundaries.Boundaries:
   return around._replace(begins=around.begins or (bos,))
 
 
-def _prompts(source: Source) -> list[list[int]]:
+def _prompts(source: Opened) -> list[list[int]]:
   """Returns the token ids of every prompt, those of --after infilled."""
   tokenizer, around = source.tokenizer, source.boundaries.around
   if _AFTER.value is None:
@@ -85,7 +85,7 @@ def _prompts(source: Source) -> list[list[int]]:
   ]
 
 
-def _settings(source: Source) -> sample.SampleConfig:
+def _settings(source: Opened) -> sample.SampleConfig:
   """Returns how tokens are drawn.
 
   A stop text that is one token ends a row as the end of a text does.
@@ -99,7 +99,7 @@ def _settings(source: Source) -> sample.SampleConfig:
 
 
 def _drawn(
-  source: Source, prompts: Sequence[list[int]], key: jax.Array
+  source: Opened, prompts: Sequence[list[int]], key: jax.Array
 ) -> Iterator[list[int | None]]:
   """Yields the next token of every prompt; None where its text has ended."""
   cfg = _settings(source)
@@ -117,7 +117,7 @@ def _drawn(
     yield [None if end else int(t) for t, end in zip(tokens, ended)]
 
 
-def _stream(source: Source, prompt: list[int], key: jax.Array) -> Iterator[int]:
+def _stream(source: Opened, prompt: list[int], key: jax.Array) -> Iterator[int]:
   """Returns the tokens that follow one prompt, until its text ends."""
   return itertools.takewhile(
     lambda token: token is not None,
@@ -126,7 +126,7 @@ def _stream(source: Source, prompt: list[int], key: jax.Array) -> Iterator[int]:
 
 
 def _texts(
-  source: Source, prompts: Sequence[list[int]], key: jax.Array
+  source: Opened, prompts: Sequence[list[int]], key: jax.Array
 ) -> list[str]:
   """Returns what follows several prompts, drawn as one batch."""
   decoders = [source.tokenizer.decoder(prompt) for prompt in prompts]
@@ -146,7 +146,7 @@ def _texts(
   return [''.join(chat.until([text], _STOP.value)) for text in texts]
 
 
-def _converse(source: Source) -> None:
+def _converse(source: Opened) -> None:
   """Runs a chat on the terminal; every answer has a key of its own."""
   key = iter(jax.random.split(jax.random.key(_SEED.value), 1 << 16))
   chat.converse(

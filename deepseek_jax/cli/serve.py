@@ -18,7 +18,7 @@ from absl import flags
 
 from deepseek_jax import say
 from deepseek_jax.cli import common, experiment_file
-from deepseek_jax.cli.source import Source, load
+from deepseek_jax.cli.opened import Opened, load
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineConfig
 
@@ -87,7 +87,7 @@ def _check_packages(needed: Mapping[str, str] = _NEEDED) -> None:
     )
 
 
-def _engine(source: Source) -> Engine:
+def _engine(source: Opened) -> Engine:
   """Returns the engine of what was loaded, in the shapes of the flags."""
   cfg = EngineConfig(
     slots=_SLOTS.value,

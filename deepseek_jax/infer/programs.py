@@ -20,7 +20,8 @@ from deepseek_jax.infer.drafting import Checked, Place
 from deepseek_jax.infer.paging import Held, Paging, Rows, Store
 from deepseek_jax.infer.sampler import Drawn, Draws
 from deepseek_jax.infer.sampling import build_flat
-from deepseek_jax.model.transformer import Model, Output, moe_statistics
+from deepseek_jax.model.stacks import moe_statistics
+from deepseek_jax.model.transformer import Model, Output
 from deepseek_jax.parallel.sharding import Using
 
 STOPS = 16  # stop tokens of a request at most

@@ -40,7 +40,7 @@ def check_config(config: RunConfig) -> None:
   distributed.wait_for_all()  # none writes before all agree
 
 
-def check_data(config: RunConfig, store: datalib.Store) -> None:
+def check_data(config: RunConfig, store: datalib.TokenStore) -> None:
   """Compares the text that is trained and validated on, and the tokenizer.
 
   Raises:

@@ -14,7 +14,7 @@ from deepseek_jax.infer.paging import paging
 from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.plan import memory
-from tests import tiny
+from tests import fake_devices, tiny
 from tests.infer import families
 
 CONTEXT = 64
@@ -309,6 +309,17 @@ class ContractTest(parameterized.TestCase):
       load = run.expert_load(number)
       self.assertEqual(load.shape, (2, moe.experts))
       np.testing.assert_array_equal(load.sum(axis=1), 12 * moe.top_k)
+
+
+class MeshTest(parameterized.TestCase):
+  @parameterized.parameters('v3')
+  def test_a_mesh_of_devices_answers_as_one_does(self, name):
+    found = fake_devices.run('tests.infer.engine_worker', name, devices=4)
+    self.assertLen(found, 3)
+    for mesh, (same, error, pages) in found.items():
+      self.assertTrue(same, mesh)
+      self.assertLess(error, 1e-5, mesh)
+      self.assertEqual(pages, 0, mesh)
 
 
 class BadInputTest(parameterized.TestCase):

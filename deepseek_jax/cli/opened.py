@@ -10,7 +10,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.hf.source import absent
 
 
-class Source(NamedTuple):
+class Opened(NamedTuple):
   """Holds what is sampled from.
 
   Attributes:
@@ -27,7 +27,7 @@ class Source(NamedTuple):
   boundaries: boundaries.Boundaries
 
 
-def load(workdir: str | None, folder: str | None, dtype: str) -> Source:
+def load(workdir: str | None, folder: str | None, dtype: str) -> Opened:
   """Returns a run or a folder, loaded.
 
   Args:
@@ -42,7 +42,7 @@ def load(workdir: str | None, folder: str | None, dtype: str) -> Source:
     raise InputError('give either --workdir=RUN or --hf=FOLDER')
   if workdir:
     run = ds.load(workdir)
-    return Source(
+    return Opened(
       run.model,
       run.variables,
       run.tokenizer,
@@ -60,4 +60,4 @@ def load(workdir: str | None, folder: str | None, dtype: str) -> Source:
   config = ds.changed(config, {'compute.dtype': dtype})
   tokenizer = from_file(os.path.join(folder, 'tokenizer.json'))
   around = boundaries.boundaries(folder, tokenizer, about)
-  return Source(ds.build(config), variables, tokenizer, folder, around)
+  return Opened(ds.build(config), variables, tokenizer, folder, around)

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deepseek_jax.serve import errors, wire
+from deepseek_jax.serve import refusals, wire
 from deepseek_jax.serve.config import ServeConfig
 from deepseek_jax.serve.engine_loop import EngineLoop
 from deepseek_jax.serve.generation import Desk
@@ -70,7 +70,7 @@ async def _unrouted(request: Request, error: HTTPException) -> Response:
     allowed = (error.headers or {}).get('Allow', '')
     message, code = f'{request.method}: use {allowed}', 'method_not_allowed'
   return wire.answer_error(
-    errors.ApiError(
+    refusals.ApiError(
       error.status_code, message, code=code, headers=error.headers
     )
   )

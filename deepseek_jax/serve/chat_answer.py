@@ -8,14 +8,14 @@ from typing import Any
 from starlette.responses import Response
 
 from deepseek_jax.infer.request import Event, LogProb
-from deepseek_jax.serve import errors, heat, logprobs, wire
+from deepseek_jax.serve import heat, logprobs, refusals, wire
 from deepseek_jax.serve.chat_request import ChatRequest
 from deepseek_jax.serve.dialect import Delta
 from deepseek_jax.serve.generation import Generation
 from deepseek_jax.serve.served import Served
 
 
-class Answer:
+class ChatAnswer:
   """Follows one answer: what its tokens mean, and how it ended.
 
   Attributes:
@@ -63,7 +63,7 @@ class Answer:
   def _end(self, event: Event) -> Iterator[dict[str, Any]]:
     """Yields what was held back, and sets `finish`."""
     if event.finish not in ('stop', 'length'):
-      raise errors.broken(event.error or f'the answer was {event.finish}')
+      raise refusals.broken(event.error or f'the answer was {event.finish}')
     yield from self._deltas(self._parser.finish())
     if self.finish is None:
       called = self.calls and event.finish == 'stop'
@@ -111,13 +111,13 @@ class Answer:
     return out
 
 
-class Answers:
+class ChatAnswers:
   """Writes all answers to one request."""
 
   def __init__(self, asked: ChatRequest, served: Served, got: Generation):
     """Takes what was asked, the model, and what it generates."""
     self._asked, self._served, self._got = asked, served, got
-    self._answers = [Answer(asked, served) for _ in range(asked.common.n)]
+    self._answers = [ChatAnswer(asked, served) for _ in range(asked.common.n)]
     self._head = {
       'id': f'chatcmpl-{uuid.uuid4().hex}',
       'created': int(time.time()),

@@ -7,8 +7,8 @@ from typing import Any
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.request import Request
 from deepseek_jax.serve import (
-  errors,
   messages,
+  refusals,
   requests,
   response_format,
 )
@@ -55,7 +55,7 @@ def read(
     ApiError: a field is wrong, unknown, or over a limit.
   """
   if served.dialect is None:
-    raise errors.ApiError(
+    raise refusals.ApiError(
       400,
       f'{served.name} has no chat format: it goes on from texts; ask'
       ' /v1/completions',
@@ -93,7 +93,10 @@ def read(
 
 
 def _grammar(
-  form: response_format.Form, chat: Chat, prompt: list[int], served: Served
+  form: response_format.AnswerForm,
+  chat: Chat,
+  prompt: list[int],
+  served: Served,
 ) -> Any:
   """Returns the grammar of an answer, behind its thinking if it thinks."""
   dialect = served.dialect

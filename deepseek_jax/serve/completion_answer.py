@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from deepseek_jax.infer.request import Event
-from deepseek_jax.serve import errors, heat, wire
+from deepseek_jax.serve import heat, refusals, wire
 from deepseek_jax.serve.completion_request import CompletionRequest
 from deepseek_jax.serve.generation import Generation
 from deepseek_jax.serve.logprobs import Legacy
@@ -37,7 +37,7 @@ class _Choice:
       self.finish = self.finish or 'length'
       return
     if event.finish in ('cancelled', 'error'):
-      raise errors.broken(event.error or f'the answer was {event.finish}')
+      raise refusals.broken(event.error or f'the answer was {event.finish}')
     if self._told is not None:
       for token, told in zip(event.tokens, event.logprobs):
         self._told.add(token, told, hidden=token in self._served.stop)

@@ -48,7 +48,7 @@ class Delta(Protocol):
   tool_calls: Sequence[Call]
 
 
-class Parser(Protocol):
+class AnswerParser(Protocol):
   """Takes an answer apart as its tokens come.
 
   Attributes:
@@ -87,5 +87,5 @@ class Dialect(Protocol):
 
   def parser(
     self, chat: Chat, prompt: Sequence[int], stops: Sequence[str]
-  ) -> Parser:
+  ) -> AnswerParser:
     """Returns what reads the answer to a prompt, up to a stop text."""

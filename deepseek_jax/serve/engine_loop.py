@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import EngineBusy
 from deepseek_jax.infer.request import Event, Request
-from deepseek_jax.serve import errors
+from deepseek_jax.serve import refusals
 
 _IDLE = 0.5  # seconds between looks at a queue that wakes by itself
 
@@ -77,11 +77,11 @@ class Stream:
     self._items += new
     if len(self._items) > self._held:
       self._items = []
-      self.fail(errors.slow())
+      self.fail(refusals.slow())
       self.close()
     self._filled.set()
 
-  def fail(self, error: errors.ApiError) -> None:
+  def fail(self, error: refusals.ApiError) -> None:
     """Ends the stream by an error, behind what it holds."""
     if self._error is None:
       self._error = error
@@ -162,13 +162,13 @@ class EngineLoop:
       ApiError: a request is wrong, the queue is full, or no engine runs.
     """
     if self.state != 'ready':
-      raise errors.not_ready(self.state)
+      raise refusals.not_ready(self.state)
     stream = Stream(self, sum(r.n for r in requests), self._held)
     accepted = stream.loop.create_future()
     self._inbox.put((self._submit, (stream, requests, load, accepted)))
     try:
       if self.state != 'ready':  # it may look into the inbox no more
-        raise errors.not_ready(self.state)
+        raise refusals.not_ready(self.state)
       await accepted
     except BaseException:
       stream.close()
@@ -247,9 +247,9 @@ class EngineLoop:
         self._forget(number)
         self.engine.cancel(number)
       answer = (
-        errors.busy(' '.join(str(error).split()))
+        refusals.busy(' '.join(str(error).split()))
         if isinstance(error, EngineBusy)
-        else errors.refused(error)
+        else refusals.refused(error)
       )
       _call(stream, _settle, accepted, answer)
       return
@@ -305,7 +305,7 @@ class EngineLoop:
   def _fail_all(self) -> None:
     """Ends every stream by an error."""
     for stream in {running.stream for running in self._running.values()}:
-      _call(stream, stream.fail, errors.broken(f'the engine is {self.state}'))
+      _call(stream, stream.fail, refusals.broken(f'the engine is {self.state}'))
     self._running.clear()
     self._ids.clear()
 
@@ -318,7 +318,7 @@ class EngineLoop:
         return
       if call == self._submit:
         stream, _, _, accepted = args
-        _call(stream, _settle, accepted, errors.not_ready(self.state))
+        _call(stream, _settle, accepted, refusals.not_ready(self.state))
 
 
 def _settle(future: asyncio.Future, error: Exception | None) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from deepseek_jax.serve.errors import ApiError, wrong
+from deepseek_jax.serve.refusals import ApiError, wrong
 
 _SHOWN = 60  # characters of a value in a message
 

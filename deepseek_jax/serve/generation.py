@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from deepseek_jax.infer.request import Request
-from deepseek_jax.serve import errors
+from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.engine_loop import EngineLoop, Item, Stream
 from deepseek_jax.serve.meters import Meters
@@ -23,7 +23,7 @@ class Desk:
   def check(self) -> None:
     """Raises ApiError if no request can be let in now."""
     if self.under_way >= self.limits.requests:
-      raise errors.busy(
+      raise refusals.busy(
         f'{self.under_way} requests are under way, as many as this server takes'
       )
 
@@ -85,14 +85,14 @@ class Generation:
         async with asyncio.timeout(left if seconds else None):
           items = await anext(self._stream, None)
       except TimeoutError:
-        raise errors.late(seconds) from None
+        raise refusals.late(seconds) from None
       if items is None:
         return
       self._count(items)
       yield items
       for item in items:
         if item.event.finish == 'error':
-          raise errors.broken(item.event.error or 'the answer failed')
+          raise refusals.broken(item.event.error or 'the answer failed')
 
   def _count(self, items: Sequence[Item]) -> None:
     """Adds up what some items tell."""

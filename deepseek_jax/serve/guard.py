@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepseek_jax.serve import errors, wire
+from deepseek_jax.serve import refusals, wire
 from deepseek_jax.serve.config import ServeConfig, is_loopback, key_of
 from deepseek_jax.serve.meters import Meters
 
@@ -97,7 +97,7 @@ class Guard:
     """Returns why a request may not pass, or None."""
     if not self._knows_host(headers.getlist('host')):
       return wire.answer_error(
-        errors.ApiError(
+        refusals.ApiError(
           403,
           'host: this server goes by another name; add it by --allow_host=NAME',
           code='unknown_host',
@@ -113,7 +113,7 @@ class Guard:
       name = key_of(given.strip().encode('latin-1'), self._config.keys)
     if name is None:
       return wire.answer_error(
-        errors.ApiError(
+        refusals.ApiError(
           401,
           'this server needs a key: send Authorization: Bearer KEY',
           code='invalid_api_key',

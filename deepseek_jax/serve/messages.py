@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.formats import message
-from deepseek_jax.serve import errors
+from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.fields import Fields, parse_body, shown
 from deepseek_jax.serve.response_format import check_schema
@@ -37,19 +37,19 @@ def read(fields: Fields, limits: Limits) -> tuple[Mapping[str, Any], ...]:
   return tuple(found)
 
 
-def at_message(error: InputError) -> errors.ApiError:
+def at_message(error: InputError) -> refusals.ApiError:
   """Returns an error of a conversation, its `param` the message's place."""
   found = _PLACE.match(str(error))
-  return errors.refused(error, found[0] if found else 'messages')
+  return refusals.refused(error, found[0] if found else 'messages')
 
 
 def _check_arguments(text: str, where: str) -> None:
   """Raises ApiError unless a call's arguments are a JSON object."""
   try:
     parse_body(text.encode())
-  except errors.ApiError as error:
+  except refusals.ApiError as error:
     what = error.message.removeprefix('the body ')
-    raise errors.wrong(
+    raise refusals.wrong(
       f'{where}.function.arguments', f'{what}; write a JSON object as a string'
     ) from None
 

@@ -5,7 +5,7 @@ import secrets
 from typing import Any
 
 from deepseek_jax.infer.request import Sampling
-from deepseek_jax.serve import errors
+from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.fields import Fields
 from deepseek_jax.serve.served import Served
@@ -65,7 +65,7 @@ def common(fields: Fields, served: Served, limits: Limits) -> Common:
 def check_model(name: str | None, served: Served) -> None:
   """Raises ApiError if a request names another model."""
   if name not in (None, '', served.name):
-    raise errors.ApiError(
+    raise refusals.ApiError(
       404,
       f'model: this server has no {name[:60]!r}; it has {served.name!r}',
       param='model',
@@ -170,10 +170,10 @@ def room(
     ApiError: nothing fits behind the prompt, or a token is unknown.
   """
   if not prompt:
-    raise errors.wrong('prompt', 'is empty; give at least one token')
+    raise refusals.wrong('prompt', 'is empty; give at least one token')
   left = served.context - len(prompt)
   if left < 1:
-    raise errors.ApiError(
+    raise refusals.ApiError(
       400,
       f'the prompt has {len(prompt)} tokens; this model takes'
       f' {served.context - 1} and writes what is left of {served.context}:'
@@ -183,7 +183,7 @@ def room(
     )
   for token in prompt:
     if not 0 <= token < served.vocab_size:
-      raise errors.wrong(
+      raise refusals.wrong(
         'prompt',
         f'token {token} is unknown; ids go from 0 to {served.vocab_size - 1}',
       )

@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.serve import errors
+from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.fields import Fields
 from deepseek_jax.serve.requests import nesting
@@ -14,7 +14,7 @@ _KINDS = ('text', 'json_object', 'json_schema', 'regex')
 _FIELD = 'response_format'
 
 
-class Form(NamedTuple):
+class AnswerForm(NamedTuple):
   """Holds what form an answer must have: a kind, and a schema or regex."""
 
   kind: str
@@ -30,10 +30,10 @@ class Form(NamedTuple):
     try:
       return served.grammar(self.kind, self.value, after)
     except InputError as error:
-      raise errors.wrong(_FIELD, ' '.join(str(error).split())) from None
+      raise refusals.wrong(_FIELD, ' '.join(str(error).split())) from None
 
 
-def read(fields: Fields, served: Served, limits: Limits) -> Form | None:
+def read(fields: Fields, served: Served, limits: Limits) -> AnswerForm | None:
   """Returns what `response_format` asks for; None for free text.
 
   Beside OpenAI's kinds: {"type": "regex", "regex": "..."}.
@@ -58,12 +58,12 @@ def read(fields: Fields, served: Served, limits: Limits) -> Form | None:
   if kind == 'text':
     return None
   if served.grammar is None:
-    raise errors.wrong(
+    raise refusals.wrong(
       _FIELD,
       f'is {kind}, but this server constrains no answers: install'
       " 'deepseek_jax[grammar]'",
     )
-  return Form(kind, value)
+  return AnswerForm(kind, value)
 
 
 def _schema(inner: Fields, limits: Limits) -> Any:
@@ -83,19 +83,19 @@ def _schema(inner: Fields, limits: Limits) -> Any:
 def check_schema(schema: Any, where: str, limits: Limits) -> None:
   """Raises ApiError for a schema that is none, too large or too deep."""
   if not isinstance(schema, dict | bool):
-    raise errors.wrong(where, 'must be a JSON schema, an object')
+    raise refusals.wrong(where, 'must be a JSON schema, an object')
   if nesting(schema, limits.schema_depth) > limits.schema_depth:
-    raise errors.wrong(
+    raise refusals.wrong(
       where, f'is nested more than {limits.schema_depth} levels deep'
     )
   size = len(json.dumps(schema))
   if size > limits.schema:
-    raise errors.wrong(
+    raise refusals.wrong(
       where, f'has {size} characters; at most {limits.schema} are taken'
     )
   for name, value in _references(schema):
     if not value.startswith('#'):
-      raise errors.wrong(
+      raise refusals.wrong(
         where, f'{name} = {value[:60]!r}: only what is inside (#/...) is read'
       )
 

@@ -1,4 +1,4 @@
-"""Answers at each address."""
+"""ChatAnswers at each address."""
 
 import asyncio
 import traceback
@@ -14,10 +14,10 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.serve import (
   chat_request,
   completion_request,
-  errors,
+  refusals,
   wire,
 )
-from deepseek_jax.serve.chat_answer import Answers
+from deepseek_jax.serve.chat_answer import ChatAnswers
 from deepseek_jax.serve.completion_answer import Completions
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.dialect import Chat
@@ -68,25 +68,25 @@ class Api(NamedTuple):
     return out + [Route(path, _file(*file)) for path, file in _FILES.items()]
 
   async def health(self, _) -> Response:
-    """Answers whether the process works; an engine that broke does not."""
+    """ChatAnswers whether the process works; an engine that broke does not."""
     state = self.desk.loop.state
     return wire.answer({'status': state}, 500 if state == 'broken' else 200)
 
   async def ready(self, _) -> Response:
-    """Answers whether requests are answered now."""
+    """ChatAnswers whether requests are answered now."""
     state = self.desk.loop.state
     return wire.answer({'status': state}, 200 if state == 'ready' else 503)
 
   async def metrics(self, _) -> Response:
-    """Answers the numbers of the server and of its engine."""
+    """ChatAnswers the numbers of the server and of its engine."""
     return Response(self.meters.text(), headers={'content-type': CONTENT_TYPE})
 
   async def models(self, _) -> Response:
-    """Answers the list of models, which has one."""
+    """ChatAnswers the list of models, which has one."""
     return wire.answer({'object': 'list', 'data': [self._model()]})
 
   async def model(self, request: Request) -> Response:
-    """Answers about the one model."""
+    """ChatAnswers about the one model."""
     check_model(request.path_params['name'], self.served)
     return wire.answer(self._model())
 
@@ -112,10 +112,10 @@ class Api(NamedTuple):
     }
 
   async def chat(self, request: Request) -> Response:
-    """Answers in a conversation."""
+    """ChatAnswers in a conversation."""
     asked = await self._read(request, chat_request.read)
     got = await self.desk.open([asked.request], load=asked.common.load)
-    writer = Answers(asked, self.served, got)
+    writer = ChatAnswers(asked, self.served, got)
     return await self._answer(request, writer, got, asked.common.stream)
 
   async def completions(self, request: Request) -> Response:
@@ -136,7 +136,7 @@ class Api(NamedTuple):
   async def _answer(
     self,
     request: Request,
-    writer: Answers | Completions,
+    writer: ChatAnswers | Completions,
     got: Generation,
     stream: bool,
   ) -> Response:
@@ -149,7 +149,7 @@ class Api(NamedTuple):
       got.close()
 
   async def tokenize(self, request: Request) -> Response:
-    """Answers the tokens of a text or of a conversation."""
+    """ChatAnswers the tokens of a text or of a conversation."""
     body = await wire.read_json(request, self.limits)
     tokens = await asyncio.to_thread(self._tokens, body)
     return wire.answer(
@@ -182,7 +182,7 @@ class Api(NamedTuple):
     return self.served.boundaries.around(ids) if around else ids
 
   async def detokenize(self, request: Request) -> Response:
-    """Answers the text of tokens."""
+    """ChatAnswers the text of tokens."""
     fields = Fields(await wire.read_json(request, self.limits))
     check_model(fields.text('model'), self.served)
     tokens = fields.items('tokens', self.limits.body)
@@ -203,13 +203,13 @@ def _guarded(handler: Handler) -> Handler:
   async def guarded(request: Request) -> Response:
     try:
       return await handler(request)
-    except errors.ApiError as error:
+    except refusals.ApiError as error:
       return wire.answer_error(error)
     except ClientDisconnect:
       return Response(status_code=499)
     except Exception:
       traceback.print_exc()
-      return wire.answer_error(errors.broken('an error of the server'))
+      return wire.answer_error(refusals.broken('an error of the server'))
 
   return guarded
 

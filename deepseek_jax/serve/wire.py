@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deepseek_jax.serve import errors
+from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.fields import parse_body
 
@@ -32,7 +32,7 @@ def answer(value: Any, status: int = 200, **headers: str) -> Response:
   )
 
 
-def answer_error(error: errors.ApiError) -> Response:
+def answer_error(error: refusals.ApiError) -> Response:
   """Returns an error as a response."""
   return answer(error.body(), error.status, **error.headers)
 
@@ -46,11 +46,11 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
   kind = request.headers.get('content-type', '').partition(';')[0].strip()
   if kind.lower() != 'application/json':
     # A page of another server can send other kinds without being asked.
-    raise errors.ApiError(
+    raise refusals.ApiError(
       415, f'content-type is {kind[:60]!r}: send application/json'
     )
   if request.headers.get('content-encoding', 'identity') != 'identity':
-    raise errors.ApiError(415, 'content-encoding: send the body as it is')
+    raise refusals.ApiError(415, 'content-encoding: send the body as it is')
   size = request.headers.get('content-length', '0')
   if not size.isascii() or not size.isdigit() or int(size[:12]) > limits.body:
     raise _too_large(limits)
@@ -62,7 +62,7 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
         if len(data) > limits.body:
           raise _too_large(limits)
   except TimeoutError:
-    raise errors.ApiError(
+    raise refusals.ApiError(
       408,
       f'the body did not arrive within {limits.body_seconds:g} s',
       headers={'x-should-retry': 'false', 'connection': 'close'},
@@ -72,9 +72,9 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
   return await asyncio.to_thread(parse_body, bytes(data))
 
 
-def _too_large(limits: Limits) -> errors.ApiError:
+def _too_large(limits: Limits) -> refusals.ApiError:
   """Returns the error of a body over the limit."""
-  return errors.ApiError(
+  return refusals.ApiError(
     413,
     f'the body is larger than {limits.body} bytes, which this server takes',
     code='body_too_large',
@@ -170,7 +170,7 @@ class EventStream(Response):
         async for event in self._events:
           await write(b'data: ' + event + b'\n\n')
         await write(b'data: [DONE]\n\n')
-      except errors.ApiError as error:
+      except refusals.ApiError as error:
         await write(b'data: ' + to_json(error.body()) + b'\n\n')
     finally:
       await _end(pinging)

@@ -1,10 +1,12 @@
 """Speaks DeepSeek's chat formats, and the templates of other folders."""
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.data import special_tokens
+from deepseek_jax.data.tokenizer import SPECIAL, ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import chat as templates
 from deepseek_jax.infer import formats
@@ -66,11 +68,7 @@ class TemplateDialect:
     self._config = templates.template_config(folder)
     self._tokenizer = tokenizer
     self.end_of_thinking = _end_of_thinking(tokenizer)
-    declared = special_tokens.declared(folder)
-    names = {*declared.names.values(), *declared.more}
-    names |= {token['content'] for token in declared.added}
-    # Longer ones first: one may begin another.
-    self._names = sorted(filter(None, names), key=len, reverse=True)
+    self._names = _special(folder, tokenizer)
 
   def encode(self, chat: Chat) -> list[int]:
     """Returns the prompt's tokens; a user's text never becomes a special one.
@@ -100,6 +98,28 @@ class TemplateDialect:
     """Returns what reads the answer to a prompt, up to a stop text."""
     del chat
     return parse.Parser(self._tokenizer, _READ, None, prompt=prompt, stop=stops)
+
+
+def _special(folder: str, tokenizer: Any) -> list[str]:
+  """Returns what a tokenizer reads as special tokens, longest first.
+
+  They are declared in tokenizer.json and in the files beside it; a shorter one
+  may begin a longer one.
+  """
+  declared = special_tokens.declared(folder)
+  names = {*declared.names.values(), *declared.more}
+  names |= {token['content'] for token in declared.added}
+  names |= {token['content'] for token in _added(tokenizer)}
+  encode = tokenizer.encode
+  found = [n for n in names if n and encode(n) != encode(n, special=True)]
+  return sorted(found, key=len, reverse=True)
+
+
+def _added(tokenizer: Any) -> list[dict[str, Any]]:
+  """Returns the tokens that a tokenizer.json adds to its vocabulary."""
+  if isinstance(tokenizer, ByteTokenizer):
+    return [{'content': name} for name in SPECIAL]
+  return json.loads(tokenizer.text_json).get('added_tokens', [])
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -60,6 +60,7 @@ class Api(NamedTuple):
       ('/v1/completions', self.completions, post),
       ('/tokenize', self.tokenize, post),
       ('/detokenize', self.detokenize, post),
+      ('/tokenizer_info', self.tokenizer_info, get),
     ]
     out = [
       Route(path, _guarded(handler), methods=methods)
@@ -178,7 +179,10 @@ class Api(NamedTuple):
     if text is None:
       fields.fail('prompt', 'is missing; give it or messages')
     fields.close()
-    ids = self.served.tokenizer.encode(text)
+    encode = self.served.tokenizer.encode
+    # A name alone is a question for the token's id, as harnesses ask it.
+    alone = encode(text, special=True)
+    ids = alone if len(alone) == 1 else encode(text)
     return self.served.boundaries.around(ids) if around else ids
 
   async def detokenize(self, request: Request) -> Response:
@@ -195,6 +199,22 @@ class Api(NamedTuple):
         fields.fail('tokens', f'must be token ids from 0 to {size - 1}')
     text = await asyncio.to_thread(self.served.tokenizer.decode, tokens)
     return wire.answer({'prompt': text})
+
+
+  async def tokenizer_info(self, _) -> Response:
+    """Answers the names of special tokens, as evaluation harnesses ask."""
+    tokenizer = self.served.tokenizer
+    name = lambda token: None if token is None else tokenizer.decode([token])
+    return wire.answer(
+      {
+        'tokenizer_class': type(tokenizer).__name__,
+        'bos_token': name(tokenizer.bos_id),
+        'eos_token': name(tokenizer.eos_id),
+        'pad_token': name(tokenizer.pad_id),
+        'vocab_size': tokenizer.vocab_size,
+        'model_max_length': self.served.context,
+      }
+    )
 
 
 def _guarded(handler: Handler) -> Handler:

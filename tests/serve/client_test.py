@@ -505,6 +505,15 @@ class CompletionsTest(parameterized.TestCase):
     self.assertNotIn(servers.BYTES.eos_id, tokens)
     self.assertEqual(post('/detokenize', tokens=tokens)['prompt'], text)
 
+  def test_harnesses_learn_the_special_tokens(self):
+    url = self.server.url
+    told = httpx.get(url + '/tokenizer_info').json()
+    self.assertEqual(told['eos_token'], '<|eos|>')
+    self.assertIsNone(told['bos_token'])
+    body = {'prompt': told['eos_token'], 'add_special_tokens': False}
+    tokens = httpx.post(url + '/tokenize', json=body).json()['tokens']
+    self.assertEqual(tokens, [servers.BYTES.eos_id])
+
   def test_text_never_becomes_a_special_token(self):
     self.ask('<|eos|><|fim_hole|>')
     self.assertGreater(min(self.engine.seen[-1].prompt), 4)

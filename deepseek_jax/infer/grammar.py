@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer.formats.message import check_json
+from deepseek_jax.infer.formats.message import check_json, shown
 
 MAX_SIZE = 1 << 16  # characters of a grammar
 _KINDS = ('json', 'schema', 'regex', 'lark')
@@ -70,7 +70,7 @@ class Grammar:
     {'type': 'lark', 'lark': ...} are known.
     """
     kind = form.get('type') if isinstance(form, Mapping) else form
-    kind = kind if isinstance(kind, str | None) else repr(kind)
+    kind = kind if isinstance(kind, str | None) else shown(kind)
     if kind in (None, 'text'):
       return None
     if kind == 'json_object':
@@ -83,8 +83,8 @@ class Grammar:
     elif kind in ('regex', 'lark') and isinstance(value, str):
       return cls(kind, value)
     raise InputError(
-      f'response_format.type = {kind!r}: must be text, json_object, json_schema'
-      ' with json_schema.schema, regex or lark'
+      f'response_format.type = {shown(kind)}: must be text, json_object,'
+      ' json_schema with json_schema.schema, regex or lark'
     )
 
   def matcher(

@@ -205,7 +205,7 @@ class ContractTest(parameterized.TestCase):
   def test_a_grammar_that_gives_up_fails_its_own_answer_alone(self, where):
     # llguidance has limits that an answer may meet in its middle.
     class Gives:
-      calls = 0
+      calls, ended = 0, False
 
       def matcher(self, *_):
         return self

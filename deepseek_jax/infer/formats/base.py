@@ -13,6 +13,7 @@ from deepseek_jax.infer.formats.message import (
   read,
   read_answer,
   read_tools,
+  shown,
 )
 from deepseek_jax.infer.formats.pieces import Piece, joined, text_of
 
@@ -94,12 +95,12 @@ class Format:
     required = tool_choice == 'required' or isinstance(tool_choice, Mapping)
     if not required and tool_choice not in (None, 'auto', 'none'):
       raise InputError(
-        f'tool_choice = {tool_choice!r}: must be auto, none, required or a'
+        f'tool_choice = {shown(tool_choice)}: must be auto, none, required or a'
         ' function'
       )
     if effort is not None and effort not in tuple(EFFORTS):
       raise InputError(
-        f'effort = {effort!r}: must be one of {", ".join(EFFORTS)}'
+        f'effort = {shown(effort)}: must be one of {", ".join(EFFORTS)}'
       )
     effort = EFFORTS.get(effort)
     if effort == 'none':
@@ -109,18 +110,22 @@ class Format:
     thinking = self.thinks if thinking is None else bool(thinking)
     if required and (thinking or not found):
       raise InputError(
-        f'tool_choice = {tool_choice!r}: needs tools, and thinking off'
+        f'tool_choice = {shown(tool_choice)}: needs tools, and thinking off'
       )
     talk = Talk(read(messages), found, thinking, effort, answer, required)
     if required and talk.messages[-1].prefix:
       raise InputError('tool_choice: a message with prefix makes no call')
-    for n, message in enumerate(talk.messages):
+    self._check_messages(talk.messages)
+    return talk
+
+  def _check_messages(self, messages: tuple[Message, ...]) -> None:
+    """Raises InputError for a role that the format doesn't know."""
+    for n, message in enumerate(messages):
       if message.role not in self.roles:
         raise InputError(
           f'messages[{n}].role = {message.role!r}: the chat format {self.name}'
           f' knows {", ".join(self.roles)}'
         )
-    return talk
 
   def _check(
     self, tools: Sequence[Any], effort: Any, answer: Any, required: bool

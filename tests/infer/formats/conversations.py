@@ -1,5 +1,7 @@
 """Conversations that chat formats are tested on, and a tokenizer of marks."""
 
+import json
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from deepseek_jax.data import tokenizer as text_tokenizers
@@ -75,7 +77,7 @@ _ASKED = [_U('u'), _A('', 'r', _PARIS), _T('sunny')]
 _ON, _OFF = {'thinking': True}, {'thinking': False}
 _TOOLS = {'tools': [TOOL]}
 _ARGUMENTS = (
-  '{"s":"a\\"b\\n<c>","n":1.50,"e":1e5,"x":1e-7,"b":true,"z":null,'
+  '{"s":"a\\"b\\n<c>","n":1.50,"e":1e5,"x":1e-7,"y":2.5e-5,"v":-1e16,"b":true,"z":null,'
   '"l":[1, 2,{"k":"é\\u0001"}],"o":{},"t":""}'
 )
 
@@ -99,6 +101,10 @@ TALKS = {
   'system_one_then_empty': ([_S('b'), _S(''), _U('u')], _OFF),
   'system_empty_later': ([_U('u'), _S(''), _U('v')], _OFF),
   'two_users': ([_U('u'), _U('v')], _OFF),
+  'two_users_one_empty': ([_U('u'), _U(''), _U('v')], _OFF),
+  'two_users_first_empty': ([_U(''), _U('v')], _ON),
+  'two_users_last_empty': ([_U('u'), _U('')], _OFF),
+  'two_users_empty': ([_U(''), _U('')], _OFF),
   'answered': ([_U('u'), _A('x')], _OFF),
   'answered_thinking': ([_U('u'), _A('x', 'r')], _ON),
   'turns': ([_U('u'), _A('x'), _U('v')], _OFF),
@@ -133,6 +139,15 @@ TALKS = {
     [_U('u'), _A('x', 'r'), _U('v'), _A('y', 'q', prefix=True)],
     _ON,
   ),
+  'prefix_alone': ([_A('x', 'r', prefix=True)], _ON),
+  'system_empty_only': ([_S('')], _ON),
+  'system_empty_only_tools': ([_S('')], _ON | {'tools': [TOOL]}),
+  'system_empty_first_tools': (
+    [_S(''), _S('b'), _U('u')],
+    {'tools': [TOOL], **_ON},
+  ),
+  'empty_user_after_result': ([*_ASKED, _U(''), _U('v')], _ON),
+  'empty_user_after_result_last': ([*_ASKED, _U('')], _ON),
   'reminder': ([_U('u'), reminder('L')], _OFF),
   'reminder_first': ([reminder('L'), _U('u')], _OFF),
   'reminder_between': ([_U('u'), reminder('L'), _U('v')], _ON),
@@ -233,6 +248,56 @@ TALKS = {
   ),
   'system_after_result': ([*_ASKED, _S('x'), _U('y')], _OFF),
 }
+
+_WORDS = ('a', '', '\n', ' b ', 'é👩‍👧', '<think>', '</think>', '<｜User｜>')
+_WORDS += ('｜DSML｜', '{"x":1}', '</tool_result>', '日本', '\r\n', '"q"', '$T')
+
+
+def _value(rng, depth=0):
+  """Returns a random JSON value."""
+  size = rng.randrange(3) if depth < 2 else 0
+  kind = rng.randrange(6)
+  if kind == 0:
+    return [_value(rng, depth + 1) for _ in range(size)]
+  if kind == 1:
+    return {_words(rng): _value(rng, depth + 1) for _ in range(size)}
+  number = rng.random() * 10.0 ** rng.randrange(-12, 25)
+  return (_words(rng), number, rng.randrange(-9, 9), rng.choice([None, True]))[
+    kind - 2
+  ]
+
+
+def _words(rng):
+  """Returns a random text."""
+  return ''.join(rng.choices(_WORDS, k=rng.randrange(4)))
+
+
+def drawn(rng):
+  """Returns a random conversation and options."""
+  out = []
+  for _ in range(rng.randrange(1, 7)):
+    role = rng.choice(('system', 'user', 'user', 'answer', 'answer', 'calls'))
+    reasoning = rng.choice((None, _words(rng)))
+    if role in ('system', 'user'):
+      out.append({'role': role, 'content': _words(rng)})
+    elif role == 'answer':
+      out.append(assistant(_words(rng), reasoning))
+    else:
+      each = list(range(rng.randrange(1, 4)))
+      values = [{_words(rng): _value(rng) for _ in range(2)} for _ in each]
+      calls = [call(json.dumps(v), n) for n, v in zip(each, values)]
+      out.append(assistant(rng.choice((None, 'c')), reasoning, *calls))
+      rng.shuffle(each)
+      out += [tool(_words(rng), n) for n in each]
+  last = out[-1]
+  options = {'thinking': rng.random() < 0.5}
+  if last['role'] == 'assistant' and not any('tool_calls' in m for m in out):
+    last |= {'prefix': True} if rng.random() < 0.5 else {}
+  if 'prefix' not in last and rng.random() < 0.5:
+    options['tools'] = [TOOL, BARE]
+  if rng.random() < 0.3:
+    options['effort'] = rng.choice(('low', 'high', 'max'))
+  return out, options
 
 
 def marked_tokenizer(names=parse._NAMES, merges=True):

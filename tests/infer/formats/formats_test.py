@@ -223,6 +223,10 @@ class InputTest(parameterized.TestCase):
     ([_U('\ud800')], r'messages\[0\].content: character 0 is half'),
     ([_U([{'type': 'image_url'}])], r"content\[0\].type = 'image_url'"),
     ([_U(['x'])], r"content\[0\].type = 'x'"),
+    ([_U([{'type': 'text', 'text': ['x']}])], r"\[0\].text = \['x'\]: must"),
+    ([_U([{'type': 'text'}])], r'content\[0\].text = None: must be a text'),
+    ([_U([1] * 9999)], r'content\[0\].type = 1: only'),
+    ([_U({'a': 'x' * 9999})], r'messages\[0\].content = .{76} ...: must'),
     ([{**_U('u'), 'weight': 1}], r'messages\[0\].weight: not understood'),
     ([{**_U('u'), 'tool_calls': [{}]}], r'tool_calls\[0\].function.name'),
     ([_U('u'), {**_A('x'), 'tool_calls': 'x'}], 'tool_calls: must be a list'),
@@ -269,6 +273,13 @@ class InputTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, want) as caught:
       formats.get('v4').render([_U('u')], **options)
     self.assertNotIn('\n', str(caught.exception))
+
+  def test_a_role_nested_too_deeply_to_show_is_named(self):
+    role = []
+    for _ in range(5000):
+      role = [role]
+    with self.assertRaisesRegex(InputError, r'messages\[0\].role = <list>'):
+      formats.get('v4').render([{'role': role, 'content': ''}])
 
   def test_calls_without_results_open_no_answer(self):
     talk = [_U('u'), _A('', None, talks.call('{}'))]

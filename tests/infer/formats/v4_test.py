@@ -1,5 +1,8 @@
 """DeepSeek-V4 and V4.1: equal to deepseek-recipe, in text, marks and ids."""
 
+import json
+import random
+
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
@@ -46,7 +49,17 @@ class RecipeTest(parameterized.TestCase):
 
   @parameterized.product(name=tuple(MODELS), talk=tuple(talks.TALKS))
   def test_text_marks_and_ids_are_deepseeks(self, name, talk):
-    messages, options = talks.TALKS[talk]
+    self.check(name, *talks.TALKS[talk])
+
+  @parameterized.parameters(*MODELS)
+  def test_random_conversations_too(self, name):
+    rng = random.Random(0)
+    for _ in range(150):
+      messages, options = talks.drawn(rng)
+      with self.subTest(json.dumps([messages, options], ensure_ascii=False)):
+        self.check(name, messages, options)
+
+  def check(self, name, messages, options):
     encoding, conversation = theirs(name, messages, options)
     want = encoding.render_conversation(conversation)
     got = formats.get(name).render(messages, **options)
@@ -56,6 +69,15 @@ class RecipeTest(parameterized.TestCase):
     encoding = encoding.with_tokenizer(recipe.Tokenizer.from_str(text))
     ids = formats.encode(talks.tokenizer(), got)
     self.assertEqual(ids, encoding.encode(conversation))
+
+  def test_what_v41_drops_is_named(self):
+    messages = [talks.reminder('a'), talks.system(''), talks.reminder('b')]
+    encoding, conversation = theirs('v41', messages, {})
+    text = encoding.render_conversation(conversation).prompt
+    self.assertNotIn('<｜latest_reminder｜>b', text)
+    with self.assertRaisesRegex(InputError, 'two of role latest_reminder'):
+      formats.get('v41').render(messages)
+    formats.get('v4').render(messages)
 
   @parameterized.parameters(
     ([{'role': 'user', 'content': None}],),

@@ -40,15 +40,17 @@ class KeyTest(parameterized.TestCase):
 
   def test_every_route_and_method_needs_the_key_but_the_open_ones(self):
     self.assertGreater(len(list(self.paths())), 10)
+    wrong = {}
     for path in [*self.paths(), '/nothing', '/docs', '/openapi.json']:
       for method in _METHODS:
         response = self.client.request(method, path)
         is_open = path in guard.OPEN and method in ('GET', 'HEAD')
-        with self.subTest(path=path, method=method):
-          self.assertEqual(response.status_code, 200 if is_open else 401)
-          if not is_open and method != 'HEAD':
-            error = response.json()['error']
-            self.assertEqual(error['code'], 'invalid_api_key')
+        closed = response.status_code == 401
+        if not is_open and method != 'HEAD':
+          closed = closed and 'invalid_api_key' in response.text
+        if closed == is_open:
+          wrong[method, path] = response.status_code
+    self.assertEqual(wrong, {})
 
   def test_the_open_ones_are_few_and_tell_nothing(self):
     self.assertEqual(

@@ -156,10 +156,12 @@ class LimitTest(absltest.TestCase):
 
   def test_of_prompts_that_do_not_all_fit_none_is_taken(self):
     engine = _engine(slots=1, queue=3)
+    engine.hold.set()  # what is taken would not end by itself
     with servers.running(servers.served_bytes(), engine) as (server, _):
       url, body = server.url + '/v1/completions', _LONG | {'prompt': ['a'] * 5}
       self.assertEqual(httpx.post(url, json=body).status_code, 429)
       self.assertTrue(_idle(server, engine))
+      engine.hold.clear()
       self.assertEqual(httpx.post(url, json=_LONG).status_code, 200)
 
   def test_a_deadline_ends_an_answer(self):
@@ -199,7 +201,7 @@ class LimitTest(absltest.TestCase):
         url = server.url + '/v1/completions'
         quick = httpx.post(url, json=_LONG | {'max_tokens': 50})
         self.assertLen(quick.json()['choices'][0]['text'], 50)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 25
         while engine.busy() and time.monotonic() < end:
           time.sleep(0.05)
         self.assertFalse(engine.busy())
@@ -247,7 +249,8 @@ class FailureTest(absltest.TestCase):
       events, last = _events(
         httpx.post(url, json={'prompt': '!', 'stream': True})
       )
-      self.assertIn('NaN', events[-1]['error']['message'])
+      self.assertIn('NaN', json.dumps(events))
+      self.assertIn('error', events[-1])
       self.assertIsNone(last)
       self.assertEqual(httpx.post(url, json=_LONG).status_code, 200)
       self.assertTrue(_idle(server, engine))

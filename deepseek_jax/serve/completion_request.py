@@ -62,6 +62,7 @@ def read(
   form = response_format.read(fields, served, limits)
   prompts = _prompts(fields, served, limits, echo)
   fields.close()
+  _check_size(fields, prompts, common.n, limits, top if echo else None)
   grammar = form and form.grammar(served)
   scored = echo and top is not None
   out = []
@@ -84,6 +85,38 @@ def read(
   return CompletionRequest(
     common, tuple(out), texts, echo, top is not None, not new
   )
+
+
+def _check_size(
+  fields: Fields,
+  prompts: list[tuple[list[int], str]],
+  n: int,
+  limits: Limits,
+  top: int | None,
+) -> None:
+  """Raises ApiError for more answers or log-probabilities than are given.
+
+  Args:
+    fields: name what is wrong.
+    prompts: (tokens, text) each.
+    n: answers to each.
+    limits: of this server.
+    top: likeliest tokens beside each of the prompts'; None: nothing is told.
+  """
+  answers = len(prompts) * n
+  if answers > limits.requests:
+    fields.fail(
+      'prompt',
+      f'{len(prompts)} prompts with n = {n} are {answers} answers; at most'
+      f' {limits.requests} are given at a time',
+    )
+  scores = 0 if top is None else (top + 1) * n * sum(len(p) for p, _ in prompts)
+  if scores > limits.scores:
+    fields.fail(
+      'echo',
+      f'{scores} log-probabilities; at most {limits.scores} are told at a'
+      ' time: send fewer prompts or lower logprobs',
+    )
 
 
 def _prompts(

@@ -25,6 +25,7 @@ class Limits:
     prompts: of one request for completions.
     new_tokens: that an answer may have.
     answers: to one prompt (n).
+    scores: log-probabilities of prompts (echo) in one response.
     stops: texts that end an answer.
     stop_length: characters of one of them.
     biases: tokens in logit_bias.
@@ -34,6 +35,7 @@ class Limits:
     schema_depth: objects and lists inside each other in it.
     requests: under way at a time, those that wait included.
     held: pieces of a stream that wait for a slow reader.
+    unread_seconds: for which a client may read nothing of its stream.
     seconds: for one request; 0: no limit.
   """
 
@@ -44,6 +46,7 @@ class Limits:
   prompts: int = 256
   new_tokens: int = 32_768
   answers: int = 8
+  scores: int = 1 << 19
   stops: int = 16
   stop_length: int = 256
   biases: int = 300
@@ -53,6 +56,7 @@ class Limits:
   schema_depth: int = 32
   requests: int = 256
   held: int = 4096
+  unread_seconds: float = 30.0
   seconds: float = 600.0
 
   def __post_init__(self) -> None:

@@ -247,7 +247,7 @@ class EngineLoop:
         self._forget(number)
         self.engine.cancel(number)
       answer = (
-        refusals.busy(' '.join(str(error).split()))
+        refusals.busy(str(error))
         if isinstance(error, EngineBusy)
         else refusals.refused(error)
       )

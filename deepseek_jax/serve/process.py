@@ -118,6 +118,7 @@ class Server:
         ws='none',
         lifespan='off',
         log_config=None,
+        log_level='critical',  # a client that left is no error here
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -37,6 +37,7 @@ class ApiError(Exception):
       code: a word for programs.
       headers: more for the response.
     """
+    message = ' '.join(message.split())  # names in it may hold anything
     super().__init__(message)
     self.status, self.message = status, message
     self.kind, self.param, self.code = kind, param, code
@@ -61,7 +62,7 @@ def wrong(param: str, message: str, code: str | None = None) -> ApiError:
 
 def refused(error: InputError, param: str | None = None) -> ApiError:
   """Returns what a client is told when the engine refuses its request."""
-  return ApiError(400, ' '.join(str(error).split()), param=param)
+  return ApiError(400, str(error), param=param)
 
 
 def busy(message: str, seconds: int = 1) -> ApiError:

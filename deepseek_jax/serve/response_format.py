@@ -30,7 +30,7 @@ class AnswerForm(NamedTuple):
     try:
       return served.grammar(self.kind, self.value, after)
     except InputError as error:
-      raise refusals.wrong(_FIELD, ' '.join(str(error).split())) from None
+      raise refusals.wrong(_FIELD, str(error)) from None
 
 
 def read(fields: Fields, served: Served, limits: Limits) -> AnswerForm | None:

@@ -143,7 +143,9 @@ class Api(NamedTuple):
   ) -> Response:
     """Returns the answer, whole or as a stream; leaves nothing running."""
     if stream:
-      return wire.EventStream(writer.chunks(), got.close)
+      return wire.EventStream(
+        writer.chunks(), got.close, self.limits.unread_seconds
+      )
     try:
       return await wire.until_gone(request, writer.whole())
     finally:
@@ -199,7 +201,6 @@ class Api(NamedTuple):
         fields.fail('tokens', f'must be token ids from 0 to {size - 1}')
     text = await asyncio.to_thread(self.served.tokenizer.decode, tokens)
     return wire.answer({'prompt': text})
-
 
   async def tokenizer_info(self, _) -> Response:
     """Answers the names of special tokens, as evaluation harnesses ask."""

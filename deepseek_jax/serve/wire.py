@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.fields import parse_body
 
 _PING_SECONDS = 15.0  # proxies close what is silent
+_LEFT = (OSError, ClientDisconnect)
 _GONE = 499  # nobody reads it
 
 
@@ -114,17 +116,22 @@ class EventStream(Response):
   media_type = 'text/event-stream'
 
   def __init__(
-    self, events: AsyncGenerator[bytes, None], close: Callable[[], object]
+    self,
+    events: AsyncGenerator[bytes, None],
+    close: Callable[[], object],
+    patience: float,
   ):
     """Takes events, each the JSON that stands behind `data: `.
 
     Args:
-      events: in order. An ApiError becomes the last event.
+      events: in order. An error becomes the last event.
       close: called in the end, however it comes.
+      patience: seconds for which the client may read nothing.
     """
     super().__init__(headers={'cache-control': 'no-store'})
     del self.headers['content-length']
     self._events, self._close = events, close
+    self._patience = patience
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Sends the response."""
@@ -134,9 +141,8 @@ class EventStream(Response):
       await asyncio.wait({sent, left}, return_when=asyncio.FIRST_COMPLETED)
       if sent.done() and not sent.cancelled():
         error = sent.exception()
-        if error is not None and not isinstance(
-          error, OSError | ClientDisconnect
-        ):
+        # A client that has left or reads nothing: TimeoutError is an OSError.
+        if error is not None and not isinstance(error, _LEFT):
           raise error
     finally:
       await _end(sent, left)
@@ -154,7 +160,7 @@ class EventStream(Response):
     writing = asyncio.Lock()
 
     async def write(data: bytes) -> None:
-      async with writing:
+      async with writing, asyncio.timeout(self._patience):
         await send(
           {'type': 'http.response.body', 'body': data, 'more_body': True}
         )
@@ -172,6 +178,12 @@ class EventStream(Response):
         await write(b'data: [DONE]\n\n')
       except refusals.ApiError as error:
         await write(b'data: ' + to_json(error.body()) + b'\n\n')
+      except _LEFT:
+        raise
+      except Exception:
+        traceback.print_exc()
+        body = refusals.broken('an error of the server').body()
+        await write(b'data: ' + to_json(body) + b'\n\n')
     finally:
       await _end(pinging)
     await send({'type': 'http.response.body', 'body': b'', 'more_body': False})

@@ -51,6 +51,14 @@ MUTANTS = (
     'what nobody reads is kept until memory is full',
   ),
   Mutant(
+    'unread_stream_keeps_its_place',
+    _WIRE,
+    'asyncio.timeout(self._patience)',
+    'asyncio.timeout(None)',
+    (f'{_STREAMS_TEST}::a_client_that_reads_nothing',),
+    'clients that read nothing fill a server until it takes no one in',
+  ),
+  Mutant(
     'others_prompts_taken_half',
     _LOOP,
     '        self._forget(number)\n        self.engine.cancel(number)\n'

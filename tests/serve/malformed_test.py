@@ -340,6 +340,24 @@ class MalformedTest(parameterized.TestCase):
       body = json.dumps({'prompt': prompt, 'suffix': 'x'})
       self.check(self.ask('/v1/completions', body), 'suffix')
 
+  @parameterized.parameters('a\nb', '<b>', '\x00', 'é' * 300, '\u2028')
+  def test_a_name_of_any_characters_is_told_in_one_line(self, name):
+    response = self.ask('/v1/completions', json.dumps(_TEXT | {name: 1}))
+    self.check(response, 'not a field')
+
+  @parameterized.parameters(
+    ({'prompt': ['a'] * 40, 'n': 8}, 'prompt', '320 answers'),
+    (
+      {'prompt': ['a' * 200] * 130, 'echo': True, 'logprobs': 20},
+      'echo',
+      '546',
+    ),
+  )
+  def test_what_would_fill_the_memory_is_refused(self, body, field, words):
+    response = self.ask('/v1/completions', json.dumps(body))
+    self.check(response, field)
+    self.assertIn(words, response.text)
+
   def test_other_content_types_are_refused(self):
     # A page elsewhere could send them without asking for leave.
     for kind in ('text/plain', 'application/x-www-form-urlencoded', ''):

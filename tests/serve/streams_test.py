@@ -214,6 +214,23 @@ class LimitTest(absltest.TestCase):
         self.assertNotIn(b'[DONE]', got)
       self.assertTrue(_idle(server, engine))
 
+  def test_a_client_that_reads_nothing_loses_its_place(self):
+    engine = _engine(context=3_000_000)
+    engine.script = lambda request, index: [200] * 1_000_000
+    served = servers.served_bytes(context=3_000_000)
+    limits = Limits(held=50, new_tokens=2_000_000, unread_seconds=0.3)
+    with servers.running(served, engine, limits=limits) as (server, _):
+      body = json.dumps(_LONG | {'max_tokens': 1_000_000, 'stream': True})
+      with servers.connect(server.url) as wire:
+        wire.sendall(
+          'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type:'
+          f' application/json\r\ncontent-length: {len(body)}\r\n\r\n'.encode()
+          + body.encode()
+        )
+        while not engine.busy():
+          time.sleep(0.01)
+        self.assertTrue(_idle(server, engine, 20))
+
   def test_connections_that_send_no_request_are_closed(self):
     limits = Limits(header_seconds=0.3, body_seconds=0.3)
     with servers.running(servers.served_bytes(), limits=limits) as (server, _):

@@ -229,7 +229,8 @@ function heat(answer) {
   const sums = counts.map((row) => row.reduce((a, b) => a + b, 0));
   const most = Math.max(1, ...counts.flat());
   const box = make('details', 'experts');
-  box.append(make('summary', '', `Experts: ${layers} layers of ${experts}`));
+  const plural = layers === 1 ? 'layer' : 'layers';
+  box.append(make('summary', '', `Experts: ${layers} ${plural} of ${experts}`));
   const canvas = make('canvas');
   const cell = 8;
   canvas.width = experts * cell;

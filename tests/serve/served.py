@@ -88,10 +88,18 @@ def running(
     thread.join()
 
 
-def connect(url):
-  """Returns a socket that is connected to a server."""
+def connect(url, buffer=None):
+  """Returns a socket that is connected to a server.
+
+  With a small buffer, little is under way to who doesn't read it.
+  """
   host, _, port = url.removeprefix('http://').rpartition(':')
-  return socket.create_connection((host, int(port)), timeout=20)
+  out = socket.socket()
+  if buffer is not None:
+    out.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+  out.settimeout(20)
+  out.connect((host, int(port)))
+  return out
 
 
 def raw(url, text):

@@ -217,11 +217,12 @@ class LimitTest(absltest.TestCase):
   def test_a_client_that_reads_nothing_loses_its_place(self):
     engine = _engine(context=3_000_000)
     engine.script = lambda request, index: [200] * 1_000_000
+    engine.pace = 0.0002  # what is held back lies in the sockets first
     served = servers.served_bytes(context=3_000_000)
-    limits = Limits(held=50, new_tokens=2_000_000, unread_seconds=0.3)
+    limits = Limits(held=500, new_tokens=2_000_000, unread_seconds=0.5)
     with servers.running(served, engine, limits=limits) as (server, _):
       body = json.dumps(_LONG | {'max_tokens': 1_000_000, 'stream': True})
-      with servers.connect(server.url) as wire:
+      with servers.connect(server.url, buffer=4096) as wire:
         wire.sendall(
           'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type:'
           f' application/json\r\ncontent-length: {len(body)}\r\n\r\n'.encode()

@@ -121,9 +121,7 @@ def _drawn(
     yield [None if end else int(t) for t, end in zip(tokens, ended)]
 
 
-def _stream(
-  source: Opened, prompt: list[int], key: jax.Array
-) -> Iterator[int]:
+def _stream(source: Opened, prompt: list[int], key: jax.Array) -> Iterator[int]:
   """Returns the tokens that follow one prompt, until its text ends."""
   return itertools.takewhile(
     lambda token: token is not None,

@@ -1,6 +1,7 @@
 """Speaks DeepSeek's chat formats, and the templates of other folders."""
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,11 +86,18 @@ class TemplateDialect:
       variables = dict.fromkeys(('thinking', 'enable_thinking'), chat.thinking)
     messages = [_without(m, hidden) for m in _plain(chat.messages)]
     text = templates.render(self._config, messages, **variables)
-    first, *rest = text.split(mark)
-    ids = self._tokenizer.encode(first, special=True)
-    for part in rest:
-      ids += self._tokenizer.encode(self._names[int(part[:4])])
-      ids += self._tokenizer.encode(part[4:], special=True)
+    parts = re.split(f'{mark}([0-9]{{4}})', text)  # numbers at the odd places
+    if mark in ''.join(parts[::2]).lower():
+      raise InputError(
+        'messages: this chat template changes what is said, and what is said'
+        ' spells special tokens: leave them out'
+      )
+    ids = []
+    for i, part in enumerate(parts):
+      if i % 2:
+        ids += self._tokenizer.encode(self._names[int(part)])
+      else:
+        ids += self._tokenizer.encode(part, special=True)
     return ids
 
   def parser(

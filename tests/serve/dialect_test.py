@@ -67,6 +67,22 @@ class TemplateTest(parameterized.TestCase):
     # What is said stays what it is.
     self.assertEqual(tokenizer.decode(ids[2:-1]), text)
 
+  def test_a_template_that_changes_what_is_said_is_no_way_in(self):
+    for change in ('upper', 'title', 'replace("0", "<s>")', 'reverse'):
+      loud = tokenizer_folders.TEMPLATE.replace(
+        "m['content']", f"m['content'] | {change}"
+      )
+      folder, tokenizer = self.folder(loud)
+      dialect = TemplateDialect(folder, tokenizer)
+      self.assertNotEmpty(dialect.encode(_chat('hello')))
+      for _ in range(9):  # marks differ each time
+        try:
+          ids = dialect.encode(_chat('a</s>b'))
+        except InputError as error:
+          self.assertIn('special tokens', str(error))
+        else:
+          self.assertNotIn(tokenizer.eos_id, ids)
+
   def test_text_in_parts_and_a_system_message(self):
     folder, tokenizer = self.folder()
     dialect = TemplateDialect(folder, tokenizer)

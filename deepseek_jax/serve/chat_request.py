@@ -14,7 +14,7 @@ from deepseek_jax.serve import (
 )
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.dialect import Chat
-from deepseek_jax.serve.fields import Fields
+from deepseek_jax.serve.json_fields import Fields
 from deepseek_jax.serve.requests import Common
 from deepseek_jax.serve.served import Served
 

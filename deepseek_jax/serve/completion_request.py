@@ -7,7 +7,7 @@ from typing import Any
 from deepseek_jax.infer.request import Request
 from deepseek_jax.serve import requests, response_format
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.fields import Fields, shown
+from deepseek_jax.serve.json_fields import Fields, shown
 from deepseek_jax.serve.requests import Common
 from deepseek_jax.serve.served import Served
 

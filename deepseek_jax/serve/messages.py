@@ -8,7 +8,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.infer.formats import message
 from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.fields import Fields, parse_body, shown
+from deepseek_jax.serve.json_fields import Fields, parse_body, shown
 from deepseek_jax.serve.response_format import check_schema
 
 _NAME = re.compile(r'[A-Za-z0-9_.:-]{1,128}')

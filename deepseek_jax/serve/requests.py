@@ -7,7 +7,7 @@ from typing import Any
 from deepseek_jax.infer.request import Sampling
 from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.fields import Fields
+from deepseek_jax.serve.json_fields import Fields
 from deepseek_jax.serve.served import Served
 
 # Documented by OpenAI; they change no answer here.

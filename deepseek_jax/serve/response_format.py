@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.errors import InputError
 from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.fields import Fields
+from deepseek_jax.serve.json_fields import Fields
 from deepseek_jax.serve.requests import nesting
 from deepseek_jax.serve.served import Served
 

@@ -21,9 +21,9 @@ from deepseek_jax.serve.chat_answer import ChatAnswers
 from deepseek_jax.serve.completion_answer import Completions
 from deepseek_jax.serve.config import Limits
 from deepseek_jax.serve.dialect import Chat
-from deepseek_jax.serve.fields import Fields
 from deepseek_jax.serve.generation import Desk, Generation
 from deepseek_jax.serve.guard import SALT
+from deepseek_jax.serve.json_fields import Fields
 from deepseek_jax.serve.messages import at_message
 from deepseek_jax.serve.messages import read as read_messages
 from deepseek_jax.serve.meters import CONTENT_TYPE, Meters

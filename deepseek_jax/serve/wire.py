@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from deepseek_jax.serve import refusals
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.fields import parse_body
+from deepseek_jax.serve.json_fields import parse_body
 
 _PING_SECONDS = 15.0  # proxies close what is silent
 _LEFT = (OSError, ClientDisconnect)

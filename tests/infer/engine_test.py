@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from deepseek_jax.data import decoding
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
 from deepseek_jax.infer.paging import paging
@@ -250,6 +251,47 @@ class ContractTest(parameterized.TestCase):
       self.assertEqual(entry.top[0][0], want[t].argmax())
       self.assertAlmostEqual(entry.top[0][1], want[t].max(), places=5)
 
+  def test_echo_of_a_preempted_prompt_scores_each_token_once(self):
+    old = Request(tuple(range(1, 8)), 40, GREEDY)
+    new = Request(tuple(range(1, 47)), 3, GREEDY, echo=True)
+    run = engine(pages=9, budget=8)
+    _, [got] = run.run([old, new])
+    self.assertGreater(run.stats['preempted'], 0)
+    want = trained('gqa', new.prompt)
+    self.assertIsNone(got.prompt_logprobs[0])
+    found = [(p.token, p.logprob) for p in got.prompt_logprobs[1:]]
+    tokens, logprobs = zip(*found)
+    self.assertEqual(tokens, new.prompt[1:])
+    wanted = want[np.arange(45), list(tokens)]
+    np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-5)
+
+  def test_echo_of_one_token_has_one_entry(self):
+    [[answer]] = engine().run([Request((3,), 2, GREEDY, echo=True)])
+    self.assertEqual(answer.prompt_logprobs, (None,))
+
+  def test_a_deterministic_engine_gives_the_same_bits_after_a_prefix(self):
+    run = engine(deterministic=True)
+    first = tuple(range(1, 9))
+    [[one]] = run.run([Request(first, 20, GREEDY)])
+    turn = Request((*first, *one.tokens), 10, GREEDY, logprobs=0)
+    alone = engine(deterministic=True).run([turn])
+    self.assertEqual(run.run([turn]), alone)
+
+  @parameterized.parameters(
+    {'budget': 256},  # more than a context
+    {'budget': 256, 'deterministic': True},
+    {'slots': 1, 'budget': 1, 'steps': 1},
+    {'page': 100},
+    {'page': 7, 'contexts': (10, CONTEXT)},
+    {'rows': (2, 5)},
+  )
+  def test_odd_sizes_change_no_answer(self, **sizes):
+    asked = requests(3, seed=2, new=10, most=50)
+    run = engine(**sizes)
+    for request, (answer,) in zip(asked, run.run(asked)):
+      check_trained(self, 'gqa', request, answer)
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
+
   def test_expert_loads_are_counted_for_each_request(self):
     run = engine('v3', routing=True)
     asked = requests(2, seed=3)
@@ -274,11 +316,51 @@ class MeshTest(parameterized.TestCase):
       self.assertEqual(pages, 0, mesh)
 
 
+class Letters:
+  """A tokenizer whose tokens have no text."""
+
+  vocab_size = tiny.VOCAB
+
+  def decoder(self, after=()):
+    return decoding.ByteDecoder(lambda token: b'')
+
+
+class GivesUp:
+  """A grammar whose matcher fails at its second token."""
+
+  ended = False
+
+  def __init__(self, where):
+    self.where, self.count = where, 0
+
+  def matcher(self, *args):
+    return self
+
+  def mask(self):
+    if self.where == 'mask' and self.count:
+      raise InputError('grammar: too complex')
+    return np.full(tiny.VOCAB // 32, -1, np.int32)
+
+  def accept(self, token):
+    self.count += 1
+    if self.where == 'accept' and self.count == 2:
+      raise InputError('grammar: too complex')
+    return True
+
+
 class BadInputTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'prompt': ()}, 'prompt'),
     ({'prompt': (1.5,)}, 'prompt'),
     ({'prompt': ((1, 2), (3, 4))}, 'prompt'),
+    ({'prompt': '12'}, 'prompt'),
+    ({'prompt': ('1', '2')}, 'prompt'),
+    ({'prompt': b'ab'}, 'prompt'),
+    ({'prompt': {3: 1}}, 'prompt'),
+    ({'prompt': np.array([1.5], np.float32)}, 'prompt'),
+    ({'prompt': jax.numpy.array([1.0, 2.0])}, 'prompt'),
+    ({'prompt': np.zeros((1, 2), int)}, 'prompt'),
+    ({'prompt': (1,), 'n': 10**9}, 'n: '),
     ({'prompt': (tiny.VOCAB,)}, 'vocabulary of 64'),
     ({'prompt': (-1,)}, 'vocabulary'),
     ({'prompt': (1,) * CONTEXT}, 'engine.context'),
@@ -303,11 +385,56 @@ class BadInputTest(parameterized.TestCase):
     ({'logit_bias': ((1,),)}, 'logit_bias'),
     ({'seed': 2**64}, 'seed'),
     ({'seed': 0.5}, 'seed'),
+    ({'logit_bias': ((1, 1e300),)}, 'logit_bias'),
+    ({'frequency_penalty': -1e300}, 'frequency_penalty'),
     ({'stop': [1]}, 'stop'),
   )
   def test_wrong_settings_are_one_line(self, fields, named):
     with self.assertRaisesRegex(InputError, named):
       Sampling(**fields)
+
+  @parameterized.parameters(
+    [(2, 3)], [[2, 3]], [np.array([2, 3])], [jax.numpy.array([2, 3])],
+    [range(2, 4)], [[np.int64(2), jax.numpy.int32(3)]],
+  )  # fmt: skip
+  def test_any_row_of_whole_numbers_is_a_prompt(self, prompt):
+    self.assertEqual(Request(prompt).prompt, (2, 3))
+
+  def test_seeds_count_modulo_two_to_the_64(self):
+    run = engine()
+    many = Request((1,), 9, Sampling(seed=2**64 - 1), n=2)
+    [[last, first]] = run.run([many])
+    want = run.run([Request((1,), 9, Sampling(seed=s)) for s in (-1, 0)])
+    self.assertEqual([last.tokens, first.tokens], [a.tokens for [a] in want])
+
+  def test_a_wrong_request_in_a_list_leaves_nothing_behind(self):
+    run = engine()
+    with self.assertRaisesRegex(InputError, 'vocabulary'):
+      run.run([Request((1, 2), 2), Request((tiny.VOCAB,), 2)])
+    self.assertFalse(run.busy())
+
+  def test_variables_of_another_model_are_one_line_and_change_nothing(self):
+    run = engine()
+    fine = [Request((1, 2, 3), 6, GREEDY)]
+    want = run.run(fine)
+    narrow = jax.tree.map(lambda a: a[..., :1], families.variables('gqa'))
+    for wrong in ({}, families.variables('mla'), narrow):
+      with self.assertRaisesRegex(InputError, 'variables') as caught:
+        run.load(wrong)
+      self.assertNotIn('\n', str(caught.exception))
+    self.assertEqual(run.run(fine)[0][0].tokens, want[0][0].tokens)
+
+  @parameterized.parameters('mask', 'accept')
+  def test_a_grammar_that_gives_up_fails_alone(self, where):
+    fine = Request((1, 2, 3), 6, GREEDY)
+    want = engine().run([fine])
+    run = engine(text=Letters())
+    bad = Request((4, 5), 6, GREEDY, grammar=GivesUp(where))
+    [[got], [wrong]] = run.run([fine, bad])
+    self.assertEqual(wrong.finish, 'error')
+    self.assertIn('too complex', wrong.error)
+    self.assertEqual(got.tokens, want[0][0].tokens)
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
 
   def test_a_request_that_never_fits_the_pages_is_refused(self):
     with self.assertRaisesRegex(InputError, 'engine.pages'):

@@ -7,7 +7,9 @@ _PAGES = 'deepseek_jax/infer/pages.py'
 _SCHEDULER = 'deepseek_jax/infer/scheduler.py'
 _ENGINE = 'deepseek_jax/infer/engine.py'
 _SAMPLER = 'deepseek_jax/infer/sampler.py'
+_OUTCOMES = 'deepseek_jax/infer/outcomes.py'
 _DRAFTING = 'deepseek_jax/infer/checked_drafts.py'
+_SCHEDULER_TEST = 'tests/infer/scheduler_test.py'
 _ENGINE_TEST = 'tests/infer/engine_test.py'
 _SAMPLER_TEST = 'tests/infer/sampler_test.py'
 _PAGES_TEST = 'tests/infer/pages_test.py'
@@ -83,8 +85,8 @@ MUTANTS = (
   Mutant(
     'answers_share_a_seed',
     _ENGINE,
-    '      seed = request.sampling.seed + index\n',
-    '      seed = request.sampling.seed\n',
+    '      seed = int(request.sampling.seed) + index\n',
+    '      seed = int(request.sampling.seed)\n',
     (f'{_ENGINE_TEST}::several_answers_share_their_prompt',),
     'n equal answers: a group without variance',
   ),
@@ -115,5 +117,33 @@ MUTANTS = (
     '  after = start[:, None] + waiting\n',
     (f'{_DRAFTING_TEST}::drafts_stay_as_often_as_training_says',),
     'vLLM 55605: 1 to 2 % of drafts are accepted, the text is right',
+  ),
+  Mutant(
+    'found_pages_are_given_away',
+    _SCHEDULER,
+    '      self.pages.share(found)\n'
+    '      more = self.pages.take(self.pages_for(one.length) - len(found))\n',
+    '      more = self.pages.take(self.pages_for(one.length) - len(found))\n'
+    '      self.pages.share(found)\n',
+    (f'{_SCHEDULER_TEST}::any_order_of_events',),
+    'a prefix that nobody uses is evicted for the rest of its own prompt',
+    fast=True,
+  ),
+  Mutant(
+    'the_preempted_wait_at_the_end',
+    _SCHEDULER,
+    '    self.waiting.appendleft(one)\n',
+    '    self.waiting.append(one)\n',
+    (f'{_SCHEDULER_TEST}::any_order_of_events',),
+    'whoever gave up its pages starves behind newer requests',
+    fast=True,
+  ),
+  Mutant(
+    'scores_of_what_is_computed_again',
+    _OUTCOMES,
+    '  del one.scores[one.cached + 1 :]\n',
+    '',
+    (f'{_ENGINE_TEST}::echo_of_a_preempted_prompt',),
+    'a preempted prompt is scored twice',
   ),
 )

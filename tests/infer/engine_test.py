@@ -305,6 +305,18 @@ class ContractTest(parameterized.TestCase):
       np.testing.assert_array_equal(load.sum(axis=1), 12 * moe.top_k)
 
 
+class ConfigTest(absltest.TestCase):
+  def test_no_chunk_is_longer_than_the_context(self):
+    cfg = EngineConfig(context=40, budget=256)
+    self.assertEqual(cfg.chunk_buckets(), ((8, 5), (1, 40)))
+
+  def test_drafts_are_made_in_a_bucket_of_more_rows_than_slots(self):
+    cfg = EngineConfig(slots=3, rows=(8,), drafts=2)
+    self.assertEqual(cfg.drafts_of(8), 2)
+    few = dataclasses.replace(cfg, draft_rows=4)
+    self.assertEqual(few.drafts_of(8), 0)
+
+
 class MeshTest(parameterized.TestCase):
   @parameterized.parameters(['v3'])
   def test_a_mesh_of_devices_answers_as_one_does(self, name):

@@ -33,6 +33,7 @@ from deepseek_jax.record.load_balance import max_violation
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
+from deepseek_jax.record.writers import ScalarWriter
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.fit import Run, fit
 from deepseek_jax.run.folder import Loaded, load
@@ -55,3 +56,4 @@ from deepseek_jax.train.schedules import (
   SwitchConfig,
 )
 from deepseek_jax.train.step import TrainState, initial_state, train_step
+from deepseek_jax.version import __version__

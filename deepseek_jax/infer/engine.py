@@ -8,7 +8,6 @@ Legend: R rows, T tokens of a chunk, P tokens of a page, L MoE layers.
 """
 
 import collections
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from deepseek_jax.infer import checks, host_arrays, outcomes, sampler, warm_up
 from deepseek_jax.infer.detokenize import Detokenizer
 from deepseek_jax.infer.engine_config import EngineConfig
 from deepseek_jax.infer.host_arrays import Bucket
-from deepseek_jax.infer.paging import Store, paging
+from deepseek_jax.infer.paging import beside, copied, paging
 from deepseek_jax.infer.programs import Decoded, Shape, programs
 from deepseek_jax.infer.request import (
   Answer,
@@ -210,6 +209,7 @@ class Engine:
     """
     checks.check_variables(self.model, variables)
     self._variables = prepare(self.model, variables)
+    self._store = beside(self._store, self._variables)
     self._epoch += 1
     self._scheduler.forget()
 
@@ -249,7 +249,7 @@ class Engine:
     events = [self._ended(s, 'cancelled') for s in self._take_cancelled()]
     for one, snapshot in self._scheduler.admit():
       if snapshot is not None:
-        self._store = _copied(self._store, snapshot, one.slot)
+        self._store = copied(self._store, snapshot, one.slot)
     if self._scheduler.running:
       self._totals['steps'] += 1
     events += self._decode()
@@ -338,7 +338,7 @@ class Engine:
     """Makes full pages known, and keeps the rings where that is worth it."""
     slot = self._scheduler.name(one)
     if slot is not None:
-      self._store = _copied(self._store, one.slot, slot)
+      self._store = copied(self._store, one.slot, slot)
 
   def _ended(
     self, one: Sequence, finish: Finish, error: str | None = None, **how: Any
@@ -415,7 +415,7 @@ class Engine:
       say,
     )
     if self._paging.has_rings:
-      self._store = _copied(self._store, 0, 0)
+      self._store = copied(self._store, 0, 0)
 
 
 _TOTALS = (
@@ -430,13 +430,6 @@ _TOTALS = (
   'accepted_drafts',
 )
 _LOADS = 256  # ended requests whose expert load is kept
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copied(store: Store, source: int, to: int) -> Store:
-  """Returns the store with the rings of one slot in another, too."""
-  copy = lambda a: a.at[:, to].set(a[:, source])
-  return store._replace(slots=tuple(map(copy, store.slots)))
 
 
 def _least(buckets: tuple[int, ...], need: int) -> int:

@@ -30,8 +30,9 @@ class EngineConfig:
       alone; None: two for each slot. Only models that need them have them.
     rows, contexts: buckets, ascending; None: one and all slots, a quarter of
       the context and all of it.
-    deterministic: one bucket for everything, so that an answer doesn't depend
-      on what else runs in any bit.
+    deterministic: one bucket for everything and no shared prefixes, so that an
+      answer doesn't depend on what else runs in any bit, as long as there are
+      pages for all (`stats['preempted']` counts answers computed again).
     routing: keeps which experts answers chose.
   """
 
@@ -84,12 +85,19 @@ class EngineConfig:
 
   def chunk_buckets(self) -> tuple[tuple[int, int], ...]:
     """Returns the (rows, tokens) of prefill that are compiled."""
-    few = max(1, self.budget // 8)
-    if self.deterministic or few == self.budget:
-      return ((1, self.budget),)
-    return (min(self.slots, self.budget // few), few), (1, self.budget)
+    # No prompt is longer than the context.
+    most = min(self.budget, self.context)
+    few = max(1, most // 8)
+    if self.deterministic or few == most:
+      return ((1, most),)
+    return (min(self.slots, most // few), few), (1, most)
 
   def drafts_of(self, rows: int) -> int:
     """Returns how many tokens are guessed with so many rows."""
-    most = self.slots if self.draft_rows is None else self.draft_rows
-    return self.drafts if rows <= most else 0
+    return self.drafts if rows <= self.most_drafted() else 0
+
+  def most_drafted(self) -> int:
+    """Returns with how many rows in a bucket something is guessed, at most."""
+    if self.draft_rows is None:
+      return self.row_buckets()[-1]
+    return self.draft_rows

@@ -86,4 +86,4 @@ def draws(
   each = [s.settings for s in some]
   if not each:
     each = [sampler.settings(Request((0,)), 0, vocab)]
-  return sampler.pack(each, [s.mask for s in some], history, vocab)
+  return sampler.pack(each, [s.allowed for s in some], history, vocab)

@@ -325,3 +325,23 @@ def _put(
   pages = whole.reshape(*whole.shape[:2], n, -1, *whole.shape[3:])
   rows = jnp.arange(place.shape[0])[:, None]
   return pool.at[:, at].set(pages[:, rows, place], mode='drop')
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def copied(store: Store, source: int, to: int) -> Store:
+  """Returns the store with the rings of one slot in another, too."""
+  copy = lambda a: a.at[:, to].set(a[:, source])
+  return store._replace(slots=tuple(map(copy, store.slots)))
+
+
+def beside(store: Store, variables: dict) -> Store:
+  """Returns the store committed to the device that the variables are on.
+
+  What a program gives back is, if any of its arguments was: the first shape
+  would be compiled again for a store that came uncommitted. On several devices
+  the mesh decides.
+  """
+  places = {d for a in jax.tree.leaves(variables) for d in a.devices()}
+  if len(places) == 1 and any(a.committed for a in jax.tree.leaves(variables)):
+    return jax.device_put(store, places.pop())
+  return store

@@ -8,6 +8,7 @@ most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
 layers, K chosen experts, k drafts.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from deepseek_jax.infer.sampler import Drawn, Draws
 from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.model.transformer import Model, Output
-from deepseek_jax.parallel.sharding import Using
+from deepseek_jax.parallel.sharding import Using, under
 
 STOPS = 16  # stop tokens of a request at most
 
@@ -98,12 +99,21 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
   Args:
     model: as it trains.
     shape: see there.
-    using: the mesh; what is traced depends on it, which jit does not know.
+    using: the mesh; what is traced depends on it, which jit does not know. The
+      programs are traced with it wherever they are called first.
   """
-  del using
   flat = build_flat(model)
-  prefill = functools.partial(_prefill, flat, shape)
-  decode = functools.partial(_decode, flat, shape)
+
+  def traced(run: Callable) -> Callable:
+    """Returns a program that sees the mesh."""
+
+    def inside(*args) -> tuple:
+      with under(using) if using else contextlib.nullcontext():
+        return run(flat, shape, *args)
+
+    return inside
+
+  prefill, decode = traced(_prefill), traced(_decode)
   return Programs(
     jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
   )

@@ -4,26 +4,55 @@ Token ids are ints of the model's vocabulary; log-probabilities are nats.
 """
 
 import dataclasses
-import math
 import numbers
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal
+
+import numpy as np
 
 from deepseek_jax.config import above, at_least, within
 from deepseek_jax.errors import InputError
 
+_NO_ROWS = str, bytes, Mapping, Set
+_LARGEST = float(np.finfo(np.float32).max)
 Finish = Literal['stop', 'length', 'cancelled', 'error']
+
+
+def _whole(value: Any) -> bool:
+  """Returns whether a value is a whole number."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _token(value: Any) -> bool:
   """Returns whether a value may be a token's number."""
-  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  return whole and value >= 0
+  return _whole(value) and value >= 0
 
 
 def _check_finite(name: str, value: Any) -> None:
-  """Raises InputError unless a value is a finite number."""
-  if not isinstance(value, numbers.Real) or not math.isfinite(value):
-    raise InputError(f'{name} = {value!r}: must be a finite number')
+  """Raises InputError unless a value is a number that float32 can hold."""
+  fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not fine or not abs(value) <= _LARGEST:  # NaN is refused, too
+    raise InputError(f'{name} = {value!r}: must be a finite number, of 32 bits')
+
+
+def _tokens(given: Any) -> tuple[int, ...]:
+  """Returns token numbers that a sequence or an array holds.
+
+  Raises:
+    InputError: it is no row of whole numbers; none is rounded, and no text is
+      read as one.
+  """
+  row = None
+  if hasattr(given, '__array__'):
+    array = np.asarray(given)
+    # An empty array is an empty prompt, whatever its dtype.
+    if array.ndim == 1 and (array.dtype.kind in 'iu' or not array.size):
+      row = array.tolist()
+  elif isinstance(given, Iterable) and not isinstance(given, _NO_ROWS):
+    row = [t.item() if getattr(t, 'shape', None) == () else t for t in given]
+  if row is None or not all(map(_whole, row)):
+    raise InputError(f'prompt = {given!r}: must be one row of token numbers')
+  return tuple(map(int, row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +105,7 @@ class Sampling:
       raise InputError(
         f'stop = {self.stop!r}: must be a tuple of token numbers'
       )
-    if not isinstance(self.seed, numbers.Integral):
+    if not _whole(self.seed):
       raise InputError(f'seed = {self.seed!r}: must be a whole number')
     if not -(2**63) <= self.seed < 2**64:
       raise InputError(f'seed = {self.seed}: must fit in 64 bits')
@@ -96,7 +125,7 @@ class Request:
     prompt: token ids.
     max_new_tokens: at most so many tokens an answer.
     sampling: how they are drawn.
-    n: answers; that of number i is drawn with seed + i.
+    n: answers; that of number i is drawn with seed + i, modulo 2**64.
     stop_strings: an answer's text ends before one of these (needs the
       engine's tokenizer).
     logprobs: None, or how many of the likeliest tokens are given beside each.
@@ -117,16 +146,8 @@ class Request:
 
   def __post_init__(self) -> None:
     """Raises InputError for a field out of its range."""
-    try:
-      prompt = tuple(int(t) for t in self.prompt)
-      if any(isinstance(t, float) for t in self.prompt):
-        raise TypeError
-    except (TypeError, ValueError):
-      raise InputError(
-        f'prompt = {self.prompt!r}: must be one row of token numbers'
-      ) from None
-    object.__setattr__(self, 'prompt', prompt)
-    if not prompt:
+    object.__setattr__(self, 'prompt', _tokens(self.prompt))
+    if not self.prompt:
       raise InputError('prompt = (): must have at least one token')
     at_least(self, max_new_tokens=1, n=1)
     if self.logprobs is not None:

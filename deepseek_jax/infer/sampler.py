@@ -67,10 +67,12 @@ class Settings(NamedTuple):
 
 
 def settings(request: Request, seed: int, vocab: int) -> Settings:
-  """Returns how the tokens of a request's answer are drawn with a seed."""
+  """Returns how the tokens of a request's answer are drawn with a seed.
+
+  Seeds count modulo 2**64.
+  """
   how = request.sampling
-  kind = np.int64 if seed < 0 else np.uint64
-  low, high = np.array([seed], kind).view(np.int32)
+  low, high = np.array([int(seed) % 2**64], np.uint64).view(np.int32)
   ints = how.top_k, len(request.prompt), low, high, request.logprobs or 0
   biased = np.full(BIASES, vocab, np.int32)
   bias = np.zeros(BIASES, np.float32)
@@ -218,8 +220,9 @@ def restricted(logits: jax.Array, draws: Draws) -> jax.Array:
     keep = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)
     probs = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    # The first token always stays; all do at 1, whatever rounding says.
-    keep &= (before < top_p) | (top_p == 1)
+    # The first token always stays, were top_p 0 in float32; all do at 1,
+    # whatever rounding says.
+    keep &= (before < jnp.maximum(top_p, tiny)) | (top_p == 1)
     kept = jnp.where(keep, ordered, -jnp.inf)
     return jnp.put_along_axis(logits, order, kept, axis=-1, inplace=False)
 

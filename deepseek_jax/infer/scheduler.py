@@ -36,9 +36,8 @@ class Sequence:
     reused: tokens of the prompt that a shared prefix spared.
     text: of its tokens, or None.
     matcher: of its grammar, or None.
-    mask: what the matcher allows next.
-    failure: why the matcher gave up.
-    scores: log-probabilities of the prompt, with echo.
+    allowed: [ceil(V / 32)] int32, what its grammar lets come next, or None.
+    scores: log-probabilities of the prompt, with echo, until they are given.
     experts: [L_moe, E] counts of the answer's choices, if they are kept.
     drafts: how many were accepted, how many rejected.
     hashes: of its first full pages.
@@ -58,8 +57,7 @@ class Sequence:
   reused: int = 0
   text: Any = None
   matcher: Any = None
-  mask: Any = None
-  failure: str | None = None
+  allowed: np.ndarray | None = None
   scores: list[LogProb | None] = dataclasses.field(default_factory=list)
   experts: Any = None
   drafts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
@@ -229,6 +227,12 @@ class Scheduler:
       last = (one.length - 1) // self.page * self.page
       return last if last > one.cached else None
     return (one.cached // self.page + 1) * self.page
+
+  def chunk(self, one: Sequence, most: int) -> int:
+    """Returns how many tokens of a prefilling sequence to cache next."""
+    count = min(one.to_prefill, most)
+    border = self.border(one)
+    return count if border is None else min(count, border - one.cached)
 
   def name(self, one: Sequence) -> int | None:
     """Makes a sequence's full pages known.

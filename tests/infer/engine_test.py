@@ -298,6 +298,47 @@ class ContractTest(parameterized.TestCase):
       self.assertEqual(entry.top[0][0], want[t].argmax())
       self.assertAlmostEqual(entry.top[0][1], want[t].max(), places=5)
 
+  def test_echo_of_a_preempted_prompt_scores_each_token_once(self):
+    old = Request(tuple(range(1, 8)), 40, GREEDY)
+    new = Request(tuple(range(1, 47)), 3, GREEDY, echo=True)
+    run = engine(pages=9, budget=8)
+    _, [got] = run.run([old, new])
+    self.assertGreater(run.stats['preempted'], 0)
+    want = trained('gqa', new.prompt)
+    self.assertIsNone(got.prompt_logprobs[0])
+    found = [(p.token, p.logprob) for p in got.prompt_logprobs[1:]]
+    tokens, logprobs = zip(*found)
+    self.assertEqual(tokens, new.prompt[1:])
+    wanted = want[np.arange(45), list(tokens)]
+    np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-5)
+
+  def test_echo_of_one_token_has_one_entry(self):
+    [[answer]] = engine().run([Request((3,), 2, GREEDY, echo=True)])
+    self.assertEqual(answer.prompt_logprobs, (None,))
+
+  def test_a_deterministic_engine_gives_the_same_bits_after_a_prefix(self):
+    run = engine(deterministic=True)
+    first = tuple(range(1, 9))
+    [[one]] = run.run([Request(first, 20, GREEDY)])
+    turn = Request((*first, *one.tokens), 10, GREEDY, logprobs=0)
+    alone = engine(deterministic=True).run([turn])
+    self.assertEqual(run.run([turn]), alone)
+
+  @parameterized.parameters(
+    {'budget': 256},  # more than a context
+    {'budget': 256, 'deterministic': True},
+    {'slots': 1, 'budget': 1, 'steps': 1},
+    {'page': 100},
+    {'page': 7, 'contexts': (10, CONTEXT)},
+    {'rows': (2, 5)},
+  )
+  def test_odd_sizes_change_no_answer(self, **sizes):
+    asked = requests(3, seed=2, new=10, most=50)
+    run = engine(**sizes)
+    for request, (answer,) in zip(asked, run.run(asked)):
+      check_trained(self, 'gqa', request, answer)
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
+
   def test_expert_loads_are_counted_for_each_request(self):
     run = engine('v3', routing=True)
     asked = requests(2, seed=3)
@@ -309,6 +350,18 @@ class ContractTest(parameterized.TestCase):
       load = run.expert_load(number)
       self.assertEqual(load.shape, (2, moe.experts))
       np.testing.assert_array_equal(load.sum(axis=1), 12 * moe.top_k)
+
+
+class ConfigTest(absltest.TestCase):
+  def test_no_chunk_is_longer_than_the_context(self):
+    cfg = EngineConfig(context=40, budget=256)
+    self.assertEqual(cfg.chunk_buckets(), ((8, 5), (1, 40)))
+
+  def test_drafts_are_made_in_a_bucket_of_more_rows_than_slots(self):
+    cfg = EngineConfig(slots=3, rows=(8,), drafts=2)
+    self.assertEqual(cfg.drafts_of(8), 2)
+    few = dataclasses.replace(cfg, draft_rows=4)
+    self.assertEqual(few.drafts_of(8), 0)
 
 
 class MeshTest(parameterized.TestCase):
@@ -327,6 +380,14 @@ class BadInputTest(parameterized.TestCase):
     ({'prompt': ()}, 'prompt'),
     ({'prompt': (1.5,)}, 'prompt'),
     ({'prompt': ((1, 2), (3, 4))}, 'prompt'),
+    ({'prompt': '12'}, 'prompt'),
+    ({'prompt': ('1', '2')}, 'prompt'),
+    ({'prompt': b'ab'}, 'prompt'),
+    ({'prompt': {3: 1}}, 'prompt'),
+    ({'prompt': np.array([1.5], np.float32)}, 'prompt'),
+    ({'prompt': jax.numpy.array([1.0, 2.0])}, 'prompt'),
+    ({'prompt': np.zeros((1, 2), int)}, 'prompt'),
+    ({'prompt': (1,), 'n': 10**9}, 'n: '),
     ({'prompt': (tiny.VOCAB,)}, 'vocabulary of 64'),
     ({'prompt': (-1,)}, 'vocabulary'),
     ({'prompt': (1,) * CONTEXT}, 'engine.context'),
@@ -351,11 +412,44 @@ class BadInputTest(parameterized.TestCase):
     ({'logit_bias': ((1,),)}, 'logit_bias'),
     ({'seed': 2**64}, 'seed'),
     ({'seed': 0.5}, 'seed'),
+    ({'logit_bias': ((1, 1e300),)}, 'logit_bias'),
+    ({'frequency_penalty': -1e300}, 'frequency_penalty'),
     ({'stop': [1]}, 'stop'),
   )
   def test_wrong_settings_are_one_line(self, fields, named):
     with self.assertRaisesRegex(InputError, named):
       Sampling(**fields)
+
+  @parameterized.parameters(
+    [(2, 3)], [[2, 3]], [np.array([2, 3])], [jax.numpy.array([2, 3])],
+    [range(2, 4)], [[np.int64(2), jax.numpy.int32(3)]],
+  )  # fmt: skip
+  def test_any_row_of_whole_numbers_is_a_prompt(self, prompt):
+    self.assertEqual(Request(prompt).prompt, (2, 3))
+
+  def test_seeds_count_modulo_two_to_the_64(self):
+    run = engine()
+    many = Request((1,), 9, Sampling(seed=2**64 - 1), n=2)
+    [[last, first]] = run.run([many])
+    want = run.run([Request((1,), 9, Sampling(seed=s)) for s in (-1, 0)])
+    self.assertEqual([last.tokens, first.tokens], [a.tokens for [a] in want])
+
+  def test_a_wrong_request_in_a_list_leaves_nothing_behind(self):
+    run = engine()
+    with self.assertRaisesRegex(InputError, 'vocabulary'):
+      run.run([Request((1, 2), 2), Request((tiny.VOCAB,), 2)])
+    self.assertFalse(run.busy())
+
+  def test_variables_of_another_model_are_one_line_and_change_nothing(self):
+    run = engine()
+    fine = [Request((1, 2, 3), 6, GREEDY)]
+    want = run.run(fine)
+    narrow = jax.tree.map(lambda a: a[..., :1], families.variables('gqa'))
+    for wrong in ({}, families.variables('mla'), narrow):
+      with self.assertRaisesRegex(InputError, 'variables') as caught:
+        run.load(wrong)
+      self.assertNotIn('\n', str(caught.exception))
+    self.assertEqual(run.run(fine)[0][0].tokens, want[0][0].tokens)
 
   def test_a_request_that_never_fits_the_pages_is_refused(self):
     with self.assertRaisesRegex(InputError, 'engine.pages'):

@@ -169,6 +169,13 @@ class DistributionTest(parameterized.TestCase):
     want = np.asarray(jax.nn.log_softmax(scores[0]))[order]
     np.testing.assert_allclose(drawn.top_logprob[0], want, atol=1e-5)
 
+  def test_a_top_p_below_float32_leaves_the_likeliest(self):
+    draws, _ = packed([Sampling(top_p=1e-300)])
+    scores = logits(1)
+    drawn = sampler.draw(jnp.asarray(scores), draws, lengths(1))
+    self.assertTrue(bool(drawn.sound[0]))
+    self.assertEqual(int(drawn.token[0]), scores[0].argmax())
+
   @parameterized.parameters(np.nan, np.inf)
   def test_logits_that_are_not_finite_are_named(self, wrong):
     draws, _ = packed([Sampling()] * 2)

@@ -83,11 +83,7 @@ class Play:
         self.ended.append(one)
     for one in [s for s in schedule.running if s.to_prefill][:1]:
       moved = True
-      count = min(one.to_prefill, BUDGET)
-      border = schedule.border(one)
-      if border is not None:
-        count = min(count, border - one.cached)
-      self.write(one, count)
+      self.write(one, schedule.chunk(one, BUDGET))
     return moved
 
   def check(self):

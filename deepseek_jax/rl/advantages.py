@@ -108,7 +108,7 @@ def advantages(rewards: np.ndarray, cfg: AdvantageConfig) -> Advantages:
     # Each reward by itself, so that none drowns in the spread of another.
     parts = [_scaled(each[..., r], cfg) for r in range(rewards.shape[-1])]
     values = np.where(scored, sum(parts), np.nan)
-    values = _centred(values) / (_std(values.reshape(1, -1), cfg) + cfg.eps)
+    values = _centred(values) / _divisor(values.reshape(1, -1), cfg)
     values = np.where(scored, np.nan_to_num(values), 0.0)
   return Advantages(values, scored, _varied(summed))
 
@@ -127,11 +127,13 @@ def _centred(rewards: np.ndarray) -> np.ndarray:
   return rewards - mean
 
 
-def _std(rewards: np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
-  """Returns the standard deviation of each row [N 1], NaN left out; or 0."""
+def _divisor(rewards: np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
+  """Returns the deviation of each row's rewards plus eps [N 1]; 1 for 0."""
   square = np.nansum(_centred(rewards) ** 2, axis=1, keepdims=True)
   count = (~np.isnan(rewards)).sum(axis=1, keepdims=True)
-  return np.sqrt(square / np.maximum(count - (cfg.std == 'sample'), 1))
+  deviation = np.sqrt(square / np.maximum(count - (cfg.std == 'sample'), 1))
+  out = deviation + cfg.eps
+  return np.where(out > 0, out, 1.0)
 
 
 def _scaled(rewards: np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
@@ -141,8 +143,8 @@ def _scaled(rewards: np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
   """
   out = _centred(rewards)
   if cfg.scale == 'group':
-    out = out / (_std(rewards, cfg) + cfg.eps)
+    out = out / _divisor(rewards, cfg)
   elif cfg.scale == 'batch':
-    out = out / (_std(rewards.reshape(1, -1), cfg) + cfg.eps)
+    out = out / _divisor(rewards.reshape(1, -1), cfg)
   known = _varied(rewards)[:, None] & ~np.isnan(rewards)
   return np.where(known, out, 0.0)

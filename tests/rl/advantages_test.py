@@ -1,4 +1,4 @@
-"""Advantages: conventions of the deviation, equal, missing, infinite rewards."""
+"""Advantages: deviations, and rewards that are equal or missing."""
 
 import numpy as np
 from absl.testing import absltest, parameterized

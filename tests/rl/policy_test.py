@@ -1,4 +1,4 @@
-"""The GRPO family against TRL's numbers, closed forms and finite differences."""
+"""The GRPO family against TRL's numbers, a loop and finite differences."""
 
 import dataclasses
 

@@ -8,6 +8,8 @@ from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run import integrity
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.objective import PretrainingConfig
@@ -78,7 +80,7 @@ class RunConfig:
   model: TransformerConfig
   data: datalib.DataConfig
   train: TrainConfig
-  objective: PretrainingConfig = PretrainingConfig()
+  objective: PretrainingConfig | SFTConfig | GRPOConfig = PretrainingConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   safety: SafetyConfig = SafetyConfig()
   mesh: MeshConfig = MeshConfig()

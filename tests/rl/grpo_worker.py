@@ -3,7 +3,6 @@
 python -m tests.rl.grpo_worker
 """
 
-import functools
 import json
 
 import jax
@@ -30,7 +29,6 @@ CASES = {
 }
 
 
-@functools.cache
 def steps_of(mesh, micro_batches):
   recipe = ds.changed(
     RECIPE,

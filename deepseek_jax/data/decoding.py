@@ -24,6 +24,11 @@ class ByteDecoder:
     """Returns what is left when no token follows."""
     return self._utf8.decode(b'', final=True)
 
+  @property
+  def pending(self) -> bool:
+    """Returns whether the tokens so far end inside a character."""
+    return bool(self._utf8.getstate()[0])
+
 
 class TokenDecoder:
   """Decodes tokens whose text depends on their neighbours.
@@ -65,6 +70,11 @@ class TokenDecoder:
     if text:
       self._behind, self._new = self._new, []
     return text
+
+  @property
+  def pending(self) -> bool:
+    """Returns whether text of the tokens so far waits for a later one."""
+    return bool(self._new)
 
 
 def byte_level_alphabet() -> dict[str, int]:

@@ -1,0 +1,258 @@
+"""Decides which requests run next, and which pages they have.
+
+Requests come first in, first served. One that finds no page for its next token
+takes those of the youngest, which waits at the front and is computed again:
+its tokens are the same, as each is drawn by its seed and position alone. Pure
+host code.
+Legend: P tokens of a page, L tokens of a sequence.
+"""
+
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.infer.pages import SCRATCH, Pages, Snapshots, chain
+from deepseek_jax.infer.request import LogProb, Request
+from deepseek_jax.infer.sampler import Settings
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+  """Holds one answer in the making.
+
+  Attributes:
+    request, id, index: what it answers; the engine's number of the request;
+      which of its n answers.
+    settings: how its tokens are drawn.
+    buffer: [context] int32, prompt and answer.
+    length: L, tokens of the buffer so far.
+    cached: tokens in the cache; L - 1 when it decodes, as its last token is
+      written when the next one is drawn.
+    slot: its place among decoding rows; None while it waits.
+    pages: in order.
+    named: pages that are known by their hash.
+    reused: tokens of the prompt that a shared prefix spared.
+    text: of its tokens, or None.
+    matcher: of its grammar, or None.
+    scores: log-probabilities of the prompt, with echo.
+    experts: [L_moe, E] counts of the answer's choices, if they are kept.
+    drafts: how many were accepted, how many rejected.
+    hashes: of its first full pages.
+  """
+
+  request: Request
+  id: int
+  index: int
+  settings: Settings
+  buffer: np.ndarray
+  length: int
+  salt: str
+  cached: int = 0
+  slot: int | None = None
+  pages: list[int] = dataclasses.field(default_factory=list)
+  named: int = 0
+  reused: int = 0
+  text: Any = None
+  matcher: Any = None
+  scores: list[LogProb | None] = dataclasses.field(default_factory=list)
+  experts: Any = None
+  drafts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+  hashes: list[bytes] = dataclasses.field(default_factory=list)
+
+  @property
+  def prompt(self) -> int:
+    """Returns the number of the prompt's tokens."""
+    return len(self.request.prompt)
+
+  @property
+  def answered(self) -> int:
+    """Returns the number of the answer's tokens so far."""
+    return self.length - self.prompt
+
+  @property
+  def left(self) -> int:
+    """Returns how many tokens may still be drawn."""
+    most = self.request.max_new_tokens - self.answered
+    return min(most, len(self.buffer) - self.length)
+
+  @property
+  def to_prefill(self) -> int:
+    """Returns how many tokens are cached before it decodes."""
+    return self.length - 1 - self.cached
+
+  def hashed(self, pages: int, page: int) -> list[bytes]:
+    """Returns the hashes of the first `pages` pages of `page` tokens."""
+    if len(self.hashes) < pages:
+      tokens = self.buffer[: pages * page]
+      self.hashes = chain(tokens, page, self.salt, self.hashes)
+    return self.hashes[:pages]
+
+
+class Scheduler:
+  """Holds waiting and running sequences, and who has which page.
+
+  Attributes:
+    waiting: in order of arrival.
+    running: the same, those with a slot.
+    preempted: how often one had to give its pages up.
+  """
+
+  def __init__(
+    self,
+    page: int,
+    pages: int,
+    slots: int,
+    *,
+    snapshots: int = 0,
+    reuse: bool = True,
+    rings: bool = False,
+  ):
+    """Makes an empty schedule.
+
+    Args:
+      page: P.
+      pages: of the store, without the scratch page.
+      slots: sequences that run together at most.
+      snapshots: spare slots for rings at the ends of pages.
+      reuse: whether prefixes are shared.
+      rings: whether the model caches anything by slot.
+    """
+    self.page, self.reuse, self.rings = page, reuse, rings
+    self.pages = Pages(pages)
+    self.snapshots = Snapshots(range(slots, slots + snapshots))
+    self.waiting: collections.deque[Sequence] = collections.deque()
+    self.running: list[Sequence] = []
+    self.preempted = 0
+    self._slots = list(range(slots))[::-1]
+
+  def pages_for(self, tokens: int) -> int:
+    """Returns how many pages so many tokens take."""
+    return -(-tokens // self.page)
+
+  def admit(self) -> list[tuple[Sequence, int | None]]:
+    """Gives slots and pages to sequences that wait, in order.
+
+    Returns:
+      Those that run from now on, each with the slot of the snapshot that its
+      rings go on from, or None.
+    """
+    out = []
+    while self.waiting and self._slots:
+      one = self.waiting[0]
+      found, snapshot = self._prefix(one)
+      # Found pages first: they must not be given away for the rest.
+      self.pages.share(found)
+      more = self.pages.take(self.pages_for(one.length) - len(found))
+      if more is None:
+        self.pages.release(found)
+        break
+      self.waiting.popleft()
+      one.slot, one.pages = self._slots.pop(), found + more
+      one.named, one.cached = len(found), len(found) * self.page
+      if one.answered == 0:
+        one.reused = one.cached
+      self.running.append(one)
+      out.append((one, snapshot))
+    return out
+
+  def _prefix(self, one: Sequence) -> tuple[list[int], int | None]:
+    """Returns the known pages of a sequence's beginning, and their snapshot.
+
+    One token at least is left to compute.
+    """
+    if not self.reuse or (one.request.echo and not one.answered):
+      return [], None
+    most = (one.length - 1) // self.page
+    hashes = one.hashed(most, self.page)
+    found = self.pages.found(hashes)
+    if not self.rings:
+      return found, None
+    # Rings are known at some ends of pages only.
+    for count in range(len(found), 0, -1):
+      slot = self.snapshots.found(hashes[count - 1])
+      if slot is not None:
+        return found[:count], slot
+    return [], None
+
+  def grow(self, one: Sequence, tokens: int) -> bool:
+    """Gives pages to a running sequence for so many tokens in all.
+
+    The youngest sequences lose theirs if need be; False if it lost its own.
+    """
+    need = self.pages_for(tokens) - len(one.pages)
+    while need > 0:
+      more = self.pages.take(need)
+      if more is not None:
+        one.pages += more
+        break
+      youngest = self.running[-1]
+      self.preempt(youngest)
+      if youngest is one:
+        return False
+    return True
+
+  def preempt(self, one: Sequence) -> None:
+    """Takes a sequence's pages and slot; it will be computed again."""
+    self._take_back(one)
+    one.cached = 0
+    self.waiting.appendleft(one)
+    self.preempted += 1
+
+  def end(self, one: Sequence) -> None:
+    """Takes a sequence out, wherever it is."""
+    if one.slot is None:
+      self.waiting.remove(one)
+    else:
+      self._take_back(one)
+
+  def _take_back(self, one: Sequence) -> None:
+    """Frees what a running sequence has."""
+    self.running.remove(one)
+    self.pages.release(one.pages)
+    self._slots.append(one.slot)
+    one.slot, one.pages, one.named = None, [], 0
+
+  def border(self, one: Sequence) -> int | None:
+    """Returns the next token count at which rings are worth keeping, or None.
+
+    While it prefills the last end of a page, then each one.
+    """
+    if not (self.rings and self.reuse):
+      return None
+    if one.to_prefill:
+      last = (one.length - 1) // self.page * self.page
+      return last if last > one.cached else None
+    return (one.cached // self.page + 1) * self.page
+
+  def name(self, one: Sequence) -> int | None:
+    """Makes a sequence's full pages known.
+
+    Returns:
+      The slot where its rings are worth keeping now, or None.
+    """
+    full = one.cached // self.page
+    if not self.reuse or (full == one.named and one.cached % self.page):
+      return None
+    hashes = one.hashed(full, self.page)
+    for place in range(one.named, full):
+      self.pages.name(one.pages[place], hashes[place])
+    one.named = full
+    if self.rings and full and not one.cached % self.page:
+      return self.snapshots.take(hashes[-1])
+    return None
+
+  def forget(self) -> None:
+    """Forgets all prefixes, and computes what runs again: weights changed."""
+    for one in reversed(list(self.running)):
+      self.preempt(one)
+    self.pages.forget()
+    self.snapshots.forget()
+
+  def table(self, some: list[Sequence], rows: int, pages: int) -> np.ndarray:
+    """Returns the pages of some sequences, [rows, pages] int32."""
+    out = np.full((rows, pages), SCRATCH, np.int32)
+    for row, one in zip(out, some):
+      row[: len(one.pages)] = one.pages[:pages]
+    return out

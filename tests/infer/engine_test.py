@@ -1,0 +1,329 @@
+"""The engine: whatever else runs, an answer is the training model's own."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import deepseek_jax as ds
+from deepseek_jax.errors import InputError
+from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
+from deepseek_jax.infer.paging import paging
+from deepseek_jax.infer.request import Request, Sampling
+from deepseek_jax.infer.sampling import build_flat
+from deepseek_jax.plan import memory
+from tests import tiny
+from tests.infer import families
+
+CONTEXT = 64
+GREEDY = Sampling(temperature=0)
+SMALL = EngineConfig(
+  slots=3, context=CONTEXT, page=8, budget=16, steps=3, contexts=(CONTEXT,)
+)
+
+
+def engine(name='gqa', variables=None, text=None, **change):
+  """Returns an engine of a family; programs are shared between calls."""
+  cfg = dataclasses.replace(SMALL, **change)
+  variables = variables or families.variables(name)
+  return Engine(families.model(name), variables, cfg, text=text)
+
+
+def prompts(count, seed=0, most=30):
+  rng = np.random.default_rng(seed)
+  sizes = rng.integers(1, most, count)
+  return [tuple(map(int, rng.integers(1, tiny.VOCAB, n))) for n in sizes]
+
+
+def requests(count, seed=0, new=12, most=30, **fields):
+  fields = {'sampling': GREEDY, 'logprobs': 0, **fields}
+  return [
+    Request(p, max_new_tokens=new, **fields) for p in prompts(count, seed, most)
+  ]
+
+
+@functools.cache
+def forward(name):
+  return jax.jit(families.model(name).apply)
+
+
+def trained(name, tokens):
+  """Log-probabilities [T V] of the trainer's forward."""
+  padded = np.zeros((1, CONTEXT), np.int32)
+  padded[0, : len(tokens)] = tokens
+  segments = (np.arange(CONTEXT) < len(tokens)).astype(np.int32)[None]
+  out = forward(name)(
+    families.variables(name), padded, segment_ids=segments
+  )
+  return np.asarray(jax.nn.log_softmax(out.logits[0]))[: len(tokens)]
+
+
+def check_trained(test, name, request, answer, tolerance=1e-5):
+  """Checks an answer's log-probabilities against the trainer's."""
+  want = trained(name, request.prompt + answer.tokens)
+  at = np.arange(len(answer.tokens)) + len(request.prompt) - 1
+  got = [p.logprob for p in answer.logprobs]
+  np.testing.assert_allclose(
+    got, want[at, list(answer.tokens)], rtol=0, atol=tolerance
+  )
+  if request.sampling.temperature == 0:
+    gaps = want[at].max(axis=-1) - want[at, list(answer.tokens)]
+    test.assertLess(gaps.max(), 1e-5)
+
+
+class FamilyTest(parameterized.TestCase):
+  @parameterized.parameters(*families.NAMES)
+  def test_log_probabilities_are_those_of_the_trainers_forward(self, name):
+    # Five prompts on three slots: chunks, waiting and mixed lengths.
+    asked = requests(5, new=14)
+    run = engine(name)
+    answers = run.run(asked)
+    for request, (answer,) in zip(asked, answers):
+      self.assertEqual(answer.finish, 'length')
+      check_trained(self, name, request, answer)
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
+
+  @parameterized.parameters(*families.NAMES)
+  def test_a_shared_prefix_changes_no_token(self, name):
+    first = prompts(1, seed=3, most=40)[0] + tuple(range(1, 30))
+    again = first[:27] + (5, 6, 7)
+    run = engine(name)
+    [[one]] = run.run([Request(first, 20, GREEDY, logprobs=0)])
+    [[two]] = run.run([Request(again, 20, GREEDY, logprobs=0)])
+    self.assertGreaterEqual(two.usage.cached_tokens, 8)
+    # The next turn of a chat goes on from the last one's answer.
+    turn = again + two.tokens + (9, 8)
+    [[three]] = run.run([Request(turn, 8, GREEDY, logprobs=0)])
+    self.assertGreaterEqual(three.usage.cached_tokens, 40)
+    cold = engine(name, reuse=False)
+    for prompt, got, new in ((first, one, 20), (again, two, 20), (turn, three, 8)):
+      [[want]] = cold.run([Request(prompt, new, GREEDY, logprobs=0)])
+      self.assertEqual(got.tokens, want.tokens)
+      np.testing.assert_allclose(
+        [p.logprob for p in got.logprobs],
+        [p.logprob for p in want.logprobs],
+        rtol=0,
+        atol=1e-5,
+      )
+
+  @parameterized.parameters(*families.NAMES)
+  def test_a_token_takes_the_bytes_that_the_planner_says(self, name):
+    model = families.model(name)
+    lies = paging(build_flat(model), 8)
+    length = 1 << 15
+    grown = memory.cache(model.config, 2 * length).elements
+    grown -= memory.cache(model.config, length).elements
+    self.assertEqual(lies.token_bytes * length, 4 * grown)
+
+
+class ContractTest(parameterized.TestCase):
+  @parameterized.parameters('v3', 'v4')
+  def test_an_answer_is_the_same_alone_and_in_any_batch(self, name):
+    # One bucket for everything: bitwise.
+    asked = requests(6, seed=1, sampling=Sampling(seed=7), new=10)
+    together = engine(name, deterministic=True).run(asked)
+    for request, (got,) in zip(asked[::2], together[::2]):
+      [[alone]] = engine(name, deterministic=True).run([request])
+      self.assertEqual(got.tokens, alone.tokens)
+      self.assertEqual(got.logprobs, alone.logprobs)
+
+  @parameterized.parameters(1, 3, 8, 40)
+  def test_chunks_of_a_prompt_are_one_prefill(self, budget):
+    name = 'v4'
+    [request] = requests(1, seed=5, new=6, most=31)
+    run = engine(name, budget=budget)
+    [[answer]] = run.run([request])
+    check_trained(self, name, request, answer)
+
+  @parameterized.parameters('mla', 'v4')
+  def test_a_preempted_answer_is_the_undisturbed_one(self, name):
+    asked = requests(3, seed=2, new=24, most=20, sampling=Sampling(seed=1))
+    rich, poor = engine(name), engine(name, pages=9)
+    want, got = rich.run(asked), poor.run(asked)
+    self.assertEqual(rich.stats['preempted'], 0)
+    self.assertGreater(poor.stats['preempted'], 0)
+    for (a,), (b,) in zip(want, got):
+      self.assertEqual(a.tokens, b.tokens)
+      check = [p.logprob for p in a.logprobs], [p.logprob for p in b.logprobs]
+      np.testing.assert_allclose(*check, rtol=0, atol=1e-5)
+    self.assertEqual(poor.stats['pages_free'], 9)
+
+  def test_cancelled_streams_leave_every_page_free(self):
+    run = engine()
+    for seed in range(100):
+      [request] = requests(1, seed=seed, new=20)
+      events = run.stream(request)
+      for _ in range(seed % 4):
+        next(events, None)
+      events.close()
+      for event in run.step():
+        self.assertEqual(event.finish, 'cancelled')
+    self.assertFalse(run.busy())
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
+    self.assertEqual((run.stats['running'], run.stats['waiting']), (0, 0))
+
+  def test_no_program_is_compiled_after_the_warm_up(self):
+    lines = []
+    run = engine(contexts=(16, CONTEXT), rows=(1, 3), steps=2)
+    run.warm_up(lines.append)
+    before = run.stats['compilations']
+    self.assertLen(lines, before)
+    rng = np.random.default_rng(0)
+    asked = []
+    for i in range(300):
+      settings = Sampling(
+        temperature=float(rng.choice([0, 1, 0.3])),
+        top_k=int(rng.choice([0, 5])),
+        top_p=float(rng.choice([1, 0.5])),
+        frequency_penalty=float(rng.choice([0, 0.4])),
+        logit_bias=((3, 1.0),) if i % 7 == 0 else (),
+        seed=i,
+        stop=(2,) if i % 3 == 0 else (),
+      )
+      size = int(rng.integers(1, 50))
+      prompt = tuple(map(int, rng.integers(1, tiny.VOCAB, size)))
+      new = int(rng.integers(1, 14))
+      wanted = int(rng.choice([0, 3])) if i % 2 else None
+      asked.append(
+        Request(prompt, new, settings, logprobs=wanted, echo=i % 11 == 0)
+      )
+    answers = run.run(asked)
+    self.assertLen(answers, 300)
+    self.assertEqual(run.stats['compilations'], before)
+
+  @parameterized.parameters('gqa', 'nsa', 'v4')
+  def test_garbage_where_nothing_is_cached_changes_nothing(self, name):
+    asked = requests(3, seed=4)
+    want = engine(name).run(asked)
+    run = engine(name)
+    spoil = lambda a: jax.numpy.full_like(a, jax.numpy.nan)
+    run._store = jax.tree.map(spoil, run._store)
+    self.assertEqual(run.run(asked), want)
+
+  def test_the_scratch_page_is_never_written(self):
+    run = engine('v3')
+    run.run(requests(4, seed=6))
+    for pool in run._store.pages:
+      self.assertEqual(float(abs(pool[:, 0]).max()), 0)
+
+  def test_new_weights_are_used_at_once(self):
+    [request] = requests(1, seed=8)
+    run = engine()
+    old = run.run([request])
+    new = tiny.draw(families.model('gqa'), seed=5)
+    run.load(new)
+    got = run.run([request])
+    self.assertNotEqual(got[0][0].tokens, old[0][0].tokens)
+    self.assertEqual(got[0][0].usage.cached_tokens, 0)
+    self.assertEqual(got, engine(variables=new).run([request]))
+
+  def test_rows_of_another_salt_share_nothing(self):
+    run = engine()
+    prompt = tuple(range(1, 30))
+    use = lambda salt: run.run([Request(prompt, 2, GREEDY, salt=salt)])[0][0]
+    self.assertEqual(use('a').usage.cached_tokens, 0)
+    self.assertEqual(use('b').usage.cached_tokens, 0)
+    self.assertEqual(use('a').usage.cached_tokens, 24)
+
+  def test_several_answers_share_their_prompt(self):
+    prompt, how = tuple(range(1, 30)), Sampling(seed=4)
+    run = engine()
+    [answers] = run.run([Request(prompt, 8, how, n=3)])
+    self.assertLen({a.tokens for a in answers}, 3)
+    for index, answer in enumerate(answers):
+      seeded = dataclasses.replace(how, seed=4 + index)
+      [[alone]] = engine().run([Request(prompt, 8, seeded)])
+      self.assertEqual(answer.tokens, alone.tokens)
+
+  def test_echo_scores_the_prompt_as_the_trainer_does(self):
+    [request] = requests(1, seed=9, echo=True, logprobs=3)
+    [[answer]] = engine('v3').run([request])
+    want = trained('v3', request.prompt)
+    self.assertIsNone(answer.prompt_logprobs[0])
+    for t, entry in enumerate(answer.prompt_logprobs[1:]):
+      token = request.prompt[t + 1]
+      self.assertEqual(entry.token, token)
+      self.assertAlmostEqual(entry.logprob, want[t, token], places=5)
+      self.assertEqual(entry.top[0][0], want[t].argmax())
+      self.assertAlmostEqual(entry.top[0][1], want[t].max(), places=5)
+
+  def test_expert_loads_are_counted_for_each_request(self):
+    run = engine('v3', routing=True)
+    asked = requests(2, seed=3)
+    numbers = [run.submit(r) for r in asked]
+    while run.busy():
+      run.step()
+    moe = families.config('v3').moe
+    for number in numbers:
+      load = run.expert_load(number)
+      self.assertEqual(load.shape, (2, moe.experts))
+      np.testing.assert_array_equal(load.sum(axis=1), 12 * moe.top_k)
+
+
+class BadInputTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({'prompt': ()}, 'prompt'),
+    ({'prompt': (1.5,)}, 'prompt'),
+    ({'prompt': ((1, 2), (3, 4))}, 'prompt'),
+    ({'prompt': (tiny.VOCAB,)}, 'vocabulary of 64'),
+    ({'prompt': (-1,)}, 'vocabulary'),
+    ({'prompt': (1,) * CONTEXT}, 'engine.context'),
+    ({'prompt': (1,), 'max_new_tokens': 0}, 'max_new_tokens'),
+    ({'prompt': (1,), 'n': 0}, 'n = 0'),
+    ({'prompt': (1,), 'logprobs': 21}, 'logprobs'),
+    ({'prompt': (1,), 'stop_strings': ('x',)}, 'stop_strings'),
+    ({'prompt': (1,), 'stop_strings': ('',)}, 'stop_strings'),
+  )
+  def test_a_request_that_cannot_be_answered_is_one_line(self, fields, named):
+    with self.assertRaisesRegex(InputError, named) as caught:
+      engine().submit(Request(**fields))
+    self.assertNotIn('\n', str(caught.exception))
+
+  @parameterized.parameters(
+    ({'temperature': -1}, 'temperature'),
+    ({'temperature': float('nan')}, 'temperature'),
+    ({'top_p': 0}, 'top_p'),
+    ({'min_p': 2}, 'min_p'),
+    ({'repetition_penalty': 0}, 'repetition_penalty'),
+    ({'presence_penalty': float('inf')}, 'presence_penalty'),
+    ({'logit_bias': ((1,),)}, 'logit_bias'),
+    ({'seed': 2**64}, 'seed'),
+    ({'seed': 0.5}, 'seed'),
+    ({'stop': [1]}, 'stop'),
+  )
+  def test_wrong_settings_are_one_line(self, fields, named):
+    with self.assertRaisesRegex(InputError, named):
+      Sampling(**fields)
+
+  def test_a_request_that_never_fits_the_pages_is_refused(self):
+    with self.assertRaisesRegex(InputError, 'engine.pages'):
+      engine(pages=2).submit(Request((1,) * 10, 20))
+
+  def test_a_full_queue_is_refused_and_goes_on(self):
+    run = engine(queue=2)
+    run.submit(Request((1, 2), 4))
+    run.submit(Request((1, 3), 4))
+    with self.assertRaises(EngineBusy):
+      run.submit(Request((1, 4), 4))
+    while run.busy():
+      run.step()
+    run.submit(Request((1, 4), 4))
+
+  def test_a_request_with_wrong_numbers_fails_alone(self):
+    variables = families.variables('gqa')
+    params = dict(variables['params'])
+    params['embed'] = params['embed'].at[7].set(np.nan)
+    run = engine(variables={**variables, 'params': params})
+    fine = [Request((1, 2, 3), 6, GREEDY), Request((4, 5), 6, GREEDY)]
+    want = run.run(fine)
+    bad = Request((1, 7, 3), 6, GREEDY)
+    [[first], [wrong], [second]] = run.run([fine[0], bad, fine[1]])
+    self.assertEqual(wrong.finish, 'error')
+    self.assertIn('not finite', wrong.error)
+    self.assertEqual([first.tokens, second.tokens], [a.tokens for [a] in want])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -4,12 +4,14 @@ Legend: B batch, T tokens, D model, n streams.
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
 from flax import nnx
 
 from deepseek_jax.config import above, at_least
+from deepseek_jax.errors import InputError
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.attention.mla import MLAConfig
@@ -49,16 +51,34 @@ class BlockConfig:
     at_least(self, engram_rows=0)
 
   def cache(
-    self, batch: int, slots: int, dim: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dim: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> Any:
     """Returns an empty cache of `dtype` for `batch` rows of `slots` tokens.
 
     It is the attention's cache; with an Engram, the pair (attention, Engram).
+    Rows may be rewound by up to `spare` tokens.
+
+    Raises:
+      InputError: an attention of one's own that can't be rewound.
     """
-    attention = self.attention.cache(batch, slots, dtype)
+    make, more = self.attention.cache, {}
+    if spare:
+      if 'spare' not in inspect.signature(make).parameters:
+        raise InputError(
+          f'spare = {spare}: {type(self.attention).__name__}.cache takes no'
+          ' `spare: int = 0`; add it, and make rings that much longer'
+        )
+      more = {'spare': spare}
+    attention = make(batch, slots, dtype, **more)
     if self.engram is None:
       return attention
-    return attention, self.engram.cache(batch, self.streams, dim, dtype)
+    memory = self.engram.cache(batch, self.streams, dim, dtype, spare)
+    return attention, memory
 
   @property
   def routed(self) -> bool:

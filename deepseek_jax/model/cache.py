@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.context import Context
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,31 @@ class Cache:
   length: jax.Array  # [B] int32, tokens written per row
   slots: int = dataclasses.field(metadata={'static': True})
   fresh: bool = dataclasses.field(default=True, metadata={'static': True})
-  recent: jax.Array | None = None  # [B N], what hashing the last tokens needs
+  # [B N+spare], a ring of what hashing the last tokens needs; None if a caller
+  # gives these to `apply`.
+  recent: jax.Array | None = None
+
+  def after(
+    self, ctx: Context, layers: tuple, recent: jax.Array | None
+  ) -> 'Cache':
+    """Returns the cache with tokens written, and what layers made of them."""
+    end = ctx.positions + 1
+    if ctx.valid is None:
+      length = end.max(axis=1)
+    else:
+      # Padding takes no slot; a row of padding stays where it is.
+      end = jnp.where(ctx.valid, end, 0).max(axis=1)
+      length = jnp.where(ctx.valid.any(axis=1), end, self.length)
+    return Cache(layers, length, self.slots, False, recent)
+
+  def rewound(self, length: jax.Array) -> 'Cache':
+    """Returns the cache of which rows go on after `length` [B] tokens.
+
+    What lies beyond is overwritten before it is read. By more tokens than the
+    `spare` that the cache was made with only a cache without rings is rewound.
+    """
+    length = jnp.asarray(length, jnp.int32)
+    return dataclasses.replace(self, length=length, fresh=False)
 
 
 def write(

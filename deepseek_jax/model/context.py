@@ -24,6 +24,7 @@ class Context(NamedTuple):
   train: bool = False
   fresh: bool = True  # nothing is cached: tokens attend to each other only
   rows: jax.Array | None = None  # [B T L K] int32, see memory/engram.py
+  before: jax.Array | None = None  # [B N-1] int32, see memory/ngram_hash.py
 
   @property
   def valid(self) -> jax.Array | None:
@@ -62,6 +63,7 @@ def context(
   *,
   positions: jax.Array | None = None,
   rows: jax.Array | None = None,
+  before: jax.Array | None = None,
   cached: bool = False,
   **flags: bool,
 ) -> Context:
@@ -76,7 +78,7 @@ def context(
     segments: [B T] int32 or None, as in `transformer.build`.
     vocab: V.
     positions: [B T] int32; by default from 0 in each document.
-    rows: as in Context.
+    rows, before: as in Context.
     cached: whether there is a cache, where a row is one document. Rows with
       more have no token then: their logits are NaN.
     **flags: as in Context.
@@ -85,7 +87,7 @@ def context(
   if segments is None:
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return Context(tokens, positions, None, rows=rows, **flags)
+    return Context(tokens, positions, None, rows=rows, before=before, **flags)
   real = segments > 0
   # Only padding is overwritten: a wrong id of a real token must show.
   tokens = jnp.where(real | ((tokens >= 0) & (tokens < vocab)), tokens, 0)
@@ -96,4 +98,4 @@ def context(
     # -1 is no token, so all logits of such a row are NaN.
     several = segments.max(axis=1, keepdims=True, initial=0) > 1
     tokens = jnp.where(several, -1, tokens)
-  return Context(tokens, positions, segments, rows=rows, **flags)
+  return Context(tokens, positions, segments, rows=rows, before=before, **flags)

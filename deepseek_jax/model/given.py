@@ -22,6 +22,7 @@ class Given(NamedTuple):
   positions: Any = None  # [B T] or None
   segment_ids: Any = None  # [B T] or None
   ngrams: Any = None  # [B T L K] or None
+  before: Any = None  # [B N-1] or None
 
 
 def check(config: Any, given: Given, cache: Cache | None) -> None:
@@ -32,6 +33,12 @@ def check(config: Any, given: Given, cache: Cache | None) -> None:
     given: the arrays.
     cache: the cache that they are to be written to, or None.
   """
+  _check(config, given, cache)
+  _check_before(config, given, cache)
+
+
+def _check(config: Any, given: Given, cache: Cache | None) -> None:
+  """Raises InputError for what is wrong with the tokens and their places."""
   _check_arrays(given)
   if cache is not None:
     _check_slots(given, cache)
@@ -48,6 +55,40 @@ def check(config: Any, given: Given, cache: Cache | None) -> None:
   if given.ngrams is not None and config.engram is not None:
     rows = config.engram.rows(len(config.engram_layers()))
     _check_range('ngrams', given.ngrams, rows, "memories' tables", real)
+
+
+def check_depth(config: Any) -> None:
+  """Raises InputError for a model that has no block to draft with."""
+  if not config.mtp.depth:
+    raise InputError(
+      'mtp.depth = 0: this model has no block of multi-token prediction to'
+      ' draft with'
+    )
+
+
+def check_draft(
+  config: Any, given: Given, cache: Cache, state: Any, depth: int
+) -> None:
+  """Raises InputError for what can't be drafted from.
+
+  Args:
+    config: a TransformerConfig.
+    given: the arrays.
+    cache: of the blocks that draft.
+    state: [B T D] or [B T n D].
+    depth: from 1.
+  """
+  check_depth(config)
+  if depth < 1:
+    raise InputError(f'depth = {depth}: must be at least 1')
+  _check(config, given, cache)
+  streams = (config.residual.streams,) if config.mtp.streams else ()
+  shape = *given.tokens.shape, *streams, config.dim
+  if getattr(state, 'shape', None) != shape:
+    raise InputError(
+      f'state: {_shape(state)}; must be {list(shape)}, what apply(mtp_state='
+      "True) puts into aux['mtp_state']"
+    )
 
 
 def _check_arrays(given: Given) -> None:
@@ -74,8 +115,52 @@ def _shape(array: Any) -> str:
   return f'{type(array).__name__}, no array'
 
 
+def _check_before(config: Any, given: Given, cache: Cache | None) -> None:
+  """Raises InputError for a look-back that can't be, or one that is missing."""
+  engrams = bool(config.engram_layers())
+  array = given.before
+  if array is None:
+    if engrams and cache is not None and cache.recent is None:
+      raise InputError(
+        'before = None: the cache keeps no last tokens (recent = None), so'
+        ' give those before the first, [B N-1]'
+      )
+    return
+  if cache is None or not engrams:
+    why = 'no memory reads them' if not engrams else 'there is no cache'
+    raise InputError(f'before: {why}; leave it out')
+  shape = *given.tokens.shape[:1], config.engram.longest - 1
+  whole = jnp.issubdtype(getattr(array, 'dtype', float), jnp.integer)
+  if getattr(array, 'shape', None) != shape or not whole:
+    raise InputError(
+      f'before: {_shape(array)}; must be the last integers before tokens,'
+      f' {list(shape)}'
+    )
+
+
+def _check_positions(given: Given, cache: Cache) -> bool:
+  """Returns whether positions of real tokens are known and lie in the cache.
+
+  Raises:
+    InputError: known ones that do not.
+  """
+  at, real = given.positions, given.segment_ids
+  at = None if at is None else known(at)
+  if at is None or (real is not None and known(real) is None):
+    return False
+  at = at if real is None else at[known(real) > 0]
+  for wrong in at[(at < 0) | (at >= cache.slots)][:1]:
+    raise InputError(
+      f'positions: {wrong} is outside the cache of {cache.slots} slots; make'
+      ' it longer with init_cache(batch, slots)'
+    )
+  return True
+
+
 def _check_slots(given: Given, cache: Cache) -> None:
-  """Raises InputError for more tokens than the cache has slots left."""
+  """Raises InputError for tokens that the cache has no slot for."""
+  if _check_positions(given, cache):
+    return
   length = known(cache.length)
   # Inside jit the length is unknown: then the new tokens alone must fit.
   held = int(length.max(initial=0)) if length is not None else 0

@@ -11,6 +11,7 @@ Legend: B batch, T tokens, D model, n streams.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,21 +66,26 @@ class MTP(nnx.Module):
     self.residual = block.residual.head(dim, std=std, rngs=rngs)
 
   def __call__(
-    self, hidden: jax.Array, embedded: jax.Array, ctx: Context
-  ) -> tuple[jax.Array, dict]:
-    """Returns the states [B T D] of this depth, and its statistics.
+    self,
+    hidden: jax.Array,
+    embedded: jax.Array,
+    ctx: Context,
+    past: Any = None,
+  ) -> tuple[jax.Array, Any, dict]:
+    """Returns the states [B T D] of this depth, its cache and its statistics.
 
     Args:
       hidden: [B T D], states of the depth before.
       embedded: [B T D], embeddings of the tokens ahead.
       ctx: the context of those tokens, see `shifted`.
+      past: the block's cache; without one (None) a depth attends to the tokens
+        of this batch.
     """
     # Both are normed first, for their scales differ: [B T 2D] -> [B T D].
     x = [self.embed_norm(embedded), self.hidden_norm(hidden)]
     x = jnp.concatenate(x, axis=-1) @ self.merge[...]
-    # No cache: a depth attends to the tokens of this batch.
-    x, _, stats = self.block(self.cfg.residual.expand(x), ctx)
-    return self.norm(self.residual.collapse(x)), stats
+    x, past, stats = self.block(self.cfg.residual.expand(x), ctx, past)
+    return self.norm(self.residual.collapse(x)), past, stats
 
   def readout(self, state: jax.Array) -> jax.Array:
     """Returns what the head reads [B T D]: the state itself."""
@@ -102,19 +108,24 @@ class StreamMTP(nnx.Module):
     self.residual = block.residual.head(dim, std=std, rngs=rngs)
 
   def __call__(
-    self, stream: jax.Array, embedded: jax.Array, ctx: Context
-  ) -> tuple[jax.Array, dict]:
-    """Returns the streams [B T n D] of this depth, and its statistics.
+    self,
+    stream: jax.Array,
+    embedded: jax.Array,
+    ctx: Context,
+    past: Any = None,
+  ) -> tuple[jax.Array, Any, dict]:
+    """Returns the streams [B T n D], the cache and the statistics of a depth.
 
     Args:
       stream: [B T n D], streams of the depth before.
       embedded: [B T D], embeddings of the tokens ahead.
       ctx: the context of those tokens, see `shifted`.
+      past: the block's cache or None, as in MTP.
     """
     e = self.embed_norm(embedded) @ self.embed_proj[...]  # [B T D]
     x = self.hidden_norm(stream) @ self.hidden_proj[...]  # [B T n D]
-    x, _, stats = self.block(e[:, :, None] + x, ctx)
-    return x, stats
+    x, past, stats = self.block(e[:, :, None] + x, ctx, past)
+    return x, past, stats
 
   def readout(self, stream: jax.Array) -> jax.Array:
     """Returns what the head reads [B T D] of the streams [B T n D]."""

@@ -288,13 +288,28 @@ class Output(NamedTuple):
     cache: the cache with these tokens, or None.
     aux: {'segments': per segment, per block of its pattern, statistics
       stacked over repeats; 'mtp': per depth, its statistics; 'mtp_hidden':
-      per depth, [B T D]}.
+      per depth, [B T D]; 'mtp_state': what drafting takes of each token,
+      [B T D] or, with streams, [B T n D]}.
   """
 
   logits: jax.Array
   hidden: jax.Array
   cache: Cache | None
   aux: dict[str, Any]
+
+
+class Draft(NamedTuple):
+  """Holds what a block of multi-token prediction predicts.
+
+  Attributes:
+    logits: [B T V] float32, of the token after the one that was given.
+    state: [B T D] or [B T n D], what the next depth takes of each place.
+    cache: the cache of these blocks with these tokens.
+  """
+
+  logits: jax.Array
+  state: jax.Array
+  cache: Cache
 
 
 class Transformer(nnx.Module):
@@ -455,7 +470,7 @@ class Transformer(nnx.Module):
     return stream, caches, statistics
 
   def leave(
-    self, stream: jax.Array, ctx: Context, mtp: bool
+    self, stream: jax.Array, ctx: Context, mtp: bool, mtp_state: bool = False
   ) -> tuple[jax.Array, dict]:
     """Collapses the stream after the last block.
 
@@ -463,46 +478,77 @@ class Transformer(nnx.Module):
       stream: [B T D] or [B T n D].
       ctx: the tokens.
       mtp: whether to run multi-token prediction.
+      mtp_state: whether to return what it starts from.
 
     Returns:
-      hidden [B T D], and {'mtp', 'mtp_hidden'} of `Output.aux` or {}.
+      hidden [B T D], and of `Output.aux` what begins with 'mtp'.
     """
     hidden, aux = self.norm(self.residual.collapse(stream)), {}
+    # V4 goes on from the streams, V3 from the normed state.
+    state = stream if self.cfg.mtp.streams else hidden
     if mtp and self.cfg.mtp.depth:
-      # V4 goes on from the streams, V3 from the normed state.
-      state = stream if self.cfg.mtp.streams else hidden
       aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx)
+    if mtp_state:
+      aux['mtp_state'] = state
     return hidden, aux
 
-  def __call__(self, ctx: Context, cache: Cache | None, mtp: bool) -> Output:
-    # Rows of Engram tables [B T L K], unless the data pipeline hashed them.
+  def __call__(
+    self,
+    ctx: Context,
+    cache: Cache | None,
+    mtp: bool,
+    mtp_state: bool = False,
+  ) -> Output:
     """Returns logits, hidden states, cache and statistics of a batch.
 
     Args:
       ctx: the tokens.
       cache: what is cached of earlier tokens, or None.
       mtp: whether to run multi-token prediction.
+      mtp_state: whether to return what it starts from.
     """
+    # Rows of Engram tables [B T L K], unless the data pipeline hashed them.
     ctx, recent = self.hashed(ctx, cache)
     # Embedding and all blocks: [B T D] or, with hyper-connections, [B T n D].
     stream, caches, statistics = self.through(self.enter(ctx), ctx, cache)
     # Collapse and final norm: [B T D]; then the blocks that predict further.
-    hidden, aux = self.leave(stream, ctx, mtp)
+    hidden, aux = self.leave(stream, ctx, mtp, mtp_state)
     aux = {'segments': statistics, **aux}
     # Logits [B T V], float32: a loss subtracts them from their log-sum-exp.
-    logits = jnp.einsum(
+    logits = self.logits(hidden)
+    if cache:
+      cache = cache.after(ctx, tuple(caches), recent)
+    return Output(logits, hidden, cache, aux)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Returns the head's logits [B T V], float32, of hidden [B T D]."""
+    return jnp.einsum(
       'BTD,DV->BTV',
       hidden,
       self.head_weight(),
       preferred_element_type=jnp.float32,
     )
-    if cache:
-      # Padding takes no slot.
-      new = ctx.tokens.shape[1] if ctx.valid is None else ctx.valid.sum(axis=1)
-      cache = Cache(
-        tuple(caches), cache.length + new, cache.slots, False, recent
-      )
-    return Output(logits, hidden, cache, aux)
+
+  def draft(
+    self, state: jax.Array, ctx: Context, cache: Cache, depth: int
+  ) -> Draft:
+    """Predicts with the block of one depth, or with the last one; see `build`.
+
+    Args:
+      state: [B T D] or [B T n D], of the depth before.
+      ctx: the tokens ahead, at the places that predict.
+      cache: of all depths.
+      depth: from 1.
+    """
+    at = min(depth, len(self.mtp)) - 1
+    layers, ((past,),) = list(cache.layers), cache.layers[at : at + 1]
+    # A depth is a segment of one block, its arrays are stacked [1 B S ...].
+    past = jax.tree.map(lambda a: a[0], past)
+    module = self.mtp[at]
+    state, past, _ = module(state, self.embedded(ctx.tokens), ctx, past)
+    layers[at] = (jax.tree.map(lambda a: a[None], past),)
+    logits = self.logits(module.readout(state))
+    return Draft(logits, state, cache.after(ctx, tuple(layers), None))
 
   def _mtp(
     self, state: jax.Array, ctx: Context
@@ -512,7 +558,7 @@ class Transformer(nnx.Module):
     for depth, module in enumerate(self.mtp, start=1):
       # Depth k embeds the token k places on, at the place that predicts.
       at = shifted(ctx, depth)
-      state, stats = module(state, self.embedded(at.tokens), at)
+      state, _, stats = module(state, self.embedded(at.tokens), at)
       statistics.append(stats)
       states.append(module.readout(state))
     return statistics, states
@@ -529,7 +575,11 @@ class Model:
     config: the model's configuration.
     init: key -> {'params': {...}, 'buffers': {...}}, float32.
     apply: see `build`.
-    init_cache: (batch, slots) -> empty Cache in the compute dtype.
+    init_cache: (batch, slots, spare=0) -> empty Cache in the compute dtype,
+      whose rows may be rewound by `spare` tokens, see `Cache.rewound`.
+    init_mtp_cache: the same for the blocks of multi-token prediction, a
+      segment for each depth.
+    draft: see `build`.
     head: variables -> [D V], what turns `hidden` into logits.
     cast: variables -> the same in the compute dtype, except the parameters
       that stay float32, and without adapters, which are folded into their
@@ -540,10 +590,12 @@ class Model:
   config: TransformerConfig
   init: Callable[[jax.Array], dict]
   apply: Callable[..., Output]
-  init_cache: Callable[[int, int], Cache]
+  init_cache: Callable[..., Cache]
   head: Callable[[dict], jax.Array]
   cast: Callable[[dict], dict]
   abstract: dict[str, nnx.State]
+  init_mtp_cache: Callable[..., Cache]
+  draft: Callable[..., Draft]
 
   @functools.cached_property
   def _key(self) -> tuple:
@@ -552,7 +604,8 @@ class Model:
     # put in its place is itself.
     one = lambda f: f.__qualname__ if _built(f) else f
     functions = self.init, self.apply, self.init_cache, self.head, self.cast
-    return key(self.config), *map(one, functions)
+    drafting = self.init_mtp_cache, self.draft
+    return key(self.config), *map(one, functions + drafting)
 
   def __eq__(self, other: object) -> bool:
     """Returns whether both have equal configurations and functions."""
@@ -641,7 +694,8 @@ def build(config: TransformerConfig) -> Model:
   """Makes the pure functions of a model; allocates no array.
 
   apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
-  train=False, mtp=False, ngrams=None) -> Output, with
+  train=False, mtp=False, mtp_state=False, ngrams=None, before=None) -> Output,
+  with
     tokens: [B T] int32, each 0..V - 1 except on padding, where it may be
       anything. Another number is an InputError; inside jit, where it can't be
       known, it gives NaN logits in its row and changes no other.
@@ -651,16 +705,32 @@ def build(config: TransformerConfig) -> Model:
       to no other: the same id further on is another document. 0 (or less) is
       padding, which is cached, routed and counted nowhere. None: all of a row
       is one document.
-    cache: from `init_cache` or an earlier Output. With one, a row is one
-      document: segment_ids tell its tokens, 1, from the padding around them, 0;
-      after the first call padding comes last. More documents in a row are an
-      InputError, and NaN logits in that row inside jit: decode a packed row as
-      rows of their own.
+    cache: from `init_cache` or an earlier Output; its slots are positions, and
+      a row may go on before its last token (`Cache.rewound`). With one, a row
+      is one document: segment_ids tell its tokens, 1, from the padding around
+      them, 0; after the first call padding comes last. More documents in a row
+      are an InputError, and NaN logits in that row inside jit: decode a packed
+      row as rows of their own.
     train: applies what is for training only (capacity).
     mtp: runs the multi-token prediction blocks too.
+    mtp_state: puts into aux what these blocks start from, for `draft`.
     ngrams: [B T L K] int32, rows of the Engrams' tables that the data
       pipeline has hashed; by default they are hashed here, to the same. What
       is no row is treated as what is no token.
+    before: [B N-1] int32, of a model with Engrams and a cache: the tokens
+      before a row's first one, in order, instead of those that the cache has
+      seen last. What would lie before a document may be anything.
+
+  draft(variables, state, tokens, cache, positions, valid=None, *, depth=1) ->
+  Draft runs the block of multi-token prediction of a depth, with
+    state: `aux['mtp_state']` of [B T] tokens for depth 1, and for others the
+      state that the depth before has drafted.
+    tokens: [B T] int32, the token `depth` places on from each.
+    cache: from `init_mtp_cache` or an earlier Draft.
+    positions: [B T] int32 of the states, not of the tokens ahead.
+    valid: [B T] bool, False on padding, which comes last.
+    depth: more than there are repeat the last block. Each repetition goes on
+      one position: it takes the drafted state for that of the next token.
 
   Raises:
     InputError: `config` is no TransformerConfig.
@@ -685,9 +755,11 @@ def build(config: TransformerConfig) -> Model:
     cache: Cache | None = None,
     train: bool = False,
     mtp: bool = False,
+    mtp_state: bool = False,
     ngrams: jax.Array | None = None,
+    before: jax.Array | None = None,
   ) -> Output:
-    given = inputs.Given(tokens, positions, segment_ids, ngrams)
+    given = inputs.Given(tokens, positions, segment_ids, ngrams, before)
     inputs.check(config, given, cache)
     fresh = cache is None or cache.fresh
     if positions is None and not fresh:
@@ -699,36 +771,93 @@ def build(config: TransformerConfig) -> Model:
       config.vocab_size,
       positions=positions,
       rows=ngrams,
+      before=before,
       cached=cache is not None,
       train=train,
       fresh=fresh,
     )
     with kernels.using(config.compute.kernels):
-      return merge(cast(variables))(ctx, cache, mtp)
+      return merge(cast(variables))(ctx, cache, mtp, mtp_state)
 
-  def init_cache(batch: int, slots: int) -> Cache:
-    return _empty_cache(config, dtype, batch, slots)
+  def draft(
+    variables: dict,
+    state: jax.Array,
+    tokens: jax.Array,
+    cache: Cache,
+    positions: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    depth: int = 1,
+  ) -> Draft:
+    segments = None if valid is None else jnp.asarray(valid, jnp.int32)
+    given = inputs.Given(tokens, positions, segments)
+    inputs.check_draft(config, given, cache, state, depth)
+    ctx = context(
+      tokens,
+      segments,
+      config.vocab_size,
+      positions=positions,
+      cached=True,
+      fresh=cache.fresh,
+    )
+    with kernels.using(config.compute.kernels):
+      return merge(cast(variables)).draft(state, ctx, cache, depth)
+
+  def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
+    return _empty_cache(config, dtype, batch, slots, spare)
+
+  def init_mtp_cache(batch: int, slots: int, spare: int = 0) -> Cache:
+    return _empty_mtp_cache(config, dtype, batch, slots, spare)
 
   head = lambda variables: merge(cast(variables)).head_weight()
-  return Model(config, init, apply, init_cache, head, cast, abstract)
+  return Model(
+    config, init, apply, init_cache, head, cast, abstract, init_mtp_cache, draft
+  )
 
 
 def _empty_cache(
-  config: TransformerConfig, dtype: jnp.dtype, batch: int, slots: int
+  config: TransformerConfig,
+  dtype: jnp.dtype,
+  batch: int,
+  slots: int,
+  spare: int,
 ) -> Cache:
   """Returns a cache that holds no token yet, for rows of `slots` tokens."""
+  if spare < 0:
+    raise InputError(f'spare = {spare}: must be at least 0')
   layers = []
   for segment in config.segments():
-    one = lambda b: b.cache(batch, slots, config.dim, dtype)
+    one = lambda b: b.cache(batch, slots, config.dim, dtype, spare)
     empty = [one(b) for b in segment.blocks]
     # As the weights: every array of a segment is stacked [repeat ...].
     stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)
     layers.append(tuple(jax.tree.map(stack, empty)))
   recent = None
   if config.engram_layers():
-    recent = jnp.zeros((batch, config.engram.longest), jnp.int32)
+    recent = jnp.zeros((batch, config.engram.longest + spare), jnp.int32)
   length = jnp.zeros(batch, jnp.int32)
   return Cache(tuple(layers), length, slots, recent=recent)
+
+
+def _empty_mtp_cache(
+  config: TransformerConfig,
+  dtype: jnp.dtype,
+  batch: int,
+  slots: int,
+  spare: int,
+) -> Cache:
+  """Returns the same for the blocks of multi-token prediction, one per depth.
+
+  It is read from the first call on: one program serves all calls.
+  """
+  inputs.check_depth(config)
+  depths = dataclasses.replace(
+    config,
+    layout=(((config.mtp.block,), 1),) * config.mtp.depth,
+    engram=None,
+  )
+  cache = _empty_cache(depths, dtype, batch, slots, spare)
+  return dataclasses.replace(cache, fresh=False)
 
 
 def unstack(

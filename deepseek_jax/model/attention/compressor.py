@@ -57,12 +57,24 @@ class CompressorConfig:
     """Returns J."""
     return 2 if self.overlap else 1
 
+  @property
+  def reach(self) -> int:
+    """Returns R, how many tokens an entry draws on."""
+    return self.series * self.ratio
+
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'Compressed':
-    """Returns an empty cache: C numbers per m slots, and a remainder."""
-    # A ring of the last R tokens, which later entries may draw on.
-    waiting = (batch, self.series * self.ratio, self.series, self.dim)
+    """Returns an empty cache: C numbers per m slots, and a remainder.
+
+    The remainder has `spare` more slots, by so many tokens it may be rewound.
+    """
+    # A ring of the last tokens, which later entries may draw on.
+    waiting = (batch, self.reach + spare, self.series, self.dim)
     return Compressed(
       jnp.zeros((batch, max(1, slots // self.ratio), self.dim), dtype),
       jnp.zeros(waiting, jnp.float32),
@@ -71,7 +83,10 @@ class CompressorConfig:
 
 
 class Compressed(NamedTuple):
-  """Holds the entries so far, and a ring of the last R tokens' projections."""
+  """Holds the entries so far, and a ring of the last tokens' projections.
+
+  R is at least the compressor's `reach`.
+  """
 
   entries: jax.Array  # [B S C]
   kv: jax.Array  # [B R J C] float32
@@ -190,7 +205,7 @@ class Compressor(nnx.Module):
       made, at = complete(self.cfg, self.weights(), own, max(1, T // m))
     else:
       # Entries that end in these tokens may begin in cached ones.
-      tokens = _after(past, own)
+      tokens = _after(self.cfg, past, own)
       made, at = complete(self.cfg, self.weights(), tokens, -(-T // m), T)
     made = made.astype(x.dtype)
     if past is None:
@@ -306,13 +321,13 @@ def fresh_entries(
   return in_a_row(made, there, max(1, T * along.ways // m))
 
 
-def _after(past: Compressed, new: Tokens) -> Tokens:
+def _after(cfg: CompressorConfig, past: Compressed, new: Tokens) -> Tokens:
   """Returns the tokens that wait in a cache, and the new ones after them."""
-  R, start = past.kv.shape[1], new.positions[:, 0]
-  positions = ring.before(start, R)
+  start = new.positions[:, 0]
+  positions = ring.before(start, cfg.reach)
   waiting = Tokens(
-    ring.unroll(past.kv, start),
-    ring.unroll(past.gate, start),
+    ring.unroll(past.kv, start, cfg.reach),
+    ring.unroll(past.gate, start, cfg.reach),
     positions,
     (positions >= 0).astype(new.segments.dtype),
   )

@@ -91,10 +91,17 @@ class DSAConfig(MLAConfig):
     return self.stage == 'dense' or self.recall_queries > 0
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'SparseLatent':
-    """Returns an empty cache: C + R numbers and an index key of I per slot."""
-    latent = super().cache(batch, slots, dtype)
+    """Returns an empty cache: C + R numbers and an index key of I per slot.
+
+    A slot is a position, which a rewound row overwrites: `spare` adds none.
+    """
+    latent = super().cache(batch, slots, dtype, spare)
     shape = (batch, slots, self.indexer.dim)
     return SparseLatent(*latent, jnp.zeros(shape, dtype))
 

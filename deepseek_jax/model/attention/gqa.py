@@ -65,9 +65,17 @@ class GQAConfig:
     return self.head_dim**-0.5 * softmax_multiplier(self.rope)
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'KeyValue':
-    """Returns an empty cache: 2 G K numbers per slot."""
+    """Returns an empty cache: 2 G K numbers per slot.
+
+    A slot is a position, which a rewound row overwrites: `spare` adds none.
+    """
+    del spare
     shape = (batch, slots, self.kv_heads, self.head_dim)
     return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 

@@ -80,9 +80,17 @@ class MLAConfig:
     )
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'Latent':
-    """Returns an empty cache: C + R numbers per slot."""
+    """Returns an empty cache: C + R numbers per slot.
+
+    A slot is a position, which a rewound row overwrites: `spare` adds none.
+    """
+    del spare
     return Latent(
       jnp.zeros((batch, slots, self.kv_rank), dtype),
       jnp.zeros((batch, slots, self.rope_dim), dtype),

@@ -114,9 +114,17 @@ class NSAConfig:
     return self.qk_dim**-0.5 * softmax_multiplier(self.rope)
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'NSACache':
-    """Returns an empty cache: three keys and values a slot, and entries."""
+    """Returns an empty cache: three keys and values a slot, and entries.
+
+    A slot is a position, which a rewound row overwrites: `spare` adds none.
+    """
+    del spare
     G, K, V = self.kv_heads, self.qk_dim, self.v_dim
     entries = max(1, (slots - self.block) // self.stride + 1)
     empty = lambda *shape: jnp.zeros((batch, *shape), dtype)

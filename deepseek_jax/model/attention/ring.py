@@ -1,8 +1,11 @@
-"""Holds ring buffers: what a layer caches of the last R tokens of each row.
+"""Holds ring buffers: what a layer caches of the last tokens of each row.
 
 Token p of a row lies in slot p modulo R. Within a call the valid tokens of a
 row come first and follow the cached ones; padding comes after them.
-Legend: B batch, R slots, T new tokens.
+A row may go on at an earlier position than the one after its last token, as it
+does when guessed tokens turn out wrong. What they overwrote is gone, so a ring
+that is read W - 1 tokens back and rewound by up to k needs R = W + k slots.
+Legend: B batch, R slots, W window, T new tokens.
 """
 
 import jax
@@ -11,15 +14,15 @@ import jax.numpy as jnp
 from deepseek_jax.model import cache as caching
 
 
-def before(start: jax.Array, slots: int) -> jax.Array:
-  """Returns the R - 1 positions before start [B]: [B R-1]; some below 0."""
-  return start[:, None] + jnp.arange(1 - slots, 0)
+def before(start: jax.Array, window: int) -> jax.Array:
+  """Returns the W - 1 positions before start [B]: [B W-1]; some below 0."""
+  return start[:, None] + jnp.arange(1 - window, 0)
 
 
-def unroll(ring: jax.Array, start: jax.Array) -> jax.Array:
-  """Returns the R - 1 tokens of ring [B R ...] before start [B], in order."""
+def unroll(ring: jax.Array, start: jax.Array, window: int) -> jax.Array:
+  """Returns the W - 1 tokens of ring [B R ...] before start [B], in order."""
   B, R = ring.shape[:2]
-  return ring[jnp.arange(B)[:, None], before(start, R) % R]
+  return ring[jnp.arange(B)[:, None], before(start, window) % R]
 
 
 def write(

@@ -133,18 +133,25 @@ class SharedKVConfig:
     )
 
   def cache(
-    self, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> 'SharedKVCache':
-    """Returns an empty cache: W vectors, and C numbers for every m slots."""
-    window = jnp.zeros((batch, self.window, self.head_dim), dtype)
+    """Returns an empty cache: W vectors, and C numbers for every m slots.
+
+    Its rings have `spare` more slots, by so many tokens it may be rewound.
+    """
+    window = jnp.zeros((batch, self.window + spare, self.head_dim), dtype)
     compress = self.compressor()
     if compress is None:
       return SharedKVCache(window, None)
-    far = compress.cache(batch, slots, dtype)
+    far = compress.cache(batch, slots, dtype, spare)
     if self.compress == 'csa':
       # The indexer's keys are smaller entries of the same windows.
       keys = dataclasses.replace(compress, dim=self.csa.index_dim)
-      far = CSACache(far, keys.cache(batch, slots, dtype))
+      far = CSACache(far, keys.cache(batch, slots, dtype, spare))
     return SharedKVCache(window, far)
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'SharedKV':
@@ -155,7 +162,7 @@ class SharedKVConfig:
 class SharedKVCache(NamedTuple):
   """Holds the window of last tokens, and what is cached of entries."""
 
-  window: jax.Array  # [B W C], a ring of rotated vectors
+  window: jax.Array  # [B R C], a ring of rotated vectors; R >= W
   far: CSACache | Compressed | None
 
 
@@ -297,7 +304,7 @@ class SharedKV(nnx.Module):
       start = ctx.positions[:, 0]
       there = ring.before(start, cfg.window) >= 0
       history = (
-        ring.unroll(past.window, start),
+        ring.unroll(past.window, start, cfg.window),
         jnp.where(there, 1, -1).astype(segments.dtype),
       )
       # A row is one document: 1, and 0 for padding.

@@ -99,15 +99,20 @@ class EngramConfig:
     return max(self.conv - 1, 0) * self.longest
 
   def cache(
-    self, batch: int, streams: int, dim: int, dtype: jax.typing.DTypeLike
+    self,
+    batch: int,
+    streams: int,
+    dim: int,
+    dtype: jax.typing.DTypeLike,
+    spare: int = 0,
   ) -> jax.Array | None:
     """Returns a ring of the convolution's last inputs; None without one.
 
-    Its shape is [B reach+1 n D].
+    Its shape is [B reach+1+spare n D]; it may be rewound by `spare` tokens.
     """
     if not self.reach:
       return None
-    return jnp.zeros((batch, self.reach + 1, streams, dim), dtype)
+    return jnp.zeros((batch, self.reach + 1 + spare, streams, dim), dtype)
 
 
 def reaches(ctx: Context, back: int) -> jax.Array:
@@ -129,7 +134,7 @@ def with_past(
   """Returns new [B T ...] after the `reach` entries before it: [B reach+T ...].
 
   Args:
-    past: a ring of reach + 1 slots, or None: then zeros stand before.
+    past: a ring of at least reach + 1 slots, or None: then zeros stand before.
     new: entries of these tokens.
     ctx: the tokens.
     reach: how many entries.
@@ -137,7 +142,8 @@ def with_past(
   if past is None:
     before = jnp.zeros((new.shape[0], reach, *new.shape[2:]), new.dtype)
   else:
-    before = ring.unroll(past, ctx.positions[:, 0]).astype(new.dtype)
+    before = ring.unroll(past, ctx.positions[:, 0], reach + 1)
+    before = before.astype(new.dtype)
   return jnp.concatenate([before, new], axis=1)
 
 

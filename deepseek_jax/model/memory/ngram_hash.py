@@ -120,12 +120,17 @@ class NGramHash(nnx.Module):
     An n-gram with a number that is no token has the row -1, which no table has.
 
     Args:
-      ctx: the tokens.
-      past: [B N] int32, a ring of the last tokens' classes, or None.
+      ctx: the tokens. Those that `ctx.before` holds, [B N-1] in order, come
+        before them; where it has none, those in `past`.
+      past: [B R] int32, a ring of the last tokens' classes, R >= N, or None.
     """
     N = self.cfg.longest
-    classes = lookup.rows(self.classes[...], ctx.tokens, fill=-1)
-    joined = with_past(past, classes, ctx, N - 1)
+    classed = lambda tokens: lookup.rows(self.classes[...], tokens, fill=-1)
+    classes = classed(ctx.tokens)
+    if ctx.before is None:
+      joined = with_past(past, classes, ctx, N - 1)
+    else:
+      joined = jnp.concatenate([classed(ctx.before), classes], axis=1)
     T = classes.shape[1]
     # Places before the document's start hold PAD: [B T N], last token first.
     window = jnp.stack(

@@ -411,7 +411,7 @@ class PartsTest(parameterized.TestCase):
     held = ring.write(jnp.full((2, 4), -1), at * 10, at, valid)
     self.assertEqual(held[0].tolist(), [40, 50, 60, 70])
     self.assertEqual(held[1].tolist(), [0, 10, -1, -1])
-    last = ring.unroll(held, jnp.array([8, 2]))
+    last = ring.unroll(held, jnp.array([8, 2]), 4)
     self.assertEqual(last[0].tolist(), [50, 60, 70])
     self.assertEqual(ring.before(jnp.array([2]), 4).tolist(), [[-1, 0, 1]])
     self.assertEqual(last[1, 1:].tolist(), [0, 10])

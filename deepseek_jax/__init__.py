@@ -33,6 +33,11 @@ from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
 from deepseek_jax.record.routing import load as read_routing
 from deepseek_jax.record.routing import max_violation
+from deepseek_jax.rl.advantages import AdvantageConfig
+from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.fit import Run, fit
 from deepseek_jax.run.folder import Loaded, load

@@ -18,6 +18,7 @@ RECIPES = (
   'v4_tiny',
   'nsa_tiny',
   'engram_tiny',
+  'sft_tiny',
 )
 
 

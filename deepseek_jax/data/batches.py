@@ -45,19 +45,24 @@ def dataset(store: Store, config: DataConfig) -> Any:
   Raises:
     InputError: the text is too short for one window.
   """
-  import grain
-
   windows = Windows(store.train, config.seq_len)
   if not len(windows):
     raise InputError(
       f'data.seq_len={config.seq_len}: {store.path}/{TRAIN} has only '
       f'{len(store.train)} tokens; set it below that or add text'
     )
+  return shuffled(windows, config.seed)
+
+
+def shuffled(source: Any, seed: int) -> Any:
+  """Returns an endless `grain.MapDataset`, shuffled anew in each epoch."""
+  import grain
+
   # Grain shuffles epoch e with seed + e: hashed, so that the second epoch of
   # one seed isn't the first of the next.
-  digest = hashlib.sha256(f'order {config.seed}'.encode()).digest()
+  digest = hashlib.sha256(f'order {seed}'.encode()).digest()
   seed = int.from_bytes(digest[:4], 'big')
-  return grain.MapDataset.source(windows).shuffle(seed=seed).repeat()
+  return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
 
 
 def segment(
@@ -142,16 +147,23 @@ class Batches:
     rows = batch_size // process_count
     start = self._next + process_index * rows
     # By number alone, so any process count reads the same global batch.
-    tokens = np.stack([self._dataset[i] for i in range(start, start + rows)])
+    out, segments, positions = self._read(range(start, start + rows))
     self._next += batch_size
+    if self.ngrams is not None:
+      out['ngrams'] = self.ngrams(out['tokens'], segments, positions)
+    return out
+
+  def _read(
+    self, numbers: range
+  ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Returns the arrays of windows, their segments and their positions."""
+    tokens = np.stack([self._dataset[i] for i in numbers])
     eos_id = None if self._cross_document else self._eos_id
     segments, positions = segment(tokens, eos_id)
     out = {'tokens': tokens}
     if not self._cross_document:
       out |= {'segments': segments, 'positions': positions}
-    if self.ngrams is not None:
-      out['ngrams'] = self.ngrams(tokens, segments, positions)
-    return out
+    return out, segments, positions
 
   def get_state(self) -> dict:
     """Returns all that a resumed run needs; constant size, ready for JSON.

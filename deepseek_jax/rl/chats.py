@@ -7,11 +7,13 @@ form in which it was generated.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+from deepseek_jax.config import at_least, check_choices
+from deepseek_jax.data import boundaries
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer import chat
+from deepseek_jax.infer import chat, formats
 
 # arXiv:2501.12948, table 1, without the sentence that opens it.
 _R1_ZERO = (
@@ -188,3 +190,79 @@ class TemplateChat:
           f'message {n + 1}: the template leaves out its {name} or changes it,'
           ' so the model would not learn it; use a chat format of this library'
         )
+
+
+class FormatChat:
+  """Writes conversations in one of DeepSeek's formats, see `infer.formats`."""
+
+  def __init__(
+    self,
+    form: formats.Format,
+    tokenizer: Tokenizer | ByteTokenizer,
+    thinking: bool | None = None,
+  ):
+    """Takes a format, and whether turns think; None: those with reasoning."""
+    self._form, self._tokenizer, self._thinking = form, tokenizer, thinking
+    end = formats.pieces.ids_of_marks(tokenizer, [formats.pieces.EOS])
+    self.ends = tuple(dict.fromkeys((*end.values(), tokenizer.eos_id)))
+
+  def turns(
+    self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()
+  ) -> list[Turn]:
+    """Returns every assistant's turn, with the reasoning that it had."""
+    encode = lambda pieces: formats.encode(self._tokenizer, pieces)
+    found = self._form.turns(
+      messages, thinking=self._thinking, tools=list(tools) or None
+    )
+    return [Turn(encode(prompt), encode(answer)) for prompt, answer in found]
+
+  def prompt(self, text: str) -> list[int]:
+    """Returns the tokens of a user's question, opened for an answer."""
+    pieces = self._form.render(
+      [{'role': 'user', 'content': text}], thinking=self._thinking
+    )
+    return formats.encode(self._tokenizer, pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+  """Describes how the conversations of a run are written.
+
+  Attributes:
+    format: 'plain' (a prompt, its completion, the end of text), 'r1_zero' (the
+      template of R1-Zero), 'template' (that of `folder`), or a format of
+      DeepSeek's.
+    folder: of Hugging Face, with the template.
+    thinking: whether turns think, where a format tells; None: those with
+      reasoning do.
+    shown: examples whose mask is drawn before the run.
+  """
+
+  format: Literal[
+    'plain', 'r1_zero', 'template', 'v3', 'r1', 'v32', 'v4', 'v41'
+  ] = 'plain'
+  folder: str = ''
+  thinking: bool | None = None
+  shown: int = 3
+
+  def __post_init__(self) -> None:
+    """Raises InputError for fields that do not fit."""
+    check_choices(self)
+    at_least(self, 'chat.', shown=0)
+    if (self.format == 'template') != bool(self.folder):
+      raise InputError(
+        f'chat.folder = {self.folder!r}: chat.format = {self.format!r};'
+        " 'template' needs the folder that holds it, and others none"
+      )
+
+  def build(self, tokenizer: Tokenizer | ByteTokenizer) -> Chat:
+    """Returns the chat; InputError if the tokenizer lacks its marks."""
+    if self.format == 'plain':
+      return PlainChat(tokenizer)
+    if self.format == 'r1_zero':
+      return r1_zero(tokenizer)
+    if self.format == 'template':
+      config = chat.template_config(self.folder)
+      ends = boundaries.boundaries(self.folder, tokenizer).ends
+      return TemplateChat(config, tokenizer, ends)
+    return FormatChat(formats.get(self.format), tokenizer, self.thinking)

@@ -8,6 +8,7 @@ from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run import integrity
@@ -70,6 +71,8 @@ class RunConfig:
     model, data, train, evaluate, safety, mesh: see there.
     objective: what is optimised: any dataclass with `build(model)` that returns
       an `Objective`.
+    chat: data.path holds conversations, which are written like this; None: it
+      holds text.
     seed: of the initialisation; the data have their own.
     checkpoint_every: steps between checkpoints (0: only at the end).
     keep: checkpoints that stay.
@@ -81,6 +84,7 @@ class RunConfig:
   data: datalib.DataConfig
   train: TrainConfig
   objective: PretrainingConfig | SFTConfig | GRPOConfig = PretrainingConfig()
+  chat: ChatConfig | None = None
   evaluate: EvaluateConfig = EvaluateConfig()
   safety: SafetyConfig = SafetyConfig()
   mesh: MeshConfig = MeshConfig()
@@ -95,6 +99,11 @@ class RunConfig:
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()
+    if isinstance(self.objective, SFTConfig) and self.chat is None:
+      raise InputError(
+        'objective = sft: learns the answers of conversations; set chat, as in'
+        " chat = ChatConfig('plain')"
+      )
     if self.data.vocab_size > self.model.vocab_size:
       raise InputError(
         f'data.vocab_size = {self.data.vocab_size}: more than'

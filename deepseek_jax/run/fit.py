@@ -11,14 +11,13 @@ the first writes; all save and read the checkpoints, in a folder that all share.
 import dataclasses
 from pathlib import Path
 
-from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
-from deepseek_jax.run import agreement
+from deepseek_jax.run import agreement, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
@@ -58,7 +57,7 @@ class Run:
 
   config: RunConfig
   model: Model
-  store: datalib.Store
+  store: sources.Store
   state: TrainState
   tokens_per_second: float | None  # median of this launch; None without steps
 
@@ -94,8 +93,8 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
       with distributed.first_goes_first():
         told = say.warn if first else lambda line: None
-        store = datalib.build(config.data, say=told)
-        batches = datalib.Batches(store, config.data)
+        store = sources.opened(config, told)
+        batches = sources.batches(store, config)
         # A begun run has its weights, whatever became of their source.
         begun = (workdir / 'config.json').exists()
         if first and config.init_from and not begun:

@@ -13,7 +13,7 @@ from deepseek_jax.errors import Preempted, RunAborted
 from deepseek_jax.record import last_steps
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
-from deepseek_jax.run import soundness
+from deepseek_jax.run import soundness, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
@@ -30,7 +30,7 @@ class Trainer:
   """Trains from the state that a run begins with to its end."""
 
   config: RunConfig
-  store: datalib.Store
+  store: sources.Store
   batches: datalib.Batches
   steps: Steps | StagedSteps
   checkpoints: Checkpoints
@@ -143,14 +143,8 @@ class Trainer:
 
   def _validate(self, number: int, state: TrainState | StagedState) -> None:
     """Writes the bits per byte of some held-out documents."""
-    cfg = self.config.evaluate
-    heldout = datalib.Heldout(
-      self.store,
-      self.config.data.seq_len,
-      cfg.batch,
-      stride=cfg.stride,
-      limit=cfg.documents,
-    )
+    limit = self.config.evaluate.documents
+    heldout = sources.heldout(self.store, self.config, limit)
     bits = self.steps.bits_per_byte(state, heldout)
     self.record.writer.write(number, {'validation_bits_per_byte': bits})
 

@@ -304,12 +304,13 @@ class SFTTest(parameterized.TestCase):
       ds.DataConfig(vocab_size=tiny.VOCAB),
       ds.TrainConfig(1e6, ds.BatchConfig(8)),
       objective=sft.SFTConfig(mtp='frozen'),
+      chat=ds.ChatConfig('plain'),
     )
     stored = ds.to_dict(run)
     self.assertEqual(stored['objective'], {'kind': 'sft', 'mtp': 'frozen'})
     self.assertEqual(ds.from_dict(ds.RunConfig, stored), run)
-    again = dataclasses.replace(run, objective=sft.SFTConfig())
-    self.assertNotEqual(again, run)
+    with self.assertRaisesRegex(ds.InputError, 'objective = sft: .* set chat'):
+      dataclasses.replace(run, chat=None)
 
 
 if __name__ == '__main__':

@@ -12,27 +12,24 @@ loaded = ds.load('runs/v3')
 """
 
 from deepseek_jax import hf, plan, presets, recipes
-from deepseek_jax.config import changed, from_dict, to_dict
+from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError, Preempted, RunAborted
 from deepseek_jax.infer.sampling import SampleConfig, generate, stream
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.merging import merged
-from deepseek_jax.model.transformer import (
-  Model,
-  Output,
-  TransformerConfig,
-  build,
-  moe_statistics,
-)
+from deepseek_jax.model.stacks import moe_statistics
+from deepseek_jax.model.transformer import Model, Output, build
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.record.flight import load as read_routing
+from deepseek_jax.record.load_balance import max_violation
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
-from deepseek_jax.record.routing import load as read_routing
-from deepseek_jax.record.routing import max_violation
 from deepseek_jax.rl.advantages import AdvantageConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig

@@ -13,7 +13,7 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -24,7 +24,7 @@ from deepseek_jax.errors import InputError
 _LARGEST_INT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
 
-_hints = functools.cache(typing.get_type_hints)
+field_types = functools.cache(typing.get_type_hints)
 
 
 def kind_name(cls: type) -> str:
@@ -62,7 +62,7 @@ def optional_fields(cls: type) -> dict[str, type]:
 
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns a dataclass tree as nested plain dicts (JSON values and tuples)."""
-  hints = _hints(type(config))
+  hints = field_types(type(config))
   out = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -132,13 +132,13 @@ def from_dict(cls: type, values: Mapping, path: str = '') -> Any:
   Raises:
     InputError: a field is unknown, missing, ill-typed or out of range.
   """
-  hints = _hints(cls)
+  hints = field_types(cls)
   names = [f.name for f in dataclasses.fields(cls)]
   for key in values:
     if key not in names:
-      raise InputError(_unknown(path, key, names, cls))
+      raise InputError(unknown_field(path, key, names, cls))
   made = {
-    key: _value(hints[key], value, f'{path}{key}')
+    key: typed(hints[key], value, f'{path}{key}')
     for key, value in values.items()
   }
   missing = [
@@ -163,14 +163,14 @@ def from_dict(cls: type, values: Mapping, path: str = '') -> Any:
     raise InputError(f'{where}: {error}') from None
 
 
-def _unknown(path: str, key: Any, names: list[str], cls: type) -> str:
+def unknown_field(path: str, key: Any, names: list[str], cls: type) -> str:
   """Returns the message for a field that does not exist, with a hint."""
   near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
   hint = f'did you mean {path}{near[0]}?' if near else f'fields: {names}'
   return f'{path}{key}: no such field in {cls.__name__}; {hint}'
 
 
-def _value(annotation: Any, value: Any, path: str) -> Any:
+def typed(annotation: Any, value: Any, path: str) -> Any:
   """Returns the value that a field holds, dataclasses made of mappings.
 
   Raises:
@@ -186,7 +186,7 @@ def _value(annotation: Any, value: Any, path: str) -> Any:
   origin = typing.get_origin(annotation)
   if origin is dict and isinstance(value, Mapping):
     _, inner = typing.get_args(annotation)
-    return {k: _value(inner, v, f'{path}.{k}') for k, v in value.items()}
+    return {k: typed(inner, v, f'{path}.{k}') for k, v in value.items()}
   return _scalar(annotation, value, path)
 
 
@@ -219,7 +219,7 @@ def _choose(classes: list[type], value: dict, path: str) -> Any:
   by_kind = {kind_name(c): c for c in classes}
   if ':' in str(value.get('kind')):
     own = _imported(value.pop('kind'), path)
-    return _value(
+    return typed(
       functools.reduce(operator.or_, classes),
       from_dict(own, value, f'{path}.'),
       path,
@@ -373,7 +373,7 @@ def _number(config: Any, prefix: str, name: str) -> int | float | None:
     InputError: it is not, or it is None and not optional.
   """
   value = getattr(config, name)
-  members = _members(_hints(type(config))[name])
+  members = _members(field_types(type(config))[name])
   if value is None and type(None) in members:
     return None
   whole = float not in members
@@ -386,71 +386,6 @@ def _number(config: Any, prefix: str, name: str) -> int | float | None:
     bits = 'an integer' if whole else 'a float'
     _refuse(config, prefix, name, f'must be finite, and fit {bits} of 32 bits')
   return value
-
-
-def changed(config: Any, changes: Mapping[str, Any]) -> Any:
-  """Returns a copy of `config` with dotted fields changed.
-
-  changed(config, {'moe.router.scoring': 'softmax'}) is an ablation. Fields
-  that depend on each other may be changed in one call, in any order: only the
-  result is checked.
-
-  Raises:
-    InputError: there is no such field, or the result makes no sense.
-  """
-  return changed_by(config, changes.items())
-
-
-def changed_by(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
-  """Does what `changed` does, by pairs of a path and a value.
-
-  The last value of a path holds.
-  """
-  edits = _Edits()
-  for path, value in changes:
-    edits.add(str(path).split('.'), value)
-  return _changed(config, edits, '', None)
-
-
-class _Edits:
-  """Holds changes of a field: a value for all of it, then those inside."""
-
-  def __init__(self):
-    self.whole, self.inside = (), {}
-
-  def add(self, parts: list[str], value: Any) -> None:
-    """Adds a change at `parts` of a path below this field."""
-    if not parts:  # what was changed inside before is gone
-      self.whole, self.inside = (value,), {}
-    else:
-      self.inside.setdefault(parts[0], _Edits()).add(parts[1:], value)
-
-
-def _changed(config: Any, edits: _Edits, path: str, annotation: Any) -> Any:
-  """Returns the value at `path` after its edits.
-
-  An `annotation` of None allows anything.
-  """
-  for value in edits.whole:
-    config = _value(annotation, value, path) if annotation else value
-  if not edits.inside:
-    return config
-  below = lambda name: f'{path}.{name}'.removeprefix('.')
-  if isinstance(config, Mapping):
-    inner = (typing.get_args(annotation) or (None, None))[1]
-    one = lambda k, e: _changed(config.get(k), e, below(k), inner)
-    return {**config, **{k: one(k, e) for k, e in edits.inside.items()}}
-  names = []
-  if dataclasses.is_dataclass(config) and not isinstance(config, type):
-    names = [f.name for f in dataclasses.fields(config)]
-  hints, new = _hints(type(config)) if names else {}, {}
-  for name, edit in edits.inside.items():
-    if not names:
-      raise InputError(f'{below(name)}: {name} is a field of {config!r}')
-    if name not in names:
-      raise InputError(_unknown('', below(name), names, type(config)))
-    new[name] = _changed(getattr(config, name), edit, below(name), hints[name])
-  return dataclasses.replace(config, **new)
 
 
 def key(config: Any) -> Any:

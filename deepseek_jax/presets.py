@@ -28,7 +28,7 @@ from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import Kind, TransformerConfig
+from deepseek_jax.model.transformer_config import Kind, TransformerConfig
 
 
 def layout(dense: int, moe: int) -> tuple:

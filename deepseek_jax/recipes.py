@@ -8,9 +8,9 @@ the source code of Python's standard library unless `data.path` says otherwise.
 import dataclasses
 
 from deepseek_jax import presets
-from deepseek_jax.config import changed
+from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig
@@ -137,7 +137,7 @@ def nsa_tiny() -> RunConfig:
 
 
 def engram_tiny() -> RunConfig:
-  """Returns a run with a memory of n-grams: two minutes on two cores.
+  """Returns a run with an Engram: two minutes on two cores.
 
   2.1 of 7.6 million weights lie in a table of which a token reads eight rows;
   the data pipeline hashes n-grams to rows ahead.

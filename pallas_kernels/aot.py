@@ -95,7 +95,9 @@ def _record(ptxas: str, sass: str, resources: str) -> dict:
   }
 
 
-def compile_case(case: aot_cases.Case, folder: pathlib.Path) -> list[dict]:
+def compile_case(
+  case: aot_cases.KernelCase, folder: pathlib.Path
+) -> list[dict]:
   """Compiles with the dumps in an empty folder and reads them."""
   os.environ['MOSAIC_GPU_DUMP_TO'] = str(folder)
   os.environ.update(dict.fromkeys(_ENV, '1'))
@@ -103,7 +105,7 @@ def compile_case(case: aot_cases.Case, folder: pathlib.Path) -> list[dict]:
   return read_dump(folder)
 
 
-def faults(case: aot_cases.Case, records: list[dict]) -> list[str]:
+def faults(case: aot_cases.KernelCase, records: list[dict]) -> list[str]:
   """Returns the reasons for which a compiled case fails; none is best."""
   found = [] if records else ['no kernel was compiled']
   for r in records:

@@ -31,7 +31,7 @@ BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 FP8 = jnp.float8_e4m3fn
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
   """Holds a function of arrays with its (shape, dtype) arguments."""
 
   fn: Callable
@@ -39,7 +39,7 @@ class Case(NamedTuple):
   wgmma: bool  # the kernel must contain tensor-core instructions
 
 
-def _mla_decode(batch: int, new: int, heads: int, splits: int) -> Case:
+def _mla_decode(batch: int, new: int, heads: int, splits: int) -> KernelCase:
   """Builds a decode step over 4096 cached bfloat16 tokens a request."""
   args = (
     ((batch, new, heads, 512), BF),
@@ -50,12 +50,12 @@ def _mla_decode(batch: int, new: int, heads: int, splits: int) -> Case:
     ((batch,), I32),
   )
   fn = functools.partial(mla_decode, scale=0.07, splits=splits, impl='gpu')
-  return Case(fn, args, True)
+  return KernelCase(fn, args, True)
 
 
 def _permute(
   name: str, tokens: int, choices: int, experts: int, dim: int
-) -> Case:
+) -> KernelCase:
   """Builds one direction of the layout of V3's experts."""
   M = num_blocks(tokens * choices, experts, 128) * 128
   plan = (
@@ -91,62 +91,64 @@ def _permute(
       lambda r, w: permute.combine(r, w, layout, impl='gpu'), *given[:2]
     )[1](given[2])
 
-  return Case(fn, (*arrays, *plan), False)
+  return KernelCase(fn, (*arrays, *plan), False)
 
 
 def _grouped(
   counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
-) -> Case:
+) -> KernelCase:
   """Builds one product: 'fwd', 'dlhs' (transposed) or 'drhs'."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   rows, grads, weights = ((M, dim), BF), ((M, out), BF), ((E, dim, out), BF)
   if kind == 'drhs':
     fn = lambda x, g, be, used: grouped_gpu.outer(x, g, be, used, E)
-    return Case(fn, (rows, grads, *layout), True)
+    return KernelCase(fn, (rows, grads, *layout), True)
   given = rows if kind == 'fwd' else grads
   fn = lambda x, w, be, used: grouped_matmul(
     x, w, be, used=used, transpose=kind == 'dlhs', impl='gpu'
   )
-  return Case(fn, (given, weights, *layout), True)
+  return KernelCase(fn, (given, weights, *layout), True)
 
 
 def _grouped_swiglu(
   counts: tuple[int, ...], dim: int, out: int, block: int
-) -> Case:
+) -> KernelCase:
   """Builds the forward product of gate and up with its SwiGLU."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   fn = lambda x, w, be, used: grouped_swiglu(x, w, be, used=used, impl='gpu')
-  return Case(fn, (((M, dim), BF), ((E, dim, 2 * out), BF), *layout), True)
+  return KernelCase(
+    fn, (((M, dim), BF), ((E, dim, 2 * out), BF), *layout), True
+  )
 
 
 def _grouped_fp8(
   counts: tuple[int, ...], dim: int, out: int, block: int, kind: str
-) -> Case:
+) -> KernelCase:
   """Builds 'fwd', or 'drhs' of transposed rows and gradients."""
   E, M = len(counts), sum(counts)
   layout = (((M // block,), I32), ((), I32))
   by_row = lambda n, m: (((n, m), FP8), ((n, m // 128), F32))
   if kind == 'drhs':
     fn = lambda *a: grouped_fp8.outer(*a, E, BF)
-    return Case(fn, (*by_row(dim, M), *by_row(out, M), *layout), True)
+    return KernelCase(fn, (*by_row(dim, M), *by_row(out, M), *layout), True)
   weights = ((E, out, dim), FP8), ((E, out // 128, dim // 128), F32)
   fn = lambda *a: grouped_matmul_fp8(*a[:5], used=a[5], impl='gpu')
-  return Case(fn, (*by_row(M, dim), *weights, *layout), True)
+  return KernelCase(fn, (*by_row(M, dim), *weights, *layout), True)
 
 
-def _router(name: str) -> Case:
+def _router(name: str) -> KernelCase:
   """Builds the routing of one of the benchmark shapes."""
   shape = router_shapes.BENCH[name]
   args = (((shape.tokens, shape.experts), F32),)
   if shape.bias:
     args += (((shape.experts,), F32),)
   fn = functools.partial(router, top_k=shape.top_k, rule=shape.rule, impl='gpu')
-  return Case(fn, args, False)
+  return KernelCase(fn, args, False)
 
 
-def _quantize(name: str) -> Case:
+def _quantize(name: str) -> KernelCase:
   """Builds the quantisation of one of the benchmark shapes."""
   shape = quantize_shapes.BENCH[name]
   fn = functools.partial(
@@ -155,25 +157,25 @@ def _quantize(name: str) -> Case:
     power_of_two=shape.power_of_two,
     impl='gpu',
   )
-  return Case(fn, (((shape.rows, shape.columns), BF),), False)
+  return KernelCase(fn, (((shape.rows, shape.columns), BF),), False)
 
 
-def _sinkhorn(tokens: int, backward: bool) -> Case:
+def _sinkhorn(tokens: int, backward: bool) -> KernelCase:
   """Builds the normalisation of 4 x 4 matrices, or its gradient."""
   logits = ((tokens, 4, 4), F32)
   fn = functools.partial(sinkhorn, impl='gpu')
   if not backward:
-    return Case(fn, (logits,), False)
-  return Case(lambda x, g: jax.vjp(fn, x)[1](g), (logits, logits), False)
+    return KernelCase(fn, (logits,), False)
+  return KernelCase(lambda x, g: jax.vjp(fn, x)[1](g), (logits, logits), False)
 
 
-def _mla_prefill(tokens: int, backward: bool) -> Case:
+def _mla_prefill(tokens: int, backward: bool) -> KernelCase:
   """Builds one packed row with 128 heads, or its gradients."""
   wide, narrow = ((1, tokens, 128, 192), BF), ((1, tokens, 128, 128), BF)
   segments = ((1, tokens), I32)
   fn = functools.partial(mla_prefill, scale=0.07, impl='gpu')
   if not backward:
-    return Case(fn, (wide, wide, narrow, segments), True)
+    return KernelCase(fn, (wide, wide, narrow, segments), True)
 
   def grads(
     q: jax.Array,
@@ -184,10 +186,10 @@ def _mla_prefill(tokens: int, backward: bool) -> Case:
   ) -> tuple:
     return jax.vjp(lambda *a: fn(*a, segments), q, k, v)[1](grad)
 
-  return Case(grads, (wide, wide, narrow, segments, narrow), True)
+  return KernelCase(grads, (wide, wide, narrow, segments, narrow), True)
 
 
-def _latent_kv(name: str) -> Case:
+def _latent_kv(name: str) -> KernelCase:
   """Builds the cache update of one of the benchmark shapes."""
   shape = latent_shapes.BENCH[name]
   N, D, size = shape.tokens, shape.dim, (shape.pages, shape.page)
@@ -198,10 +200,12 @@ def _latent_kv(name: str) -> Case:
   kind = latent_kv.FP8Pages if shape.fp8 else latent_kv.Pages
   fn = lambda *a: latent_kv.latent_kv(*a[:6], kind(*a[6:]), impl='gpu')
   # Of two in a process the second finds the first one's product compiled.
-  return Case(fn, (*given, ((N,), I32), *cache), name != 'decode_b128_fp8')
+  return KernelCase(
+    fn, (*given, ((N,), I32), *cache), name != 'decode_b128_fp8'
+  )
 
 
-def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> Case:
+def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> KernelCase:
   """Builds a decode step over 4096 cached float8 tokens a request."""
   args = (
     ((batch, new, heads, 512), BF),
@@ -215,10 +219,10 @@ def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> Case:
   fn = lambda *a: mla_decode(
     *a[:6], scale=0.07, scales=a[6], splits=splits, impl='gpu'
   )
-  return Case(fn, args, True)
+  return KernelCase(fn, args, True)
 
 
-def _indexer(batch: int, queries: int, keys: int) -> Case:
+def _indexer(batch: int, queries: int, keys: int) -> KernelCase:
   """Builds the choice of 2048 keys by 64 index heads."""
   args = (
     ((batch, queries, 64, 128), BF),
@@ -228,10 +232,10 @@ def _indexer(batch: int, queries: int, keys: int) -> Case:
     ((batch, queries), I32),
   )
   fn = functools.partial(indexer, top_k=2048, impl='gpu')
-  return Case(fn, args, True)
+  return KernelCase(fn, args, True)
 
 
-def _sparse_mla(queries: int, heads: int, backward: bool) -> Case:
+def _sparse_mla(queries: int, heads: int, backward: bool) -> KernelCase:
   """Builds attention to 2048 of 4096 latents, or its gradients."""
   args = (
     ((1, queries, heads, 512), BF),
@@ -242,13 +246,13 @@ def _sparse_mla(queries: int, heads: int, backward: bool) -> Case:
   )
   fn = functools.partial(sparse_mla, scale=0.07, impl='gpu')
   if not backward:
-    return Case(fn, args, True)
+    return KernelCase(fn, args, True)
 
   def grads(*args: jax.Array) -> tuple:
     *floats, index, grad = args
     return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
 
-  return Case(grads, (*args, args[0]), True)
+  return KernelCase(grads, (*args, args[0]), True)
 
 
 CASES = {

@@ -37,15 +37,16 @@ from deepseek_jax.model.attention.rope import (
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
-from deepseek_jax.model.experts.moe import CapacityConfig, MoEConfig
+from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.residual import ResidualConfig
-from deepseek_jax.model.transformer import (
+from deepseek_jax.model.transformer_config import (
   ComputeConfig,
   Kind,
   TransformerConfig,

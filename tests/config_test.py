@@ -16,9 +16,9 @@ from deepseek_jax import config as configs
 from deepseek_jax.data import DataConfig
 from deepseek_jax.infer.sampling import SampleConfig
 from deepseek_jax.model.attention.gqa import GQAConfig
-from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.model.transformer import Kind, TransformerConfig
+from deepseek_jax.model.transformer_config import Kind, TransformerConfig
 from deepseek_jax.parallel.sharding import param
 from deepseek_jax.run.config import EvaluateConfig, RunConfig
 from deepseek_jax.train import schedules

@@ -72,8 +72,8 @@ def rope(x, positions, cfg):
   for t, p in enumerate(positions):
     for i in range(R // 2):
       a, b = (2 * i, 2 * i + 1) if cfg.interleaved else (i, i + R // 2)
-      turned = (x[t, ..., a] + 1j * x[t, ..., b]) * np.exp(1j * p * freqs[i])
-      out[t, ..., a], out[t, ..., b] = turned.real, turned.imag
+      rotated = (x[t, ..., a] + 1j * x[t, ..., b]) * np.exp(1j * p * freqs[i])
+      out[t, ..., a], out[t, ..., b] = rotated.real, rotated.imag
   return out
 
 

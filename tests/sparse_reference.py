@@ -16,7 +16,7 @@ def layer_norm(x, p, eps):
   return centred / deviation * p['scale'] + p['bias']
 
 
-def turned_first(x, positions, R, cfg):
+def rotated_first(x, positions, R, cfg):
   """Rope on the first R channels of x [T ... I]."""
   return np.concatenate([rope(x[..., :R], positions, cfg), x[..., R:]], -1)
 
@@ -25,9 +25,9 @@ def index_scores(p, cfg, x, latent, positions):
   """I[t, s] of one sequence x [T D], latent [T Q], for every t and s."""
   ix, R = cfg.indexer, cfg.rope_dim
   how = dataclasses.replace(cfg.rope, interleaved=ix.interleaved)
-  q = turned_first(np.einsum('tq,qji->tji', latent, p['q']), positions, R, how)
+  q = rotated_first(np.einsum('tq,qji->tji', latent, p['q']), positions, R, how)
   k = layer_norm(x @ p['k'], p['k_norm'], ix.norm_eps)
-  k = turned_first(k, positions, R, how)
+  k = rotated_first(k, positions, R, how)
   w = x @ p['weights'] / np.sqrt(ix.heads) / np.sqrt(ix.dim)
   out = np.zeros((len(x), len(x)))
   for t in range(len(x)):

@@ -1,6 +1,7 @@
 """The shape of the code: who imports whom, and how much of Flax is used."""
 
 import ast
+import collections
 import pathlib
 import subprocess
 import sys
@@ -14,6 +15,7 @@ RANK = {
   'deepseek_jax.errors': 1,
   'deepseek_jax.own_classes': 1.5,
   'deepseek_jax.config': 2,
+  'deepseek_jax.config_changes': 2.5,
   'deepseek_jax.console': 2,
   'deepseek_jax.say': 2,
   'deepseek_jax.trees': 2,
@@ -49,6 +51,37 @@ NNX = {
   'merge',
   'state',
   'to_pure_dict',
+}
+# Names that several files or classes share, and why no reader confuses them.
+SHARED_FILES = {
+  '__init__': 'of a package',
+  'config': 'the configurations of its own package, or the trees themselves',
+  # Every kernel is a folder of these files, named by the kernel.
+  'gpu': "a kernel's code for GPUs",
+  'reference': 'what a kernel is checked against',
+  'shapes': 'what a kernel is tested and timed with',
+  'fp8': "a kernel's FP8 variant, and hf's FP8 weights",
+  # Models have families: checkpoints in hf/families, prompts in infer/formats.
+  'v3': 'of DeepSeek-V3',
+  'v32': 'of DeepSeek-V3.2',
+  'v4': 'of DeepSeek-V4',
+}
+SHARED_CLASSES = {
+  'Shape': "each kernel's shapes.py describes its own",
+  # Inference has words of its own, which no module imports beside the others.
+  'Chunk': 'of a prompt in infer, of a stage in pipeline',
+  'Delta': 'of text in detokenize, of a message in formats',
+  'Format': 'of prompts in infer, of stored weights in hf',
+  'Leaf': 'of a cache in infer, of a checkpoint in hf',
+  'Pages': 'of a pool in infer, the kernel argument in latent_kv',
+  'Parsed': 'an answer in infer, a config.json in hf',
+  'Sequence': 'a request under way in infer, keys of a shard in parallel',
+  'Store': 'of cache pages in infer, of converted weights in hf',
+}
+LINES = 450  # most lines of a file
+LONG_FILES = {
+  'deepseek_jax/infer/engine.py': 'all steps of one request',
+  'deepseek_jax/hf/families/v4.py': 'all of one family, as every family is',
 }
 
 
@@ -189,6 +222,69 @@ class ImportsTest(parameterized.TestCase):
       check=True,
     )
     self.assertEqual(done.stdout.strip(), '[]')
+
+
+def repeated_files(paths):
+  """Returns {stem: paths} of the names that several modules share.
+
+  A launcher is named by its verb: deepseek_jax/cli may share names with others.
+  """
+  found = collections.defaultdict(list)
+  for path in paths:
+    if path.parent != ROOT / 'deepseek_jax' / 'cli':
+      found[path.stem].append(str(path))
+  return {
+    stem: where
+    for stem, where in found.items()
+    if len(where) > 1 and stem not in SHARED_FILES
+  }
+
+
+def repeated_classes(trees):
+  """Returns {name: paths} of the public classes that occur more than once."""
+  found = collections.defaultdict(list)
+  for path, tree in trees:
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+        found[node.name].append(str(path))
+  return {
+    name: where
+    for name, where in found.items()
+    if len(where) > 1 and name not in SHARED_CLASSES
+  }
+
+
+class NamesTest(absltest.TestCase):
+  PACKAGES = ('deepseek_jax', 'pallas_kernels')
+
+  def test_no_two_modules_share_a_file_name(self):
+    paths = [path for path, _ in sources(*self.PACKAGES)]
+    self.assertEqual(repeated_files(paths), {})
+
+  def test_no_two_public_classes_share_a_name(self):
+    self.assertEqual(repeated_classes(sources(*self.PACKAGES)), {})
+
+  def test_files_are_short(self):
+    packages = (*self.PACKAGES, 'experiments', 'benchmarks')
+    lengths = {
+      str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+      for path, _ in sources(*packages)
+    }
+    long = {path: n for path, n in lengths.items() if n > LINES}
+    self.assertEqual(set(long) - set(LONG_FILES), set(), long)
+
+  def test_a_name_that_occurs_twice_is_found(self):
+    room = ROOT / 'deepseek_jax'
+    paths = [room / 'plan/tables.py', room / 'data/tables.py']
+    self.assertEqual(list(repeated_files(paths)), ['tables'])
+    launchers = [room / 'hf/verify.py', room / 'cli/verify.py']
+    self.assertEqual(repeated_files(launchers), {})
+    configs = [room / 'train/config.py', room / 'run/config.py']
+    self.assertEqual(repeated_files(configs), {})
+    tree = ast.parse('class Part: pass\nclass _Own: pass')
+    inner = ast.parse('def f():\n  class Part: pass\n  class _Own: pass')
+    found = repeated_classes([('a.py', tree), ('b.py', inner)])
+    self.assertEqual(found, {'Part': ['a.py', 'b.py']})
 
 
 class FlaxTest(parameterized.TestCase):

@@ -8,13 +8,10 @@ watchdog), or lost another process of the run, start all again (JAX itself may
 end them by SIGABRT, 134). Several processes end with one status (see endings).
 """
 
-import ast
 import ctypes
 import dataclasses
-import difflib
 import errno
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -45,7 +42,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
-from deepseek_jax.cli import experiment_file, named  # noqa: E402
+from deepseek_jax.cli import config_faults, experiment_file, named  # noqa: E402
 from deepseek_jax.errors import (  # noqa: E402
   InputError,
   Preempted,
@@ -69,9 +66,6 @@ def cache_dir() -> Path:
   """Returns where compiled programs and tokens are kept between runs."""
   home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
   return Path(home) / 'deepseek_jax'
-
-
-_WHILST = 'Error whilst parsing config file:'
 
 
 def editable(config: Any) -> config_dict.ConfigDict:
@@ -130,7 +124,9 @@ def define_config(
         experiment_file.check_name(made.to_dict(), file)
     except (TypeError, ValueError) as error:
       # absl shows these without where they come from.
-      raise ValueError(f'{_WHILST}\n\n{traceback.format_exc()}') from error
+      raise ValueError(
+        f'{config_faults.WHILST}\n\n{traceback.format_exc()}'
+      ) from error
     return made
 
   flags.FLAGS[name].parser.parse = parse
@@ -178,50 +174,28 @@ def _parse(argv: list[str]) -> list[str]:
   except InputError as error:
     _fail(error, 2)
   except flags.Error as error:
-    _fail(_cause(error), 2)
+    _fail(config_faults.cause(error), 2)
   except (AttributeError, KeyError) as error:
     # ml_collections names the last part of the field alone.
     plain = error.args[0] if error.args else error
-    told = _in_file(error, argv) or _unknown_field(argv) or _cause(plain)
+    told = (
+      config_faults.in_file(error, argv)
+      or config_faults.unknown_field(argv)
+      or config_faults.cause(plain)
+    )
     _fail(told, 2)
   except (TypeError, ValueError) as error:
     plain = error.args[0] if error.args else error
-    _fail(_inside_none(argv) or _cause(plain), 2)
+    _fail(config_faults.inside_none(argv) or config_faults.cause(plain), 2)
   except (OSError, ImportError) as error:
-    path = _config_path(argv)
+    path = config_faults.config_path(argv)
     if path and not os.path.exists(path):
       _fail(f'--config={path}: no such file', 2)
     _fail(f'--config: {error}', 2)
   except Exception as error:  # the user's file may raise anything
     at = traceback.extract_tb(error.__traceback__)[-1]
-    where = '' if isinstance(error, SyntaxError) else _place(at)
+    where = '' if isinstance(error, SyntaxError) else config_faults.place(at)
     _fail(f'--config: {type(error).__name__}: {error}{where}', 2)
-
-
-def _in_file(error: Exception, argv: list[str]) -> str | None:
-  """Returns the message on an unknown name in the config file, or None."""
-  path = os.path.realpath((_config_path(argv) or '').partition(':')[0])
-  frames = traceback.extract_tb(error.__traceback__)
-  inside = [f for f in frames if os.path.realpath(f.filename) == path]
-  if not inside:
-    return None
-  # ml_collections shows all of a sub-config, and the nearest name at the end;
-  # an AttributeError of its own holds a KeyError, which holds the text.
-  text = error
-  while isinstance(text, Exception) and text.args:
-    text = text.args[0]
-  text = str(text)
-  near = re.search(r'Did you mean "(.*)" instead of "(.*)"', text)
-  if near:
-    what = f'no field {near[2]}; did you mean {near[1]}?'
-  else:
-    what = f'{type(error).__name__}: {text.partition(" and cannot be")[0]}'
-  return f'--config: {what}{_place(inside[-1])}'
-
-
-def _place(frame: traceback.FrameSummary) -> str:
-  """Returns file and line of a frame as the end of a message."""
-  return f' ({frame.filename}, line {frame.lineno})'
 
 
 def _open_config() -> None:
@@ -240,82 +214,6 @@ def _open_config() -> None:
       f'--config: get_config() returns {type(config).__name__}; return a'
       ' RunConfig, as ds.recipes has them'
     )
-
-
-def _cause(error: object) -> str:
-  """Returns the last line of what absl and ml_collections wrap an error in."""
-  text = str(error)
-  before, mark, trace = text.partition(_WHILST)
-  if mark:
-    text = before + trace.strip().splitlines()[-1]
-  own = f'{InputError.__module__}.{InputError.__name__}: '
-  return text.rpartition(own)[2]
-
-
-def _config_path(argv: list[str]) -> str | None:
-  """Returns the file of the last --config, or None."""
-  given = [a.partition('=')[2] for a in argv if a.startswith('--config=')]
-  return given[-1] if given else None
-
-
-def _named(argv: list[str]) -> dict[str, str]:
-  """Returns fields of the config that flags name, with the value given."""
-  parts = [a[9:].partition('=') for a in argv if a.startswith('--config.')]
-  return {field: value for field, _, value in parts}
-
-
-def _loaded(argv: list[str]) -> Any:
-  """Returns the config before flags change it; None if no file is named."""
-  path = _config_path(argv)
-  return path and flags.FLAGS['config'].parser.parse(path)
-
-
-def _inside_none(argv: list[str]) -> str | None:
-  """Returns the message on the first --config.a.b whose a is None."""
-  config = _loaded(argv)
-  for field, value in _named(argv).items():
-    inner, parts = config, field.split('.')
-    for depth, part in enumerate(parts[:-1], start=1):
-      if not isinstance(inner, config_dict.ConfigDict) or part not in inner:
-        break
-      inner = inner[part]
-      if inner is None:
-        whole = _literal(value)
-        for name in reversed(parts[depth:]):
-          whole = {name: whole}
-        above = 'config.' + '.'.join(parts[:depth])
-        return f'--config.{field}: {above} is None; write --{above}="{whole}"'
-  return None
-
-
-def _literal(text: str) -> Any:
-  """Returns text read as a Python literal, or itself."""
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text
-
-
-def _unknown_field(argv: list[str]) -> str | None:
-  """Returns the message on the first --config.field that does not exist."""
-  config = _loaded(argv)
-  if config is None:
-    return None
-  for field in _named(argv):
-    inner, known = config, 'config'
-    for part in field.split('.'):
-      if '[' in part or not isinstance(inner, config_dict.ConfigDict):
-        break
-      if part not in inner:
-        near = difflib.get_close_matches(part, list(inner), n=1, cutoff=0.5)
-        hint = (
-          f'did you mean --{known}.{near[0]}?'
-          if near
-          else f'--{known} has {", ".join(inner)}'
-        )
-        return f'--config.{field}: no field {known}.{part}; {hint}'
-      inner, known = inner[part], f'{known}.{part}'
-  return None
 
 
 def _keep_compiled_programs() -> None:

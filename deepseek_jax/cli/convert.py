@@ -30,7 +30,7 @@ from rich.progress import (
 from deepseek_jax.cli import common, experiment_file
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import identity, record, saving, source, store
+from deepseek_jax.hf import chunks, identity, record, saving, source, store
 from deepseek_jax.hf.source import Source
 from deepseek_jax.run import fit as loop
 
@@ -119,7 +119,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   return out
 
 
-def share() -> store.Share:
+def share() -> chunks.Share:
   """Returns this process's part of the work, from the flags."""
   processes, process = _PROCESSES.value, _PROCESS.value
   mesh = parse_mesh(_SHARD_TO.value)
@@ -133,7 +133,7 @@ def share() -> store.Share:
       f'--processes={processes}: must divide the {devices} devices of'
       f' --shard-to={_SHARD_TO.value!r}'
     )
-  return store.Share(mesh, RULES, process, processes)
+  return chunks.Share(mesh, RULES, process, processes)
 
 
 def to_store(

@@ -13,7 +13,7 @@ from rich.table import Table
 from deepseek_jax import data as datalib
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_parameters
-from deepseek_jax.record import routing as flight
+from deepseek_jax.record import flight, load_balance
 from deepseek_jax.record.report.page import Sample, write_report
 from deepseek_jax.run.fit import Run
 from deepseek_jax.train import evaluate
@@ -99,8 +99,8 @@ def _balance_table(workdir: Path) -> Table | None:
       str(layer),
       f'{share.min():.2f}',
       f'{share.max():.2f}',
-      f'{float(flight.max_violation(row)):.2f}',
-      f'{float(flight.load_entropy(row)):.3f}',
+      f'{float(load_balance.max_violation(row)):.2f}',
+      f'{float(load_balance.load_entropy(row)):.3f}',
     )
   return table
 

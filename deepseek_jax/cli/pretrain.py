@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, finish, processes
+from deepseek_jax.cli import common, finish, process_flags
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import fit as loop
@@ -28,7 +28,7 @@ _WORKDIR = flags.DEFINE_string(
 flags.mark_flags_as_required(['config', 'workdir'])
 # What other modules define shows in --help, too.
 flags.declare_key_flag('config')
-flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(process_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main, join=processes.join)
+  common.launch(main, join=process_flags.join)

@@ -35,7 +35,7 @@ def check(run: loop.RunConfig, cluster: plan.Cluster) -> None:
     differ = set(names(over)) ^ set(axes)
     if any(getattr(grid, axis) > 1 for axis in differ):
       raise InputError(
-        f'mesh.rules.{name} = {over!r}: plans know it cut by'
+        f'mesh.rules.{name} = {over!r}: plans know it sharded over'
         f' {", ".join(axes)} only; set it to {axes}, or the sizes of'
         f' {", ".join(sorted(differ))} to 1'
       )
@@ -79,13 +79,15 @@ def differences(run: loop.RunConfig, made: plan.Report) -> tuple[str, ...]:
   """Returns a sentence for each way in which the plan departs from the run."""
   out, exchange = [], run.mesh.exchange
   if rules(run.mesh) != rules(MeshConfig()):
-    out.append('activations lie and travel as by the default mesh.rules')
+    out.append('activations are sharded and sent as by the default mesh.rules')
   expert, node = made.recipe.mesh.expert, made.cluster.accelerator.node
   if expert == 1:
     return tuple(out)
   back = _sent(run, exchange.combine)
   if back != 'bfloat16':
-    out.append(f"experts' results come back as bfloat16; the run's as {back}")
+    out.append(
+      f"results of experts are combined in bfloat16; the run's in {back}"
+    )
   if exchange.kind == 'all_gather':
     out.append(
       'tokens travel to their experts alone; the run (mesh.exchange.kind ='

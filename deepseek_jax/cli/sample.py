@@ -57,7 +57,7 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-class _Source(NamedTuple):
+class _Opened(NamedTuple):
   """Holds what is sampled from.
 
   Attributes:
@@ -74,13 +74,13 @@ class _Source(NamedTuple):
   boundaries: boundaries.Boundaries
 
 
-def _load() -> _Source:
+def _load() -> _Opened:
   """Returns the run or folder that the flags name, loaded."""
   if bool(_WORKDIR.value) == bool(_HF.value):
     raise InputError('give either --workdir=RUN or --hf=FOLDER')
   if _WORKDIR.value:
     run = loop.load(_WORKDIR.value)
-    return _Source(
+    return _Opened(
       run.model,
       run.variables,
       run.tokenizer,
@@ -101,10 +101,10 @@ def _load() -> _Source:
 
   tokenizer = from_file(os.path.join(folder, 'tokenizer.json'))
   around = boundaries.boundaries(folder, tokenizer, about)
-  return _Source(ds.build(config), variables, tokenizer, folder, around)
+  return _Opened(ds.build(config), variables, tokenizer, folder, around)
 
 
-def _wanted(source: _Source) -> boundaries.Boundaries:
+def _wanted(source: _Opened) -> boundaries.Boundaries:
   """Returns what begins and ends the texts, by the folder and --bos."""
   around, bos = source.boundaries, source.tokenizer.bos_id
   if _CHAT.value:  # the template writes what begins a text
@@ -120,7 +120,7 @@ def _wanted(source: _Source) -> boundaries.Boundaries:
   return around._replace(begins=around.begins or (bos,))
 
 
-def _prompts(source: _Source) -> list[list[int]]:
+def _prompts(source: _Opened) -> list[list[int]]:
   """Returns the token ids of every prompt, those of --after infilled."""
   tokenizer, around = source.tokenizer, source.boundaries.around
   if _AFTER.value is None:
@@ -137,7 +137,7 @@ def _prompts(source: _Source) -> list[list[int]]:
   ]
 
 
-def _settings(source: _Source) -> sample.SampleConfig:
+def _settings(source: _Opened) -> sample.SampleConfig:
   """Returns how tokens are drawn.
 
   A stop text that is one token ends a row as the end of a text does.
@@ -151,7 +151,7 @@ def _settings(source: _Source) -> sample.SampleConfig:
 
 
 def _drawn(
-  source: _Source, prompts: Sequence[list[int]], key: jax.Array
+  source: _Opened, prompts: Sequence[list[int]], key: jax.Array
 ) -> Iterator[list[int | None]]:
   """Yields the next token of every prompt; None where its text has ended."""
   cfg = _settings(source)
@@ -170,7 +170,7 @@ def _drawn(
 
 
 def _stream(
-  source: _Source, prompt: list[int], key: jax.Array
+  source: _Opened, prompt: list[int], key: jax.Array
 ) -> Iterator[int]:
   """Returns the tokens that follow one prompt, until its text ends."""
   return itertools.takewhile(
@@ -180,7 +180,7 @@ def _stream(
 
 
 def _texts(
-  source: _Source, prompts: Sequence[list[int]], key: jax.Array
+  source: _Opened, prompts: Sequence[list[int]], key: jax.Array
 ) -> list[str]:
   """Returns what follows several prompts, drawn as one batch."""
   decoders = [source.tokenizer.decoder(prompt) for prompt in prompts]
@@ -200,7 +200,7 @@ def _texts(
   return [''.join(chat.until([text], _STOP.value)) for text in texts]
 
 
-def _converse(source: _Source) -> None:
+def _converse(source: _Opened) -> None:
   """Runs a chat on the terminal; every answer has a key of its own."""
   key = iter(jax.random.split(jax.random.key(_SEED.value), 1 << 16))
   chat.converse(

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from deepseek_jax.cli import common, processes
+from deepseek_jax.cli import common, process_flags
 from deepseek_jax.cli.finish import size_facts
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import placement
@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 flags.mark_flags_as_required(['config', 'workdir'])
 flags.declare_key_flag('config')
-flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(process_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -98,4 +98,4 @@ def finish(
 
 def run() -> None:
   """Runs the launcher as a program."""
-  common.launch(main, join=processes.join)
+  common.launch(main, join=process_flags.join)

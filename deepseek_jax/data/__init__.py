@@ -15,6 +15,6 @@ from deepseek_jax.data.heldout import (
   xz_bits_per_byte,
 )
 from deepseek_jax.data.infill import fim
-from deepseek_jax.data.token_store import HeldoutDocument, Store
+from deepseek_jax.data.token_store import HeldoutDocument, TokenStore
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer, from_file
 from deepseek_jax.data.windows import build

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.token_store import TRAIN, Store
+from deepseek_jax.data.token_store import TRAIN, TokenStore
 from deepseek_jax.errors import InputError
 
 
@@ -37,7 +37,7 @@ class Windows:
     return np.array(self._tokens[start : start + self._seq_len + 1], np.int32)
 
 
-def dataset(store: Store, config: DataConfig) -> Any:
+def dataset(store: TokenStore, config: DataConfig) -> Any:
   """Returns an endless `grain.MapDataset` of windows [S], shuffled each epoch.
 
   The windows are int32.
@@ -97,7 +97,7 @@ class Batches:
     ngrams: set to a ngrams.NGrams, batches have its rows too.
   """
 
-  def __init__(self, store: Store, config: DataConfig):
+  def __init__(self, store: TokenStore, config: DataConfig):
     """Begins the stream at its first window."""
     self._dataset = dataset(store, config)
     self._eos_id = store.eos_id

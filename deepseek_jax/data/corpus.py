@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from deepseek_jax.data import files, left_out, readers
+from deepseek_jax.data import corpus_files, left_out, readers
 from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.errors import InputError
 
@@ -52,19 +52,19 @@ def documents(path: str, out: LeftOut | None = None) -> Iterator[Document]:
   out = LeftOut(path) if out is None else out
   if path == STDLIB:
     root = sysconfig.get_paths()['stdlib']
-    return _read(files.modules(root, _STDLIB_SKIP), out)
+    return _read(corpus_files.modules(root, _STDLIB_SKIP), out)
   root = os.path.expanduser(path)
   if not os.path.exists(root):
     raise InputError(
       f"data.path={path!r} does not exist: give 'stdlib', a file or a directory"
     )
   if os.path.isdir(root):
-    return _read(files.find(root, out), out)
-  return _read([files.one(root)], out, whole=False)
+    return _read(corpus_files.find(root, out), out)
+  return _read([corpus_files.one(root)], out, whole=False)
 
 
 def _read(
-  found: Iterable[files.File], out: LeftOut, *, whole: bool = True
+  found: Iterable[corpus_files.File], out: LeftOut, *, whole: bool = True
 ) -> Iterator[Document]:
   """Yields the documents of files; counts records without text in `out`."""
   for file in found:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from deepseek_jax.data.corpus import unit_hash
-from deepseek_jax.data.token_store import HeldoutDocument, Store
+from deepseek_jax.data.token_store import HeldoutDocument, TokenStore
 from deepseek_jax.errors import InputError
 
 
@@ -29,7 +29,7 @@ class Heldout:
   limit: how many documents at most, drawn by the hash of their names.
   """
 
-  store: Store
+  store: TokenStore
   seq_len: int
   batch: int
   stride: int | None = None

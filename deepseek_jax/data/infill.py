@@ -13,7 +13,7 @@ from deepseek_jax.data.corpus import Document, unit_hash
 from deepseek_jax.data.tokenizer import FimIds
 
 
-class Split(NamedTuple):
+class FimSplit(NamedTuple):
   """Holds the three parts of a document."""
 
   pre: str
@@ -21,7 +21,7 @@ class Split(NamedTuple):
   suf: str
 
 
-def fim(doc: Document, rate: float, seed: int) -> Split | None:
+def fim(doc: Document, rate: float, seed: int) -> FimSplit | None:
   """Returns the split of a document, or None if it stays as it is.
 
   Looks at the name and the seed alone, so no document's fate depends on
@@ -37,11 +37,11 @@ def fim(doc: Document, rate: float, seed: int) -> Split | None:
   return split(doc.text, random.Random(f'{seed} {doc.name}'))
 
 
-def split(text: str, rng: random.Random) -> Split:
+def split(text: str, rng: random.Random) -> FimSplit:
   """Cuts at two places drawn uniformly from the len(text) + 1 there are."""
   # random() is the one method whose stream Python promises to keep.
   a, b = sorted(int(rng.random() * (len(text) + 1)) for _ in range(2))
-  return Split(text[:a], text[a:b], text[b:])
+  return FimSplit(text[:a], text[a:b], text[b:])
 
 
 def arrange(ids: tuple[list, list, list], marks: FimIds) -> list[int]:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from deepseek_jax.data import left_out, tables
+from deepseek_jax.data import columnar, left_out
 from deepseek_jax.errors import InputError
 
 TEXT = ('.txt', '.py', '.md')
@@ -323,7 +323,7 @@ def _table(file: File) -> Iterator[tuple[str, str | None]]:
   where = left_out.shown(file.path)
   try:
     with open(file.path, 'rb') as stream:
-      read = tables.parquet if file.kind == '.parquet' else tables.arrow
+      read = columnar.parquet if file.kind == '.parquet' else columnar.arrow
       rows = itertools.chain.from_iterable(read(stream, where))
       for number, text in enumerate(rows):
         at = f'{where} row {number}'

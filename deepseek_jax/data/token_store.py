@@ -35,7 +35,7 @@ class HeldoutDocument(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
+class TokenStore:
   """Holds a verified store.
 
   `train` [N] and `heldout` [M] are uint16 or uint32 token ids.
@@ -47,7 +47,7 @@ class Store:
   heldout: np.ndarray
 
   @classmethod
-  def open(cls, path: str, vocab_size: int | None = None) -> 'Store':
+  def open(cls, path: str, vocab_size: int | None = None) -> 'TokenStore':
     """Verifies a store and maps its token files.
 
     Args:

@@ -28,7 +28,7 @@ _BATCH_CHARACTERS = 1 << 22  # encoded at once: bounds the memory
 
 def build(
   config: DataConfig, *, say: Callable[[str], None] = say_lib.warn
-) -> store.Store:
+) -> store.TokenStore:
   """Returns the token windows of a config, from the cache if they are there.
 
   Reads the corpus to hash it, tokenises it unless that was done before, and
@@ -50,7 +50,7 @@ def build(
   path = os.path.join(config.cache(), 'tokens', key)
   if not os.path.exists(path):
     _write(path, config, census, recipe)
-  out = store.Store.open(path, config.vocab_size)
+  out = store.TokenStore.open(path, config.vocab_size)
   if out.index['recipe'] != recipe:
     raise InputError(
       f'{path} was built from another corpus or setting: '

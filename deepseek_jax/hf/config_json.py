@@ -18,7 +18,7 @@ from deepseek_jax.hf.config_limits import error as _error
 from deepseek_jax.hf.families import v4 as v4_config
 from deepseek_jax.hf.families import v32
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.presets import layout
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from deepseek_jax import trees
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read, Source, summary
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.sharding import Rules
 

@@ -26,7 +26,8 @@ from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
 

@@ -21,7 +21,7 @@ from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
 from deepseek_jax.model.merging import merged
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 _SCALE = '_scale_inv'
 STEP = 1 << 24  # numbers handled at once

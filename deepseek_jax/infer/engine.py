@@ -4,11 +4,10 @@ Each step lets every running answer draw some tokens, then prefills a chunk of
 the oldest prompt that isn't cached yet. The model is the training model, its
 shapes are buckets: after `warm_up` nothing is compiled any more. One thread
 alone may call an engine.
-Legend: R rows, T tokens of a chunk, P tokens of a page, N tokens of a call.
+Legend: R rows, T tokens of a chunk, P tokens of a page, L MoE layers.
 """
 
 import collections
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,12 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer import sampler
+from deepseek_jax.infer import batches, sampler
+from deepseek_jax.infer.batches import Bucket
 from deepseek_jax.infer.detokenize import Detokenizer
-from deepseek_jax.infer.paging import Rows, Store, paging
-from deepseek_jax.infer.programs import STOPS, Chunk, Going, programs
+from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.paging import Store, paging
+from deepseek_jax.infer.programs import STOPS, Decoded, Shape, programs
 from deepseek_jax.infer.request import (
   Answer,
   Event,
@@ -37,83 +37,11 @@ from deepseek_jax.infer.scheduler import Scheduler, Sequence
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel.sharding import current
 
+_DEFAULT = EngineConfig()
+
 
 class EngineBusy(InputError):
   """Reports that no more requests can wait: try again later."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-  """Describes what an engine holds, and in which shapes it computes.
-
-  Attributes:
-    slots: answers that are decoded together at most.
-    context: tokens of a prompt and its answer together, at most.
-    page: P; rounded up until whole rows of every layer's cache fit.
-    pages: of the cache; None: as many as all slots can fill.
-    budget: tokens of a prefill step.
-    steps: N, tokens that a decoding row draws in one call.
-    queue: answers that may wait; more are refused.
-    reuse: prompts that begin alike share what is cached.
-    snapshots: how many ends of pages keep what layers cache of the last tokens
-      alone; None: two for each slot. Only models that need them have them.
-    rows, contexts: buckets, ascending; None: one and all slots, a quarter of
-      the context and all of it.
-    deterministic: one bucket for everything, so that an answer doesn't depend
-      on what else runs in any bit.
-    routing: keeps which experts answers chose.
-  """
-
-  slots: int = 16
-  context: int = 2048
-  page: int = 64
-  pages: int | None = None
-  budget: int = 256
-  steps: int = 8
-  queue: int = 256
-  reuse: bool = True
-  snapshots: int | None = None
-  rows: tuple[int, ...] | None = None
-  contexts: tuple[int, ...] | None = None
-  deterministic: bool = False
-  routing: bool = False
-
-  def __post_init__(self) -> None:
-    """Raises InputError for a field out of its range."""
-    at_least(self, 'engine.', slots=1, context=2, page=1, pages=1, budget=1)
-    at_least(self, 'engine.', steps=1, queue=1, snapshots=0)
-    for name, least in (('rows', self.slots), ('contexts', self.context)):
-      given = getattr(self, name)
-      if given is None:
-        continue
-      if not given or list(given) != sorted(set(given)) or given[0] < 1:
-        raise InputError(
-          f'engine.{name} = {given!r}: must be ascending numbers from 1'
-        )
-      if given[-1] < least:
-        raise InputError(
-          f'engine.{name} = {given!r}: the last must be at least {least}'
-        )
-
-  def row_buckets(self) -> tuple[int, ...]:
-    """Returns the numbers of rows that are compiled."""
-    if self.deterministic:
-      return (self.slots,)
-    return self.rows or tuple(sorted({1, self.slots}))
-
-  def page_buckets(self, page: int) -> tuple[int, ...]:
-    """Returns the numbers of pages of a row that are compiled."""
-    whole = self.contexts or (-(-self.context // 4), self.context)
-    if self.deterministic:
-      whole = whole[-1:]
-    return tuple(sorted({-(-tokens // page) for tokens in whole}))
-
-  def chunk_buckets(self) -> tuple[tuple[int, int], ...]:
-    """Returns the (rows, tokens) of prefill that are compiled."""
-    few = max(1, self.budget // 8)
-    if self.deterministic or few == self.budget:
-      return ((1, self.budget),)
-    return (min(self.slots, self.budget // few), few), (1, self.budget)
 
 
 class Engine:
@@ -123,7 +51,7 @@ class Engine:
     self,
     model: Model,
     variables: dict,
-    cfg: EngineConfig = EngineConfig(),
+    cfg: EngineConfig = _DEFAULT,
     *,
     text: Any = None,
   ):
@@ -141,7 +69,7 @@ class Engine:
     self.model, self.cfg, self.text = model, cfg, text
     self._check_text()
     flat = build_flat(model)
-    self._paging = paging(flat, cfg.page)
+    self._paging = paging(flat, cfg.page, cfg.drafts)
     self.page = self._paging.page
     self.context = cfg.context
     buckets = cfg.page_buckets(self.page)
@@ -159,7 +87,9 @@ class Engine:
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
-    self._run = programs(model, self._paging, cfg.steps, cfg.routing, current())
+    most = cfg.slots if cfg.draft_rows is None else cfg.draft_rows
+    shape = Shape(self._paging, cfg.steps, most, cfg.routing)
+    self._run = programs(model, shape, current())
     self._count, self._epoch = 0, 0
     self._live: dict[int, list[Sequence]] = {}
     self._cancelled: list[int] = []
@@ -365,8 +295,13 @@ class Engine:
   def _decode(self) -> list[Event]:
     """Lets all rows that can draw tokens: their events."""
     going = [s for s in self._scheduler.running if not s.to_prefill]
+    if not going:
+      return []
+    size = _least(self.cfg.row_buckets(), len(going))
+    drafts = self.cfg.drafts_of(size)
+    # A grammar says what comes next when it has seen what came.
     alone = any(s.matcher for s in going)
-    steps = 1 if alone else self.cfg.steps
+    steps = 1 if alone else self.cfg.steps * (1 + drafts)
     limits = {}
     for one in list(going):
       if one.slot is None:  # preempted for an older one
@@ -380,62 +315,51 @@ class Engine:
     going = [s for s in going if s.slot is not None and s in limits]
     if not going:
       return []
-    bucket = _least(self.cfg.row_buckets(), len(going))
-    most = max(s.cached + limits[s] for s in going)
-    rows = self._rows(going, bucket, most, [1] * len(going))
-    history = np.zeros((bucket, rows.table.shape[1] * self.page), np.int32)
-    stops = np.full((bucket, STOPS), -1, np.int32)
-    token, limit = np.zeros(bucket, np.int32), np.zeros(bucket, np.int32)
+    size = _least(self.cfg.row_buckets(), len(going))
+    drafts = self.cfg.drafts_of(size)
+    bucket = Bucket(
+      size, 1, self._pages(max(s.cached + limits[s] for s in going))
+    )
+    vocab = self.model.config.vocab_size
+    self._store, out = self._run.decode(
+      self._variables,
+      self._store,
+      batches.rows(going, bucket, [1] * len(going)),
+      batches.going(going, bucket, [limits[s] for s in going]),
+      batches.draws(going, bucket, self.page, vocab),
+    )
+    out = jax.device_get(out)
+    self._totals['decode_calls'] += int(out.calls.max())
     for i, one in enumerate(going):
-      length = min(one.length, history.shape[1])
-      history[i, :length] = one.buffer[:length]
-      token[i], limit[i] = one.buffer[one.length - 1], limits[one]
-      stop = one.request.sampling.stop
-      stops[i, : len(stop)] = stop
-    draws = sampler.pack(
-      [s.settings for s in going],
-      [s.matcher and s.matcher.mask() for s in going],
-      history,
-      self.model.config.vocab_size,
-    )
-    self._store, drawn, count, experts = self._run.decode(
-      self._variables, self._store, rows, Going(token, limit, stops), draws
-    )
-    drawn, count, experts = jax.device_get((drawn, count, experts))
-    self._totals['decode_calls'] += 1
-    return [
-      self._advance(one, i, drawn, int(count[i]), experts)
-      for i, one in enumerate(going)
-    ]
+      rejected = drafts * int(out.calls[i]) - int(out.accepted[i])
+      one.drafts[0] += int(out.accepted[i])
+      one.drafts[1] += rejected
+      self._totals['accepted_drafts'] += int(out.accepted[i])
+      self._totals['drafts'] += drafts * int(out.calls[i])
+    return [self._advance(one, i, out) for i, one in enumerate(going)]
 
-  def _advance(
-    self,
-    one: Sequence,
-    row: int,
-    drawn: sampler.Drawn,
-    count: int,
-    experts: np.ndarray | None,
-  ) -> Event:
+  def _advance(self, one: Sequence, row: int, out: Decoded) -> Event:
     """Takes what a row has drawn: its event."""
-    if not drawn.sound[:count, row].all():
+    count, drawn = int(out.count[row]), out.drawn
+    if not drawn.sound[row, :count].all():
       return self._ended(
         one,
         'error',
         error='the model gave logits that are not finite for this request',
       )
     tokens, text, finish = [], '', None
-    for step in range(count):
-      token = int(drawn.token[step, row])
+    for token in map(int, drawn.token[row, :count]):
       tokens.append(token)
       one.buffer[one.length] = token
       one.length += 1
       one.cached += 1
-      if experts is not None:
-        one.experts = _counted(one.experts, experts[step, :, row], self.model)
       more, finish = self._read(one, token)
       text += more
       if finish:
         break
+    if out.experts is not None:
+      chosen = out.experts[row, : len(tokens)]
+      one.experts = _counted(one.experts, chosen, self.model)
     self._totals['tokens'] += len(tokens)
     self._keep(one)
     logprobs = ()
@@ -505,15 +429,14 @@ class Engine:
     )
     some = waiting[:rows]
     counts = [min(self._chunk(s, tokens), tokens) for s in some]
-    chunk = np.zeros((2, rows, tokens), np.int32)
-    for i, (one, count) in enumerate(zip(some, counts)):
-      span = one.buffer[one.cached : one.cached + count + 1]
-      chunk[0, i, :count], chunk[1, i, : len(span) - 1] = span[:count], span[1:]
     end = max(s.cached + n for s, n in zip(some, counts))
-    where = self._rows(some, rows, max(end, tokens), counts)
+    bucket = Bucket(rows, tokens, self._pages(max(end, tokens)))
     echo = any(s.request.echo and not s.answered for s in some)
     self._store, scores, _ = self._run.prefill(
-      self._variables, self._store, where, Chunk(*chunk, np.bool_(echo))
+      self._variables,
+      self._store,
+      batches.rows(some, bucket, counts),
+      batches.chunk(some, bucket, counts, self.cfg.drafts, echo),
     )
     self._totals['prefilled'] += sum(counts)
     if echo:
@@ -544,28 +467,10 @@ class Engine:
       top = tuple((int(a), float(b)) for a, b in top)
       one.scores.append(LogProb(token, logprob, logprob, top))
 
-  def _rows(
-    self, some: list[Sequence], bucket: int, tokens: int, counts: list[int]
-  ) -> Rows:
-    """Returns where sequences are cached, of a bucket's shape.
-
-    Args:
-      some: at most `bucket`.
-      bucket: R.
-      tokens: that the pages of a row must hold.
-      counts: tokens that are added to each.
-    """
-    buckets = self._paging and self.cfg.page_buckets(self.page)
-    pages = _least(buckets, self._scheduler.pages_for(tokens))
-    fill = lambda values: np.array(
-      [*values, *[0] * (bucket - len(some))], np.int32
-    )
-    return Rows(
-      fill(s.slot for s in some),
-      self._scheduler.table(some, bucket, pages),
-      fill(s.cached for s in some),
-      fill(counts),
-    )
+  def _pages(self, tokens: int) -> int:
+    """Returns the bucket of pages that holds so many tokens of a row."""
+    buckets = self.cfg.page_buckets(self.page)
+    return _least(buckets, self._scheduler.pages_for(tokens))
 
   # What comes before.
 
@@ -575,44 +480,43 @@ class Engine:
     Args:
       say: takes a line for each program.
     """
-    shapes = []
-    for pages in self.cfg.page_buckets(self.page):
-      for rows in self.cfg.row_buckets():
-        shapes.append(('decode', rows, 1, pages))
-      for rows, tokens in self.cfg.chunk_buckets():
-        if tokens <= pages * self.page:
-          shapes.append(('prefill', rows, tokens, pages))
-    for number, (what, rows, tokens, pages) in enumerate(shapes, 1):
+    shapes = self._buckets()
+    for number, (what, bucket) in enumerate(shapes, 1):
       begun = time.monotonic()
-      self._compile(what, rows, tokens, pages)
+      self._compile(what, bucket)
       if say is not None:
         say(
-          f'compiled {number}/{len(shapes)}: {what}, {rows} x {tokens} tokens,'
-          f' context {pages * self.page}'
+          f'compiled {number}/{len(shapes)}: {what}, {bucket.rows} x'
+          f' {bucket.tokens} tokens, context {bucket.pages * self.page}'
           f' ({time.monotonic() - begun:.1f} s)'
         )
     if self._paging.has_rings:
       self._store = _copied(self._store, 0, 0)
 
-  def _compile(self, what: str, rows: int, tokens: int, pages: int) -> None:
+  def _buckets(self) -> list[tuple[str, Bucket]]:
+    """Returns the shapes of all programs."""
+    shapes = []
+    for pages in self.cfg.page_buckets(self.page):
+      for rows in self.cfg.row_buckets():
+        shapes.append(('decode', Bucket(rows, 1, pages)))
+      for rows, tokens in self.cfg.chunk_buckets():
+        if tokens <= pages * self.page:
+          shapes.append(('prefill', Bucket(rows, tokens, pages)))
+    return shapes
+
+  def _compile(self, what: str, bucket: Bucket) -> None:
     """Runs a program of one shape on padding."""
-    none = np.zeros(rows, np.int32)
-    table = np.zeros((rows, pages), np.int32)
-    where = Rows(none, table, none, none)
+    where = batches.rows([], bucket, [])
     if what == 'prefill':
-      chunk = np.zeros((2, rows, tokens), np.int32)
-      self._store, *out = self._run.prefill(
-        self._variables, self._store, where, Chunk(*chunk, np.bool_(False))
-      )
+      args = (batches.chunk([], bucket, [], self.cfg.drafts),)
     else:
       vocab = self.model.config.vocab_size
-      history = np.zeros((rows, pages * self.page), np.int32)
-      settings = sampler.settings(Request((0,)), 0, vocab)
-      draws = sampler.pack([settings], [], history, vocab)
-      stops = np.full((rows, STOPS), -1, np.int32)
-      self._store, *out = self._run.decode(
-        self._variables, self._store, where, Going(none, none, stops), draws
+      args = (
+        batches.going([], bucket, []),
+        batches.draws([], bucket, self.page, vocab),
       )
+    run = getattr(self._run, what)
+    self._store, *out = run(self._variables, self._store, where, *args)
     jax.block_until_ready(out)
 
 
@@ -624,6 +528,8 @@ _TOTALS = (
   'prompt_tokens',
   'cached_tokens',
   'prefilled',
+  'drafts',
+  'accepted_drafts',
 )
 _LOADS = 256  # ended requests whose expert load is kept
 
@@ -643,14 +549,13 @@ def _least(buckets: tuple[int, ...], need: int) -> int:
 def _counted(
   total: np.ndarray | None, chosen: np.ndarray, model: Model
 ) -> np.ndarray:
-  """Returns the counts with what one token chose, [L 1 K] of [L E]."""
-  experts = max(
-    b.block.ffn.experts for b in model.config.in_order() if b.block.routed
-  )
+  """Returns counts [L E] with what some tokens chose, [T L K]."""
+  layers = [layer.block.ffn for layer in model.config.in_order()]
+  experts = max(f.experts for f in layers if hasattr(f, 'experts'))
   if total is None:
-    total = np.zeros((len(chosen), experts), np.int64)
-  layers = np.arange(len(chosen))[:, None]
-  np.add.at(total, (layers, chosen[:, 0]), 1)
+    total = np.zeros((chosen.shape[1], experts), np.int64)
+  number = np.arange(chosen.shape[1])[:, None]
+  np.add.at(total, (np.broadcast_to(number, chosen.shape), chosen), 1)
   return total
 
 
@@ -660,12 +565,12 @@ def _logprobs(
   """Returns the log-probabilities of the first tokens of a row."""
   out = []
   for step in range(count):
-    top = zip(drawn.top[step, row, :wanted], drawn.top_logprob[step, row])
+    top = zip(drawn.top[row, step, :wanted], drawn.top_logprob[row, step])
     out.append(
       LogProb(
-        int(drawn.token[step, row]),
-        float(drawn.logprob[step, row]),
-        float(drawn.sampled[step, row]),
+        int(drawn.token[row, step]),
+        float(drawn.logprob[row, step]),
+        float(drawn.sampled[row, step]),
         tuple((int(a), float(b)) for a, b in top),
       )
     )

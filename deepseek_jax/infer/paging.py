@@ -5,7 +5,9 @@ rows of P tokens are a page, pages of all requests lie in one pool, and a
 request's table names its pages in order. What a layer keeps of the last tokens
 alone (rings) has no pages: each decoding slot has it once. `view` gathers the
 pages of some requests to a plain `Cache`, on which the training model runs;
-`commit` puts the pages back that its new tokens have touched.
+`commit` puts the pages back that its new tokens have touched. With drafts the
+caches of multi-token prediction lie beside it, and the states that it goes on
+from.
 Legend: R rows, T new tokens, P tokens of a page, n pages of a view, M pages of
 the store, L slots of the store.
 """
@@ -13,6 +15,7 @@ the store, L slots of the store.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +33,20 @@ class Store(NamedTuple):
 
   pages: tuple[jax.Array, ...]  # each [repeat, M, P / ratio, ...]
   slots: tuple[jax.Array, ...]  # each [repeat, L, ...]
+
+
+class Held(NamedTuple):
+  """Holds what is cached of some requests, as the model wants it.
+
+  Without drafts the cache alone.
+  """
+
+  cache: Cache
+  mtp: Cache | None = None
+  # [R 1+k D] or [R 1+k n D], states of the last tokens that no block of
+  # multi-token prediction has seen: the token after each came later
+  state: jax.Array | None = None
+  ready: jax.Array | None = None  # [R] int32, how many of them, the first ones
 
 
 class Rows(NamedTuple):
@@ -63,15 +80,17 @@ class Paging:
 
   Attributes:
     page: P.
-    leaves: one for each array of the cache, in the order of its leaves.
-    structure: of a cache's arrays.
-    make: (batch, slots) -> an empty cache.
+    leaves: one for each array that is held, in order.
+    structure: of the arrays.
+    make: (batch, slots) -> what is held of no token.
+    drafts: k; by so many tokens a row may be rewound.
   """
 
   page: int
   leaves: tuple[Leaf, ...]
   structure: Any
-  make: Any
+  make: Callable[[int, int], Held]
+  drafts: int = 0
 
   @property
   def has_rings(self) -> bool:
@@ -107,8 +126,8 @@ class Paging:
         ringed.append(jnp.zeros(shape, like.dtype))
     return Store(tuple(paged), tuple(ringed))
 
-  def view(self, store: Store, rows: Rows) -> Cache:
-    """Returns the cache of the rows, [R, n P] slots.
+  def view(self, store: Store, rows: Rows) -> Held:
+    """Returns what is held of the rows, in caches of [R, n P] slots.
 
     What lies behind a row's `start` is zero, whatever the pages hold.
     """
@@ -119,23 +138,30 @@ class Paging:
       else _taken(next(ringed), rows)
       for leaf in self.leaves
     ]
-    layers, recent = jax.tree.unflatten(self.structure, out)
-    if recent is not None:
-      recent = recent[0]
+    layers, recent, mtp, state, ready = jax.tree.unflatten(self.structure, out)
     slots = rows.table.shape[1] * self.page
-    return Cache(layers, rows.start, slots, False, recent)
+    one = lambda a: None if a is None else a[0]
+    cache = lambda layers, recent: Cache(
+      layers, rows.start, slots, False, recent
+    )
+    return Held(
+      cache(layers, one(recent)),
+      None if mtp is None else cache(mtp, None),
+      one(state),
+      None if ready is None else ready[0, :, 0],
+    )
 
-  def commit(self, store: Store, cache: Cache, rows: Rows, most: int) -> Store:
+  def commit(self, store: Store, held: Held, rows: Rows, most: int) -> Store:
     """Returns the store with the pages that new tokens have touched.
 
     Args:
       store: before them.
-      cache: the view, after the model has run on it.
+      held: the view, after the model has run on it.
       rows: as for `view`; `count` tokens were added to each.
       most: no row has had more tokens added.
     """
-    leaves, _ = _leaves(cache)
-    touched = _touched(rows, self.page, most, store)
+    leaves, _ = _leaves(held)
+    touched = _touched(rows, self.page, most, self.drafts, store)
     paged, ringed = iter(store.pages), iter(store.slots)
     pages, slots = [], []
     for leaf, new in zip(self.leaves, leaves):
@@ -151,26 +177,48 @@ class Paging:
 
 
 @functools.lru_cache(maxsize=32)
-def paging(model: Any, page: int) -> Paging:
+def paging(model: Any, page: int, drafts: int = 0) -> Paging:
   """Returns how the cache of a model lies in pages.
 
   Args:
-    model: with init_cache(batch, slots).
+    model: with init_cache(batch, slots, spare).
     page: P; it is rounded up until whole rows of every layer fit.
+    drafts: k, tokens that multi-token prediction guesses at a time; 0: none.
 
   Raises:
-    InputError: a layer's rows don't grow evenly with the tokens.
+    InputError: a layer's rows don't grow evenly with the tokens, or a model
+      that can't draft.
   """
-  shapes = lambda slots: _leaves(
-    jax.eval_shape(lambda: model.init_cache(1, slots))
-  )
+  make = functools.partial(_empty, model, drafts)
+  shapes = lambda slots: _leaves(jax.eval_shape(lambda: make(1, slots)))
   (less, structure), (more, _) = shapes(_PROBE), shapes(2 * _PROBE)
-  leaves = tuple(map(_leaf, less, more))
+  leaves = list(map(_leaf, less, more))
+  if drafts:
+    # A row of multi-token prediction rests on the token after it, too.
+    first, last = _mtp_leaves(jax.eval_shape(lambda: make(1, _PROBE)))
+    for i in range(first, last):
+      if leaves[i].ratio == 1:
+        leaves[i] = dataclasses.replace(leaves[i], shift=leaves[i].shift + 1)
   # Rows that end in a page start at most one page before.
   needed = [leaf.ratio * (leaf.shift + 1) for leaf in leaves if leaf.ratio]
   step = math.lcm(*(leaf.ratio for leaf in leaves if leaf.ratio), 1)
   page = -(-max(page, *needed, 1) // step) * step
-  return Paging(page, leaves, structure, model.init_cache)
+  return Paging(page, tuple(leaves), structure, make, drafts)
+
+
+def _empty(model: Any, drafts: int, batch: int, slots: int) -> Held:
+  """Returns what is held of no token."""
+  if not drafts:
+    return Held(model.init_cache(batch, slots))
+  cfg = model.config
+  streams = (cfg.residual.streams,) if cfg.mtp.streams else ()
+  shape = batch, 1 + drafts, *streams, cfg.dim
+  return Held(
+    model.init_cache(batch, slots, drafts),
+    model.init_mtp_cache(batch, slots, drafts),
+    jnp.zeros(shape, cfg.compute.dtype),
+    jnp.zeros(batch, jnp.int32),
+  )
 
 
 def _leaf(less: Any, more: Any) -> Leaf:
@@ -187,14 +235,30 @@ def _leaf(less: Any, more: Any) -> Leaf:
   return Leaf(ratio, shift, numbers * less.dtype.itemsize)
 
 
-def _leaves(cache: Cache) -> tuple[list, Any]:
-  """Returns the arrays of a cache, each [repeat B rows ...], and their tree."""
-  recent = cache.recent
-  if recent is not None:  # [B N], of no layer
-    add = lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype)
-    abstract = isinstance(recent, jax.ShapeDtypeStruct)
-    recent = add(recent) if abstract else recent[None]
-  return jax.tree.flatten((cache.layers, recent))
+def _leaves(held: Held) -> tuple[list, Any]:
+  """Returns the arrays that are held, each [repeat B rows ...], their tree."""
+  cache, mtp, state, ready = held
+  # Those of no layer stand for one.
+  one = lambda a: a if a is None else _reshaped(a, (1, *a.shape))
+  if ready is not None:
+    ready = _reshaped(ready, (1, *ready.shape, 1))
+  mtp = mtp and mtp.layers
+  return jax.tree.flatten(
+    (cache.layers, one(cache.recent), mtp, one(state), ready)
+  )
+
+
+def _mtp_leaves(held: Held) -> tuple[int, int]:
+  """Returns the range of the leaves that multi-token prediction caches."""
+  before = len(jax.tree.leaves((held.cache.layers, held.cache.recent)))
+  return before, before + len(jax.tree.leaves(held.mtp.layers))
+
+
+def _reshaped(array: Any, shape: tuple[int, ...]) -> Any:
+  """Returns an array, or what only says its shape, in another shape."""
+  if isinstance(array, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, array.dtype)
+  return array.reshape(shape)
 
 
 def _gathered(pool: jax.Array, leaf: Leaf, rows: Rows) -> jax.Array:
@@ -216,9 +280,16 @@ def _taken(pool: jax.Array, rows: Rows) -> jax.Array:
 
 
 def _touched(
-  rows: Rows, page: int, most: int, store: Store
+  rows: Rows, page: int, most: int, before: int, store: Store
 ) -> tuple[jax.Array, jax.Array]:
   """Returns which pages of each row new tokens touch, and where they lie.
+
+  Args:
+    rows: see `Paging.commit`.
+    page: P.
+    most: see there.
+    before: rows of so many tokens before the new ones may have changed, too.
+    store: to which pages are put back.
 
   Returns:
     [R m] places in the table, and as many pages of the store; beyond the last
@@ -226,8 +297,9 @@ def _touched(
   """
   n = rows.table.shape[1]
   # A page more than the tokens fill, as they may begin inside of one.
-  m = min(n, -(-most // page) + 1)
-  place = rows.start[:, None] // page + jnp.arange(m)
+  m = min(n, -(-(most + before) // page) + 1)
+  first = jnp.maximum(rows.start - before, 0) // page
+  place = first[:, None] + jnp.arange(m)
   written = place * page < (rows.start + rows.count)[:, None]
   written &= (rows.count > 0)[:, None] & (place < n)
   place = jnp.minimum(place, n - 1)

@@ -3,8 +3,9 @@
 Both gather the pages of their rows, run the training model's own `apply`, draw
 by each row's settings, and put the touched pages back. A shape is a bucket: the
 number of rows, of tokens and of pages is static, all else is data.
-Legend: R rows, T tokens of a chunk, N steps of a loop, V vocabulary, S stop
-tokens of a row, A likeliest tokens, L MoE layers, K chosen experts.
+Legend: R rows, T tokens of a chunk, N steps of a loop, W tokens of a step at
+most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
+layers, K chosen experts, k drafts.
 """
 
 import functools
@@ -14,12 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.infer import sampler
-from deepseek_jax.infer.paging import Paging, Rows, Store
+from deepseek_jax.infer import drafting, sampler
+from deepseek_jax.infer.drafting import Checked, Place
+from deepseek_jax.infer.paging import Held, Paging, Rows, Store
 from deepseek_jax.infer.sampler import Drawn, Draws
 from deepseek_jax.infer.sampling import build_flat
-from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.transformer import Model, Output, moe_statistics
+from deepseek_jax.model.stacks import moe_statistics
+from deepseek_jax.model.transformer import Model, Output
 from deepseek_jax.parallel.sharding import Using
 
 STOPS = 16  # stop tokens of a request at most
@@ -38,6 +40,7 @@ class Chunk(NamedTuple):
 
   tokens: jax.Array  # [R T] int32
   following: jax.Array  # [R T] int32, the token after each
+  before: jax.Array  # [R k] int32, the tokens before
   echo: jax.Array  # [] bool, whether to score the following ones
 
 
@@ -49,13 +52,22 @@ class Going(NamedTuple):
   stops: jax.Array  # [R S] int32, -1 where there is none
 
 
+class Decoded(NamedTuple):
+  """Holds what a loop of decoding has drawn."""
+
+  drawn: Drawn  # each [R M ...], of which a row's first `count` are its own
+  count: jax.Array  # [R] int32
+  accepted: jax.Array  # [R] int32, drafts that stayed
+  calls: jax.Array  # [R] int32, of the model in which a row took part
+  experts: jax.Array | None  # [R M L K] int32, those of the tokens read
+
+
 class Programs(NamedTuple):
   """Holds the jitted functions; both give the store first, which is donated."""
 
   # (variables, store, Rows, Chunk) -> store, Scores, experts [L R T K] or None
   prefill: Callable
-  # (variables, store, Rows, Going, Draws)
-  # -> store, Drawn of [N R ...], count [R], experts [N L R K] or None
+  # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
 
   def compiled(self) -> int:
@@ -63,102 +75,198 @@ class Programs(NamedTuple):
     return self.prefill._cache_size() + self.decode._cache_size()
 
 
+class Shape(NamedTuple):
+  """Says what programs are made for, beside the model.
+
+  Attributes:
+    paging: of the model's flat form, see `sampling.build_flat`.
+    steps: N.
+    draft_rows: with more rows nothing is drafted.
+    routing: whether they give the experts of each token.
+  """
+
+  paging: Paging
+  steps: int
+  draft_rows: int
+  routing: bool
+
+
 @functools.lru_cache(maxsize=32)
-def programs(
-  model: Model, paging: Paging, steps: int, routing: bool, using: Using | None
-) -> Programs:
+def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
   """Returns the programs of a model.
 
   Args:
     model: as it trains.
-    paging: of its flat form, see `sampling.build_flat`.
-    steps: N.
-    routing: whether they give the experts of each token.
+    shape: see there.
     using: the mesh; what is traced depends on it, which jit does not know.
   """
   del using
   flat = build_flat(model)
-  head = lambda variables, hidden: jnp.einsum(
-    '...D,DV->...V',
-    hidden,
-    flat.head(variables),
-    preferred_element_type=jnp.float32,
-  )
-  experts = lambda out: _experts(out) if routing else None
-
-  def prefill(
-    variables: dict, store: Store, rows: Rows, chunk: Chunk
-  ) -> tuple[Store, Scores, jax.Array | None]:
-    T = chunk.tokens.shape[1]
-    out = flat.apply(
-      variables,
-      chunk.tokens,
-      positions=rows.start[:, None] + jnp.arange(T),
-      # Padding is segment 0, which is cached nowhere.
-      segment_ids=(jnp.arange(T) < rows.count[:, None]).astype(jnp.int32),
-      cache=paging.view(store, rows),
-    )
-    store = paging.commit(store, out.cache, rows, T)
-    every = lambda: _scores(head(variables, out.hidden), chunk)
-    none = lambda: jax.tree.map(
-      lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(every)
-    )
-    return store, jax.lax.cond(chunk.echo, every, none), experts(out)
-
-  def decode(
-    variables: dict, store: Store, rows: Rows, going: Going, draws: Draws
-  ) -> tuple[Store, Drawn, jax.Array, jax.Array | None]:
-    R = going.token.shape[0]
-
-    def one(
-      cache: Cache, token: jax.Array, count: jax.Array, history: jax.Array
-    ) -> tuple[Cache, tuple[Drawn, jax.Array | None]]:
-      at, active = rows.start + count[0], count[1]
-      out = flat.apply(
-        variables,
-        token[:, None],
-        positions=at[:, None],
-        segment_ids=active.astype(jnp.int32)[:, None],
-        cache=cache,
-      )
-      logits = head(variables, out.hidden[:, 0])
-      now = draws._replace(history=history)
-      return out.cache, (sampler.draw(logits, now, at + 1), experts(out))
-
-    def body(state: tuple) -> tuple:
-      step, cache, token, count, active, history, kept = state
-      cache, made = one(cache, token, (count, active), history)
-      kept = jax.tree.map(lambda a, new: a.at[step].set(new), kept, made)
-      # Rows that have ended keep what they had.
-      token = jnp.where(active, made[0].token, token)
-      count = count + active
-      place = jnp.where(active, rows.start + count, history.shape[1])
-      history = history.at[jnp.arange(R), place].set(token, mode='drop')
-      ends = (token[:, None] == going.stops).any(axis=1) | ~made[0].sound
-      active = active & ~ends & (count < going.limit)
-      return step + 1, cache, token, count, active, history, kept
-
-    cache, history = paging.view(store, rows), jnp.asarray(draws.history)
-    count, active = jnp.zeros(R, jnp.int32), rows.count > 0
-    _, like = jax.eval_shape(one, cache, going.token, (count, active), history)
-    kept = jax.tree.map(lambda a: jnp.zeros((steps, *a.shape), a.dtype), like)
-    state = jax.lax.while_loop(
-      lambda s: (s[0] < steps) & s[4].any(),
-      body,
-      (0, cache, going.token, count, active, history, kept),
-    )
-    cache, count, (drawn, chosen) = state[1], state[3], state[-1]
-    store = paging.commit(store, cache, rows._replace(count=count), steps)
-    return store, drawn, count, chosen
-
+  prefill = functools.partial(_prefill, flat, shape)
+  decode = functools.partial(_decode, flat, shape)
   return Programs(
     jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
   )
 
 
+def _prefill(
+  model: Model,
+  shape: Shape,
+  variables: dict,
+  store: Store,
+  rows: Rows,
+  chunk: Chunk,
+) -> tuple[Store, Scores, jax.Array | None]:
+  """Caches a chunk; see `Programs`."""
+  T, held = chunk.tokens.shape[1], shape.paging.view(store, rows)
+  out = model.apply(
+    variables,
+    chunk.tokens,
+    positions=rows.start[:, None] + jnp.arange(T),
+    # Padding is segment 0, which is cached nowhere.
+    segment_ids=(jnp.arange(T) < rows.count[:, None]).astype(jnp.int32),
+    cache=held.cache,
+    mtp_state=bool(shape.paging.drafts),
+  )
+  held = held._replace(cache=out.cache)
+  if shape.paging.drafts:
+    held = drafting.caught_up(
+      model, variables, held, out, rows, chunk.tokens, chunk.before
+    )
+  store = shape.paging.commit(store, held, rows, T)
+  every = lambda: _scores(_logits(model, variables, out.hidden), chunk)
+  none = lambda: jax.tree.map(
+    lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(every)
+  )
+  scores = jax.lax.cond(chunk.echo, every, none)
+  return store, scores, _experts(out) if shape.routing else None
+
+
+def _decode(
+  model: Model,
+  shape: Shape,
+  variables: dict,
+  store: Store,
+  rows: Rows,
+  going: Going,
+  draws: Draws,
+) -> tuple[Store, Decoded]:
+  """Draws up to N W tokens for each row; see `Programs`."""
+  R, drafts = going.token.shape[0], shape.paging.drafts
+  one = functools.partial(_plain, model, variables)
+  if drafts:
+    drafts = drafts if shape.draft_rows >= R else 0
+    one = functools.partial(drafting.check, model, variables, drafts=drafts)
+  W, each = 1 + drafts, jnp.arange(R)[:, None]
+  most = shape.steps * W
+
+  def run(held: Held, place: Place) -> tuple[Checked, tuple]:
+    made = one(held, place, draws._replace(history=place.history))
+    chosen = _by_row(_experts(made.output)) if shape.routing else None
+    return made, (made.drawn, chosen)
+
+  def body(state: tuple) -> tuple:
+    step, held, place, count, accepted, calls, kept = state
+    made, found = run(held, place)
+    number = _ends(going, place.active, made, count)
+    last = jnp.maximum(number - 1, 0)[:, None]
+    pick = lambda a: jnp.take_along_axis(a, last, axis=1)[:, 0]
+    ended = (number > 0) & pick(_stopped(going, made.drawn))
+    # A row's tokens lie one after the other, whatever a step gave.
+    at = jnp.where(jnp.arange(W) < number[:, None], count[:, None], most)
+    at = at + jnp.arange(W)
+    put = lambda a, new: a.at[each, at].set(new, mode='drop')
+    kept = jax.tree.map(put, kept, found)
+    beyond = place.history.shape[1]
+    where = jnp.where(at < most, rows.start[:, None] + 1 + at, beyond)
+    token = jnp.where(place.active, pick(made.drawn.token), place.token)
+    place = Place(
+      place.at + number,
+      token,
+      place.active & ~ended & (count + number < going.limit),
+      place.history.at[each, where].set(made.drawn.token, mode='drop'),
+    )
+    held = made.held
+    if held.ready is not None:
+      held = held._replace(ready=jnp.where(number > 0, number, held.ready))
+    accepted = accepted + last[:, 0]
+    return (
+      step + 1,
+      held,
+      place,
+      count + number,
+      accepted,
+      calls + (number > 0),
+      kept,
+    )
+
+  held, none = shape.paging.view(store, rows), jnp.zeros(R, jnp.int32)
+  history = jnp.asarray(draws.history)
+  place = Place(rows.start, going.token, rows.count > 0, history)
+  _, like = jax.eval_shape(run, held, place)
+  kept = jax.tree.map(
+    lambda a: jnp.zeros((R, most, *a.shape[2:]), a.dtype), like
+  )
+  _, held, _, count, accepted, calls, kept = jax.lax.while_loop(
+    lambda s: (s[0] < shape.steps) & s[2].active.any(),
+    body,
+    (0, held, place, none, none, none, kept),
+  )
+  rows = rows._replace(count=count)
+  store = shape.paging.commit(store, held, rows, most)
+  return store, Decoded(kept[0], count, accepted, calls, kept[1])
+
+
+def _plain(
+  model: Model, variables: dict, held: Held, place: Place, draws: Draws
+) -> Checked:
+  """Runs the model on the last token of each row, and draws the next."""
+  out = model.apply(
+    variables,
+    place.token[:, None],
+    positions=place.at[:, None],
+    segment_ids=place.active.astype(jnp.int32)[:, None],
+    cache=held.cache,
+  )
+  logits = _logits(model, variables, out.hidden[:, 0])
+  drawn = sampler.draw(logits, draws, place.at + 1)
+  drawn = jax.tree.map(lambda a: a[:, None], drawn)
+  held = held._replace(cache=out.cache)
+  return Checked(held, out, drawn, jnp.ones_like(place.at))
+
+
+def _stopped(going: Going, drawn: Drawn) -> jax.Array:
+  """Returns whether a row ends with a token, [R W] bool."""
+  stops = drawn.token[..., None] == going.stops[:, None]
+  return stops.any(axis=-1) | ~drawn.sound
+
+
+def _ends(
+  going: Going, active: jax.Array, made: Checked, count: jax.Array
+) -> jax.Array:
+  """Returns how many of the tokens of a step count, [R] int32."""
+  stopped = _stopped(going, made.drawn)
+  W = stopped.shape[1]
+  first = jnp.where(stopped, jnp.arange(W), W).min(axis=1)
+  number = jnp.minimum(made.count, first + 1)
+  number = jnp.minimum(number, going.limit - count)
+  return jnp.where(active, number, 0)
+
+
+def _logits(model: Model, variables: dict, hidden: jax.Array) -> jax.Array:
+  """Returns logits [... V], float32, of hidden [... D]."""
+  f32 = {'preferred_element_type': jnp.float32}
+  return jnp.einsum('...D,DV->...V', hidden, model.head(variables), **f32)
+
+
 def _experts(out: Output) -> jax.Array | None:
   """Returns the experts of each token [L R T K]; None without MoE layers."""
   return moe_statistics(out.aux, 'experts')
+
+
+def _by_row(experts: jax.Array | None) -> jax.Array | None:
+  """Returns experts [L R T K] as [R T L K]."""
+  return None if experts is None else experts.transpose(1, 2, 0, 3)
 
 
 def _scores(logits: jax.Array, chunk: Chunk) -> Scores:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import changed
+from deepseek_jax.config_changes import changed
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import eplb
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def places(config: TransformerConfig) -> list[tuple]:

@@ -21,7 +21,8 @@ from flax import nnx
 from deepseek_jax.config import at_least, within
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.transformer import Model, build, unstack
+from deepseek_jax.model.stacks import unstack
+from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel.sharding import Using, current
 
 

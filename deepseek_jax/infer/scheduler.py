@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.infer.pages import SCRATCH, Pages, Snapshots, chain
+from deepseek_jax.infer.pages import Pages, Snapshots, chain
 from deepseek_jax.infer.request import LogProb, Request
 from deepseek_jax.infer.sampler import Settings
 
@@ -249,10 +249,3 @@ class Scheduler:
       self.preempt(one)
     self.pages.forget()
     self.snapshots.forget()
-
-  def table(self, some: list[Sequence], rows: int, pages: int) -> np.ndarray:
-    """Returns the pages of some sequences, [rows, pages] int32."""
-    out = np.full((rows, pages), SCRATCH, np.int32)
-    for row, one in zip(out, some):
-      row[: len(one.pages)] = one.pages[:pages]
-    return out

@@ -54,7 +54,7 @@ def _check(config: Any, given: Given, cache: Cache | None) -> None:
   _check_range('tokens', given.tokens, config.vocab_size, 'vocabulary', real)
   if given.ngrams is not None and config.engram is not None:
     rows = config.engram.rows(len(config.engram_layers()))
-    _check_range('ngrams', given.ngrams, rows, "memories' tables", real)
+    _check_range('ngrams', given.ngrams, rows, 'the Engram tables', real)
 
 
 def check_depth(config: Any) -> None:

@@ -188,7 +188,7 @@ def adapted(base, cfg: LoRAConfig, first: tuple[int, ...] = ()):
   """Returns a module's pure functions with adapters among its parameters.
 
   Args:
-    base: a `transformer.Functional` without.
+    base: a `functional.Functional` without.
     cfg: which weights are adapted.
     first: of each segment, the number of the first layer that base.init makes;
       by default 0.

@@ -6,7 +6,8 @@ from typing import Any
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lora
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def merged(

@@ -8,9 +8,8 @@ chosen, F expert hidden, n devices that share the experts.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,8 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import collectives as sums
-from deepseek_jax.parallel import formats, queues, wires
-from deepseek_jax.parallel.wires import Wire
-from pallas_kernels import permute
+from deepseek_jax.parallel import formats, wires
+from deepseek_jax.parallel.rounds import Copies, Group, hop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,146 +72,8 @@ class ExchangeConfig:
     formats.check(dim, self.dispatch)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Group:
-  """Holds what every kind of exchange needs to know; static.
-
-  Attributes:
-    cfg: the kind of exchange, its formats and its buffers.
-    compute: (x [N D], experts [N K], weights [N K], gate_up, down) -> [N D].
-    axis: mesh axis of the experts; None when they are not sharded.
-    size: devices of a group, n.
-    everyone: all mesh axes; rounds are begun by all devices or by none.
-    groups: of the axis, where only some of its devices exchange.
-    choices: how many are real, where tokens are filler in part.
-  """
-
-  cfg: ExchangeConfig
-  compute: Callable
-  axis: str | None
-  size: int
-  everyone: tuple[str, ...]
-  groups: tuple[tuple[int, ...], ...] | None = None
-  choices: int | None = None
-
-  def wire(self, dtype: jax.typing.DTypeLike) -> Wire:
-    """Returns the wire of the group for rows computed with in `dtype`."""
-    cfg = self.cfg
-    dtype = jnp.dtype(dtype).name
-    return Wire(
-      self.axis, self.size, self.groups, cfg.dispatch, cfg.combine, dtype
-    )
-
-
-def share(total: int, parts: int, longest: int, factor: float) -> int:
-  """Returns rows of a buffer: `factor` even shares, `longest` at most."""
-  return max(1, min(longest, math.ceil(factor * total / parts)))
-
-
-def _buffers(
-  group: _Group, wire: Wire, choices: int, total: int, longest: int
-) -> tuple[Wire, int]:
-  """Returns the wire with its buffer sizes, and the rounds that carry all."""
-  n = group.size
-  if group.cfg.kind == 'ragged_all_to_all':
-    rows = share(total, 1, n * longest, group.cfg.factor)
-    wire = wire._replace(ragged=True, sent=choices, received=rows)
-    return wire, queues.turns(n * longest, rows)
-  rows = share(total, n, longest, group.cfg.factor)
-  wire = wire._replace(sent=n * rows, received=n * rows)
-  return wire, queues.turns(longest, rows)
-
-
-class _Copies(NamedTuple):
-  """Describes the copies of each token; P of them at most.
-
-  Attributes:
-    to: [N P] int32 destination, n for nowhere.
-    weights: [N P] float32 of the results that come back.
-    choices: [N P] int32, how many choices of experts a copy stands for.
-    total: copies that a device sends under even loads.
-    longest: copies for one destination at most.
-  """
-
-  to: jax.Array
-  weights: jax.Array
-  choices: jax.Array
-  total: int
-  longest: int
-
-
-def _hop(
-  group: _Group,
-  x: jax.Array,
-  copies: _Copies,
-  load_of: Callable,
-  work: Callable,
-) -> tuple[jax.Array, jax.Array]:
-  """Dispatches copies of tokens, works on them, and combines the results.
-
-  Args:
-    group: who exchanges.
-    x: [N D].
-    copies: of each token.
-    load_of: source [M] -> (integers, floats) that travel with the rows; M of
-      the source means filler.
-    work: (rows, integers, floats) -> (results, how many choices did not fit
-      further on). Integers of filler are -1.
-
-  Returns:
-    [N D] in the dtype of x, and int32: how many choices did not fit their first
-    round.
-  """
-  to, weights = copies.to, copies.weights
-  wire = group.wire(x.dtype)
-  wire, rounds = _buffers(group, wire, to.size, copies.total, copies.longest)
-  q = queues.queue(to, group.size)
-  # Ragged rounds need the lengths of everyone's queues: [n n] counts.
-  counts = me = None
-  if wire.ragged:
-    counts = jax.lax.all_gather(q.count, group.axis)
-    me = jax.lax.axis_index(group.axis)
-
-  def one(
-    turn: int | jax.Array, x: jax.Array, weights: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    lane = queues.lane(q, wire, turn, counts, me)
-    # Dispatch: [N D] -> the rows that come to this device [R D].
-    rows = wires.there(permute.permute(x, lane.plan), lane.offsets, wire)
-    integers, floats = load_of(lane.plan.source)
-    # Empty rows arrive as 0: shifted by one they read as -1, filler.
-    move = lambda a: wires.move(a + 1, lane.offsets, wire) - 1
-    keep = lambda a: wires.there(a, lane.offsets, wire.plain())
-    work_on = jax.tree.map(move, integers), jax.tree.map(keep, floats)
-    y, missed = work(rows, *work_on)
-    # Combine: results [R D] -> [M D] in the order they were sent, then [N D].
-    y = wires.back(y, lane.offsets, wire)
-    here = lane.plan.slot < wire.sent
-    return permute.combine(y, weights, lane.plan), missed, here
-
-  y, missed, here = one(0, x, weights)
-  missed += jnp.where(here | (to == group.size), 0, copies.choices).sum()
-  if rounds == 1 or not group.cfg.dropless:
-    return y, missed
-
-  def further(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
-    more = queues.waiting(q, wire, turn, counts)
-    # A round has collectives: all devices must take the same branch.
-    more = jax.lax.pmax(more.astype(jnp.int32), group.everyone)
-    # Recomputed, or the scan keeps rows of every round, those not begun too.
-    again = jax.checkpoint(lambda: one(turn, x, weights)[:2])
-    none = lambda: (jnp.zeros_like(y), jnp.zeros_like(missed))
-    added = jax.lax.cond(more > 0, again, none)
-    # y adds up in float32, however many rounds there are.
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, added), None
-
-  start = y.astype(jnp.float32), missed
-  total, missed = jax.lax.scan(further, start, jnp.arange(1, rounds))[0]
-  return total.astype(y.dtype), missed
-
-
 def _flat(
-  group: _Group,
+  group: Group,
   x: jax.Array,
   experts: jax.Array,
   weights: jax.Array,
@@ -230,7 +90,7 @@ def _flat(
     gate_up, down: this device's experts, see `run`.
 
   Returns:
-    As `_hop`.
+    As `hop`.
   """
   mine = gate_up.shape[0]
   K = experts.shape[1]
@@ -249,18 +109,18 @@ def _flat(
     y = group.compute(rows, nowhere, ones, gate_up, down)
     return y, jnp.int32(0)
 
-  copies = _Copies(
+  copies = Copies(
     to,
     weights,
     jnp.ones(to.shape, jnp.int32),
     group.choices or to.size,
     x.shape[0] * min(K, mine),
   )
-  return _hop(group, x, copies, load_of, work)
+  return hop(group, x, copies, load_of, work)
 
 
 def _two_hop(
-  group: _Group,
+  group: Group,
   x: jax.Array,
   experts: jax.Array,
   weights: jax.Array,
@@ -298,24 +158,24 @@ def _two_hop(
     return _flat(near, rows, nowhere, weights, gate_up, down)
 
   far = dataclasses.replace(group, size=nodes, groups=across)
-  copies = _Copies(
+  copies = Copies(
     to,
     jnp.ones(to.shape, jnp.float32),
     visits,
     x.shape[0] * min(experts.shape[1], nodes),
     x.shape[0],
   )
-  return _hop(far, x, copies, load_of, work)
+  return hop(far, x, copies, load_of, work)
 
 
-def _localized(group: _Group, experts: jax.Array, mine: int) -> jax.Array:
+def _localized(group: Group, experts: jax.Array, mine: int) -> jax.Array:
   """Returns local expert numbers on this device; `mine` for those elsewhere."""
   local = experts - jax.lax.axis_index(group.axis) * mine
   return jnp.where((local >= 0) & (local < mine), local, mine)
 
 
 def _all_gather(
-  group: _Group,
+  group: Group,
   x: jax.Array,
   experts: jax.Array,
   weights: jax.Array,
@@ -332,7 +192,7 @@ def _all_gather(
 
 
 def _shared_tokens(
-  group: _Group,
+  group: Group,
   x: jax.Array,
   experts: jax.Array,
   weights: jax.Array,
@@ -347,7 +207,7 @@ def _shared_tokens(
   return total.astype(y.dtype), jnp.int32(0)
 
 
-def _way(group: _Group, tokens_split: bool) -> Callable:
+def _way(group: Group, tokens_split: bool) -> Callable:
   """Returns the function that exchanges: `_flat` or one with its arguments."""
   if group.size == 1:
     return lambda group, *args: (group.compute(*args), jnp.int32(0))
@@ -417,10 +277,10 @@ def run(
   over = tuple(n for part in tokens for n in _names(part))
   if set(hidden) & set(over):
     raise InputError(
-      f'mesh.rules.mlp = {rules["mlp"]!r}: cuts tokens too, so its devices'
+      f'mesh.rules.mlp = {rules["mlp"]!r}: shards tokens too, so its devices'
       ' have different ones; use an axis that batch and seq do not'
     )
-  group = _Group(using.exchange, compute, axis, size, mesh.axis_names)
+  group = Group(using.exchange, compute, axis, size, mesh.axis_names)
   way = _way(group, axis in over)
 
   def local(

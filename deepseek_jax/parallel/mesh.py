@@ -189,22 +189,22 @@ def _check_activations(rules: Rules) -> None:
     raise InputError(
       f'mesh.rules.experts = {rules["experts"]!r}: must be one mesh axis'
     )
-  cut_by = {}
+  sharded_by = {}
   for name in ('batch', 'seq'):
     for axis in names(rules.get(name)):
-      if axis in cut_by:
+      if axis in sharded_by:
         raise InputError(
-          f'mesh.rules.{name} = {rules[name]!r}: mesh.{axis} already cuts'
-          f' {cut_by[axis]!r}; name it once'
+          f'mesh.rules.{name} = {rules[name]!r}: mesh.{axis} already shards'
+          f' {sharded_by[axis]!r}; name it once'
         )
-      cut_by[axis] = name
+      sharded_by[axis] = name
   for name in ('heads', 'kv_heads', 'mlp'):
     for axis in names(rules.get(name)):
-      if axis in cut_by:
+      if axis in sharded_by:
         raise InputError(
-          f'mesh.rules.{name} = {rules[name]!r}: mesh.{axis} cuts'
-          f' {cut_by[axis]!r}, so its devices have different tokens; change'
-          f' mesh.rules.{name} or mesh.rules.{cut_by[axis]}'
+          f'mesh.rules.{name} = {rules[name]!r}: mesh.{axis} shards'
+          f' {sharded_by[axis]!r}, so its devices have different tokens; change'
+          f' mesh.rules.{name} or mesh.rules.{sharded_by[axis]}'
         )
 
 
@@ -236,8 +236,8 @@ def _check_axis(
   for mesh_axis in over:
     if mesh_axis in seen and getattr(config, mesh_axis) > 1:
       raise InputError(
-        f'{name}: both its axes {seen[mesh_axis]!r} and {axis!r} are cut by'
-        f' mesh.{mesh_axis}; change mesh.rules.{axis}'
+        f'{name}: both its axes {seen[mesh_axis]!r} and {axis!r} are sharded'
+        f' over mesh.{mesh_axis}; change mesh.rules.{axis}'
       )
     seen[mesh_axis] = axis
 
@@ -256,7 +256,7 @@ def check_batch(
   ways = config.ways('batch')
   if rows % (ways * accumulate):
     raise InputError(
-      f'train.batch: {rows} sequences cannot be cut in {ways} parts of'
+      f'train.batch: {rows} sequences cannot be split into {ways} shards of'
       f' mesh ({config.spread}) and {accumulate} micro-batches; set every size'
       f' to a multiple of {ways * accumulate}'
     )

@@ -22,7 +22,7 @@ _PATIENCE = 24 * 3600  # seconds that processes wait where one of them works
 _names = itertools.count()
 
 
-class Cluster(NamedTuple):
+class Rendezvous(NamedTuple):
   """Describes how processes find each other.
 
   Attributes:
@@ -45,7 +45,7 @@ def find_cluster(
   process: int | None = None,
   *,
   environment: Mapping[str, str] = os.environ,
-) -> Cluster:
+) -> Rendezvous:
   """Returns the cluster that `init_distributed` joins.
 
   Args:
@@ -68,17 +68,17 @@ def find_cluster(
     'SLURM_STEP_NODELIST',
     'SLURM_PROCID',
   } <= set(environment):
-    return Cluster('slurm')
+    return Rendezvous('slurm')
   if int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
-    return Cluster('openmpi')
+    return Rendezvous('openmpi')
   if {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= set(environment):
-    return Cluster('kubernetes')
-  return Cluster('nobody', count=1, index=0)
+    return Rendezvous('kubernetes')
+  return Rendezvous('nobody', count=1, index=0)
 
 
 def _complete(
   found_by: str, names: Sequence[str], given: Sequence[str | int | None]
-) -> Cluster:
+) -> Rendezvous:
   """Returns the cluster of a given coordinator, count and index.
 
   Raises:
@@ -93,7 +93,7 @@ def _complete(
       raise InputError(f'{name} = {value!r}: must be a whole number') from None
   count, index = numbers
   if count == 1:
-    return Cluster(found_by, given[0], 1, 0)
+    return Rendezvous(found_by, given[0], 1, 0)
   for name, value in zip(names, (given[0], count, index)):
     if value is None:
       raise InputError(f'{name} is missing: give all of {", ".join(names)}')
@@ -104,7 +104,7 @@ def _complete(
     )
   if not given[0].rpartition(':')[2].isdigit():
     raise InputError(f'{names[0]} = {given[0]!r}: write host:port')
-  return Cluster(found_by, given[0], count, index)
+  return Rendezvous(found_by, given[0], count, index)
 
 
 def init_distributed(
@@ -114,7 +114,7 @@ def init_distributed(
   *,
   heartbeat_seconds: int = 60,
   connect_seconds: int = 300,
-) -> Cluster:
+) -> Rendezvous:
   """Joins this process to its run; before anything asks JAX for devices.
 
   Prints one line that says who is who. A process by itself is left as it is.

@@ -1,7 +1,7 @@
 """Cuts a model's blocks into pipeline stages of even runs."""
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def stage_places(config: TransformerConfig, count: int) -> tuple[tuple, ...]:

@@ -26,7 +26,7 @@ def add(total: Any, more: Any) -> Any:
   return jax.tree.map(jnp.add, total, more)
 
 
-class Step:
+class OnePass:
   """Holds a pass over a schedule: what is under way, and what was added up."""
 
   def __init__(

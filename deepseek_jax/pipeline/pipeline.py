@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.exchange import ExchangeConfig
@@ -30,7 +30,7 @@ from deepseek_jax.pipeline import stage_calls
 from deepseek_jax.pipeline import stages as cutting
 from deepseek_jax.pipeline import sums as pipeline_sums
 from deepseek_jax.pipeline.chunk_orders import Schedule
-from deepseek_jax.pipeline.one_pass import Place, Step, add
+from deepseek_jax.pipeline.one_pass import OnePass, Place, add
 from deepseek_jax.pipeline.simulate import Durations, simulate
 from deepseek_jax.train import trainable as frozen
 from deepseek_jax.train.objective import (
@@ -290,7 +290,7 @@ class Pipeline:
     numbers = {key: i for i, key in enumerate(self._forwards)}
     chosen = lambda *key: jax.tree.map(lambda a: a[numbers[key]], micro)
     # One process dispatches all programs, in an order in which none waits.
-    run = Step(self, self.copied(held), chosen, shares)
+    run = OnePass(self, self.copied(held), chosen, shares)
     for span in self._order:
       run.step(span.rank, span.step)
     return pipeline_sums.summed(self, run.totals), pipeline_sums.metrics(

@@ -18,17 +18,14 @@ from flax import nnx
 
 from deepseek_jax import trees
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.functional import Functional, functional
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import (
-  Functional,
-  Transformer,
-  TransformerConfig,
-  functional,
-)
+from deepseek_jax.model.network import Transformer
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.pipeline.cut import stage_places
 
 
-class Piece(NamedTuple):
+class StagePiece(NamedTuple):
   """Names layers of a segment: a slice of its pattern and of its repeats."""
 
   segment: int
@@ -53,7 +50,7 @@ def pieces(config: TransformerConfig, first: int, end: int) -> tuple:
         continue
       r = start // n
       pattern = slice(start - r * n, min(stop - r * n, n))
-      out.append(Piece(i, pattern, slice(r, -(-stop // n))))
+      out.append(StagePiece(i, pattern, slice(r, -(-stop // n))))
   return tuple(out)
 
 
@@ -71,7 +68,7 @@ class Stage:
   """
 
   config: TransformerConfig
-  pieces: tuple[Piece, ...]
+  pieces: tuple[StagePiece, ...]
   first: bool
   last: bool
   embed: bool
@@ -174,7 +171,7 @@ def cut(config: TransformerConfig, count: int) -> tuple[Stage, ...]:
     )
   if any(b.engram for s in config.segments() for b in s.blocks):
     raise InputError(
-      f'mesh.stage = {count}: a model with memories (engram) has no stages; set'
+      f'mesh.stage = {count}: a model with Engrams has no stages; set'
       ' it to 1 and another axis to that'
     )
   runs = stage_places(config, count)

@@ -22,5 +22,6 @@ from deepseek_jax.plan.memory import (
   device_bytes,
 )
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
-from deepseek_jax.plan.report import Recipe, Report, estimate, v3_recipe
+from deepseek_jax.plan.recipe import Recipe, v3_recipe
+from deepseek_jax.plan.report import Report, estimate
 from deepseek_jax.plan.wire.traffic import traffic

@@ -19,7 +19,7 @@ from jax.extend import core
 
 from deepseek_jax.model.block import Block, BlockConfig
 from deepseek_jax.model.context import Context
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.sharding import Buffer
 
 

@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import at_least, from_dict, to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import MeshConfig

@@ -16,7 +16,8 @@ from flax import nnx
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lora
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import RULES
 from deepseek_jax.pipeline.cut import stage_places
 
@@ -60,7 +61,7 @@ def mesh_of(sizes: Mapping[str, int] | Mesh | None) -> Mesh:
   return Mesh(**(sizes or {}))
 
 
-class Share(NamedTuple):
+class DeviceShare(NamedTuple):
   """Describes what one device holds of one parameter of one block.
 
   Attributes:
@@ -92,7 +93,7 @@ def _share(
   rules: Mapping,
   kind: str,
   trained: bool,
-) -> Share:
+) -> DeviceShare:
   """Returns the share of a parameter, the first `stack` axes left out."""
   meta = variable.get_metadata()
   axes = meta.get('axes') or ()
@@ -109,7 +110,7 @@ def _share(
       )
     elements *= size // parts
     over += [n for n in names if getattr(mesh, n) > 1]
-  return Share(
+  return DeviceShare(
     name,
     elements,
     math.prod(shape),
@@ -134,7 +135,7 @@ def _leaves(
 
 def shares(
   config: TransformerConfig, mesh: Mesh, rules: Mapping | None = None
-) -> dict[tuple, tuple[Share, ...]]:
+) -> dict[tuple, tuple[DeviceShare, ...]]:
   """Returns what a device holds, by place.
 
   Places are ('start',), ('block', i) for layer i in order, ('mtp', k) and

@@ -13,19 +13,19 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.attention import Term, attention_cost
 
 Seen = Literal['half', 'full', 'triangle', 'blocks']
 CONVENTIONS = {
-  'half': 'causal as papers count it: each query sees half of the sequence',
-  'full': 'not causal: each query sees the whole sequence',
-  'triangle': 'causal, exact: query t sees t keys',
+  'half': 'causal as papers count it: a query attends to half of the sequence',
+  'full': 'not causal: a query attends to the whole sequence',
+  'triangle': 'causal, exact: query t attends to t keys',
   'blocks': "what the XLA program computes: the triangle's blocks",
 }
 PROJECTIONS, CORE = 'attention projections', 'attention core'
 INDEX = 'indexer scores'
-RESIDUAL, MEMORY = 'residual streams', 'n-gram memory'
+RESIDUAL, MEMORY = 'residual streams', 'Engram'
 DENSE, ROUTER = 'dense FFN', 'router'
 SHARED, ROUTED = 'shared experts', 'routed experts'
 HEAD, MTP = 'head', 'multi-token prediction'

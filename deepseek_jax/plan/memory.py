@@ -12,13 +12,13 @@ from typing import Literal
 from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
-from deepseek_jax.parallel import exchange
+from deepseek_jax.model.transformer_config import TransformerConfig
+from deepseek_jax.parallel import exchange, rounds
 from deepseek_jax.pipeline.cut import stage_places
 from deepseek_jax.plan import device_shares as meshes
 from deepseek_jax.plan.activations import kept_bytes
 from deepseek_jax.plan.attention import cache_bytes_fp8, cache_elements
-from deepseek_jax.plan.device_shares import Mesh, Share
+from deepseek_jax.plan.device_shares import DeviceShare, Mesh
 from deepseek_jax.plan.flops import blocks
 from deepseek_jax.train.optimizer import OptimizerConfig, moment_count
 
@@ -83,7 +83,7 @@ def row_bytes(dim: int, dtype: str) -> int:
   return dim * BYTES[dtype] + scales
 
 
-def replicas(share: Share, mesh: Mesh) -> int:
+def replicas(share: DeviceShare, mesh: Mesh) -> int:
   """Returns how many devices of one stage add up a parameter's gradient.
 
   They hold the same shard of the parameter and work on different tokens.
@@ -92,14 +92,14 @@ def replicas(share: Share, mesh: Mesh) -> int:
   return math.prod(getattr(mesh, a) for a in axes if a not in share.over)
 
 
-def moment_bytes(optimizer: OptimizerConfig, share: Share) -> int:
+def moment_bytes(optimizer: OptimizerConfig, share: DeviceShare) -> int:
   """Returns the bytes of a number's moments; Muon's placeholders count none."""
   return BYTES[optimizer.moments] * moment_count(optimizer, share.axes)
 
 
 def state_bytes(
   config: TransformerConfig,
-  held: list[Share],
+  held: list[DeviceShare],
   mesh: Mesh,
   training: Training,
   copies: int = 1,
@@ -190,7 +190,7 @@ def exchange_bytes(
 
   A copy of a token travels per chosen expert. Every device of the expert axis
   has a buffer of `exchange_factor` even shares, filled or not, as
-  `exchange.share` makes it.
+  `rounds.share` makes it.
   """
   n = mesh.expert
   if n == 1:
@@ -198,7 +198,7 @@ def exchange_bytes(
   tokens = training.micro_batch * training.seq_len // mesh.context
   rows = [
     n
-    * exchange.share(
+    * rounds.share(
       tokens * moe.top_k,
       n,
       tokens * min(moe.top_k, moe.experts // n),
@@ -255,7 +255,7 @@ def device_bytes(
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class CacheMemory:
   """Holds the size of the KV cache of one sequence.
 
   Attributes:
@@ -275,7 +275,7 @@ class Cache:
     return self.elements * bits / 8
 
 
-def cache(config: TransformerConfig, length: int = 1) -> Cache:
+def cache(config: TransformerConfig, length: int = 1) -> CacheMemory:
   """Returns the KV cache of `length` tokens; 1 gives the figure per token."""
   if length < 1:
     raise InputError(f'length = {length}: must be at least 1')
@@ -284,7 +284,7 @@ def cache(config: TransformerConfig, length: int = 1) -> Cache:
     elements += repeat * cache_elements(block.attention, length)
     record = cache_bytes_fp8(block.attention, length)
     fp8 = None if fp8 is None or record is None else fp8 + repeat * record
-  return Cache(length, elements, 2 * elements, fp8)
+  return CacheMemory(length, elements, 2 * elements, fp8)
 
 
 def checkpoint_bytes(

@@ -10,7 +10,8 @@ from flax import nnx
 
 from deepseek_jax.model import lora
 from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.transformer import TransformerConfig, build
+from deepseek_jax.model.transformer import build
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)

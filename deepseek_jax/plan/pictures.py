@@ -95,7 +95,7 @@ def _memory(axes: Any, report: Report) -> None:
   axes.set_ylim(2.6, -0.95)
   axes.set_xlabel('GB')
   axes.set_title(
-    'Memory of the fullest device, by what the backward pass keeps'
+    'Memory of the fullest device, by what is saved for the backward pass'
     ' (* as configured)'
   )
   _legend(axes, CLASSES, _COLORS)

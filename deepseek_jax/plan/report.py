@@ -8,65 +8,22 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from deepseek_jax import own_classes
-from deepseek_jax.config import above, at_least, to_dict, within
+from deepseek_jax.config import to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.pipeline.simulate import Durations
-from deepseek_jax.plan import (
-  bubbles as pipeline,
-)
-from deepseek_jax.plan import (
-  cost,
-  hardware,
-  memory,
-)
-from deepseek_jax.plan import (
-  device_shares as mesh,
-)
+from deepseek_jax.plan import bubbles as pipeline
+from deepseek_jax.plan import cost, hardware, memory
+from deepseek_jax.plan import device_shares as mesh
 from deepseek_jax.plan import flops as flop
-from deepseek_jax.plan.device_shares import Mesh
+from deepseek_jax.plan.assumptions import assumed
 from deepseek_jax.plan.hardware import Cluster
 from deepseek_jax.plan.parameters import ParameterCount, count_parameters
+from deepseek_jax.plan.recipe import Recipe, check
 from deepseek_jax.plan.wire.tensor_wire import uncounted
 from deepseek_jax.plan.wire.traffic import Traffic, traffic
 
 POLICIES = ('none', 'dots', 'full')
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """Describes what a configuration of a model leaves open.
-
-  Attributes:
-    tokens: to train on.
-    batch: sequences per step, over all devices.
-    training: sequence length, micro-batch, optimizer, schedule.
-    mesh: axis sizes; their product must be the cluster's devices.
-    node_limited: tokens cross to each node at most once (V3).
-    utilization: share of the peak that model FLOPs (half convention) reach.
-    dollars: per device and hour.
-    cache_length: tokens at which the KV cache is also given.
-    grace: seconds between the notice of a preemption and the end.
-    storage: bytes/s that one host writes to storage.
-  """
-
-  tokens: float = 1e12
-  batch: int = 1024
-  training: memory.Training = memory.Training()
-  mesh: Mesh = Mesh()
-  node_limited: bool = True
-  utilization: float = 0.4
-  dollars: float = 2.0
-  cache_length: int = 131072
-  grace: float = 30.0
-  storage: float = 2e9
-
-  def __post_init__(self):
-    """Raises InputError where a number is out of its range."""
-    above(self, tokens=0, grace=0, storage=0)
-    at_least(self, batch=1, cache_length=1, dollars=0)
-    within(self, utilization=(0, 1), ends='(]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +131,8 @@ class Report:
   flops: dict[str, flop.Flops]
   standard_flops: tuple[float, float] | None
   decode: dict[str, int]
-  cache: memory.Cache
-  cache_at_length: memory.Cache
+  cache: memory.CacheMemory
+  cache_at_length: memory.CacheMemory
   memory: dict[str, dict[str, int]]
   traffic: Traffic
   method: pipeline.Method
@@ -206,8 +163,8 @@ class Report:
     missing = uncounted(self.config) if self.recipe.mesh.tensor > 1 else ()
     if missing:
       out = (
-        f'mesh.tensor = {self.recipe.mesh.tensor}: what {", ".join(missing)}'
-        ' sums inside is not counted among the bytes sent',
+        f'mesh.tensor = {self.recipe.mesh.tensor}: sums inside'
+        f' {", ".join(missing)} are not counted among the bytes sent',
       )
     if t.reachable:
       return out
@@ -298,103 +255,11 @@ def _cost(recipe: Recipe, cluster: Cluster, step: StepTime) -> Cost:
   )
 
 
-def _check(config: TransformerConfig, cluster: Cluster, recipe: Recipe) -> None:
-  """Raises InputError where recipe and cluster do not fit each other."""
-  grid, run = recipe.mesh, recipe.training
-  if grid.devices != cluster.devices:
-    raise InputError(
-      f'mesh of {grid.devices} devices: the cluster has {cluster.devices};'
-      ' make the product of the axes equal'
-    )
-  each = grid.batch * run.micro_batch
-  if recipe.batch % each:
-    raise InputError(
-      f'batch = {recipe.batch}: must be a multiple of data * fsdp * expert *'
-      f' micro_batch = {each}'
-    )
-  if run.seq_len % grid.context:
-    raise InputError(
-      f'seq_len = {run.seq_len}: must divide by mesh.context = {grid.context}'
-    )
-  micro = recipe.batch // each
-  if run.both_ends and grid.stage > 1 and micro < 2 * grid.stage:
-    raise InputError(
-      f'batch = {recipe.batch}: gives {micro} micro-batches per device;'
-      f' {run.schedule} needs at least 2 * mesh.stage = {2 * grid.stage}'
-    )
-  if run.schedule == 'dualpipe' and grid.stage > 1 and micro % 2:
-    raise InputError(
-      f'batch = {recipe.batch}: gives {micro} micro-batches per device;'
-      f' dualpipe needs an even number; set batch to {recipe.batch + each}'
-    )
-
-
-def _optimizer_assumptions(run: memory.Training) -> tuple[str, ...]:
-  """Returns sentences on what is assumed of the optimizer."""
-  kind, stage = run.optimizer.moments, f'ZeRO stage {run.zero}'
-  if run.optimizer.muon is None:
-    return (f'optimizer moments are {kind}, {stage}',)
-  return (
-    f"optimizer moments are {kind}, one for each of Muon's matrices and two for"
-    f' what AdamW has, {stage}',
-    "the products that make Muon's momenta orthogonal, and the shards of"
-    ' matrices that they gather, take no time',
-  )
-
-
-def _own_assumptions(config: TransformerConfig) -> tuple[str, ...]:
-  """Returns a sentence for each of a user's classes without a cost."""
-  found = own_classes.kinds(to_dict(config)).items()
-  return tuple(
-    f"{path} ({kind}) is counted as the library's class in its place"
-    for path, kind in found
-    if not hasattr(own_classes.find(kind), 'cost')
-  )
-
-
-def _assumptions(
-  config: TransformerConfig, cluster: Cluster, recipe: Recipe
-) -> tuple[str, ...]:
-  """Returns sentences, one for every figure and assumption of the plan."""
-  a, run = cluster.accelerator, recipe.training
-  figures = {
-    'bf16 peak': (a.bf16, 1e12, 'TFLOP/s'),
-    'memory': (a.memory, 1e9, 'GB'),
-    'memory bandwidth': (a.memory_bandwidth, 1e12, 'TB/s'),
-    'fast link': (a.fast, 1e9, 'GB/s'),
-    'slow link': (a.slow, 1e9, 'GB/s'),
-  }
-  stated = tuple(
-    f'{a.name} {name} {f.value / scale:g} {unit} ({f.origin})'
-    for name, (f, scale, unit) in figures.items()
-  )
-  return (
-    *stated,
-    'compute runs at the bf16 peak, whatever the dtype',
-    f'model FLOPs reach {recipe.utilization:.1%} of it; '
-    f'{flop.CONVENTIONS["half"]}; the backward pass is twice the forward',
-    'executed FLOPs add multi-token prediction and what the backward pass'
-    f' recomputes (remat = {config.compute.remat!r})',
-    'blocks are spread evenly over stages; transfers between them take no'
-    ' time in the bubble; an overlapped pair takes F + B',
-    'gradients are summed over devices in every micro-batch, by pipelines once'
-    ' per step',
-    'experts are evenly loaded; node-limited traffic is at its limit of nodes',
-    'activations are what the blocks keep before XLA fuses anything; the copy'
-    ' of a block that fsdp gathers is left out',
-    *_own_assumptions(config),
-    *_optimizer_assumptions(run),
-    f'{recipe.dollars:g} dollars per device and hour',
-    f'a host of {a.host.value:g} devices ({a.host.origin}) writes'
-    f' {recipe.storage / 1e9:g} GB/s to storage',
-  )
-
-
 def estimate(
   config: TransformerConfig,
   *,
   cluster: str | Cluster = 'h100',
-  recipe: Recipe = Recipe(),
+  recipe: Recipe | None = None,
   rules: Mapping | None = None,
 ) -> Report:
   """Plans the training of a model; allocates and compiles nothing.
@@ -410,7 +275,8 @@ def estimate(
   """
   if isinstance(cluster, str):
     cluster = hardware.cluster(cluster)
-  _check(config, cluster, recipe)
+  recipe = recipe or Recipe()
+  check(config, cluster, recipe)
   run = recipe.training
   # Shares are the same under every policy.
   held, fullest = mesh.shares(config, recipe.mesh, rules), {}
@@ -454,26 +320,5 @@ def estimate(
     time=step,
     cost=_cost(recipe, cluster, step),
     checkpoint=Checkpoint(size, seconds, seconds <= recipe.grace),
-    assumptions=_assumptions(config, cluster, recipe),
-  )
-
-
-def v3_recipe(utilization: float = 0.389) -> Recipe:
-  """Returns DeepSeek-V3's recipe: 16 pipeline ranks, 64-way experts, ZeRO-1.
-
-  arXiv:2412.19437 sections 3.2, 3.3 and 4.2; batch after its ramp; the
-  utilization is that of arXiv:2505.09343, table 4.
-  """
-  return Recipe(
-    tokens=14.8e12,
-    batch=15360,
-    mesh=Mesh(data=2, expert=64, stage=16),
-    training=memory.Training(
-      seq_len=4096,
-      optimizer=memory.OptimizerConfig(moments='bfloat16'),
-      zero=1,
-      dispatch='float8',
-      schedule='dualpipe',
-    ),
-    utilization=utilization,
+    assumptions=assumed(config, cluster, recipe),
   )

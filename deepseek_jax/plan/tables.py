@@ -48,7 +48,7 @@ def _model() -> list[Row]:
     ('parameters', p('total')),
     ('active per token, with embedding and head', p('active')),
     ('active per token, without embedding', p('active_without_embedding')),
-    ('multi-token prediction, its own', p('mtp')),
+    ('multi-token prediction alone', p('mtp')),
     *(
       (
         f'training FLOPs per token: {CONVENTIONS[seen]}',
@@ -77,7 +77,7 @@ def _model() -> list[Row]:
       ),
     ),
     (
-      'decoding a token there, by form',
+      'decoding a token after it, by form',
       lambda r: ', '.join(f'{k} {giga(v)}' for k, v in r.decode.items()),
     ),
   ]
@@ -203,7 +203,7 @@ def render_compiled(name: str, program: Program, made: Compiled) -> Group:
   notes = [what]
   if made.loops:
     notes.append(
-      f'{made.loops} collectives stand in loops of unknown length: counted once'
+      f'{made.loops} collectives are in loops of unknown length: counted once'
     )
   if made.rematerialized:
     notes.append(

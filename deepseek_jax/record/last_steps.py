@@ -20,6 +20,7 @@ import numpy as np
 
 from deepseek_jax import files
 from deepseek_jax.errors import InputError
+from deepseek_jax.record.json_lines import read_lines
 
 FILE = 'abort.jsonl'
 
@@ -103,23 +104,22 @@ def read(workdir: str | os.PathLike) -> list[dict]:
   path = Path(workdir) / FILE
   if not path.exists():
     raise InputError(f'{path} is missing: the run has not given up')
-  return [
-    _numbers(_row(line, f'{path}, line {number}'))
-    for number, line in enumerate(path.read_bytes().splitlines(), 1)
-  ]
+  # Written whole: no line of it was cut short by a kill.
+  rows, damaged = read_lines(path, _row, appended=False)
+  if damaged:
+    number, line = damaged[0]
+    raise InputError(
+      f'{path}, line {number} is not a step of a run: {line[:60]!r}; remove the'
+      ' line'
+    )
+  return [_numbers(row) for _, row in rows]
 
 
-def _row(line: bytes, where: str) -> dict:
-  """Returns a line's row; raises InputError, with `where`, unless it is one."""
-  try:
-    row = json.loads(line)
-    if isinstance(row['step'], int) and isinstance(row['batch'], dict):
-      return row
-  except (ValueError, LookupError, TypeError, RecursionError):
-    pass
-  raise InputError(
-    f'{where} is not a step of a run: {line[:60]!r}; remove the line'
-  )
+def _row(row: dict) -> dict:
+  """Returns a line's row, as `read_lines` wants it."""
+  if isinstance(row['step'], int) and isinstance(row['batch'], dict):
+    return row
+  raise ValueError
 
 
 def _numbers(value: Any) -> Any:

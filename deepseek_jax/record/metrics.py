@@ -25,6 +25,7 @@ import numpy as np
 from deepseek_jax import files
 from deepseek_jax.console import progress
 from deepseek_jax.errors import InputError, naming
+from deepseek_jax.record.json_lines import read_lines
 
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
 _SHOWN = {'metrics': 4, 'timings': 1}  # values on the progress line
@@ -214,33 +215,16 @@ def set_aside(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
-  """Reads a file of lines.
-
-  Returns:
-    Its complete lines, their bytes and their numbers; and one text for every
-    line that is not one of metrics.
-  """
-  if not path.exists():
-    return [], []
-  *complete, _ = path.read_bytes().split(b'\n')  # the rest was cut short
-  rows, wrong = [], []
-  for number, line in enumerate(complete, 1):
-    try:
-      rows.append((line, _row(line)))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-      where = f'{path}, line {number}'
-      wrong.append(f'{where} is not a line of metrics: {line[:60]!r}')
-  return rows, wrong
+  """Returns lines and their numbers by name, and a text per damaged one."""
+  rows, damaged = read_lines(path, _row)
+  return rows, [
+    f'{path}, line {number} is not a line of metrics: {line[:60]!r}'
+    for number, line in damaged
+  ]
 
 
-def _row(line: bytes) -> dict[str, Any]:
-  """Returns a line's numbers by name.
-
-  Raises:
-    ValueError, KeyError, AttributeError, TypeError, RecursionError: it is not a
-      line of metrics.
-  """
-  row = json.loads(line)
+def _row(row: dict) -> dict[str, Any]:
+  """Returns the numbers of a line by name, as `read_lines` wants it."""
   row = {k: _decode(v) for k, v in row.items()}
   operator.index(row['step'])
   return row

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deepseek_jax import files
 from deepseek_jax.errors import naming
+from deepseek_jax.record.json_lines import read_lines
 from deepseek_jax.record.metrics import set_aside
 
 _REDONE = ('data', 'step', 'evaluate', 'checkpoint')
@@ -59,18 +60,18 @@ class Timeline:
       if step:
         self._say(f'{self._path} is gone: the time of earlier launches is lost')
       return
-    rows, wrong = _read(self._path)
-    for row in rows:
+    rows, damaged = read_lines(self._path, _row)
+    for _, row in rows:
       if row.get('step', 0) > step and row['phase'] in _REDONE:
         row['phase'] = 'lost'
         row['step'] = step  # lost once
     with files.whole(self._path) as scratch:
-      scratch.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-      if wrong:
+      scratch.write_text(''.join(json.dumps(row) + '\n' for _, row in rows))
+      if damaged:
         self._say(
-          f'{self._path}, line {wrong[0]} is not one of phase, seconds and'
-          f' step: the file is now {set_aside(self._path)}, and the other lines'
-          ' go on'
+          f'{self._path}, line {damaged[0].number} is not one of phase, seconds'
+          f' and step: the file is now {set_aside(self._path)}, and the other'
+          ' lines go on'
         )
 
   def reached(self, step: int) -> None:
@@ -107,25 +108,14 @@ class Timeline:
 def totals(path: Path) -> dict[str, float]:
   """Returns seconds per phase, of lines that can be read; {} without a file."""
   out: dict[str, float] = {}
-  for row in _read(path)[0] if path.exists() else []:
+  for _, row in read_lines(path, _row)[0]:
     out[row['phase']] = out.get(row['phase'], 0.0) + row['seconds']
   return out
 
 
-def _read(path: Path) -> tuple[list[dict], list[int]]:
-  """Returns the complete lines, and the numbers of damaged ones.
-
-  A kill may have cut the last line, which is then in neither.
-  """
-  *complete, _ = path.read_bytes().split(b'\n')
-  rows, wrong = [], []
-  for number, line in enumerate(complete, 1):
-    try:
-      row = json.loads(line)
-      sound = math.isfinite(row['seconds']) and row.get('step', 0) >= 0
-      if not (sound and isinstance(row['phase'], str)):
-        raise ValueError
-      rows.append(row)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-      wrong.append(number)
-  return rows, wrong
+def _row(row: dict) -> dict:
+  """Returns a line's row, as `read_lines` wants it."""
+  sound = math.isfinite(row['seconds']) and row.get('step', 0) >= 0
+  if not (sound and isinstance(row['phase'], str)):
+    raise ValueError
+  return row

@@ -1,6 +1,6 @@
 """Reads the conversations of a run: rendered, split, packed, in memory.
 
-It has the face of a `data.Store`, and its batches that of `data.Batches`, so a
+It has the face of a `data.TokenStore`, and its batches that of `data.Batches`, so a
 run trains on conversations as on text. Legend: R rows, T tokens read.
 """
 
@@ -40,7 +40,7 @@ class ConversationStore:
 
   @property
   def index(self) -> dict:
-    """Returns the hash of the tokenizer, where a `data.Store` has it."""
+    """Returns the hash of the tokenizer, where a `data.TokenStore` has it."""
     return {'tokenizer': {'sha256': self._tokenizer.sha256}}
 
   @property

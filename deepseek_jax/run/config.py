@@ -6,7 +6,7 @@ from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.grpo import GRPOConfig

@@ -32,7 +32,7 @@ from deepseek_jax.run.folder import (
 from deepseek_jax.run.preemption import Preemption
 from deepseek_jax.run.staged_steps import StagedSteps
 from deepseek_jax.run.start import check_source, start, with_classes
-from deepseek_jax.run.step_record import Record, router_biases
+from deepseek_jax.run.step_record import StepRecord, router_biases
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.run.trainer import Trainer
 from deepseek_jax.train.step import TrainState
@@ -117,7 +117,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
           state = with_classes(state, resumed, model, store)
           batches.ngrams = ngram_hash.host_hash(state.buffers)
       timeline.begin(resumed)
-      record = Record(config, model, workdir, resumed, console=console)
+      record = StepRecord(config, model, workdir, resumed, console=console)
       with record:
         if resumed:
           record.writer.log(f'resumed from step {resumed}')

@@ -8,7 +8,7 @@ from deepseek_jax.rl import conversation_store
 from deepseek_jax.rl.conversation_store import ConversationStore
 from deepseek_jax.run.config import RunConfig
 
-Store = datalib.Store | ConversationStore
+Store = datalib.TokenStore | ConversationStore
 
 
 def opened(config: RunConfig, say: Callable[[str], None]) -> Store:

@@ -274,7 +274,7 @@ def schedule(mesh: MeshConfig, micro_batches: int) -> schedules.Schedule:
     if M < P:
       raise InputError(
         f'train.batch.accumulate = {M}: fewer micro-batches than mesh.stage ='
-        f' {P}, so stages would wait all along; set it to {P} or more'
+        f' {P}, so stages would idle throughout; set it to {P} or more'
       )
     return schedules.one_f_one_b(P, M)
   if P % 2:
@@ -296,7 +296,7 @@ def _check_rules(mesh: MeshConfig) -> None:
     if 'stage' in meshes.names(over):
       raise InputError(
         f'mesh.rules.{name} = {over!r}: with mesh.stage = {mesh.stage} the'
-        ' axis stage cuts layers; name another axis'
+        ' axis stage shards layers; name another axis'
       )
 
 

@@ -92,7 +92,7 @@ def _warm(
 
 
 def with_classes(
-  state: TrainState, resumed: int, model: Model, store: datalib.Store
+  state: TrainState, resumed: int, model: Model, store: datalib.TokenStore
 ) -> TrainState:
   """Returns a new run's state with the tokens' classes in Engram's buffers.
 

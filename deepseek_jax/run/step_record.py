@@ -15,6 +15,8 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record import metrics as metric_files
+from deepseek_jax.record.flight import DamagedFile
+from deepseek_jax.record.load_balance import max_violation
 from deepseek_jax.record.metric import Metric, describe
 from deepseek_jax.record.metrics import (
   MetricsWriter,
@@ -22,11 +24,7 @@ from deepseek_jax.record.metrics import (
   set_aside,
   unused,
 )
-from deepseek_jax.record.routing import (
-  DamagedFile,
-  FlightRecorder,
-  max_violation,
-)
+from deepseek_jax.record.routing import FlightRecorder
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import layer_losses
 from deepseek_jax.train.step import metrics_of
@@ -40,7 +38,7 @@ METRICS = {
 }
 
 
-class Record:
+class StepRecord:
   """Writes the numbers of steps; with several processes the first one alone.
 
   Attributes:
@@ -77,7 +75,7 @@ class Record:
     # All processes end by them at one step.
     self.recalls = json.loads(distributed.text_from_first(json.dumps(recalls)))
 
-  def __enter__(self) -> 'Record':
+  def __enter__(self) -> 'StepRecord':
     """Returns itself; the block's end closes the writer."""
     return self
 

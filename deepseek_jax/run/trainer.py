@@ -19,7 +19,7 @@ from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.run.preemption import Preemption
 from deepseek_jax.run.staged_steps import StagedState, StagedSteps
-from deepseek_jax.run.step_record import Record
+from deepseek_jax.run.step_record import StepRecord
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.run.watchdog import Watchdog
 from deepseek_jax.train.step import TrainState
@@ -34,7 +34,7 @@ class Trainer:
   batches: datalib.Batches
   steps: Steps | StagedSteps
   checkpoints: Checkpoints
-  record: Record
+  record: StepRecord
   preemption: Preemption
   timeline: Timeline
   last_steps: LastSteps

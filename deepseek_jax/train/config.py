@@ -7,7 +7,7 @@ from flax import nnx
 
 from deepseek_jax.config import above, within
 from deepseek_jax.model import lora
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.train import schedules
 from deepseek_jax.train import trainable as frozen
 from deepseek_jax.train.gate import GateConfig
@@ -54,7 +54,7 @@ def recipe_of(cfg: TrainConfig, model: TransformerConfig) -> TrainConfig:
   return dataclasses.replace(cfg, trainable=(lora.KEY,))
 
 
-def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
+def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.TrainedPart | None:
   """Returns the trained part of a model's parameters; None if all are trained.
 
   Args:
@@ -69,7 +69,9 @@ def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
   return part_of_stage(cfg, abstract)
 
 
-def part_of_stage(cfg: TrainConfig, abstract: nnx.State) -> frozen.Part | None:
+def part_of_stage(
+  cfg: TrainConfig, abstract: nnx.State
+) -> frozen.TrainedPart | None:
   """Returns `part_of` for a stage's parameters; the part may be empty."""
   return frozen.part(abstract, cfg.trainable) if cfg.trainable else None
 

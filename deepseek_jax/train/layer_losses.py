@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.experts import statistics as routing_statistics
-from deepseek_jax.model.transformer import moe_statistics
+from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train.objective import Shares
 

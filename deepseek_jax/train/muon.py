@@ -97,10 +97,10 @@ def orthogonal(x: jax.Array, how: Split) -> jax.Array:
   order = [*range(stack), *(stack + i for i in order)]
   size = lambda group: math.prod(x.shape[stack + i] for i in group)
   n, m = size(how.inputs), size(how.outputs)
-  turned = x.transpose(order)
+  transposed = x.transpose(order)
   # [matrices n m], all at once.
-  flat = newton_schulz(turned.reshape(-1, n, m)) * math.sqrt(max(n, m))
-  return flat.reshape(turned.shape).transpose(
+  flat = newton_schulz(transposed.reshape(-1, n, m)) * math.sqrt(max(n, m))
+  return flat.reshape(transposed.shape).transpose(
     sorted(range(x.ndim), key=order.__getitem__)
   )
 

@@ -16,7 +16,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.trees import nested
 
 
-class Part(NamedTuple):
+class TrainedPart(NamedTuple):
   """Describes which parameters are trained.
 
   Attributes:
@@ -64,12 +64,12 @@ def check(abstract: nnx.State, names: tuple[str, ...]) -> None:
       )
 
 
-def part(abstract: nnx.State, names: tuple[str, ...]) -> Part:
+def part(abstract: nnx.State, names: tuple[str, ...]) -> TrainedPart:
   """Returns the parameters with one of `names` in their path."""
   flat = _flat(abstract)
   on = {path: any(n in path for n in names) for path in flat}
   kept = {path: v for path, v in flat.items() if on[path]}
-  return Part(type(abstract)(nested(kept)), nested(on))
+  return TrainedPart(type(abstract)(nested(kept)), nested(on))
 
 
 def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:

@@ -29,7 +29,7 @@ _IN_FLIGHT = 8  # times 16 bytes that a thread reads at once
 _ROWS = 8  # that one program of filler looks at
 
 
-class _Part(NamedTuple):
+class _RowMover(NamedTuple):
   """Describes how a warpgroup moves part of a row, a slice of axis 1.
 
   Attributes:
@@ -113,7 +113,7 @@ def _together(count: int) -> int:
   return max(n for n in range(1, _IN_FLIGHT + 1) if count % n == 0)
 
 
-def _plain(x: jax.Array) -> _Part:
+def _plain(x: jax.Array) -> _RowMover:
   """Returns how to move columns of [N D] as they are."""
   chunk = _chunk(x)
   size = chunk * _together(x.shape[1] // chunk)
@@ -123,7 +123,7 @@ def _plain(x: jax.Array) -> _Part:
   def write(value: Any, row: jax.Array, part: pl.Slice, out: jax.Ref) -> None:
     out[row, part] = value
 
-  return _Part(
+  return _RowMover(
     size,
     lambda x, n, part: compat.load(x, (n, part), layout, optimized=False),
     write,
@@ -131,7 +131,7 @@ def _plain(x: jax.Array) -> _Part:
   )
 
 
-def _quantised(x: jax.Array, power_of_two: bool, floor: float) -> _Part:
+def _quantised(x: jax.Array, power_of_two: bool, floor: float) -> _RowMover:
   """Returns how to move blocks of [N D/128 128] in float8, with scales."""
   quantize.check_dtype(x)
   tile = next((n for n in (8, 4) if x.shape[1] % (n * quantize.SIDE) == 0), 0)
@@ -154,7 +154,7 @@ def _quantised(x: jax.Array, power_of_two: bool, floor: float) -> _Part:
     q = compat.full((size, quantize.SIDE), 0.0, layout).astype(FP8)
     return q, compat.full((size,), 0.0, layout.reduce(1))
 
-  return _Part(size, read, write, zero)
+  return _RowMover(size, read, write, zero)
 
 
 def _within_warps(tile: int) -> Any:
@@ -215,7 +215,7 @@ def _by_token(
   return compat.kernel(body, outs, grid=grid)(plan.slot, plan.source, *inputs)
 
 
-def _spread(x: jax.Array, plan: Plan, outs: Any, how: _Part) -> Any:
+def _spread(x: jax.Array, plan: Plan, outs: Any, how: _RowMover) -> Any:
   """Writes every token to all of its rows, and zeros to the others."""
 
   def token(
@@ -241,7 +241,7 @@ def _spread(x: jax.Array, plan: Plan, outs: Any, how: _Part) -> Any:
 
 
 def _weigh(
-  how: _Part, n: jax.Array, part: pl.Slice, slot: jax.Ref, grad: jax.Ref,
+  how: _RowMover, n: jax.Array, part: pl.Slice, slot: jax.Ref, grad: jax.Ref,
   rows: jax.Ref, weights: jax.Ref, drows: jax.Ref, dots: jax.Ref,
 ) -> None:  # fmt: skip
   """Writes weights[n, k] * grad[n] to every row of n, and <grad[n], row>."""

@@ -7,7 +7,7 @@ from ml_collections import config_flags
 from deepseek_jax import config as configs
 from deepseek_jax.cli import common
 from deepseek_jax.model.attention.rope import YarnConfig
-from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
 from deepseek_jax.run import fit as loop
 from deepseek_jax.train.muon import MuonConfig
 from experiments.configs import engram_tiny, v3_tiny, v4_tiny

@@ -349,7 +349,7 @@ class DamageTest(parameterized.TestCase):
   def assert_refused(self, name):
     """Both ways in refuse the store, in one line that names the file."""
     opens = (
-      lambda: data.Store.open(self.path),
+      lambda: data.TokenStore.open(self.path),
       lambda: data.build(self.config),
     )
     for open_store in opens:
@@ -410,8 +410,8 @@ class DamageTest(parameterized.TestCase):
 
   def test_a_smaller_model_vocabulary_is_refused(self):
     with self.assertRaisesRegex(InputError, 'vocab_size=289.*has 290 tokens'):
-      data.Store.open(self.path, vocab_size=289)
-    data.Store.open(self.path, vocab_size=290)
+      data.TokenStore.open(self.path, vocab_size=289)
+    data.TokenStore.open(self.path, vocab_size=290)
 
   def test_a_token_id_past_the_vocabulary_is_refused(self):
     # A consistent store whose tokens are wrong: every hash is right.
@@ -419,7 +419,7 @@ class DamageTest(parameterized.TestCase):
     self.change('train.bin', lambda old: old[:-2] + b'\x22\x01')  # 290
     self._sign_again(index)
     with self.assertRaisesRegex(InputError, 'train.bin.*token 290 of a voc'):
-      data.Store.open(self.path)
+      data.TokenStore.open(self.path)
 
   def test_another_tokenizer_with_right_file_hashes_is_refused(self):
     index = store.read_index(self.path)
@@ -430,7 +430,7 @@ class DamageTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       InputError, 'tokenizer.json.*another tokenizer'
     ):
-      data.Store.open(self.path).tokenizer()
+      data.TokenStore.open(self.path).tokenizer()
 
   def test_a_store_of_another_corpus_in_its_place_is_refused(self):
     other = dataclasses.replace(self.config, fim_rate=0.7)

@@ -10,7 +10,7 @@ from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.presets import layout
 
 CONFIG = TransformerConfig(

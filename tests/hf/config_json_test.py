@@ -6,7 +6,7 @@ import deepseek_jax as ds
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import config_json, config_render
 from deepseek_jax.model.experts.balance import BalanceConfig
-from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
 
 # As released, field by field.
 _V3 = {

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import hf
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import names, store
+from deepseek_jax.hf import chunks, names, store
 from deepseek_jax.hf.source import Source
 
 _RULES = {'experts': 'expert', 'embed': 'fsdp', 'heads': 'tensor'}
@@ -110,7 +110,7 @@ class StoreTest(parameterized.TestCase):
     source = Source(self.hf, mtp=True)
     read = []
     for process in range(processes):
-      share = store.Share(mesh, _RULES, process, processes)
+      share = chunks.Share(mesh, _RULES, process, processes)
       store.create(self.store, source.config, 'float32', share=share)
       seen = 0
 
@@ -133,15 +133,15 @@ class StoreTest(parameterized.TestCase):
 import jax, numpy as np
 from jax.sharding import NamedSharding
 from deepseek_jax.parallel import sharding
-from deepseek_jax.hf import names, store
+from deepseek_jax.hf import chunks, names, store
 import hf_models
 mesh = jax.make_mesh((2, 2, 2), ('fsdp', 'expert', 'tensor'))
 rules = {'experts': ('expert', 'fsdp'), 'embed': 'fsdp', 'heads': 'tensor'}
 for leaf in names.leaves(hf_models.V3):
   rules_ = rules if 'experts' not in leaf.axes else rules | {'embed': None}
-  share = store.Share(dict(mesh.shape), rules_, 0, 4)
+  share = chunks.Share(dict(mesh.shape), rules_, 0, 4)
   place = NamedSharding(mesh, sharding.spec(leaf.axes, rules_, len(leaf.shape)))
-  counts = store.shard_counts(leaf, share)
+  counts = chunks.shard_counts(leaf, share)
   where = place.devices_indices_map(leaf.shape)
   held = {}
   for device, index in where.items():
@@ -151,7 +151,8 @@ for leaf in names.leaves(hf_models.V3):
     held.setdefault(shard, set()).add(device.id // 2)
   assert len(held) == np.prod(counts), leaf.name
   for shard, processes in held.items():
-    assert store.owner(leaf, shard, share) == min(processes), (leaf.name, shard)
+    first = chunks.owner(leaf, shard, share)
+    assert first == min(processes), (leaf.name, shard)
 print('same')
 """
     flags = '--xla_force_host_platform_device_count=8'
@@ -165,10 +166,10 @@ print('same')
 
   def test_uneven_shards_are_an_error(self):
     leaf = names.leaves(hf_models.V3)[-1]
-    share = store.Share({'fsdp': 7}, {a: 'fsdp' for a in leaf.axes if a})
+    share = chunks.Share({'fsdp': 7}, {a: 'fsdp' for a in leaf.axes if a})
     if any(leaf.axes):
       with self.assertRaisesRegex(InputError, 'not divisible by the 7'):
-        store.shard_counts(leaf, share)
+        chunks.shard_counts(leaf, share)
 
 
 class ConvertTest(parameterized.TestCase):

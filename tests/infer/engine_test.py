@@ -7,14 +7,13 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-import deepseek_jax as ds
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
 from deepseek_jax.infer.paging import paging
 from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.plan import memory
-from tests import tiny
+from tests import fake_devices, tiny
 from tests.infer import families
 
 CONTEXT = 64
@@ -54,9 +53,7 @@ def trained(name, tokens):
   padded = np.zeros((1, CONTEXT), np.int32)
   padded[0, : len(tokens)] = tokens
   segments = (np.arange(CONTEXT) < len(tokens)).astype(np.int32)[None]
-  out = forward(name)(
-    families.variables(name), padded, segment_ids=segments
-  )
+  out = forward(name)(families.variables(name), padded, segment_ids=segments)
   return np.asarray(jax.nn.log_softmax(out.logits[0]))[: len(tokens)]
 
 
@@ -88,17 +85,21 @@ class FamilyTest(parameterized.TestCase):
   @parameterized.parameters(*families.NAMES)
   def test_a_shared_prefix_changes_no_token(self, name):
     first = prompts(1, seed=3, most=40)[0] + tuple(range(1, 30))
-    again = first[:27] + (5, 6, 7)
+    again = (*first[:27], 5, 6, 7)
     run = engine(name)
     [[one]] = run.run([Request(first, 20, GREEDY, logprobs=0)])
     [[two]] = run.run([Request(again, 20, GREEDY, logprobs=0)])
     self.assertGreaterEqual(two.usage.cached_tokens, 8)
     # The next turn of a chat goes on from the last one's answer.
-    turn = again + two.tokens + (9, 8)
+    turn = (*again, *two.tokens, 9, 8)
     [[three]] = run.run([Request(turn, 8, GREEDY, logprobs=0)])
     self.assertGreaterEqual(three.usage.cached_tokens, 40)
     cold = engine(name, reuse=False)
-    for prompt, got, new in ((first, one, 20), (again, two, 20), (turn, three, 8)):
+    for prompt, got, new in (
+      (first, one, 20),
+      (again, two, 20),
+      (turn, three, 8),
+    ):
       [[want]] = cold.run([Request(prompt, new, GREEDY, logprobs=0)])
       self.assertEqual(got.tokens, want.tokens)
       np.testing.assert_allclose(
@@ -260,6 +261,17 @@ class ContractTest(parameterized.TestCase):
       load = run.expert_load(number)
       self.assertEqual(load.shape, (2, moe.experts))
       np.testing.assert_array_equal(load.sum(axis=1), 12 * moe.top_k)
+
+
+class MeshTest(parameterized.TestCase):
+  @parameterized.parameters('v3')
+  def test_a_mesh_of_devices_answers_as_one_does(self, name):
+    found = fake_devices.run('tests.infer.engine_worker', name, devices=4)
+    self.assertLen(found, 3)
+    for mesh, (same, error, pages) in found.items():
+      self.assertTrue(same, mesh)
+      self.assertLess(error, 1e-5, mesh)
+      self.assertEqual(pages, 0, mesh)
 
 
 class BadInputTest(parameterized.TestCase):

@@ -13,7 +13,7 @@ from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.memory.engram import EngramConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from tests import tiny
 
 _MLA = {f.name: getattr(tiny.MLA, f.name) for f in dataclasses.fields(tiny.MLA)}

@@ -24,7 +24,7 @@ from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.residual import ResidualConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from deepseek_jax.train import step as train
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.schedules import BatchConfig, ScheduleConfig

@@ -24,7 +24,7 @@ from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from deepseek_jax.pipeline import stage_calls, stages
 from deepseek_jax.train import step as train
 from deepseek_jax.train.evaluate import negative_log_likelihood
@@ -200,7 +200,7 @@ class TokensTest(parameterized.TestCase):
     got = outputs('engram', tokens, segment_ids=segments, ngrams=rows)
     self.assertTrue(np.isnan(got[0, 0, 4:15]).all())
     apply = model('engram').apply
-    with self.assertRaisesRegex(ds.InputError, r"^ngrams: .*memories' tables"):
+    with self.assertRaisesRegex(ds.InputError, r'^ngrams: .*the Engram tables'):
       apply(made, tokens, segment_ids=segments, ngrams=rows)
 
   @parameterized.parameters(-1, V)

@@ -21,7 +21,7 @@ from deepseek_jax.model.context import Context
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.model.transformer_config import ComputeConfig
 from pallas_kernels import compat, dispatch
 from tests import tiny
 

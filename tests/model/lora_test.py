@@ -19,7 +19,7 @@ import deepseek_jax as ds
 from deepseek_jax import hf
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lora, matrices
-from deepseek_jax.model.transformer import functional
+from deepseek_jax.model.functional import functional
 from deepseek_jax.pipeline import stages
 from deepseek_jax.plan.device_shares import Mesh, shares
 from deepseek_jax.plan.memory import Training, checkpoint_bytes, state_bytes
@@ -380,7 +380,7 @@ class ConfigTest(parameterized.TestCase):
 class FunctionalTest(absltest.TestCase):
   def test_without_lora_nothing_is_in_between(self):
     made = functional(
-      lambda key: ds.model.transformer.Transformer(
+      lambda key: ds.model.network.Transformer(
         tiny.config('gqa'), rngs=nnx.Rngs(key)
       ),
       jnp.float32,

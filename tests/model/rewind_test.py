@@ -18,7 +18,7 @@ from deepseek_jax.model.attention.shared_kv import SharedKVCache
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.memory.engram import EngramConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from tests import tiny
 from tests.model import composition_test
 

@@ -19,7 +19,8 @@ from deepseek_jax.model.context import positions_in
 from deepseek_jax.model.experts import ffn, moe
 from deepseek_jax.model.experts import router as routers
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
-from deepseek_jax.model.transformer import Kind, unstack
+from deepseek_jax.model.stacks import unstack
+from deepseek_jax.model.transformer_config import Kind
 from tests import reference, tiny
 
 T = 24

@@ -167,7 +167,7 @@ class MixtureTest(parameterized.TestCase):
       tiny.config('v3'),
       attention=attention,
       layout=(((kind,), repeat),),
-      mtp=ds.model.transformer.MTPConfig(0),
+      mtp=ds.model.mtp.MTPConfig(0),
       **change,
     )
     cfg = ds.from_dict(type(cfg), ds.to_dict(cfg))

@@ -3,9 +3,9 @@
 from tests.mutants.mutant import Mutant
 
 _DATASETS = 'deepseek_jax/data/datasets.py'
-_FILES = 'deepseek_jax/data/files.py'
-_TABLES = 'deepseek_jax/data/tables.py'
-_FILES_TEST = 'tests/data/files_test.py'
+_FILES = 'deepseek_jax/data/corpus_files.py'
+_TABLES = 'deepseek_jax/data/columnar.py'
+_FILES_TEST = 'tests/data/corpus_files_test.py'
 _READERS_TEST = 'tests/data/readers_test.py'
 
 MUTANTS = (

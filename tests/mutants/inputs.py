@@ -89,7 +89,7 @@ MUTANTS = (
   ),
   Mutant(
     'every_change_is_checked_by_itself',
-    _CONFIG,
+    'deepseek_jax/config_changes.py',
     '  return changed_by(config, changes.items())\n',
     '  for pair in changes.items():\n'
     '    config = changed_by(config, [pair])\n'

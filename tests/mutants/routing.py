@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant
 
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _MOE = 'deepseek_jax/model/experts/moe.py'
+_CAPACITY = 'deepseek_jax/model/experts/capacity.py'
 _BALANCE = 'deepseek_jax/model/experts/balance.py'
 _ROUTER_TEST = 'tests/model/experts/router_test.py'
 _MOE_TEST = 'tests/model/experts/moe_test.py'
@@ -131,7 +132,7 @@ MUTANTS = (
   ),
   Mutant(
     'budget_of_a_micro_batch',
-    _MOE,
+    _CAPACITY,
     'budget = cfg.factor * counts.sum(axis=1) / cfg.devices',
     'budget = cfg.factor * counts.sum() / cfg.devices / B * jnp.ones(B)',
     (

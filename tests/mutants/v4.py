@@ -5,7 +5,7 @@ from tests.mutants.mutant import Mutant
 _COMPRESSOR = 'deepseek_jax/model/attention/compressor.py'
 _SHARED = 'deepseek_jax/model/attention/shared_kv.py'
 _PARTS = 'deepseek_jax/model/attention/partial_softmax.py'
-_READING = 'deepseek_jax/model/attention/csa_reading.py'
+_READING = 'deepseek_jax/model/attention/csa_entries.py'
 _STREAMS = 'deepseek_jax/model/hyper_connections.py'
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _MUON = 'deepseek_jax/train/muon.py'
@@ -84,7 +84,7 @@ MUTANTS = (
   Mutant(
     'output_not_turned_back',
     _SHARED,
-    'y = tail_rope(y, -positions, self.cfg.turn, self.cfg.rope_dim)',
+    'y = tail_rope(y, -positions, self.cfg.layer_rope, self.cfg.rope_dim)',
     'y = y + 0',
     (f'{_SHARED_TEST}::equals_float64_and_documents',),
     'V4 trap 4: values carry the turn of their place',

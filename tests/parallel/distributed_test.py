@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import endings, placement
 from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.parallel.processes import Cluster, find_cluster
+from deepseek_jax.parallel.processes import Rendezvous, find_cluster
 
 _SLURM = {
   'SLURM_JOB_ID': '7',
@@ -29,28 +29,31 @@ _POD = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '0'}
 
 class ClusterTest(parameterized.TestCase):
   @parameterized.parameters(
-    ({}, Cluster('nobody', None, 1, 0)),
-    (_SLURM, Cluster('slurm')),
-    (_SLURM | {'SLURM_NTASKS': '1'}, Cluster('nobody', None, 1, 0)),
+    ({}, Rendezvous('nobody', None, 1, 0)),
+    (_SLURM, Rendezvous('slurm')),
+    (_SLURM | {'SLURM_NTASKS': '1'}, Rendezvous('nobody', None, 1, 0)),
     # A shell inside of an allocation is no step of it.
-    ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4'}, Cluster('nobody', None, 1, 0)),
-    ({'OMPI_COMM_WORLD_SIZE': '8'}, Cluster('openmpi')),
-    ({'OMPI_COMM_WORLD_SIZE': '1'}, Cluster('nobody', None, 1, 0)),
-    (_POD, Cluster('kubernetes')),
+    (
+      {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4'},
+      Rendezvous('nobody', None, 1, 0),
+    ),
+    ({'OMPI_COMM_WORLD_SIZE': '8'}, Rendezvous('openmpi')),
+    ({'OMPI_COMM_WORLD_SIZE': '1'}, Rendezvous('nobody', None, 1, 0)),
+    (_POD, Rendezvous('kubernetes')),
     # A pod that is no part of an indexed job.
-    ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, Cluster('nobody', None, 1, 0)),
-    (_OWN, Cluster('environment', 'host:1234', 2, 1)),
-    (_OWN | _SLURM | _POD, Cluster('environment', 'host:1234', 2, 1)),
-    (_POD | {'DSJ_PROCESSES': '1'}, Cluster('environment', None, 1, 0)),
+    ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, Rendezvous('nobody', None, 1, 0)),
+    (_OWN, Rendezvous('environment', 'host:1234', 2, 1)),
+    (_OWN | _SLURM | _POD, Rendezvous('environment', 'host:1234', 2, 1)),
+    (_POD | {'DSJ_PROCESSES': '1'}, Rendezvous('environment', None, 1, 0)),
   )
   def test_what_the_environment_says(self, environment, want):
     self.assertEqual(find_cluster(environment=environment), want)
 
   def test_arguments_win_over_the_environment(self):
     got = find_cluster('other:99', 3, 0, environment=_OWN | _SLURM)
-    self.assertEqual(got, Cluster('arguments', 'other:99', 3, 0))
+    self.assertEqual(got, Rendezvous('arguments', 'other:99', 3, 0))
     got = find_cluster(processes=1, environment=_OWN | _SLURM)
-    self.assertEqual(got, Cluster('arguments', None, 1, 0))
+    self.assertEqual(got, Rendezvous('arguments', None, 1, 0))
 
   @parameterized.parameters(
     (('a:1', 2, None), 'process is missing: give all of coordinator'),

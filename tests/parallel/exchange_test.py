@@ -13,7 +13,7 @@ from deepseek_jax import plan
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
-from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.model.transformer_config import ComputeConfig
 from deepseek_jax.parallel import exchange, formats, queues, wires
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan.wire import expert_wire as traffic
@@ -232,7 +232,7 @@ class RulesTest(absltest.TestCase):
     grid = AbstractMesh(tuple(sizes.get(a, 1) for a in mesh.AXES), mesh.AXES)
     rules = mesh.MeshConfig().rules | {'mlp': 'data'}
     arrays = (jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 2), jnp.int32), None)
-    with self.assertRaisesRegex(ds.InputError, "mlp = 'data': cuts tokens"):
+    with self.assertRaisesRegex(ds.InputError, "mlp = 'data': shards tokens"):
       exchange.run(None, arrays, (None, None), sharding.Using(grid, rules))
 
 

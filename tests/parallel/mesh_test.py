@@ -34,10 +34,10 @@ class CheckTest(parameterized.TestCase):
       held_against(fsdp=2, rules=rules)
 
   @parameterized.parameters(
-    ({'mlp': 'data'}, "mlp = 'data': mesh.data cuts 'batch'"),
-    ({'heads': ('tensor', 'context')}, "mesh.context cuts 'seq'"),
-    ({'seq': ('context', 'expert')}, "mesh.expert already cuts 'batch'"),
-    ({'batch': ('data', 'data')}, 'mesh.data already cuts'),
+    ({'mlp': 'data'}, "mlp = 'data': mesh.data shards 'batch'"),
+    ({'heads': ('tensor', 'context')}, "mesh.context shards 'seq'"),
+    ({'seq': ('context', 'expert')}, "mesh.expert already shards 'batch'"),
+    ({'batch': ('data', 'data')}, 'mesh.data already shards'),
     ({'experts': ('expert', 'tensor')}, 'must be one mesh axis'),
   )
   def test_rules_that_would_mix_different_tokens(self, rules, message):

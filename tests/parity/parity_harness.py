@@ -16,7 +16,7 @@ import pytest
 import deepseek_jax as ds
 from deepseek_jax import hf
 from deepseek_jax.hf import saving
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

@@ -108,12 +108,12 @@ class MistakesTest(parameterized.TestCase):
     )
 
   def test_rope_on_the_last_dims_of_the_indexer(self):
-    def turned(self, x, positions):
+    def rotated(self, x, positions):
       at = x.shape[-1] - self.rope_dim
       last = indexer.rope(x[..., at:], positions, self.rope)
       return jax.numpy.concatenate([x[..., :at], last], axis=-1)
 
-    with mock.patch.object(indexer.Indexer, '_turned', turned):
+    with mock.patch.object(indexer.Indexer, '_rotated', rotated):
       self.assert_differs(self.pair)
 
   def test_key_norm_without_its_bias(self):

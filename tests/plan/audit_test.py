@@ -27,7 +27,7 @@ from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import ComputeConfig
+from deepseek_jax.model.transformer_config import ComputeConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.plan import activations, flops, memory

@@ -314,7 +314,8 @@ class LauncherTest(Case):
     done = launch(
       '--config=v3_tiny',
       '--compile=expert=2',
-      '--config.recipe.training.seq_len=32',
+      '--config.data.seq_len=32',
+      '--config.train.batch.size=2',
     )
     self.assertEqual(done.returncode, 0, done.stderr)
     for word in ('all-to-all', 'all 4 layers', 'expert 2'):

@@ -137,13 +137,13 @@ class ShapeTest(parameterized.TestCase):
 
   def test_rope_has_two_bases_and_no_mscale(self):
     attention = ds.presets.v4_flash().attention
-    self.assertEqual(attention.turn.theta, 10000)
-    self.assertIsNone(attention.turn.scaling)
+    self.assertEqual(attention.layer_rope.theta, 10000)
+    self.assertIsNone(attention.layer_rope.scaling)
     far = ds.changed(attention, {'compress': 'csa'})
-    self.assertEqual(far.turn.theta, 160000)
-    self.assertEqual(rope.table_multiplier(far.turn), 1.0)
+    self.assertEqual(far.layer_rope.theta, 160000)
+    self.assertEqual(rope.table_multiplier(far.layer_rope), 1.0)
     plain = 160000.0 ** (-np.arange(0, 64, 2) / 64)
-    slowed = plain / rope.frequencies(far.turn, 64)
+    slowed = plain / rope.frequencies(far.layer_rope, 64)
     # YaRN's ramp runs from channel pair 15 to 25.
     np.testing.assert_allclose(slowed[:16], 1, rtol=1e-9)
     np.testing.assert_allclose(slowed[25:], 16, rtol=1e-9)

@@ -17,8 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.record import metrics
-from deepseek_jax.record import routing as flight
+from deepseek_jax.record import flight, metrics, routing
 from deepseek_jax.record.metric import Metric, describe
 from deepseek_jax.record.report import (
   curves as figures,
@@ -62,7 +61,7 @@ def _write_scalars(workdir, steps):
 def _write_routing(workdir, steps, L=3, E=8):
   rng = np.random.default_rng(0)
   reduce = {'load': 'sum', 'bias': 'last', 'gate_entropy': 'mean'}
-  recorder = flight.FlightRecorder(
+  recorder = routing.FlightRecorder(
     workdir / 'routing.npz', reduce, capacity=64, layers=range(1, L + 1)
   )
   for step in range(1, steps + 1):
@@ -226,7 +225,7 @@ class RunsTest(parameterized.TestCase):
 
   def test_pairs_are_drawn_and_inspected_in_units_of_chance(self):
     together = np.array([[[8, 4, 0], [4, 9, 3], [0, 3, 5]]])
-    recorder = flight.FlightRecorder(
+    recorder = routing.FlightRecorder(
       self.workdir / 'routing.npz',
       {'load': 'sum', 'entropy': 'mean', 'moved': 'mean'},
       layers=[4],
@@ -295,7 +294,7 @@ class RunsTest(parameterized.TestCase):
     self.assertRegex(page, r'<code>all_nan</code> was not finite 5')
 
   def test_a_recording_without_load_or_tokens(self):
-    recorder = flight.FlightRecorder(
+    recorder = routing.FlightRecorder(
       self.workdir / 'routing.npz', {'load': 'sum', 'lost': 'sum'}
     )
     recorder.record(1, load=np.zeros((2, 4), int), lost=np.ones(2))

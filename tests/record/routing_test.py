@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.record import routing as flight
+from deepseek_jax.record import flight, load_balance, routing
 
 _REDUCE = {
   'load': 'sum',
@@ -34,7 +34,7 @@ def _arrays(step):
 
 
 def _record(path, steps, resume_step=None, capacity=8):
-  recorder = flight.FlightRecorder(
+  recorder = routing.FlightRecorder(
     path, _REDUCE, capacity=capacity, resume_step=resume_step
   )
   for step in steps:
@@ -79,7 +79,7 @@ class FlightTest(parameterized.TestCase):
     self.assertLessEqual(records[-1], 16)
 
   def test_counts_stay_exact_beyond_single_precision(self):
-    recorder = flight.FlightRecorder(self.path, {'load': 'sum'}, capacity=2)
+    recorder = routing.FlightRecorder(self.path, {'load': 'sum'}, capacity=2)
     for step in range(8):
       recorder.record(step, load=np.array([[2**24 + 1, 1]], np.int32))
     recorder.save()
@@ -125,7 +125,7 @@ class FlightTest(parameterized.TestCase):
     self.assertEqual(self.path.read_bytes(), before)
 
   def test_table_has_a_row_per_interval_layer_and_expert(self):
-    recorder = flight.FlightRecorder(
+    recorder = routing.FlightRecorder(
       self.path, _REDUCE | {'pairs': 'sum'}, layers=(1, 2, 5)
     )
     pairs = np.zeros((_L, _E, _E), np.int32)
@@ -147,7 +147,7 @@ class FlightTest(parameterized.TestCase):
 
   def test_large_arrays_have_longer_intervals_of_their_own(self):
     def record(steps, resume_step=None):
-      recorder = flight.FlightRecorder(
+      recorder = routing.FlightRecorder(
         self.path,
         {'load': 'sum'},
         capacity=8,
@@ -203,7 +203,7 @@ class FlightTest(parameterized.TestCase):
     record(range(9, 14), resume_step=8)
     self.assertEqual(self.path.read_bytes(), straight)
     with self.assertRaisesRegex(InputError, 'coarse_reduce=.*together.*, not'):
-      flight.FlightRecorder(
+      routing.FlightRecorder(
         self.path,
         {'load': 'sum'},
         capacity=8,
@@ -217,7 +217,9 @@ class FlightTest(parameterized.TestCase):
     self.assertEqual(flight.pairs(self.path), {})
 
   def test_device_arrays_are_recorded(self):
-    recorder = flight.FlightRecorder(self.path, {'load': 'sum', 'bias': 'last'})
+    recorder = routing.FlightRecorder(
+      self.path, {'load': 'sum', 'bias': 'last'}
+    )
     bias = jnp.full((2, 3), 0.5, jnp.bfloat16)
     recorder.record(1, load=jnp.ones((2, 3), jnp.int32), bias=bias)
     recorder.save()
@@ -226,7 +228,7 @@ class FlightTest(parameterized.TestCase):
     np.testing.assert_array_equal(got['bias'], np.full((1, 2, 3), 0.5))
 
   def test_the_caller_may_reuse_a_buffer(self):
-    recorder = flight.FlightRecorder(self.path, {'bias': 'last'})
+    recorder = routing.FlightRecorder(self.path, {'bias': 'last'})
     buffer = np.zeros((1, 2), np.float32)
     recorder.record(1, bias=buffer)
     buffer += 1
@@ -236,7 +238,7 @@ class FlightTest(parameterized.TestCase):
     np.testing.assert_array_equal(bias[:, 0, 0], [0, 1])
 
   def test_bad_input_is_named(self):
-    new = flight.FlightRecorder
+    new = routing.FlightRecorder
     with self.assertRaisesRegex(InputError, r"reduce\['x'\]='median'"):
       new(self.path, {'x': 'median'})
     with self.assertRaisesRegex(InputError, 'capacity=3'):
@@ -262,7 +264,10 @@ class BalanceTest(parameterized.TestCase):
   def test_max_violation_and_entropy_equal_their_definitions(self):
     load = np.random.default_rng(0).integers(0, 50, (5, 2, 7))
     load[0, 0, :3] = 0
-    violation, entropy = flight.max_violation(load), flight.load_entropy(load)
+    violation, entropy = (
+      load_balance.max_violation(load),
+      load_balance.load_entropy(load),
+    )
     for i in np.ndindex(5, 2):
       counts = [int(n) for n in load[i]]
       mean = sum(counts) / 7
@@ -275,18 +280,18 @@ class BalanceTest(parameterized.TestCase):
   @parameterized.parameters(1, 3, 6, 64)
   def test_equal_loads_are_exact_balance(self, experts):
     load = np.full((2, experts), 7, np.int32)
-    np.testing.assert_array_equal(flight.max_violation(load), 0)
-    np.testing.assert_allclose(flight.load_entropy(load), 1, rtol=1e-14)
+    np.testing.assert_array_equal(load_balance.max_violation(load), 0)
+    np.testing.assert_allclose(load_balance.load_entropy(load), 1, rtol=1e-14)
 
   def test_one_expert_for_all_is_the_extreme(self):
     load = np.array([0, 9, 0, 0])
-    self.assertEqual(flight.max_violation(load), 3)
-    self.assertEqual(flight.load_entropy(load), 0)
+    self.assertEqual(load_balance.max_violation(load), 3)
+    self.assertEqual(load_balance.load_entropy(load), 0)
 
   def test_no_tokens_have_no_balance(self):
     load = np.array([[0, 0], [1, 1]])
-    np.testing.assert_array_equal(flight.max_violation(load), [np.nan, 0])
-    np.testing.assert_array_equal(flight.load_entropy(load), [np.nan, 1])
+    np.testing.assert_array_equal(load_balance.max_violation(load), [np.nan, 0])
+    np.testing.assert_array_equal(load_balance.load_entropy(load), [np.nan, 1])
 
 
 if __name__ == '__main__':

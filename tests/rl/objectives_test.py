@@ -13,7 +13,7 @@ from deepseek_jax.data import packing
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from deepseek_jax.rl import grpo, log_probs, policy, sft
 from deepseek_jax.train.objective import total_weight
 from deepseek_jax.train.step import loss_and_metrics, metrics_of

@@ -187,7 +187,7 @@ class RunTest(absltest.TestCase):
     moved = {
       lora.KEY in name
       for name, a, b in _pairs(fresh['params'], run.variables['params'])
-      if (np.asarray(a) != np.asarray(b)).any()
+      if not np.allclose(a, b, rtol=1e-5, atol=1e-7)
     }
     self.assertEqual(moved, {True})
 

@@ -12,8 +12,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax import say
 from deepseek_jax.errors import InputError
-from deepseek_jax.record import last_steps, metrics, timeline
-from deepseek_jax.record import routing as flight
+from deepseek_jax.record import flight, last_steps, metrics, timeline
 from tests.faults import ledger, runs
 
 
@@ -113,7 +112,7 @@ class FinishedTest(runs.RunTest, parameterized.TestCase):
 
   def test_routing_of_another_model_is_kept_under_another_name(self):
     path = self.folder / 'run' / 'routing.npz'
-    settings, columns = flight._load(path)
+    settings, columns = flight.load_columns(path)
     for name in ('load', 'bias'):
       columns[name] = columns[name][..., :4]
     text = np.frombuffer(json.dumps(settings).encode(), np.uint8)

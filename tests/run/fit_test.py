@@ -15,8 +15,7 @@ import deepseek_jax as ds
 from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.errors import InputError, RunAborted
-from deepseek_jax.record import metrics
-from deepseek_jax.record import routing as flight
+from deepseek_jax.record import flight, metrics
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import lock, trainer
 from deepseek_jax.run import steps as step

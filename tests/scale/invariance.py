@@ -17,7 +17,7 @@ import numpy as np
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax.model.experts.moe import CapacityConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig

@@ -14,7 +14,7 @@ import deepseek_jax as ds
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from deepseek_jax.train import muon
 from deepseek_jax.train import optimizer as optim
 from deepseek_jax.train.muon import MuonConfig

@@ -9,7 +9,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.model.experts.moe import CapacityConfig, MoEConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig
+from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.train import step as train
 from deepseek_jax.train.config import TrainConfig

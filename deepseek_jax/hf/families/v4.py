@@ -22,7 +22,7 @@ from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.presets import v4_kinds
 
 # Numbers that every file must give.

@@ -14,7 +14,7 @@ from deepseek_jax.hf.row import Row
 from deepseek_jax.hf.safetensors_io import Entry
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def _connection(ours: str, theirs: str) -> tuple[Row, ...]:

@@ -8,7 +8,7 @@ What the indexer learns from is unpublished for V4. Here it is what V3.2 does:
 the divergence of its softmax over the entries that are read from the
 attention's to them, with detached inputs; all entries in the dense first stage.
 A head counts by the probability that it spends on entries beside its window and
-sink, for that is its attention to them (see Reading).
+sink, for that is its attention to them (see EntryAttention).
 Legend: B batch, T queries, S entries, K picked ones, D model, Q query latent,
 H heads, C head dim, J index heads, I index dim.
 """
@@ -27,9 +27,9 @@ from deepseek_jax.model.attention.compressor import (
   Compressor,
   CompressorConfig,
 )
-from deepseek_jax.model.attention.csa_reading import Reading
+from deepseek_jax.model.attention.csa_entries import EntryAttention
 from deepseek_jax.model.attention.indexer import IndexQuery
-from deepseek_jax.model.attention.partial_softmax import Part
+from deepseek_jax.model.attention.partial_softmax import PartialSoftmax
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.parallel.sharding import param
@@ -161,7 +161,7 @@ class CSA(nnx.Module):
     past: CSACache,
     *,
     scale: float,
-  ) -> tuple[Part, CSACache]:
+  ) -> tuple[PartialSoftmax, CSACache]:
     """Reads the cache and x [B T D] by rotated queries q [B T H C].
 
     Args:
@@ -180,8 +180,8 @@ class CSA(nnx.Module):
     query = self.indexer.query(x, latent, ctx.positions)
     view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
     # The indexer picks, and each query attends to its own picks.
-    reading = Reading(self.cfg, q, query, view, entries, keys, scale)
-    return reading.part()[0], CSACache(kept, kept_keys)
+    attention = EntryAttention(self.cfg, q, query, view, entries, keys, scale)
+    return attention.part()[0], CSACache(kept, kept_keys)
 
   def inputs(
     self, x: jax.Array, latent: jax.Array, ctx: Context
@@ -215,7 +215,7 @@ def fresh(
   *,
   scale: float,
   rest: jax.Array | None,
-) -> tuple[Part, dict]:
+) -> tuple[PartialSoftmax, dict]:
   """Computes attention of the local queries to the entries of all.
 
   Args:
@@ -239,7 +239,7 @@ def fresh(
   where = tokens[0].positions, tokens[0].segments
   view = compressor.fresh_view(*where, cfg.ratio, along)
   learn = rest is not None
-  reading = Reading(
+  attention = EntryAttention(
     cfg, q, query, view, entries, keys, scale, learn, along, rest
   )
-  return reading.part()
+  return attention.part()

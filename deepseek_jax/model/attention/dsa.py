@@ -35,14 +35,14 @@ from deepseek_jax.model.attention.indexer import (
   IndexerConfig,
   IndexQuery,
 )
-from deepseek_jax.model.attention.indexer_loss import Scene
+from deepseek_jax.model.attention.indexer_loss import LossInputs
 from deepseek_jax.model.attention.mla import (
   MLA,
   Latent,
   MLAConfig,
   read_latents,
 )
-from deepseek_jax.model.attention.query_blocks import Sight
+from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
@@ -119,14 +119,14 @@ class SparseLatent(NamedTuple):
 
 
 def choose_by_kernel(
-  query: IndexQuery, keys: jax.Array, sight: Sight, k: int, impl: str
+  query: IndexQuery, keys: jax.Array, visibility: Visibility, k: int, impl: str
 ) -> jax.Array:
   """Computes `index.choose`, ascending, without its scores in memory."""
-  first = jnp.zeros_like(sight.places)
-  if sight.segments is not None:
-    first = segment_starts(sight.segments)
+  first = jnp.zeros_like(visibility.places)
+  if visibility.segments is not None:
+    first = segment_starts(visibility.segments)
   # A query attends to keys first..own place of its document.
-  span = first, sight.places + 1
+  span = first, visibility.places + 1
   return indexer(query.q, keys, query.weight, *span, top_k=k, impl=impl)
 
 
@@ -191,8 +191,10 @@ class DSA(MLA):
     """Attends to what queries choose of a cache: [B T H V]."""
     if self.dense(past.c.shape[1]):
       return self.attend(*q, None, Latent(*past[:2]), ctx)
-    sight = query_blocks.sight(ctx.positions, ctx.segments, fresh=False)
-    chosen = choose(self.cfg, query, past.index, sight)
+    visibility = query_blocks.visibility(
+      ctx.positions, ctx.segments, fresh=False
+    )
+    chosen = choose(self.cfg, query, past.index, visibility)
     return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
 
   def fresh(
@@ -237,7 +239,7 @@ def choose(
   cfg: DSAConfig,
   query: IndexQuery,
   keys: jax.Array,
-  sight: Sight,
+  visibility: Visibility,
   key_segments: jax.Array | None = None,
   along: Along = WHOLE,
 ) -> jax.Array:
@@ -245,13 +247,15 @@ def choose(
   own = lambda: index.choose(
     query,
     keys,
-    sight,
+    visibility,
     cfg.top_k,
     key_segments=key_segments,
     most=cfg.block,
     along=along,
   )
-  by_kernel = lambda impl: choose_by_kernel(query, keys, sight, cfg.top_k, impl)
+  by_kernel = lambda impl: choose_by_kernel(
+    query, keys, visibility, cfg.top_k, impl
+  )
   return kernels.pick('indexer', by_kernel, own)
 
 
@@ -274,7 +278,7 @@ def read(
   return kernels.pick('sparse_mla', by_kernel, own)
 
 
-def _scene(
+def _loss_inputs(
   cfg: DSAConfig,
   along: Along,
   q: tuple[jax.Array, jax.Array],
@@ -282,7 +286,7 @@ def _scene(
   new: SparseLatent,
   segments: jax.Array | None,
   up: jax.Array,
-) -> Scene:
+) -> LossInputs:
   """Gathers latents and index keys: what local queries attend to of all.
 
   Args:
@@ -296,10 +300,18 @@ def _scene(
   """
   seen = gathered_attention.sequence(along, q[0].shape[1], segments)
   places = seen.first + jnp.arange(q[0].shape[1])
-  sight = Sight(jnp.broadcast_to(places, q[0].shape[:2]), segments)
+  visibility = Visibility(jnp.broadcast_to(places, q[0].shape[:2]), segments)
   keys, k_up = along.gather(new), up[..., : cfg.nope_dim]
-  return Scene(
-    q, keys[:2], k_up, query, keys.index, sight, seen.keys, cfg.scale, along
+  return LossInputs(
+    q,
+    keys[:2],
+    k_up,
+    query,
+    keys.index,
+    visibility,
+    seen.keys,
+    cfg.scale,
+    along,
   )
 
 
@@ -315,15 +327,15 @@ def _dense(
 ) -> tuple[jax.Array, dict]:
   """Attends to all tokens: (y, the indexer's loss and recall).
 
-  Args: as of `_scene`, and whether the batch is for training.
+  Args: as of `_loss_inputs`, and whether the batch is for training.
   """
   del train  # or this would be MLA's
-  scene = _scene(cfg, along, q, query, new, segments, up)
-  seen = Sequence(scene.sight.places[0, 0], segments, scene.segments)
-  q, latents = jnp.concatenate(q, axis=-1), Latent(*scene.latents)
+  inputs = _loss_inputs(cfg, along, q, query, new, segments, up)
+  seen = Sequence(inputs.visibility.places[0, 0], segments, inputs.segments)
+  q, latents = jnp.concatenate(q, axis=-1), Latent(*inputs.latents)
   y = read_latents(along, q, latents, up, seen, cfg.scale)
-  k = min(cfg.top_k, scene.keys.shape[1])
-  return y, indexer_loss.over_all(scene, k, cfg.block)
+  k = min(cfg.top_k, inputs.keys.shape[1])
+  return y, indexer_loss.over_all(inputs, k, cfg.block)
 
 
 def _sparse(
@@ -338,18 +350,21 @@ def _sparse(
 ) -> tuple[jax.Array, dict]:
   """Attends to the chosen tokens: (y, the indexer's loss and recall).
 
-  Args: as of `_scene`, and whether the batch is for training.
+  Args: as of `_loss_inputs`, and whether the batch is for training.
   """
-  scene = _scene(cfg, along, q, query, new, segments, up)
+  inputs = _loss_inputs(cfg, along, q, query, new, segments, up)
   ups = jnp.split(up, [cfg.nope_dim], axis=-1)
-  keys, sight = SparseLatent(*scene.latents, scene.keys), scene.sight
-  chosen = choose(cfg, query, keys.index, sight, scene.segments, along)
+  keys, visibility = (
+    SparseLatent(*inputs.latents, inputs.keys),
+    inputs.visibility,
+  )
+  chosen = choose(cfg, query, keys.index, visibility, inputs.segments, along)
   found = read(cfg, q, keys, ups, chosen, shares=train)
   if not train:
     return found.y, {}
   # The indexer's target is the mean of all heads, on whatever device.
   shares = along.mean_of_heads(jax.lax.stop_gradient(found.shares))
-  stats = indexer_loss.over_chosen(scene, chosen, shares, cfg.block)
+  stats = indexer_loss.over_chosen(inputs, chosen, shares, cfg.block)
   if cfg.recall_queries:
-    stats['recall'] = indexer_loss.recall(scene, chosen, cfg.recall_queries)
+    stats['recall'] = indexer_loss.recall(inputs, chosen, cfg.recall_queries)
   return found.y, stats

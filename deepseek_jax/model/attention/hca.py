@@ -18,7 +18,7 @@ from deepseek_jax.model.attention.compressor import (
   CompressorConfig,
   View,
 )
-from deepseek_jax.model.attention.partial_softmax import Part, attend
+from deepseek_jax.model.attention.partial_softmax import PartialSoftmax, attend
 from deepseek_jax.model.attention.query_blocks import over_blocks
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel.sequence import Along
@@ -58,7 +58,7 @@ class HCA(nnx.Module):
     past: Compressed,
     *,
     scale: float,
-  ) -> tuple[Part, Compressed]:
+  ) -> tuple[PartialSoftmax, Compressed]:
     """Reads the cache and x [B T D] by rotated queries q [B T H C].
 
     The queries' latent is not used.
@@ -91,7 +91,7 @@ def fresh(
   tokens: compressor.Tokens,
   weights: tuple,
   scale: float,
-) -> Part:
+) -> PartialSoftmax:
   """Computes attention of local queries to the entries of all (HCA.inputs)."""
   entries = compressor.fresh_entries(cfg, weights, tokens, q.dtype, along)
   where = tokens.positions, tokens.segments
@@ -99,11 +99,13 @@ def fresh(
   return read(q, entries, view, scale)
 
 
-def read(q: jax.Array, entries: jax.Array, view: View, scale: float) -> Part:
+def read(
+  q: jax.Array, entries: jax.Array, view: View, scale: float
+) -> PartialSoftmax:
   """Attends from q [B T H C] to the entries [B S C] in each query's view."""
   S, H = entries.shape[1], q.shape[2]
 
-  def block(one: tuple[jax.Array, View], entries: jax.Array) -> Part:
+  def block(one: tuple[jax.Array, View], entries: jax.Array) -> PartialSoftmax:
     q, view = one
     return attend(q, entries, view.mask(S), scale)[0]
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import above, at_least
-from deepseek_jax.model.attention.query_blocks import Sight, over_blocks
+from deepseek_jax.model.attention.query_blocks import Visibility, over_blocks
 from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along
@@ -110,7 +110,7 @@ class Indexer(nnx.Module):
       rngs, init, (dim, J), ('embed', None), full_precision=True
     )
 
-  def _turned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+  def _rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotates the first R channels of x [B T ... I]."""
     first, rest = jnp.split(x, [self.rope_dim], axis=-1)
     first = rope(first, positions, self.rope)
@@ -124,11 +124,11 @@ class Indexer(nnx.Module):
     weight = x.astype(jnp.float32) @ self.weights[...]
     # A constant for all keys: no choice depends on it, the loss does.
     scale = (self.cfg.heads * self.cfg.dim) ** -0.5
-    return IndexQuery(self._turned(q, positions), weight * scale)
+    return IndexQuery(self._rotated(q, positions), weight * scale)
 
   def key(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns what is cached of x [B T D]: [B T I]."""
-    return self._turned(self.k_norm(x @ self.k[...]), positions)
+    return self._rotated(self.k_norm(x @ self.k[...]), positions)
 
 
 def index_scores(
@@ -168,7 +168,7 @@ def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
 def choose(
   query: IndexQuery,
   keys: jax.Array,
-  sight: Sight,
+  visibility: Visibility,
   k: int,
   *,
   key_segments: jax.Array | None = None,
@@ -179,9 +179,9 @@ def choose(
 
   Args:
     query: of T tokens; keys: [B S I].
-    sight: what the queries may attend to.
+    visibility: what the queries may attend to.
     k: how many at most; at most S.
-    key_segments: [B S], where the sight has segments.
+    key_segments: [B S], where the visibility has segments.
     most: queries scored at a time.
     along: which heads these are.
 
@@ -192,18 +192,18 @@ def choose(
   S = keys.shape[1]
 
   def block(
-    one: tuple[IndexQuery, Sight],
+    one: tuple[IndexQuery, Visibility],
     keys: jax.Array,
     key_segments: jax.Array | None,
   ) -> jax.Array:
-    query, sight = one
-    seen = sight.mask(jnp.arange(S), key_segments)
+    query, visibility = one
+    seen = visibility.mask(jnp.arange(S), key_segments)
     return best(index_scores(query, keys, along), seen, k)
 
   # Scores of each head: what a block holds per query.
   numbers = S * query.q.shape[2]
   shared = keys, key_segments
-  return over_blocks(block, (query, sight), most, numbers, shared)
+  return over_blocks(block, (query, visibility), most, numbers, shared)
 
 
 def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:

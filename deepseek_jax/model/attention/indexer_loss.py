@@ -18,12 +18,12 @@ import numpy as np
 from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import IndexQuery
-from deepseek_jax.model.attention.query_blocks import Sight
+from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
 
 
-class Scene(NamedTuple):
+class LossInputs(NamedTuple):
   """Holds the local queries and all keys of a fresh batch.
 
   Gradients reach those of the indexer alone.
@@ -34,7 +34,7 @@ class Scene(NamedTuple):
     k_up: [C H N], what makes of a latent keys.
     index: the indexer's queries.
     keys: [B S I], its keys.
-    sight: what the queries may attend to.
+    visibility: what the queries may attend to.
     segments: [B S] of the keys, or None.
     scale: of the attention's scores.
     along: the local shard of sequences and heads.
@@ -45,12 +45,12 @@ class Scene(NamedTuple):
   k_up: jax.Array
   index: IndexQuery
   keys: jax.Array
-  sight: Sight
+  visibility: Visibility
   segments: jax.Array | None
   scale: float
   along: Along
 
-  def detached(self) -> 'Scene':
+  def detached(self) -> 'LossInputs':
     """Returns the same with the attention's inputs detached."""
     attention = self.q, self.latents, self.k_up
     q, latents, k_up = jax.lax.stop_gradient(attention)
@@ -62,9 +62,9 @@ class Scene(NamedTuple):
     mean = jax.nn.softmax(scores, axis=-1).mean(axis=2)
     return self.along.mean_of_heads(mean)
 
-  def mask(self, sight: Sight) -> jax.Array:
+  def mask(self, visibility: Visibility) -> jax.Array:
     """Returns which keys the queries may attend to, [B T S] bool."""
-    return sight.mask(jnp.arange(self.keys.shape[1]), self.segments)
+    return visibility.mask(jnp.arange(self.keys.shape[1]), self.segments)
 
   def mean(
     self,
@@ -93,20 +93,20 @@ class Scene(NamedTuple):
     return total / jnp.maximum(count, 1)
 
 
-def over_all(scene: Scene, k: int, most: int) -> dict[str, jax.Array]:
+def over_all(inputs: LossInputs, k: int, most: int) -> dict[str, jax.Array]:
   """Computes the warm-up's loss over all keys, and the recall of the `k` best.
 
   Args:
-    scene: what is attended.
+    inputs: the local queries and all keys.
     k: how many the indexer would choose.
     most: queries at a time.
 
   Returns:
     'loss' and 'recall', each [B].
   """
-  scene, (c, kr) = scene.detached(), scene.latents
+  inputs, (c, kr) = inputs.detached(), inputs.latents
   # Keys of all heads, made once for all blocks: [B S H N].
-  kn = jnp.einsum('BSC,CHN->BSHN', jax.lax.stop_gradient(c), scene.k_up)
+  kn = jnp.einsum('BSC,CHN->BSHN', jax.lax.stop_gradient(c), inputs.k_up)
   kr = jax.lax.stop_gradient(kr)
   f32 = {'preferred_element_type': jnp.float32}
 
@@ -117,31 +117,31 @@ def over_all(scene: Scene, k: int, most: int) -> dict[str, jax.Array]:
     keys: jax.Array,
     segments: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array]:
-    (qn, qr), query, sight = one
-    seen = sight.mask(jnp.arange(keys.shape[1]), segments)
+    (qn, qr), query, visibility = one
+    seen = visibility.mask(jnp.arange(keys.shape[1]), segments)
     products = jnp.einsum('BTHN,BSHN->BTHS', qn, kn, **f32)
     products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
     # The target [B T S], then the indexer's own scores.
-    shares = scene.shares(products, seen)
-    scores = index.index_scores(query, keys, scene.along)
+    shares = inputs.shares(products, seen)
+    scores = index.index_scores(query, keys, inputs.along)
     chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
     return index.divergence(shares, scores, seen), index.caught(shares, chosen)
 
-  numbers = kn.shape[1] * max(kn.shape[2], scene.index.q.shape[2])
-  queries = scene.q, scene.index, scene.sight
-  shared = kn, kr, scene.keys, scene.segments
+  numbers = kn.shape[1] * max(kn.shape[2], inputs.index.q.shape[2])
+  queries = inputs.q, inputs.index, inputs.visibility
+  shared = kn, kr, inputs.keys, inputs.segments
   loss, recall = query_blocks.over_blocks(block, queries, most, numbers, shared)
-  mean = lambda values: scene.mean(values, scene.sight.segments)
+  mean = lambda values: inputs.mean(values, inputs.visibility.segments)
   return {'loss': mean(loss), 'recall': mean(recall)}
 
 
 def over_chosen(
-  scene: Scene, chosen: jax.Array, shares: jax.Array, most: int
+  inputs: LossInputs, chosen: jax.Array, shares: jax.Array, most: int
 ) -> dict[str, jax.Array]:
   """Computes the loss over the chosen keys.
 
   Args:
-    scene: what is attended.
+    inputs: the local queries and all keys.
     chosen: [B T K]; shares: [B T K], the attention's means over heads.
     most: queries at a time.
 
@@ -153,14 +153,14 @@ def over_chosen(
     query, at, shares = one
     # Each query's own index keys [B n K I].
     own = query_blocks.rows(keys, at)
-    scores = index.index_scores(query, own, scene.along)
+    scores = index.index_scores(query, own, inputs.along)
     return index.divergence(shares, scores, at >= 0)
 
-  numbers = chosen.shape[-1] * max(scene.index.q.shape[2:])
+  numbers = chosen.shape[-1] * max(inputs.index.q.shape[2:])
   loss = query_blocks.over_blocks(
-    block, (scene.index, chosen, shares), most, numbers, (scene.keys,)
+    block, (inputs.index, chosen, shares), most, numbers, (inputs.keys,)
   )
-  return {'loss': scene.mean(loss, scene.sight.segments)}
+  return {'loss': inputs.mean(loss, inputs.visibility.segments)}
 
 
 def sampled(
@@ -188,23 +188,25 @@ def sampled(
   return at, counts
 
 
-def recall(scene: Scene, chosen: jax.Array, count: int) -> jax.Array:
+def recall(inputs: LossInputs, chosen: jax.Array, count: int) -> jax.Array:
   """Measures how much of dense attention's mass is chosen, [B] float32.
 
   It is a mean over `count` queries: so few take the latents as they are instead
   of expanding all keys.
   """
-  scene, along = scene.detached(), scene.along
+  inputs, along = inputs.detached(), inputs.along
   at, counts = sampled(chosen.shape[1], count, along.ways)
   at, counts = jnp.asarray(at)[along.index], jnp.asarray(counts)[along.index]
   # From here on T is Q, the sampled queries of this device.
   some = lambda a: jnp.asarray(a)[:, at]
-  (qn, qr), sight, chosen = jax.tree.map(some, (scene.q, scene.sight, chosen))
-  c, kr = scene.latents
+  (qn, qr), visibility, chosen = jax.tree.map(
+    some, (inputs.q, inputs.visibility, chosen)
+  )
+  c, kr = inputs.latents
   f32 = {'preferred_element_type': jnp.float32}
   # Absorbed scores of all keys [B Q H S].
-  qc = jnp.einsum('BTHN,CHN->BTHC', qn, scene.k_up)
+  qc = jnp.einsum('BTHN,CHN->BTHC', qn, inputs.k_up)
   products = jnp.einsum('BTHC,BSC->BTHS', qc, c, **f32)
   products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
-  shares = scene.shares(products, scene.mask(sight))
-  return scene.mean(index.caught(shares, chosen), sight.segments, counts)
+  shares = inputs.shares(products, inputs.mask(visibility))
+  return inputs.mean(index.caught(shares, chosen), visibility.segments, counts)

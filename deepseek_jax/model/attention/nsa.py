@@ -149,7 +149,7 @@ class NSACache(NamedTuple):
   cv: jax.Array  # [B E G V]
 
 
-class Compressor(nnx.Module):
+class BlockCompressor(nnx.Module):
   """Compresses a block's vectors, each with its place added, by an MLP."""
 
   def __init__(self, cfg: NSAConfig, width: int, *, std: float, rngs: nnx.Rngs):
@@ -180,8 +180,8 @@ class NSA(nnx.Module):
     self.q = param(rngs, init, (D, H, K), heads)
     self.k = param(rngs, init, (D, 3, G, K), branches)
     self.v = param(rngs, init, (D, 3, G, V), branches)
-    self.compress_k = Compressor(cfg, K, std=std, rngs=rngs)
-    self.compress_v = Compressor(cfg, V, std=std, rngs=rngs)
+    self.compress_k = BlockCompressor(cfg, K, std=std, rngs=rngs)
+    self.compress_v = BlockCompressor(cfg, V, std=std, rngs=rngs)
     self.gate = param(rngs, init, (D, H, 3), heads)
     self.out = param(rngs, init, (H, V, D), ('heads', None, 'embed'))
 
@@ -232,7 +232,7 @@ class NSA(nnx.Module):
     return jnp.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}
 
   @property
-  def compress(self) -> tuple[Compressor, Compressor]:
+  def compress(self) -> tuple[BlockCompressor, BlockCompressor]:
     """Returns the compressors of keys and of values."""
     return self.compress_k, self.compress_v
 
@@ -260,7 +260,7 @@ class NSA(nnx.Module):
 
 
 def compressed(
-  compress: tuple[Compressor, Compressor],
+  compress: tuple[BlockCompressor, BlockCompressor],
   keys: Keys,
   start: jax.Array,
   cfg: NSAConfig,
@@ -302,7 +302,7 @@ def _fresh(
   v: jax.Array,
   gates: jax.Array,
   segments: jax.Array | None,
-  compress: tuple[Compressor, Compressor],
+  compress: tuple[BlockCompressor, BlockCompressor],
 ) -> jax.Array:
   """Computes the local queries of a batch without a cache: [B T H V].
 

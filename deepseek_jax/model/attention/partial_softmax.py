@@ -16,7 +16,7 @@ from deepseek_jax.model.attention.query_blocks import over_blocks
 from deepseek_jax.parallel.masking import MASKED
 
 
-class Part(NamedTuple):
+class PartialSoftmax(NamedTuple):
   """Holds attention to some keys, normalised over these."""
 
   out: jax.Array  # [... T H C]
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 def attend(
   q: jax.Array, keys: jax.Array, seen: jax.Array, scale: float
-) -> tuple[Part, jax.Array]:
+) -> tuple[PartialSoftmax, jax.Array]:
   """Attends to keys that are also the values.
 
   Args:
@@ -51,10 +51,10 @@ def attend(
     keys,
     preferred_element_type=jnp.float32,
   )
-  return Part(out, log_sum), weights
+  return PartialSoftmax(out, log_sum), weights
 
 
-def join(parts: list[Part], sinks: jax.Array) -> jax.Array:
+def join(parts: list[PartialSoftmax], sinks: jax.Array) -> jax.Array:
   """Joins parts over different keys and sinks [H]: [B T H C] float32."""
   logs = jnp.stack([p.log_sum for p in parts])
   sinks = jnp.broadcast_to(sinks.astype(jnp.float32), logs.shape[1:])
@@ -71,7 +71,7 @@ def window_attention(
   *,
   scale: float,
   history: tuple[jax.Array, jax.Array] | None = None,
-) -> Part:
+) -> PartialSoftmax:
   """Attends from each query to itself and the W - 1 tokens before it.
 
   Queries go in blocks of at least W, each against its own and the end of the
@@ -109,7 +109,7 @@ def window_attention(
       first = first[:, None]
     return jnp.concatenate([first, x], axis=2)  # [B count W-1+size ...]
 
-  def block(one: tuple) -> Part:
+  def block(one: tuple) -> PartialSoftmax:
     q, own, keys, theirs = one
     ahead = jnp.arange(keys.shape[2]) - jnp.arange(size)[:, None]
     seen = (ahead >= 0) & (ahead < window)
@@ -124,4 +124,4 @@ def window_attention(
   )
   part = over_blocks(block, one, count, size * (size + window) * H)
   flat = lambda x: x.reshape(B, count * size, *x.shape[3:])[:, :T]
-  return Part(*map(flat, part))
+  return PartialSoftmax(*map(flat, part))

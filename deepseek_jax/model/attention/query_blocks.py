@@ -18,7 +18,7 @@ from deepseek_jax.model import lookup
 _MOST = 1 << 26
 
 
-class Sight(NamedTuple):
+class Visibility(NamedTuple):
   """Holds what queries attend to: keys up to their place, in their segment."""
 
   places: jax.Array  # [B T] int32, the query's own place among the keys
@@ -37,17 +37,17 @@ class Sight(NamedTuple):
     return seen & (self.segments[..., None] == theirs)
 
 
-def sight(
+def visibility(
   positions: jax.Array, segments: jax.Array | None, fresh: bool
-) -> Sight:
+) -> Visibility:
   """Returns the visibility of tokens among themselves when `fresh`.
 
   Else that of a cache, by position.
   """
   if not fresh:
-    return Sight(positions)
+    return Visibility(positions)
   places = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
-  return Sight(places, segments)
+  return Visibility(places, segments)
 
 
 def rows(keys: jax.Array, chosen: jax.Array) -> jax.Array:

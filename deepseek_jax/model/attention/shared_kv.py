@@ -30,7 +30,7 @@ from deepseek_jax.model.attention.compressor import (
 from deepseek_jax.model.attention.csa import CSA, CSACache, CSAConfig
 from deepseek_jax.model.attention.hca import HCA, HCAConfig
 from deepseek_jax.model.attention.partial_softmax import (
-  Part,
+  PartialSoftmax,
   join,
   window_attention,
 )
@@ -109,7 +109,7 @@ class SharedKVConfig:
     return self.head_dim**-0.5
 
   @property
-  def turn(self) -> RopeConfig:
+  def layer_rope(self) -> RopeConfig:
     """Returns the rope of this layer."""
     return self.rope if self.compress == 'none' else self.compress_rope
 
@@ -206,11 +206,13 @@ class SharedKV(nnx.Module):
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     q = (wide * jax.lax.rsqrt(mean + self.cfg.norm_eps)).astype(q.dtype)
     q = shard(q, 'batch', 'seq', 'heads', None)
-    return tail_rope(q, positions, self.cfg.turn, self.cfg.rope_dim), latent
+    return tail_rope(
+      q, positions, self.cfg.layer_rope, self.cfg.rope_dim
+    ), latent
 
   def output(self, y: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotates what heads read [B T H C] back and projects it: [B T D]."""
-    y = tail_rope(y, -positions, self.cfg.turn, self.cfg.rope_dim)
+    y = tail_rope(y, -positions, self.cfg.layer_rope, self.cfg.rope_dim)
     y = y.astype(self.out_up[...].dtype)
     y = y.reshape(*y.shape[:2], self.cfg.groups, -1)  # [B T G K]
     y = jnp.einsum('BTGK,KGO->BTGO', y, self.out_down[...])  # [B T G O]
@@ -228,7 +230,7 @@ class SharedKV(nnx.Module):
     q, latent = self.query(x, ctx.positions)  # [B T H C], [B T Q]
     # One vector a token, key and value of all heads: [B T C].
     kv = self.kv_norm(x @ self.kv[...])
-    kv = tail_rope(kv, ctx.positions, cfg.turn, cfg.rope_dim)
+    kv = tail_rope(kv, ctx.positions, cfg.layer_rope, cfg.rope_dim)
     if past is None:
       parts, stats = self._fresh(q, kv, x, latent, ctx)
     else:
@@ -245,7 +247,7 @@ class SharedKV(nnx.Module):
     x: jax.Array,
     latent: jax.Array,
     ctx: Context,
-  ) -> tuple[list[Part], dict]:
+  ) -> tuple[list[PartialSoftmax], dict]:
     """Computes a batch that attends only to itself: (parts, statistics).
 
     Args:
@@ -261,7 +263,7 @@ class SharedKV(nnx.Module):
       segments = jnp.ones_like(ctx.positions)
     tokens = query = weights = None
     rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
-    out, index_heads = [Part(heads, heads)], H
+    out, index_heads = [PartialSoftmax(heads, heads)], H
     if cfg.compress != 'none':
       tokens, query, weights = self.far.inputs(x, latent, ctx)
       out *= 2
@@ -293,7 +295,7 @@ class SharedKV(nnx.Module):
     latent: jax.Array,
     ctx: Context,
     past: SharedKVCache,
-  ) -> tuple[list[Part], SharedKVCache]:
+  ) -> tuple[list[PartialSoftmax], SharedKVCache]:
     """Computes tokens that follow a cache: (parts, the cache with them)."""
     cfg, history = self.cfg, None
     segments = ctx.segments
@@ -334,7 +336,7 @@ def _fresh(
   tokens: Any,
   query: Any,
   weights: Any,
-) -> tuple[list[Part], dict]:
+) -> tuple[list[PartialSoftmax], dict]:
   """Computes parts of the local queries, and the indexer's statistics.
 
   A window reaches into the devices before.

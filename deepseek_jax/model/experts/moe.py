@@ -14,47 +14,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import above, at_least, within
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import kernels
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.experts import balance
 from deepseek_jax.model.experts import statistics as routing_statistics
 from deepseek_jax.model.experts.balance import BalanceConfig
+from deepseek_jax.model.experts.capacity import CapacityConfig, drop, exempted
 from deepseek_jax.model.experts.ffn import FFN, FFNConfig, swiglu
 from deepseek_jax.model.experts.router import Router, RouterConfig, Routing
 from deepseek_jax.parallel import exchange
 from deepseek_jax.parallel.sharding import Buffer, current, param
 from pallas_kernels import grouped_matmul as gmm
 from pallas_kernels import permute
-
-
-@dataclasses.dataclass(frozen=True)
-class CapacityConfig:
-  """Describes V2's token dropping: a device takes `factor` times its mean load.
-
-  The budget is a sequence's: of the N choices that its tokens make, a device
-  takes factor * N / devices, those of highest affinity. The paper's budget is
-  that of a device over all that it computes at a time, so micro-batches and
-  meshes would change what is dropped, and the loss. A sequence's changes with
-  neither, and drops what other sequences would have left room for.
-
-  Attributes:
-    factor: budget of a device, in a sequence's average loads.
-    devices: device groups of neighbouring experts; the same on any mesh.
-    exempt: share of the sequences that lose nothing: by a hash of their
-      tokens, so the same ones whatever batch or device they are in.
-  """
-
-  factor: float = 1.0
-  devices: int = 1
-  exempt: float = 0.1
-
-  def __post_init__(self):
-    """Raises InputError for a field out of its range."""
-    above(self, 'capacity.', factor=0)
-    at_least(self, 'capacity.', devices=1)
-    within(self, 'capacity.', exempt=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,73 +80,6 @@ class MoEConfig:
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MoE':
     """Returns the MoE layer of a model of width `dim`."""
     return MoE(self, dim, std=std, rngs=rngs)
-
-
-def exempted(tokens: jax.Array, share: float) -> jax.Array:
-  """Returns which sequences lose no token: [B] bool, true for `share` of all.
-
-  Tokens count in any order, so that the shifted ones of multi-token prediction
-  exempt the same sequences.
-
-  Args:
-    tokens: [B T] int32.
-    share: 0..1.
-  """
-  # Integers: the sum over a sharded sequence comes out the same.
-  h = _mixed(tokens.astype(jnp.uint32) + jnp.uint32(1)).sum(
-    axis=1, dtype=jnp.uint32
-  )
-  return (_mixed(h) >> jnp.uint32(8)).astype(jnp.float32) * 2.0**-24 < share
-
-
-def _mixed(h: jax.Array) -> jax.Array:
-  """Applies murmur's last step: a bijection of uint32 that looks random."""
-  u32 = jnp.uint32
-  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-    h = (h ^ (h >> u32(shift))) * u32(factor)
-  return h
-
-
-def drop(
-  routing: Routing, experts: int, cfg: CapacityConfig, exempt: jax.Array
-) -> tuple[Routing, jax.Array]:
-  """Drops the lowest affinities of what is over a sequence's budget.
-
-  Of equal affinities the later token's is dropped first. Sequences are
-  independent of each other.
-
-  Args:
-    routing: of all choices.
-    experts: E.
-    cfg: what a device takes.
-    exempt: [B] bool, sequences that lose nothing.
-
-  Returns:
-    The routing with dropped choices sent nowhere (expert E, weight 0), and
-    their number, int32.
-  """
-  B, T, K = routing.experts.shape
-  chosen = routing.experts.reshape(B, T * K)
-  device = chosen // (experts // cfg.devices)  # `devices` for padding
-  # By device, and on it by falling affinity; lexsort is stable.
-  order = jnp.lexsort((-routing.weights.reshape(B, T * K), device))
-  counts = (device[..., None] == jnp.arange(cfg.devices)).sum(axis=1)
-  start = jnp.cumsum(counts, axis=1) - counts  # of each device in the order
-  # One more device, that of padding.
-  start = jnp.pad(start, [(0, 0), (0, 1)])
-  place = jnp.argsort(order, axis=1)  # of each choice in the order
-  rank = place - jnp.take_along_axis(start, device, axis=1)
-  # Padding chooses no device, so counts.sum is the N of the sequence.
-  budget = cfg.factor * counts.sum(axis=1) / cfg.devices
-  dropped = (rank >= budget[:, None]) & (chosen < experts) & ~exempt[:, None]
-  kept = ~dropped.reshape(B, T, K)
-  return (
-    routing._replace(
-      experts=jnp.where(kept, routing.experts, experts),
-      weights=jnp.where(kept, routing.weights, 0.0),
-    ),
-    dropped.sum(),
-  )
 
 
 def apply_experts(

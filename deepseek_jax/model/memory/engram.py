@@ -62,7 +62,9 @@ class EngramConfig:
     # At 0 a root has no slope.
     within(self, 'engram.', gate_floor=(0, 1), ends='()')
     if self.conv == 1:
-      raise InputError('engram.conv = 1: one tap sees no other token; use 0')
+      raise InputError(
+        'engram.conv = 1: one tap attends to no other token; use 0'
+      )
     if self.dim % self.heads:
       raise InputError(
         f'engram.dim = {self.dim}: must be a multiple of heads = {self.heads}'

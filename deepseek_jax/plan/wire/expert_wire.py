@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.parallel import formats
-from deepseek_jax.parallel.exchange import ExchangeConfig, share
+from deepseek_jax.parallel.exchange import ExchangeConfig
+from deepseek_jax.parallel.rounds import share
 
 
 class Crossing(NamedTuple):

@@ -10,10 +10,10 @@ pipeline/pipeline.py, a program per chunk, leaves to XLA.
 import re
 from collections.abc import Iterable
 
-from deepseek_jax.model.transformer import TransformerConfig
-from deepseek_jax.plan.device_shares import Share
+from deepseek_jax.model.transformer_config import TransformerConfig
+from deepseek_jax.plan.device_shares import DeviceShare
 from deepseek_jax.plan.memory import BYTES, replicas
-from deepseek_jax.plan.wire.rings import Step, Wire, link_of, ring
+from deepseek_jax.plan.wire.rings import LinkTraffic, StepInputs, link_of, ring
 
 # Summed inside shard_map, over all devices at once.
 _AT_ONCE = re.compile(
@@ -21,7 +21,9 @@ _AT_ONCE = re.compile(
 )
 
 
-def _sums(step: Step, share: Share, devices: int) -> tuple[int, ...]:
+def _sums(
+  step: StepInputs, share: DeviceShare, devices: int
+) -> tuple[int, ...]:
   """Returns sizes of the groups of devices that sum a parameter's gradient.
 
   XLA sums over the axes of a batch, then over that of its sequences, once per
@@ -40,12 +42,14 @@ def _sums(step: Step, share: Share, devices: int) -> tuple[int, ...]:
   return apart
 
 
-def _often(step: Step) -> int:
+def _often(step: StepInputs) -> int:
   """Returns how often a step sums gradients over devices."""
   return step.micro_batches if step.mesh.stage == 1 else 1
 
 
-def gradients(step: Step, held: Iterable[Share]) -> list[Wire]:
+def gradients(
+  step: StepInputs, held: Iterable[DeviceShare]
+) -> list[LinkTraffic]:
   """Counts the sum of gradients over devices that hold the same weights."""
   out, zero, often = {}, step.training.zero, _often(step)
   # DualPipe: two ranks hold the same stages.
@@ -74,7 +78,9 @@ def gradients(step: Step, held: Iterable[Share]) -> list[Wire]:
   if often > 1:
     how += f'; gradients in each of {often} micro-batches'
   return [
-    Wire(f'gradients over {"+".join(axes)}', link_of(step, axes), sent, how)
+    LinkTraffic(
+      f'gradients over {"+".join(axes)}', link_of(step, axes), sent, how
+    )
     for axes, sent in out.items()
   ]
 
@@ -85,7 +91,7 @@ def _uses(config: TransformerConfig, name: str) -> int:
   return {'embed': each * (2 if config.tied else 1), 'head': each}.get(name, 1)
 
 
-def _gathers(step: Step, share: Share) -> int:
+def _gathers(step: StepInputs, share: DeviceShare) -> int:
   """Returns how often a step gathers a weight that fsdp shards.
 
   It is gathered where it is used: a scanned layer's forward and backward, other
@@ -107,7 +113,7 @@ def _gathers(step: Step, share: Share) -> int:
   return once + micro * again
 
 
-def fsdp(step: Step, held: Iterable[Share]) -> list[Wire]:
+def fsdp(step: StepInputs, held: Iterable[DeviceShare]) -> list[LinkTraffic]:
   """Counts weights gathered where they are used, and gradients scattered."""
   n = step.mesh.fsdp
   if n == 1:
@@ -126,4 +132,4 @@ def fsdp(step: Step, held: Iterable[Share]) -> list[Wire]:
     f' {"step" if step.mesh.stage > 1 else "micro-batch"}, of embedding and'
     ' head once per use: (n-1)/n each'
   )
-  return [Wire('weights over fsdp', link_of(step, ('fsdp',)), sent, how)]
+  return [LinkTraffic('weights over fsdp', link_of(step, ('fsdp',)), sent, how)]

@@ -8,12 +8,12 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.device_shares import Mesh
 from deepseek_jax.plan.memory import Training
 
 
-class Wire(NamedTuple):
+class LinkTraffic(NamedTuple):
   """Describes one kind of traffic.
 
   Attributes:
@@ -29,7 +29,7 @@ class Wire(NamedTuple):
   formula: str
 
 
-class Step(NamedTuple):
+class StepInputs(NamedTuple):
   """Holds what all formulas read.
 
   Attributes:
@@ -53,7 +53,7 @@ def ring(n: int, size: int) -> int:
   return size * (n - 1) // n
 
 
-def link_of(step: Step, axes: tuple[str, ...]) -> str:
+def link_of(step: StepInputs, axes: tuple[str, ...]) -> str:
   """Returns 'fast' if the axes and all faster ones fit a node, else 'slow'.
 
   Devices are numbered with stage slowest, then data, fsdp, expert, context,

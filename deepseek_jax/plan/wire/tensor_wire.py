@@ -15,7 +15,7 @@ from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.flops import blocks
 
 

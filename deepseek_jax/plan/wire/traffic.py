@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
-from deepseek_jax.model.transformer import TransformerConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import formats
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan import device_shares as meshes
@@ -21,7 +21,7 @@ from deepseek_jax.plan.memory import BYTES, Training, row_bytes
 from deepseek_jax.plan.wire import expert_wire as exchange_traffic
 from deepseek_jax.plan.wire import parameter_wire
 from deepseek_jax.plan.wire.context_wire import Cut, context_moved
-from deepseek_jax.plan.wire.rings import Step, Wire, link_of, ring
+from deepseek_jax.plan.wire.rings import LinkTraffic, StepInputs, link_of, ring
 from deepseek_jax.plan.wire.tensor_wire import layer_sums, uncounted
 
 
@@ -29,7 +29,7 @@ from deepseek_jax.plan.wire.tensor_wire import layer_sums, uncounted
 class Traffic:
   """Holds what a device of the busiest pipeline rank sends in a step."""
 
-  wires: tuple[Wire, ...]
+  wires: tuple[LinkTraffic, ...]
 
   def on(self, link: str) -> int:
     """Returns the bytes over one kind of link."""
@@ -75,7 +75,7 @@ def _mixtures(config: TransformerConfig) -> list[tuple[MoEConfig, int, bool]]:
   return [m for m in made if isinstance(m[0], MoEConfig)]
 
 
-def _experts(step: Step, node_limited: bool) -> list[Wire]:
+def _experts(step: StepInputs, node_limited: bool) -> list[LinkTraffic]:
   """Counts dispatch and combine of experts, by link."""
   if step.mesh.expert == 1:
     return []
@@ -107,14 +107,14 @@ def _experts(step: Step, node_limited: bool) -> list[Wire]:
     'combine': f'{path}, bfloat16, {passes}',
   }
   return [
-    Wire(f'expert {kind}', link, int(sent), how[kind])
+    LinkTraffic(f'expert {kind}', link, int(sent), how[kind])
     for kind, links in total.items()
     for link, sent in links.items()
     if sent
   ]
 
 
-def _activations(step: Step) -> list[Wire]:
+def _activations(step: StepInputs) -> list[LinkTraffic]:
   """Counts what tensor, context and stage axes send of activations."""
   config, mesh = step.config, step.mesh
   width = BYTES[config.compute.dtype]
@@ -129,11 +129,11 @@ def _activations(step: Step) -> list[Wire]:
     if streams > 1:
       how += f' in each of {streams} streams'
     sent = 2 * step.tokens * streams * config.dim * width
-    out.append(Wire('stages', link_of(step, ('stage',)), sent, how))
+    out.append(LinkTraffic('stages', link_of(step, ('stage',)), sent, how))
   return out
 
 
-def _tensor(step: Step, width: int) -> Wire:
+def _tensor(step: StepInputs, width: int) -> LinkTraffic:
   """Counts the all-reduces of tensor parallelism."""
   config, n, uses = step.config, step.mesh.tensor, 1 + step.config.mtp.depth
   forward = 1 if config.compute.remat == 'none' else 2
@@ -151,16 +151,17 @@ def _tensor(step: Step, width: int) -> Wire:
   # float32 per token of the softmax: maximum, sum of exponentials, label.
   size += 4 * (uses * 3 + sum(often * both[1] for often, both in every))
   how = (
-    'all-reduces of what row-cut matrices make forward, of what column-cut'
-    ' ones are given backward, and of the cut vocabulary: 2 (n-1)/n each'
+    'all-reduces: forward of the outputs of row-sharded matrices, backward of'
+    ' the input gradients of column-sharded ones, and of the sharded'
+    ' vocabulary: 2 (n-1)/n each'
   )
   if missing := uncounted(config):
-    how += f'; NOT COUNTED: what {", ".join(missing)} sums inside'
+    how += f'; NOT COUNTED: sums inside {", ".join(missing)}'
   sent = 2 * ring(n, int(step.tokens * size))
-  return Wire('tensor', link_of(step, ('tensor',)), sent, how)
+  return LinkTraffic('tensor', link_of(step, ('tensor',)), sent, how)
 
 
-def _context(step: Step, width: int) -> list[Wire]:
+def _context(step: StepInputs, width: int) -> list[LinkTraffic]:
   """Counts what sequence shards gather of each other, by kind."""
   config, n = step.config, step.mesh.context
   length = step.training.seq_len // n
@@ -182,17 +183,18 @@ def _context(step: Step, width: int) -> list[Wire]:
     for i in range(2)
   )
   how = (
-    "what is read of other devices' tokens gathered, its gradients scattered,"
-    ' gathered again where the backward pass recomputes: (n-1)/n each; of'
-    ' windows and blocks that straddle borders what they miss'
+    "all-gather of all sequence shards' keys and values (or latents), reduce-"
+    'scatter of their gradients, gathered again where the backward pass'
+    ' recomputes: (n-1)/n each; windows and blocks that cross a border of'
+    ' shards fetch only the tokens that they lack'
   )
   link = link_of(step, ('context',))
-  out = [Wire('context', link, sent, how)]
+  out = [LinkTraffic('context', link, sent, how)]
   if fixed:
     how = (
-      'numbers of positions and documents; at most, as layers may share them'
+      'positions and document numbers; an upper bound, as layers may share them'
     )
-    out.append(Wire('context positions', link, fixed, how))
+    out.append(LinkTraffic('context positions', link, fixed, how))
   return out
 
 
@@ -262,7 +264,7 @@ def traffic(
   tokens = batch * training.seq_len // (mesh.batch * mesh.context)
   micro = -(-batch // (mesh.batch * training.micro_batch))
   share = Fraction(1, mesh.stage)
-  step = Step(config, mesh, training, tokens, micro, node, share)
+  step = StepInputs(config, mesh, training, tokens, micro, node, share)
   return Traffic(
     (
       *parameter_wire.gradients(step, flat),

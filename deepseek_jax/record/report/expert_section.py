@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.record import routing as flight
+from deepseek_jax.record import flight, load_balance
 from deepseek_jax.record.report import (
   curves as figures,
 )
@@ -56,8 +56,8 @@ def routing_section(path: Path) -> dict[str, Any] | None:
     result['layers'] = routing_figures.load_over_time(share, edges, layers)
     result['facts'] = _load_facts(run, load)
     by_layer = {
-      'MaxVio': flight.max_violation(load),
-      'Entropy of the load / log E': flight.load_entropy(load),
+      'MaxVio': load_balance.max_violation(load),
+      'Entropy of the load / log E': load_balance.load_entropy(load),
     } | by_layer
     experts = {'load': share} | {
       k: a for k, a in experts.items() if k != 'load'
@@ -120,7 +120,7 @@ def _edges(run: flight.Flight) -> np.ndarray:
 
 def _load_facts(run: flight.Flight, load: np.ndarray) -> dict[str, Any]:
   """Returns the last interval's steps, worst MaxVio and idle experts."""
-  violation = flight.max_violation(load[-1])
+  violation = load_balance.max_violation(load[-1])
   worst = int(np.nanargmax(violation)) if np.isfinite(violation).any() else 0
   return {
     'first': int(run.first[-1]),

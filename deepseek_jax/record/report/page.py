@@ -24,6 +24,7 @@ from deepseek_jax import files
 from deepseek_jax.console import short
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import metrics
+from deepseek_jax.record.json_lines import read_lines
 from deepseek_jax.record.metric import Metric, described
 from deepseek_jax.record.report import curves as figures
 from deepseek_jax.record.report.expert_section import routing_section
@@ -201,19 +202,18 @@ def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
 
 def _timeline(path: Path) -> list[tuple[str, float, float]]:
   """Returns phases with their seconds and percent of all, the longest first."""
-  if not path.exists():
-    return []
+  rows, damaged = read_lines(
+    path, lambda row: (row['phase'], float(row['seconds']))
+  )
+  if damaged:
+    number, line = damaged[0]
+    raise InputError(
+      f'{path}, line {number}: {line[:60]!r} is not'
+      ' {"phase": name, "seconds": number}; remove the line'
+    )
   seconds: dict[str, float] = {}
-  for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
-    try:
-      row = json.loads(line)
-      seconds.setdefault(row['phase'], 0.0)
-      seconds[row['phase']] += float(row['seconds'])
-    except (ValueError, KeyError, TypeError):
-      raise InputError(
-        f'{path}, line {number}: {line[:60]!r} is not'
-        ' {"phase": name, "seconds": number}; remove the line'
-      ) from None
+  for _, (phase, added) in rows:
+    seconds[phase] = seconds.get(phase, 0.0) + added
   total = math.fsum(seconds.values())
   rows = sorted(seconds.items(), key=lambda item: -item[1])
   return [(p, s, 100 * s / total if total else 0.0) for p, s in rows]

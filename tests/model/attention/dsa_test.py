@@ -274,8 +274,8 @@ class DecodeTest(parameterized.TestCase):
       at = context().positions
       query, keys = (f(x, at) for f in (one.index_query, one.remember))
       empty = BASE.cache(2, T, jnp.float32)
-      sight = query_blocks.sight(at, None, fresh=True)
-      chosen = dsa.choose(BASE, query, keys.index, sight)
+      visibility = query_blocks.visibility(at, None, fresh=True)
+      chosen = dsa.choose(BASE, query, keys.index, visibility)
       return *one(x, context(), empty)[:2], chosen
 
     want, past, first = prefill(inputs())
@@ -414,7 +414,7 @@ class ConfigTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, f'{name} = 0: must be'):
       dataclasses.replace(BASE, **{name: 0})
 
-  def test_index_dims_must_hold_the_turned_ones(self):
+  def test_index_dims_must_hold_the_rotated_ones(self):
     with self.assertRaisesRegex(ds.InputError, 'at least rope_dim = 4'):
       dataclasses.replace(BASE, indexer=IndexerConfig(2, 3))
 

@@ -20,11 +20,11 @@ from deepseek_jax.model.attention.indexer import (
   divergence,
   index_scores,
 )
-from deepseek_jax.model.attention.query_blocks import Sight, over_blocks
+from deepseek_jax.model.attention.query_blocks import Visibility, over_blocks
 from tests import reference, sparse_reference, tiny
 
 DIM, LATENT, T = 16, 12, 14
-# An odd number of index dims beyond the 4 turned ones.
+# An odd number of index dims beyond the 4 rotated ones.
 SHAPES = IndexerConfig(heads=3, dim=7)
 
 
@@ -138,9 +138,9 @@ class ChoiceTest(parameterized.TestCase):
     k = rng.integers(-2, 3, (2, T, 3)).astype(np.float32)
     segments = np.repeat([[1, 2], [3, 0]], T // 2, axis=1)
     places = np.broadcast_to(np.arange(T), (2, T))
-    sight = Sight(jnp.asarray(places), jnp.asarray(segments))
+    visibility = Visibility(jnp.asarray(places), jnp.asarray(segments))
     got = choose(
-      IndexQuery(q, w), k, sight, 5, key_segments=segments, most=most
+      IndexQuery(q, w), k, visibility, 5, key_segments=segments, most=most
     )
     scores = np.einsum(
       'btjs,btj->bts', np.maximum(np.einsum('btji,bsi->btjs', q, k), 0), w
@@ -158,10 +158,10 @@ class ChoiceTest(parameterized.TestCase):
   def test_choosing_has_no_gradient(self):
     q = jnp.ones((1, 4, 1, 2))
     k = jnp.arange(8.0).reshape(1, 4, 2)
-    sight = Sight(jnp.arange(4)[None])
+    visibility = Visibility(jnp.arange(4)[None])
 
     def total(q, k):
-      at = choose(IndexQuery(q, q[..., 0]), k, sight, 2)
+      at = choose(IndexQuery(q, q[..., 0]), k, visibility, 2)
       return (at * q[:, :, 0, :1]).sum()
 
     np.testing.assert_array_equal(jax.grad(total, argnums=1)(q, k), 0)

@@ -20,7 +20,7 @@ from deepseek_jax.model.attention import (
   partial_softmax as partial_attention,
 )
 from deepseek_jax.model.attention.csa import CSAConfig
-from deepseek_jax.model.attention.csa_reading import Reading
+from deepseek_jax.model.attention.csa_entries import EntryAttention
 from deepseek_jax.model.attention.hca import HCAConfig
 from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
@@ -287,7 +287,7 @@ class LayerTest(parameterized.TestCase):
       query = query._replace(weight=query.weight.at[:, ::2].set(-0.0))
       view = compressor.view(ctx, 4, True)
       cfg = CSAConfig(top_k=3, block=16)
-      return Reading(cfg, None, query, view, None, keys, 1.0).choose()
+      return EntryAttention(cfg, None, query, view, None, keys, 1.0).choose()
 
     chosen = choose(x)
     for t in range(T):

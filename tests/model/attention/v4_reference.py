@@ -9,9 +9,9 @@ from tests import reference
 
 
 def tail(x, positions, rope, dim):
-  """The last `dim` channels of x [T ... C] turned."""
-  turned = reference.rope(x[..., -dim:], positions, rope)
-  return np.concatenate([x[..., :-dim], turned], axis=-1)
+  """The last `dim` channels of x [T ... C] rotated."""
+  rotated = reference.rope(x[..., -dim:], positions, rope)
+  return np.concatenate([x[..., :-dim], rotated], axis=-1)
 
 
 def compress(p, x, *, ratio, overlap, rope, rope_dim, eps):

@@ -115,7 +115,7 @@ class HashTest(parameterized.TestCase):
 
   def test_a_model_keeps_one_table_per_layer_in_its_buffers(self):
     kinds = {
-      'hash': ds.model.transformer.Kind(
+      'hash': ds.model.transformer_config.Kind(
         'moe',
         (
           ('moe.router.bias', False),

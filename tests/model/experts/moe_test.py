@@ -11,13 +11,11 @@ from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax.model.context import Context
+from deepseek_jax.model.experts.capacity import CapacityConfig, drop, exempted
 from deepseek_jax.model.experts.moe import (
-  CapacityConfig,
   MoE,
   MoEConfig,
   apply_experts,
-  drop,
-  exempted,
 )
 from deepseek_jax.model.experts.router import RouterConfig, Routing
 from tests import reference, tiny

@@ -17,7 +17,7 @@ from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.memory.engram import Engram, EngramConfig
-from deepseek_jax.model.transformer import Kind
+from deepseek_jax.model.transformer_config import Kind
 from deepseek_jax.parallel import sharding
 from deepseek_jax.train import muon
 from deepseek_jax.train import optimizer as optim
@@ -289,8 +289,8 @@ class ModelTest(parameterized.TestCase):
       done, cache = done + news, out.cache
 
   def test_unstacked_for_sampling_it_is_the_same(self):
-    flat = ds.model.transformer.unstack(config())
-    apart = ds.model.transformer.unstack(config(), variables())
+    flat = ds.model.stacks.unstack(config())
+    apart = ds.model.stacks.unstack(config(), variables())
     got = jax.jit(ds.build(flat).apply)(apart, tokens(), **whole()).logits
     want = jitted()(variables(), tokens(), **whole()).logits
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
@@ -359,8 +359,8 @@ class TablesTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'engram': None}, 'kinds.memory.engram = True: needs engram'),
     (
-      {'mtp': ds.model.transformer.MTPConfig(1, 'memory')},
-      "mtp.block = 'memory': has a memory",
+      {'mtp': ds.model.mtp.MTPConfig(1, 'memory')},
+      "mtp.block = 'memory': has an Engram",
     ),
     (
       {'engram': dataclasses.replace(MEMORY, base=2**30)},

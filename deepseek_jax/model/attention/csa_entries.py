@@ -17,13 +17,13 @@ from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention.compressor import View
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.indexer_loss import sampled
-from deepseek_jax.model.attention.partial_softmax import Part, attend
+from deepseek_jax.model.attention.partial_softmax import PartialSoftmax, attend
 from deepseek_jax.model.attention.query_blocks import over_blocks, rows
 from deepseek_jax.parallel.sequence import WHOLE, Along
 
 
-class Rule(Protocol):
-  """Describes what a reading takes of a CSAConfig."""
+class EntryChoice(Protocol):
+  """Describes what attention to entries takes of a CSAConfig."""
 
   top_k: int
   stage: str
@@ -32,7 +32,7 @@ class Rule(Protocol):
   measures_recall: bool
 
 
-class Reading(NamedTuple):
+class EntryAttention(NamedTuple):
   """Holds the local queries and all entries.
 
   Attributes:
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
       and sink. Read if `learn`.
   """
 
-  cfg: Rule
+  cfg: EntryChoice
   q: jax.Array
   query: IndexQuery
   view: View
@@ -58,7 +58,7 @@ class Reading(NamedTuple):
   along: Along = WHOLE
   rest: jax.Array | None = None
 
-  def part(self) -> tuple[Part, dict[str, jax.Array]]:
+  def part(self) -> tuple[PartialSoftmax, dict[str, jax.Array]]:
     """Computes attention to the entries, and what the indexer learns from.
 
     Returns:
@@ -98,7 +98,7 @@ class Reading(NamedTuple):
     Args:
       log_sum: [B T H] float32, of the scores of the entries.
       weights: [B T H S] float32, the softmax over the entries alone.
-      rest: [B T H] float32, see Reading.
+      rest: [B T H] float32, see EntryAttention.
 
     Returns:
       [B T S] float32: the joint softmax, added up over heads, L1-normalised.
@@ -125,12 +125,14 @@ class Reading(NamedTuple):
     total, count = self.along.sum_of_parts(total)
     return total / jnp.maximum(count, 1)
 
-  def _chosen(self, chosen: jax.Array) -> tuple[Part, dict[str, jax.Array]]:
+  def _chosen(
+    self, chosen: jax.Array
+  ) -> tuple[PartialSoftmax, dict[str, jax.Array]]:
     """Reads each query's own entries, gathered: (part, statistics)."""
 
     def block(
       one: tuple, entries: jax.Array, keys: jax.Array
-    ) -> tuple[Part, jax.Array | None]:
+    ) -> tuple[PartialSoftmax, jax.Array | None]:
       q, query, at, rest = one
       seen = at >= 0
       part, weights = attend(q, rows(entries, at), seen, self.scale)
@@ -171,14 +173,14 @@ class Reading(NamedTuple):
     caught = index.caught(shares, chosen)
     return self._mean(caught, view, counts)
 
-  def _all(self) -> tuple[Part, dict[str, jax.Array]]:
+  def _all(self) -> tuple[PartialSoftmax, dict[str, jax.Array]]:
     """Reads all entries that there are: (part, statistics)."""
     S = self.entries.shape[1]
     k = min(self.cfg.top_k, S)
 
     def block(
       one: tuple, entries: jax.Array, keys: jax.Array
-    ) -> tuple[Part, tuple | None]:
+    ) -> tuple[PartialSoftmax, tuple | None]:
       q, query, view, rest = one
       seen = view.mask(S)
       part, weights = attend(q, entries, seen, self.scale)

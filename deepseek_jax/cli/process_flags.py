@@ -18,7 +18,7 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def join() -> distributed.Cluster:
+def join() -> distributed.Rendezvous:
   """Joins this process to its run; from now on they end together."""
   found = distributed.init_distributed(
     _COORDINATOR.value,

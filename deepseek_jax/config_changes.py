@@ -1,0 +1,78 @@
+"""Changes fields of frozen dataclass trees by dotted paths.
+
+Fields that depend on each other may change together: only the result is
+checked.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from deepseek_jax.config import field_types, typed, unknown_field
+from deepseek_jax.errors import InputError
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+  """Returns a copy of `config` with dotted fields changed.
+
+  changed(config, {'moe.router.scoring': 'softmax'}) is an ablation. Fields
+  that depend on each other may be changed in one call, in any order: only the
+  result is checked.
+
+  Raises:
+    InputError: there is no such field, or the result makes no sense.
+  """
+  return changed_by(config, changes.items())
+
+
+def changed_by(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:
+  """Does what `changed` does, by pairs of a path and a value.
+
+  The last value of a path holds.
+  """
+  edits = _Edits()
+  for path, value in changes:
+    edits.add(str(path).split('.'), value)
+  return _changed(config, edits, '', None)
+
+
+class _Edits:
+  """Holds changes of a field: a value for all of it, then those inside."""
+
+  def __init__(self):
+    self.whole, self.inside = (), {}
+
+  def add(self, parts: list[str], value: Any) -> None:
+    """Adds a change at `parts` of a path below this field."""
+    if not parts:  # what was changed inside before is gone
+      self.whole, self.inside = (value,), {}
+    else:
+      self.inside.setdefault(parts[0], _Edits()).add(parts[1:], value)
+
+
+def _changed(config: Any, edits: _Edits, path: str, annotation: Any) -> Any:
+  """Returns the value at `path` after its edits.
+
+  An `annotation` of None allows anything.
+  """
+  for value in edits.whole:
+    config = typed(annotation, value, path) if annotation else value
+  if not edits.inside:
+    return config
+  below = lambda name: f'{path}.{name}'.removeprefix('.')
+  if isinstance(config, Mapping):
+    inner = (typing.get_args(annotation) or (None, None))[1]
+    one = lambda k, e: _changed(config.get(k), e, below(k), inner)
+    return {**config, **{k: one(k, e) for k, e in edits.inside.items()}}
+  names = []
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    names = [f.name for f in dataclasses.fields(config)]
+  hints, new = field_types(type(config)) if names else {}, {}
+  for name, edit in edits.inside.items():
+    if not names:
+      raise InputError(f'{below(name)}: {name} is a field of {config!r}')
+    if name not in names:
+      raise InputError(unknown_field('', below(name), names, type(config)))
+    new[name] = _changed(getattr(config, name), edit, below(name), hints[name])
+  return dataclasses.replace(config, **new)

@@ -1,0 +1,95 @@
+"""Describes what an engine holds, and in which shapes it computes.
+
+Legend: P tokens of a page, N calls of a step, k drafts.
+"""
+
+import dataclasses
+
+from deepseek_jax.config import at_least
+from deepseek_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Describes what an engine holds, and in which shapes it computes.
+
+  Attributes:
+    slots: answers that are decoded together at most.
+    context: tokens of a prompt and its answer together, at most.
+    page: P; rounded up until whole rows of every layer's cache fit.
+    pages: of the cache; None: as many as all slots can fill.
+    budget: tokens of a prefill step.
+    steps: N, calls of the model that a decoding step makes.
+    drafts: k, tokens that multi-token prediction guesses for each call; the
+      tokens that come out are the same. 0: none.
+    draft_rows: with more rows in a bucket nothing is guessed, as the calls cost
+      more than they spare; None: always.
+    queue: answers that may wait; more are refused.
+    reuse: prompts that begin alike share what is cached.
+    snapshots: how many ends of pages keep what layers cache of the last tokens
+      alone; None: two for each slot. Only models that need them have them.
+    rows, contexts: buckets, ascending; None: one and all slots, a quarter of
+      the context and all of it.
+    deterministic: one bucket for everything, so that an answer doesn't depend
+      on what else runs in any bit.
+    routing: keeps which experts answers chose.
+  """
+
+  slots: int = 16
+  context: int = 2048
+  page: int = 64
+  pages: int | None = None
+  budget: int = 256
+  steps: int = 8
+  drafts: int = 0
+  draft_rows: int | None = None
+  queue: int = 256
+  reuse: bool = True
+  snapshots: int | None = None
+  rows: tuple[int, ...] | None = None
+  contexts: tuple[int, ...] | None = None
+  deterministic: bool = False
+  routing: bool = False
+
+  def __post_init__(self) -> None:
+    """Raises InputError for a field out of its range."""
+    at_least(self, 'engine.', slots=1, context=2, page=1, pages=1, budget=1)
+    at_least(self, 'engine.', steps=1, queue=1, snapshots=0)
+    at_least(self, 'engine.', drafts=0, draft_rows=0)
+    for name, least in (('rows', self.slots), ('contexts', self.context)):
+      given = getattr(self, name)
+      if given is None:
+        continue
+      if not given or list(given) != sorted(set(given)) or given[0] < 1:
+        raise InputError(
+          f'engine.{name} = {given!r}: must be ascending numbers from 1'
+        )
+      if given[-1] < least:
+        raise InputError(
+          f'engine.{name} = {given!r}: the last must be at least {least}'
+        )
+
+  def row_buckets(self) -> tuple[int, ...]:
+    """Returns the numbers of rows that are compiled."""
+    if self.deterministic:
+      return (self.slots,)
+    return self.rows or tuple(sorted({1, self.slots}))
+
+  def page_buckets(self, page: int) -> tuple[int, ...]:
+    """Returns the numbers of pages of a row that are compiled."""
+    whole = self.contexts or (-(-self.context // 4), self.context)
+    if self.deterministic:
+      whole = whole[-1:]
+    return tuple(sorted({-(-tokens // page) for tokens in whole}))
+
+  def chunk_buckets(self) -> tuple[tuple[int, int], ...]:
+    """Returns the (rows, tokens) of prefill that are compiled."""
+    few = max(1, self.budget // 8)
+    if self.deterministic or few == self.budget:
+      return ((1, self.budget),)
+    return (min(self.slots, self.budget // few), few), (1, self.budget)
+
+  def drafts_of(self, rows: int) -> int:
+    """Returns how many tokens are guessed with so many rows."""
+    most = self.slots if self.draft_rows is None else self.draft_rows
+    return self.drafts if rows <= most else 0

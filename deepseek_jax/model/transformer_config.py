@@ -1,0 +1,267 @@
+"""Describes a transformer as data, and what order its layers have.
+
+`TransformerConfig` holds one sub-config per idea and a layout that names kinds
+of blocks; it expands into segments, short patterns of blocks that repeat and
+are scanned over.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from deepseek_jax.config import above, at_least, check_choices
+from deepseek_jax.config_changes import changed_by
+from deepseek_jax.errors import InputError
+from deepseek_jax.model.block import AttentionConfig, BlockConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
+from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
+from deepseek_jax.model.lora import LoRAConfig
+from deepseek_jax.model.memory.engram import EngramConfig
+from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.residual import ResidualConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Describes a kind of block that a layout can name.
+
+  Attributes:
+    ffn: which sub-config is its FFN, 'ffn' (dense) or 'moe'.
+    change: where it departs from the model's sub-configs, as pairs of a
+      dotted field and a value: (('attention.rope.theta', 160000.0),).
+    engram: whether it begins with an Engram.
+  """
+
+  ffn: Literal['ffn', 'moe'] = 'moe'
+  change: tuple = ()
+  engram: bool = False
+
+  def __post_init__(self):
+    """Raises InputError unless `change` is a sequence of pairs."""
+    some = isinstance(self.change, tuple | list)
+    pair = lambda c: isinstance(c, tuple | list) and len(c) == 2
+    if not some or not all(pair(c) and type(c[0]) is str for c in self.change):
+      raise InputError(
+        f"kind.change = {self.change!r}: write pairs, (('field', value),)"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """Describes how the same numbers are computed.
+
+  Attributes:
+    dtype: of activations and matmuls; norms, router and softmax stay float32.
+      On a GPU JAX multiplies float32 as TF32 (10 bits of mantissa) unless
+      jax_default_matmul_precision says otherwise; only the products of router
+      and hyper-connections ask for all of float32.
+    scan: layers of a segment are scanned over (else unrolled).
+    remat: what the backward pass recomputes: nothing, all but matmul
+      outputs, or whole layers.
+    kernels: None takes kernels where the device has them, and the layers' own
+      code elsewhere; 'gpu' and 'reference' force them or what they are
+      checked against.
+  """
+
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  scan: bool = True
+  remat: Literal['none', 'dots', 'full'] = 'none'
+  kernels: Literal['reference', 'gpu'] | None = None
+
+  def __post_init__(self):
+    """Raises InputError for an unknown choice of kernels."""
+    if self.kernels not in (None, 'reference', 'gpu'):
+      raise InputError(
+        f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """Holds a pattern of blocks, applied `repeat` times."""
+
+  blocks: tuple[BlockConfig, ...]
+  repeat: int
+
+
+class Layer(NamedTuple):
+  """Describes one layer of a model, and where its variables lie.
+
+  Attributes:
+    number: in order, from 0.
+    segment, place: its variables are below ['segments'][segment][place] ...
+    repeat: ... at this index of their leading axis.
+    block: its configuration.
+  """
+
+  number: int
+  segment: int
+  place: int
+  repeat: int
+  block: BlockConfig
+
+  def of(self, tree: Mapping, default: Any = None) -> Any:
+    """Returns what a tree of variables has of this layer's stack."""
+    segments = tree.get('segments', {})
+    return segments.get(self.segment, {}).get(self.place, default)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Describes everything about a model.
+
+  Attributes:
+    vocab_size: V.
+    dim: D.
+    layout: pairs (names of kinds, repeat), e.g.
+      ((('dense',), 3), (('moe',), 58)).
+    attention, ffn, moe, residual: the shared sub-configs, one per idea.
+    kinds: the kinds that the layout's names stand for.
+    mtp: multi-token prediction.
+    engram: the Engram of the kinds that have one.
+    lora: weights that learn a low-rank product; the rest is then frozen, unless
+      train.trainable names it.
+    norm_eps: of the block norms and the final norm.
+    init_std: of every weight matrix at initialisation.
+    tied: embedding and head are one matrix.
+    compute: how, not what, is computed.
+  """
+
+  vocab_size: int
+  dim: int
+  layout: tuple
+  attention: AttentionConfig
+  ffn: FFNConfig | None = None
+  moe: MoEConfig | None = None
+  residual: ResidualConfig | HyperConnectionsConfig = ResidualConfig()
+  kinds: dict[str, Kind] = dataclasses.field(
+    default_factory=lambda: {'dense': Kind('ffn'), 'moe': Kind('moe')}
+  )
+  mtp: MTPConfig = MTPConfig(depth=0)
+  engram: EngramConfig | None = None
+  lora: LoRAConfig | None = None
+  norm_eps: float = 1e-6
+  init_std: float = 0.006
+  tied: bool = False
+  compute: ComputeConfig = ComputeConfig()
+
+  def __post_init__(self):
+    """Raises InputError for fields out of range or that do not fit together."""
+    check_choices(self)
+    at_least(self, vocab_size=1, dim=1, init_std=0)
+    above(self, norm_eps=0)
+    if not isinstance(self.kinds, Mapping):
+      raise InputError(f'kinds = {self.kinds!r}: must be a dict of Kinds')
+    if not isinstance(self.lora, LoRAConfig | None):
+      raise InputError(f'lora = {self.lora!r}: must be a LoRAConfig or None')
+    if not self.layout:
+      raise InputError('layout = (): name at least one block')
+    flat = isinstance(self.residual, ResidualConfig)
+    if self.mtp.depth and self.mtp.streams and flat:
+      raise InputError(
+        'mtp.streams = True: the residual has one stream; use'
+        ' hyper-connections or mtp.streams = False'
+      )
+    if self.mtp.depth and self.block(self.mtp.block).engram:
+      raise InputError(
+        f'mtp.block = {self.mtp.block!r}: has an Engram, which prediction'
+        ' blocks cannot have; choose a kind with engram = False'
+      )
+    for block in [b for s in self.segments() for b in s.blocks]:
+      check_choices(block)  # kinds may change whole parts
+      router = getattr(block.ffn, 'router', None)
+      hashed = getattr(router, 'hash_vocab', 0)
+      if hashed not in (0, self.vocab_size):
+        raise InputError(
+          f'router.hash_vocab = {hashed}: must be vocab_size ='
+          f' {self.vocab_size}, or 0'
+        )
+
+  @property
+  def layers(self) -> int:
+    """Returns L, without the blocks of multi-token prediction."""
+    return sum(len(s.blocks) * s.repeat for s in self.segments())
+
+  def block(self, name: str) -> BlockConfig:
+    """Returns the configuration of the block that the layout calls `name`.
+
+    Raises:
+      InputError: an unknown name, or a kind that lacks its sub-config.
+    """
+    if name not in self.kinds:
+      raise InputError(
+        f'layout names {name!r}: not one of kinds = {sorted(self.kinds)}'
+      )
+    kind = self.kinds[name]
+    if not isinstance(kind, Kind):
+      raise InputError(f'kinds.{name} = {kind!r}: must be a Kind')
+    parts = {
+      'attention': self.attention,
+      'ffn': self.ffn,
+      'moe': self.moe,
+      'residual': self.residual,
+    }
+    for path, _ in kind.change:
+      top = path.partition('.')[0]
+      if top not in parts:
+        raise InputError(f'kinds.{name}.change: no sub-config {top!r}')
+    # Changes reach into sub-configs; the model's own stay as they are.
+    parts = changed_by(parts, kind.change)
+    ffn = parts[kind.ffn]
+    if ffn is None:
+      raise InputError(
+        f'layout names {name!r}, which needs {kind.ffn} = ...: it is None'
+      )
+    if not kind.engram:
+      return BlockConfig(
+        parts['attention'], ffn, parts['residual'], self.norm_eps
+      )
+    if self.engram is None:
+      raise InputError(
+        f'kinds.{name}.engram = True: needs engram = ...: it is None'
+      )
+    return BlockConfig(
+      parts['attention'],
+      ffn,
+      parts['residual'],
+      self.norm_eps,
+      self.engram,
+      self.engram.rows(len(self.engram_layers())),
+    )
+
+  def in_order(self) -> tuple[Layer, ...]:
+    """Returns all layers as tokens pass through them."""
+    places = (
+      (i, j, repeat, block)
+      for i, segment in enumerate(self.segments())
+      for repeat in range(segment.repeat)
+      for j, block in enumerate(segment.blocks)
+    )
+    return tuple(Layer(n, *place) for n, place in enumerate(places))
+
+  def engram_layers(self) -> tuple[int, ...]:
+    """Returns the numbers of the layers with an Engram, in order."""
+    names = [n for names, repeat in self.layout for n in names * repeat]
+    has = lambda name: name in self.kinds and self.kinds[name].engram
+    return tuple(i for i, name in enumerate(names) if has(name))
+
+  def segments(self) -> tuple[Segment, ...]:
+    """Returns the layout with its names looked up.
+
+    Raises:
+      InputError: an entry that is no pair of names and a positive number.
+    """
+    out = []
+    for entry in self.layout:
+      try:
+        names, repeat = entry
+        ok = not isinstance(names, str) and int(repeat) == repeat > 0
+      except (TypeError, ValueError, OverflowError):
+        ok = False
+      if not ok:
+        raise InputError(
+          f"layout entry {entry!r}: write (('kind', ...), repeat)"
+        )
+      out.append(Segment(tuple(self.block(n) for n in names), int(repeat)))
+    return tuple(out)

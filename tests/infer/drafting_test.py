@@ -1,0 +1,74 @@
+"""Speculation: the tokens are those of plain decoding, from fewer calls."""
+
+import dataclasses
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import deepseek_jax as ds
+from deepseek_jax.infer.engine import Engine, EngineConfig
+from deepseek_jax.infer.request import Request, Sampling
+from deepseek_jax.model.mtp import MTPConfig
+from tests import tiny
+from tests.infer import families
+
+CONTEXT = 64
+CFG = EngineConfig(
+  slots=3, context=CONTEXT, page=8, budget=16, steps=3, contexts=(CONTEXT,)
+)
+
+
+def model(name, depth=1):
+  """Returns a family's model with multi-token prediction, and variables."""
+  streams = name == 'v4'
+  block = {'v4': 'window', 'v3': 'moe'}.get(name, 'dense')
+  mtp = MTPConfig(depth, block, streams)
+  made = ds.build(dataclasses.replace(families.config(name), mtp=mtp))
+  variables = tiny.draw(made)
+  if name == 'engram':
+    own = families.variables(name)['buffers']
+    variables = {**variables, 'buffers': own}
+  return made, variables
+
+
+def asked(count=5, new=15, seed=0, **sampling):
+  rng = np.random.default_rng(seed)
+  out = []
+  for i in range(count):
+    prompt = tuple(map(int, rng.integers(1, tiny.VOCAB, rng.integers(1, 30))))
+    how = Sampling(seed=i, **sampling)
+    out.append(Request(prompt, new, how, logprobs=1))
+  return out
+
+
+class LosslessTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('gqa', 2, 1),
+    ('v3', 1, 1),
+    ('v3', 3, 2),
+    ('dsa', 2, 1),
+    ('nsa', 2, 1),
+    ('v4', 2, 1),
+    ('engram', 3, 1),
+  )
+  def test_tokens_are_those_of_plain_decoding(self, name, drafts, depth):
+    made, variables = model(name, depth)
+    for sampling in ({'temperature': 0}, {'frequency_penalty': 0.5}):
+      requests = asked(**sampling)
+      plain = Engine(made, variables, CFG).run(requests)
+      cfg = dataclasses.replace(CFG, drafts=drafts)
+      run = Engine(made, variables, cfg)
+      guessed = run.run(requests)
+      for (a,), (b,) in zip(plain, guessed):
+        self.assertEqual(a.tokens, b.tokens)
+        np.testing.assert_allclose(
+          [p.logprob for p in a.logprobs],
+          [p.logprob for p in b.logprobs],
+          rtol=0,
+          atol=1e-5,
+        )
+      self.assertGreater(run.stats['drafts'], 0)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -90,8 +90,8 @@ def build(config: TransformerConfig) -> Model:
   """Makes the pure functions of a model; allocates no array.
 
   apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
-  train=False, mtp=False, mtp_state=False, ngrams=None, before=None) -> Output,
-  with
+  train=False, mtp=False, mtp_state=False, ngrams=None, before=None,
+  routes=None) -> Output, with
     tokens: [B T] int32, each 0..V - 1 except on padding, where it may be
       anything. Another number is an InputError; inside jit, where it can't be
       known, it gives NaN logits in its row and changes no other.
@@ -116,6 +116,10 @@ def build(config: TransformerConfig) -> Model:
     before: [B N-1] int32, of a model with Engrams and a cache: the tokens
       before a row's first one, in order, instead of those that the cache has
       seen last. What would lie before a document may be anything.
+    routes: [B T L K] int32, the experts of each token in each layer with
+      experts, in order: they are used, and weighted by the live scores. A token
+      whose experts are -1 in a layer is routed there as ever; so is it where
+      the token itself decides, and in the blocks of multi-token prediction.
 
   draft(variables, state, tokens, cache, positions, valid=None, *, depth=1) ->
   Draft runs the block of multi-token prediction of a depth, with
@@ -154,8 +158,11 @@ def build(config: TransformerConfig) -> Model:
     mtp_state: bool = False,
     ngrams: jax.Array | None = None,
     before: jax.Array | None = None,
+    routes: jax.Array | None = None,
   ) -> Output:
-    given = inputs.Given(tokens, positions, segment_ids, ngrams, before)
+    given = inputs.Given(
+      tokens, positions, segment_ids, ngrams, before, routes
+    )
     inputs.check(config, given, cache)
     fresh = cache is None or cache.fresh
     if positions is None and not fresh:
@@ -172,6 +179,7 @@ def build(config: TransformerConfig) -> Model:
       train=train,
       fresh=fresh,
     )
+    ctx = ctx._replace(routes=routes)
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp, mtp_state)
 

@@ -1,7 +1,7 @@
 """Reads the conversations of a run: rendered, split, packed, in memory.
 
-It has the face of a `data.TokenStore`, and its batches that of `data.Batches`, so a
-run trains on conversations as on text. Legend: R rows, T tokens read.
+It has the face of a `data.TokenStore`, and its batches that of `data.Batches`:
+a run trains on conversations as on text. Legend: R rows, T tokens read.
 """
 
 import dataclasses

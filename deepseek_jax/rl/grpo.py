@@ -145,7 +145,8 @@ BATCH = {
   'sampler': 'float32 log-probs as sampled, NaN unknown; absent: `old`',
   'reference': 'float32 log-probs under the reference, with a KL term',
   'kept': '[B T+1 W] uint32, with keep_sampling_mask',
-  'routes': '[B T+1 L K] int32, with keep_routing',
+  'routes': '[B T+1 L K] int32, with keep_routing: experts of the token as it'
+  ' was read; -1 where that is not known',
 }
 
 
@@ -164,7 +165,9 @@ def _inputs(cfg: GRPOConfig, batch: Mapping[str, jax.Array]) -> Inputs:
   read = next_token(batch)
   mask = batch['trained'][:, 1:] * read.weights
   answers = _answers(read)
-  return read._replace(weights=policy.weights(cfg.aggregation, mask, answers))
+  routes = batch['routes'][:, :-1] if cfg.keep_routing else None
+  weights = policy.weights(cfg.aggregation, mask, answers)
+  return read._replace(weights=weights, routes=routes)
 
 
 def _answers(inputs: Inputs) -> jax.Array:

@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
   labels: jax.Array  # [B T] int32
   weights: jax.Array  # [B T] float32, of each label in the loss
   batch: Mapping[str, jax.Array]  # all that the batch holds
+  routes: jax.Array | None = None  # [B T L K], see model.apply
 
 
 class Predictions(NamedTuple):

@@ -61,6 +61,7 @@ from deepseek_jax.rl.advantages import AdvantageConfig, LengthPenaltyConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.train.gate import GateConfig
@@ -137,6 +138,7 @@ EXAMPLES = (
   LengthPenaltyConfig(20, 4),
   ChatConfig(),
   DistillConfig(),
+  RolloutConfig(),
   SFTConfig(),
   GRPOConfig(
     dual_clip=3.0,

@@ -159,8 +159,8 @@ MUTANTS = (
   Mutant(
     'verifier_error_is_a_zero',
     'deepseek_jax/rl/grading/worker.py',
-    "      return {'error': f'{reward.kind}: {type(error).__name__}: {told}'}\n",
-    '      del told\n      scores.append(0.0)\n',
+    "return {'error': f'{reward.kind}: {type(error).__name__}: {told}'}",
+    'scores.append(0.0)',
     ('tests/rl/judge_test.py::each_fault_costs_one',),
     'verl 5635: a broad except made every answer wrong',
   ),

@@ -1,6 +1,7 @@
 """The GRPO family against TRL's numbers, a loop and finite differences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -181,14 +182,17 @@ class InvarianceTest(parameterized.TestCase):
       whole = tokens(new)
       shuffled = jax.tree.map(lambda a: a[order], whole)
       self.assertAlmostEqual(policy.loss(cfg, shuffled), want, delta=1e-14)
-      # Padding may hold anything.
+      # Prompts before, padding behind and a row of it may hold anything; one
+      # has the answer's own number, the other another.
+      widen = functools.partial(jnp.pad, pad_width=((0, 1), (2, 3)))
       wide = jax.tree.map(
-        lambda a: jnp.pad(a, ((0, 1), (0, 3)), constant_values=a.dtype.type(9)),
-        whole,
+        lambda a: widen(a, constant_values=a.dtype.type(4)), whole
       )
-      mask = jnp.pad(whole.mask, ((0, 1), (0, 3)))
+      mask = widen(whole.mask)
       wide = wide._replace(
-        mask=mask, sampler=jnp.where(mask > 0, wide.sampler, jnp.nan)
+        mask=mask,
+        sampler=jnp.where(mask > 0, wide.sampler, jnp.nan),
+        answers=wide.answers.at[:, :2].set(1),
       )
       self.assertAlmostEqual(policy.loss(cfg, wide), want, delta=1e-14)
       for count in (1, 2, 4):

@@ -93,6 +93,11 @@ class PlainChat:
         f'a conversation of {", ".join(roles)}{also}: this format holds one'
         ' prompt and its completion; choose a chat format of a model'
       )
+    if messages[1]['content'] is None:
+      raise InputError(
+        'the answer calls tools and says nothing: this format holds text alone;'
+        ' choose a chat format of a model'
+      )
     answer = self.tokenizer.encode(messages[1]['content'])
     return [Turn(self.prompt(messages[0]['content']), [*answer, *self.ends])]
 

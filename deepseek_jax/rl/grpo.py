@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import above, at_least, check_choices
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.context import documents
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.rl import log_probs, policy
 from deepseek_jax.rl.advantages import AdvantageConfig, LengthPenaltyConfig
@@ -171,10 +172,11 @@ def _inputs(cfg: GRPOConfig, batch: Mapping[str, jax.Array]) -> Inputs:
 
 
 def _answers(inputs: Inputs) -> jax.Array:
-  """Returns the number of each label's answer [B T]: its segment's."""
+  """Returns the number of each label's answer [B T]: its document's."""
   if inputs.segments is None:
     return jnp.ones_like(inputs.labels)
-  return jnp.maximum(inputs.segments, 0)
+  # Runs, numbered from 1: an id may come twice in a row, or be large.
+  return documents(inputs.segments)
 
 
 def _loss(

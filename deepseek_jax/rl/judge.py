@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -68,7 +69,7 @@ class _Worker:
 
   def ask(self, request: Any, seconds: float) -> dict | None:
     """Returns the reply; None if the process ended or took too long."""
-    clock = threading.Timer(seconds, self._process.kill)
+    clock = threading.Timer(seconds, self._kill)
     clock.daemon = True
     clock.start()
     try:
@@ -81,9 +82,21 @@ class _Worker:
     finally:
       clock.cancel()
 
+  @property
+  def alive(self) -> bool:
+    """Returns whether the process still runs."""
+    return self._process.poll() is None
+
+  def _kill(self) -> None:
+    """Ends the process and those that it has started: they hold its pipes."""
+    try:
+      os.killpg(self._process.pid, signal.SIGKILL)
+    except (OSError, AttributeError):  # gone already; no groups on Windows
+      self._process.kill()
+
   def stop(self) -> None:
     """Ends the process and frees what it held."""
-    self._process.kill()
+    self._kill()
     self._process.wait()
     for pipe in (self._process.stdin, self._process.stdout):
       try:
@@ -137,6 +150,9 @@ class Judge:
 
   def _one(self, number: int, text: str, problem: Mapping) -> Verdict:
     """Returns the verdict of one process on one answer."""
+    worker = self._workers[number]
+    if worker is not None and not worker.alive:  # a clock that was too late
+      self._end(number)
     if self._workers[number] is None:
       self._workers[number] = _Worker(self._plain)
     worker = self._workers[number]

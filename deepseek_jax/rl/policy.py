@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
   reference: jax.Array | None  # under the reference; None without a KL term
   advantages: jax.Array
   mask: jax.Array  # 1 on tokens that learn
-  answers: jax.Array  # int32 number of the answer in its row; 0 is none
+  answers: jax.Array  # int32 number of the answer in its row, 0..T; 0: none
 
 
 class Terms(NamedTuple):

@@ -103,6 +103,11 @@ class ExamplesTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'assistant, user'):
       made([SAID, ASKED], chats.PlainChat(TOKENIZER))
 
+  def test_an_answer_without_text_is_refused_by_a_plain_format(self):
+    call = {'role': 'assistant', 'content': None, 'tool_calls': [{}]}
+    with self.assertRaisesRegex(InputError, 'calls tools and says nothing'):
+      made([ASKED, call], chats.PlainChat(TOKENIZER))
+
   def test_the_template_of_r1_zero(self):
     text = TOKENIZER.decode(chats.r1_zero(TOKENIZER).prompt('1 + {}?'))
     self.assertTrue(text.endswith('User: 1 + {}?. Assistant:'))

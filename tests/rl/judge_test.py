@@ -14,7 +14,7 @@ from deepseek_jax.rl.grading import adaptors
 from deepseek_jax.rl.judge import Judge
 
 OWN = """
-import os, sys, time
+import os, subprocess, sys, time
 def score(text, problem):
   print('printed by a verifier')
   if text == 'hang':
@@ -31,6 +31,12 @@ def score(text, problem):
     return float('nan')
   if text == 'none':
     return None
+  if text == 'child':
+    subprocess.Popen(['sleep', '60'])
+    time.sleep(60)
+  if text == 'write':
+    os.write(1, b'written past Python')
+    return 7.0
   if text == 'memory':
     return len(bytearray(1 << 40))
   return problem['value']
@@ -72,6 +78,27 @@ class JudgeTest(absltest.TestCase):
     self.assertIn('gave nan', found[6].error)
     self.assertIn('TypeError', found[7].error)
     self.assertIn('MemoryError', found[8].error)
+
+  def test_what_a_verifier_starts_or_writes_stays_its_own(self):
+    judge = self.own(seconds=1.5)
+    start = time.perf_counter()
+    asked = [(t, {'value': 2.0}) for t in ('child', 'write', 'good')]
+    found = judge(asked)
+    self.assertLess(time.perf_counter() - start, 30)
+    self.assertEqual([v.scores for v in found], [None, (7.0,), (2.0,)])
+
+  def test_a_process_that_died_between_answers_costs_none(self):
+    judge = self.own()
+    self.assertEqual(judge([('good', {'value': 2.0})])[0].reward, 2.0)
+    judge._workers[0]._process.kill()
+    judge._workers[0]._process.wait()
+    self.assertEqual(judge([('good', {'value': 2.0})])[0].reward, 2.0)
+
+  def test_any_text_is_scored(self):
+    judge = self.judge([{'kind': 'exact', 'place': 'all'}])
+    texts = ('\ud800', '\x00\n\r\u2028', 'é' * 3_000_000, '')
+    found = judge([(t, {'answer': 'x'}) for t in texts])
+    self.assertEqual([v.scores for v in found], [(0.0,)] * 4)
 
   def test_order_stays_over_processes_and_threads(self):
     judge = self.own(processes=3)

@@ -97,6 +97,15 @@ class GRPOTest(parameterized.TestCase):
     want = -batch['advantages'][:, 1:][on].mean()
     np.testing.assert_allclose(got['loss'], want, rtol=1e-5)
 
+  def test_numbers_of_segments_mean_nothing(self):
+    batch = llama_batch()
+    want = found(*self.model(), batch, grpo.GRPOConfig())['loss']
+    # Runs are documents: ids may be large, or come again in a row.
+    for rename in (lambda s: s * 1000, lambda s: np.where(s == 3, 1, s)):
+      named = batch | {'segments': rename(batch['segments']).astype(np.int32)}
+      got = found(*self.model(), named, grpo.GRPOConfig())['loss']
+      self.assertAlmostEqual(got, want, places=5)
+
   def test_entropy_is_that_of_the_whole_distribution(self):
     batch = llama_batch()
     table = rollouts.log_probs(*self.model(), batch)

@@ -187,9 +187,15 @@ class TemplateChat:
     )
 
   def _check_said(self, message: Mapping, answer: str, n: int) -> None:
-    """Raises InputError where the answer's text lacks what was said."""
+    """Raises InputError where the answer's text is not what was said."""
     for name in ('reasoning_content', 'content'):
       said = message.get(name)
+      spelled = self._tokenizer.encode(said or '', special=True)
+      if set(spelled) & set(self.ends):
+        raise InputError(
+          f'message {n + 1}: its {name} spells a token that ends a turn; take'
+          ' it out, or use a chat format of this library'
+        )
       if said and said.strip() not in answer:
         raise InputError(
           f'message {n + 1}: the template leaves out its {name} or changes it,'

@@ -131,6 +131,14 @@ MUTANTS = (
     'Megatron-Bridge 3927: an all-ones mask without a word',
   ),
   Mutant(
+    'answers_numbered_by_segment_ids',
+    _GRPO,
+    '  return documents(inputs.segments)\n',
+    '  return jnp.maximum(inputs.segments, 0)\n',
+    (f'{_OBJECTIVES_TEST}::numbers_of_segments_mean',),
+    'a run of equal ids is a document; the same id may come again',
+  ),
+  Mutant(
     'mask_shifted_by_one',
     'deepseek_jax/rl/sft.py',
     "batch['trained'][:, 1:]",

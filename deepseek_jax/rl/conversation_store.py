@@ -57,13 +57,13 @@ class ConversationStore:
     """Returns the tokenizer."""
     return self._tokenizer
 
-  def heldout_batches(self, size: int, limit: int | None) -> 'Heldout':
+  def heldout_batches(self, size: int, limit: int | None) -> 'HeldoutAnswers':
     """Returns batches of the first `limit` held-out examples; None: of all.
 
     Raises:
       InputError: there are none.
     """
-    return Heldout(self, size, limit)
+    return HeldoutAnswers(self, size, limit)
 
 
 def build(
@@ -130,7 +130,7 @@ def _sha256(some: Sequence[examples.Example]) -> str:
   return digest.hexdigest()
 
 
-class Rows(batches.Batches):
+class PackedBatches(batches.Batches):
   """Draws packed rows in a seeded, resumable order, as Batches draw windows."""
 
   def __init__(self, store: ConversationStore, config: DataConfig):
@@ -172,7 +172,7 @@ def _laid_out(
   )
 
 
-class Heldout:
+class HeldoutAnswers:
   """Yields batches of held-out examples, with the face of a `data.Heldout`.
 
   Attributes:

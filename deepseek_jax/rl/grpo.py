@@ -196,7 +196,7 @@ def _loss(
   of = lambda name, default: batch[name][:, 1:] if name in batch else default
   # Without values of its own, this step is on-policy: the ratio is 1.
   old = of('old', jax.lax.stop_gradient(now))
-  tokens = policy.Tokens(
+  tokens = policy.PolicyTokens(
     policy=now,
     old=old,
     sampler=of('sampler', old),

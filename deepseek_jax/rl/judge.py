@@ -23,7 +23,7 @@ _MEBIBYTES = 4096
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
   """Holds the weighted scores of an answer, or why there are none."""
 
   scores: tuple[float, ...] | None
@@ -134,7 +134,7 @@ class Judge:
     self._plain = [dict(r) for r in self.rewards]
     self._workers: list[_Worker | None] = [None] * self.processes
 
-  def __call__(self, answers: Sequence[tuple[str, Mapping]]) -> list[Verdict]:
+  def __call__(self, answers: Sequence[tuple[str, Mapping]]) -> list[Judgement]:
     """Returns the verdicts on (text, problem) pairs, in order."""
     share = lambda n: [
       (i, self._one(n, *answers[i]))
@@ -148,7 +148,7 @@ class Judge:
     self.scored += len(out) - wrong
     return out
 
-  def _one(self, number: int, text: str, problem: Mapping) -> Verdict:
+  def _one(self, number: int, text: str, problem: Mapping) -> Judgement:
     """Returns the verdict of one process on one answer."""
     worker = self._workers[number]
     if worker is not None and not worker.alive:  # a clock that was too late
@@ -165,10 +165,10 @@ class Judge:
     if reply is None:
       self._end(number)
       why = f'took more than {self.seconds} s, or ended its process'
-      return Verdict(None, why)
+      return Judgement(None, why)
     if 'scores' not in reply:
-      return Verdict(None, reply.get('error', 'no reply'))
-    return Verdict(tuple(reply['scores']))
+      return Judgement(None, reply.get('error', 'no reply'))
+    return Judgement(tuple(reply['scores']))
 
   def _end(self, number: int) -> None:
     """Ends a process; the next answer starts another."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Tokens(NamedTuple):
+class PolicyTokens(NamedTuple):
   """Holds what is known of sampled tokens, each array [B T].
 
   Where `mask` is 0 (prompt, tool output, padding) the others may be anything.
@@ -58,7 +58,7 @@ def answer_means(
   return total / jnp.where(count > 0, count, 1)
 
 
-def terms(cfg: Any, tokens: Tokens) -> Terms:
+def terms(cfg: Any, tokens: PolicyTokens) -> Terms:
   """Returns what every token adds to the objective.
 
   Args:
@@ -134,7 +134,7 @@ def _surrogate(
 
 
 def _kept(
-  cfg: Any, tokens: Tokens, policy: jax.Array, advantages: jax.Array
+  cfg: Any, tokens: PolicyTokens, policy: jax.Array, advantages: jax.Array
 ) -> jax.Array:
   """Returns the off-policy sequence mask [B T], 1 where an answer is kept.
 
@@ -190,7 +190,7 @@ def weights(aggregation: str, mask: jax.Array, answers: jax.Array) -> jax.Array:
 def total(
   cfg: Any,
   values: jax.Array,
-  tokens: Tokens,
+  tokens: PolicyTokens,
   denominator: jax.Array,
   micro_batches: int = 1,
 ) -> jax.Array:
@@ -215,7 +215,7 @@ def total(
   return (values * of_token).sum() / denominator
 
 
-def loss(cfg: Any, tokens: Tokens) -> jax.Array:
+def loss(cfg: Any, tokens: PolicyTokens) -> jax.Array:
   """Returns the loss of a whole optimiser step, in one micro-batch."""
   denominator = weights(cfg.aggregation, tokens.mask, tokens.answers).sum()
   denominator = jnp.where(denominator > 0, denominator, 1)

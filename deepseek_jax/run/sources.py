@@ -20,7 +20,9 @@ def opened(config: RunConfig, say: Callable[[str], None]) -> Store:
 
 def batches(store: Store, config: RunConfig) -> datalib.Batches:
   """Returns the stream of batches that a run trains on."""
-  made = datalib.Batches if config.chat is None else conversation_store.Rows
+  made = (
+    datalib.Batches if config.chat is None else conversation_store.PackedBatches
+  )
   return made(store, config.data)
 
 

@@ -77,7 +77,7 @@ class GRPOTest(parameterized.TestCase):
     at = lambda name: jnp.asarray(np.float64(batch[name][:, 1:]))
     with jax.enable_x64(True):
       inside = batch['segments'][:, 1:] == batch['segments'][:, :-1]
-      tokens = policy.Tokens(
+      tokens = policy.PolicyTokens(
         jnp.asarray(rollouts.of_labels(table, batch)[:, 1:]),
         *map(at, ('old', 'sampler', 'reference', 'advantages')),
         at('trained') * inside,

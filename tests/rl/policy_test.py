@@ -16,11 +16,11 @@ from tests.rl import golden
 def tokens(
   new, old=golden.OLD, mask=golden.MASK, sampler=None, rows=slice(None)
 ):
-  """Returns the golden batch as `policy.Tokens`, one answer a row."""
+  """Returns the golden batch as `policy.PolicyTokens`, one answer a row."""
   advantages = np.broadcast_to(golden.ADVANTAGES[:, None], mask.shape)
   old = jax.lax.stop_gradient(new) if old is None else jnp.asarray(old)[rows]
   answers = np.ones(mask.shape, np.int32)
-  return policy.Tokens(
+  return policy.PolicyTokens(
     new,
     old,
     old if sampler is None else jnp.asarray(sampler)[rows],

@@ -13,7 +13,7 @@ KINDS = {
   'countdown': verifiers.Countdown,
   'code': verifiers.Code,
   'exact': verifiers.Exact,
-  'format': verifiers.Format,
+  'format': verifiers.InForm,
   'language': verifiers.Language,
   'length': verifiers.Length,
   'math_verify': adaptors.MathVerify,

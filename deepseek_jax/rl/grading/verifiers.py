@@ -142,7 +142,7 @@ class Exact(_Placed):
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class InForm:
   """Looks for <think>...</think> <answer>...</answer> and nothing else.
 
   Attributes:

@@ -13,7 +13,7 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,hf,tensorboard]'
+	$(BIN)/pip install --quiet --editable '.[dev,grammar,hf,tensorboard]'
 	touch $@
 
 # Trains a V3-style model on the source of Python's standard library,

@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,8 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.machine import processor
 
 # A research-size V3 in the words of its config.json: 33.7M parameters.
 SHAPES = {
@@ -50,12 +52,14 @@ SHAPES = {
 }
 BATCH, LENGTH = 8, 512  # of a training step and of prefill
 PROMPT, NEW = 128, 128  # of decoding
+REQUESTS = 64  # of serving, of mixed lengths
+TASKS = ('train', 'prefill', 'decode', 'serve', 'serve_paged')
 
 
 def serve(make) -> None:
   """A worker's main: `make(task, batch)` returns a function to be timed."""
   parser = argparse.ArgumentParser()
-  parser.add_argument('--task', choices=('train', 'prefill', 'decode'))
+  parser.add_argument('--task', choices=TASKS)
   parser.add_argument('--batch', type=int, default=BATCH)
   args = parser.parse_args()
   start = time.perf_counter()
@@ -67,10 +71,20 @@ def serve(make) -> None:
   for _ in sys.stdin:
     run()
     start = time.perf_counter()
-    run()
+    more = run()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print('@' + json.dumps({'s': seconds, 'peak': peak}), flush=True)
+    more = more if isinstance(more, dict) else None
+    said = {'s': seconds, 'peak': peak, 'more': more}
+    print('@' + json.dumps(said), flush=True)
+
+
+def requests() -> list[tuple[list[int], int]]:
+  """Returns prompts of 16 to 512 tokens, and 16 to 256 new ones for each."""
+  rng = np.random.default_rng(0)
+  sizes = rng.integers((16, 16), (513, 257), (REQUESTS, 2))
+  draw = lambda n: rng.integers(0, SHAPES['vocab_size'], n).tolist()
+  return [(draw(prompt), int(new)) for prompt, new in sizes]
 
 
 class Contender:
@@ -89,7 +103,7 @@ class Contender:
       env=env,
     )
     self.ready = self._read()
-    self.seconds, self.peak = [], 0
+    self.seconds, self.peak, self.more = [], 0, {}
 
   def _read(self):
     for line in self._process.stdout:
@@ -103,6 +117,7 @@ class Contender:
     answer = self._read()
     self.seconds.append(answer['s'])
     self.peak = answer['peak']
+    self.more = answer.get('more') or {}
 
   def close(self):
     self._process.stdin.close()
@@ -161,7 +176,7 @@ def main(name: str, tasks) -> None:
   Console().print(table)
   result = {
     'date': datetime.date.today().isoformat(),
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}',
+    'machine': processor(),
     'rows': rows,
   }
   path = Path(__file__).parent / 'results' / f'{name}.json'

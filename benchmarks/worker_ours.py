@@ -1,5 +1,7 @@
 """This library's side of the contest."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,9 @@ import deepseek_jax as ds
 import deepseek_jax.cli.common
 from benchmarks import contest
 from deepseek_jax.infer import sampling as sample
+from deepseek_jax.infer.engine import Engine
+from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
@@ -58,6 +63,8 @@ def make(task, batch):
   elif task == 'prefill':
     forward = jax.jit(lambda v, t: model.apply(v, t).logits)
     run = lambda: forward(variables, tokens[:, :-1]).block_until_ready()
+  elif task == 'serve':
+    run = _serve(model, variables)
   else:
     variables = sample.prepare(model, variables)
     prompt = draw(batch, contest.PROMPT)
@@ -84,6 +91,45 @@ def _train(model, variables, tokens):
   def run():
     state[0], metrics = step(state[0], batch)
     return float(metrics['loss'])
+
+  return run
+
+
+def _serve(model, variables):
+  cfg = EngineConfig(
+    slots=16,
+    context=768,
+    page=64,
+    budget=512,
+    steps=16,
+    rows=(4, 16),
+    contexts=(256, 512, 768),
+    reuse=False,
+  )
+  engine = Engine(model, variables, cfg)
+  engine.warm_up()
+  greedy = Sampling(temperature=0)
+  asked = [Request(tuple(p), n, greedy) for p, n in contest.requests()]
+
+  def run():
+    begun = time.perf_counter()
+    for request in asked:
+      engine.submit(request)
+    first, last, gaps = {}, {}, []
+    while engine.busy():
+      for event in engine.step():
+        now = time.perf_counter() - begun
+        if event.request in last:
+          gaps.append(now - last[event.request])
+        first.setdefault(event.request, now)
+        last[event.request] = now
+    at = lambda values, q: float(np.quantile(list(values), q))
+    return {
+      'first_p50': at(first.values(), 0.5),
+      'first_p99': at(first.values(), 0.99),
+      'gap_p50': at(gaps, 0.5),
+      'gap_p99': at(gaps, 0.99),
+    }
 
   return run
 

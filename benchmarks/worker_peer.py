@@ -20,6 +20,11 @@ def make(task, batch):
     run = _train(model, draw(contest.LENGTH))
   elif task == 'prefill':
     run = _prefill(model.eval(), draw(contest.LENGTH))
+  elif task == 'serve':
+    run = _serve(model.eval(), batch)
+  elif task == 'serve_paged':
+    model.set_attn_implementation('paged|sdpa')
+    run = _serve_paged(model.eval())
   else:
     run = _decode(model.eval(), draw(contest.PROMPT))
   versions = {
@@ -64,6 +69,58 @@ def _decode(model, prompt):
       do_sample=False,
       pad_token_id=0,
     )
+
+  return run
+
+
+def _serve(model, size):
+  """Prompts in batches of like total length, padded on the left."""
+  asked = sorted(contest.requests(), key=lambda r: (r[1], len(r[0])))
+  batches = [asked[i : i + size] for i in range(0, len(asked), size)]
+
+  @torch.no_grad()
+  def run():
+    for some in batches:
+      most = max(len(prompt) for prompt, _ in some)
+      ids = torch.zeros(len(some), most, dtype=torch.long)
+      mask = torch.zeros_like(ids)
+      for row, (prompt, _) in enumerate(some):
+        ids[row, most - len(prompt) :] = torch.tensor(prompt)
+        mask[row, most - len(prompt) :] = 1
+      new = max(count for _, count in some)
+      model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+      )
+
+  return run
+
+
+def _serve_paged(model):
+  """transformers' own continuous batching; each prompt wants its own length."""
+  asked = contest.requests()
+  config = transformers.GenerationConfig(
+    max_new_tokens=max(n for _, n in asked),
+    do_sample=False,
+    pad_token_id=0,
+    eos_token_id=-1,
+  )
+
+  @torch.no_grad()
+  def run():
+    with model.continuous_batching_context_manager(config) as manager:
+      for prompt, new in asked:
+        manager.add_request(prompt, max_new_tokens=new)
+      done = 0
+      while done < len(asked):
+        result = manager.get_result(timeout=60)
+        if result is None:
+          raise SystemExit('no result within a minute')
+        done += 1
 
   return run
 

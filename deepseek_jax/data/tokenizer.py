@@ -207,6 +207,11 @@ class Tokenizer:
     return name is None or _BYTE.fullmatch(name) is not None
 
   @property
+  def text_json(self) -> str:
+    """Returns a tokenizer.json that reads text as text: all marks special."""
+    return self._plain.to_str()
+
+  @property
   def sha256(self) -> str:
     """Returns a hash of all that decides ids: the tokenizer and two names."""
     parts = json.dumps([self._spec, self._eos, self._pad], sort_keys=True)
@@ -282,7 +287,7 @@ def _token_bytes(model: Any) -> Callable[[int], bytes]:
 
 
 def _all_special(spec: dict) -> dict:
-  """Marks every <…> token special: some files leave that out for a few.
+  """Marks every <…> and ｜…｜ token special: some files leave that out.
 
   Other added tokens, such as runs of spaces, are text and stay in use.
   """
@@ -294,8 +299,8 @@ def _all_special(spec: dict) -> dict:
 
 
 def _is_mark(name: str) -> bool:
-  """Returns whether a name is written as <...>."""
-  return len(name) > 2 and name[0] == '<' and name[-1] == '>'
+  """Returns whether a name is written as <...>, or as DeepSeek's ｜...｜."""
+  return len(name) > 2 and name[0] + name[-1] in ('<>', '｜｜')
 
 
 def from_file(path: str) -> Tokenizer | ByteTokenizer:

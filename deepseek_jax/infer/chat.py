@@ -14,11 +14,11 @@ from deepseek_jax.data import special_tokens
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import template
+from deepseek_jax.infer.detokenize import Stops
+from deepseek_jax.infer.formats.message import REASONING
 from deepseek_jax.infer.text import decode_stream
 
 MAX_TEMPLATE = 1 << 20  # characters of a template
-# Names that templates and APIs use for what an assistant thought.
-_REASONING = ('reasoning_content', 'thinking', 'reasoning')
 
 Message = Mapping[str, Any]  # 'role': system, user or assistant; 'content'
 # (prompt ids) -> new token ids, one at a time; ends by itself.
@@ -125,35 +125,24 @@ def render(
 def _message(message: Message) -> dict[str, Any]:
   """Returns a message without what is None, its reasoning by every name."""
   out = {key: value for key, value in message.items() if value is not None}
-  found = [out[key] for key in _REASONING if key in out]
+  found = [out[key] for key in REASONING if key in out]
   if found:
     out = {'thinking': found[0], **out, 'reasoning_content': found[0]}
   return out
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-  """Yields pieces of a text up to the first of `stops`; each is not empty.
+  """Yields pieces of a text up to the first of `stops`.
 
-  Text that may begin a stop waits for the next piece.
+  Text that may begin a stop waits for the next piece. InputError if one of
+  `stops` is empty.
   """
-  held = ''
+  found = Stops(stops)
   for piece in pieces:
-    held += piece
-    # The earliest stop ends the text, whichever it is.
-    found = [at for at in map(held.find, stops) if at >= 0]
-    if found:
-      yield held[: min(found)]
+    yield found.feed(piece)
+    if found.stopped:
       return
-    waits = max((_overlap(held, stop) for stop in stops), default=0)
-    ready, held = held[: len(held) - waits], held[len(held) - waits :]
-    yield ready
-  yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-  """Returns how many characters at the end of `text` begin `stop`."""
-  sizes = range(min(len(text), len(stop) - 1), 0, -1)
-  return next((n for n in sizes if text.endswith(stop[:n])), 0)
+  yield found.finish()
 
 
 def converse(

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer import batches, sampler
-from deepseek_jax.infer.batches import Bucket
+from deepseek_jax.infer import host_arrays, sampler
 from deepseek_jax.infer.detokenize import Detokenizer
 from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.host_arrays import Bucket
 from deepseek_jax.infer.paging import Store, paging
 from deepseek_jax.infer.programs import STOPS, Decoded, Shape, programs
 from deepseek_jax.infer.request import (
@@ -324,9 +324,9 @@ class Engine:
     self._store, out = self._run.decode(
       self._variables,
       self._store,
-      batches.rows(going, bucket, [1] * len(going)),
-      batches.going(going, bucket, [limits[s] for s in going]),
-      batches.draws(going, bucket, self.page, vocab),
+      host_arrays.rows(going, bucket, [1] * len(going)),
+      host_arrays.going(going, bucket, [limits[s] for s in going]),
+      host_arrays.draws(going, bucket, self.page, vocab),
     )
     out = jax.device_get(out)
     self._totals['decode_calls'] += int(out.calls.max())
@@ -378,6 +378,7 @@ class Engine:
     stops = token in one.request.sampling.stop
     if one.matcher is not None:
       stops |= not one.matcher.accept(token)
+      stops |= one.matcher.ended
     if one.text is not None and not stops:
       text = one.text.feed(token).text
       stops = one.text.stopped
@@ -435,8 +436,8 @@ class Engine:
     self._store, scores, _ = self._run.prefill(
       self._variables,
       self._store,
-      batches.rows(some, bucket, counts),
-      batches.chunk(some, bucket, counts, self.cfg.drafts, echo),
+      host_arrays.rows(some, bucket, counts),
+      host_arrays.chunk(some, bucket, counts, self.cfg.drafts, echo),
     )
     self._totals['prefilled'] += sum(counts)
     if echo:
@@ -506,14 +507,14 @@ class Engine:
 
   def _compile(self, what: str, bucket: Bucket) -> None:
     """Runs a program of one shape on padding."""
-    where = batches.rows([], bucket, [])
+    where = host_arrays.rows([], bucket, [])
     if what == 'prefill':
-      args = (batches.chunk([], bucket, [], self.cfg.drafts),)
+      args = (host_arrays.chunk([], bucket, [], self.cfg.drafts),)
     else:
       vocab = self.model.config.vocab_size
       args = (
-        batches.going([], bucket, []),
-        batches.draws([], bucket, self.page, vocab),
+        host_arrays.going([], bucket, []),
+        host_arrays.draws([], bucket, self.page, vocab),
       )
     run = getattr(self._run, what)
     self._store, *out = run(self._variables, self._store, where, *args)

@@ -35,7 +35,7 @@ class Store(NamedTuple):
   slots: tuple[jax.Array, ...]  # each [repeat, L, ...]
 
 
-class Held(NamedTuple):
+class Caches(NamedTuple):
   """Holds what is cached of some requests, as the model wants it.
 
   Without drafts the cache alone.
@@ -89,7 +89,7 @@ class Paging:
   page: int
   leaves: tuple[Leaf, ...]
   structure: Any
-  make: Callable[[int, int], Held]
+  make: Callable[[int, int], Caches]
   drafts: int = 0
 
   @property
@@ -126,7 +126,7 @@ class Paging:
         ringed.append(jnp.zeros(shape, like.dtype))
     return Store(tuple(paged), tuple(ringed))
 
-  def view(self, store: Store, rows: Rows) -> Held:
+  def view(self, store: Store, rows: Rows) -> Caches:
     """Returns what is held of the rows, in caches of [R, n P] slots.
 
     What lies behind a row's `start` is zero, whatever the pages hold.
@@ -144,14 +144,14 @@ class Paging:
     cache = lambda layers, recent: Cache(
       layers, rows.start, slots, False, recent
     )
-    return Held(
+    return Caches(
       cache(layers, one(recent)),
       None if mtp is None else cache(mtp, None),
       one(state),
       None if ready is None else ready[0, :, 0],
     )
 
-  def commit(self, store: Store, held: Held, rows: Rows, most: int) -> Store:
+  def commit(self, store: Store, held: Caches, rows: Rows, most: int) -> Store:
     """Returns the store with the pages that new tokens have touched.
 
     Args:
@@ -206,14 +206,14 @@ def paging(model: Any, page: int, drafts: int = 0) -> Paging:
   return Paging(page, tuple(leaves), structure, make, drafts)
 
 
-def _empty(model: Any, drafts: int, batch: int, slots: int) -> Held:
+def _empty(model: Any, drafts: int, batch: int, slots: int) -> Caches:
   """Returns what is held of no token."""
   if not drafts:
-    return Held(model.init_cache(batch, slots))
+    return Caches(model.init_cache(batch, slots))
   cfg = model.config
   streams = (cfg.residual.streams,) if cfg.mtp.streams else ()
   shape = batch, 1 + drafts, *streams, cfg.dim
-  return Held(
+  return Caches(
     model.init_cache(batch, slots, drafts),
     model.init_mtp_cache(batch, slots, drafts),
     jnp.zeros(shape, cfg.compute.dtype),
@@ -235,7 +235,7 @@ def _leaf(less: Any, more: Any) -> Leaf:
   return Leaf(ratio, shift, numbers * less.dtype.itemsize)
 
 
-def _leaves(held: Held) -> tuple[list, Any]:
+def _leaves(held: Caches) -> tuple[list, Any]:
   """Returns the arrays that are held, each [repeat B rows ...], their tree."""
   cache, mtp, state, ready = held
   # Those of no layer stand for one.
@@ -248,7 +248,7 @@ def _leaves(held: Held) -> tuple[list, Any]:
   )
 
 
-def _mtp_leaves(held: Held) -> tuple[int, int]:
+def _mtp_leaves(held: Caches) -> tuple[int, int]:
   """Returns the range of the leaves that multi-token prediction caches."""
   before = len(jax.tree.leaves((held.cache.layers, held.cache.recent)))
   return before, before + len(jax.tree.leaves(held.mtp.layers))

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.infer import drafting, sampler
-from deepseek_jax.infer.drafting import Checked, Place
-from deepseek_jax.infer.paging import Held, Paging, Rows, Store
+from deepseek_jax.infer import checked_drafts, sampler
+from deepseek_jax.infer.checked_drafts import Checked, LoopRows
+from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
 from deepseek_jax.infer.sampler import Drawn, Draws
 from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.stacks import moe_statistics
@@ -130,7 +130,7 @@ def _prefill(
   )
   held = held._replace(cache=out.cache)
   if shape.paging.drafts:
-    held = drafting.caught_up(
+    held = checked_drafts.caught_up(
       model, variables, held, out, rows, chunk.tokens, chunk.before
     )
   store = shape.paging.commit(store, held, rows, T)
@@ -156,11 +156,13 @@ def _decode(
   one = functools.partial(_plain, model, variables)
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
-    one = functools.partial(drafting.check, model, variables, drafts=drafts)
+    one = functools.partial(
+      checked_drafts.check, model, variables, drafts=drafts
+    )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W
 
-  def run(held: Held, place: Place) -> tuple[Checked, tuple]:
+  def run(held: Caches, place: LoopRows) -> tuple[Checked, tuple]:
     made = one(held, place, draws._replace(history=place.history))
     chosen = _by_row(_experts(made.output)) if shape.routing else None
     return made, (made.drawn, chosen)
@@ -180,7 +182,7 @@ def _decode(
     beyond = place.history.shape[1]
     where = jnp.where(at < most, rows.start[:, None] + 1 + at, beyond)
     token = jnp.where(place.active, pick(made.drawn.token), place.token)
-    place = Place(
+    place = LoopRows(
       place.at + number,
       token,
       place.active & ~ended & (count + number < going.limit),
@@ -202,7 +204,7 @@ def _decode(
 
   held, none = shape.paging.view(store, rows), jnp.zeros(R, jnp.int32)
   history = jnp.asarray(draws.history)
-  place = Place(rows.start, going.token, rows.count > 0, history)
+  place = LoopRows(rows.start, going.token, rows.count > 0, history)
   _, like = jax.eval_shape(run, held, place)
   kept = jax.tree.map(
     lambda a: jnp.zeros((R, most, *a.shape[2:]), a.dtype), like
@@ -218,7 +220,7 @@ def _decode(
 
 
 def _plain(
-  model: Model, variables: dict, held: Held, place: Place, draws: Draws
+  model: Model, variables: dict, held: Caches, place: LoopRows, draws: Draws
 ) -> Checked:
   """Runs the model on the last token of each row, and draws the next."""
   out = model.apply(

@@ -18,14 +18,14 @@ from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Model
 
 
-class Verdict(NamedTuple):
+class Acceptance(NamedTuple):
   """Holds which drafts stay, and the token that comes after them."""
 
   accepted: jax.Array  # [R] int32, of the first drafts
   token: jax.Array  # [R] int32
 
 
-class Proposal(NamedTuple):
+class Drafts(NamedTuple):
   """Holds drafts, what they were drawn from, and the cache that made them."""
 
   tokens: jax.Array  # [R k] int32
@@ -50,7 +50,7 @@ def accept(
   count: jax.Array,
   uniform: jax.Array,
   probs: jax.Array | None = None,
-) -> Verdict:
+) -> Acceptance:
   """Keeps drafts so that tokens follow the target's law.
 
   A draft d stays with probability min(1, p(d) / q(d)), with p its target and q
@@ -68,7 +68,7 @@ def accept(
   """
   k, V = drafts.shape[1], target.shape[-1]
   if not k:
-    return Verdict(jnp.zeros_like(count), drawn(target[:, 0], uniform[:, 0]))
+    return Acceptance(jnp.zeros_like(count), drawn(target[:, 0], uniform[:, 0]))
   if probs is None:
     probs = jax.nn.one_hot(drafts, V, dtype=target.dtype)
   pick = lambda a: jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]
@@ -82,10 +82,10 @@ def accept(
   left = jnp.where((accepted < count)[:, None], jnp.maximum(p - q, 0), p)
   # Nothing is left only where p is q but for rounding.
   left = jnp.where((left > 0).any(axis=-1, keepdims=True), left, p)
-  return Verdict(accepted, drawn(left, uniform[:, k]))
+  return Acceptance(accepted, drawn(left, uniform[:, k]))
 
 
-def match(plain: jax.Array, drafts: jax.Array, count: jax.Array) -> Verdict:
+def match(plain: jax.Array, drafts: jax.Array, count: jax.Array) -> Acceptance:
   """Keeps drafts that plain decoding would have drawn.
 
   Its noise depends on a row's seed and position alone, so the tokens are those
@@ -102,7 +102,7 @@ def match(plain: jax.Array, drafts: jax.Array, count: jax.Array) -> Verdict:
   stays = (plain[:, :k] == drafts) & (jnp.arange(k) < count[:, None])
   accepted = jnp.cumprod(stays, axis=1, dtype=jnp.int32).sum(axis=1)
   token = jnp.take_along_axis(plain, accepted[:, None], axis=1)[:, 0]
-  return Verdict(accepted.astype(jnp.int32), token.astype(jnp.int32))
+  return Acceptance(accepted.astype(jnp.int32), token.astype(jnp.int32))
 
 
 def drawn(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -133,7 +133,7 @@ def propose(
   *,
   drafts: int,
   choose: Choice = likeliest,
-) -> Proposal:
+) -> Drafts:
   """Drafts the tokens that follow some that are certain.
 
   The cache then holds these; what the drafts have written beyond is
@@ -184,4 +184,4 @@ def propose(
     made.append(choose(out.logits[rows, last], number))
   drawn_from = [probs for _, probs in made]
   probs = None if drawn_from[0] is None else jnp.stack(drawn_from, axis=1)
-  return Proposal(jnp.stack([t for t, _ in made], axis=1), probs, cache)
+  return Drafts(jnp.stack([t for t, _ in made], axis=1), probs, cache)

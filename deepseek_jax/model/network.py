@@ -14,6 +14,7 @@ from deepseek_jax.model import lookup
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import Context
+from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.memory.ngram_hash import NGramHash
 from deepseek_jax.model.mtp import shifted
 from deepseek_jax.model.norm import RMSNorm
@@ -38,20 +39,6 @@ class Output(NamedTuple):
   hidden: jax.Array
   cache: Cache | None
   aux: dict[str, Any]
-
-
-class Draft(NamedTuple):
-  """Holds what a block of multi-token prediction predicts.
-
-  Attributes:
-    logits: [B T V] float32, of the token after the one that was given.
-    state: [B T D] or [B T n D], what the next depth takes of each place.
-    cache: the cache of these blocks with these tokens.
-  """
-
-  logits: jax.Array
-  state: jax.Array
-  cache: Cache
 
 
 class Transformer(nnx.Module):

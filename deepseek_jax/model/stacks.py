@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.model import given as inputs
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer_config import TransformerConfig
 
@@ -36,27 +35,6 @@ def empty_cache(
     recent = jnp.zeros((batch, config.engram.longest + spare), jnp.int32)
   length = jnp.zeros(batch, jnp.int32)
   return Cache(tuple(layers), length, slots, recent=recent)
-
-
-def empty_mtp_cache(
-  config: TransformerConfig,
-  dtype: jnp.dtype,
-  batch: int,
-  slots: int,
-  spare: int,
-) -> Cache:
-  """Returns the same for the blocks of multi-token prediction, one per depth.
-
-  It is read from the first call on: one program serves all calls.
-  """
-  inputs.check_depth(config)
-  depths = dataclasses.replace(
-    config,
-    layout=(((config.mtp.block,), 1),) * config.mtp.depth,
-    engram=None,
-  )
-  cache = empty_cache(depths, dtype, batch, slots, spare)
-  return dataclasses.replace(cache, fresh=False)
 
 
 def unstack(

@@ -7,6 +7,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ from flax import nnx
 
 from deepseek_jax.config import key
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import drafting, kernels, lora
 from deepseek_jax.model import given as inputs
-from deepseek_jax.model import kernels, lora
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.context import context
+from deepseek_jax.model.context import Context, context
+from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.functional import functional
-from deepseek_jax.model.network import Draft, Output, Transformer
-from deepseek_jax.model.stacks import empty_cache, empty_mtp_cache
+from deepseek_jax.model.network import Output, Transformer
+from deepseek_jax.model.stacks import empty_cache
 from deepseek_jax.model.transformer_config import TransformerConfig
 
 
@@ -82,8 +84,42 @@ def _built(function: Callable) -> bool:
   module = getattr(function, '__module__', '')
   return any(
     module == f.__module__ and name.startswith(f'{f.__name__}.<locals>')
-    for f in (build, functional, lora.adapted)
+    for f in (build, functional, lora.adapted, drafting.functions)
   )
+
+
+def _check(config: Any) -> None:
+  """Raises InputError for what is no configuration of a model."""
+  if not isinstance(config, TransformerConfig):
+    raise InputError(
+      f'config: {config!r} is no TransformerConfig; presets are functions that'
+      ' make one, as ds.presets.v3_tiny()'
+    )
+
+
+def _context(
+  config: TransformerConfig,
+  given: inputs.Given,
+  cache: Cache | None,
+  train: bool,
+) -> Context:
+  """Returns what the layers read of a call's arrays."""
+  fresh, positions = cache is None or cache.fresh, given.positions
+  if positions is None and not fresh:
+    # Later calls go on after the cached tokens of each row.
+    positions = cache.length[:, None] + jnp.arange(given.tokens.shape[1])
+  ctx = context(
+    given.tokens,
+    given.segment_ids,
+    config.vocab_size,
+    positions=positions,
+    rows=given.ngrams,
+    before=given.before,
+    cached=cache is not None,
+    train=train,
+    fresh=fresh,
+  )
+  return ctx._replace(routes=given.routes)
 
 
 def build(config: TransformerConfig) -> Model:
@@ -114,32 +150,16 @@ def build(config: TransformerConfig) -> Model:
       pipeline has hashed; by default they are hashed here, to the same. What
       is no row is treated as what is no token.
     before: [B N-1] int32, of a model with Engrams and a cache: the tokens
-      before a row's first one, in order, instead of those that the cache has
-      seen last. What would lie before a document may be anything.
-    routes: [B T L K] int32, the experts of each token in each layer with
-      experts, in order: they are used, and weighted by the live scores. A token
-      whose experts are -1 in a layer is routed there as ever; so is it where
-      the token itself decides, and in the blocks of multi-token prediction.
+      before a row's first, in order, if not those that the cache saw last.
+    routes: [B T L K] int32, experts of each token in each layer that has some,
+      weighted by live scores; -1 leaves them to the router (hash, MTP: always).
 
-  draft(variables, state, tokens, cache, positions, valid=None, *, depth=1) ->
-  Draft runs the block of multi-token prediction of a depth, with
-    state: `aux['mtp_state']` of [B T] tokens for depth 1, and for others the
-      state that the depth before has drafted.
-    tokens: [B T] int32, the token `depth` places on from each.
-    cache: from `init_mtp_cache` or an earlier Draft.
-    positions: [B T] int32 of the states, not of the tokens ahead.
-    valid: [B T] bool, False on padding, which comes last.
-    depth: more than there are repeat the last block. Each repetition goes on
-      one position: it takes the drafted state for that of the next token.
+  init_mtp_cache and draft: see `drafting.functions`.
 
   Raises:
     InputError: `config` is no TransformerConfig.
   """
-  if not isinstance(config, TransformerConfig):
-    raise InputError(
-      f'config: {config!r} is no TransformerConfig; presets are functions that'
-      ' make one, as ds.presets.v3_tiny()'
-    )
+  _check(config)
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
   dtype = jnp.dtype(config.compute.dtype)
   abstract, init, _, merge, cast = functional(make, dtype, config.lora)
@@ -160,60 +180,14 @@ def build(config: TransformerConfig) -> Model:
     before: jax.Array | None = None,
     routes: jax.Array | None = None,
   ) -> Output:
-    given = inputs.Given(
-      tokens, positions, segment_ids, ngrams, before, routes
-    )
+    given = inputs.Given(tokens, positions, segment_ids, ngrams, before, routes)
     inputs.check(config, given, cache)
-    fresh = cache is None or cache.fresh
-    if positions is None and not fresh:
-      # Later calls go on after the cached tokens of each row.
-      positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
-    ctx = context(
-      tokens,
-      segment_ids,
-      config.vocab_size,
-      positions=positions,
-      rows=ngrams,
-      before=before,
-      cached=cache is not None,
-      train=train,
-      fresh=fresh,
-    )
-    ctx = ctx._replace(routes=routes)
+    ctx = _context(config, given, cache, train)
     with kernels.using(config.compute.kernels):
       return merge(cast(variables))(ctx, cache, mtp, mtp_state)
 
-  def draft(
-    variables: dict,
-    state: jax.Array,
-    tokens: jax.Array,
-    cache: Cache,
-    positions: jax.Array,
-    valid: jax.Array | None = None,
-    *,
-    depth: int = 1,
-  ) -> Draft:
-    segments = None if valid is None else jnp.asarray(valid, jnp.int32)
-    given = inputs.Given(tokens, positions, segments)
-    inputs.check_draft(config, given, cache, state, depth)
-    ctx = context(
-      tokens,
-      segments,
-      config.vocab_size,
-      positions=positions,
-      cached=True,
-      fresh=cache.fresh,
-    )
-    with kernels.using(config.compute.kernels):
-      return merge(cast(variables)).draft(state, ctx, cache, depth)
-
-  def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
-    return empty_cache(config, dtype, batch, slots, spare)
-
-  def init_mtp_cache(batch: int, slots: int, spare: int = 0) -> Cache:
-    return empty_mtp_cache(config, dtype, batch, slots, spare)
-
+  empty = lambda config, *sizes: empty_cache(config, dtype, *sizes)
+  drafts = drafting.functions(config, lambda v: merge(cast(v)), empty)
   head = lambda variables: merge(cast(variables)).head_weight()
-  return Model(
-    config, init, apply, init_cache, head, cast, abstract, init_mtp_cache, draft
-  )
+  init_cache = lambda batch, slots, spare=0: empty(config, batch, slots, spare)
+  return Model(config, init, apply, init_cache, head, cast, abstract, *drafts)

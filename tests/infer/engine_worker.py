@@ -45,7 +45,9 @@ def main(name: str) -> dict:
     with sharding.use(mesh, RULES):
       many, stats = answers(name)
     same = [a.tokens for a in one] == [a.tokens for a in many]
-    logs = lambda some: np.array([[p.logprob for p in a.logprobs] for a in some])
+    logs = lambda some: np.array(
+      [[p.logprob for p in a.logprobs] for a in some]
+    )
     error = float(np.abs(logs(one) - logs(many)).max()) if same else None
     free = stats['pages'] - stats['pages_free']
     found[' '.join(f'{k}{v}' for k, v in axes.items())] = [same, error, free]

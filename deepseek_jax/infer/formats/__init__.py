@@ -71,7 +71,14 @@ def guess(
       f'no chat format is known for model_type {model_type!r}: choose one of'
       f' {", ".join(FORMATS)}'
     )
-  if name == 'v3' and pieces.THINK in template.rpartition('<｜Assistant｜>')[2]:
+  opening = template.rpartition(pieces.ASSISTANT)[2]
+  if pieces.THINK in opening and pieces.END_THINK in opening:
+    raise InputError(
+      f'{folder}: its chat template is that of DeepSeek-V3.1, for which no'
+      f' format is known: render the template, or choose one of'
+      f' {", ".join(FORMATS)}'
+    )
+  if name == 'v3' and pieces.THINK in opening:
     name = 'r1'
   return FORMATS[name]
 

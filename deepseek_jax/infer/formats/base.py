@@ -13,6 +13,7 @@ from deepseek_jax.infer.formats.message import (
   read,
   read_answer,
   read_tools,
+  shown,
 )
 from deepseek_jax.infer.formats.pieces import Piece, joined, text_of
 
@@ -60,7 +61,13 @@ class Format:
     Raises:
       InputError: names the field that is wrong or that no format can render.
     """
-    return joined(self._render(self.read(messages, **options), generation))
+    talk = self.read(messages, **options)
+    if generation and talk.messages[-1].tool_calls:
+      raise InputError(
+        'messages: the last tool_calls have no result yet: give a message of'
+        ' role tool for each'
+      )
+    return joined(self._render(talk, generation))
 
   def read(
     self,
@@ -85,10 +92,15 @@ class Format:
     found = read_tools(tools)
     if tool_choice == 'none':
       found = ()
-    required = tool_choice not in (None, 'auto', 'none')
-    if effort is not None and effort not in EFFORTS:
+    required = tool_choice == 'required' or isinstance(tool_choice, Mapping)
+    if not required and tool_choice not in (None, 'auto', 'none'):
       raise InputError(
-        f'effort = {effort!r}: must be one of {", ".join(EFFORTS)}'
+        f'tool_choice = {shown(tool_choice)}: must be auto, none, required or a'
+        ' function'
+      )
+    if effort is not None and effort not in tuple(EFFORTS):
+      raise InputError(
+        f'effort = {shown(effort)}: must be one of {", ".join(EFFORTS)}'
       )
     effort = EFFORTS.get(effort)
     if effort == 'none':
@@ -98,18 +110,22 @@ class Format:
     thinking = self.thinks if thinking is None else bool(thinking)
     if required and (thinking or not found):
       raise InputError(
-        f'tool_choice = {tool_choice!r}: needs tools, and thinking off'
+        f'tool_choice = {shown(tool_choice)}: needs tools, and thinking off'
       )
     talk = Talk(read(messages), found, thinking, effort, answer, required)
     if required and talk.messages[-1].prefix:
       raise InputError('tool_choice: a message with prefix makes no call')
-    for n, message in enumerate(talk.messages):
+    self._check_messages(talk.messages)
+    return talk
+
+  def _check_messages(self, messages: tuple[Message, ...]) -> None:
+    """Raises InputError for a role that the format doesn't know."""
+    for n, message in enumerate(messages):
       if message.role not in self.roles:
         raise InputError(
           f'messages[{n}].role = {message.role!r}: the chat format {self.name}'
           f' knows {", ".join(self.roles)}'
         )
-    return talk
 
   def _check(
     self, tools: Sequence[Any], effort: Any, answer: Any, required: bool
@@ -189,6 +205,7 @@ class Format:
     *,
     tools: bool = True,
     stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
     spell: bool = False,
   ) -> parse.Parser:
     """Returns a parser of the tokens that follow a prompt.
@@ -198,6 +215,7 @@ class Format:
       prompt: token ids; its end decides whether the answer begins in reasoning.
       tools: whether to read tool calls; else their markup is content.
       stop: texts that end the content.
+      ends: tokens that end a turn besides the format's own.
       spell: read marks that the tokenizer lacks from the text, as `encode`
         writes them.
     """
@@ -207,6 +225,7 @@ class Format:
       self.markup if tools else None,
       prompt=prompt,
       stop=stop,
+      ends=ends,
       spell=spell,
     )
 

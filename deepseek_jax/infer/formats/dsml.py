@@ -80,17 +80,34 @@ class Dsml(Markup):
   def _parameters(self, call: ToolCall) -> list[Piece]:
     """Returns the parameters of a call."""
     out: list[Piece] = []
-    for key, value in _arguments(call.arguments).items():
-      is_text = isinstance(value, str)
+    for key, is_text, value in self._arguments(call.arguments):
       out += [
         Piece('<'),
         mark(DSML),
         Piece(f'{self._blank}parameter name="{key}"'),
         Piece(f' string="{str(is_text).lower()}">'),
-        Piece(value if is_text else self._to_json(value)),
+        Piece(value),
         *spelled(self._tag('/', 'parameter') + '\n', DSML),
       ]
     return out or [Piece(self._empty)]
+
+  def _arguments(self, text: str) -> list[tuple[str, bool, str]]:
+    """Returns (key, whether it is a text, value) of each argument.
+
+    What is no JSON object is one argument, a text.
+    """
+    try:
+      found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+      if isinstance(found, dict):
+        return [
+          (key, True, value)
+          if isinstance(value, str)
+          else (key, False, self._to_json(value))
+          for key, value in found.items()
+        ]
+    except (ValueError, RecursionError):
+      pass
+    return [('arguments', True, text)]
 
   def next(self, held: str) -> Step:
     """Reads one call, or the end of the block, from the start of a text."""
@@ -130,15 +147,6 @@ class Dsml(Markup):
       return None
     fields = ', '.join(f'{to_json(k)}: {v}' for k, v in found.items())
     return ToolCall(begin[1], f'{{{fields}}}')
-
-
-def _arguments(text: str) -> dict[str, Any]:
-  """Returns the arguments of a call; what is no object is one argument."""
-  try:
-    found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-  except (ValueError, RecursionError):
-    found = None
-  return found if isinstance(found, dict) else {'arguments': text}
 
 
 def _refuse(name: str) -> None:

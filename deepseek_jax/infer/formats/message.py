@@ -3,13 +3,15 @@
 Nothing is skipped in silence: what no format can render is named.
 """
 
+import decimal
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
 
+MAX_DEPTH = 32  # of a JSON schema or of arguments
 ROLES = ('system', 'user', 'assistant', 'tool', 'latest_reminder')
 # Names that templates and APIs use for what an assistant thought.
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
@@ -35,6 +37,11 @@ class ToolCall(NamedTuple):
   arguments: str
   id: str = ''
 
+  def message(self) -> dict[str, Any]:
+    """Returns it as in an OpenAI-style message."""
+    function = {'name': self.name, 'arguments': self.arguments}
+    return {'id': self.id, 'type': 'function', 'function': function}
+
 
 class Message(NamedTuple):
   """Holds a turn of a conversation.
@@ -46,7 +53,6 @@ class Message(NamedTuple):
     tool_calls: of an assistant.
     answers: of a tool, which call of the assistant's last turn it answers.
     prefix: of the last assistant: it is to be continued.
-    empty: the content was given as None.
   """
 
   role: str
@@ -55,7 +61,6 @@ class Message(NamedTuple):
   tool_calls: tuple[ToolCall, ...] = ()
   answers: int = 0
   prefix: bool = False
-  empty: bool = False
 
 
 class Talk(NamedTuple):
@@ -78,6 +83,15 @@ class Talk(NamedTuple):
   required: bool = False
 
 
+def shown(value: Any) -> str:
+  """Returns what an error shows of a value: its beginning, in one line."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # such as a number of 10,000 digits
+    text = f'<{type(value).__name__}>'
+  return text if len(text) < 80 else f'{text[:76]} ...'
+
+
 def to_json(value: Any) -> str:
   """Returns a value as the formats write JSON: blanks, letters as they are.
 
@@ -87,7 +101,10 @@ def to_json(value: Any) -> str:
 
 
 def to_short_json(value: Any) -> str:
-  """Returns a value as to_json does, but 1e-7 for Python's 1e-07."""
+  """Returns a value as to_json does, but for Python's 1e-07 and 1e-05.
+
+  These are 1e-7 and 0.00001, as DeepSeek-V4's encoder writes them.
+  """
   if isinstance(value, Mapping):
     write = to_short_json
     fields = (f'{to_json(str(k))}: {write(v)}' for k, v in value.items())
@@ -95,7 +112,11 @@ def to_short_json(value: Any) -> str:
   if isinstance(value, list | tuple):
     return f'[{", ".join(map(to_short_json, value))}]'
   text = to_json(value)
-  return re.sub('e([+-])0', r'e\1', text) if isinstance(value, float) else text
+  if not isinstance(value, float):
+    return text
+  if text.endswith('e-05'):
+    return f'{decimal.Decimal(text):f}'
+  return re.sub('e([+-])0', r'e\1', text)
 
 
 def read(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -147,7 +168,9 @@ def _answered(
     return min(unanswered)
   found = [n for n in sorted(unanswered) if calls[n].id == given]
   if not found:
-    raise InputError(f'{where}.tool_call_id = {given!r}: no such open call')
+    raise InputError(
+      f'{where}.tool_call_id = {shown(given)}: no such open call'
+    )
   return found[0]
 
 
@@ -160,7 +183,7 @@ def _message(message: Any, where: str, last: bool) -> Message:
   role = 'system' if role == 'developer' else role  # OpenAI's newer name
   if role not in ROLES:
     raise InputError(
-      f'{where}.role = {role!r}: must be one of {", ".join(ROLES)}'
+      f'{where}.role = {shown(role)}: must be one of {", ".join(ROLES)}'
     )
   reasoning = [message[k] for k in REASONING if message.get(k) is not None]
   calls = _calls(message.get('tool_calls') or (), where)
@@ -182,7 +205,6 @@ def _message(message: Any, where: str, last: bool) -> Message:
     _text(reasoning[0] if reasoning else None, f'{where}.reasoning_content'),
     calls,
     prefix=bool(prefix),
-    empty=content is None,
   )
 
 
@@ -210,12 +232,15 @@ def _text(content: Any, where: str) -> str:
       kind = part.get('type') if isinstance(part, Mapping) else part
       if kind not in ('text', 'input_text', 'output_text'):
         raise InputError(
-          f'{where}[{n}].type = {kind!r}: only text is understood'
+          f'{where}[{n}].type = {shown(kind)}: only text is understood'
         )
-      parts.append(_text(part.get('text') or '', f'{where}[{n}].text'))
+      text = part.get('text')
+      if not isinstance(text, str):
+        raise InputError(f'{where}[{n}].text = {shown(text)}: must be a text')
+      parts.append(_text(text, f'{where}[{n}].text'))
     return '\n\n'.join(parts)
   if not isinstance(content, str):
-    raise InputError(f'{where} = {content!r}: must be a text')
+    raise InputError(f'{where} = {shown(content)}: must be a text')
   try:
     content.encode()
   except UnicodeEncodeError as error:
@@ -238,6 +263,7 @@ def _calls(calls: Any, where: str) -> tuple[ToolCall, ...]:
       raise InputError(f'{here}.function.name: give the name of a function')
     arguments = function.get('arguments', '{}')
     if isinstance(arguments, Mapping):
+      check_json(arguments, f'{here}.function.arguments')
       arguments = to_json(arguments)
     if not isinstance(arguments, str):
       raise InputError(f'{here}.function.arguments: must be JSON as a text')
@@ -251,32 +277,50 @@ def read_tools(
 ) -> tuple[Mapping[str, Any], ...]:
   """Returns the functions of OpenAI-style tools."""
   out = []
+  if isinstance(tools, Mapping | str) or not isinstance(tools, Sequence | None):
+    raise InputError('tools: give a list')
   for n, tool in enumerate(tools or ()):
     function = tool.get('function', tool) if isinstance(tool, Mapping) else None
     name = function.get('name') if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
       raise InputError(f'tools[{n}].function.name: give a name')
     if tool.get('type', 'function') != 'function':
-      raise InputError(f'tools[{n}].type = {tool["type"]!r}: must be function')
+      raise InputError(
+        f'tools[{n}].type = {shown(tool["type"])}: must be function'
+      )
     parameters = function.get('parameters')
     if parameters is not None and not isinstance(parameters, Mapping):
       raise InputError(f'tools[{n}].function.parameters: must be a JSON schema')
-    _check_json(function, f'tools[{n}].function')
+    check_json(function, f'tools[{n}].function')
     out.append(function)
   return tuple(out)
 
 
-def _check_json(value: Any, where: str) -> None:
-  """Raises InputError for what cannot be written as JSON in UTF-8."""
+def check_json(value: Any, where: str) -> None:
+  """Raises InputError for what is no JSON in UTF-8, or nested too deeply."""
+  level, depth = [value], 0
+  while level:
+    depth += 1
+    if depth > MAX_DEPTH:
+      raise InputError(f'{where}: is deeper than {MAX_DEPTH} levels')
+    level = [part for each in level for part in _parts(each)]
   try:
     to_short_json(value).encode()
-  except (TypeError, ValueError, RecursionError) as error:
+  except (TypeError, ValueError) as error:
     raise InputError(f'{where}: is no JSON: {error}') from None
+
+
+def _parts(value: Any) -> Collection[Any]:
+  """Returns what an array or object holds; nothing of anything else."""
+  if isinstance(value, Mapping):
+    return value.values()
+  return value if isinstance(value, list | tuple) else ()
 
 
 def read_answer(form: Any) -> str | Mapping[str, Any] | None:
   """Returns the form that response_format asks for: see Talk.answer."""
   kind = form.get('type') if isinstance(form, Mapping) else form
+  kind = kind if isinstance(kind, str | None) else shown(kind)
   if kind in (None, 'text'):
     return None
   if kind == 'json_object':
@@ -285,8 +329,8 @@ def read_answer(form: Any) -> str | Mapping[str, Any] | None:
   schema = schema.get('schema') if isinstance(schema, Mapping) else None
   if not isinstance(schema, Mapping):
     raise InputError(
-      f'response_format.type = {kind!r}: must be text, json_object, or'
+      f'response_format.type = {shown(kind)}: must be text, json_object, or'
       ' json_schema with json_schema.schema'
     )
-  _check_json(schema, 'response_format.json_schema.schema')
+  check_json(schema, 'response_format.json_schema.schema')
   return schema

@@ -5,8 +5,9 @@ special token; text that spells it is text. Inside, a mark is one lone
 surrogate: no decoded text holds such, so that strings can be searched.
 """
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.infer.detokenize import Stops
@@ -35,6 +36,8 @@ _NAMES = (
   '<｜tool▁output▁end｜>',
 )
 _SIGNS = {name: chr(_FIRST + n) for n, name in enumerate(_NAMES)}
+_LONG = 256  # characters
+_TELLS = re.compile('[>\ud800-\udfff]')  # ends a tag, or is a mark
 _SPELLED = {ord(sign): name for name, sign in _SIGNS.items()}
 
 
@@ -91,6 +94,15 @@ class Parsed(NamedTuple):
   tool_calls: tuple[ToolCall, ...]
   finished: bool
 
+  def message(self) -> dict[str, Any]:
+    """Returns it as an assistant's message, OpenAI-style, for the next turn."""
+    out: dict[str, Any] = {'role': 'assistant', 'content': self.content}
+    if self.reasoning_content:
+      out['reasoning_content'] = self.reasoning_content
+    if self.tool_calls:
+      out['tool_calls'] = [call.message() for call in self.tool_calls]
+    return out
+
 
 class Parser:
   """Reads the tokens of an answer as they come; see `Format.parser`.
@@ -109,11 +121,13 @@ class Parser:
     *,
     prompt: Sequence[int] = (),
     stop: Sequence[str] = (),
+    ends: Sequence[int] = (),
     spell: bool = False,
   ):
     """Starts behind a prompt; arguments as of `Format.parser`."""
     ids = pieces.ids_of_marks(tokenizer, marks)
     self._signs = {i: sign(name) for name, i in ids.items()}
+    self._signs |= {int(token): _EOS for token in ends}
     missing = [m for m in marks if m not in ids] if spell else []
     # Longer names first: one may begin another.
     missing.sort(key=len, reverse=True)
@@ -129,6 +143,7 @@ class Parser:
     """Enters a state; `leading`: newlines at its start are dropped."""
     self.state, self._leading = state, leading
     self._held, self._text, self._block = '', '', ''
+    self._said = False  # content other than blanks
     self._reasoning: list[str] = []
     self._content: list[str] = []
     self._calls: list[ToolCall] = []
@@ -167,11 +182,24 @@ class Parser:
     """Returns what became certain with a token."""
     if self.state == 'ended':
       return Delta()
-    reasoned = self.state == 'reasoning'
+    self.reasoning_tokens += self.state == 'reasoning'
+    before = len(self._held)
     self._take(self._signs.get(int(token)), int(token))
-    out = self._advance(final=False)
-    self.reasoning_tokens += reasoned
-    return out
+    if self._waits_for_more(before):
+      return Delta()
+    return self._advance(final=False)
+
+  def _waits_for_more(self, before: int) -> bool:
+    """Returns whether the text since `before` tells nothing new.
+
+    Long arguments and endless newlines are not searched again at each token.
+    """
+    if before < _LONG:
+      return False
+    if self.state == 'calls':
+      return not _TELLS.search(self._held, before)
+    only = not self._held[before - _LONG :].strip('\n')
+    return only and self._held[0] == '\n' and not self._leading
 
   def finish(self) -> Delta:
     """Returns what is left when no token follows."""
@@ -239,6 +267,7 @@ class Parser:
   ) -> Delta:
     """Returns a delta up to a stop text, and adds it to the whole."""
     content = content.translate(_SPELLED)
+    self._said |= not content.isspace() and content != ''
     if content or final:
       content = self._stops.feed(content)
     if self._stops.stopped:
@@ -284,7 +313,8 @@ class Parser:
     if found == _EOS:
       self.state = 'ended'
     elif found == _THINK:
-      if text.strip() or ''.join(self._content).strip():
+      if text.strip() or self._said:
+        self._said = True
         return True, text + _THINK  # in the middle it is no reasoning
       self.state, self._leading, text = 'reasoning', True, ''
     elif found != _END_THINK:

@@ -71,12 +71,12 @@ class V32(Format):
   name = 'v32'
   thinks = False
   marks = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)
-  markup = Dsml('function_calls')
+  markup = Dsml('function_calls', empty='\n')
 
   def _render(self, talk: Talk, generation: bool) -> list[Piece]:
     """Returns the pieces of a conversation."""
     messages = list(talk.messages)
-    if messages[:1] and messages[0].role != 'system':
+    if not messages or messages[0].role != 'system':
       messages.insert(0, Message('system'))
     last_user = max(
       (n for n, m in enumerate(messages) if m.role == 'user'), default=-1
@@ -101,8 +101,11 @@ class V32(Format):
             out += [Piece('\n\n'), *opens]
       else:
         out += self._answer(message, recent, out)
-    if talk.required:
-      out += self.markup.opening()
+    if generation and not messages[-1].prefix:
+      if messages[-1].role not in ('user', 'tool'):
+        # The published encoding opens an answer only behind these.
+        out += [mark(ASSISTANT), mark(THINK if talk.thinking else END_THINK)]
+      out += self.markup.opening() if talk.required else []
     return out
 
   def _results(self, messages: list[Message], n: int) -> list[Piece]:

@@ -6,6 +6,9 @@ calls. V4.1 has a mark for system messages, which stay where they are; V4 moves
 them to the front.
 """
 
+import itertools
+
+from deepseek_jax.errors import InputError
 from deepseek_jax.infer.formats.base import Format
 from deepseek_jax.infer.formats.dsml import Dsml
 from deepseek_jax.infer.formats.message import (
@@ -104,15 +107,21 @@ class V4(Format):
   marks = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML, REMINDER)
   markup = Dsml('tool_calls', to_json=to_short_json)
   _to_json = staticmethod(to_short_json)
+  _parts_empty = False  # whether a user's empty message takes a paragraph
 
   def _render(self, talk: Talk, generation: bool) -> list[Piece]:
     """Returns the pieces of a conversation."""
     out = [mark(BOS), *self._system(talk)]
-    in_user = False
+    before, has_text = '', False  # what came last of a user's turn
     for n, message in enumerate(_ordered(talk.messages)):
       if message.role in ('user', 'tool'):
-        out.append(Piece('\n\n') if in_user else mark(USER))
-        out.append(Piece(_said(message)))
+        said = _said(message)
+        if not before:
+          out.append(mark(USER))
+        elif before == 'tool' or self._parts_empty or (has_text and said):
+          out.append(Piece('\n\n'))
+        has_text = said != '' or (before == 'user' and has_text)
+        out.append(Piece(said))
       elif message.role == 'assistant':
         out += self._past(message, talk)
       elif message.role == 'latest_reminder':
@@ -122,7 +131,7 @@ class V4(Format):
         out += found
         if not found:  # it stands elsewhere, and parts no turns
           continue
-      in_user = message.role in ('user', 'tool')
+      before = message.role if message.role in ('user', 'tool') else ''
     left_open = talk.messages[-1:] and talk.messages[-1].prefix
     if generation and not left_open:
       out += [mark(ASSISTANT), mark(THINK if talk.thinking else END_THINK)]
@@ -211,11 +220,35 @@ class V41(V4):
   marks = (*V4.marks, SYSTEM)
   markup = Dsml('calls', blank=' ', empty='\n')
   _to_json = staticmethod(to_json)
+  _parts_empty = True
+
+  def _render(self, talk: Talk, generation: bool) -> list[Piece]:
+    """Returns the pieces of a conversation."""
+    said = tuple(m for m in talk.messages if m.role != 'system' or m.content)
+    if talk.messages and not (said or talk.tools or talk.answer):
+      talk = talk._replace(effort='')  # as nobody says anything
+    return super()._render(talk._replace(messages=said), generation)
+
+  def _past(self, message: Message, talk: Talk) -> list[Piece]:
+    """Returns an assistant's turn as a later prompt shows it."""
+    if message.prefix and message.content and len(talk.messages) == 1:
+      talk = talk._replace(thinking=False)  # what nobody asked for
+    return super()._past(message, talk)
+
+  def _check_messages(self, messages: tuple[Message, ...]) -> None:
+    """Raises InputError for two reminders in a row: the second is dropped."""
+    shown = [m for m in messages if m.role != 'system' or m.content]
+    for one, two in itertools.pairwise(shown):
+      if one.role == two.role == 'latest_reminder':
+        raise InputError(
+          'messages: two of role latest_reminder in a row; the chat format v41'
+          ' shows one: join them'
+        )
 
   def _system(self, talk: Talk) -> list[Piece]:
     """Returns what stands before all turns, but for later system messages."""
     effort = ''
-    if talk.thinking:
+    if talk.thinking and talk.effort != '':
       effort = (
         f'Reasoning Effort: {_SHARES[talk.effort or "high"]} (range 1-100, the'
         ' higher the value, the more thorough the reasoning)\n\n'
@@ -227,9 +260,7 @@ class V41(V4):
 
   def _later_system(self, message: Message, n: int) -> list[Piece]:
     """Returns a system message in its place, but for the first."""
-    if n == 0 or not message.content:
-      return []
-    return [mark(SYSTEM), Piece(message.content)]
+    return [mark(SYSTEM), Piece(message.content)] if n else []
 
   def _dialect(self, text: str) -> str:
     """Returns a text of the format with tags as this version writes them."""

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.infer import sampler
-from deepseek_jax.infer.paging import Held, Rows
+from deepseek_jax.infer.paging import Caches, Rows
 from deepseek_jax.infer.sampler import Drawn, Draws
 from deepseek_jax.infer.speculation import match, propose
 from deepseek_jax.model.transformer import Model, Output
 
 
-class Place(NamedTuple):
+class LoopRows(NamedTuple):
   """Says where rows stand in a loop of decoding."""
 
   at: jax.Array  # [R] int32, position of the last token
@@ -32,16 +32,16 @@ class Place(NamedTuple):
 class Checked(NamedTuple):
   """Holds what one call of the model gave."""
 
-  held: Held
+  held: Caches
   output: Output  # of W places
   drawn: Drawn  # each [R W ...]
   count: jax.Array  # [R] int32, tokens that stay: accepted drafts and one more
 
 
 def caught_up(
-  model: Model, variables: dict, held: Held, output: Output, rows: Rows,
+  model: Model, variables: dict, held: Caches, output: Output, rows: Rows,
   tokens: jax.Array, before: jax.Array,
-) -> Held:  # fmt: skip
+) -> Caches:  # fmt: skip
   """Returns what is held after a chunk of prefill.
 
   Args:
@@ -85,8 +85,8 @@ def caught_up(
 def check(
   model: Model,
   variables: dict,
-  held: Held,
-  place: Place,
+  held: Caches,
+  place: LoopRows,
   draws: Draws,
   drafts: int,
 ) -> Checked:
@@ -134,7 +134,7 @@ def check(
   wide = held.state.shape[1] - 1 - drafts
   state = out.aux['mtp_state']
   state = jnp.pad(state, [(0, 0), (0, wide), *[(0, 0)] * (state.ndim - 2)])
-  held = Held(
+  held = Caches(
     out.cache,
     mtp,
     _where(place.active, state, held.state),
@@ -146,8 +146,8 @@ def check(
 def _guessed(
   model: Model,
   variables: dict,
-  held: Held,
-  place: Place,
+  held: Caches,
+  place: LoopRows,
   draws: Draws,
   drafts: int,
 ) -> tuple[jax.Array, object]:

@@ -4,6 +4,7 @@ Legend: N sequences, R rows, S tokens of a row.
 """
 
 import bisect
+import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,16 +28,24 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
       ' of a row'
     )
   rows: list[list[int]] = []
-  free: list[tuple[int, int]] = []  # (room left, row), sorted
+  rooms: list[int] = []  # that rows have left, sorted, each once
+  free: dict[int, list[int]] = {}  # room left -> heap of the rows with it
   for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-    at = bisect.bisect_left(free, (lengths[number], -1))
-    if at == len(free):
+    at = bisect.bisect_left(rooms, lengths[number])
+    if at == len(rooms):
       room, row = capacity, len(rows)
       rows.append([])
     else:
-      room, row = free.pop(at)
+      room = rooms[at]
+      row = heapq.heappop(free[room])
+      if not free[room]:
+        del rooms[at], free[room]
     rows[row].append(number)
-    bisect.insort(free, (room - lengths[number], row))
+    left = room - lengths[number]
+    if left not in free:
+      bisect.insort(rooms, left)
+      free[left] = []
+    heapq.heappush(free[left], row)
   return [sorted(row) for row in rows]
 
 

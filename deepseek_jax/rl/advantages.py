@@ -129,10 +129,14 @@ def _centred(rewards: np.ndarray) -> np.ndarray:
 
 def _divisor(rewards: np.ndarray, cfg: AdvantageConfig) -> np.ndarray:
   """Returns the deviation of each row's rewards plus eps [N 1]; 1 for 0."""
-  square = np.nansum(_centred(rewards) ** 2, axis=1, keepdims=True)
+  # In shares of the largest, so that no square under- or overflows.
+  centred = np.nan_to_num(_centred(rewards))
+  largest = np.abs(centred).max(axis=1, keepdims=True, initial=0)
+  unit = np.where(largest > 0, largest, 1.0)
+  square = ((centred / unit) ** 2).sum(axis=1, keepdims=True)
   count = (~np.isnan(rewards)).sum(axis=1, keepdims=True)
-  deviation = np.sqrt(square / np.maximum(count - (cfg.std == 'sample'), 1))
-  out = deviation + cfg.eps
+  most = np.maximum(count - (cfg.std == 'sample'), 1)
+  out = unit * np.sqrt(square / most) + cfg.eps
   return np.where(out > 0, out, 1.0)
 
 

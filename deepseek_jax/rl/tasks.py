@@ -73,11 +73,27 @@ def read(path: str) -> Task:
   return Task(tuple(train), tuple(heldout), tuple(spec['rewards']), digest)
 
 
+def _parsed(text: str) -> Any:
+  """Returns the value of JSON; ValueError also for NaN and for a name twice."""
+
+  def pairs(items: list[tuple[str, Any]]) -> dict:
+    names = [name for name, _ in items]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+      raise ValueError(f'{twice[0]!r} stands twice')
+    return dict(items)
+
+  def constant(name: str) -> None:
+    raise ValueError(f'{name} is no number of JSON')
+
+  return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+
+
 def _object(path: str) -> dict:
   """Returns the JSON object in a file."""
   try:
-    with open(path, encoding='utf-8') as file:
-      spec = json.load(file)
+    with open(path, encoding='utf-8-sig') as file:
+      spec = _parsed(file.read())
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f'{path}: is no file of JSON ({error})') from None
   if not isinstance(spec, dict):
@@ -111,7 +127,7 @@ def _lines(path: str) -> list[tuple[str, dict]]:
   """Returns (place, problem) of the lines of a file that are not blank."""
   out = []
   try:
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8-sig') as file:
       for number, line in enumerate(file, start=1):
         if line.strip():
           where = f'{path} line {number}'
@@ -124,7 +140,7 @@ def _lines(path: str) -> list[tuple[str, dict]]:
 def _problem(line: str, where: str) -> dict:
   """Returns the JSON object of a line."""
   try:
-    value = json.loads(line)
+    value = _parsed(line)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{where}: is not JSON ({error})') from None
   if not isinstance(value, dict):

@@ -1,5 +1,7 @@
 """Best-fit packing: nothing lost, nothing split, few rows."""
 
+import time
+
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -23,6 +25,12 @@ class PackingTest(parameterized.TestCase):
     # 6 | 5 after it; 3 fits both, and leaves less in the row of 6.
     self.assertEqual(packing.best_fit([3, 6, 5], 9), [[0, 1], [2]])
     self.assertEqual(packing.best_fit([], 9), [])
+
+  def test_many_take_little_time(self):
+    lengths = np.random.default_rng(0).integers(1, 4097, 50_000).tolist()
+    start = time.perf_counter()
+    packing.best_fit(lengths, 4096)
+    self.assertLess(time.perf_counter() - start, 5)  # 0.3 s alone
 
   @parameterized.parameters(([0],), ([5, 10],))
   def test_what_fits_no_row_is_refused(self, lengths):

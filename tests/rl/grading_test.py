@@ -202,6 +202,8 @@ class VerifiersTest(parameterized.TestCase):
   @parameterized.parameters(
     ('2*x+3', 1.0),
     ('return 3+x+x', 1.0),
+    ('return\n(2*x+3)', 1.0),
+    ('returns', 0.0),
     ('2*x+3 if x<9 else 0', 1.0),
     ('5 if x==1 else 7', 0.0),  # what is shown alone
     ('2*x+y', 0.0),
@@ -220,6 +222,9 @@ class VerifiersTest(parameterized.TestCase):
       'pairs': [[[1, 2], 0.5], [[3, 4], 0.75]],
     }
     self.assertEqual(verifiers.Code('all')('a/b', problem), 1.0)
+    problem = {'arguments': ['a'], 'pairs': [[[1], True], [[-1], False]]}
+    self.assertEqual(verifiers.Code('all')('a > 0', problem), 1.0)
+    self.assertEqual(verifiers.Code('all')('a < 0', problem), 0.0)
 
   @parameterized.parameters(
     ('en', 'so it is', 1.0),

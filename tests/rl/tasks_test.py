@@ -44,6 +44,12 @@ class TasksTest(parameterized.TestCase):
     self.assertTrue(task.train[0]['prompt'].startswith('Q: '))
     self.assertEqual(tasks.read(path).sha256, task.sha256)
 
+  def test_a_byte_order_mark_is_no_part_of_it(self):
+    recipe = {'maker': 'sorting', 'count': 9}
+    spec = {'problems': recipe, 'rewards': EXACT, 'heldout': 0}
+    path = self.write('task.json', '\ufeff' + json.dumps(spec))
+    self.assertLen(tasks.read(path).train, 9)
+
   def test_a_prompt_is_on_one_side_however_often_it_stands(self):
     twice = [{'prompt': f'{n % 50}', 'answer': str(n)} for n in range(200)]
     self.write('a.jsonl', twice)
@@ -65,6 +71,7 @@ class TasksTest(parameterized.TestCase):
   @parameterized.parameters(
     ('{', 'is no file of JSON'),
     ('[]', 'must hold a JSON object'),
+    ('{"rewards": 1, "rewards": 2}', "'rewards' stands twice"),
     ({'rewards': EXACT}, 'problems is missing'),
     ({'problems': 'a.jsonl'}, 'rewards is missing'),
     ({'problems': 'a.jsonl', 'rewards': EXACT, 'x': 1}, 'x: no such field'),
@@ -113,6 +120,7 @@ class TasksTest(parameterized.TestCase):
     ([{'prompt': 'a', 'answer': 'b'}, {'prompt': 'a'}], "line 2: has no 'answ"),
     ([3], 'line 1: must be an object'),
     ([], 'holds no problem'),
+    ([{'prompt': 'a', 'answer': float('nan')}], 'NaN is no number of JSON'),
   )
   def test_a_line_that_is_wrong_is_named(self, lines, message):
     self.write('a.jsonl', lines)

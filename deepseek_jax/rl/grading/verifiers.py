@@ -7,6 +7,7 @@ with the problem itself, or with the verifier, raises and counts as an error.
 
 import collections
 import dataclasses
+import re
 import unicodedata
 from collections.abc import Mapping
 from fractions import Fraction
@@ -111,7 +112,7 @@ class Code(_Placed):
     if said is None or not problem['pairs']:
       return 0.0
     try:
-      tree = expression.parse(said.removeprefix('return '))
+      tree = expression.parse(re.sub(r'^return\b', '', said))
     except expression.ExpressionError:
       return 0.0
     return float(
@@ -123,8 +124,9 @@ class Code(_Placed):
   ) -> bool:
     """Returns whether the expression has this result."""
     names = dict(zip(problem['arguments'], values, strict=True))
+    right = result if isinstance(result, bool) else Fraction(str(result))
     try:
-      return expression.evaluate(tree, names) == Fraction(str(result))
+      return bool(expression.evaluate(tree, names) == right)
     except expression.ExpressionError:
       return False
 

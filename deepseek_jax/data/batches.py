@@ -8,6 +8,8 @@ Legend: B batch, T tokens that the model reads, S = T + 1.
 """
 
 import hashlib
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,7 +97,10 @@ class Batches:
   Attributes:
     windows: in an epoch.
     ngrams: set to a ngrams.NGrams, batches have its rows too.
+    told: numbers to record of the last batch.
   """
+
+  told: Mapping[str, float] = types.MappingProxyType({})
 
   def __init__(self, store: TokenStore, config: DataConfig):
     """Begins the stream at its first window."""
@@ -164,6 +169,9 @@ class Batches:
     if not self._cross_document:
       out |= {'segments': segments, 'positions': positions}
     return out, segments, positions
+
+  def see(self, variables: Callable[[], dict]) -> None:
+    """Takes a way to the weights of the next step; windows need none."""
 
   def get_state(self) -> dict:
     """Returns all that a resumed run needs; constant size, ready for JSON.

@@ -66,18 +66,11 @@ class ConversationStore:
     return HeldoutAnswers(self, size, limit)
 
 
-def build(
-  config: DataConfig, chat: ChatConfig, *, say: Callable[[str], None]
-) -> ConversationStore:
-  """Returns the examples of the conversations in data.path.
-
-  Args:
-    config: path, tokenizer, seq_len, heldout_fraction and seed count.
-    chat: how they are written.
-    say: takes a line on what became of them.
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+  """Returns the tokenizer that data.tokenizer names.
 
   Raises:
-    InputError: names the field, or the line of the file, that is wrong.
+    InputError: it is to be trained, or has more tokens than the model.
   """
   if config.tokenizer == 'bpe':
     raise InputError(
@@ -94,6 +87,23 @@ def build(
       f'data.vocab_size = {config.vocab_size}: the tokenizer has'
       f' {made.vocab_size} tokens; set it to at least that'
     )
+  return made
+
+
+def build(
+  config: DataConfig, chat: ChatConfig, *, say: Callable[[str], None]
+) -> ConversationStore:
+  """Returns the examples of the conversations in data.path.
+
+  Args:
+    config: path, tokenizer, seq_len, heldout_fraction and seed count.
+    chat: how they are written.
+    say: takes a line on what became of them.
+
+  Raises:
+    InputError: names the field, or the line of the file, that is wrong.
+  """
+  made = tokenizer_of(config)
   writer, counts = chat.build(made), examples.Counts()
   sides: tuple[list, list] = [], []
   for conversation in conversations.read(config.path):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,6 +62,8 @@ class _Worker:
       encoding='utf-8',
       start_new_session=True,  # Ctrl-C is for the launcher
     )
+    # Also where nobody closes the judge.
+    self._end = weakref.finalize(self, _stop, self._process)
     if self.ask(rewards, _START_SECONDS) is None:
       raise InputError(
         f'rewards: the process that scores answers did not start'
@@ -69,7 +72,7 @@ class _Worker:
 
   def ask(self, request: Any, seconds: float) -> dict | None:
     """Returns the reply; None if the process ended or took too long."""
-    clock = threading.Timer(seconds, self._kill)
+    clock = threading.Timer(seconds, _kill, [self._process])
     clock.daemon = True
     clock.start()
     try:
@@ -87,22 +90,28 @@ class _Worker:
     """Returns whether the process still runs."""
     return self._process.poll() is None
 
-  def _kill(self) -> None:
-    """Ends the process and those that it has started: they hold its pipes."""
-    try:
-      os.killpg(self._process.pid, signal.SIGKILL)
-    except (OSError, AttributeError):  # gone already; no groups on Windows
-      self._process.kill()
-
   def stop(self) -> None:
     """Ends the process and frees what it held."""
-    self._kill()
-    self._process.wait()
-    for pipe in (self._process.stdin, self._process.stdout):
-      try:
-        pipe.close()
-      except OSError:
-        continue  # a request that was not read
+    self._end()
+
+
+def _kill(process: subprocess.Popen) -> None:
+  """Ends a process and those that it has started: they hold its pipes."""
+  try:
+    os.killpg(process.pid, signal.SIGKILL)
+  except (OSError, AttributeError):  # gone already; no groups on Windows
+    process.kill()
+
+
+def _stop(process: subprocess.Popen) -> None:
+  """Ends a process and closes the pipes to it."""
+  _kill(process)
+  process.wait()
+  for pipe in (process.stdin, process.stdout):
+    try:
+      pipe.close()
+    except OSError:
+      continue  # a request that was not read
 
 
 @dataclasses.dataclass

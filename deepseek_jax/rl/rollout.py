@@ -29,21 +29,30 @@ class RolloutConfig:
   """Describes how answers are sampled.
 
   Attributes:
+    prompts: N of a step.
     group: G, answers of a prompt.
     most: tokens of an answer.
     temperature: must be the objective's.
     top_p: other than 1 needs the objective's keep_sampling_mask.
+    slots: answers that are decoded together.
+    seconds: by the clock, that a verifier may take for an answer.
+    processes: of verifiers.
   """
 
+  prompts: int = 32
   group: int = 16
   most: int = 128
   temperature: float = 1.0
   top_p: float = 1.0
+  slots: int = 64
+  seconds: float = 10.0
+  processes: int = 1
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range; two answers at least."""
-    at_least(self, 'rollout.', group=2, most=1)
-    above(self, 'rollout.', temperature=0)
+    at_least(self, 'rollout.', prompts=1, group=2, most=1)
+    at_least(self, 'rollout.', slots=1, processes=1)
+    above(self, 'rollout.', temperature=0, seconds=0)
     within(self, 'rollout.', ends='(]', top_p=(0, 1))
 
 

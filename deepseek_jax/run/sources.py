@@ -6,13 +6,16 @@ from typing import Any
 from deepseek_jax import data as datalib
 from deepseek_jax.rl import conversation_store
 from deepseek_jax.rl.conversation_store import ConversationStore
+from deepseek_jax.run import rl
 from deepseek_jax.run.config import RunConfig
 
-Store = datalib.TokenStore | ConversationStore
+Store = datalib.TokenStore | ConversationStore | rl.TaskStore
 
 
 def opened(config: RunConfig, say: Callable[[str], None]) -> Store:
   """Returns the data of a run; InputError if they are wrong."""
+  if config.rollouts is not None:
+    return rl.opened(config)
   if config.chat is None:
     return datalib.build(config.data, say=say)
   return conversation_store.build(config.data, config.chat, say=say)
@@ -20,6 +23,8 @@ def opened(config: RunConfig, say: Callable[[str], None]) -> Store:
 
 def batches(store: Store, config: RunConfig) -> datalib.Batches:
   """Returns the stream of batches that a run trains on."""
+  if config.rollouts is not None:
+    return rl.RolloutBatches(store, config)
   made = (
     datalib.Batches if config.chat is None else conversation_store.PackedBatches
   )

@@ -109,7 +109,11 @@ class Trainer:
     first, writer = self.batches.get_state()['next_index'], self.record.writer
     block = self.steps.block(size)
     with self.timeline.phase('data'):
+      # Rollouts are drawn by the weights; other batches do not look.
+      self.batches.see(lambda: self.steps.variables(state))
       rows = self.batches.next(size, *block)
+      if self.batches.told:
+        self.record.writer.write(number, self.batches.told)
       batch = self.steps.batch(rows, size)
     with self.timeline.phase('compile'):
       # By itself, so that the watchdog does not time compiling.
@@ -144,6 +148,10 @@ class Trainer:
   def _validate(self, number: int, state: TrainState | StagedState) -> None:
     """Writes the bits per byte of some held-out documents."""
     limit = self.config.evaluate.documents
+    if self.config.rollouts is not None:
+      variables = self.steps.variables(state)
+      self.record.writer.write(number, self.batches.answered(variables, limit))
+      return
     heldout = sources.heldout(self.store, self.config, limit)
     bits = self.steps.bits_per_byte(state, heldout)
     self.record.writer.write(number, {'validation_bits_per_byte': bits})

@@ -34,6 +34,7 @@ from deepseek_jax.rl.advantages import AdvantageConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.fit import Run, fit

@@ -12,6 +12,8 @@ from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig
 from deepseek_jax.train.config import TrainConfig
@@ -171,4 +173,35 @@ def sft_tiny() -> RunConfig:
   )
   return dataclasses.replace(
     made, objective=SFTConfig(), chat=ChatConfig('plain')
+  )
+
+
+def grpo_tiny() -> RunConfig:
+  """Returns reinforcement on the task that `data.path` names, in bytes.
+
+  It begins with the weights of a run (`init_from`), as of `sft_tiny`: a model
+  that never answers rightly learns nothing. Group mean and deviation, no KL,
+  DAPO's clip range; router biases are frozen.
+  """
+  made = _run(
+    presets.v3_tiny(),
+    _train(
+      64 * 128 * 200.0,
+      ScheduleConfig('constant', peak=3e-4, warmup=0),
+      bias_rate=SwitchConfig(0.0, 0.0, 0.5),
+    ),
+    validate=20,
+    checkpoint_every=50,
+    path='task.json',
+    tokenizer='bytes',
+    fim_rate=0.0,
+  )
+  return changed(
+    dataclasses.replace(
+      made,
+      objective=GRPOConfig(clip_high=0.28),
+      rollouts=RolloutConfig(prompts=32, group=8, most=32),
+      chat=ChatConfig('plain'),
+    ),
+    {'data.seq_len': 128, 'train.batch.size': 64, 'evaluate.documents': 64},
   )

@@ -19,6 +19,7 @@ RECIPES = (
   'nsa_tiny',
   'engram_tiny',
   'sft_tiny',
+  'grpo_tiny',
 )
 
 

@@ -148,7 +148,7 @@ class RolloutBatches(batches.Batches):
         f' {cfg.prompts * cfg.group}, or data.seq_len higher'
       )
     if self._config.objective.kl != 'none':
-      out['reference'] = np.asarray(self._score(self._first(), out))
+      out['reference'] = np.asarray(self._score(self.first(), out))
     self._next += 1
     return out
 
@@ -190,7 +190,7 @@ class RolloutBatches(batches.Batches):
     plain = [token for token in tokens if token not in ends]
     return self._store.tokenizer().decode(plain)
 
-  def _first(self) -> dict:
+  def first(self) -> dict:
     """Returns the reference: the weights that the run began with."""
     if self._reference is None:
       state = folder.fresh_state(self._config, self._model)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -127,6 +129,35 @@ class RLRunTest(parameterized.TestCase):
       ds.InputError, 'train.batch.size = 1: 32 answe'
     ):
       batches.next(1)
+
+
+class LauncherTest(absltest.TestCase):
+  def test_it_samples_learns_and_reports(self):
+    folder = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, folder)
+    task(folder)
+    made = ds.to_dict(config(folder, **{'train.tokens': 16 * 16 * 2.0}))
+    own = os.path.join(folder, 'made.py')
+    Path(own).write_text(
+      'import deepseek_jax as ds\n'
+      f'def get_config(): return ds.from_dict(ds.RunConfig, {made!r})\n'
+    )
+    workdir = os.path.join(folder, 'run')
+    done = subprocess.run(
+      [
+        *(sys.executable, '-m', 'experiments.grpo'),
+        *(f'--config={own}', f'--workdir={workdir}'),
+      ],
+      cwd=Path(__file__).parents[2],
+      capture_output=True,
+      text=True,
+      timeout=600,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '100'},
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    for line in ('held-out reward before: ', 'held-out reward after: '):
+      self.assertIn(line, done.stdout)
+    self.assertTrue(Path(workdir, 'report.html').exists())
 
 
 if __name__ == '__main__':

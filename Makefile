@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test sweeps mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
+.PHONY: demo test sweeps engine mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test: $(VENV)/.test
 sweeps: $(VENV)/.test
 	$(PYTEST) -m slow tests/model tests/train tests/infer tests/rl tests/record \
 	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py)
+
+# Long runs of the inference engine, with the table of near-ties.
+engine: $(VENV)/.test
+	$(PYTEST) -m slow -s -p no:xdist tests/infer/long_test.py
 
 # Plants every published bug in a copy: the tests must notice each of them.
 mutants: $(VENV)/.test

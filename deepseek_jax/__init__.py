@@ -16,6 +16,9 @@ from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError, Preempted, RunAborted
+from deepseek_jax.infer.engine import Engine, EngineBusy
+from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.request import Answer, Event, Request, Sampling
 from deepseek_jax.infer.sampling import SampleConfig, generate, stream
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.lora import LoRAConfig

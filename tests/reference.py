@@ -120,8 +120,11 @@ def mla(p, cfg, x, positions, segments):
 
 def gqa(p, cfg, x, positions, segments):
   """One sequence x [T D] -> y [T D]."""
-  q = rope(np.einsum('td,dhk->thk', x, p['q']), positions, cfg.rope)
-  k = rope(np.einsum('td,dgk->tgk', x, p['k']), positions, cfg.rope)
+  q, k = (np.einsum('td,dhk->thk', x, p[name]) for name in 'qk')
+  if cfg.qk_norm:
+    q = rms(q, p['q_norm']['scale'], cfg.norm_eps)
+    k = rms(k, p['k_norm']['scale'], cfg.norm_eps)
+  q, k = (rope(a, positions, cfg.rope) for a in (q, k))
   v = np.einsum('td,dgk->tgk', x, p['v'])
   scale = cfg.head_dim**-0.5 * yarn_multiplier(cfg.rope)
   y = attend(q, k, v, scale, segments)

@@ -52,6 +52,7 @@ ATTENTIONS = {
   'mha': GQAConfig(4, 4, 6),
   'gqa': GQAConfig(4, 2, 6, rope=LLAMA),
   'mqa': GQAConfig(4, 1, 6),
+  'qk_norm': GQAConfig(4, 2, 6, rope=LLAMA, qk_norm=True, norm_eps=0.1),
 }
 V3_MOE = MoEConfig(
   experts=8,

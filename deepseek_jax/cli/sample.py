@@ -51,6 +51,9 @@ _NEW = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens at most.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.7, '0: the likeliest.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many tokens; 0: all.')
 _TOP_P = flags.DEFINE_float('top_p', 0.95, 'Draw among this much probability.')
+_CONTEXT = flags.DEFINE_integer(
+  'context', 2048, 'Tokens of a conversation at most (--chat).'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the draws.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'What to compute in (--hf).'
@@ -201,13 +204,36 @@ def _texts(
 
 
 def _converse(source: _Opened) -> None:
-  """Runs a chat on the terminal; every answer has a key of its own."""
-  key = iter(jax.random.split(jax.random.key(_SEED.value), 1 << 16))
+  """Runs a chat on the terminal; a turn goes on from what is cached."""
+  context = _CONTEXT.value
+  cfg = ds.EngineConfig(slots=1, context=context, steps=4, contexts=(context,))
+  engine = ds.Engine(source.model, source.variables, cfg)
+  say = lambda line: print(f'\033[2m{line}\033[0m', file=sys.stderr)
+  engine.warm_up(say)
+  turns = itertools.count()
+
+  def answer(ids: Sequence[int]) -> Iterator[int]:
+    how = ds.Sampling(
+      _TEMPERATURE.value,
+      _TOP_K.value,
+      _TOP_P.value,
+      seed=_SEED.value + next(turns),
+      stop=tuple(source.boundaries.ends),
+    )
+    request = ds.Request(tuple(ids), _NEW.value, how)
+    for event in engine.stream(request):
+      if event.error:
+        raise InputError(event.error)
+      yield from event.tokens
+
+  say('/help lists commands')
   chat.converse(
-    lambda ids: _stream(source, ids, next(key)),
+    answer,
     source.tokenizer,
     chat.template_config(source.folder),
     ends=source.boundaries.ends,
+    context=engine.context,
+    note=say,
   )
 
 
@@ -218,6 +244,8 @@ def _check_flags() -> None:
     raise InputError(f'--max_new_tokens={_NEW.value}: must be at least 1')
   if not -(2**63) <= _SEED.value < 2**63:
     raise InputError(f'--seed={_SEED.value}: must fit in 64 bits')
+  if _CONTEXT.value < 2:
+    raise InputError(f'--context={_CONTEXT.value}: must be at least 2')
   if not _CHAT.value and not _PROMPT.value:
     raise InputError("give a --prompt='...', or --chat with --hf")
   if _CHAT.value and _STOP.value:

@@ -6,11 +6,14 @@ released model (a layer count of 1024, 16,384 experts), and each is an error
 that names the field.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.block import BlockConfig
+from deepseek_jax.model.transformer_config import TransformerConfig
 
 FILE_BYTES = 16 << 20  # id2label of a classifier may be long
 _DEPTH = 16
@@ -147,6 +150,12 @@ def check(fields: Mapping[str, Any]) -> None:
       raise error(path, value, 'must fit in 64 bits')
 
 
+def check_more(fields: Mapping[str, Any], limits: Mapping[str, Range]) -> None:
+  """Raises InputError unless a family's own numbers are in their limits."""
+  for name, limit in limits.items():
+    _check_limit(name, limit, fields.get(name))
+
+
 def _check_limit(path: str, limit: Range | None, value: Any) -> None:
   """Raises InputError where a value is not a number in its range."""
   if limit is None or value is None:
@@ -159,31 +168,40 @@ def _check_limit(path: str, limit: Range | None, value: Any) -> None:
     raise error(path, value, str(limit))
 
 
-def check_size(fields: Mapping[str, Any]) -> None:
-  """Raises InputError for a model beyond PARAMETERS; fields are checked.
+def check_size(config: TransformerConfig) -> None:
+  """Raises InputError for a model beyond PARAMETERS; its fields are checked.
 
-  The count is an upper bound: every layer has all experts.
+  The count is an upper bound.
   """
-
-  def at(name: str, default: int = 1) -> int:
-    value = fields.get(name, default)
-    return value if type(value) is int else default
-
-  wide = max(
-    at('head_dim'),
-    at('v_head_dim'),
-    at('qk_nope_head_dim') + at('qk_rope_head_dim'),
-  )
-  heads = at('num_attention_heads') * wide
-  ranks = at('hidden_size') + at('q_lora_rank') + at('kv_lora_rank')
-  experts = at('n_routed_experts') + at('n_shared_experts', 0)
-  ffn = experts * at('moe_intermediate_size') + at('intermediate_size')
-  layer = 3 * at('hidden_size') * ffn + 4 * heads * ranks
-  layers = at('num_hidden_layers') + at('num_nextn_predict_layers', 0)
-  total = layers * layer + 2 * at('vocab_size') * at('hidden_size')
+  D, layers = config.dim, config.layers + config.mtp.depth
+  blocks = [b for s in config.segments() for b in s.blocks]
+  if config.mtp.depth:
+    blocks.append(config.block(config.mtp.block))
+  layer = max(map(functools.partial(_block_size, D), blocks))
+  total = layers * layer + 2 * config.vocab_size * D
   if total > PARAMETERS:
+    experts = max(_sum(b.ffn, 'experts') for b in blocks)
     raise InputError(
-      f'config.json: hidden_size = {at("hidden_size")}, num_hidden_layers ='
-      f' {layers}, n_routed_experts = {experts} ...: make up to {total:.0e}'
-      f' parameters; at most {PARAMETERS:.0e} are read'
+      f'config.json: hidden_size = {D}, num_hidden_layers = {layers}, {experts}'
+      f' experts ...: make up to {total:.0e} parameters; at most'
+      f' {PARAMETERS:.0e} are read'
     )
+
+
+def _block_size(dim: int, block: BlockConfig) -> int:
+  """Returns an upper bound of the parameters of a layer."""
+  a, ffn = block.attention, block.ffn
+  # Every matrix of an attention maps one of these spaces to another.
+  spaces = dim + _sum(a, 'q_rank', 'kv_rank')
+  spaces += a.heads * _sum(a, 'head_dim', 'nope_dim', 'rope_dim', 'v_dim')
+  spaces += _sum(a, 'groups') * _sum(a, 'o_rank')
+  for index in (getattr(a, 'indexer', None), getattr(a, 'csa', None)):
+    heads = _sum(index, 'heads', 'index_heads')
+    spaces += heads * _sum(index, 'dim', 'index_dim')
+  copies = _sum(ffn, 'experts', 'shared') or 1
+  return 3 * dim * copies * ffn.width + 4 * spaces**2
+
+
+def _sum(config: Any, *names: str) -> int:
+  """Returns the sum of fields; one that is absent or None counts as 0."""
+  return sum(getattr(config, name, None) or 0 for name in names)

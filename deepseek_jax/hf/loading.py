@@ -28,7 +28,7 @@ def load(
   mesh: Mesh | None = None,
   rules: Rules | None = None,
 ) -> tuple[TransformerConfig, dict]:
-  """Loads a checkpoint of DeepSeek-V2, V3, R1, V3.1, V4 or Llama 3.
+  """Loads a checkpoint of any family (docs/checkpoints.md has a table).
 
   Args:
     path: folder with config.json and safetensors.

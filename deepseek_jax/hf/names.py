@@ -2,9 +2,8 @@
 
 Every tensor of a file is one slice of one of our arrays: a layer of a stack,
 an expert of its slab, the gate or the up half. So one table of names serves
-both directions, loading and saving. The families differ in the attention and
-FFN that their configuration chooses, not in a table of their own.
-Legend: D model, H heads, K head dim, F hidden, E experts, V vocabulary.
+both directions, loading and saving; a family's record has it (see `families`).
+Legend: E experts.
 """
 
 import dataclasses
@@ -17,91 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax import own_classes
-from deepseek_jax.config import to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf.families import v4_names, v32
-from deepseek_jax.hf.row import Row
-from deepseek_jax.model.attention.dsa import DSAConfig
-from deepseek_jax.model.attention.mla import MLAConfig
-from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.experts.moe import MoEConfig
+from deepseek_jax.hf import families
+from deepseek_jax.hf.families.family import Family
+from deepseek_jax.hf.rows import Row
 from deepseek_jax.model.transformer import build
 from deepseek_jax.model.transformer_config import TransformerConfig
 
 Path = tuple  # of str and int: ('params', 'segments', 0, 0, 'ffn', 'down')
 
 
-def _swiglu(ours: str, theirs: str) -> tuple[Row, ...]:
-  """Returns the rows of a SwiGLU: gate and up are halves of one array."""
-  return (
-    Row(f'{ours}gate_up', f'{theirs}gate_proj.weight', 1, half=0),
-    Row(f'{ours}gate_up', f'{theirs}up_proj.weight', 1, half=1),
-    Row(f'{ours}down', f'{theirs}down_proj.weight', 1),
-  )
-
-
-ROOT = (
-  Row('embed', 'model.embed_tokens.weight'),
-  Row('norm.scale', 'model.norm.weight'),
-  Row('head', 'lm_head.weight', 1, fp8=False),
-)
-NORMS = (
-  Row('attention_norm.scale', 'input_layernorm.weight'),
-  Row('ffn_norm.scale', 'post_attention_layernorm.weight'),
-)
-MLA = (
-  Row('attention.kv_down', 'self_attn.kv_a_proj_with_mqa.weight', 1),
-  Row('attention.kv_norm.scale', 'self_attn.kv_a_layernorm.weight'),
-  Row('attention.kv_up', 'self_attn.kv_b_proj.weight', 1),
-  Row('attention.out', 'self_attn.o_proj.weight', 2),
-)
-QUERY = (Row('attention.q_up', 'self_attn.q_proj.weight', 1),)
-COMPRESSED_QUERY = (
-  Row('attention.q_down', 'self_attn.q_a_proj.weight', 1),
-  Row('attention.q_norm.scale', 'self_attn.q_a_layernorm.weight'),
-  Row('attention.q_up', 'self_attn.q_b_proj.weight', 1),
-)
-GQA = (
-  Row('attention.q', 'self_attn.q_proj.weight', 1),
-  Row('attention.k', 'self_attn.k_proj.weight', 1),
-  Row('attention.v', 'self_attn.v_proj.weight', 1),
-  Row('attention.out', 'self_attn.o_proj.weight', 2),
-)
-DENSE = _swiglu('ffn.', 'mlp.')
-MOE = (
-  Row('ffn.router.weight', 'mlp.gate.weight', 1, fp8=False),
-  Row('ffn.router.bias', 'mlp.gate.e_score_correction_bias'),
-  *_swiglu('ffn.', 'mlp.experts.{e}.'),
-  *_swiglu('ffn.shared.', 'mlp.shared_experts.'),
-)
-# eh_proj takes [embedding; hidden], which is also the order of `merge`.
-MTP = (
-  Row('embed_norm.scale', 'enorm.weight'),
-  Row('hidden_norm.scale', 'hnorm.weight'),
-  Row('merge', 'eh_proj.weight', 1, fp8=False),
-  Row('norm.scale', 'shared_head.norm.weight'),
-)
-# Repeated in every MTP layer of a file; ours are shared with the main model.
-MTP_COPIES = {
-  'embed_tokens.weight': 'model.embed_tokens.weight',
-  'shared_head.head.weight': 'lm_head.weight',
-}
 # Tables that old files carry; they follow from the configuration.
 DERIVED = ('self_attn.rotary_emb.inv_freq',)
-
-
-def block_rows(block: BlockConfig) -> tuple[Row, ...]:
-  """Returns the table of one layer."""
-  if isinstance(block.attention, MLAConfig):
-    plain = block.attention.q_rank is None
-    attention = (*(QUERY if plain else COMPRESSED_QUERY), *MLA)
-    if isinstance(block.attention, DSAConfig):
-      attention += v32.ROWS
-  else:
-    attention = GQA
-  ffn = MOE if isinstance(block.ffn, MoEConfig) else DENSE
-  return (*NORMS, *attention, *ffn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,18 +172,6 @@ def from_theirs(
   return block.transpose(*range(outputs, len(inner)), *range(outputs))
 
 
-def layer_prefix(index: int) -> str:
-  """Returns the prefix of the tensors of layer `index`, counted from 0."""
-  return f'model.layers.{index}.'
-
-
-def mtp_prefix(config: TransformerConfig, depth: int) -> str:
-  """Returns the prefix of a depth of multi-token prediction, counted from 0."""
-  if v4_names.is_v4(config):
-    return v4_names.mtp_prefix(depth)
-  return layer_prefix(config.layers + depth)
-
-
 def order(name: str) -> tuple:
   """Sorts names of a file: by layer, numbers by value."""
   return tuple(
@@ -265,38 +179,40 @@ def order(name: str) -> tuple:
   )
 
 
-def leaves(config: TransformerConfig) -> list[Leaf]:
+def leaves(
+  config: TransformerConfig, family: Family | None = None
+) -> list[Leaf]:
   """Returns every array of a model with its tensors, in a fixed order.
 
-  Raises InputError for an array that the family has no name for, and for a
-  user's own class: what it computes is in no family, whatever its arrays.
+  Args:
+    config: of the model.
+    family: whose names are meant; by default the one that it is written as.
+
+  Raises:
+    InputError: no family holds the model, or this one has no name for an array.
   """
-  for where, kind in own_classes.kinds(to_dict(config)).items():
-    raise InputError(
-      f'{where} = {kind}: no Hugging Face family has it; it can be saved only'
-      ' as a checkpoint of this library'
-    )
+  family = families.of(config) if family is None else family
   out = []
   is_variable = lambda v: isinstance(v, nnx.Variable)
   for kind, state in build(config).abstract.items():
     for path, variable in jax.tree.leaves_with_path(state, is_leaf=is_variable):
       path = (kind, *(entry.key for entry in path))
-      out.append(_leaf(config, path, variable))
+      out.append(_leaf(config, family, path, variable))
   return out
 
 
 def _leaf(
-  config: TransformerConfig, path: Path, variable: nnx.Variable
+  config: TransformerConfig, family: Family, path: Path, variable: nnx.Variable
 ) -> Leaf:
   """Returns a variable with its tensors; InputError where it has no name."""
-  below, rows, prefixes, stacked = _place(config, path[1:])
+  below, rows, prefixes, stacked = _place(config, family, path[1:])
   name = '.'.join(map(str, below))
   found = tuple(r for r in rows if r.ours == name)
   if not found:
     shown = '.'.join(map(str, path))
     raise InputError(
-      f'{shown}: has no name in Hugging Face files of this family; it can be'
-      ' saved only as a checkpoint of this library'
+      f'{shown}: has no name in Hugging Face files of {family.model_type}; it'
+      ' can be saved only as a checkpoint of this library'
     )
   axes = tuple(variable.get_metadata().get('axes'))
   axes = (None,) * (len(variable.shape) - len(axes)) + axes
@@ -307,16 +223,13 @@ def _leaf(
 
 
 def _place(
-  config: TransformerConfig, path: Path
+  config: TransformerConfig, family: Family, path: Path
 ) -> tuple[Path, tuple[Row, ...], tuple[str, ...], bool]:
   """Returns (path below the block, table, prefixes, stacked) of a variable.
 
   `path` is below the kind, params or buffers.
   """
-  v4 = v4_names.is_v4(config)
-  root, rows_of, mtp_rows = ROOT, block_rows, MTP
-  if v4:
-    root, rows_of, mtp_rows = v4_names.ROOT, v4_names.block_rows, v4_names.MTP
+  names = family.names
   if path[0] == 'segments':
     i, j = path[1:3]
     segments = config.segments()
@@ -324,13 +237,12 @@ def _place(
     width = len(segments[i].blocks)
     # The stack of one block holds every `width`-th layer of its segment.
     layers = range(first, first + width * segments[i].repeat, width)
-    prefix_of = v4_names.layer_prefix if v4 else layer_prefix
-    prefixes = tuple(map(prefix_of, layers))
-    return path[3:], rows_of(segments[i].blocks[j]), prefixes, True
+    prefixes = tuple(map(names.layer_prefix, layers))
+    return path[3:], names.block(segments[i].blocks[j]), prefixes, True
   if path[0] == 'mtp':
-    prefix = (mtp_prefix(config, path[1]),)
+    prefix = (names.mtp_prefix(config.layers, path[1]),)
     if path[2] == 'block':
-      rows = rows_of(config.block(config.mtp.block))
+      rows = names.block(config.block(config.mtp.block))
       return path[3:], rows, prefix, False
-    return path[2:], mtp_rows, prefix, False
-  return path, root, ('',), False
+    return path[2:], names.mtp, prefix, False
+  return path, names.root, ('',), False

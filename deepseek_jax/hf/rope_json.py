@@ -14,7 +14,7 @@ of V2 to V3.2, the two codes agree, and in both mscale_all_dim alone sets the
 softmax scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.errors import InputError
@@ -47,11 +47,6 @@ _NEEDED = {
   'yarn': ('factor', 'original_max_position_embeddings'),
   'llama3': tuple(_LLAMA3),
 }
-_TYPES = {
-  'llama': ('default', 'llama3', 'linear'),
-  'deepseek_v2': ('default', 'yarn', 'linear'),
-  'deepseek_v3': ('default', 'yarn', 'linear'),
-}
 
 
 def mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -64,44 +59,89 @@ def mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
   return found
 
 
-def parse(fields: Mapping[str, Any], family: str) -> RopeConfig:
+def parse(
+  fields: Mapping[str, Any], kinds: Sequence[str], *, interleaved: bool
+) -> RopeConfig:
   """Returns the rotary embedding of a config.json.
+
+  Args:
+    fields: of the file.
+    kinds: of scaling that the family has: 'default' (none), 'yarn' ...
+    interleaved: which channels are paired; see RopeConfig.
 
   Raises:
     InputError: a field is not understood; names field and value.
+  """
+  name, found = only(fields)
+  theta = base(fields, 'rope_theta', found, name, 10000.0)
+  return RopeConfig(theta, interleaved, scaling(found, name, kinds))
+
+
+def only(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+  """Returns the one object that describes the rope, and its name.
+
+  Raises:
+    InputError: there are both, which may contradict each other.
   """
   given = {n: mapping(fields, n) for n in ('rope_parameters', 'rope_scaling')}
   if all(given.values()):
     raise InputError('config.json: has both rope_parameters and rope_scaling')
   name = 'rope_parameters' if given['rope_parameters'] else 'rope_scaling'
-  found = dict(given[name])
-  theta = found.pop('rope_theta', fields.get('rope_theta', 10000.0))
-  kind = _kind(found, name, _TYPES.get(family, ('default', 'yarn')))
-  interleaved = fields.get('rope_interleave', family != 'llama')
-  if type(interleaved) is not bool:
-    raise error('rope_interleave', interleaved, 'must be true or false')
-  return RopeConfig(
-    theta=_number('rope_theta', theta),
-    interleaved=interleaved,
-    scaling=_scaling(kind, found, name),
-  )
+  return name, dict(given[name])
 
 
-def _kind(found: dict, name: str, allowed: tuple[str, ...]) -> str:
+def base(
+  fields: Mapping[str, Any],
+  outer: str,
+  found: dict[str, Any],
+  name: str,
+  default: float,
+) -> float:
+  """Takes the base of the frequencies out of `found`, or reads it beside.
+
+  Args:
+    fields: of the file.
+    outer: the field of the file that has it.
+    found: the object that may have it too, as 'rope_theta'.
+    name: of that object.
+    default: where neither has.
+
+  Raises:
+    InputError: it is no number, or they contradict each other.
+  """
+  inner = found.pop('rope_theta', None)
+  given = fields.get(outer)
+  if inner is None:
+    return _number(outer, default if given is None else given)
+  inner = _number(f'{name}.rope_theta', inner)
+  if given is not None and _number(outer, given) != inner:
+    raise error(outer, given, f'contradicts {name}.rope_theta = {inner}')
+  return inner
+
+
+def _kind(found: dict, name: str, allowed: Sequence[str]) -> str:
   """Takes the kind of scaling out of `found`, under either of its names."""
   kind = 'default'
   for i, key in enumerate(k for k in ('type', 'rope_type') if k in found):
     value = found.pop(key)
     if value not in allowed or (i and value != kind):
-      raise error(f'{name}.rope_type', value, f'must be one of {allowed}')
+      raise error(f'{name}.{key}', value, f'must be one of {tuple(allowed)}')
     kind = value
   return kind
 
 
-def _scaling(
-  kind: str, found: dict[str, Any], name: str
+def scaling(
+  found: Mapping[str, Any], name: str, kinds: Sequence[str]
 ) -> YarnConfig | Llama3Config | LinearConfig | None:
-  """Returns the scaling of a kind; InputError for what is not understood."""
+  """Returns the scaling of an object; InputError for what is not understood.
+
+  Args:
+    found: the object, without rope_theta.
+    name: of it, for messages.
+    kinds: that the family has.
+  """
+  found = dict(found)
+  kind = _kind(found, name, kinds)
   truncate = found.pop('truncate', True)
   if truncate is not True:
     raise error(f'{name}.truncate', truncate, 'not supported')
@@ -122,7 +162,11 @@ def _scaling(
     if value is not None and not (value == 0 and key.startswith('beta'))
   }
   if 'original_length' in values:
-    values['original_length'] = int(values['original_length'])
+    length = values['original_length']
+    if not length.is_integer():
+      key = 'original_max_position_embeddings'
+      raise error(f'{name}.{key}', found[key], 'must be a whole number')
+    values['original_length'] = int(length)
   if kind == 'default':
     return None
   if kind == 'linear':
@@ -145,33 +189,39 @@ def _number(name: str, value: Any) -> float:
   return float(value)
 
 
-def render(rope: RopeConfig, family: str) -> dict[str, Any]:
-  """Returns rope_theta, rope_scaling, and the length they were made for."""
-  scaling = rope.scaling
-  if family == 'llama' and rope.interleaved:
-    raise InputError(
-      'attention.rope.interleaved = True: llama files pair halves; use False'
-    )
+def render(
+  rope: RopeConfig, kinds: Sequence[str], model_type: str
+) -> dict[str, Any]:
+  """Returns rope_theta, rope_scaling, and the length they were made for.
+
+  Args:
+    rope: ours.
+    kinds: of scaling that the family has.
+    model_type: of the family, for messages.
+  """
+  slowed = rope.scaling
   kind, table = {
     type(None): ('default', {}),
     YarnConfig: ('yarn', _YARN),
     Llama3Config: ('llama3', _LLAMA3),
     LinearConfig: ('linear', _LINEAR),
-  }[type(scaling)]
-  if kind not in _TYPES.get(family, ('default', 'yarn')):
-    raise InputError(f'attention.rope.scaling: {family} files have no {kind}')
+  }[type(slowed)]
+  if kind not in kinds:
+    raise InputError(
+      f'attention.rope.scaling: {model_type} files have no {kind}'
+    )
   out = {
     'rope_theta': rope.theta,
     'rope_scaling': None,
     'max_position_embeddings': 4096,
   }
-  if scaling is None:
+  if slowed is None:
     return out
-  values = {key: getattr(scaling, ours) for key, ours in table.items()}
+  values = {key: getattr(slowed, ours) for key, ours in table.items()}
   values = {key: value for key, value in values.items() if value is not None}
   # Both names: older readers know 'type', newer ones 'rope_type'.
   out['rope_scaling'] = {'type': kind, 'rope_type': kind, **values}
   # Linear scaling does not record which length it extends.
-  length = getattr(scaling, 'original_length', 4096)
-  out['max_position_embeddings'] = round(scaling.factor * length)
+  length = getattr(slowed, 'original_length', 4096)
+  out['max_position_embeddings'] = round(slowed.factor * length)
   return out

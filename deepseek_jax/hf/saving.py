@@ -16,8 +16,15 @@ import jax
 import numpy as np
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf import config_render, fp8, names, record, safetensors_io
-from deepseek_jax.hf.families import v4_names
+from deepseek_jax.hf import (
+  config_render,
+  families,
+  fp8,
+  names,
+  record,
+  safetensors_io,
+)
+from deepseek_jax.hf.families.family import Family
 from deepseek_jax.hf.names import Leaf, Part
 from deepseek_jax.hf.source import Read
 from deepseek_jax.model.merging import merged
@@ -271,40 +278,40 @@ def stored(config: TransformerConfig, target: Format) -> list[Stored]:
   dtype = safetensors_io.DTYPES[
     {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}[target.dtype]
   ]
-  out = []
-  for leaf in names.leaves(config):
-    one = _dtype(config, leaf, dtype)
+  family, out = families.of(config), []
+  for leaf in names.leaves(config, family):
+    one = _dtype(family, leaf, dtype)
     for part in names.parts(leaf):
       matrix = part.row.inputs > 0 and part.row.fp8
       how = target.quantize if matrix else None
       out.append(Stored(part.name, part, one, how))
-  out += _copies(config, out)
+  out += _copies(config, family, out)
   return sorted(out, key=lambda s: names.order(s.name))
 
 
-def _dtype(config: TransformerConfig, leaf: Leaf, dtype: np.dtype) -> np.dtype:
-  """Returns the dtype of a stored tensor; in V4 more than biases is float32."""
+def _dtype(family: Family, leaf: Leaf, dtype: np.dtype) -> np.dtype:
+  """Returns the dtype of a stored tensor; biases stay float32, often more."""
   if leaf.integer:
     return np.dtype(np.int64)
-  exact = leaf.full_precision and v4_names.is_v4(config)
-  if exact or leaf.path[0] == 'buffers':
+  if (leaf.full_precision and family.exact) or leaf.path[0] == 'buffers':
     return np.dtype(np.float32)
   return dtype
 
 
-def _copies(config: TransformerConfig, listed: list[Stored]) -> list[Stored]:
+def _copies(
+  config: TransformerConfig, family: Family, listed: list[Stored]
+) -> list[Stored]:
   """Returns the embedding and head that every MTP layer repeats."""
-  if v4_names.is_v4(config):
-    return []
+  name = family.names.root_name
   by_name = {s.name: s for s in listed}
   if config.tied:
-    by_name['lm_head.weight'] = by_name['model.embed_tokens.weight']
+    by_name[name('head')] = by_name[name('embed')]
   return [
     by_name[original]._replace(
-      name=names.layer_prefix(config.layers + depth) + copy
+      name=family.names.mtp_prefix(config.layers, depth) + copy
     )
     for depth in range(config.mtp.depth)
-    for copy, original in names.MTP_COPIES.items()
+    for copy, original in family.names.mtp_copies.items()
   ]
 
 

@@ -21,11 +21,9 @@ from deepseek_jax.hf import (
   record,
   safetensors_io,
 )
-from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.names import Leaf
 
 _SCALE = '_scale_inv'
-_DRAFTER = 'is of a DSpark drafter, which is not read yet'
 _UNDECLARED = (
   'is multi-token prediction that num_nextn_predict_layers of config.json does'
   ' not declare'
@@ -38,10 +36,6 @@ _INTEGERS = frozenset(safetensors_io.DTYPES[n] for n in ('I64', 'I32', 'I16'))
 Read = Callable[[Leaf, tuple[slice, ...]], np.ndarray]
 
 
-# Tensors that only a multi-token prediction layer has, below its prefix.
-_MTP_MARKS = ('enorm.weight', 'hnorm.weight', 'eh_proj.weight')
-# ... and only a DSpark drafter.
-_DRAFTER_MARKS = ('main_proj', 'main_norm', 'markov_head', 'confidence_head')
 _HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 
 
@@ -78,6 +72,7 @@ class Source:
   """Opens a folder and accounts for its every tensor.
 
   Attributes:
+    family: whose names the folder has.
     config: the model.
     carried: fields of config.json that don't change the model.
     leaves: the arrays of its variables.
@@ -102,27 +97,28 @@ class Source:
         os.path.join(folder, 'config.json'), config_limits.FILE_BYTES
       )
     )
-    self.carried = parsed.carried
+    self.family, self.carried = parsed.family, parsed.carried
     self._block = tuple(
       (parsed.quantization or {}).get('weight_block_size', ())
     )
     self.config = parsed.config
-    self.entries = safetensors_io.read_folder(folder)
-    if v4_names.is_v4(parsed.config):
-      self.entries = v4_names.normalized(self.entries)
+    self.entries = self.family.names.original(
+      safetensors_io.read_folder(folder)
+    )
     self._check_layers()
     self._depth = parsed.config.mtp.depth
     self.drafter = bool(parsed.drafter) or self._has_drafter()
     if not self._keep_mtp(mtp):
       self.config = config_json.without_mtp(parsed.config)
-    self.leaves = names.leaves(self.config)
+    self.leaves = names.leaves(self.config, self.family)
+    self._own = {leaf.path: leaf for leaf in self.leaves}
     used = self._used()
     self.quantized = any(n + _SCALE in self.entries for n in used)
     used |= {n + _SCALE for n in used if n + _SCALE in self.entries}
     left = sorted(set(self.entries) - used)
     self.unused = {n: self._why_unused(n) for n in left}
     for field in parsed.drafter:
-      self.unused[f'config.json: {field}'] = _DRAFTER
+      self.unused[f'config.json: {field}'] = self._of_drafter()
 
   def _used(self) -> set[str]:
     """Checks every tensor of the model; the first that is missing ends it."""
@@ -138,8 +134,7 @@ class Source:
 
     This comes before anything is built whose size config.json alone decides.
     """
-    pattern = re.compile(r'(?:model\.)?layers\.(\d{1,9})\.')
-    there = {int(m[1]) for m in map(pattern.match, self.entries) if m}
+    there = set(map(self.family.names.layer_of, self.entries))
     for i in range(self.config.layers):
       if i not in there:
         raise InputError(
@@ -148,23 +143,33 @@ class Source:
         )
 
   def _has_drafter(self) -> bool:
-    """Returns whether a V4 folder has tensors of a drafter."""
-    return v4_names.is_v4(self.config) and any(
-      name.startswith('mtp.') and any(m in name for m in _DRAFTER_MARKS)
+    """Returns whether the folder has tensors of a drafter."""
+    drafter = self.family.drafter
+    return drafter is not None and any(
+      self._mtp_of(name) is not None and any(m in name for m in drafter.tensors)
       for name in self.entries
     )
+
+  def _mtp_of(self, name: str) -> int | None:
+    """Returns which depth of prediction a tensor's prefix names, or None."""
+    return self.family.names.mtp_of(self.config.layers, name)
+
+  def _of_drafter(self) -> str:
+    """Returns why what belongs to a drafter is not used."""
+    return f'is of a {self.family.drafter.name}, which is not read yet'
 
   def _keep_mtp(self, mtp: bool | None) -> bool:
     """Returns whether MTP is read; by default where the files have it."""
     if self.drafter:
       if mtp:
         raise InputError(
-          f'mtp = True: {self.folder} has a DSpark drafter in place of'
-          ' multi-token prediction; it is not read yet, use mtp = False'
+          f'mtp = True: {self.folder} has a {self.family.drafter.name} in'
+          ' place of multi-token prediction; it is not read yet, use mtp ='
+          ' False'
         )
       return False
     if mtp is None:
-      first = names.mtp_prefix(self.config, 0)
+      first = self.family.names.mtp_prefix(self.config.layers, 0)
       return any(name.startswith(first) for name in self.entries)
     return mtp
 
@@ -234,32 +239,13 @@ class Source:
     """Returns why a tensor is not read; InputError if nothing explains."""
     if any(name.endswith(d) for d in names.DERIVED):
       return 'follows from config.json'
-    depth, kept = self._depth, self.config.mtp.depth
-    mtp = re.match(r'mtp\.(\d{1,9})\.', name)
-    if mtp and v4_names.is_v4(self.config):
-      if self.drafter:
-        return _DRAFTER
-      if int(mtp[1]) >= depth:
-        return _UNDECLARED
-      if not kept:
-        return 'multi-token prediction, not asked for'
-    layer = re.fullmatch(r'(model\.layers\.(\d{1,9})\.)(.+)', name)
-    layers = self.config.layers
-    if layer and layers <= int(layer[2]) < layers + depth:
-      if not kept:
-        return 'multi-token prediction, not asked for'
-      if layer[3] in names.MTP_COPIES:
-        self._check_copy(name, names.MTP_COPIES[layer[3]])
-        return f'equals {names.MTP_COPIES[layer[3]]}'
-    beyond = layer and int(layer[2]) >= layers + depth
-    if beyond and all(layer[1] + m in self.entries for m in _MTP_MARKS):
-      return _UNDECLARED
-    if name == 'head.weight' and self.config.tied:
-      self._check_copy(name, 'embed.weight')
-      return 'equals embed.weight'
-    if name == 'lm_head.weight' and self.config.tied:
-      self._check_copy(name, 'model.embed_tokens.weight')
-      return 'equals model.embed_tokens.weight'
+    why = self._why_no_prediction(name)
+    if why is not None:
+      return why
+    head, embed = map(self.family.names.root_name, ('head', 'embed'))
+    if name == head and self.config.tied:
+      self._check_copy(name, embed)
+      return f'equals {embed}'
     entry = self.entries[name]
     if not entry.nbytes:
       return 'is empty'
@@ -268,10 +254,34 @@ class Source:
       ' that config.json names'
     )
 
+  def _why_no_prediction(self, name: str) -> str | None:
+    """Returns why a tensor of multi-token prediction is not read, or None.
+
+    None also for what is of no prediction layer.
+    """
+    at = self._mtp_of(name)
+    if at is None:
+      return None
+    if self.drafter:
+      return self._of_drafter()
+    tables = self.family.names
+    prefix = tables.mtp_prefix(self.config.layers, at)
+    if at >= self._depth:
+      marked = all(prefix + m in self.entries for m in tables.mtp_marks)
+      return _UNDECLARED if tables.mtp and marked else None
+    if not self.config.mtp.depth:
+      return 'multi-token prediction, not asked for'
+    original = tables.mtp_copies.get(name.removeprefix(prefix))
+    if original is None:
+      return None
+    self._check_copy(name, original)
+    return f'equals {original}'
+
   def _check_copy(self, name: str, original: str) -> None:
     """Raises InputError unless a repeated tensor equals its original."""
-    if original == 'lm_head.weight' and self.config.tied:
-      original = 'model.embed_tokens.weight'
+    tables = self.family.names
+    if original == tables.root_name('head') and self.config.tied:
+      original = tables.root_name('embed')
     a, b = self.entries[name], self.entries[original]
     if a.shape != b.shape:
       raise InputError(f'{self.folder}: {name!r} differs from {original!r}')
@@ -286,7 +296,13 @@ class Source:
         )
 
   def read(self, leaf: Leaf, region: tuple[slice, ...]) -> np.ndarray:
-    """Returns a region of one of our arrays, in the file's dtype or float32."""
+    """Returns a region of one of our arrays, in the file's dtype or float32.
+
+    Args:
+      leaf: the array, by the names of any family.
+      region: of its shape.
+    """
+    leaf = self._own[leaf.path]
     lead = [range(s.start, s.stop) for s in region[: leaf.lead]]
     inner = list(region[leaf.lead :])
     k, halves = leaf.rows[0].inputs, None

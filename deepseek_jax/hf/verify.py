@@ -24,7 +24,6 @@ from deepseek_jax.data import boundaries
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import loading, saving, ties, verify_text
-from deepseek_jax.hf.families import v4_names
 from deepseek_jax.hf.source import Source
 from deepseek_jax.model.block import Block, BlockConfig
 from deepseek_jax.model.context import Context, context
@@ -72,8 +71,8 @@ def cases(
 ) -> Iterator[Case]:
   """Yields random ids and real text of each length, padding, cached decoding.
 
-  `left` has padding on the left too, which transformers' V4 can't take: it
-  compresses padding into the entries.
+  `left` has padding on the left too, which transformers can't take in every
+  family.
   """
   text, _ = text_ids(folder, max(lengths), vocab_size)
   noise = np.random.default_rng(0).integers(0, vocab_size, text.shape)
@@ -374,7 +373,7 @@ def certify(
       folder,
       ours.config.vocab_size,
       lengths,
-      left=not v4_names.is_v4(ours.config),
+      left=source.family.pads_left,
     )
   ]
   # NaN compares false: a certificate never passes on it.

@@ -5,7 +5,9 @@ sandbox it reaches no file, no import and no attribute of Python's; a process of
 its own bounds its time and memory (`deepseek_jax.infer.template`).
 """
 
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,6 +147,13 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
   yield found.finish()
 
 
+HELP = """/help           this list
+/system TEXT    says what the assistant is to be; begins anew
+/reset          begins anew
+/save FILE      writes the conversation as JSON
+/quit           ends, as the end of the input does"""
+
+
 def converse(
   generate_stream: GenerateStream,
   tokenizer: Tokenizer | ByteTokenizer,
@@ -152,11 +161,15 @@ def converse(
   *,
   ends: Sequence[int],
   system: str | None = None,
+  context: int | None = None,
   ask: Callable[[], str] = lambda: input('> '),
   show: Callable[[str], None] = lambda text: print(text, end='', flush=True),
+  note: Callable[[str], None] = lambda text: None,
   **variables: Any,
 ) -> list[dict[str, str]]:
   """Holds a conversation until the input ends; returns its messages.
+
+  A line that begins with / is a command, see HELP.
 
   Args:
     generate_stream: token ids of the prompt -> new token ids as they are made.
@@ -165,29 +178,127 @@ def converse(
     ends: tokens that end an answer and aren't shown (see
       `deepseek_jax.data.boundaries`).
     system: a first system message.
-    ask: gives the next user message; EOFError or '/quit' ends.
+    context: tokens that prompt and answer may have, for the note.
+    ask: gives the next user message; EOFError ends.
     show: writes a piece of the answer.
+    note: takes a line about an answer, a command, or what went wrong.
   """
-  messages = [{'role': 'system', 'content': system}] if system else []
+  messages = _begun(system)
   while True:
     try:
       said = ask()
     except (EOFError, KeyboardInterrupt):
       break
-    if said.strip() == '/quit':
+    word, _, rest = said.strip().partition(' ')
+    if word == '/quit':
       break
-    messages.append({'role': 'user', 'content': said})
-    # The whole conversation is rendered again: templates look at all of it.
-    prompt = tokenizer.encode(
-      render(config, messages, **variables), special=True
-    )
-    answer = []
-    for text in decode_stream(tokenizer, _until(generate_stream(prompt), ends)):
+    if word.startswith('/'):
+      messages = _obeyed(word, rest.strip(), messages, note)
+      continue
+    asked = [*messages, {'role': 'user', 'content': said}]
+    try:
+      # The whole conversation is rendered again: templates look at all of it.
+      prompt = tokenizer.encode(
+        render(config, asked, **variables), special=True
+      )
+      counted, begun = _Counted(generate_stream(prompt)), time.monotonic()
+      answer = _answered(tokenizer, _until(counted, ends), show)
+    except InputError as error:
+      note(f'{error}; /reset begins anew')
+      continue
+    seconds = time.monotonic() - begun
+    note(_about(counted.count, seconds, len(prompt), context))
+    messages = [*asked, {'role': 'assistant', 'content': answer}]
+  return messages
+
+
+class _Counted:
+  """Counts tokens as they pass."""
+
+  def __init__(self, ids: Iterable[int]):
+    """Takes the tokens."""
+    self._ids, self.count = ids, 0
+
+  def __iter__(self) -> Iterator[int]:
+    """Yields the tokens."""
+    for token in self._ids:
+      self.count += 1
+      yield token
+
+
+def _answered(
+  tokenizer: Tokenizer | ByteTokenizer,
+  ids: Iterable[int],
+  show: Callable[[str], None],
+) -> str:
+  """Shows an answer as it is made; returns all of it.
+
+  An interrupt (Ctrl-C) ends the answer alone.
+  """
+  answer = []
+  try:
+    for text in decode_stream(tokenizer, ids):
       answer.append(text)
       show(text)
-    show('\n')
-    messages.append({'role': 'assistant', 'content': ''.join(answer)})
+  except KeyboardInterrupt:
+    pass
+  show('\n')
+  return ''.join(answer)
+
+
+def _begun(system: str | None) -> list[dict[str, str]]:
+  """Returns the messages of a conversation that begins."""
+  return [{'role': 'system', 'content': system}] if system else []
+
+
+def _obeyed(
+  word: str,
+  rest: str,
+  messages: list[dict[str, str]],
+  note: Callable[[str], None],
+) -> list[dict[str, str]]:
+  """Does what a command says; returns the messages after it."""
+  first = (
+    messages[0]['content']
+    if messages[:1] and (messages[0]['role'] == 'system')
+    else None
+  )
+  if word == '/reset':
+    note('begun anew')
+    return _begun(first)
+  if word == '/system':
+    note('begun anew' if rest else 'begun anew, without a system message')
+    return _begun(rest)
+  if word == '/save':
+    note(_saved(rest, messages))
+  elif word == '/help':
+    note(HELP)
+  else:
+    note(f'{word}: no such command\n{HELP}')
   return messages
+
+
+def _saved(path: str, messages: list[dict[str, str]]) -> str:
+  """Writes messages to a new file; returns a line about it."""
+  if not path:
+    return '/save: name a file, as in /save talk.json'
+  text = json.dumps(messages, ensure_ascii=False, indent=1) + '\n'
+  try:
+    with open(os.path.expanduser(path), 'x', encoding='utf-8') as file:
+      file.write(text)
+  except FileExistsError:
+    return f'{path}: is there already; nothing was written, name another'
+  except OSError as error:
+    return f'{path}: cannot be written: {error.strerror}'
+  return f'{len(messages)} messages are in {path}'
+
+
+def _about(count: int, seconds: float, prompt: int, context: int | None) -> str:
+  """Returns a line about an answer's speed and what is left of the context."""
+  line = f'{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s'
+  if context is None:
+    return line
+  return f'{line}, {max(0, context - prompt - count)} of {context} left'
 
 
 def _until(ids: Iterable[int], ends: Sequence[int]) -> Iterator[int]:

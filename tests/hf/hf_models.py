@@ -45,7 +45,17 @@ LLAMA = ds.TransformerConfig(
   norm_eps=1e-5,
   tied=True,
 )
-FAMILIES = {'v3': V3, 'v2': V2, 'llama': LLAMA}
+QWEN3_MOE = ds.changed(
+  V2,
+  {
+    'attention': GQAConfig(4, 2, 10, qk_norm=True),
+    'layout': ((('dense', 'moe'), 2),),
+    'moe.shared': 0,
+    'moe.router.normalize': True,
+    'moe.router.scale': 1.0,
+  },
+)
+FAMILIES = {'v3': V3, 'v2': V2, 'llama': LLAMA, 'qwen3_moe': QWEN3_MOE}
 
 
 def variables(config):

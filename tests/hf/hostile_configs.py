@@ -160,6 +160,9 @@ _EXTRA = (
   'topk_method',
   'compress_rates',
   'num_key_value_heads',
+  'num_local_experts',
+  'decoder_sparse_step',
+  'mlp_only_layers',
 )
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that are published, by what is known of their folders."""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -18,11 +19,12 @@ import deepseek_jax as ds
 from deepseek_jax import hf
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import (
-  config_fields,
   config_json,
   config_render,
+  families,
   loading,
   safetensors_io,
+  saving,
   source,
 )
 from deepseek_jax.hf.source import Source
@@ -46,6 +48,51 @@ _KIMI_K2 = _V3 | {
   'rope_theta': 50000.0,
   'routed_scaling_factor': 2.827,
   'topk_group': 1,
+  'vocab_size': 163840,
+}
+_MOONLIGHT = {
+  'architectures': ['DeepseekV3ForCausalLM'],
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'aux_loss_alpha': 0.001,
+  'bos_token_id': 163584,
+  'eos_token_id': 163585,
+  'ep_size': 1,
+  'first_k_dense_replace': 1,
+  'hidden_act': 'silu',
+  'hidden_size': 2048,
+  'initializer_range': 0.02,
+  'intermediate_size': 11264,
+  'kv_lora_rank': 512,
+  'max_position_embeddings': 8192,
+  'model_type': 'deepseek_v3',
+  'moe_intermediate_size': 1408,
+  'moe_layer_freq': 1,
+  'n_group': 1,
+  'n_routed_experts': 64,
+  'n_shared_experts': 2,
+  'norm_topk_prob': True,
+  'num_attention_heads': 16,
+  'num_experts_per_tok': 6,
+  'num_hidden_layers': 27,
+  'num_key_value_heads': 16,
+  'num_nextn_predict_layers': 0,
+  'pretraining_tp': 1,
+  'q_lora_rank': None,
+  'qk_nope_head_dim': 128,
+  'qk_rope_head_dim': 64,
+  'rms_norm_eps': 1e-05,
+  'rope_scaling': None,
+  'rope_theta': 50000.0,
+  'routed_scaling_factor': 2.446,
+  'scoring_func': 'sigmoid',
+  'seq_aux': True,
+  'tie_word_embeddings': False,
+  'topk_group': 1,
+  'topk_method': 'noaux_tc',
+  'torch_dtype': 'bfloat16',
+  'use_cache': True,
+  'v_head_dim': 128,
   'vocab_size': 163840,
 }
 _V4_FLASH_0731 = {
@@ -154,6 +201,20 @@ class FolderTest(parameterized.TestCase):
       other = {'architectures': ['KimiLinearForCausalLM']}
       config_json.parse(_KIMI_K2 | other)
 
+  def test_moonlight_is_a_v3(self):
+    parsed = config_json.parse(_MOONLIGHT)
+    self.assertIs(parsed.family, families.named('deepseek_v3'))
+    self.assertIs(parsed.family, families.named('kimi_k2'))
+    self.assertIsNone(parsed.config.attention.q_rank)
+    self.assertEqual(parsed.config.norm_eps, 1e-5)
+    self.assertEqual(parsed.config.layout, ((('dense',), 1), (('moe',), 26)))
+    self.assertEqual(parsed.config.moe.router.scale, 2.446)
+    listed = saving.stored(parsed.config, saving.Format('bfloat16'))
+    count = sum(math.prod(one.part.leaf.theirs) for one in listed)
+    self.assertBetween(count, 15.95e9, 15.97e9)  # 16B by its card
+    again = config_json.parse(config_render.render(parsed.config))
+    self.assertEqual(again.config, parsed.config)
+
   @parameterized.parameters(
     ({'model_type': 'deepseek'}, "model_type = 'deepseek'"),
     ({'model_type': 'qwen2'}, "model_type = 'qwen2'"),
@@ -177,8 +238,9 @@ class FolderTest(parameterized.TestCase):
   def test_the_table_has_every_family(self):
     path = Path(__file__).parents[2] / 'docs' / 'checkpoints.md'
     text = path.read_text()
-    for family in (*config_fields.ARCHITECTURES, *config_fields.ALIASES):
-      self.assertRegex(text, rf'\| {family} \|')
+    for family in families.FAMILIES:
+      for name in (family.model_type, *family.aliases):
+        self.assertRegex(text, rf'\| {name} \|')
 
   def test_kimi_k2_folder_is_loaded(self):
     folder, variables = self.saved(hf_models.V3)

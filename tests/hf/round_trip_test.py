@@ -45,7 +45,7 @@ class FolderTest(parameterized.TestCase):
 
 
 class RoundTripTest(FolderTest):
-  @parameterized.parameters('v3', 'v2', 'llama')
+  @parameterized.parameters('v3', 'v2', 'llama', 'qwen3_moe')
   def test_float32_is_exact(self, family):
     config = hf_models.FAMILIES[family]
     variables = self.saved(config)
@@ -165,7 +165,7 @@ class RoundTripTest(FolderTest):
     self.saved(config, quantize='fp8')
     self.assert_regions_equal(hf.load(self.folder, mtp=True)[1])
 
-  @parameterized.parameters('v3', 'v2', 'llama')
+  @parameterized.parameters('v3', 'v2', 'llama', 'qwen3_moe')
   def test_any_region_equals_the_slice_of_the_whole(self, family):
     self.assert_regions_equal(self.saved(hf_models.FAMILIES[family]))
 

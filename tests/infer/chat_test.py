@@ -204,6 +204,60 @@ class ConverseTest(absltest.TestCase):
     said, _, _ = self.converse(['/quit', 'Hi'], [])
     self.assertEqual(said, [])
 
+  def test_commands_do_what_help_says(self):
+    notes, folder = [], tempfile.mkdtemp()
+    path = os.path.join(folder, 'talk.json')
+    encode = self.tokenizer.encode
+    said, prompts, _ = self.converse(
+      [
+        '/help',
+        'Hi',
+        f'/save {path}',
+        f'/save {path}',
+        '/save',
+        '/system Be kind.',
+        'Bye',
+        '/reset',
+        '/what',
+        'Yo',
+      ],
+      [encode('Ho'), encode('Ciao'), encode('!')],
+      note=notes.append,
+      context=100,
+    )
+    self.assertEqual(notes[0], chat.HELP)
+    self.assertRegex(notes[1], r'2 tokens, .* tokens/s, \d+ of 100 left')
+    self.assertIn('2 messages are in', notes[2])
+    self.assertIn('is there already', notes[3])
+    self.assertIn('name a file', notes[4])
+    self.assertIn('no such command', notes[8])
+    with open(path, encoding='utf-8') as file:
+      self.assertEqual([m['content'] for m in json.load(file)], ['Hi', 'Ho'])
+    self.assertEqual(
+      [p.removeprefix('<s>') for p in prompts],
+      [
+        '<|user|>Hi<|assistant|>',
+        'Be kind.<|user|>Bye<|assistant|>',
+        'Be kind.<|user|>Yo<|assistant|>',
+      ],
+    )
+    self.assertEqual([m['content'] for m in said], ['Be kind.', 'Yo', '!'])
+
+  def test_what_goes_wrong_is_noted_and_the_talk_goes_on(self):
+    notes = []
+
+    def refused():
+      raise InputError('prompt: too long')
+      yield
+
+    said, _, _ = self.converse(
+      ['long', 'short'],
+      [refused(), self.tokenizer.encode('ok')],
+      note=notes.append,
+    )
+    self.assertEqual(notes[0], 'prompt: too long; /reset begins anew')
+    self.assertEqual([m['content'] for m in said], ['short', 'ok'])
+
   def test_stream_shows_whole_characters_and_survives_broken_ones(self):
     text = 'a€🎉'
     ids = self.tokenizer.encode(text)

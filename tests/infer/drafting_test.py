@@ -1,7 +1,9 @@
 """Speculation: the tokens are those of plain decoding, from fewer calls."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -68,6 +70,48 @@ class LosslessTest(parameterized.TestCase):
           atol=1e-5,
         )
       self.assertGreater(run.stats['drafts'], 0)
+
+
+class AcceptanceTest(parameterized.TestCase):
+  @parameterized.parameters('gqa', 'v3', 'v4')
+  def test_drafts_stay_as_often_as_training_says(self, name):
+    # Four tokens: random drafts are often right.
+    block = {'v4': 'window', 'v3': 'moe'}.get(name, 'dense')
+    config = dataclasses.replace(
+      families.config(name),
+      vocab_size=4,
+      mtp=MTPConfig(1, block, name == 'v4'),
+    )
+    made = ds.build(config)
+    variables = tiny.draw(made)
+    rng = np.random.default_rng(0)
+    greedy = Sampling(temperature=0)
+    requests = [
+      Request(tuple(map(int, rng.integers(0, 4, n))), 30, greedy)
+      for n in (2, 9, 17)
+    ]
+    # With reuse a call ends at each full page, drafts or not.
+    cfg = dataclasses.replace(CFG, drafts=1, reuse=False)
+    answers = Engine(made, variables, cfg).run(requests)
+    taught = jax.jit(functools.partial(made.apply, mtp=True))
+    accepted = 0
+    for request, (answer,) in zip(requests, answers):
+      tokens = request.prompt + answer.tokens
+      padded = np.zeros((1, CONTEXT), np.int32)
+      padded[0, : len(tokens)] = tokens
+      real = (np.arange(CONTEXT) < len(tokens)).astype(np.int32)[None]
+      out = taught(variables, padded, segment_ids=real)
+      head = made.head(variables)
+      guessed = np.asarray(out.aux['mtp_hidden'][0][0] @ head).argmax(axis=-1)
+      at, want = len(request.prompt) - 1, 0
+      while at < len(tokens) - 1:
+        # The state before the last token and that token guess the next one.
+        hit = guessed[at - 1] == tokens[at + 1] and at + 2 < len(tokens)
+        want += hit
+        at += 1 + hit
+      self.assertEqual(answer.usage.accepted_drafts, want)
+      accepted += want
+    self.assertGreater(accepted, 5)
 
 
 if __name__ == '__main__':

@@ -44,7 +44,7 @@ MUTANTS = (
   ),
   Mutant(
     'an_extended_attention_is_exported_as_its_base',
-    'deepseek_jax/hf/names.py',
+    'deepseek_jax/hf/families/__init__.py',
     'in own_classes.kinds(to_dict(config)).items():',
     'in ():',
     ('tests/model/own_layers_test.py::exported_to_no_family',),

@@ -13,6 +13,7 @@ from tests import fake_devices
 from tests.parallel import split_worker as worker
 
 FAST = (
+  'qk_norm context=2 tensor=2',
   'dsa context=2 tensor=2',
   'csa context=4 packed',
   'csa context=2 tensor=2',
@@ -22,6 +23,7 @@ FAST = (
 WIDEST = {
   'gqa': 2 * 6,
   'mha': 4 * 6,
+  'qk_norm': 2 * 6,
   'dsa': worker.DSA.kv_rank,
   'dsa_dense': worker.DSA.kv_rank,
   'nsa': 2 * 6,
@@ -33,6 +35,7 @@ WIDEST = {
 MOST = {
   'gqa': 1.35,
   'mha': 1.35,
+  'qk_norm': 1.35,
   'dsa_dense': 1.35,
   'dsa': 1.1,
   'csa': 1.1,

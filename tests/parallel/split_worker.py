@@ -70,6 +70,7 @@ NSA = NSAConfig(
 LAYERS = {
   'gqa': tiny.ATTENTIONS['gqa'],
   'mha': tiny.ATTENTIONS['mha'],
+  'qk_norm': tiny.ATTENTIONS['qk_norm'],
   'dsa_dense': dataclasses.replace(DSA, stage='dense'),
   'dsa': DSA,
   'window': WINDOW,
@@ -201,7 +202,7 @@ CASES = {
       {'context': 2, 'tensor': 2},
       True,
     )
-    for name in ('gqa', 'dsa_dense', 'dsa', 'csa', 'hca', 'nsa')
+    for name in ('gqa', 'qk_norm', 'dsa_dense', 'dsa', 'csa', 'hca', 'nsa')
   },
   'dsa data=2 context=2': (equality, 'dsa', {'data': 2, 'context': 2}, True),
   'csa data=2 context=2': (equality, 'csa', {'data': 2, 'context': 2}, True),

@@ -65,6 +65,22 @@ FAST = {
       'rope_scaling': _LLAMA3,
     },
   ),
+  'qwen3_moe': ('qwen3_moe', {}),
+  'qwen3_moe_mixed_dense_yarn_tied': (
+    'qwen3_moe',
+    {
+      'hidden_size': 36,
+      'num_hidden_layers': 4,
+      'num_attention_heads': 6,
+      'head_dim': 14,
+      'decoder_sparse_step': 2,
+      'mlp_only_layers': [3],
+      'norm_topk_prob': False,
+      'rms_norm_eps': 1e-2,
+      'tie_word_embeddings': True,
+      'rope_scaling': ph.yarn(),
+    },
+  ),
 }
 FORWARD_ONLY = {
   'v3_all_layers_dense': ('v3', {'first_k_dense_replace': 3}),
@@ -100,6 +116,37 @@ FORWARD_ONLY = {
       'num_experts_per_tok': 4,
     },
   ),
+  # Numbers of Moonlight and Kimi-K2 that V3 itself doesn't have.
+  'v3_as_moonlight': (
+    'v3',
+    {
+      'q_lora_rank': None,
+      'n_group': 1,
+      'topk_group': 1,
+      'n_shared_experts': 2,
+      'rms_norm_eps': 1e-5,
+      'rope_theta': 50000.0,
+      'routed_scaling_factor': 2.446,
+    },
+  ),
+  'v3_as_kimi_k2': (
+    'v3',
+    {
+      'n_group': 1,
+      'topk_group': 1,
+      'rope_theta': 50000.0,
+      'rope_scaling': ph.yarn(beta_fast=1, mscale=1.0, mscale_all_dim=1.0),
+    },
+  ),
+  'qwen3_moe_one_expert_linear': (
+    'qwen3_moe',
+    {
+      'num_experts_per_tok': 1,
+      'num_key_value_heads': 4,
+      'rope_scaling': {'type': 'linear', 'factor': 3.0},
+    },
+  ),
+  'qwen3_moe_all_experts': ('qwen3_moe', {'num_experts_per_tok': 8}),
   'llama_multi_query': ('llama', {'num_key_value_heads': 1}),
   'llama_multi_head': ('llama', {'num_key_value_heads': 4}),
 }
@@ -109,6 +156,7 @@ DECODE = (
   'v3_plain_query_half_rope',
   'v2_group_limited_yarn',
   'llama_grouped_llama3_tied',
+  'qwen3_moe_mixed_dense_yarn_tied',
 )
 
 

@@ -83,6 +83,18 @@ _FAMILIES = {
     transformers.LlamaForCausalLM,
     {'num_key_value_heads': 2},
   ),
+  'qwen3_moe': (
+    transformers.Qwen3MoeConfig,
+    transformers.Qwen3MoeForCausalLM,
+    {
+      'num_key_value_heads': 2,
+      'head_dim': 10,
+      'moe_intermediate_size': 12,
+      'num_experts': 8,
+      'num_experts_per_tok': 3,
+      'norm_topk_prob': True,
+    },
+  ),
 }
 
 
@@ -110,7 +122,7 @@ def make_theirs(family: str, seed: int = 0, **fields):
   """A random transformers model: no norm is one, no bias is zero."""
   config_class, model_class, defaults = _FAMILIES[family]
   fields = {**_BASE, **defaults, **fields}
-  if family != 'llama':
+  if family not in ('llama', 'qwen3_moe'):
     fields.setdefault('num_key_value_heads', fields['num_attention_heads'])
   with warnings.catch_warnings():
     # Without shared experts transformers makes matrices of no rows.

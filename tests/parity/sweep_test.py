@@ -12,7 +12,7 @@ def draw(seed: int) -> tuple[str, dict]:
   """A family and a valid choice of every field that it has."""
   rng = np.random.default_rng(seed)
   pick = lambda *options: options[rng.integers(len(options))]
-  family = ('v3', 'v2', 'llama')[seed % 3]
+  family = ('v3', 'v2', 'llama', 'qwen3_moe')[seed % 4]
   heads = pick(1, 2, 3, 4)
   fields = {
     'vocab_size': pick(17, 61, 128),
@@ -23,12 +23,27 @@ def draw(seed: int) -> tuple[str, dict]:
     'tie_word_embeddings': pick(False, True),
     'rms_norm_eps': pick(1e-6, 1e-5, 1e-2),
   }
-  if family == 'llama':
+  if family in ('llama', 'qwen3_moe'):
     divisors = [n for n in (1, 2, 3, 4) if heads % n == 0]
     fields['num_key_value_heads'] = pick(*divisors)
     fields['head_dim'] = pick(2, 6, 16)
+    if family == 'qwen3_moe':
+      fields |= _grouped(fields['num_hidden_layers'], pick)
     return family, fields
   return family, fields | _latent(family, fields, pick)
+
+
+def _grouped(layers, pick):
+  experts = pick(2, 3, 8)
+  return {
+    'num_experts': experts,
+    'num_experts_per_tok': pick(*range(1, experts + 1)),
+    'moe_intermediate_size': pick(1, 7, 16),
+    'norm_topk_prob': pick(False, True),
+    'decoder_sparse_step': pick(1, 2) if layers > 1 else 1,
+    'mlp_only_layers': pick([], [0]) if layers > 1 else [],
+    'rope_scaling': pick(None, ph.yarn(), {'type': 'linear', 'factor': 3.0}),
+  }
 
 
 def _latent(family, fields, pick):

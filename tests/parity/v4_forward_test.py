@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import deepseek_jax as ds
 from deepseek_jax import hf
-from deepseek_jax.hf import safetensors_io, verify
-from deepseek_jax.hf.families import v4 as v4_config
+from deepseek_jax.hf import config_fields, safetensors_io, verify
 from deepseek_jax.hf.families import v4_names
 
 YARN = {
@@ -128,8 +127,8 @@ class FileTest(parameterized.TestCase):
         config,
         dim=24,
         vocab_size=61,
-        kinds=v4_config.v4_kinds(61),
-        layout=v4_config.compact(['window_hash', 'csa', 'hca']),
+        kinds=ds.presets.v4_kinds(61),
+        layout=config_fields.compact(['window_hash', 'csa', 'hca']),
       ),
       {
         'attention.q_rank': 12,

@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf.row import Row
+from deepseek_jax.hf.families.family import Names
+from deepseek_jax.hf.rows import Row, swiglu
 from deepseek_jax.hf.safetensors_io import Entry
-from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.block import BlockConfig
-from deepseek_jax.model.transformer_config import TransformerConfig
 
 
 def _connection(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -36,22 +35,13 @@ def _compressor(ours: str, theirs: str) -> tuple[Row, ...]:
   )
 
 
-def _swiglu(ours: str, theirs: str) -> tuple[Row, ...]:
-  """Returns the rows of a SwiGLU: gate and up are halves of one array."""
-  return (
-    Row(f'{ours}gate_up', f'{theirs}w1.weight', 1, half=0),
-    Row(f'{ours}gate_up', f'{theirs}w3.weight', 1, half=1),
-    Row(f'{ours}down', f'{theirs}w2.weight', 1),
-  )
-
-
-ROOT = (
+_ROOT = (
   Row('embed', 'embed.weight'),
   Row('norm.scale', 'norm.weight'),
   Row('head', 'head.weight', 1, fp8=False),
   *_connection('residual', 'hc_head'),
 )
-ATTENTION = (
+_ATTENTION = (
   Row('attention.q_down', 'attn.wq_a.weight', 1),
   Row('attention.q_norm.scale', 'attn.q_norm.weight'),
   Row('attention.q_up', 'attn.wq_b.weight', 1),
@@ -61,8 +51,8 @@ ATTENTION = (
   Row('attention.out_down', 'attn.wo_a.weight', 1),
   Row('attention.out_up', 'attn.wo_b.weight', 2),
 )
-ENTRIES = _compressor('attention.far.compressor', 'attn.compressor')
-INDEXER = (
+_ENTRIES = _compressor('attention.far.compressor', 'attn.compressor')
+_INDEXER = (
   Row('attention.far.indexer.q', 'attn.indexer.wq_b.weight', 1),
   Row(
     'attention.far.indexer.weights',
@@ -72,20 +62,20 @@ INDEXER = (
   ),
   *_compressor('attention.far.indexer.compressor', 'attn.indexer.compressor'),
 )
-BLOCK = (
+_BLOCK = (
   Row('attention_norm.scale', 'attn_norm.weight'),
   Row('ffn_norm.scale', 'ffn_norm.weight'),
   *_connection('attention_residual', 'hc_attn'),
   *_connection('ffn_residual', 'hc_ffn'),
 )
-MOE = (
+_MOE = (
   Row('ffn.router.weight', 'ffn.gate.weight', 1, fp8=False),
   Row('ffn.router.bias', 'ffn.gate.bias'),
   Row('ffn.router.table', 'ffn.gate.tid2eid'),
-  *_swiglu('ffn.', 'ffn.experts.{e}.'),
-  *_swiglu('ffn.shared.', 'ffn.shared_experts.'),
+  *swiglu('ffn.', 'ffn.experts.{e}.', 'w1', 'w3', 'w2'),
+  *swiglu('ffn.shared.', 'ffn.shared_experts.', 'w1', 'w3', 'w2'),
 )
-MTP = (
+_MTP = (
   Row('embed_norm.scale', 'enorm.weight'),
   Row('hidden_norm.scale', 'hnorm.weight'),
   Row('embed_proj', 'e_proj.weight', 1),
@@ -95,27 +85,12 @@ MTP = (
 )
 
 
-def is_v4(config: TransformerConfig) -> bool:
-  """Returns whether files of this family hold a model."""
-  return isinstance(config.attention, SharedKVConfig)
-
-
-def block_rows(block: BlockConfig) -> tuple[Row, ...]:
+def _block_rows(block: BlockConfig) -> tuple[Row, ...]:
   """Returns the table of one layer."""
   compress = block.attention.compress
-  far = () if compress == 'none' else ENTRIES
-  far += INDEXER if compress == 'csa' else ()
-  return (*BLOCK, *ATTENTION, *far, *MOE)
-
-
-def layer_prefix(index: int) -> str:
-  """Returns the prefix of the tensors of layer `index`, counted from 0."""
-  return f'layers.{index}.'
-
-
-def mtp_prefix(depth: int) -> str:
-  """Returns the prefix of a depth of multi-token prediction, counted from 0."""
-  return f'mtp.{depth}.'
+  far = () if compress == 'none' else _ENTRIES
+  far += _INDEXER if compress == 'csa' else ()
+  return (*_BLOCK, *_ATTENTION, *far, *_MOE)
 
 
 # From transformers' names to the original ones, in this order.
@@ -186,6 +161,11 @@ def _unpacked(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
     return
   experts, rows, columns = entry.shape
   parts = ('w1', 'w3') if match[2] == 'gate_up_proj' else ('w2',)
+  if rows % len(parts):
+    raise InputError(
+      f'{entry.file}: tensor {name!r} is {list(entry.shape)}: gate and up must'
+      ' have as many rows'
+    )
   # An expert's gate and then its up are contiguous: each is a slice.
   shape = (rows // len(parts), columns)
   size = shape[0] * columns * entry.dtype.itemsize
@@ -195,3 +175,13 @@ def _unpacked(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
       one = Entry(entry.file, entry.dtype, shape, start)
       yield f'{match[1]}{e}.{part}.weight', one
       start += size
+
+
+NAMES = Names(
+  root=_ROOT,
+  block=_block_rows,
+  mtp=_MTP,
+  layer='layers.{}.',
+  mtp_layer='mtp.{}.',
+  original=normalized,
+)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import at_least
+from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model.attention.rope import (
@@ -26,6 +26,7 @@ from deepseek_jax.model.attention.softmax import (
   causal_attention,
 )
 from deepseek_jax.model.context import Context
+from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import repeat_groups
@@ -42,16 +43,22 @@ class GQAConfig:
     kv_heads: G, which divides H.
     head_dim: K, even.
     rope: of queries and keys.
+    qk_norm: every head of queries and keys is normalised before it is rotated,
+      with one scale [K] for all heads of each (Qwen3).
+    norm_eps: of these norms.
   """
 
   heads: int
   kv_heads: int
   head_dim: int
   rope: RopeConfig = RopeConfig(interleaved=False)
+  qk_norm: bool = False
+  norm_eps: float = 1e-6
 
   def __post_init__(self):
     """Raises InputError for fields out of range or that do not fit together."""
     at_least(self, heads=1, kv_heads=1, head_dim=1)
+    above(self, norm_eps=0)
     if self.heads % self.kv_heads:
       raise InputError(
         f'kv_heads = {self.kv_heads}: must divide heads = {self.heads}'
@@ -136,7 +143,7 @@ class GQA(nnx.Module):
   """Attends with H query heads that share G heads of keys and values."""
 
   def __init__(self, cfg: GQAConfig, dim: int, *, std: float, rngs: nnx.Rngs):
-    """Makes q [D H K], k and v [D G K], out [H K D]."""
+    """Makes q [D H K], k and v [D G K], out [H K D], and norms if any."""
     self.cfg = cfg
     D, H, G, K = dim, cfg.heads, cfg.kv_heads, cfg.head_dim
     init = nnx.initializers.normal(std)
@@ -144,6 +151,9 @@ class GQA(nnx.Module):
     self.k = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
     self.v = param(rngs, init, (D, G, K), ('embed', 'kv_heads', None))
     self.out = param(rngs, init, (H, K, D), ('heads', None, 'embed'))
+    if cfg.qk_norm:
+      self.q_norm = RMSNorm(K, eps=cfg.norm_eps, rngs=rngs)
+      self.k_norm = RMSNorm(K, eps=cfg.norm_eps, rngs=rngs)
 
   def projections(self, x: jax.Array) -> tuple[jax.Array, ...]:
     """Returns q [B T H K], k and v [B T G K] of x [B T D], not rotated."""
@@ -164,6 +174,8 @@ class GQA(nnx.Module):
     """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     cfg = self.cfg
     q, k, v = self.projections(x)  # [B T H K], [B T G K] twice
+    if cfg.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)  # per head, before they rotate
     q, k = (rope(a, ctx.positions, cfg.rope) for a in (q, k))
     q = shard(q, 'batch', 'seq', 'heads', None)
     if past is not None:

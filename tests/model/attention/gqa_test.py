@@ -26,7 +26,7 @@ def inputs():
 
 
 class GQATest(parameterized.TestCase):
-  @parameterized.parameters('mha', 'gqa', 'mqa')
+  @parameterized.parameters('mha', 'gqa', 'mqa', 'qk_norm')
   def test_equals_float64(self, name):
     cfg = tiny.ATTENTIONS[name]
     graphdef, weights = built(cfg)
@@ -58,6 +58,21 @@ class GQATest(parameterized.TestCase):
     call = lambda g, w: jax.jit(lambda w, x: nnx.merge(g, w)(x, ctx)[0])(w, x)
     few, many = call(graphdef, weights), call(full, repeated)
     np.testing.assert_allclose(few, many, atol=1e-6)
+
+  def test_normed_heads_forget_the_scale_of_their_projections(self):
+    cfg = dataclasses.replace(tiny.ATTENTIONS['qk_norm'], norm_eps=1e-12)
+    graphdef, weights = built(cfg)
+    x, batch = inputs()
+    positions = jnp.asarray(batch['positions'])
+    ctx = Context(positions, positions, None)
+    run = jax.jit(lambda w, x: nnx.merge(graphdef, w)(x, ctx)[0])
+    larger = {**weights, 'q': 8 * weights['q'], 'k': weights['k'] / 4}
+    np.testing.assert_allclose(run(larger, x), run(weights, x), atol=1e-5)
+
+  @parameterized.parameters(0, -1e-6, float('nan'))
+  def test_norm_eps_is_positive(self, eps):
+    with self.assertRaisesRegex(ds.InputError, 'norm_eps'):
+      GQAConfig(4, 2, 8, qk_norm=True, norm_eps=eps)
 
   def test_cache_holds_two_vectors_a_key_head(self):
     cache = tiny.ATTENTIONS['gqa'].cache(3, 5, jnp.bfloat16)

@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test sweeps engine mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks clean
+.PHONY: demo test sweeps engine mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks package clean
 
 $(VENV)/.run: pyproject.toml
+	@$(call need,$(PYTHON),PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
@@ -59,7 +60,10 @@ parity: $(VENV)/.test
 # The whole proof of every kernel: references, CUDA export, and the interpreter
 # with its race detector, which takes a newer jax than Python 3.11 gets.
 NEWER_PYTHON ?= python3.12
+need = command -v $(1) >/dev/null || { echo 'error: $(1): no such\
+  interpreter; give one, as in make $@ $(2)=PATH' >&2; exit 2; }
 .venv-interpreter/.ready:
+	@$(call need,$(NEWER_PYTHON),NEWER_PYTHON)
 	$(NEWER_PYTHON) -m venv .venv-interpreter
 	.venv-interpreter/bin/pip install --quiet 'jax>=0.11.2' absl-py pytest \
 	  pytest-timeout
@@ -71,6 +75,7 @@ kernels: $(VENV)/.test .venv-interpreter/.ready
 # Ahead-of-time compilation of the kernels for an H200; needs no GPU.
 AOT_JAX ?= 0.11.2
 .venv-aot/.ready:
+	@$(call need,$(NEWER_PYTHON),NEWER_PYTHON)
 	$(NEWER_PYTHON) -m venv .venv-aot
 	.venv-aot/bin/pip install --quiet 'jax[cuda13]==$(AOT_JAX)' absl-py \
 	  nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
@@ -90,6 +95,12 @@ bench-sparse: $(VENV)/.test
 # Every notebook from top to bottom, with small parameters.
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py
+
+# The wheel in a bare environment of each Python that is there, used from a
+# folder with an experiments/ of its own. PYTHONS='3.12' chooses.
+PYTHONS ?=
+package: $(VENV)/.test
+	$(BIN)/python -m tests.package.run $(PYTHONS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,7 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernel_work import Work, bf16, fresh_keys, in_float32, nbytes
+from benchmarks.kernel_work import (
+  ONE_CODE,
+  Work,
+  bf16,
+  fresh_keys,
+  in_float32,
+  nbytes,
+)
 from pallas_kernels import latent_kv
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
@@ -43,7 +50,10 @@ def store(shape):
   xla = functools.partial(op, impl='reference')
   moved = nbytes(x, w) + N * (656 if shape.fp8 else 1152)
   flops = 2.0 * N * D * 576
-  return Work(op, args, xla, flops, moved, {}, in_place=write)
+  tolerance = ONE_CODE if shape.fp8 else 2.0**-6
+  return Work(
+    op, args, xla, flops, moved, {}, in_place=write, tolerance=tolerance
+  )
 
 
 def store_small(shape):

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# A number that rounds to the next float8 is off by 32 of 448.
+ONE_CODE = 32 / 448 + 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -22,6 +25,9 @@ class Work:
     libraries: functions that give their own microseconds, by name.
     in_place: what to time instead, (*args, impl=...) -> the last argument
       anew. That one is donated, as a cache is in use.
+    speedup: of tensor cores over bfloat16 in these operands' dtype: 2 for
+      float8.
+    tolerance: errors of a right kernel stay below it.
   """
 
   op: Callable
@@ -32,6 +38,8 @@ class Work:
   naive: dict[str, Callable]
   libraries: dict[str, Callable] = dataclasses.field(default_factory=dict)
   in_place: Callable | None = None
+  speedup: float = 1.0
+  tolerance: float = 2.0**-6
 
 
 def fresh_keys(count):

@@ -1,205 +1,221 @@
-"""Every kernel over its shape table on one GPU: error, time, share of floor.
+"""Every kernel on one GPU, in a window of minutes: error, time, share of floor.
 
-  python -m benchmarks.kernels [--only=OP] [--out=benchmarks/results]
+  python -m benchmarks.kernels [--seconds=545] [--only=OP,OP/SHAPE]
+    [--out=benchmarks/results]
+
+First all ops are checked on fresh random numbers, several at a time, against
+float32 on a smaller shape; a result that is not finite where it should be is
+wrong. Then the right ones are timed, most valuable first (kernel_plan), each
+row in a process of its own with a time limit: a hang, a crash or a poisoned
+CUDA context costs that row alone. The file of results is written after every
+row, and keeps the rows of earlier runs that this one does not replace.
 
 Times are medians of device time (CUPTI) without gaps between kernels; a library
 of torch is timed by CUDA events. What fills a cache gets it donated. The floor
-is the larger of useful FLOPs over the rate of a large bfloat16 matmul and bytes
-over the rate of a large copy, both measured in the same run. Errors are against
-float32 on fresh random inputs of a smaller shape. Without a GPU it says so and
-exits 2; --interpret then runs the small shapes in the interpreter to test
-itself, and times nothing.
+is the larger of useful FLOPs over the rate of a large matmul in the operands'
+dtype (float8: twice bfloat16's) and bytes over the rate of a large copy, both
+measured in the same run on random numbers.
+
+Ends with 1 if a kernel is wrong or fails, with 2 without a GPU or for flags
+that make no sense. --interpret runs the small shapes in the interpreter, to
+test itself, and times nothing.
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
 import datetime
-import functools
 import json
+import os
 import pathlib
-import statistics
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from benchmarks import kernel_plan, kernel_processes, kernel_report
+from benchmarks.kernel_plan import Case
 
-from benchmarks import kernel_cases
-from pallas_kernels import compat
-
-_COLUMNS = (
-  ('op', 'op'),
-  ('shape', 'shape'),
-  ('error', 'error'),
-  ('us', 'us'),
-  ('tflops', 'TFLOP/s'),
-  ('tbytes', 'TB/s'),
-  ('of_floor', 'floor/time'),
-  ('over_xla', 'XLA/time'),
-  ('over_cudnn', 'cuDNN/time'),
-  ('over_torch', 'torch/time'),
-  ('over_flash_mla', 'FlashMLA/time'),
-  ('over_triton', 'Triton/time'),
-  ('note', 'note'),
-)
+# Of an H200, measured once on random numbers; where this run's fails.
+_ASSUMED = {'flops': 7.9e14, 'bytes': 4.2e12, 'how': 'assumed'}
+_LEAST = 20  # seconds that a row takes at least: later none is begun
 
 
-class InPlace:
-  """A jitted function whose last argument is donated and then its result."""
+@dataclasses.dataclass
+class Window:
+  """A run: what is left of its time, and what it has found.
 
-  def __init__(self, fn, args):
-    *self.args, last = args
-    # Its own copy: the caller's is needed again.
-    self.last = jax.tree.map(jnp.copy, last)
-    self.fn = jax.jit(fn, donate_argnums=len(self.args))
-    # By these the profiler takes it for a jitted function.
-    for name in ('eval_shape', 'lower', 'trace'):
-      setattr(self, name, getattr(self.fn, name))
+  Attributes:
+    flags: of the command line.
+    end: when it has to be over, by time.monotonic.
+    report: device, floors and all rows, this run's and those kept.
+    path: of the file of results, without its ending.
+    bad: names of this run's rows that are wrong or failed.
+  """
 
-  def __call__(self):
-    self.last = self.fn(*self.args, self.last)
-    return self.last
+  flags: argparse.Namespace
+  end: float
+  report: kernel_report.Report
+  path: pathlib.Path
+  bad: list[str] = dataclasses.field(default_factory=list)
 
+  @property
+  def left(self) -> float:
+    return self.end - time.monotonic()
 
-def device_us(fn, args, iterations=20) -> float:
-  """Median microseconds of device time of a compiled call."""
-  from jax.experimental.mosaic.gpu import profiler
-
-  fn = fn if isinstance(fn, InPlace) else jax.jit(fn)
-  jax.block_until_ready(fn(*args))
-  # One at a time: measure keeps the results of all its iterations.
-  times = [profiler.measure(fn)(*args)[1] for _ in range(iterations)]
-  return 1e3 * statistics.median(times)
-
-
-def floors() -> dict[str, float]:
-  """Rates of this device: FLOP/s of a matmul, bytes/s of a copy."""
-  x = jnp.ones((8192, 8192), jnp.bfloat16)
-  matmul = device_us(lambda a, b: a @ b, (x, x)) * 1e-6
-  big = jnp.ones(2**31, jnp.bfloat16)
-  copy = device_us(lambda a: a + 1, (big,)) * 1e-6
-  return {'flops': 2 * 8192**3 / matmul, 'bytes': 2 * big.nbytes / copy}
+  def keep(self, case: Case, row: dict) -> None:
+    """Takes a row into the report, writes it, and shows it."""
+    row = row | {'date': datetime.date.today().isoformat()}
+    self.report.put(case, row)
+    kernel_report.write(self.report, self.path)
+    if 'failed' in row:
+      self.bad.append(case.name)
+    print(json.dumps({'op': case.op, 'shape': case.shape} | row), flush=True)
 
 
-def relative_error(work) -> float:
-  """Largest error of any output over the largest exact value of it."""
-  run = lambda *a: work.op(*a, impl='gpu')
-  # The interpreter runs one kernel at a time; jit may start several.
-  run = run if compat.is_interpreted() else jax.jit(run)
-  got = run(*work.args)
-  want = jax.jit(work.exact)(*work.args)
-  worst = 0.0
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-    worst = max(worst, np.abs(g - w).max() / max(np.abs(w).max(), 1e-30))
-  return float(worst)
+def child(stage: str, case: Case | None = None, **more) -> list[str]:
+  """The command line of a stage."""
+  asked = {'stage': stage, **more}
+  if case:
+    asked |= {'op': case.op, 'shape': case.shape}
+    asked['contenders'] = list(case.contenders)
+  return [sys.executable, '-m', 'benchmarks.kernel_stage', json.dumps(asked)]
 
 
-def case_us(work, impl: str) -> float:
-  op = functools.partial(work.in_place or work.op, impl=impl)
-  if work.in_place:
-    return device_us(InPlace(op, work.args), ())
-  return device_us(op, work.args)
+def check(window: Window, cases: list[Case]) -> dict[str, dict]:
+  """Checks every op on its first shape: {op: row}.
+
+  What the time for checks does not reach is checked when it is timed.
+  """
+  flags, first = window.flags, {}
+  for case in cases:
+    first.setdefault(case.op, case)
+  stop = time.monotonic() + min(flags.check, max(window.left - _LEAST, 0))
+
+  def one(case: Case) -> tuple[Case, dict | None]:
+    # Compiling takes most of it, and is a CPU's work: several side by side.
+    limit = min(1.5 * flags.limit, stop - time.monotonic())
+    if limit <= 0:
+      return case, None
+    return case, kernel_processes.last_row(child('check', case), limit)
+
+  found = {}
+  with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+    jobs = [pool.submit(one, case) for case in first.values()]
+    for job in concurrent.futures.as_completed(jobs):
+      case, row = job.result()
+      # Cut short by the end of all checks it says nothing.
+      if row is None or (row.get('stopped') and time.monotonic() >= stop):
+        print(f'{case.op}: no time left to check it first', flush=True)
+        continue
+      found[case.op] = row | {'shape': case.shape}
+      window.keep(case, row)
+  return found
 
 
-def contenders(work) -> Iterator[tuple[str, Callable[[], float]]]:
-  """Names, and calls that give microseconds."""
-  if work.in_place:
-    yield 'xla', lambda: case_us(work, 'reference')
-  for name, fn in work.naive.items():
-    yield name, lambda fn=fn: device_us(fn, work.args)
-  yield from work.libraries.items()
-
-
-def time_case(work, rates) -> dict:
-  us = case_us(work, 'gpu')
-  floor = 1e6 * max(work.flops / rates['flops'], work.moved / rates['bytes'])
-  row = {
-    'us': us,
-    'tflops': work.flops / us * 1e-6,
-    'tbytes': work.moved / us * 1e-6,
-    'of_floor': floor / us,
-  }
-  notes = []
-  for name, call in contenders(work):
-    try:
-      row[f'over_{name}'] = call() / us
-    # Out of memory, or a library that is absent, of another version or not
-    # for these shapes: no figure, but the reason.
-    except Exception as error:
-      reason = str(error) or repr(error)
-      notes.append(f'{name}: {reason.splitlines()[0][:80]}')
-  return row | ({'note': '; '.join(notes)} if notes else {})
-
-
-def run(only: str, interpret: bool) -> Iterator[dict]:
-  """The report so far, after every case: one that fails costs itself alone."""
-  device = jax.devices()[0]
-  report = {
-    'device': device.device_kind,
-    'jax': jax.__version__,
-    'date': datetime.date.today().isoformat(),
-    'floors': {} if interpret else floors(),
-    'rows': [],
-  }
-  for op, (shapes, make, small) in kernel_cases.OPS.items():
-    if not op.startswith(only):
+def time_rows(
+  window: Window, cases: list[Case], found: dict[str, dict]
+) -> list[str]:
+  """Times the right ones in order; names of those without time left."""
+  flags, late = window.flags, []
+  checked = {(op, row['shape']) for op, row in found.items()}
+  for case in cases:
+    if 'failed' in found.get(case.op, {}):
       continue
-    for name, shape in shapes.items():
-      row = {'op': op, 'shape': name}
-      report['rows'].append(row)
-      try:
-        row['error'] = relative_error(make(small(shape)))
-        if not interpret:
-          row |= time_case(make(shape), report['floors'])
-      except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        row['note'] = str(error).splitlines()[0][:60]
-      print(json.dumps(row), flush=True)
-      yield report
-      if interpret:
-        break  # one shape is enough to test the runner
+    if window.left < _LEAST:
+      late.append(case.name)
+      continue
+    known = (case.op, case.shape) in checked
+    argv = child('time', case, checked=known, rates=window.report.floors)
+    limit = min(flags.limit, window.left - 5)
+    row = kernel_processes.last_row(argv, limit)
+    before = found[case.op] if known else {}
+    window.keep(case, before | row)
+  return late
 
 
-def table(report: dict) -> str:
-  def cell(value):
-    return f'{value:.3g}' if isinstance(value, float) else str(value)
+def run(flags: argparse.Namespace, cases: list[Case]) -> int:
+  """The whole window; the status to end with."""
+  end = time.monotonic() + flags.seconds
+  try:
+    flags.out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    print(f'benchmarks.kernels: --out={flags.out}: {error}', file=sys.stderr)
+    return 2
+  row = kernel_processes.last_row(
+    child('floor'), min(flags.limit, flags.seconds)
+  )
+  if 'device' not in row:
+    print(f'benchmarks.kernels: {row["failed"]}', file=sys.stderr)
+    return 2
+  floors = {k: row.get(k, assumed) for k, assumed in _ASSUMED.items()}
+  path = kernel_report.path_of(flags.out, row['device'], row['jax'])
+  try:
+    old = kernel_report.read(path)
+  except ValueError as error:
+    print(f'benchmarks.kernels: {error}', file=sys.stderr)
+    return 2
+  window = Window(flags, end, old.of_now(row, floors), path)
+  if 'failed' in row:
+    print(f'floor: {row["failed"]}; {_ASSUMED} assumed', file=sys.stderr)
+    window.bad.append('floor')
+  found = check(window, cases)
+  late = time_rows(window, cases, found)
+  print(kernel_report.table(window.report))
+  if late:
+    print(f'no time left for {len(late)} rows: {", ".join(late)}')
+  if window.bad:
+    print(f'wrong or failed: {", ".join(dict.fromkeys(window.bad))}')
+  return 1 if window.bad else 0
 
-  lines = [
-    f'{report["device"]}, jax {report["jax"]}, {report["date"]}; floors: '
-    + ', '.join(f'{v:.3g} {k}/s' for k, v in report['floors'].items()),
-    '',
-    '| ' + ' | '.join(title for _, title in _COLUMNS) + ' |',
-    '|' + '---|' * len(_COLUMNS),
-  ]
-  for row in report['rows']:
-    cells = [cell(row.get(key, '')) for key, _ in _COLUMNS]
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n'
+
+def interpret(cases: list[Case]) -> int:
+  """Checks the first shape of every op in the interpreter."""
+  from benchmarks import kernel_stage
+  from pallas_kernels import compat
+
+  seen, status = set(), 0
+  with compat.interpreted():
+    for case in cases:
+      if case.op in seen:
+        continue
+      seen.add(case.op)
+      row = kernel_stage.checked(case.op, case.shape)
+      status |= 'failed' in row
+      print(json.dumps({'op': case.op, 'shape': case.shape} | row), flush=True)
+  return int(status)
 
 
-def main(argv) -> int:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--only', default='', help='prefix of the ops')
-  parser.add_argument('--out', default='benchmarks/results')
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(
+    prog='benchmarks.kernels', description=__doc__.partition('\n')[0]
+  )
+  text = 'benchmarks/results'
+  parser.add_argument('--only', default='', help='OP or OP/SHAPE, with commas')
+  parser.add_argument('--out', default=text, type=pathlib.Path, help=text)
+  parser.add_argument('--seconds', default=545, type=float, help='for all')
+  parser.add_argument('--check', default=150, type=float, help='for checks')
+  parser.add_argument('--limit', default=60, type=float, help='for a row')
+  parser.add_argument('--jobs', default=6, type=int, help='checks at a time')
   parser.add_argument('--interpret', action='store_true')
   flags = parser.parse_args(argv)
+  for name in ('seconds', 'check', 'limit', 'jobs'):
+    if not getattr(flags, name) > 0:
+      parser.error(f'--{name}={getattr(flags, name)}: must be above 0')
+  try:
+    cases = kernel_plan.chosen(flags.only)
+  except ValueError as error:
+    parser.error(str(error))
   if flags.interpret:
-    with compat.interpreted():
-      *_, report = run(flags.only, True)
-    print(table(report))
-    return 0
-  if jax.default_backend() != 'gpu':
-    print('benchmarks.kernels: no GPU here, nothing to time', file=sys.stderr)
-    return 2
-  out = pathlib.Path(flags.out)
-  out.mkdir(parents=True, exist_ok=True)
-  for report in run(flags.only, False):
-    stem = f'kernels-{report["device"].replace(" ", "-")}-{report["jax"]}'
-    (out / f'{stem}.json').write_text(json.dumps(report, indent=1) + '\n')
-    (out / f'{stem}.md').write_text(table(report))
-  print(table(report))
-  return 1 if any('us' not in row for row in report['rows']) else 0
+    return interpret(cases)
+  # `timeout` and the like send this; the stages have groups of their own.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  try:
+    return run(flags, cases)
+  finally:
+    kernel_processes.end_all()
 
 
 if __name__ == '__main__':
+  # Children run side by side: none may take all of the memory.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   sys.exit(main(sys.argv[1:]))

@@ -33,6 +33,7 @@ from deepseek_jax.record.load_balance import max_violation
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
+from deepseek_jax.record.writers import ScalarWriter
 from deepseek_jax.rl.advantages import AdvantageConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig
@@ -61,3 +62,4 @@ from deepseek_jax.train.schedules import (
   SwitchConfig,
 )
 from deepseek_jax.train.step import TrainState, initial_state, train_step
+from deepseek_jax.version import __version__

@@ -32,16 +32,16 @@ def kind_name(cls: type) -> str:
   return cls.__name__.removesuffix('Config').lower()
 
 
-def _members(annotation: Any) -> tuple:
+def alternatives(annotation: Any) -> tuple:
   """Returns the alternatives of an annotation, the only one if no union."""
   if typing.get_origin(annotation) in (typing.Union, types.UnionType):
     return typing.get_args(annotation)
   return (annotation,)
 
 
-def _classes(annotation: Any) -> list[type]:
+def classes_of(annotation: Any) -> list[type]:
   """Returns the dataclasses among the alternatives of an annotation."""
-  return [c for c in _members(annotation) if dataclasses.is_dataclass(c)]
+  return [c for c in alternatives(annotation) if dataclasses.is_dataclass(c)]
 
 
 def optional_fields(cls: type) -> dict[str, type]:
@@ -54,10 +54,26 @@ def optional_fields(cls: type) -> dict[str, type]:
     return {}
   out = {}
   for name, hint in typing.get_type_hints(cls).items():
-    members = set(_members(hint))
+    members = set(alternatives(hint))
     if type(None) in members:
       out[name] = str if members == {str, type(None)} else object
   return out
+
+
+def dtype_name(value: Any) -> Any:
+  """Returns the name of a dtype, of jnp.float32 too; others as they are."""
+  # jnp.float32 is a class that has one; np.float32 is a class of numbers.
+  scalar = isinstance(value, type) and (
+    hasattr(value, 'dtype') or issubclass(value, np.generic)
+  )
+  named = scalar or isinstance(value, np.dtype)
+  return np.dtype(value).name if named else value
+
+
+def name_dtypes(config: Any, *fields: str) -> None:
+  """Sets fields of a frozen dataclass that hold a dtype to its name."""
+  for field in fields:
+    object.__setattr__(config, field, dtype_name(getattr(config, field)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -67,7 +83,7 @@ def to_dict(config: Any) -> dict[str, Any]:
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     out[field.name] = _plain(value)
-    kind = _kind(_classes(hints[field.name]), value)
+    kind = _kind(classes_of(hints[field.name]), value)
     if kind:
       out[field.name] = {'kind': kind, **out[field.name]}
   return out
@@ -176,16 +192,16 @@ def typed(annotation: Any, value: Any, path: str) -> Any:
   Raises:
     InputError: it does not fit the annotation.
   """
-  if value is None and type(None) in _members(annotation):
+  if value is None and type(None) in alternatives(annotation):
     return None
-  classes = _classes(annotation)
+  classes = classes_of(annotation)
   if classes and isinstance(value, Mapping):
     return _choose(classes, dict(value), path)
   if classes and _fits(classes, value):
     return value
-  origin = typing.get_origin(annotation)
-  if origin is dict and isinstance(value, Mapping):
-    _, inner = typing.get_args(annotation)
+  mapped = [m for m in alternatives(annotation) if typing.get_origin(m) is dict]
+  if mapped and isinstance(value, Mapping):
+    _, inner = typing.get_args(mapped[0])
     return {k: typed(inner, v, f'{path}.{k}') for k, v in value.items()}
   return _scalar(annotation, value, path)
 
@@ -257,9 +273,11 @@ def _scalar(annotation: Any, value: Any, path: str) -> Any:
   Raises:
     InputError: it is none of the annotation's types or choices.
   """
-  wanted = [m for m in _members(annotation) if not dataclasses.is_dataclass(m)]
+  among = alternatives(annotation)
+  wanted = [m for m in among if not dataclasses.is_dataclass(m)]
   for member in wanted:
     if typing.get_origin(member) is Literal:
+      value = dtype_name(value)
       if value in typing.get_args(member):
         return value
       choices = list(typing.get_args(member))
@@ -271,7 +289,7 @@ def _scalar(annotation: Any, value: Any, path: str) -> Any:
       return _unnamed(value, path)
     if isinstance(member, type) and type(value) is member:
       return value
-  names = [getattr(m, '__name__', str(m)) for m in _members(annotation)]
+  names = [getattr(m, '__name__', str(m)) for m in alternatives(annotation)]
   raise InputError(
     f'{path} = {value!r}: is {type(value).__name__}, must be'
     f' {" or ".join(names)}'
@@ -283,7 +301,7 @@ def _choices(cls: type) -> dict[str, tuple]:
   """Returns fields that must hold one of a few values -> those values."""
   out = {}
   for name, hint in typing.get_type_hints(cls).items():
-    members = _members(hint)
+    members = alternatives(hint)
     some = [m for m in members if typing.get_origin(m) is Literal]
     if some and all(m in some or m is type(None) for m in members):
       none = (None,) * (len(some) < len(members))
@@ -373,7 +391,7 @@ def _number(config: Any, prefix: str, name: str) -> int | float | None:
     InputError: it is not, or it is None and not optional.
   """
   value = getattr(config, name)
-  members = _members(field_types(type(config))[name])
+  members = alternatives(field_types(type(config))[name])
   if value is None and type(None) in members:
     return None
   whole = float not in members

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deepseek_jax.config import field_types, typed, unknown_field
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -23,6 +23,11 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
   Raises:
     InputError: there is no such field, or the result makes no sense.
   """
+  if not isinstance(changes, Mapping):
+    raise InputError(
+      f'changes: is {told(changes)}; give a dict, '
+      "as {'moe.router.scoring': 'softmax'}"
+    )
   return changed_by(config, changes.items())
 
 
@@ -73,6 +78,7 @@ def _changed(config: Any, edits: _Edits, path: str, annotation: Any) -> Any:
     if not names:
       raise InputError(f'{below(name)}: {name} is a field of {config!r}')
     if name not in names:
-      raise InputError(unknown_field('', below(name), names, type(config)))
+      where = below(name).removesuffix(name)
+      raise InputError(unknown_field(where, name, names, type(config)))
     new[name] = _changed(getattr(config, name), edit, below(name), hints[name])
   return dataclasses.replace(config, **new)

@@ -28,6 +28,14 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     raise
 
 
+def told(value: object) -> str:
+  """Returns what a value of the wrong type is, in a few words."""
+  if callable(value) and hasattr(value, '__name__'):
+    return f'the {type(value).__name__} {value.__name__}'
+  text = repr(value)
+  return text if len(text) <= 60 else f'a {type(value).__name__}'
+
+
 class InputError(ValueError):
   """Reports wrong input of the user: names the field, the value and the fix."""
 

@@ -5,7 +5,6 @@ detector) instead of on a GPU: `with compat.interpreted(): ...`.
 """
 
 import contextlib
-import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +14,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels import lowering_guard, target
+
 BEFORE_0_11 = jax.__version_info__ < (0, 11)
 BEFORE_0_12 = jax.__version_info__ < (0, 12)
-_interpret = contextvars.ContextVar('pallas_kernels_interpret', default=None)
 
 SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
 # Layout of wgmma operands in shared memory: 8 rows by 128 bytes, swizzled.
@@ -37,16 +37,13 @@ def _interpret_params() -> Any:
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
   """Kernels traced inside run in the interpreter, races reported."""
-  token = _interpret.set(_interpret_params())
-  try:
+  with target.interpreted_with(_interpret_params()):
     yield
-  finally:
-    _interpret.reset(token)
 
 
 def is_interpreted() -> bool:
   """Returns whether kernels run in the interpreter."""
-  return _interpret.get() is not None
+  return target.interpreting() is not None
 
 
 def _several(threads: int) -> dict[str, Any]:
@@ -61,6 +58,13 @@ def _warpgroup_params(**more: Any) -> plgpu.CompilerParams:
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     **more,
   )
+
+
+def _guarded(call: Callable) -> Callable:
+  """Returns the call; one for a device refuses all platforms but CUDA."""
+  if is_interpreted():
+    return call
+  return lambda *args: call(*lowering_guard.guarded(args))
 
 
 def kernel(
@@ -80,16 +84,17 @@ def kernel(
   """
   # 2 KiB per thread block, which kernels at the limit don't have.
   room = {} if across_warps else {'reduction_scratch_bytes': 0}
-  return plgpu.kernel(
+  call = plgpu.kernel(
     body,
     out_type=out,
     scratch_types=scratch,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
-    interpret=_interpret.get(),
+    interpret=target.interpreting(),
     compiler_params=_warpgroup_params(**room),
     **_several(threads),
   )
+  return _guarded(call)
 
 
 def kernel_in_place(
@@ -108,13 +113,14 @@ def kernel_in_place(
     fn = functools.partial(body, *refs)
     pl.run_scoped(fn, *scratch, collective_axes=axes)
 
-  return pl.kernel(
+  call = pl.kernel(
     scoped,
     out_type=(),
     mesh=mesh,
     compiler_params=_warpgroup_params(),
-    interpret=_interpret.get() or False,  # None is not taken here
+    interpret=target.interpreting() or False,  # None is not taken here
   )
+  return _guarded(call)
 
 
 def transposed(ref: jax.Ref) -> jax.Ref:
@@ -185,9 +191,4 @@ def accumulate(acc: jax.Array, fn: Callable[[jax.Ref], None]) -> jax.Array:
 
 def num_sms() -> int:
   """Returns multiprocessors of the target, also compiling without a device."""
-  target = jax.sharding.get_abstract_mesh().abstract_device
-  if target is not None:
-    return target.num_cores
-  # A CPU has no count: kernels that are lowered there are meant for an H200.
-  device = jax.devices()[0]
-  return getattr(device, 'core_count', None) or 132
+  return target.current().cores

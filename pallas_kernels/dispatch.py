@@ -1,9 +1,10 @@
 """Chooses the implementation of an operation: a kernel or the XLA reference.
 
 An operation is {implementation name: function}. `impl=None` takes the kernel
-made for the default device ('gpu' on Hopper) and the reference elsewhere; where
-the kernel can't take the shapes (no kernel takes an empty array) it falls back
-and logs why, once. Inside `using` None is one of IMPLS.
+made for the target ('gpu' on Hopper; see `target`) and the reference elsewhere;
+where the kernel can't take the shapes (no kernel takes an empty array) it falls
+back and logs why, once for each reason and shapes. Inside `using` None is one
+of IMPLS; `recorded` lists what was chosen.
 """
 
 import contextlib
@@ -11,13 +12,32 @@ import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+from pallas_kernels import lowering_guard, target
 
 IMPLS = (None, 'reference', 'gpu')
 _log = logging.getLogger('pallas_kernels')
 _forced = contextvars.ContextVar('pallas_kernels_impl', default=None)
+_record = contextvars.ContextVar('pallas_kernels_record', default=None)
+
+
+class Choice(NamedTuple):
+  """Tells which implementation an operation took.
+
+  Attributes:
+    op: the operation.
+    impl: 'gpu', 'reference', or another of its own.
+    reason: why the reference, where nobody asked for it; else ''.
+    shapes: of the arrays, as in 'bfloat16[2,8] int32[2]'.
+  """
+
+  op: str
+  impl: str
+  reason: str
+  shapes: str
 
 
 @functools.cache
@@ -42,6 +62,17 @@ def using(impl: str | None) -> Iterator[None]:
     _forced.reset(token)
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Choice]]:
+  """Collects the choices made inside, also those of nested operations."""
+  choices = []
+  token = _record.set(choices)
+  try:
+    yield choices
+  finally:
+    _record.reset(token)
+
+
 def chosen(impl: str | None) -> str | None:
   """Returns `impl`, or the one that `using` set where it is None.
 
@@ -52,18 +83,36 @@ def chosen(impl: str | None) -> str | None:
 
 
 def on_hopper() -> bool:
-  """Returns whether the default device is a GPU of compute capability 9."""
-  device = jax.devices()[0]
-  if device.platform not in ('gpu', 'cuda'):
-    return False
-  return str(device.compute_capability).startswith('9')
+  """Returns whether the target is a GPU of compute capability 9."""
+  return target.current().is_hopper
 
 
-def _launch(kernel: Callable, args: tuple) -> Any:
-  """Returns kernel(*args); raises where an array, and so the grid, is empty."""
+def shapes_of(args: Any) -> str:
+  """Returns the dtypes and shapes of the arrays among the arguments."""
+  leaves = jax.tree.leaves(args)
+  # A dtype has a shape as well.
+  arrays = [a for a in leaves if hasattr(a, 'shape') and hasattr(a, 'dtype')]
+  return ' '.join(f'{a.dtype}[{",".join(map(str, a.shape))}]' for a in arrays)
+
+
+def _note(op: str, impl: str, reason: str, shapes: str) -> None:
+  """Adds a choice to the record, where there is one."""
+  record = _record.get()
+  if record is not None:
+    record.append(Choice(op, impl, reason, shapes))
+
+
+def _launch(op: str, kernel: Callable, args: tuple) -> Any:
+  """Returns kernel(*args).
+
+  Raises:
+    NotImplementedError: an array, and so the grid, is empty, or the kernel
+      can't take the arguments.
+  """
   if any(getattr(a, 'size', 1) == 0 for a in jax.tree.leaves(args)):
     raise NotImplementedError('an argument is empty')
-  return kernel(*args)
+  with lowering_guard.naming(op):
+    return kernel(*args)
 
 
 def run(
@@ -71,40 +120,62 @@ def run(
   impl: str | None,
   implementations: Mapping[str, Callable],
   *args: Any,
+  shapes: str | None = None,
 ) -> Any:
   """Returns the result of one of the implementations for `args`.
 
   Args:
     op: name of the operation, for messages.
-    impl: a name forces that implementation; None picks by device and shape.
+    impl: a name forces that implementation; None picks by target and shape.
     implementations: function by name. 'reference' is required and takes
       everything; every other raises NotImplementedError, with the reason, for
       what it can't take. 'gpu' is the one that None picks on a Hopper GPU.
     *args: passed on.
+    shapes: of what the functions hold themselves, for messages; by default
+      those of `args`.
 
   Raises:
     ValueError: `impl` is neither None nor one of the names.
     NotImplementedError: the forced implementation can't take these arguments.
   """
   impl, reference = chosen(impl), implementations['reference']
+  shapes = shapes_of(args) if shapes is None else shapes
   if impl is not None and impl not in implementations:
     *names, last = [None, *implementations]
     names = ', '.join(map(repr, names))
     raise ValueError(f'{op}: impl={impl!r}; use {names} or {last!r}')
   if impl == 'reference':
+    _note(op, impl, '', shapes)
     return reference(*args)
   if impl is not None:
-    return _launch(implementations[impl], args)
-  reason = None
+    try:
+      out = _launch(op, implementations[impl], args)
+    except ValueError as error:
+      # Pallas names its own mode, not what was asked for.
+      if 'interpret mode' not in str(error):
+        raise
+      raise NotImplementedError(
+        f'{op}: impl={impl!r} needs a Hopper GPU, and the device is'
+        f" {jax.default_backend()}; use None or 'reference'"
+      ) from None
+    _note(op, impl, '', shapes)
+    return out
+  reason, level = None, logging.INFO
   if not on_hopper():
-    reason = 'the default device is not a Hopper GPU'
+    reason = f'the target, {target.current()}, is not a Hopper GPU'
   elif 'gpu' not in implementations:
     reason = 'there is no kernel for Hopper GPUs'
-  if reason:
-    say_once(logging.INFO, op, f'reference in use: {reason}')
-    return reference(*args)
-  try:
-    return _launch(implementations['gpu'], args)
-  except NotImplementedError as error:
-    say_once(logging.WARNING, op, f'reference in use: {error}')
-    return reference(*args)
+  if not reason:
+    try:
+      out = _launch(op, implementations['gpu'], args)
+    except NotImplementedError as error:
+      reason, level = str(error), logging.WARNING
+    else:
+      # What holds its arrays itself has called an operation, which is noted.
+      if args:
+        _note(op, 'gpu', '', shapes)
+      return out
+  what = f' (for {shapes})' if level == logging.WARNING and shapes else ''
+  say_once(level, op, f'reference in use: {reason}{what}')
+  _note(op, 'reference', reason, shapes)
+  return reference(*args)

@@ -12,10 +12,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Lower may not import higher; a name stands for all below it that is not named.
 RANK = {
   'pallas_kernels': 0,
+  'deepseek_jax.version': 0.5,
   'deepseek_jax.errors': 1,
   'deepseek_jax.own_classes': 1.5,
   'deepseek_jax.config': 2,
   'deepseek_jax.config_changes': 2.5,
+  'deepseek_jax.fields': 2.5,
   'deepseek_jax.console': 2,
   'deepseek_jax.say': 2,
   'deepseek_jax.trees': 2,

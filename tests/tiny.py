@@ -193,5 +193,10 @@ def relative(got, want) -> float:
   return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+def largest(values) -> float:
+  """The largest; NaN if one is NaN, which Python's max() may forget."""
+  return float(np.max(np.asarray(list(values), np.float64)))
+
+
 def size(tree) -> int:
   return sum(math.prod(a.shape) for a in jax.tree.leaves(tree))

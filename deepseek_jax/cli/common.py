@@ -42,7 +42,14 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_dict, config_flags  # noqa: E402
 
 from deepseek_jax import config as configs  # noqa: E402
-from deepseek_jax.cli import config_faults, experiment_file, named  # noqa: E402
+from deepseek_jax import say  # noqa: E402
+from deepseek_jax.cli import (  # noqa: E402
+  config_faults,
+  experiment_file,
+  help,
+  kinds,
+  named,
+)
 from deepseek_jax.errors import (  # noqa: E402
   InputError,
   Preempted,
@@ -51,6 +58,16 @@ from deepseek_jax.errors import (  # noqa: E402
 )
 from deepseek_jax.parallel import endings  # noqa: E402
 from deepseek_jax.parallel import processes as distributed  # noqa: E402
+from deepseek_jax.run.config import RunConfig  # noqa: E402
+from deepseek_jax.version import __version__  # noqa: E402
+
+_QUIET = flags.DEFINE_bool('quiet', False, 'Print results and errors alone.')
+_VERBOSE = flags.DEFINE_bool(
+  'verbose', False, "Print JAX's and orbax's logs, and where errors arose."
+)
+_VERSION = flags.DEFINE_bool('version', False, 'Print the version and end.')
+# Flag -> pairs (path, kind): what --config.PATH.kind=KIND switches.
+_SWITCHES: dict[str, list[tuple[str, str]]] = {}
 
 # Other threads' arenas map big buffers in anew whatever malloc is told, and
 # free them some time after a step's results are there; so steps run on this
@@ -86,7 +103,10 @@ def _editable(config: Any, plain: dict) -> config_dict.ConfigDict:
   held = config if isinstance(config, Mapping) else vars(config)
   fields = {}
   for name, value in plain.items():
-    if isinstance(value, dict):
+    # Keys of a mapping that may be absent are no fields: paths have dots.
+    if isinstance(value, dict) and not (
+      name in optional and not dataclasses.is_dataclass(held[name])
+    ):
       value = _editable(held[name], value)
     # A reference keeps the type of a field whose value may be None.
     if value is None or name in optional:
@@ -122,6 +142,7 @@ def define_config(
         made = editable(made)
       if isinstance(made, config_dict.ConfigDict):
         experiment_file.check_name(made.to_dict(), file)
+        kinds.apply(made, _SWITCHES.get(name, ()), editable, _say_once)
     except (TypeError, ValueError) as error:
       # absl shows these without where they come from.
       raise ValueError(
@@ -131,6 +152,22 @@ def define_config(
 
   flags.FLAGS[name].parser.parse = parse
   return holder
+
+
+_DOC = ['']  # of the launcher, for --help
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+  """Prints a line on stderr: a config is parsed again for some messages."""
+  if line not in _said:
+    _said.add(line)
+    say.warn(line)
+
+
+def quiet() -> bool:
+  """Returns whether the user wants results and errors alone."""
+  return _QUIET.value
 
 
 def _fail(message: object, status: int) -> None:
@@ -161,13 +198,44 @@ def _as_files(argv: list[str], kind: str) -> list[str]:
 
 def _show_flags(module: str) -> None:
   """Makes --help list a launcher's flags, whichever file started it."""
-  for flag in flags.FLAGS.get_key_flags_for_module(module):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  for place in (module, __name__):
+    for flag in flags.FLAGS.get_key_flags_for_module(place):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _help(argv: list[str], section: str) -> None:
+  """Prints the launcher's flags, or with --config its fields, and ends."""
+  given = [a for a in argv[1:] if a.startswith(('--config', '-config'))]
+  config = None
+  if given:
+    # Required flags may be missing; fields are shown as other flags set them.
+    needed = [f'--{n}=.' for n in ('workdir',) if n in flags.FLAGS]
+    flags.FLAGS([argv[0], *given, *needed])
+    _open_config()
+    config = flags.FLAGS['config'].value
+  if section and not isinstance(config, config_dict.ConfigDict):
+    raise InputError(
+      f'--help={section}: shows a section of a configuration; give'
+      ' --config=NAME_OR_FILE, too'
+    )
+  if not section:
+    print(help.of_launcher(_DOC[0], argv[0]))
+  if isinstance(config, config_dict.ConfigDict):
+    cls = named.PlanConfig if 'recipe' in config else RunConfig
+    print('' if section else '\nfields:\n', end='' if section else '\n')
+    print(help.of_config(frozen(cls, config), section))
+  sys.exit(0)
 
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses flags; any mistake becomes one line and status 2."""
   try:
+    if any(a in ('--version', '-version') for a in argv[1:]):
+      print(f'deepseek-jax {__version__}')
+      sys.exit(0)
+    section = help.asked(argv[1:])
+    if section is not None:
+      _help(argv, section)
     rest = flags.FLAGS(argv)
     _open_config()
     return rest
@@ -270,13 +338,16 @@ def launch(
         f'unknown arguments {argv[1:]}: flags begin with --, values follow a =',
         2,
       )
-    _print_errors_once()
+    if not _VERBOSE.value:
+      _print_errors_once()
     try:
       join()
       _keep_compiled_programs()
       main(argv)
       distributed.wait_for_all()  # one of them may still find a fault
     except InputError as error:
+      if _VERBOSE.value:
+        traceback.print_exc()
       _fail(error, error.status)
     except OSError as error:
       what = error.strerror or str(error) or type(error).__name__
@@ -300,8 +371,11 @@ def launch(
       _fail(lost or error, lost.status if lost else 1)
 
   _show_flags(main.__module__)
+  _DOC[:] = [sys.modules[main.__module__].__doc__ or '']
   if names:
-    sys.argv[1:] = _as_files(sys.argv[1:], names)
+    given, found = kinds.taken(_as_files(sys.argv[1:], names))
+    sys.argv[1:] = given
+    _SWITCHES.update(found)
   try:
     app.run(guarded, flags_parser=_parse)
   except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict
 
+from deepseek_jax.cli import kinds
 from deepseek_jax.errors import InputError
 
 WHILST = 'Error whilst parsing config file:'
@@ -112,6 +113,12 @@ def unknown_field(argv: list[str]) -> str | None:
           if near
           else f'--{known} has {", ".join(inner)}'
         )
+        others = kinds.having(known.removeprefix('config.'), part)
+        if others:
+          hint = (
+            f'of its kinds {", ".join(others)} have one:'
+            f' --{known}.kind={others[0]}'
+          )
         return f'--config.{field}: no field {known}.{part}; {hint}'
       inner, known = inner[part], f'{known}.{part}'
   return None

@@ -1,5 +1,7 @@
 """Ends a run: held-out bits per byte, samples, balance, the report."""
 
+import json
+import math
 import random
 import re
 from pathlib import Path
@@ -11,22 +13,38 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax import data as datalib
+from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampling as sample
-from deepseek_jax.plan import count_parameters
-from deepseek_jax.record import flight, load_balance
+from deepseek_jax.plan import count_flops, count_parameters
+from deepseek_jax.record import flight, load_balance, metrics, results, writers
 from deepseek_jax.record.report.page import Sample, write_report
+from deepseek_jax.run.checkpoint import flatten
+from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.fit import Run
+from deepseek_jax.run.folder import as_json
 from deepseek_jax.train import evaluate
 
+HELD_OUT = 'heldout_bits_per_byte'  # in metrics.jsonl
 _NEW_TOKENS = 96
 _HEAD = re.compile(r'^ *def \w+\(.*\):\n', re.MULTILINE)
 
 
-def finish(run: Run, workdir: Path) -> None:
-  """Prints what the run reached and writes workdir/report.html."""
+def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
+  """Prints what the run reached; writes results.json and report.html.
+
+  Args:
+    run: as `fit` returns it.
+    workdir: its folder.
+    quiet: prints the held-out bits per byte and the report's path alone.
+  """
   console = Console()
+  reached = results_of(run, workdir)
+  results.write(workdir, reached)
+  keep_in_metrics(run, workdir, reached)
+  facts = facts_of(reached) | size_facts(run)
   samples = write_samples(run)
-  facts = held_out_facts(run) | size_facts(run)
+  if quiet:
+    console.quiet = True
   for item in samples:
     console.rule(item.kind)
     console.print(item.prompt, style='dim', markup=False, highlight=False)
@@ -41,28 +59,119 @@ def finish(run: Run, workdir: Path) -> None:
   report = write_report(
     workdir, title=f'Run {workdir.name}', facts=facts, samples=samples
   )
+  console.quiet = False
+  if quiet:
+    for name in list(facts)[:1]:
+      console.print(f'{name}: {facts[name]:.3f}', highlight=False)
   console.print(f'report: {report.absolute()}', soft_wrap=True)
 
 
-def held_out_facts(run: Run) -> dict:
-  """Returns bits per byte of model and xz -9; both read each file by itself."""
+def results_of(run: Run, workdir: Path) -> dict[str, Any]:
+  """Returns what the run reached, as results.json holds it."""
+  config, state = run.config, run.state
+  count = count_parameters(config.model)
+  tokens = int(state.sequences) * config.data.seq_len
+  store = run.store
+  return {
+    'heldout': held_out(run),
+    'steps': int(state.step),
+    'tokens': tokens,
+    'skipped_updates': int(state.gate.skipped),
+    'seconds': _seconds(workdir),
+    'tokens_per_second': run.tokens_per_second,
+    'parameters': {'total': count.total, 'active': count.active},
+    'flops': _flops(config, tokens),
+    'peak_memory_bytes': results.peak_memory(),
+    'seed': config.seed,
+    'data': {
+      'paths': list(config.data.paths),
+      'corpus_sha256': store.index['recipe']['corpus_sha256'],
+      'train_sha256': store.train_sha256,
+      'heldout_sha256': store.heldout_sha256,
+    },
+    'versions': results.versions(),
+    'machine': results.machine(),
+    'git': results.git_state(Path(__file__).parent),
+  }
+
+
+def _flops(config: RunConfig, tokens: int) -> dict[str, float] | None:
+  """Returns the FLOPs of a run; None of layers that the planner doesn't know.
+
+  Those are of a user's own classes.
+  """
+  try:
+    made = count_flops(config.model, config.data.seq_len, mtp=True)
+  except InputError:
+    return None
+  return {'training': made.per_token * tokens, 'per_token': made.per_token}
+
+
+def held_out(run: Run) -> dict[str, Any] | None:
+  """Returns bits per byte of the model and of what it has to beat.
+
+  None where nothing is held out.
+  """
   config = run.config
   if not run.store.heldout_documents():
-    return {}
+    return None
   heldout = datalib.Heldout(
     run.store,
     config.data.seq_len,
     config.evaluate.batch,
     stride=config.evaluate.stride,
   )
-  bits = evaluate.bits_per_byte(run.model, run.variables, heldout)
   return {
-    'held-out bits per byte': bits,
-    'uniform guess, bits per byte': datalib.uniform_bits_per_byte(
-      heldout, config.model.vocab_size
-    ),
-    'xz -9 bits per byte': datalib.xz_bits_per_byte(run.store.heldout_texts()),
-    'held-out files': len(heldout.documents),
+    'bits_per_byte': evaluate.bits_per_byte(run.model, run.variables, heldout),
+    'baselines': datalib.bits_to_beat(heldout, run.store.vocab_size),
+    'documents': len(heldout.documents),
+    'tokens': heldout.tokens,
+    'bytes': heldout.bytes,
+  }
+
+
+def _seconds(workdir: Path) -> float:
+  """Returns the seconds of all launches of a run, by its timeline."""
+  path = workdir / 'timeline.jsonl'
+  lines = path.read_text('utf-8').splitlines() if path.exists() else []
+  return math.fsum(json.loads(line)['seconds'] for line in lines)
+
+
+def keep_in_metrics(run: Run, workdir: Path, reached: dict) -> None:
+  """Writes the last validation as a line of metrics, once."""
+  step = int(run.state.step)
+  if not reached['heldout'] or any(
+    row['step'] == step and HELD_OUT in row for row in metrics.read(workdir)
+  ):
+    return
+  last = {HELD_OUT: reached['heldout']['bits_per_byte']}
+  others = []
+  if run.config.tensorboard:
+    others.append(writers.TensorBoard(workdir, None))
+    others[0].hparams(flatten(as_json(run.config)), last)
+  if run.config.wandb:
+    plain = as_json(run.config)
+    others.append(writers.WandB(workdir, run.config.wandb, plain))
+  with metrics.MetricsWriter(workdir, console=False, writers=others) as writer:
+    writer.write(step, last)
+
+
+def facts_of(reached: dict) -> dict[str, float | int]:
+  """Returns bits per byte of model and baselines, as the report shows them."""
+  held = reached['heldout']
+  if not held:
+    return {}
+  names = {
+    'uniform': 'uniform guess, bits per byte',
+    'unigram': 'unigram guess, bits per byte',
+    'xz': 'xz -9 bits per byte',
+    'xz primed': 'xz -9 after the training text',
+    'zstd primed': 'zstd after the training text',
+  }
+  return {
+    'held-out bits per byte': held['bits_per_byte'],
+    **{names[name]: value for name, value in held['baselines'].items()},
+    'held-out files': held['documents'],
   }
 
 

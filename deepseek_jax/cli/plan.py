@@ -12,7 +12,9 @@ its own recipe, the others are spread over all devices. A file's plan is that
 of its run: on the run's mesh where it has one, by its rules and its exchange.
 Nothing is allocated, and nothing compiled but by --compile: it has XLA
 partition the training step for a mesh of that many fake devices, whatever the
-run's own sizes, and shows what each would hold and send.
+run's own sizes, and shows what each would hold and send. --kernels lists which
+operations run as kernels on the cluster's GPUs, and why others do not; it takes
+the mesh of --compile where that is given, else the plan's.
 """
 
 import dataclasses
@@ -37,7 +39,14 @@ from deepseek_jax.pipeline.simulate import (
   SimulatedStep,
   simulate,
 )
-from deepseek_jax.plan import compiled, hardware, pictures, tables
+from deepseek_jax.plan import (
+  compiled,
+  hardware,
+  kernel_choices,
+  pictures,
+  tables,
+)
+from deepseek_jax.plan.device_shares import AXES
 from deepseek_jax.run import fit as loop
 
 _CONFIG = common.define_config()
@@ -58,6 +67,9 @@ _COMPILE = flags.DEFINE_string(
   None,
   'Compile the training step for a mesh: 8x4x2 (in the order data, fsdp,'
   ' expert, tensor, context) or fsdp=8,expert=4.',
+)
+_KERNELS = flags.DEFINE_bool(
+  'kernels', False, 'List which operations run as kernels, and why others not.'
 )
 
 
@@ -139,6 +151,28 @@ def program(made: plan.Report, text: str, config: Any) -> compiled.Program:
   )
 
 
+def kernels(
+  made: plan.Report, asked: compiled.Program | None, config: Any
+) -> tuple[compiled.Program, list[kernel_choices.Chosen]]:
+  """Returns what --kernels lists, and for which program.
+
+  Args:
+    made: the plan.
+    asked: the program of --compile, or None.
+    config: what was planned.
+  """
+  gpu = kernel_choices.capability(made.cluster.accelerator.name)
+  if asked is None:
+    grid, sizes = made.recipe.mesh, {}
+    for axis in AXES:
+      sizes[axis] = getattr(grid, axis)
+    mesh = kernel_choices.small(MeshConfig(**sizes))
+    text = ','.join(f'{a}={getattr(mesh, a)}' for a in AXES if a != 'stage')
+    asked = program(made, text, config)
+    compiled.check(asked)
+  return asked, kernel_choices.kernel_choices(asked, gpu)
+
+
 def timeline(made: plan.Report) -> SimulatedStep:
   """Simulates one training step of a plan's pipeline, in units of F."""
   run, grid = made.recipe.training, made.recipe.mesh
@@ -196,6 +230,9 @@ def main(argv: list[str]) -> None:
   if asked:
     out = compiled.compile_step(asked)
     Console().print(tables.render_compiled(first, asked, out))
+  if _KERNELS.value:
+    found = kernels(reports[first], asked, _CONFIG.value)
+    Console().print(tables.render_kernels(first, *found))
   if _JSON.value:
     out = {name: made.to_dict() for name, made in reports.items()}
     with naming(_JSON.value):

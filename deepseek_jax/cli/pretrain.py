@@ -11,14 +11,11 @@ Under SLURM, Open MPI or Kubernetes all processes of a job make one run (see
 launch/); elsewhere name them with --coordinator, --processes and --process.
 """
 
-import dataclasses
 from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, finish, process_flags
-from deepseek_jax.parallel import placement
-from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.cli import common, process_flags, training
 from deepseek_jax.run import fit as loop
 
 _CONFIG = common.define_config()
@@ -29,17 +26,15 @@ flags.mark_flags_as_required(['config', 'workdir'])
 # What other modules define shows in --help, too.
 flags.declare_key_flag('config')
 flags.adopt_module_key_flags(process_flags)
+flags.adopt_module_key_flags(training)
 
 
 def main(argv: list[str]) -> None:
-  """Runs the training, then reports from the first process."""
+  """Trains a run and reports it."""
   del argv
-  config = common.frozen(loop.RunConfig, _CONFIG.value)
-  run = loop.fit(config, _WORKDIR.value)
-  state = placement.to_first(run.state._replace(moments=None))
-  if distributed.first():
-    run = dataclasses.replace(run, state=state)
-    finish.finish(run, Path(_WORKDIR.value))
+  training.train(
+    common.frozen(loop.RunConfig, _CONFIG.value), Path(_WORKDIR.value)
+  )
 
 
 def run() -> None:

@@ -1,9 +1,9 @@
 """Draws batches of token windows in one seeded, resumable order.
 
 Example i is tokens [i T, i T + T], so a window is found by its number alone.
-Grain shuffles the numbers, anew in each epoch; the state of the stream is how
-many examples it has given. A global batch is the next B of them, whatever the
-number of processes, and B may change at every step.
+Grain shuffles the numbers, anew in each epoch, and mixes sources; the state of
+the stream is how many examples it has given. A global batch is the next B of
+them, whatever the number of processes, and B may change at every step.
 Legend: B batch, T tokens that the model reads, S = T + 1.
 """
 
@@ -22,49 +22,96 @@ from deepseek_jax.errors import InputError
 class Windows:
   """Gives random access to windows of T + 1 tokens; neighbours share one token.
 
-  The up to T tokens at the end that fill no window are left out.
+  An epoch has as many as fit behind each other. From the second on they are cut
+  at other places, and the last may go on at the first token: so all tokens are
+  read in time, and none always stands at the end of a window.
   """
 
-  def __init__(self, tokens: np.ndarray, seq_len: int):
-    """Takes tokens [N] and T; copies nothing."""
-    self._tokens, self._seq_len = tokens, seq_len
+  def __init__(self, tokens: np.ndarray, seq_len: int, salt: str = ''):
+    """Takes tokens [N] and T, and what decides the places; copies nothing."""
+    self._tokens, self._seq_len, self._salt = tokens, seq_len, salt
 
   def __len__(self) -> int:
-    """Returns the number of whole windows."""
+    """Returns the number of windows of an epoch."""
     return max(len(self._tokens) - 1, 0) // self._seq_len
 
   def __getitem__(self, i: int) -> np.ndarray:
-    """Returns window i, [T + 1] int32."""
-    start = i * self._seq_len
-    return np.array(self._tokens[start : start + self._seq_len + 1], np.int32)
+    """Returns window i of the first epoch, [T + 1] int32."""
+    return self.at(i, 0)
+
+  def at(self, i: int, epoch: int) -> np.ndarray:
+    """Returns window i of an epoch, [T + 1] int32."""
+    size, start = self._seq_len + 1, i * self._seq_len
+    if epoch:
+      digest = hashlib.sha256(f'cut {self._salt} {epoch}'.encode()).digest()
+      start += int.from_bytes(digest[:4], 'big') % self._seq_len
+    read = self._tokens[start : start + size]
+    if len(read) < size:
+      read = np.concatenate([read, self._tokens[: size - len(read)]])
+    return np.array(read, np.int32)
 
 
-def dataset(store: TokenStore, config: DataConfig) -> Any:
+def dataset(
+  store: TokenStore, config: DataConfig, *, recut: bool = True
+) -> Any:
   """Returns an endless `grain.MapDataset` of windows [S], shuffled each epoch.
 
-  The windows are int32.
+  Of several sources each has its own order and epochs, and Grain mixes them by
+  their weights.
+
+  Args:
+    store: the tokens.
+    config: sources, order and T.
+    recut: cut each epoch at other places; earlier versions did not.
+
+  Returns:
+    Pairs (source, window): a number, and int32 [S].
 
   Raises:
-    InputError: the text is too short for one window.
+    InputError: the text of a source is too short for one window.
   """
-  windows = Windows(store.train, config.seq_len)
-  if not len(windows):
-    raise InputError(
-      f'data.seq_len={config.seq_len}: {store.path}/{TRAIN} has only '
-      f'{len(store.train)} tokens; set it below that or add text'
-    )
-  return shuffled(windows, config.seed)
+  import grain
+
+  each = []
+  for number, (path, tokens) in enumerate(zip(config.paths, store.parts())):
+    salt = f'{config.seed} source {number}' if number else f'{config.seed}'
+    windows = Windows(tokens, config.seq_len, salt)
+    if not len(windows):
+      raise InputError(
+        f'data.seq_len={config.seq_len}: {store.path}/{TRAIN} has only '
+        f'{len(tokens)} tokens of {path!r}; set it below that or add text'
+      )
+    order = shuffled(len(windows), salt)
+    each.append(order.map_with_index(_Cut(number, windows, recut)))
+  if len(each) == 1:
+    return each[0]
+  return grain.MapDataset.mix(each, weights=config.shares)
 
 
-def shuffled(source: Any, seed: int) -> Any:
-  """Returns an endless `grain.MapDataset`, shuffled anew in each epoch."""
+class _Cut:
+  """Maps a place of a source's stream and a number to (source, window)."""
+
+  def __init__(self, source: int, windows: Windows, recut: bool):
+    self._source, self._windows, self._recut = source, windows, recut
+
+  def __call__(self, index: int, i: int) -> tuple[int, np.ndarray]:
+    """Returns the source and window i, cut as in the epoch of the place."""
+    epoch = index // len(self._windows) if self._recut else 0
+    return self._source, self._windows.at(int(i), epoch)
+
+
+def shuffled(count: int, salt: str) -> Any:
+  """Returns an endless `grain.MapDataset` of numbers below `count`.
+
+  Each epoch has another order, which the salt decides.
+  """
   import grain
 
   # Grain shuffles epoch e with seed + e: hashed, so that the second epoch of
   # one seed isn't the first of the next.
-  digest = hashlib.sha256(f'order {seed}'.encode()).digest()
+  digest = hashlib.sha256(f'order {salt}'.encode()).digest()
   seed = int.from_bytes(digest[:4], 'big')
-  return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+  return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
 
 
 def segment(
@@ -98,16 +145,20 @@ class Batches:
     windows: in an epoch.
     ngrams: set to a ngrams.NGrams, batches have its rows too.
     told: numbers to record of the last batch.
+    drawn: windows of each source so far.
   """
 
   told: Mapping[str, float] = types.MappingProxyType({})
 
   def __init__(self, store: TokenStore, config: DataConfig):
     """Begins the stream at its first window."""
-    self._dataset = dataset(store, config)
+    self._store, self._config = store, config
+    self._open(recut=True)
     self._eos_id = store.eos_id
     self._cross_document = config.cross_document
-    self.windows = len(Windows(store.train, config.seq_len))  # in an epoch
+    each = (len(Windows(part, config.seq_len)) for part in store.parts())
+    self.windows = sum(each)  # in an epoch
+    self.drawn = [0] * len(config.paths)
     self._stream = {
       'train_sha256': store.train_sha256,
       'heldout_sha256': store.heldout_sha256,
@@ -115,9 +166,24 @@ class Batches:
       'seed': config.seed,
       'cross_document': config.cross_document,
     }
+    if config.sources:
+      self._stream['sources'] = list(config.sources.values())
     self._tokenizer = store.index['tokenizer']['sha256']
     self._next = 0
     self.ngrams = None
+
+  def _open(self, *, recut: bool) -> None:
+    """Sets the dataset that is read, and whether epochs are cut anew."""
+    self._recut = recut
+    self._dataset = dataset(self._store, self._config, recut=recut)
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """Returns which share of the windows so far each source had; {} of one."""
+    total = max(sum(self.drawn), 1)
+    if not self._config.sources:
+      return {}
+    return {p: n / total for p, n in zip(self._config.paths, self.drawn)}
 
   def next(
     self, batch_size: int, process_index: int = 0, process_count: int = 1
@@ -152,17 +218,20 @@ class Batches:
     rows = batch_size // process_count
     start = self._next + process_index * rows
     # By number alone, so any process count reads the same global batch.
-    out, segments, positions = self._read(range(start, start + rows))
+    out, segments, positions = self._arrays(range(start, start + rows))
+    if self._config.sources:
+      for i in range(self._next, self._next + batch_size):
+        self.drawn[self._dataset[i][0]] += 1
     self._next += batch_size
     if self.ngrams is not None:
       out['ngrams'] = self.ngrams(out['tokens'], segments, positions)
     return out
 
-  def _read(
+  def _arrays(
     self, numbers: range
   ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Returns the arrays of windows, their segments and their positions."""
-    tokens = np.stack([self._dataset[i] for i in numbers])
+    tokens = np.stack([self._dataset[i][1] for i in numbers])
     eos_id = None if self._cross_document else self._eos_id
     segments, positions = segment(tokens, eos_id)
     out = {'tokens': tokens}
@@ -183,6 +252,8 @@ class Batches:
       'next_index': self._next,
       **self._stream,
       'tokenizer_sha256': self._tokenizer,
+      **({'drawn': self.drawn[:]} if self._config.sources else {}),
+      **({'cut': 'epoch'} if self._recut else {}),
     }
 
   def set_state(self, state: dict) -> None:
@@ -209,3 +280,7 @@ class Batches:
         'resume from another checkpoint'
       )
     self._next = index
+    drawn = state.get('drawn', [0] * len(self.drawn))
+    self.drawn = [int(n) for n in drawn]
+    # A run of an earlier version goes on with the windows that it has.
+    self._open(recut=state.get('cut') == 'epoch')

@@ -18,14 +18,15 @@ class Census(NamedTuple):
   characters: int  # of the training documents
   nearest: float  # the least fraction that holds out a document
   left_out: str  # a line for the user, or ''
+  files: int  # that were read
 
 
 def census_of(config: DataConfig) -> Census:
   """Reads the corpus once; InputError if its split leaves a part empty."""
-  digest, out = corpus.Digest(), LeftOut(config.path)
+  digest, out = corpus.Digest(), LeftOut(', '.join(config.paths))
   train = heldout = characters = 0
   nearest = 1.0
-  for doc in corpus.documents(config.path, out):
+  for doc in corpus.documents_of(config, out):
     digest.add(doc)
     # For the message: the fraction that would hold out one document.
     nearest = min(nearest, corpus.held_out_hash(doc.text))
@@ -36,7 +37,13 @@ def census_of(config: DataConfig) -> Census:
       characters += len(doc.text)
   out.check_records(train + heldout)
   census = Census(
-    digest.hexdigest(), train, heldout, characters, nearest, out.line()
+    digest.hexdigest(),
+    train,
+    heldout,
+    characters,
+    nearest,
+    out.line(),
+    out.read,
   )
   _check_split(config, census)
   return census

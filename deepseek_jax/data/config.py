@@ -1,10 +1,14 @@
 """Describes the data of a run: a corpus, a tokenizer and how both are cut."""
 
 import dataclasses
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
+
+MARK = '::'  # between a source and a document's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +19,10 @@ class DataConfig:
     file or a directory of .txt, .py, .md, .jsonl, .json, .parquet and .arrow
     files, all but the last two also as .gz and .zst. Of a Hugging Face dataset
     the training split is read; what else is left out is reported.
+  sources: path -> weight, in place of `path`: each window is of one source, as
+    often as its weight says, in an order that `seed` decides; a source begins
+    anew when it is read through, whatever the others do. The tokenizer is
+    learnt from all, and of each the same share of documents is held out.
   tokenizer: 'bpe' (byte-level BPE trained on the training documents), 'bytes',
     or the path of a Hugging Face tokenizer.json.
   vocab_size: 'bpe' trains exactly so many tokens; otherwise it is the model's
@@ -33,6 +41,7 @@ class DataConfig:
   """
 
   path: str = 'stdlib'
+  sources: dict[str, float] | None = None
   tokenizer: str = 'bpe'
   vocab_size: int = 4096
   seq_len: int = 256
@@ -48,6 +57,7 @@ class DataConfig:
     model = "'bpe', 'bytes' or the path of a tokenizer.json"
     seed = 'a whole number from 0 to 2**32 - 1'
     self._expect('path', _is_name(self.path), text)
+    self._check_sources()
     self._expect('tokenizer', _is_name(self.tokenizer), model)
     number += ' that int32 holds'
     for size in ('vocab_size', 'seq_len'):
@@ -59,6 +69,39 @@ class DataConfig:
     held = _is_share(self.heldout_fraction) and self.heldout_fraction < 1
     self._expect('heldout_fraction', held, 'a share from 0 to below 1')
     self._expect('seed', _is_int(self.seed, 0), seed)
+
+  def _check_sources(self) -> None:
+    """Raises InputError for sources that are no paths with weights."""
+    if self.sources is None:
+      return
+    what = (
+      "a dict of paths and weights above 0, as {'code/': 0.7, 'text/': 0.3}"
+    )
+    sources = self.sources
+    if not isinstance(sources, Mapping):
+      self._expect('sources', False, what)
+    whole = lambda w: isinstance(w, int | float) and not isinstance(w, bool)
+    good = [
+      _is_name(path) and MARK not in path and whole(w) and 0 < w < math.inf
+      for path, w in sources.items()
+    ]
+    self._expect('sources', bool(good) and all(good), what)
+    if self.path != 'stdlib':
+      raise InputError(
+        f'data.path={self.path!r}: data.sources names what is read; put it'
+        ' there, with a weight, or leave one of both out'
+      )
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Returns what is read: `path`, or the paths of `sources`."""
+    return tuple(self.sources) if self.sources else (self.path,)
+
+  @property
+  def shares(self) -> tuple[float, ...]:
+    """Returns which share of the windows each of `paths` has."""
+    weights = tuple(self.sources.values()) if self.sources else (1.0,)
+    return tuple(weight / sum(weights) for weight in weights)
 
   def _expect(self, field: str, holds: bool, what: str) -> None:
     """Raises InputError unless `holds`; `what` is to be set in its place."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from deepseek_jax.data import corpus_files, left_out, readers
+from deepseek_jax.data.config import MARK, DataConfig
 from deepseek_jax.data.left_out import LeftOut
 from deepseek_jax.errors import InputError
 
@@ -63,11 +64,27 @@ def documents(path: str, out: LeftOut | None = None) -> Iterator[Document]:
   return _read([corpus_files.one(root)], out, whole=False)
 
 
+def documents_of(
+  config: DataConfig, out: LeftOut | None = None
+) -> Iterator[Document]:
+  """Yields the documents of all sources of a config, one after the other.
+
+  With `data.sources` a name begins with its source; else as `documents` does.
+  """
+  if not config.sources:
+    yield from documents(config.path, out)
+    return
+  for path in config.sources:
+    for doc in documents(path, out):
+      yield Document(f'{path}{MARK}{doc.name}', doc.text)
+
+
 def _read(
   found: Iterable[corpus_files.File], out: LeftOut, *, whole: bool = True
 ) -> Iterator[Document]:
   """Yields the documents of files; counts records without text in `out`."""
   for file in found:
+    out.read += 1
     stem = os.fsencode(file.name).decode('utf-8', 'backslashreplace')
     for place, text in readers.texts(file, whole=whole):
       if text is None:

@@ -39,11 +39,13 @@ class LeftOut:
   """Collects the files, folders and records that are not read.
 
   path: what data.path says, for messages.
+  read: files that were read.
   """
 
   def __init__(self, path: str):
     """Begins with nothing left out."""
     self._path = path
+    self.read = 0
     self._counts: dict[str, int] = {}
     self._names: dict[str, list[str]] = {}
     self._bytes = 0

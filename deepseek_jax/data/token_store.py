@@ -10,6 +10,7 @@ tokenizer or vocabulary, never starts a run.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -99,6 +100,13 @@ class TokenStore:
   def heldout_sha256(self) -> str:
     """Returns the SHA-256 of the held-out tokens' file."""
     return self.index['files'][HELDOUT]['sha256']
+
+  def parts(self) -> list[np.ndarray]:
+    """Returns the training tokens of each source, in order."""
+    # An earlier version wrote no sources: then there is one.
+    sizes = [*self.index.get('sources', {0: len(self.train)}).values()]
+    ends = np.cumsum([0, *sizes])
+    return [self.train[a:b] for a, b in itertools.pairwise(ends)]
 
   def tokenizer(self) -> tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer:
     """Returns the tokenizer that made the store; loads it on every call."""

@@ -19,7 +19,7 @@ from deepseek_jax.data import token_store as store
 from deepseek_jax.data import tokenizer as tokenizer_lib
 from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.census import Census, census_of
-from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.config import MARK, DataConfig
 from deepseek_jax.errors import InputError
 
 _BPE_CHARACTERS = 1 << 26  # a larger corpus is sampled to train the BPE on
@@ -74,6 +74,8 @@ def _recipe(config: DataConfig, census: Census) -> dict:
     'heldout_by': 'text',  # by name in earlier versions
     'fim_rate': config.fim_rate,
     'fim_seed': config.seed if config.fim_rate else None,
+    # Their weights do not matter here: only the order of reading has them.
+    **({'sources': list(config.paths)} if config.sources else {}),
   }
 
 
@@ -90,7 +92,8 @@ def _write(path: str, config: DataConfig, census: Census, recipe: dict) -> None:
         f'data.path={config.path!r} changed while it was read: run again'
       )
     tokenizer.save(folder)
-    store.write_index(folder, index | {'recipe': recipe})
+    about = {'recipe': recipe, 'corpus_files': census.files}
+    store.write_index(folder, index | about)
     _publish(folder, path)
   except OSError as error:
     raise InputError(
@@ -136,7 +139,7 @@ def _tokenizer(
 def _bpe_texts(config: DataConfig, census: Census) -> Iterator[str]:
   """Yields the training documents, or a sample if they are very many."""
   share = _BPE_CHARACTERS / max(census.characters, 1)
-  for doc in corpus.documents(config.path):
+  for doc in corpus.documents_of(config):
     held = corpus.is_held_out(doc.text, config.heldout_fraction)
     if not held and corpus.unit_hash('bpe', doc.name) < share:
       yield doc.text
@@ -151,7 +154,7 @@ def _write_tokens(
   dtype = np.dtype('<u2' if tokenizer.vocab_size <= 1 << 16 else '<u4')
   digest = corpus.Digest()
   train = {'documents': 0, 'tokens': 0, 'bytes': 0, 'fim_documents': 0}
-  heldout = []
+  heldout, sources = [], dict.fromkeys(config.paths, 0)
   with (
     open(os.path.join(folder, store.TRAIN), 'wb') as train_file,
     open(os.path.join(folder, store.HELDOUT), 'wb') as heldout_file,
@@ -168,6 +171,8 @@ def _write_tokens(
         train['tokens'] += len(ids)
         train['bytes'] += size
         train['fim_documents'] += cut
+        source = doc.name.partition(MARK)[0] if config.sources else config.path
+        sources[source] += len(ids)
   index = {
     'corpus': config.path,
     'dtype': dtype.str,
@@ -176,6 +181,7 @@ def _write_tokens(
       for name in ('kind', 'sha256', 'vocab_size', 'eos_id', 'pad_id')
     },
     'train': train,
+    'sources': sources,  # -> training tokens, in the order of the file
     'heldout': {
       'documents': len(heldout),
       'tokens': sum(tokens for _, tokens, _ in heldout),
@@ -191,7 +197,7 @@ def _encoded(
   tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer,
 ) -> Iterator[tuple]:
   """Yields (document, held out, whether cut, ids without EOS), in order."""
-  for docs in _batched(corpus.documents(config.path)):
+  for docs in _batched(corpus.documents_of(config)):
     plans = []
     for doc in docs:
       held = corpus.is_held_out(doc.text, config.heldout_fraction)

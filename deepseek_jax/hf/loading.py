@@ -11,6 +11,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from deepseek_jax import trees
+from deepseek_jax.config import dtype_name
+from deepseek_jax.errors import InputError
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Read, Source, summary
 from deepseek_jax.model.transformer_config import TransformerConfig
@@ -43,6 +45,9 @@ def load(
   Raises:
     InputError: a field, tensor or file that is wrong or not understood.
   """
+  dtype = dtype_name(dtype)
+  if dtype not in ('float32', 'bfloat16'):
+    raise InputError(f"dtype = {dtype!r}: must be 'float32' or 'bfloat16'")
   source = Source(path, mtp=mtp)
   # Leaving out MTP is a note; a drafter, which cannot be read, a warning.
   note = logging.warning if source.drafter else logging.info

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from deepseek_jax import files
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.hf import (
   config_json,
   config_limits,
@@ -88,6 +88,8 @@ class Source:
     mtp: keep the multi-token prediction layers; None: if the file has them.
     Raises InputError for whatever is missing, damaged or not understood.
     """
+    if not isinstance(folder, str | os.PathLike):
+      raise InputError(f'path: is {told(folder)}; give a folder')
     self.folder = folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
       raise InputError(f'{folder}: {absent(folder)}')

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import at_least, within
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
+from deepseek_jax.model import given
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.stacks import unstack
 from deepseek_jax.model.transformer import Model, build
@@ -49,7 +50,7 @@ class SampleConfig:
     each = self.stop if isinstance(self.stop, tuple) else (None,)
     if not all(isinstance(t, numbers.Integral) and t >= 0 for t in each):
       raise InputError(
-        f'stop = {self.stop!r}: must be a tuple of token numbers'
+        f'stop = {self.stop!r}: must be a tuple of token numbers, as (2,)'
       )
 
 
@@ -236,9 +237,12 @@ def _started(
   Returns:
     The jitted pieces, the prepared variables, and the state after the prompts.
   """
+  if not isinstance(model, Model):
+    raise InputError(
+      f'model: is {told(model)}, no Model; ds.build(config) makes one'
+    )
   tokens, lengths = _padded(prompt)
-  if new < 1:
-    raise InputError(f'max_new_tokens = {new}: must be at least 1')
+  given.sizes(max_new_tokens=new, **({} if slots is None else {'slots': slots}))
   unknown = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]
   if unknown.size:
     raise InputError(
@@ -246,8 +250,8 @@ def _started(
       f' {model.config.vocab_size}'
     )
   least = max(int(lengths.max()) + new, tokens.shape[1])
-  # The cache holds prompt and new tokens, rounded up as prompts are.
-  slots = slots or -(-least // 32) * 32
+  # The cache holds prompt and new tokens, in pages of 64 as kernels read it.
+  slots = slots or -(-least // 64) * 64
   if slots < least:
     raise InputError(
       f'slots = {slots}: {lengths.max()} prompt and {new} new tokens need'
@@ -298,6 +302,7 @@ def prepare(model: Model, variables: dict) -> dict:
 
   `generate` and the others take both forms; prepare once to sample often.
   """
+  given.variables({'params': None, 'buffers': None}, variables)
   if _is_prepared(model, variables):
     return variables
   return _prepare(model, current())(variables)
@@ -353,7 +358,8 @@ def sample(
     slots: length of the cache; by default what the longest row needs.
 
   Raises:
-    InputError: an empty prompt, an unknown token, a cache too short.
+    InputError: an empty prompt, an unknown token, a cache too short; or
+      variables of another model.
   """
   key = _checked_key(key, cfg)
   loop, variables, row = _started(
@@ -416,6 +422,4 @@ def _checked_key(key: jax.Array | int | None, cfg: SampleConfig) -> jax.Array:
   """Returns the key of the draws; InputError if one is needed and missing."""
   if key is None and cfg.temperature > 0:
     raise InputError('key: sampling at a temperature above 0 needs one')
-  if isinstance(key, int):
-    return jax.random.key(key)
-  return jax.random.key(0) if key is None else key
+  return given.random_key(0 if key is None else key)

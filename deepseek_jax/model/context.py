@@ -76,7 +76,7 @@ def context(
   Args:
     tokens: [B T] integers. What is not 0..V - 1 is no token: its embedding is
       NaN.
-    segments: [B T] int32 or None, as in `transformer.build`.
+    segments: [B T] int32 or None, as in `Model.apply`.
     vocab: V.
     positions: [B T] int32; by default from 0 in each document.
     rows, before: as in Context.

@@ -5,18 +5,21 @@ what is wrong becomes NaN logits (see `context.context` and `lookup.rows`).
 Legend: B batch, T tokens, L layers with an Engram, K rows of a token.
 """
 
+import numbers
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.parallel.sharding import known
 
 
 class Given(NamedTuple):
-  """Holds the arrays of a call; see `transformer.build`."""
+  """Holds the arrays of a call; see `Model.apply`."""
 
   tokens: Any  # [B T]
   positions: Any = None  # [B T] or None
@@ -43,6 +46,11 @@ def _check(config: Any, given: Given, cache: Cache | None) -> None:
   """Raises InputError for what is wrong with the tokens and their places."""
   _check_arrays(given)
   if cache is not None:
+    if not isinstance(cache, Cache):
+      raise InputError(
+        f'cache: is {told(cache)}; give what model.init_cache(batch, slots) or'
+        ' an earlier call returned'
+      )
     _check_slots(given, cache)
   segments = None
   if given.segment_ids is not None:
@@ -93,12 +101,102 @@ def check_draft(
     )
 
 
+def variables(abstract: Mapping[str, Any], given: Any) -> None:
+  """Checks that variables are those of a model.
+
+  Args:
+    abstract: {'params', 'buffers'}, trees with the shapes that they have; of
+      None any tree will do.
+    given: what the caller has.
+
+  Raises:
+    InputError: they are not; names the first array that differs.
+  """
+  wanted = ', '.join(repr(name) for name in abstract)
+  named = isinstance(given, Mapping)
+  lacks = not named or [k for k in abstract if k not in given]
+  if lacks:
+    kind = told(given)
+    if isinstance(given, Mapping):
+      kind = f'a dict without {lacks[0]!r}'
+    raise InputError(
+      f'variables: {kind}; give what model.init returned, a dict of {wanted}'
+    )
+  for kind, like in abstract.items():
+    if like is None or _same(like, given[kind]):
+      continue
+    have, want = _shapes(given[kind]), _shapes(like)
+    for path in dict.fromkeys([*want, *have]):
+      mine, theirs = want.get(path), have.get(path)
+      if mine != theirs:
+        raise InputError(
+          f'variables: {kind}{path} is {_size(theirs)} here and {_size(mine)}'
+          ' in the model: they are of another one; build it from their'
+          ' configuration'
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+  """Returns whether two trees have arrays of equal shapes in equal places."""
+  (mine, like), (theirs, form) = map(jax.tree.flatten, (one, other))
+  return like == form and all(
+    map(lambda a, b: np.shape(a) == np.shape(b), mine, theirs)
+  )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a tree's arrays by path, as in ['embed']."""
+  return {
+    jax.tree_util.keystr(path): tuple(np.shape(leaf))
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+  """Returns a shape as text."""
+  return 'absent' if shape is None else str(list(shape))
+
+
+def random_key(key: Any) -> jax.Array:
+  """Returns a random key, that of a seed if it is a whole number.
+
+  Raises:
+    InputError: it is neither.
+  """
+  if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+    return jax.random.key(int(key))
+  dtype, shape = getattr(key, 'dtype', None), getattr(key, 'shape', None)
+  if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and shape == ():
+    return jax.random.key(key)
+  # Keys of the old kind are two words of 32 bits.
+  old = dtype == jnp.uint32 and shape == (2,)
+  new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  if not old and not (new and shape == ()):
+    raise InputError(
+      f'key: is {told(key)}; give a seed, or one key: jax.random.key(0)'
+    )
+  return key
+
+
+def sizes(**given: Any) -> None:
+  """Raises InputError unless each value is a whole number above 0."""
+  for name, value in given.items():
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+      raise InputError(
+        f'{name} = {told(value)}: must be a whole number above 0'
+      )
+
+
 def _check_arrays(given: Given) -> None:
   """Raises InputError for wrong dtypes or shapes."""
   tokens = given.tokens
   whole = lambda a: jnp.issubdtype(a.dtype, jnp.integer)
   if getattr(tokens, 'ndim', 0) != 2 or not whole(tokens):
-    raise InputError(f'tokens: {_shape(tokens)}; must be integers [B T]')
+    hint = ', as jnp.array([[1, 2, 3]])'
+    if hasattr(tokens, 'ndim'):
+      hint = '; tokens[None] is one row' if tokens.ndim == 1 else ''
+    raise InputError(f'tokens: {_shape(tokens)}; must be integers [B T]{hint}')
   for name in ('positions', 'segment_ids'):
     array = getattr(given, name)
     if array is None:

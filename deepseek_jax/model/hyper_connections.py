@@ -9,7 +9,6 @@ Legend: B batch, T tokens, n streams, D model, M = n (n + 2) maps.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -126,19 +125,22 @@ def maps(
       zip(jnp.split(mix, cuts, axis=-1), jnp.split(base, cuts))
     )
   )
+
   # The op takes rows first and ends on columns, as the checkpoints do.
-  mixed = functools.partial(
-    sinkhorn,
-    comb.reshape(-1, n, n),
-    iterations=cfg.iterations,
-    eps=cfg.eps,
-  )
+  def mixed(impl: str, comb: jax.Array) -> jax.Array:
+    how = {'iterations': cfg.iterations, 'eps': cfg.eps, 'impl': impl}
+    flat = sinkhorn(comb.reshape(-1, n, n), **how)
+    return flat.reshape(*comb.shape[:-1], n, n)
+
+  token = ('batch', 'seq')[: mix.ndim - 1]
   comb = kernels.pick(
     'sinkhorn',
-    lambda impl: mixed(impl=impl),
-    lambda: mixed(impl='reference'),
+    mixed,
+    lambda: mixed('reference', comb),
+    (comb,),
+    (token,),
+    token,
   )
-  comb = comb.reshape(*mix.shape[:-1], n, n)
   # pre lies in eps..1 + eps, post in 0..2: at a logit of 0 it is 1, as in the
   # plain residual.
   return jax.nn.sigmoid(pre) + cfg.eps, 2 * jax.nn.sigmoid(post), comb

@@ -4,11 +4,12 @@ Every array of a segment's block is stacked over the repeats: [repeat ...].
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer_config import TransformerConfig
 
@@ -74,7 +75,16 @@ def moe_statistics(aux: dict, name: str) -> jax.Array | None:
   """Returns one MoE statistic of all layers in order, [L_moe, ...].
 
   None without MoE layers. `aux` is that of an Output.
+
+  Raises:
+    InputError: the layers have no statistic of that name.
   """
+  if not isinstance(aux, Mapping):
+    raise InputError(f'aux: is {told(aux)}; give the aux of an Output, out.aux')
+  layers = [s['ffn'] for patterns in aux['segments'] for s in patterns]
+  known = sorted({key for layer in layers for key in layer})
+  if known and name not in known:
+    raise InputError(f'name = {name!r}: must be one of {known}')
   out = []
   for patterns in aux['segments']:
     picked = [s['ffn'][name] for s in patterns if name in s['ffn']]

@@ -6,16 +6,17 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import key
-from deepseek_jax.errors import InputError
-from deepseek_jax.model import drafting, kernels, lora
+from deepseek_jax.config import key, kind_name
+from deepseek_jax.errors import InputError, told
+from deepseek_jax.model import calls, drafting, kernels, lora
 from deepseek_jax.model import given as inputs
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import Context, context
@@ -26,7 +27,7 @@ from deepseek_jax.model.stacks import empty_cache
 from deepseek_jax.model.transformer_config import TransformerConfig
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
   """Holds a transformer as pure functions over plain nested dicts.
 
@@ -36,12 +37,12 @@ class Model:
   Attributes:
     config: the model's configuration.
     init: key -> {'params': {...}, 'buffers': {...}}, float32.
-    apply: see `build`.
+    apply: (variables, tokens [B T], ...) -> Output; see its own help.
     init_cache: (batch, slots, spare=0) -> empty Cache in the compute dtype,
       whose rows may be rewound by `spare` tokens, see `Cache.rewound`.
     init_mtp_cache: the same for the blocks of multi-token prediction, a
       segment for each depth.
-    draft: see `build`.
+    draft: see its own help.
     head: variables -> [D V], what turns `hidden` into logits.
     cast: variables -> the same in the compute dtype, except the parameters
       that stay float32, and without adapters, which are folded into their
@@ -58,6 +59,20 @@ class Model:
   abstract: dict[str, nnx.State]
   init_mtp_cache: Callable[..., Cache]
   draft: Callable[..., Draft]
+
+  def __repr__(self) -> str:
+    """Returns one line: shapes, the kind of attention, parameters."""
+    cfg = self.config
+    sizes = [math.prod(a.shape) for a in jax.tree.leaves(self.abstract)]
+    layers = [layer.block.attention for layer in cfg.in_order()]
+    kinds = '/'.join(dict.fromkeys(kind_name(type(one)) for one in layers))
+    moe = cfg.moe
+    experts = f', {moe.top_k} of {moe.experts} experts' if moe else ''
+    return (
+      f'Model({cfg.layers} layers of width {cfg.dim}, {kinds}{experts},'
+      f' vocabulary {cfg.vocab_size}: {sum(sizes):,} weights,'
+      f' {cfg.compute.dtype})'
+    )
 
   @functools.cached_property
   def _key(self) -> tuple:
@@ -84,17 +99,8 @@ def _built(function: Callable) -> bool:
   module = getattr(function, '__module__', '')
   return any(
     module == f.__module__ and name.startswith(f'{f.__name__}.<locals>')
-    for f in (build, functional, lora.adapted, drafting.functions)
+    for f in (build, _apply, functional, lora.adapted, drafting.functions)
   )
-
-
-def _check(config: Any) -> None:
-  """Raises InputError for what is no configuration of a model."""
-  if not isinstance(config, TransformerConfig):
-    raise InputError(
-      f'config: {config!r} is no TransformerConfig; presets are functions that'
-      ' make one, as ds.presets.v3_tiny()'
-    )
 
 
 def _context(
@@ -122,49 +128,10 @@ def _context(
   return ctx._replace(routes=given.routes)
 
 
-def build(config: TransformerConfig) -> Model:
-  """Makes the pure functions of a model; allocates no array.
-
-  apply(variables, tokens, *, positions=None, segment_ids=None, cache=None,
-  train=False, mtp=False, mtp_state=False, ngrams=None, before=None,
-  routes=None) -> Output, with
-    tokens: [B T] int32, each 0..V - 1 except on padding, where it may be
-      anything. Another number is an InputError; inside jit, where it can't be
-      known, it gives NaN logits in its row and changes no other.
-    positions: [B T] int32; by default those after the cached tokens, or from 0
-      within each document.
-    segment_ids: [B T] int32. A run of equal ids is a document, which attends
-      to no other: the same id further on is another document. 0 (or less) is
-      padding, which is cached, routed and counted nowhere. None: all of a row
-      is one document.
-    cache: from `init_cache` or an earlier Output; its slots are positions, and
-      a row may go on before its last token (`Cache.rewound`). With one, a row
-      is one document: segment_ids tell its tokens, 1, from the padding around
-      them, 0; after the first call padding comes last. More documents in a row
-      are an InputError, and NaN logits in that row inside jit: decode a packed
-      row as rows of their own.
-    train: applies what is for training only (capacity).
-    mtp: runs the multi-token prediction blocks too.
-    mtp_state: puts into aux what these blocks start from, for `draft`.
-    ngrams: [B T L K] int32, rows of the Engrams' tables that the data
-      pipeline has hashed; by default they are hashed here, to the same. What
-      is no row is treated as what is no token.
-    before: [B N-1] int32, of a model with Engrams and a cache: the tokens
-      before a row's first, in order, if not those that the cache saw last.
-    routes: [B T L K] int32, experts of each token in each layer that has some,
-      weighted by live scores; -1 leaves them to the router (hash, MTP: always).
-
-  init_mtp_cache and draft: see `drafting.functions`.
-
-  Raises:
-    InputError: `config` is no TransformerConfig.
-  """
-  _check(config)
-  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
-  dtype = jnp.dtype(config.compute.dtype)
-  abstract, init, _, merge, cast = functional(make, dtype, config.lora)
-  if config.lora is not None:
-    lora.check(abstract['params'], config.lora)
+def _apply(
+  config: TransformerConfig, call: Callable, check: Callable[[dict], None]
+) -> Callable[..., Output]:
+  """Returns `Model.apply` of the module that `call` makes of variables."""
 
   def apply(
     variables: dict,
@@ -180,14 +147,90 @@ def build(config: TransformerConfig) -> Model:
     before: jax.Array | None = None,
     routes: jax.Array | None = None,
   ) -> Output:
+    check(variables)
     given = inputs.Given(tokens, positions, segment_ids, ngrams, before, routes)
     inputs.check(config, given, cache)
     ctx = _context(config, given, cache, train)
-    with kernels.using(config.compute.kernels):
-      return merge(cast(variables))(ctx, cache, mtp, mtp_state)
+    with kernels.using(config.compute.kernels, config.compute.dtype):
+      return call(variables)(ctx, cache, mtp, mtp_state)
+
+  apply.__doc__ = calls.APPLY
+  return apply
+
+
+def build(config: TransformerConfig) -> Model:
+  """Makes the pure functions of a model; allocates no array.
+
+  `help(model.apply)` and `help(model.draft)` say what they take.
+
+  Raises:
+    InputError: `config` is no TransformerConfig.
+  """
+  _check_config(config)
+  make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
+  dtype = jnp.dtype(config.compute.dtype)
+  abstract, drawn, _, merge, cast = functional(make, dtype, config.lora)
+  if config.lora is not None:
+    lora.check(abstract['params'], config.lora)
+  check = functools.partial(inputs.variables, _shapes(config, abstract))
+
+  def init(key: jax.Array | int) -> dict:
+    """Returns fresh variables of a random key, or of its seed.
+
+    {'params': {...}, 'buffers': {...}}, nested dicts of float32 arrays, and of
+    integers in tables.
+    """
+    return drawn(inputs.random_key(key))
+
+  call = lambda variables: merge(cast(variables))
+  apply = _apply(config, call, check)
+
+  def init_cache(batch: int, slots: int, spare: int = 0) -> Cache:
+    """Returns an empty cache for `batch` rows of `slots` tokens."""
+    inputs.sizes(batch=batch, slots=slots)
+    return empty_cache(config, dtype, batch, slots, spare)
+
+  def head(variables: dict) -> jax.Array:
+    """Returns [D V], what turns `Output.hidden` into logits."""
+    check(variables)
+    return call(variables).head_weight()
+
+  def ready(variables: dict) -> dict:
+    """Returns variables in the compute dtype, adapters folded in."""
+    check(variables)
+    return cast(variables)
+
+  def checked(variables: dict) -> Transformer:
+    check(variables)
+    return call(variables)
 
   empty = lambda config, *sizes: empty_cache(config, dtype, *sizes)
-  drafts = drafting.functions(config, lambda v: merge(cast(v)), empty)
-  head = lambda variables: merge(cast(variables)).head_weight()
-  init_cache = lambda batch, slots, spare=0: empty(config, batch, slots, spare)
-  return Model(config, init, apply, init_cache, head, cast, abstract, *drafts)
+  drafts = drafting.functions(config, checked, empty)
+  drafts.draft.__doc__ = calls.DRAFT
+  return Model(config, init, apply, init_cache, head, ready, abstract, *drafts)
+
+
+def _check_config(config: Any) -> None:
+  """Raises InputError for what is no TransformerConfig, with what to give."""
+  if isinstance(config, TransformerConfig):
+    return
+  fix = 'ds.presets.v3_tiny() makes one'
+  if isinstance(getattr(config, 'model', None), TransformerConfig):
+    fix = 'give its model, config.model'
+  elif isinstance(config, Model):
+    fix = 'give its configuration, model.config'
+  elif callable(config):
+    fix = f'call it: {getattr(config, "__name__", "")}()'
+  elif isinstance(config, Mapping):
+    fix = 'ds.from_dict(ds.TransformerConfig, config) makes one'
+  raise InputError(f'config: is {told(config)}, no TransformerConfig; {fix}')
+
+
+def _shapes(config: TransformerConfig, abstract: dict) -> dict:
+  """Returns the trees of arrays that a model's functions take.
+
+  With adapters, or with these folded in: then any tree will do.
+  """
+  if config.lora is not None:
+    return dict.fromkeys(abstract)
+  return {kind: nnx.to_pure_dict(state) for kind, state in abstract.items()}

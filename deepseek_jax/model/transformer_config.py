@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from deepseek_jax.config import above, at_least, check_choices
+from deepseek_jax.config import above, at_least, check_choices, name_dtypes
 from deepseek_jax.config_changes import changed_by
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.block import AttentionConfig, BlockConfig
@@ -71,6 +71,7 @@ class ComputeConfig:
 
   def __post_init__(self):
     """Raises InputError for an unknown choice of kernels."""
+    name_dtypes(self, 'dtype')
     if self.kernels not in (None, 'reference', 'gpu'):
       raise InputError(
         f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"

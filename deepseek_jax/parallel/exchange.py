@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import above, at_least
+from deepseek_jax.config import above, at_least, name_dtypes
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import collectives as sums
 from deepseek_jax.parallel import formats, wires
@@ -52,6 +52,7 @@ class ExchangeConfig:
   nodes: int = 1
 
   def __post_init__(self):
+    name_dtypes(self, 'dispatch', 'combine')
     above(self, factor=0)
     at_least(self, nodes=1)
 

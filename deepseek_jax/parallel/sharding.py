@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.parallel.exchange import ExchangeConfig
+from pallas_kernels import target
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -111,7 +112,9 @@ def under(using: Using) -> Iterator[None]:
   """Does what `use` does, with its arguments given together."""
   _current.append(using)
   try:
-    yield
+    # The step is for the mesh's devices, whatever the default one is.
+    with target.placed_on(using.mesh.devices.flat[0]):
+      yield
   finally:
     _current.pop()
 
@@ -144,6 +147,11 @@ def in_mesh() -> bool:
 def _outside() -> bool:
   """Returns whether nothing is to be sharded: no mesh, or in a shard_map."""
   return not _current or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def to_shard() -> bool:
+  """Returns whether arrays are those of a whole mesh of several devices."""
+  return not _outside() and _current[-1].mesh.size > 1
 
 
 def ways(axis: str, size: int) -> int:

@@ -3,6 +3,7 @@
 Legend: B sequences, T tokens.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def trained(
   aux, loss, metrics = {'segments': statistics}, jnp.float32(0), {}
   # The last stage ends in the objective's loss, the others pass the stream on.
   if stage.last:
-    with kernels.using(stage.config.compute.kernels):
+    with _computing(stage):
       hidden, ahead = module.leave(stream, ctx, mtp=objective.mtp)
     aux, stream = aux | ahead, None
     predictions = Predictions(hidden, module.head_weight(), aux)
@@ -106,11 +107,17 @@ def read(
   return negative_log_likelihood(hidden, module.head_weight(), batch)
 
 
+def _computing(stage: Stage) -> contextlib.AbstractContextManager:
+  """Makes operations inside take the kernels that a stage's model asks for."""
+  compute = stage.config.compute
+  return kernels.using(compute.kernels, compute.dtype)
+
+
 def _through(
   stage: Stage, module: nnx.Module, stream: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, list]:
   """Returns the stream [B T ...] past a stage's layers, and statistics."""
-  with kernels.using(stage.config.compute.kernels):
+  with _computing(stage):
     stream = module.enter(ctx) if stage.first else stream
     stream, _, statistics = module.through(stream, ctx, None)
   return stream, statistics

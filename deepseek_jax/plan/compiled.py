@@ -145,10 +145,10 @@ def check(program: Program) -> None:
   grid.exchange.check(grid.ways('experts'), model.dim, 'cpu')
 
 
-def lower(
+def trace(
   program: Program,
-) -> tuple[jax.stages.Lowered, Any, dict[str, jax.ShapeDtypeStruct]]:
-  """Returns the lowered step, its abstract state and its abstract batch.
+) -> tuple[jax.stages.Traced, Any, dict[str, jax.ShapeDtypeStruct]]:
+  """Returns the traced step, its abstract state and its abstract batch.
 
   The process must see as many devices as the mesh has.
   """
@@ -177,7 +177,15 @@ def lower(
     keep_unused=True,
   )
   with sharding.use(mesh, config.rules, config.exchange):
-    return step.lower(state, batch), state, batch
+    return step.trace(state, batch), state, batch
+
+
+def lower(
+  program: Program,
+) -> tuple[jax.stages.Lowered, Any, dict[str, jax.ShapeDtypeStruct]]:
+  """Returns what `trace` does, the step lowered."""
+  traced, state, batch = trace(program)
+  return traced.lower(), state, batch
 
 
 def _bytes(tree: Any) -> int:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from deepseek_jax.config import above, at_least
+from deepseek_jax.config import above, at_least, name_dtypes
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.transformer_config import TransformerConfig
@@ -63,6 +63,7 @@ class Training:
 
   def __post_init__(self):
     """Raises InputError where a number is out of its range."""
+    name_dtypes(self, 'dispatch')
     at_least(self, seq_len=1, micro_batch=1)
     above(self, exchange_factor=0)
 

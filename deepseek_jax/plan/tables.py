@@ -9,6 +9,7 @@ from rich.text import Text
 from deepseek_jax.plan.compiled import Compiled, Program
 from deepseek_jax.plan.device_shares import AXES
 from deepseek_jax.plan.flops import CONVENTIONS
+from deepseek_jax.plan.kernel_choices import Chosen
 from deepseek_jax.plan.memory import CLASSES
 from deepseek_jax.plan.report import POLICIES, Report
 
@@ -170,6 +171,27 @@ def render(reports: Mapping[str, Report]) -> Group:
     Text('Assumptions\n' + '\n'.join(f'- {a}' for a in first.assumptions)),
   ]
   return Group(*parts)
+
+
+def render_kernels(name: str, program: Program, chosen: list[Chosen]) -> Group:
+  """Renders which operations run as kernels, and why others do not."""
+  table = Table(title='Operations by phase', title_justify='left')
+  for column in ('phase', 'operation', 'runs as', 'calls', 'arrays'):
+    table.add_column(column, justify='right' if column == 'calls' else 'left')
+  for c in chosen:
+    how = 'kernel' if c.impl == 'gpu' else f'XLA: {c.reason or "asked for"}'
+    table.add_row(c.phase, c.op, how, str(c.times), c.shapes)
+  without = sorted({c.op for c in chosen if c.impl != 'gpu'})
+  note = (
+    f'{name}: traced on {program.mesh.spread}, {program.micro_batch} x'
+    f' {program.seq_len} tokens per device; '
+  )
+  note += (
+    f'without a kernel: {", ".join(without)}'
+    if without
+    else ('every operation that has a kernel runs as one')
+  )
+  return Group(table, Text(note))
 
 
 def render_compiled(name: str, program: Program, made: Compiled) -> Group:

@@ -15,7 +15,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from deepseek_jax import files
 from deepseek_jax.console import progress
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.record.json_lines import read_lines
+from deepseek_jax.record.writers import ScalarWriter, TensorBoard
 
 FILES = {'metrics': 'metrics.jsonl', 'timings': 'timings.jsonl'}
 _SHOWN = {'metrics': 4, 'timings': 1}  # values on the progress line
@@ -51,6 +52,7 @@ class MetricsWriter:
     resume_step: the step that the run continues from: lines of later steps are
       dropped (-1 drops all). None appends to what is there. Write a step's
       lines before saving its checkpoint, or a resumed run lacks them.
+    writers: take every line, too (see writers.ScalarWriter); closed with it.
     say: takes one line for each file that is damaged, which is then renamed and
       begun anew with what can be read of it, and for each that lacks steps
       before `resume_step`. None refuses damaged files.
@@ -68,11 +70,14 @@ class MetricsWriter:
     tensorboard: bool = False,
     console: bool = True,
     resume_step: int | None = None,
+    writers: Sequence[ScalarWriter] = (),
     say: Callable[[str], None] | None = None,
   ):
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    self._events = _event_writer(workdir, resume_step) if tensorboard else None
+    self._writers = [*writers]
+    if tensorboard:
+      self._writers.append(TensorBoard(workdir, resume_step))
     paths = {kind: workdir / name for kind, name in FILES.items()}
     kept = [_prune(path, resume_step, say) for path in paths.values()]
     self._last_step = max(steps[-1] if steps else -1 for steps in kept)
@@ -124,11 +129,8 @@ class MetricsWriter:
         with naming(self._files[kind].name):
           self._files[kind].write(_encode({'step': step, **row}) + '\n')
           self._files[kind].flush()
-    if self._events:
-      for kind, row in rows.items():
-        prefix = '' if kind == 'metrics' else 'timings/'
-        for name, value in row.items():
-          self._events.add_scalar(prefix + name, value, step)
+    for writer in self._writers:
+      writer.write(step, rows['metrics'], rows['timings'])
     if self._progress:
       shown = {}
       for kind, row in rows.items():
@@ -151,8 +153,9 @@ class MetricsWriter:
     """Ends the progress line and closes the files; may be called twice."""
     if self._progress:
       self._progress.close()
-    if self._events:
-      self._events.close()
+    for writer in self._writers:
+      writer.close()
+    self._writers = []
     for file in self._files.values():
       with naming(file.name):
         file.close()
@@ -190,10 +193,13 @@ def read(
     kind: 'metrics' or 'timings'.
 
   Raises:
-    InputError: a line is not JSON. A last line cut short by a crash is skipped.
+    InputError: there is no such folder, or a line is not JSON. A last line
+      that a crash cut short is skipped.
   """
   if kind not in FILES:
     raise InputError(f'kind={kind!r}: choose one of {sorted(FILES)}')
+  if not os.path.isdir(workdir):
+    raise InputError(f'workdir {os.fspath(workdir)}: is no folder; name a run')
   rows, wrong = _lines(Path(workdir) / FILES[kind])
   if wrong:
     raise InputError(f'{wrong[0]}; remove the line')
@@ -311,22 +317,3 @@ def _encode(row: Mapping[str, float]) -> str:
     k: v if math.isfinite(v) else names.get(v, 'NaN') for k, v in row.items()
   }
   return json.dumps(finite, allow_nan=False)
-
-
-def _event_writer(workdir: Path, resume_step: int | None) -> Any:
-  """Returns a TensorBoard writer that drops what is later than `resume_step`.
-
-  Raises:
-    InputError: tensorboardX is not installed.
-  """
-  try:
-    import tensorboardX
-  except ImportError:
-    raise InputError(
-      'tensorboard=True needs tensorboardX: pip install tensorboardX, or set'
-      ' tensorboard=False'
-    ) from None
-  purge = None if resume_step is None else resume_step + 1
-  return tensorboardX.SummaryWriter(
-    str(workdir / 'tensorboard'), purge_step=purge
-  )

@@ -72,6 +72,8 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
   Raises:
     InputError: it is to be trained, or has more tokens than the model.
   """
+  if config.sources:
+    raise InputError('data.sources: are of text; give one data.path')
   if config.tokenizer == 'bpe':
     raise InputError(
       "data.tokenizer = 'bpe': conversations train no tokenizer; give 'bytes'"
@@ -146,9 +148,10 @@ class PackedBatches(batches.Batches):
   def __init__(self, store: ConversationStore, config: DataConfig):
     """Packs the examples; every epoch has the same rows in another order."""
     lengths = [len(e.tokens) for e in store.train]
-    self._store = store
+    self._store, self._config = store, config
+    self._recut, self.drawn = False, []
     self._packed = packing.best_fit(lengths, store.seq_len + 1)
-    self._dataset = batches.shuffled(range(len(self._packed)), config.seed)
+    self._dataset = batches.shuffled(len(self._packed), str(config.seed))
     self.windows = len(self._packed)  # in an epoch
     self._stream = {
       'train_sha256': store.train_sha256,
@@ -160,7 +163,10 @@ class PackedBatches(batches.Batches):
     self._next = 0
     self.ngrams = None
 
-  def _read(
+  def _open(self, *, recut: bool) -> None:
+    """Does nothing: rows are packed once."""
+
+  def _arrays(
     self, numbers: range
   ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Returns the arrays of rows, their segments and their positions."""

@@ -81,6 +81,7 @@ class RunConfig:
     checkpoint_every: steps between checkpoints (0: only at the end).
     keep: checkpoints that stay.
     tensorboard: also write event files.
+    wandb: project of Weights & Biases to send scalars to; '': none.
     init_from: folder of a run to take the weights from; '': none.
   """
 
@@ -97,6 +98,7 @@ class RunConfig:
   checkpoint_every: int = 0
   keep: int = 2
   tensorboard: bool = False
+  wandb: str = ''
   init_from: str = ''
 
   def __post_init__(self) -> None:

@@ -9,14 +9,18 @@ the first writes; all save and read the checkpoints, in a folder that all share.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from deepseek_jax import say
+from deepseek_jax.data.batches import Batches
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
+from deepseek_jax.record.writers import ScalarWriter
 from deepseek_jax.run import agreement, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
@@ -30,6 +34,7 @@ from deepseek_jax.run.folder import (
   renew,
 )
 from deepseek_jax.run.preemption import Preemption
+from deepseek_jax.run.profile import Profile
 from deepseek_jax.run.staged_steps import StagedSteps
 from deepseek_jax.run.start import check_source, start, with_classes
 from deepseek_jax.run.step_record import StepRecord, router_biases
@@ -67,13 +72,58 @@ class Run:
     return {'params': self.state.params, 'buffers': self.state.buffers}
 
 
-def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
+def _check(config: object) -> None:
+  """Raises InputError for what is no RunConfig, with what to give."""
+  if isinstance(config, RunConfig):
+    return
+  fix = 'ds.recipes.v3_tiny() makes one, of a model, data and training'
+  if callable(config) and hasattr(config, '__name__'):
+    fix = f'call it: {config.__name__}()'
+  raise InputError(f'config: is {told(config)}, no RunConfig; {fix}')
+
+
+def _opened(
+  config: RunConfig, model: Model, workdir: Path, console: bool
+) -> tuple[sources.Store, Batches, list[str]]:
+  """Opens the data of a run and claims its folder.
+
+  Returns:
+    The tokens, their stream, and how config.json differs from the run, see
+    `claim`.
+  """
+  first = distributed.first()
+  with distributed.first_goes_first():
+    told = say.warn if first else lambda line: None
+    if first and console:
+      print(f'reading {", ".join(config.data.paths)}', flush=True)
+    store = sources.opened(config, told)
+    batches = sources.batches(store, config)
+    # A begun run has its weights, whatever became of their source.
+    begun = (workdir / 'config.json').exists()
+    if first and config.init_from and not begun:
+      check_source(config, model, store.tokenizer())
+    changes = claim(workdir, config)
+  return store, batches, changes
+
+
+def fit(
+  config: RunConfig,
+  workdir: str | Path,
+  *,
+  console: bool = True,
+  announce: Callable[[RunConfig, sources.Store], Iterable[str]] | None = None,
+  writers: Sequence[ScalarWriter] = (),
+  profile: tuple[int, int] | None = None,
+) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
 
   Args:
     config: the run.
     workdir: its folder; must be new, or this run's.
     console: shows progress.
+    announce: gives the first lines of a run whose text is read.
+    writers: take the scalars of every step, too; closed at the end.
+    profile: first and last step of a trace in workdir/profile.
 
   Raises:
     InputError: the configuration, the data or the folder are wrong.
@@ -82,6 +132,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
     Terminated: it came before the first step; nothing new is saved.
   """
   workdir = path_of(workdir)
+  _check(config)
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)
@@ -91,15 +142,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
       model = build(config.model)
       # Whatever does not fit is found here.
       steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
-      with distributed.first_goes_first():
-        told = say.warn if first else lambda line: None
-        store = sources.opened(config, told)
-        batches = sources.batches(store, config)
-        # A begun run has its weights, whatever became of their source.
-        begun = (workdir / 'config.json').exists()
-        if first and config.init_from and not begun:
-          check_source(config, model, store.tokenizer())
-        changes = claim(workdir, config)
+      store, batches, changes = _opened(config, model, workdir, console)
       agreement.check_data(config, store)
     with Checkpoints(
       workdir / 'checkpoints',
@@ -117,8 +160,12 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
           state = with_classes(state, resumed, model, store)
           batches.ngrams = ngram_hash.host_hash(state.buffers)
       timeline.begin(resumed)
-      record = StepRecord(config, model, workdir, resumed, console=console)
+      record = StepRecord(
+        config, model, workdir, resumed, console=console, writers=writers
+      )
       with record:
+        for line in announce(config, store) if announce and first else ():
+          record.writer.log(line)
         if resumed:
           record.writer.log(f'resumed from step {resumed}')
         for change in changes:
@@ -134,6 +181,7 @@ def fit(config: RunConfig, workdir: str | Path, *, console: bool = True) -> Run:
           preemption,
           timeline,
           LastSteps(workdir / 'abort.jsonl', kept),
+          (profile and first and Profile(profile, workdir / 'profile')) or None,
         )
         state = steps.whole(trainer.run(state))
   return Run(config, model, store, state, record.tokens_per_second)

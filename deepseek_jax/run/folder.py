@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import jax
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax import files, own_classes, say
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import set_aside
-from deepseek_jax.run import lock
+from deepseek_jax.run import extension, lock
 from deepseek_jax.run.checkpoint import Checkpoints, Restored, flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train.step import TrainState, initial_state
@@ -40,6 +41,7 @@ _FREE = (
   'keep',
   'checkpoint_every',
   'tensorboard',
+  'wandb',
   'evaluate.every',
   'evaluate.batch',
   'train.gate.patience',
@@ -83,6 +85,8 @@ def claim(workdir: Path, config: RunConfig) -> list[str]:
 
 def path_of(workdir: str | Path) -> Path:
   """Returns the path of a run's folder; InputError if no folder can have it."""
+  if not isinstance(workdir, str | os.PathLike) or not str(workdir):
+    raise InputError(f'workdir: is {told(workdir)}; give the folder of a run')
   if '\0' in str(workdir):
     raise InputError(f'workdir {str(workdir)!r}: is no path; choose another')
   return Path(workdir)
@@ -109,19 +113,45 @@ def _changes(workdir: Path, config: RunConfig) -> list[str]:
     'put it back as it was, or begin another run with its weights'
     f' (--workdir=ANOTHER --config.init_from={workdir})',
   )
-  lines = _differences(_filled(written), as_json(config))
+  lines = _differences(filled(written), as_json(config))
   saved = has_checkpoint(workdir)
-  wrong = [
-    line
+  wrong = {
+    name: line
     for name, line in lines.items()
     if not (_is_free(name) or (name == _MOVED and saved))
-  ]
-  if wrong:
+  }
+  why = ''
+  if wrong and wrong.keys() <= set(extension.FIELDS):
+    why = _growth(written, config, newest(workdir))
+  if wrong and why is not None:
     raise InputError(
-      f'workdir {workdir} holds another run ({"; ".join(wrong[:3])}):'
-      ' choose another --workdir or the same configuration'
+      f'workdir {workdir} holds another run'
+      f' ({"; ".join([*wrong.values()][:3])}): choose another --workdir or the'
+      f' same configuration{why and f"; {why}"}'
     )
   return list(lines.values())
+
+
+def _growth(written: dict, config: RunConfig, steps: int) -> str | None:
+  """Returns why a run can't go on with other tokens; None if it can.
+
+  Args:
+    written: the configuration of a config.json or a checkpoint.
+    config: the one asked for; it differs in extension.FIELDS alone.
+    steps: that are saved.
+  """
+  try:
+    old = configs.from_dict(RunConfig, written)
+  except InputError as error:  # of an earlier version
+    return str(error)
+  return extension.problem(old, config, steps)
+
+
+def newest(workdir: Path) -> int:
+  """Returns the number of the newest step that is saved; 0 without any."""
+  saved = workdir / 'checkpoints'
+  names = [p.name for p in saved.iterdir()] if saved.is_dir() else []
+  return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _is_free(name: str) -> bool:
@@ -209,7 +239,7 @@ def _parts(written: dict) -> tuple[dict, dict]:
   return rest, code if isinstance(code, dict) else {}
 
 
-def _filled(written: dict) -> dict:
+def filled(written: dict) -> dict:
   """Returns a config.json with defaults for the fields that came after it."""
   try:
     return as_json(configs.from_dict(RunConfig, written))
@@ -317,8 +347,11 @@ def restore(
     )
   if not restored.config:  # saved by hand
     return restored
-  lines = _differences(_filled(restored.config), as_json(config))
-  wrong = [l for n, l in lines.items() if not _is_free(n) and n != _MOVED]
+  lines = _differences(filled(restored.config), as_json(config))
+  other = {n for n in lines if not _is_free(n) and n != _MOVED}
+  if other and other <= set(extension.FIELDS):
+    other = other if _growth(restored.config, config, step) else set()
+  wrong = [lines[n] for n in lines if n in other]
   if wrong:
     raise InputError(
       f'{where} was saved with another configuration ({"; ".join(wrong[:3])}):'

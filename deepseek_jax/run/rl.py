@@ -86,10 +86,12 @@ class RolloutBatches(batches.Batches):
 
   def __init__(self, store: TaskStore, config: RunConfig):
     """Makes what samples, scores and compares; samples nothing."""
-    self._store, self._config = store, config
+    self._store, self._run_config = store, config
+    self._config = config.data
+    self._recut, self.drawn = False, []
     self._model = build(config.model)
     problems = store.task.train
-    order = batches.shuffled(range(len(problems)), config.data.seed)
+    order = batches.shuffled(len(problems), str(config.data.seed))
     self._problem = lambda place: problems[order[place]]
     self.windows = -(-len(problems) // config.rollouts.prompts)
     self._stream = {
@@ -109,6 +111,9 @@ class RolloutBatches(batches.Batches):
     self._reference: dict | None = None
     self._variables: Callable[[], dict] | None = None
 
+  def _open(self, *, recut: bool) -> None:
+    """Does nothing: problems are in memory."""
+
   def see(self, variables: Callable[[], dict]) -> None:
     """Takes a way to the weights that the next round is drawn by."""
     self._variables = variables
@@ -127,19 +132,22 @@ class RolloutBatches(batches.Batches):
     """
     if process_count != 1:
       raise InputError('rollouts: run in one process; start one')
-    cfg, variables = self._config.rollouts, self._variables()
+    cfg, variables = self._run_config.rollouts, self._variables()
     places = range(self._next * cfg.prompts, (self._next + 1) * cfg.prompts)
     problems = [self._problem(place) for place in places]
     engine = self._ready(variables)
     prompts = [self._store.chat.prompt(p['prompt']) for p in problems]
-    seed = _seed(self._config.data.seed, self._next)
+    seed = _seed(self._run_config.data.seed, self._next)
     groups = rollout.sample(
       engine, prompts, cfg, stop=self._store.chat.ends, seed=seed
     )
     rewards, errors = self._rewards(groups, problems)
-    made = rollout.lesson(groups, rewards, self._config.objective)
+    made = rollout.lesson(groups, rewards, self._run_config.objective)
     self.told = made.statistics | {'verifier_errors': errors}
-    pad, length = self._store.tokenizer().pad_id, self._config.data.seq_len + 1
+    pad, length = (
+      self._store.tokenizer().pad_id,
+      self._run_config.data.seq_len + 1,
+    )
     out = rollout.batch(made, length, batch_size, pad=pad)
     if len(out['tokens']) > batch_size:
       raise InputError(
@@ -147,7 +155,7 @@ class RolloutBatches(batches.Batches):
         f' fit so many rows of {length} tokens; set it to'
         f' {cfg.prompts * cfg.group}, or data.seq_len higher'
       )
-    if self._config.objective.kl != 'none':
+    if self._run_config.objective.kl != 'none':
       out['reference'] = np.asarray(self._score(self.first(), out))
     self._next += 1
     return out
@@ -155,8 +163,8 @@ class RolloutBatches(batches.Batches):
   def _ready(self, variables: dict) -> Engine:
     """Returns the engine with these weights."""
     if self._engine is None:
-      cfg = self._config.rollouts
-      context = self._config.data.seq_len + 1
+      cfg = self._run_config.rollouts
+      context = self._run_config.data.seq_len + 1
       held = EngineConfig(
         slots=cfg.slots,
         context=context,
@@ -193,9 +201,9 @@ class RolloutBatches(batches.Batches):
   def first(self) -> dict:
     """Returns the reference: the weights that the run began with."""
     if self._reference is None:
-      state = folder.fresh_state(self._config, self._model)
+      state = folder.fresh_state(self._run_config, self._model)
       fresh = {'params': state.params, 'buffers': state.buffers}
-      source = self._config.init_from
+      source = self._run_config.init_from
       if source:
         theirs = folder.load(source, same_code=False).variables
         fresh, _ = warm_start.variables(fresh, theirs, source)
@@ -207,7 +215,7 @@ class RolloutBatches(batches.Batches):
   ) -> dict[str, float]:
     """Returns the mean reward of the likeliest answers to held-out prompts."""
     problems = self._store.task.heldout[:limit]
-    engine, cfg = self._ready(variables), self._config.rollouts
+    engine, cfg = self._ready(variables), self._run_config.rollouts
     greedy = Sampling(temperature=0.0, stop=tuple(self._store.chat.ends))
     asked = [
       Request(

@@ -5,7 +5,7 @@ one line, and the run goes on.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from deepseek_jax.record.metrics import (
   unused,
 )
 from deepseek_jax.record.routing import FlightRecorder
+from deepseek_jax.record.writers import ScalarWriter, WandB
 from deepseek_jax.run.config import RunConfig
+from deepseek_jax.run.folder import as_json
 from deepseek_jax.train import layer_losses
 from deepseek_jax.train.step import metrics_of
 
@@ -54,6 +56,7 @@ class StepRecord:
     resumed: int,
     *,
     console: bool,
+    writers: Sequence[ScalarWriter] = (),
   ):
     """Opens the files of a run's folder, in process 0.
 
@@ -63,10 +66,11 @@ class StepRecord:
       workdir: its folder.
       resumed: step that the run goes on from; 0 begins anew.
       console: shows progress.
+      writers: further takers of the numbers.
     """
     first = distributed.first()
     self._model, self._speeds = model, []
-    self.writer = _writer(config, workdir, resumed, console)
+    self.writer = _writer(config, workdir, resumed, console, writers)
     self._known = metrics_of(config.objective.build(model))
     if first:
       describe(workdir, self._known | METRICS)
@@ -155,13 +159,20 @@ def scalars_of(metrics: dict) -> dict[str, float]:
 
 
 def _writer(
-  config: RunConfig, workdir: Path, resumed: int, console: bool
+  config: RunConfig,
+  workdir: Path,
+  resumed: int,
+  console: bool,
+  writers: Sequence[ScalarWriter],
 ) -> MetricsWriter | NoMetrics:
   """Returns the writer of metrics; one that writes nothing but in process 0."""
   if not distributed.first():
     return NoMetrics()
+  if config.wandb:
+    writers = [*writers, WandB(workdir, config.wandb, as_json(config))]
   return MetricsWriter(
     workdir,
+    writers=writers,
     total_steps=config.steps,
     tensorboard=config.tensorboard,
     console=console,

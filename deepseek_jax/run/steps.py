@@ -1,6 +1,7 @@
 """Runs the step of a run as one program; places its state and batches."""
 
 import functools
+import threading
 import time
 
 import jax
@@ -15,6 +16,8 @@ from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import evaluate
 from deepseek_jax.train.step import TrainState, train_step
+
+_SECONDS_BETWEEN_LINES = 15.0  # while the step is compiled
 
 
 class Steps:
@@ -120,9 +123,19 @@ class compiling:
   def __enter__(self) -> None:
     """Starts the clock."""
     self._start, self._hits = time.perf_counter(), _cache_hits[0]
+    self._done = threading.Event()
+    self._writer.log(f'compiling the step for {self._rows} sequences')
+    threading.Thread(target=self._tell, daemon=True).start()
+
+  def _tell(self) -> None:
+    """Logs now and then that compiling goes on."""
+    while not self._done.wait(_SECONDS_BETWEEN_LINES):
+      seconds = time.perf_counter() - self._start
+      self._writer.log(f'still compiling, {seconds:.0f} s')
 
   def __exit__(self, *error: object) -> None:
     """Logs the line, unless compiling failed."""
+    self._done.set()
     if error[0] is None:
       source = 'from the cache' if _cache_hits[0] > self._hits else 'anew'
       self._writer.log(

@@ -18,6 +18,7 @@ from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.run.preemption import Preemption
+from deepseek_jax.run.profile import Profile
 from deepseek_jax.run.staged_steps import StagedState, StagedSteps
 from deepseek_jax.run.step_record import StepRecord
 from deepseek_jax.run.steps import Steps
@@ -38,6 +39,7 @@ class Trainer:
   preemption: Preemption
   timeline: Timeline
   last_steps: LastSteps
+  profile: Profile | None = None
 
   def __post_init__(self) -> None:
     """Starts the watchdog, which writes the last steps before it ends a run."""
@@ -60,6 +62,8 @@ class Trainer:
       raise
     finally:
       self._watchdog.close()
+      if self.profile:
+        self.profile.close()
       with contextlib.suppress(OSError):
         self.timeline.write()
         self.record.writer.log(self.timeline.summary())
@@ -72,15 +76,22 @@ class Trainer:
       start = time.perf_counter()
       # `_step` returns metrics on the host, so the time has the device's work.
       size = config.train.batch.at(tokens)
+      if self.profile:
+        self.profile.before(number + 1)
       state, metrics = self._step(number + 1, state, size)
       number, tokens = number + 1, tokens + size * length
       seconds = time.perf_counter() - start
       self.timeline.reached(number)
+      told = self.profile and self.profile.after(number)
+      if told:
+        self.record.writer.log(told)
       buffers = functools.partial(self.steps.buffers, state)
+      metrics |= _named_shares(self.batches.shares)
       self.record.step(number, metrics, buffers, size * length, seconds)
       self._give_up_if_stuck(number, metrics, state)
       last = tokens >= config.train.tokens or self._imitated()
-      if _due(config.evaluate.every, number) and not last:
+      every = config.evaluate.every
+      if _due(every, number) or (every and last):
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
       # Asked once a step in every process: they must answer alike.
@@ -168,6 +179,15 @@ class Trainer:
       as_json(self.config),
       wait=wait,
     )
+
+
+def _named_shares(shares: dict[str, float]) -> dict[str, float]:
+  """Returns the sources' shares as metrics, by the ends of their paths."""
+  ends = [path.rstrip('/').rpartition('/')[2] for path in shares]
+  return {
+    f'share/{end if ends.count(end) == 1 else path}': share
+    for (path, share), end in zip(shares.items(), ends)
+  }
 
 
 def _due(every: int, number: int) -> bool:

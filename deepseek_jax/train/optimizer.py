@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepseek_jax.config import above, at_least, within
+from deepseek_jax.config import above, at_least, name_dtypes, within
 from deepseek_jax.train import muon
 from deepseek_jax.train.gradient_norms import gain, tree_norm
 from deepseek_jax.train.muon import MuonConfig
@@ -45,6 +45,7 @@ class OptimizerConfig:
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range."""
+    name_dtypes(self, 'moments')
     within(self, beta1=(0, 1), beta2=(0, 1), ends='[)')
     above(self, eps=0, table_rate=0)
     at_least(self, decay=0)

@@ -98,7 +98,10 @@ def learning_rate(
 class SwitchConfig:
   """Describes a value that changes once.
 
-  It is `first` until the share `until` of the run, then `last`.
+  Attributes:
+    first: value at the start.
+    last: value after the change.
+    until: share of the run at which it changes.
   """
 
   first: float

@@ -206,7 +206,8 @@ def grouped_matmul(
   Args:
     rows: [M D] float.
     weights: [E D F], or [E F D] with `transpose`.
-    block_expert: [M // block] int32, each in 0..E-1; the block is inferred.
+    block_expert: [M // block] int32, each in 0..E-1 (else the nearest of
+      them); the block is inferred.
       Blocks of one expert adjoin, as in a plan (the kernel's gradient of the
       weights relies on it).
     used: [] int32, how many leading blocks hold rows (`plan.used`); the rows
@@ -239,7 +240,7 @@ def grouped_matmul(
       f'(transpose={transpose}) disagree on the width: {rows.shape[1]} and '
       f'{inner}'
     )
-  layout = _layout(rows, block_expert, used)
+  layout = _layout(rows, weights.shape[0], block_expert, used)
   impl = dispatch.chosen(impl)
   if not float8:
     return _matmul(rows, weights, *layout, transpose, impl)
@@ -250,16 +251,21 @@ def grouped_matmul(
 
 
 def _layout(
-  rows: jax.Array, block_expert: jax.Array, used: jax.Array | None
+  rows: jax.Array,
+  experts: int,
+  block_expert: jax.Array,
+  used: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns block_expert and used as arrays, checked against the rows."""
+  """Returns block_expert and used as arrays, within experts and rows."""
   block_expert = jnp.asarray(block_expert)
   blocks = block_expert.shape[0]
   if rows.shape[0] % blocks if blocks else rows.shape[0]:
     raise ValueError(
       f'{rows.shape[0]} rows are no multiple of the {blocks} blocks'
     )
-  return block_expert, jnp.asarray(blocks if used is None else used, jnp.int32)
+  used = jnp.asarray(blocks if used is None else used, jnp.int32)
+  # Past either end there is nothing to read.
+  return jnp.clip(block_expert, 0, experts - 1), jnp.clip(used, 0, blocks)
 
 
 def _activate(gate_up: jax.Array, limit: float | None) -> jax.Array:
@@ -357,7 +363,7 @@ def grouped_swiglu(
       f'gate_up is {list(gate_up.shape)}, but rows {list(rows.shape)} ask '
       f'for [E {rows.shape[1]} 2F]'
     )
-  layout = _layout(rows, block_expert, used)
+  layout = _layout(rows, gate_up.shape[0], block_expert, used)
   impl = dispatch.chosen(impl)
   return _swiglu(rows, gate_up, *layout, limit, impl)
 
@@ -409,6 +415,6 @@ def grouped_matmul_fp8(
         f'weights {list(weights.shape)} ask for {list(shape)} and widths of '
         '128 * n'
       )
-  layout = _layout(rows, block_expert, used)
+  layout = _layout(rows, E, block_expert, used)
   args = (rows, row_scales, weights, weight_scales, *layout)
   return _fp8(*args, jnp.dtype(dtype), dispatch.chosen(impl))

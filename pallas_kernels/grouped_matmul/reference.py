@@ -1,10 +1,14 @@
-"""Grouped matmul in XLA: runs of blocks of one expert, in few large products.
+"""Grouped matmul in XLA: by runs on a CPU, else by blocks or ragged products.
 
-XLA:CPU packs both operands for every product, so a run is split into chunks of
-512, 256, ... rows rather than into blocks, and one expert's weight gradient
-is summed before it is stored: within 20 % of one dense matmul of that size.
+XLA:CPU packs both operands for every product, so a run of blocks of one expert
+is split into chunks of 512, 256, ... rows rather than into blocks, and one
+expert's weight gradient is summed before it is stored: within 20 % of one dense
+matmul of that size. There loops end when the data says so, for which
+accelerators would wait at every turn: see `accelerators`. The platform that a
+program is lowered for decides.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul import accelerators
 from pallas_kernels.quantize import reference as quantize
 
 _CHUNK = 512  # rows of the largest product
@@ -82,13 +87,34 @@ def forward(
   transpose: bool,
 ) -> jax.Array:
   """Returns the product [M F] of rows [M D] and weights [E D F] or [E F D]."""
-  M, F = rows.shape[0], weights.shape[1 if transpose else 2]
+  M = rows.shape[0]
   if M <= _GATHER:
     block = M // max(len(block_expert), 1)
     picked = jnp.repeat(weights[block_expert], block, axis=0)
     form = 'MD,MFD->MF' if transpose else 'MD,MDF->MF'
     out = jnp.einsum(form, rows, picked, preferred_element_type=jnp.float32)
     return out.astype(rows.dtype)
+  return lax.platform_dependent(
+    rows,
+    weights,
+    block_expert,
+    used,
+    cpu=functools.partial(by_runs, transpose=transpose),
+    tpu=functools.partial(accelerators.ragged, transpose=transpose),
+    default=functools.partial(accelerators.by_blocks, transpose=transpose),
+  )
+
+
+def by_runs(
+  rows: jax.Array,
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  *,
+  transpose: bool,
+) -> jax.Array:
+  """Computes `forward` by runs of blocks of one expert."""
+  M, F = rows.shape[0], weights.shape[1 if transpose else 2]
 
   def run(
     out: jax.Array, expert: jax.Array, at: jax.Array, blocks: jax.Array
@@ -129,6 +155,29 @@ def outer(
   num_experts: int,
 ) -> jax.Array:
   """Sums rows.T @ grads over each expert's rows: [E D F], float32."""
+  if not rows.shape[0]:
+    return jnp.zeros((num_experts, rows.shape[1], grads.shape[1]), jnp.float32)
+  return lax.platform_dependent(
+    rows,
+    grads,
+    block_expert,
+    used,
+    cpu=functools.partial(outer_by_runs, num_experts=num_experts),
+    default=functools.partial(
+      accelerators.outer_by_blocks, num_experts=num_experts
+    ),
+  )
+
+
+def outer_by_runs(
+  rows: jax.Array,
+  grads: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  *,
+  num_experts: int,
+) -> jax.Array:
+  """Computes `outer` by runs of blocks of one expert."""
   M, D, F = *rows.shape, grads.shape[1]
 
   def run(
@@ -143,8 +192,6 @@ def outer(
     return total.at[expert].add(part)
 
   zero = jnp.zeros((num_experts, D, F), jnp.float32)
-  if not M:
-    return zero
   return _over_runs(run, zero, block_expert, used)
 
 

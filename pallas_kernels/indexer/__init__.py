@@ -34,7 +34,7 @@ def indexer(
     k: [B S I] keys, rotated, one for all heads.
     w: [B T H] weights of the heads, with every constant factor in them.
     first, last: [B T] int32; query t may attend to positions
-      first <= s < last. None:
+      first <= s < last that exist. None:
       0 and t + 1, causal with S = T.
     top_k: K.
     impl: None, 'reference' or 'gpu' (bfloat16 q and k, I=128, H a multiple
@@ -62,9 +62,9 @@ def indexer(
     return gpu.indexer(*args)
 
   arrays = jax.lax.stop_gradient((q, k, w))
-  # Behind the keys there is nothing to see.
-  last = jnp.minimum(last, k.shape[1])
-  args = (*arrays, jnp.maximum(first, 0), last, top_k)
+  # Before and behind the keys there is nothing to see, nor a place to write.
+  first, last = (jnp.clip(a, 0, k.shape[1]) for a in (first, last))
+  args = (*arrays, first, last, top_k)
   functions = {'reference': reference.indexer, 'gpu': gpu}
   return dispatch.run('indexer', impl, functions, *args)
 

@@ -10,6 +10,7 @@ G tokens per page, J pages per request.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import reference
@@ -37,9 +38,11 @@ def mla_decode(
     q_r: [B T H R] rotary part of the queries.
     c: [P G C] pages of latents, the T new tokens included.
     k_r: [P G R] pages of shared rotary keys.
-    table: [B J] int32, the pages of each request in order. A cache [B S .]
-      without pages is one page per request: G = S, table = arange(B)[:, None].
-    lengths: [B] int32, cached tokens of each request, new ones included.
+    table: [B J] int32, the pages of each request in order; what lies behind
+      the length may be anything. A cache [B S .] without pages is one page
+      per request: G = S, table = arange(B)[:, None].
+    lengths: [B] int32, cached tokens of each request, new ones included; no
+      more than the J G that its pages hold count.
       Query t attends to the first lengths - (T - 1 - t); none of them gives 0.
     scale: of the scores, usually (nope + rope dims of the expanded head)**-.5.
     scales: [P G C/128] float32 where c is float8 (latent_kv's FP8Pages), each
@@ -64,6 +67,9 @@ def mla_decode(
 
     return gpu.mla_decode(*args, splits)
 
+  # Nothing is read behind the table, nor from a page that does not exist.
+  lengths = jnp.clip(lengths, 0, table.shape[1] * c.shape[1])
+  table = jnp.clip(table, 0, c.shape[0] - 1)
   args = (q_c, q_r, c, k_r, table, lengths, scale, scales)
   functions = {'reference': reference.mla_decode, 'gpu': gpu}
   return dispatch.run('mla_decode', impl, functions, *args)

@@ -6,7 +6,7 @@ private one beneath it; whatever that has against it is a reason to fall back.
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, lowering_guard, target
 
 
 def mla_prefill(
@@ -24,12 +24,15 @@ def mla_prefill(
   if segments is not None:
     raise NotImplementedError('cuDNN is not given packed segments')
   if not dispatch.on_hopper():
-    raise NotImplementedError('the default device is not a Hopper GPU')
+    raise NotImplementedError(
+      f'the target, {target.current()}, is not a Hopper GPU'
+    )
   if max(q.shape[-1], v.shape[-1]) > 256 or q.dtype.itemsize != 2:
     raise NotImplementedError(
       f'cuDNN takes 16 bits and dims up to 256, not {q.dtype} of '
       f'{q.shape[-1]} and {v.shape[-1]}'
     )
+  q, k, v = lowering_guard.guarded((q, k, v))
   if q.shape[-1] == v.shape[-1]:
     return jax.nn.dot_product_attention(
       q, k, v, scale=scale, is_causal=True, implementation='cudnn'

@@ -69,6 +69,15 @@ def _run(name: str, impl: str | None, *args: Any) -> Any:
   return dispatch.run(name, impl, functions, *args)
 
 
+def _inside(plan: Plan) -> Plan:
+  """Returns the plan; places before the first or past the last are nowhere."""
+  M, choices = plan.source.shape[0], plan.slot.size
+  here = lambda a, end: jnp.where((a >= 0) & (a < end), a, end)
+  return plan._replace(
+    slot=here(plan.slot, M), source=here(plan.source, choices)
+  )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _permute(x: jax.Array, plan: Plan, impl: str | None) -> jax.Array:
   """Returns the rows [M D]; its gradient is `permute_bwd`."""
@@ -88,7 +97,7 @@ def permute(x: jax.Array, plan: Plan, *, impl: str | None = None) -> jax.Array:
   impl='gpu' takes bfloat16 and float32 with D a multiple of 256, and raises
   NotImplementedError for the rest; so does combine.
   """
-  return _permute(x, plan, dispatch.chosen(impl))
+  return _permute(x, _inside(plan), dispatch.chosen(impl))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -140,7 +149,8 @@ def permute_fp8(
   if x.shape[-1] % 128:
     raise ValueError(f'x is {list(x.shape)}: its width must be 128 * n')
   check_floor(floor)
-  return _permute_fp8(x, plan, power_of_two, floor, dispatch.chosen(impl))
+  impl = dispatch.chosen(impl)
+  return _permute_fp8(x, _inside(plan), power_of_two, floor, impl)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -173,4 +183,4 @@ def combine(
   Returns:
     [N D] of rows.dtype. Differentiable in rows and weights.
   """
-  return _combine(rows, weights, plan, dispatch.chosen(impl))
+  return _combine(rows, weights, _inside(plan), dispatch.chosen(impl))

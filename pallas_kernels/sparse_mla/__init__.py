@@ -35,8 +35,8 @@ def sparse_mla(
     q_r: [B T H R] rotary part of the queries.
     c: [B S C] latents.
     k_r: [B S R] shared rotary keys.
-    index: [B T K] int32 positions i_j, as `indexer` gives them; a negative
-      one chooses nothing. A query that chose nothing gives 0.
+    index: [B T K] int32 positions i_j, as `indexer` gives them; one outside
+      of 0..S-1 chooses nothing. A query that chose nothing gives 0.
     scale: of the scores.
     impl: None, 'reference' or 'gpu' (bfloat16, C=512, R=64).
 
@@ -57,7 +57,10 @@ def sparse_mla(
 
     return gpu.sparse_mla(*args)
 
-  args = (q_c, q_r, c, k_r, jnp.asarray(index), scale)
+  # A position past a row's end would be one of the next row.
+  index = jnp.asarray(index)
+  index = jnp.where(index < c.shape[1], index.astype(jnp.int32), -1)
+  args = (q_c, q_r, c, k_r, index, scale)
   functions = {'reference': reference.sparse_mla, 'gpu': gpu}
   return dispatch.run('sparse_mla', impl, functions, *args)
 

@@ -50,8 +50,18 @@ class PipelineTest(parameterized.TestCase):
     self.assertEqual(count, (len(self.store.train) - 1) // seq_len)
     expected = sorted(self.window(i, seq_len) for i in range(count))
     epochs = [stream.next(count)['tokens'].tolist() for _ in range(3)]
-    for epoch in epochs:
-      self.assertEqual(sorted(epoch), expected)
+    self.assertEqual(sorted(epochs[0]), expected)
+    # Later ones are cut at another place, and then as often.
+    text = self.store.train.tolist()
+    for epoch in epochs[1:]:
+      cuts = [
+        sorted(
+          (text[o:] + text[:o] + text[o : o + 1])[i * seq_len :][: seq_len + 1]
+          for i in range(count)
+        )
+        for o in range(seq_len)
+      ]
+      self.assertIn(sorted(epoch), cuts)
     self.assertNotEqual(epochs[0], epochs[1])
     self.assertNotEqual(epochs[1], epochs[2])
     self.assertNotEqual(epochs[0], expected)
@@ -212,7 +222,7 @@ class PipelineTest(parameterized.TestCase):
     stream = self.batches()
     for _ in range(3):
       expected = stream.next(4)['tokens']
-      np.testing.assert_array_equal(next(it), expected)
+      np.testing.assert_array_equal(next(it)[1], expected)
     grain.experimental.assert_equal_output_after_checkpoint(
       dataset[:40].batch(4).to_iter_dataset()
     )

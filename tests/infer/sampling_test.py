@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +269,21 @@ class MistakesTest(parameterized.TestCase):
         key=jax.random.key(0),
         slots=32,
       )
+
+  @parameterized.parameters((24, 64), (32, 64), (56, 128), (120, 192))
+  def test_a_cache_is_whole_pages_of_the_decoding_kernel(self, new, want):
+    class Seen(Exception):
+      pass
+
+    def look(model, rows, slots, new):
+      raise Seen(slots)
+
+    with (
+      mock.patch.object(lib, '_check_room', look),
+      self.assertRaises(Seen) as seen,
+    ):
+      run(new=new)
+    self.assertEqual(seen.exception.args, (want,))
 
   def test_no_new_tokens_are_refused(self):
     with self.assertRaisesRegex(ds.InputError, 'max_new_tokens = 0: must be'):

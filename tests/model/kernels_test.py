@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from unittest import mock
 
 import jax
@@ -22,7 +23,7 @@ from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer_config import ComputeConfig
-from pallas_kernels import compat, dispatch
+from pallas_kernels import compat, dispatch, target
 from tests import tiny
 
 OPS = ('mla_prefill', 'router', 'grouped_swiglu')
@@ -42,9 +43,9 @@ def counted():
   """Collects the operations that run, with their impl."""
   seen, run = [], dispatch.run
 
-  def spy(op, impl, *args):
+  def spy(op, impl, *args, **more):
     seen.append((op, dispatch.chosen(impl)))
-    return run(op, impl, *args)
+    return run(op, impl, *args, **more)
 
   with mock.patch.object(dispatch, 'run', spy):
     yield seen
@@ -144,18 +145,62 @@ class KernelsTest(absltest.TestCase):
     # Both round every layer's result to bfloat16, at different places.
     self.assertLess(tiny.relative(got, run(None)), 2e-2)
 
-  def test_a_mesh_and_what_a_kernel_cannot_take_go_to_the_own_code(self):
-    def kernel(impl):
+  def test_what_a_kernel_cannot_take_goes_to_the_own_code_with_its_shapes(self):
+    dispatch.say_once.cache_clear()
+
+    def odd(impl, x):
       raise NotImplementedError('odd')
 
-    own = lambda: 'own'
-    with mock.patch.object(dispatch, 'on_hopper', lambda: True):
-      self.assertEqual(kernels.pick('op', lambda impl: impl, own), 'gpu')
-      self.assertEqual(kernels.pick('op', kernel, own), 'own')
+    def pick(kernel):
+      own = lambda: 'own'
+      return kernels.pick('op', kernel, own, (np.zeros((2, 3)),), ((),), ())
+
+    with target.targeting('cuda', '9.0'):
+      self.assertEqual(pick(lambda impl, x: impl), 'gpu')
+      with self.assertLogs('pallas_kernels', logging.WARNING) as logs:
+        self.assertEqual([pick(odd), pick(odd)], ['own', 'own'])
+      self.assertLen(logs.output, 1)
+      said = 'op: reference in use: odd (for float64[2,3])'
+      self.assertIn(said, logs.output[0])
       with kernels.using('gpu'), self.assertRaisesRegex(Exception, 'odd'):
-        kernels.pick('op', kernel, own)
-      with mock.patch.object(kernels, 'in_mesh', lambda: True):
-        self.assertEqual(kernels.pick('op', lambda impl: impl, own), 'own')
+        pick(odd)
+
+  def test_float32_on_a_gpu_is_said_once(self):
+    dispatch.say_once.cache_clear()
+    with self.assertNoLogs('pallas_kernels', logging.WARNING):
+      for name, impl, dtype in (
+        ('cpu', None, 'float32'),
+        ('cuda', None, 'bfloat16'),
+        ('cuda', 'reference', 'float32'),
+      ):
+        with target.targeting(name), kernels.using(impl, dtype):
+          pass
+    with (
+      target.targeting('cuda', '9.0'),
+      self.assertLogs('pallas_kernels', logging.WARNING) as logs,
+    ):
+      for _ in range(2):
+        tokens = jax.ShapeDtypeStruct((2, 20), jnp.int32)
+        model = with_kernels(None)
+        variables = jax.eval_shape(model.init, jax.random.key(0))
+        jax.eval_shape(model.apply, variables, tokens)
+    said = [line for line in logs.output if 'compute.dtype' in line]
+    self.assertLen(said, 1)
+    self.assertRegex(said[0], "float32 on cuda 9.0: .*'bfloat16'")
+
+  def test_several_new_tokens_of_a_row_are_decoded_by_the_kernel(self):
+    variables, tokens = tiny.draw(ds.build(CONFIG)), tiny.tokens(2, 14)
+    logits = {}
+    for impl in (None, 'reference'):
+      model = with_kernels(impl)
+      step = jax.jit(
+        lambda t, c, model=model: model.apply(variables, t, cache=c)
+      )
+      out = step(tokens[:, :10], model.init_cache(2, 16))
+      with counted() as seen:
+        logits[impl] = step(tokens[:, 10:12], out.cache).logits
+      self.assertIn(('mla_decode', impl), seen)
+    self.assertLess(tiny.relative(logits['reference'], logits[None]), 1e-5)
 
   def test_a_wrong_choice_is_named(self):
     with self.assertRaisesRegex(InputError, "compute.kernels = 'fast': use"):

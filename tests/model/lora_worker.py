@@ -39,7 +39,7 @@ def case(axis: str, one: Steps, config: ds.RunConfig, model: ds.Model) -> dict:
   wanted, want = run(one, jax.device_put(begun(model, fresh[1])))
   return {
     'begun': gap(*fresh),
-    'metrics': max(gap(s, w) for s, w in zip(seen, wanted)),
+    'metrics': tiny.largest(gap(s, w) for s, w in zip(seen, wanted)),
     'params': gap(got.params, want.params),
     'moments': gap(got.moments, want.moments),
     'moved': gap(want.params, begun(model, fresh[1]).params),

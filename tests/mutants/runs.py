@@ -17,8 +17,8 @@ MUTANTS = (
   Mutant(
     'what_changes_numbers_may_be_edited_in_config_json',
     _FOLDER,
-    'wrong = [l for n, l in lines.items() if not _is_free(n) and n != _MOVED]',
-    'wrong = [l for n, l in lines.items() if n != n]',
+    '  wrong = [lines[n] for n in lines if n in other]\n',
+    '  wrong = [lines[n] for n in lines if n != n]\n',
     (f'{_AGREEMENT_TEST}::the_step_inside_is_the_step',),
     'the configuration in a checkpoint was stored and never read',
   ),

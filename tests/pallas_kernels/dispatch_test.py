@@ -30,7 +30,7 @@ class DispatchTest(absltest.TestCase):
       for _ in range(3):
         self.assertEqual(dispatch.run('op', None, REFUSING, 3), 6)
     self.assertLen(logs.output, 1)
-    self.assertIn('op: reference in use: the default device', logs.output[0])
+    self.assertIn('op: reference in use: the target, cpu, is', logs.output[0])
 
   def test_an_unsupported_shape_falls_back_and_warns_once(self):
     with (

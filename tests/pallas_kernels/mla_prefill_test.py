@@ -82,7 +82,7 @@ class MlaPrefillTest(parameterized.TestCase):
         got = mla_prefill(q, k, v, scale=SCALE, impl='cudnn')
         mla_prefill(q, k, v, segments, scale=SCALE, impl='cudnn')
     self.assertLen(logs.output, 2)
-    self.assertIn('no cuDNN: the default device is not', logs.output[0])
+    self.assertIn('no cuDNN: the target, cpu, is not', logs.output[0])
     self.assertIn('not given packed segments', logs.output[1])
     np.testing.assert_array_equal(got, mla_prefill(q, k, v, scale=SCALE))
 

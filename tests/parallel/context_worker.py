@@ -11,7 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.model.attention.mla import Latent, latent_attention
+from deepseek_jax.model.attention.latent_reading import (
+  Latent,
+  latent_attention,
+)
 from deepseek_jax.model.attention.softmax import causal_attention
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.gathered_attention import expand_latents

@@ -68,7 +68,7 @@ def error(got, want) -> float:
     jax.device_get(got),
     jax.device_get(want),
   )
-  return float(max(jax.tree.leaves(ratios)))
+  return tiny.largest(jax.tree.leaves(ratios))
 
 
 def case(name: str) -> dict:

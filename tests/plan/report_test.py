@@ -37,13 +37,13 @@ class Case(parameterized.TestCase):
     return pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
 
-def launch(*flags):
+def launch(*flags, seconds=120):
   return subprocess.run(
     [sys.executable, '-m', 'experiments.plan', *flags],
     capture_output=True,
     text=True,
     cwd=ROOT,
-    timeout=120,
+    timeout=seconds,
     env={'COLUMNS': '200', 'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu'},
   )
 

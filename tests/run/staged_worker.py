@@ -131,9 +131,12 @@ def case(name: str) -> dict:
     'form': jax.tree.structure(got) == jax.tree.structure(want)
     and shapes(got) == shapes(want),
     'begun': gap(*fresh),
-    'counts': max(gap(exact(s), exact(w)) for s, w in zip(seen, wanted)),
+    'counts': tiny.largest(
+      gap(exact(s), exact(w)) for s, w in zip(seen, wanted)
+    ),
     'scalars': {
-      k: max(gap(s[k], w[k]) for s, w in zip(seen, wanted)) for k in wanted[0]
+      k: tiny.largest(gap(s[k], w[k]) for s, w in zip(seen, wanted))
+      for k in wanted[0]
     },
     'params': gap(got.params, want.params),
     'moments': gap(got.moments, want.moments),

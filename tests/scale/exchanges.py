@@ -22,6 +22,7 @@ from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.plan.compiled_collectives import collectives
 from deepseek_jax.plan.wire import expert_wire as traffic
+from tests import tiny
 
 B, T, E, K, F = 8, 6, 8, 3, 8
 A2A = ExchangeConfig(factor=1.0)
@@ -182,7 +183,7 @@ def run(name: str) -> list[dict]:
     out.append(
       {
         'y': gap(y, want),
-        'gradients': max(map(gap, grads, wanted)),
+        'gradients': tiny.largest(map(gap, grads, wanted)),
         'missed': int(missed),
         'expected': expected_misses(experts, cfg) if rows == B else None,
         'sent': sent(many, D, cfg.devices),

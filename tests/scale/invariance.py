@@ -191,7 +191,7 @@ def cross_entropy() -> float:
 def gap(a, b) -> float:
   """Greatest difference of two trees, each leaf over its greatest value."""
   one = lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
-  return float(max(map(one, jax.tree.leaves(a), jax.tree.leaves(b))))
+  return tiny.largest(map(one, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def compare(name: str, mesh: str) -> dict:
@@ -200,7 +200,7 @@ def compare(name: str, mesh: str) -> dict:
   want, wanted = one_device(name)
   terms = [k for k in ('loss', 'mtp_loss', 'balance_loss') if k in wanted]
   return {
-    'loss': max(gap(seen[k], wanted[k]) for k in terms),
+    'loss': tiny.largest(gap(seen[k], wanted[k]) for k in terms),
     # The first moments are the gradients, clipped, times 0.1.
     'gradient': gap(got.moments[1].mu, want.moments[1].mu),
     'gradient norm': gap(seen['grad_norm'], wanted['grad_norm']),

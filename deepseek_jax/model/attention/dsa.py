@@ -29,6 +29,7 @@ from deepseek_jax.model.attention.dsa_reading import (
   Read,
   read_by_kernel,
   read_chosen,
+  shares_of,
 )
 from deepseek_jax.model.attention.indexer import (
   Indexer,
@@ -36,12 +37,8 @@ from deepseek_jax.model.attention.indexer import (
   IndexQuery,
 )
 from deepseek_jax.model.attention.indexer_loss import LossInputs
-from deepseek_jax.model.attention.mla import (
-  MLA,
-  Latent,
-  MLAConfig,
-  read_latents,
-)
+from deepseek_jax.model.attention.latent_reading import Latent, read_latents
+from deepseek_jax.model.attention.mla import MLA, MLAConfig
 from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import gathered_attention
@@ -119,15 +116,36 @@ class SparseLatent(NamedTuple):
 
 
 def choose_by_kernel(
-  query: IndexQuery, keys: jax.Array, visibility: Visibility, k: int, impl: str
+  impl: str,
+  query: IndexQuery,
+  keys: jax.Array,
+  places: jax.Array,
+  segments: jax.Array | None,
+  *,
+  top_k: int,
+  along: Along = WHOLE,
 ) -> jax.Array:
-  """Computes `index.choose`, ascending, without its scores in memory."""
-  first = jnp.zeros_like(visibility.places)
-  if visibility.segments is not None:
-    first = segment_starts(visibility.segments)
+  """Computes `index.choose`, ascending, without its scores in memory.
+
+  Args:
+    impl: 'reference' or 'gpu'.
+    query: of the local tokens and index heads.
+    keys: [B S I] of all tokens.
+    places: [B T] of the queries among the keys.
+    segments: [B S] documents of the keys; None for one.
+    top_k: how many a query chooses.
+    along: the local shard; all index heads score together, so what devices
+      with other heads hold is gathered.
+  """
+  first = jnp.zeros_like(places)
+  if segments is not None:
+    first = jnp.take_along_axis(segment_starts(segments), places, axis=1)
+  if along.heads:
+    whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
+    query = IndexQuery(*map(whole, query))
   # A query attends to keys first..own place of its document.
-  span = first, visibility.places + 1
-  return indexer(query.q, keys, query.weight, *span, top_k=k, impl=impl)
+  span = first, places + 1
+  return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
 
 
 class DSA(MLA):
@@ -194,7 +212,8 @@ class DSA(MLA):
     visibility = query_blocks.visibility(
       ctx.positions, ctx.segments, fresh=False
     )
-    chosen = choose(self.cfg, query, past.index, visibility)
+    documents = visibility.segments
+    chosen = choose(self.cfg, query, past.index, visibility, documents)
     return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
 
   def fresh(
@@ -253,10 +272,15 @@ def choose(
     most=cfg.block,
     along=along,
   )
-  by_kernel = lambda impl: choose_by_kernel(
-    query, keys, visibility, cfg.top_k, impl
+  row = ('batch',)
+  return kernels.pick(
+    'indexer',
+    functools.partial(choose_by_kernel, top_k=cfg.top_k, along=along),
+    own,
+    (query, keys, visibility.places, key_segments),
+    (row, row, row, row),
+    row,
   )
-  return kernels.pick('indexer', by_kernel, own)
 
 
 def read(
@@ -269,13 +293,24 @@ def read(
   shares: bool,
 ) -> Read:
   """Attends to the chosen; with the `shares` that the loss wants, or not."""
-  args = q, keys[:2], ups, chosen
-  own = lambda: read_chosen(*args, scale=cfg.scale, most=cfg.block)
-  # The kernel does not return shares, so the loss takes the layer's own code.
-  if shares:
-    return own()
-  by_kernel = lambda impl: read_by_kernel(*args, scale=cfg.scale, impl=impl)
-  return kernels.pick('sparse_mla', by_kernel, own)
+  args, most = (q, keys[:2], ups, chosen), cfg.block
+  row, heads = ('batch',), ('batch', None, 'heads')
+  own = lambda: read_chosen(*args, scale=cfg.scale, most=most)
+  found = kernels.pick(
+    'sparse_mla',
+    functools.partial(read_by_kernel, scale=cfg.scale),
+    own,
+    args,
+    (heads, row, (None, 'heads'), row),
+    heads,
+  )
+  if isinstance(found, Read):
+    return found
+  if not shares:
+    return Read(found, None)
+  # The kernel returns no shares: they are scored once more, without gradient.
+  how = {'scale': cfg.scale, 'most': most}
+  return Read(found, shares_of(q, keys[:2], ups[0], chosen, **how))
 
 
 def _loss_inputs(

@@ -7,7 +7,8 @@ Legend: B batch, T queries, S keys, K chosen keys, H heads, C latent, N no-rope
 dim, R rope dim, V value dim.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,38 +44,79 @@ def read_chosen(
     scale: multiplies the scores.
     most: queries at a time.
   """
-  f32 = {'preferred_element_type': jnp.float32}
 
   def block(one: tuple, keys: tuple, ups: tuple) -> Read:
-    (qn, qr, at), (k_up, v_up) = one, ups
-    c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
-    # Absorbed: k_up goes into the query, v_up into the output.
-    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
-    scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
-    scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
-    scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights, c = _weights(one, keys, ups[0], scale)
     mixed = jnp.einsum('BTHK,BTKC->BTHC', weights.astype(c.dtype), c)
-    y = jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+    y = jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1])
     return Read(y, weights.mean(axis=2))
 
-  C, H, _ = ups[0].shape
+  return _over_blocks(block, queries, chosen, most, (keys, ups))
+
+
+def shares_of(
+  queries: tuple[jax.Array, jax.Array],
+  keys: tuple[jax.Array, jax.Array],
+  k_up: jax.Array,
+  chosen: jax.Array,
+  *,
+  scale: float,
+  most: int = 128,
+) -> jax.Array:
+  """Computes the shares of `read_chosen` alone [B T K]; they have no gradient.
+
+  The indexer's target, where a kernel computes what is read.
+
+  Args: as of `read_chosen`.
+  """
+  args = jax.lax.stop_gradient((queries, keys, k_up))
+  queries, keys, k_up = args
+  block = lambda one, keys, k_up: _weights(one, keys, k_up, scale)[0].mean(2)
+  return _over_blocks(block, queries, chosen, most, (keys, k_up))
+
+
+def _weights(
+  one: tuple, keys: tuple, k_up: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns attention [B n H K] float32 and the latents gathered [B n K C].
+
+  Args:
+    one: queries [B n H N] and [B n H R] of a block, and their choice [B n K].
+    keys: latents and rotated rope keys.
+    k_up: absorbed, that is, it goes into the query.
+    scale: multiplies the scores.
+  """
+  f32 = {'preferred_element_type': jnp.float32}
+  qn, qr, at = one
+  c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
+  qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+  scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
+  scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
+  scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)
+  return jax.nn.softmax(scores, axis=-1), c
+
+
+def _over_blocks(
+  block: Callable, queries: tuple, chosen: jax.Array, most: int, shared: tuple
+) -> Any:
+  """Computes `block` for `most` queries at a time."""
+  H, C = queries[0].shape[2], shared[0][0].shape[-1]
   numbers = chosen.shape[-1] * (C + H)
   return query_blocks.over_blocks(
-    block, (*queries, chosen), most, numbers, (keys, ups)
+    block, (*queries, chosen), most, numbers, shared
   )
 
 
 def read_by_kernel(
+  impl: str,
   queries: tuple[jax.Array, jax.Array],
   keys: tuple[jax.Array, jax.Array],
   ups: tuple[jax.Array, jax.Array],
   chosen: jax.Array,
   *,
   scale: float,
-  impl: str,
-) -> Read:
-  """Computes `read_chosen` without the shares."""
+) -> jax.Array:
+  """Computes y of `read_chosen`."""
   qc = jnp.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
   mixed = sparse_mla(qc, queries[1], *keys, chosen, scale=scale, impl=impl)
-  return Read(jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1]), None)
+  return jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1])

@@ -7,7 +7,6 @@ C key-value latent, N no-rope dim, R rope dim, V value dim.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,10 @@ from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
+from deepseek_jax.model.attention.latent_reading import (
+  Latent,
+  latent_attention,
+)
 from deepseek_jax.model.attention.rope import (
   RopeConfig,
   frequencies,
@@ -26,18 +29,13 @@ from deepseek_jax.model.attention.rope import (
 )
 from deepseek_jax.model.attention.softmax import (
   cached_attention,
-  causal_attention,
 )
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.parallel import gathered_attention
-from deepseek_jax.parallel import sequence as context
-from deepseek_jax.parallel.gathered_attention import Sequence, expand_latents
-from deepseek_jax.parallel.sequence import Along
+from deepseek_jax.parallel.gathered_attention import expand_latents
 from deepseek_jax.parallel.sharding import param, shard
 from pallas_kernels.latent_kv import Pages, latent_kv
 from pallas_kernels.mla_decode import mla_decode
-from pallas_kernels.mla_prefill import mla_prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,89 +97,6 @@ class MLAConfig:
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MLA':
     """Returns the attention of a model of width `dim`."""
     return MLA(self, dim, std=std, rngs=rngs)
-
-
-class Latent(NamedTuple):
-  """Holds all that MLA caches of tokens; also its cache."""
-
-  c: jax.Array  # [B S C], normed
-  kr: jax.Array  # [B S R], rotated
-
-
-def read_latents(
-  along: Along,
-  q: jax.Array,
-  latents: Latent,
-  up: jax.Array,
-  seen: Sequence,
-  scale: float,
-) -> jax.Array:
-  """Computes causal attention of the local queries to the latents of all.
-
-  Args:
-    along: which shard these queries are.
-    q: [B T H N+R].
-    latents: of all tokens.
-    up: [C H N+V].
-    seen: what the queries may attend to.
-    scale: multiplies the scores.
-
-  Returns:
-    [B T H V].
-  """
-  if along.axis:
-    return gathered_attention.attend(
-      expand_latents, q, latents, up, seen, scale
-    )
-  # Expanded form: keys [B S H N+R] and values [B S H V] of all heads.
-  k, v = expand_latents(q.shape[2:], latents, up)
-  how = {'scale': scale, 'segments': seen.queries}
-  return kernels.pick(
-    'mla_prefill',
-    lambda impl: mla_prefill(q, k, v, **how, impl=impl),
-    lambda: causal_attention(q, k, v, **how),
-  )
-
-
-def latent_attention(
-  q: jax.Array,
-  latents: Latent,
-  up: jax.Array,
-  *,
-  scale: float,
-  segments: jax.Array | None = None,
-) -> jax.Array:
-  """Computes causal attention of a batch to its own latents, on each shard.
-
-  Args:
-    q: [B T H N+R].
-    latents: of the same tokens.
-    up: [C H N+V].
-    scale: multiplies the scores.
-    segments: [B T] int32 document of each token, or None for one document.
-
-  Returns:
-    [B T H V].
-  """
-
-  def local(
-    along: Along,
-    q: jax.Array,
-    latents: Latent,
-    up: jax.Array,
-    segments: jax.Array | None,
-  ) -> jax.Array:
-    seen = gathered_attention.sequence(along, q.shape[1], segments)
-    return read_latents(along, q, along.gather(latents), up, seen, scale)
-
-  rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
-  return context.split(
-    local,
-    (q, latents, up, segments),
-    (heads, rows, (None, 'heads'), rows),
-    heads,
-    **dict(zip(heads, q.shape)),
-  )
 
 
 class MLA(nnx.Module):
@@ -246,15 +161,31 @@ class MLA(nnx.Module):
 
     if latent is not None:
       return own()
-    by_kernel = lambda impl: self.stored(x, ctx, past, impl)
-    return kernels.pick('latent_kv', by_kernel, own)
+    arrays = x, ctx.positions, ctx.valid, past
+    weights = self.kv_down[...], self.kv_norm.scale[...]
+    row = ('batch',)
+    return kernels.pick(
+      'latent_kv',
+      self.stored,
+      own,
+      (*arrays, *weights),
+      (row, row, row, row, (), ()),
+      Latent(row, row),
+    )
 
   def stored(
-    self, x: jax.Array, ctx: Context, past: Latent, impl: str
+    self,
+    impl: str,
+    x: jax.Array,
+    positions: jax.Array,
+    valid: jax.Array | None,
+    past: Latent,
+    down: jax.Array,
+    gain: jax.Array,
   ) -> Latent:
     """Computes `write` by the kernel that projects and stores in one."""
-    S, at = past.c.shape[1], ctx.positions
-    inside = at < S if ctx.valid is None else (at < S) & ctx.valid
+    S, at = past.c.shape[1], positions
+    inside = at < S if valid is None else (at < S) & valid
     # The cache as one list of slots, row after row; -1 is not written.
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
     slots = jnp.where(inside, row + at, -1)
@@ -267,8 +198,8 @@ class MLA(nnx.Module):
     cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
     cache = latent_kv(
       flat(x),
-      self.kv_down[...],
-      self.kv_norm.scale[...],
+      down,
+      gain,
       cos,
       sin,
       slots.reshape(-1),
@@ -311,33 +242,31 @@ class MLA(nnx.Module):
 
   def decoded(
     self,
+    impl: str,
     qn: jax.Array,
     qr: jax.Array,
     latent: Latent,
     positions: jax.Array,
-    impl: str,
+    k_up: jax.Array,
+    v_up: jax.Array,
   ) -> jax.Array:
-    """Computes `absorbed` by the kernel of decoding.
-
-    Several tokens of a row go to `absorbed`.
-    """
-    if qn.shape[1] > 1:
-      # It takes the queries of a row for its last tokens; these may be any.
-      return self.absorbed(qn, qr, latent, positions)
-    k_up, v_up = self.ups()
+    """Computes `absorbed` by the kernel of decoding."""
     qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
-    # A row of the cache is one page.
-    table = jnp.arange(qn.shape[0], dtype=jnp.int32)[:, None]
+    # The kernel takes the queries of a request for its last tokens; these may
+    # be any, so each is a request of its own over the row's one page.
+    B, T = positions.shape
+    alone = lambda a: a.reshape(B * T, 1, *a.shape[2:])
+    table = jnp.repeat(jnp.arange(B, dtype=jnp.int32), T)[:, None]
     mixed = mla_decode(
-      qc,
-      qr,
+      alone(qc),
+      alone(qr),
       *latent,
       table,
-      positions[:, -1].astype(jnp.int32) + 1,
+      positions.reshape(-1).astype(jnp.int32) + 1,
       scale=self.cfg.scale,
       impl=impl,
     )
-    return jnp.einsum('BTHC,CHV->BTHV', mixed, v_up)
+    return jnp.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
 
   def absorbing_pays(self, queries: int) -> bool:
     """Returns whether the absorbed form costs less than expanding cached keys.
@@ -374,10 +303,14 @@ class MLA(nnx.Module):
       return latent_attention(q, latent, self.kv_up[...], **how)
     # Few new tokens: the cache is read as it is stored.
     if self.absorbing_pays(qn.shape[1]):
+      row, heads = ('batch',), ('batch', None, 'heads')
       return kernels.pick(
         'mla_decode',
-        lambda impl: self.decoded(qn, qr, past, ctx.positions, impl),
+        self.decoded,
         lambda: self.absorbed(qn, qr, past, ctx.positions),
+        (qn, qr, past, ctx.positions, *self.ups()),
+        (heads, heads, row, row, (None, 'heads'), (None, 'heads')),
+        heads,
       )
     # Many new tokens: expanding the cached keys costs less.
     q = jnp.concatenate([qn, qr], axis=-1)

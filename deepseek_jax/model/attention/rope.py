@@ -25,6 +25,15 @@ class YarnConfig:
   With `attention_factor` None the cos/sin multiplier is
   mscale(factor, mscale) / mscale(factor, mscale_all_dim), or 0.1 ln(factor) + 1
   when either is absent (the reading of transformers).
+
+  Attributes:
+    factor: how many times longer texts become.
+    original_length: tokens of the texts before.
+    beta_fast: rotations in the original length from which a frequency stays.
+    beta_slow: rotations up to which a frequency is slowed by all of `factor`.
+    mscale: of cos and sin, as above; None: absent.
+    mscale_all_dim: of the softmax, squared; None: absent.
+    attention_factor: the cos/sin multiplier itself, or None.
   """
 
   factor: float = 40.0
@@ -45,7 +54,14 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Config:
-  """Slows long wavelengths by `factor`: Llama 3.1's length extension."""
+  """Slows long wavelengths by `factor`: Llama 3.1's length extension.
+
+  Attributes:
+    factor: how many times longer texts become.
+    low_factor: wavelengths above original_length / low_factor are slowed.
+    high_factor: those below original_length / high_factor stay.
+    original_length: tokens of the texts before.
+  """
 
   factor: float = 8.0
   low_factor: float = 1.0
@@ -61,7 +77,11 @@ class Llama3Config:
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-  """Divides positions by `factor` (arXiv:2306.15595), as in DeepSeek-Coder."""
+  """Divides positions by `factor` (arXiv:2306.15595), as in DeepSeek-Coder.
+
+  Attributes:
+    factor: how many times longer texts become.
+  """
 
   factor: float = 4.0
 

@@ -144,6 +144,7 @@ def _hidden(
     'grouped_swiglu',
     lambda impl: gmm.grouped_swiglu(*args, **layout, limit=limit, impl=impl),
     lambda: swiglu(gmm.grouped_matmul(*args, **layout), limit),
+    args,
   )
 
 

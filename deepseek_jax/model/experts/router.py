@@ -274,17 +274,17 @@ class Router(nnx.Module):
       self.table = Buffer(table, axes=(None, None))
 
   def _routed(
-    self, logits: jax.Array, bias: jax.Array | None, impl: str
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    self, impl: str, logits: jax.Array, bias: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
     """Computes `choose` and the scores before it in one kernel.
 
     Args:
+      impl: 'reference' or 'gpu'.
       logits: [B T E] float32.
       bias: [E], or None.
-      impl: 'reference' or 'gpu'.
 
     Returns:
-      Experts and weights [B T K], and the load [E].
+      Experts and weights [B T K].
     """
     cfg = self.cfg
     rule = Rule(
@@ -296,9 +296,9 @@ class Router(nnx.Module):
       cfg.scale,
     )
     flat = logits.reshape(-1, logits.shape[-1])
-    *out, load = router(flat, bias, top_k=self.top_k, rule=rule, impl=impl)
-    each = [a.reshape(*logits.shape[:-1], self.top_k) for a in out]
-    return *each, load
+    # Its count is of tokens alone: padding and other devices change it.
+    *out, _ = router(flat, bias, top_k=self.top_k, rule=rule, impl=impl)
+    return tuple(a.reshape(*logits.shape[:-1], self.top_k) for a in out)
 
   def __call__(self, x: jax.Array, ctx: Context) -> Routing:
     """Returns the routing of x [B T D]; padding goes nowhere."""
@@ -310,7 +310,7 @@ class Router(nnx.Module):
       precision='highest',
     )
     # Affinities [B T E] without the bias: they weigh, and enter the losses.
-    scores, load = score(logits, self.cfg.scoring), None
+    scores = score(logits, self.cfg.scoring)
     if self.cfg.hash_vocab:
       nowhere = scores.shape[-1]  # for what is no token
       experts = lookup.rows(self.table[...], ctx.tokens, fill=nowhere)
@@ -318,13 +318,17 @@ class Router(nnx.Module):
     else:
       # The bias takes part in the choice alone.
       bias = self.bias[...] if self.cfg.bias else None
-      experts, weights, load = kernels.pick(
+      token = ('batch', 'seq')
+      experts, weights = kernels.pick(
         'router',
-        lambda impl: self._routed(logits, bias, impl),
-        lambda: (*choose(scores, bias, self.top_k, self.cfg), None),
+        self._routed,
+        lambda: choose(scores, bias, self.top_k, self.cfg),
+        (logits, bias),
+        (token, ()),
+        (token, token),
       )
       if ctx.routes is not None:
         experts = replayed(experts, ctx.routes, scores.shape[-1])
-        # Live scores weigh, so the router learns; loads are counted anew.
-        weights, load = weigh(scores, experts, self.cfg), None
-    return routing(experts, weights, scores, ctx.valid, load)
+        # Live scores weigh, so the router learns.
+        weights = weigh(scores, experts, self.cfg)
+    return routing(experts, weights, scores, ctx.valid)

@@ -47,6 +47,19 @@ class Sample:
   kind: str = 'sample'
 
 
+def environment() -> Any:
+  """Returns the jinja2.Environment of the pages; it escapes texts."""
+  import jinja2
+
+  return jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+
+
 def write_report(
   workdir: str | os.PathLike,
   *,
@@ -68,25 +81,20 @@ def write_report(
   Raises:
     InputError: a file in the folder is not what its name promises.
   """
-  import jinja2
-
   workdir = Path(workdir)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  page = environment.get_template('report.html.jinja').render(
-    title=title,
-    facts=[(name, *_fact(value)) for name, value in facts.items()],
-    notes=notes,
-    curves=_curves(workdir),
-    routing=routing_section(workdir / 'routing.npz'),
-    timeline=_timeline(workdir / 'timeline.jsonl'),
-    samples=[_visible(sample) for sample in samples],
-    config=_config(workdir / 'config.json'),
+  page = (
+    environment()
+    .get_template('report.html.jinja')
+    .render(
+      title=title,
+      facts=[(name, *_fact(value)) for name, value in facts.items()],
+      notes=notes,
+      curves=_curves(workdir),
+      routing=routing_section(workdir / 'routing.npz'),
+      timeline=_timeline(workdir / 'timeline.jsonl'),
+      samples=[_visible(sample) for sample in samples],
+      config=_config(workdir / 'config.json'),
+    )
   )
   path = workdir / 'report.html'
   with files.whole(path) as scratch:

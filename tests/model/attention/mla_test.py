@@ -10,7 +10,8 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.model.attention.mla import MLA, Latent
+from deepseek_jax.model.attention.latent_reading import Latent
+from deepseek_jax.model.attention.mla import MLA
 from deepseek_jax.model.context import Context
 from tests import reference, tiny
 

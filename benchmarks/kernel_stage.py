@@ -1,0 +1,81 @@
+"""One stage of benchmarks.kernels, in a process of its own.
+
+  python -m benchmarks.kernel_stage '{"stage": "time", "op": ..., ...}'
+
+Prints a row as JSON whenever it knows more; the last one counts. A crash, a
+hang or a poisoned CUDA context costs this row alone.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+
+from benchmarks import kernel_cases, kernel_timing
+
+
+def device_row() -> dict:
+  """Name of the device and of the software, and its rates."""
+  return {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
+
+
+def checked(op: str, shape: str) -> dict:
+  """The error of a case, on fresh random numbers of a smaller shape."""
+  shapes, make, small = kernel_cases.OPS[op]
+  work = make(small(shapes[shape]))
+  error = kernel_timing.relative_error(work)
+  # JSON has no infinity.
+  told = error if math.isfinite(error) else 'inf'
+  row = {'error': told, 'tolerance': work.tolerance}
+  if not error <= work.tolerance:
+    row['failed'] = f'wrong: error {error:.3g} of {work.tolerance:.3g} at most'
+  return row
+
+
+def timed(op: str, shape: str, names: list, rates: dict) -> Iterator[dict]:
+  """The time of a case, then that of each contender that is named."""
+  shapes, make, _ = kernel_cases.OPS[op]
+  yield from kernel_timing.time_case(make(shapes[shape]), rates, names)
+
+
+def rows(asked: dict) -> Iterator[dict]:
+  """The row of a stage, again and again as it grows."""
+  stage, row = asked['stage'], {}
+  if stage == 'floor':
+    row = device_row()
+    yield row
+    yield row | kernel_timing.floors()
+    return
+  op, shape = asked['op'], asked['shape']
+  if stage == 'check' or not asked['checked']:
+    row = checked(op, shape)
+    yield row
+  if stage == 'time' and 'failed' not in row:
+    for more in timed(op, shape, asked['contenders'], asked['rates']):
+      yield row | more
+
+
+def main(argument: str) -> int:
+  asked, start, row = json.loads(argument), time.perf_counter(), {}
+  who = {key: asked[key] for key in ('op', 'shape') if key in asked}
+  say = lambda row: print(json.dumps(who | row), flush=True)
+  if jax.default_backend() != 'gpu':
+    say({'failed': f'no GPU here, but {jax.default_backend()}'})
+    return 2
+  try:
+    for found in rows(asked):
+      row = found
+      say(row)
+  # Mosaic raises ValueError, AssertionError and others for what it can't lower.
+  except Exception as error:
+    text = ' '.join((str(error) or repr(error)).split())
+    row = row | {'failed': f'{type(error).__name__}: {text[:300]}'}
+  say(row | {'seconds': round(time.perf_counter() - start, 1)})
+  return 1 if 'failed' in row else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1]))

@@ -1,0 +1,167 @@
+"""Error, device time and share of the floor of one case of one operation."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.kernel_work import fresh_keys
+from pallas_kernels import compat
+
+ITERATIONS = 20
+
+
+class InPlace:
+  """A jitted function whose last argument is donated and then its result."""
+
+  def __init__(self, fn, args):
+    *self.args, last = args
+    # Its own copy: the caller's is needed again.
+    self.last = jax.tree.map(jnp.copy, last)
+    self.fn = jax.jit(fn, donate_argnums=len(self.args))
+    # By these the profiler takes it for a jitted function.
+    for name in ('eval_shape', 'lower', 'trace'):
+      setattr(self, name, getattr(self.fn, name))
+
+  def __call__(self):
+    self.last = self.fn(*self.args, self.last)
+    return self.last
+
+
+def cupti_us(fn, args) -> float:
+  """Median microseconds of device time, without gaps between kernels."""
+  from jax.experimental.mosaic.gpu import profiler
+
+  # One at a time: measure keeps the results of all its iterations.
+  times = [profiler.measure(fn)(*args)[1] for _ in range(ITERATIONS)]
+  return 1e3 * statistics.median(times)
+
+
+def wall_us(fn, args) -> float:
+  """Microseconds of a call by the host's clock, over a batch of calls."""
+  start = time.perf_counter()
+  for _ in range(ITERATIONS):
+    out = fn(*args)
+  jax.block_until_ready(out)
+  return (time.perf_counter() - start) / ITERATIONS * 1e6
+
+
+def device_us(fn, args) -> tuple[float, str]:
+  """Microseconds of a compiled call, and how they were measured."""
+  fn = fn if isinstance(fn, InPlace) else jax.jit(fn)
+  jax.block_until_ready(fn(*args))
+  try:
+    return cupti_us(fn, args), 'cupti'
+  # A sandbox may refuse CUPTI; then gaps between kernels count, too.
+  except Exception as error:
+    reason = str(error) or repr(error)
+    return wall_us(fn, args), f'wall clock: {reason.splitlines()[0][:60]}'
+
+
+def floors() -> dict:
+  """Rates of this device: FLOP/s of a matmul, bytes/s of a copy.
+
+  On random numbers: of constants tensor cores multiply 12 % more in a second,
+  for they need less power.
+  """
+  keys = fresh_keys(3)
+  draw = lambda key, *size: jax.random.normal(key, size, jnp.bfloat16)
+  pair = tuple(draw(key, 8192, 8192) for key in keys[:2])
+  matmul, how = device_us(lambda a, b: a @ b, pair)
+  big = draw(keys[2], 2**30)
+  copy, _ = device_us(lambda a: a + 1, (big,))
+  return {
+    'flops': 2 * 8192**3 / matmul * 1e6,
+    'bytes': 2 * big.nbytes / copy * 1e6,
+    'how': how,
+  }
+
+
+def relative_error(work) -> float:
+  """Largest error of any output over the largest exact value of it.
+
+  Infinite where the exact value is a number and the kernel's is none.
+  """
+  run = lambda *a: work.op(*a, impl='gpu')
+  # The interpreter runs one kernel at a time; jit may start several.
+  run = run if compat.is_interpreted() else jax.jit(run)
+  got = run(*work.args)
+  want = jax.jit(work.exact)(*work.args)
+  return worst_error(got, want)
+
+
+def worst_error(got, want) -> float:
+  """Largest error over the largest of `want`, over all arrays of both."""
+  worst = 0.0
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+    if g.shape != w.shape:
+      raise ValueError(f'the result is {list(g.shape)}, not {list(w.shape)}')
+    same = (g == w) | (np.isnan(g) & np.isnan(w))
+    # NaN passes no comparison, and max() of Python forgets it.
+    if not (np.isfinite(g) | same).all():
+      return float('inf')
+    apart = np.abs(np.where(same, 0.0, g) - np.where(same, 0.0, w))
+    size = np.abs(np.where(np.isfinite(w), w, 0.0)).max(initial=0)
+    error = apart.max(initial=0) / max(size, 1e-30)
+    if not np.isfinite(error):
+      return float('inf')
+    worst = max(worst, float(error))
+  return worst
+
+
+def kernel_call(work, impl: str) -> tuple[Callable, tuple]:
+  """What to time of an implementation: a function and its arguments."""
+  op = functools.partial(work.in_place or work.op, impl=impl)
+  return (InPlace(op, work.args), ()) if work.in_place else (op, work.args)
+
+
+def contenders(work) -> Iterator[tuple[str, Callable[[], float]]]:
+  """Names, and calls that give microseconds."""
+  if work.in_place:
+    yield 'xla', lambda: device_us(*kernel_call(work, 'reference'))[0]
+  for name, fn in work.naive.items():
+    yield name, lambda fn=fn: device_us(fn, work.args)[0]
+  yield from work.libraries.items()
+
+
+def floor_us(work, rates) -> float:
+  """Microseconds that the work takes at least, at the rates of `floors`."""
+  rate = rates['flops'] * work.speedup
+  return 1e6 * max(work.flops / rate, work.moved / rates['bytes'])
+
+
+def time_case(work, rates, names=None) -> Iterator[dict]:
+  """The row of a case so far: with the kernel's time, then each contender's.
+
+  Args:
+    work: the case.
+    rates: of `floors`.
+    names: of the contenders that take part; None: all.
+  """
+  us, how = device_us(*kernel_call(work, 'gpu'))
+  row = {
+    'us': us,
+    'tflops': work.flops / us * 1e-6,
+    'tbytes': work.moved / us * 1e-6,
+    'of_floor': floor_us(work, rates) / us,
+    'how': how,
+  }
+  yield dict(row)
+  notes = []
+  for name, call in contenders(work):
+    if names is not None and name not in names:
+      continue
+    try:
+      row[f'over_{name}'] = call() / us
+    # Out of memory, or a library that is absent, of another version or not
+    # for these shapes: no figure, but the reason.
+    except Exception as error:
+      reason = str(error) or repr(error)
+      notes.append(f'{name}: {reason.splitlines()[0][:80]}')
+      row['note'] = '; '.join(notes)
+    yield dict(row)

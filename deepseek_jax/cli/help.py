@@ -1,0 +1,110 @@
+"""Shows what a launcher takes: its flags and every field of a configuration."""
+
+import difflib
+import shlex
+import shutil
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+from deepseek_jax import fields
+from deepseek_jax.errors import InputError
+
+_HELP = (
+  '--help',
+  '-help',
+  '-h',
+  '--helpfull',
+  '-helpfull',
+  '--helpshort',
+  '-?',
+)
+
+
+def asked(argv: Iterable[str]) -> str | None:
+  """Returns the section that --help=SECTION names, '' of --help, else None."""
+  for arg in argv:
+    if arg in _HELP:
+      return ''
+    if arg.startswith(('--help=', '-help=')):
+      return arg.partition('=')[2]
+  return None
+
+
+def of_launcher(doc: str, program: str) -> str:
+  """Returns what a launcher does, and its flags."""
+  out = [doc.strip(), '', 'flags:']
+  for flag in _flags(program):
+    default = '' if flag.default is None else f' (default: {flag.default!r})'
+    out += [f'  --{flag.name}: {line}' for line in [f'{flag.help}{default}']]
+  # Launchers that read a run's folder have a --config without fields.
+  if 'config' in flags.FLAGS and hasattr(
+    type(flags.FLAGS['config']), 'override_values'
+  ):
+    out += [
+      '',
+      '--help with --config=NAME_OR_FILE lists every field, --help=model.moe'
+      ' one section.',
+    ]
+  return '\n'.join(out)
+
+
+def _flags(program: str) -> list[flags.Flag]:
+  """Returns the flags that are a launcher's own, by name."""
+  known = flags.FLAGS.get_key_flags_for_module(program)
+  return sorted(known, key=lambda flag: flag.name)
+
+
+def of_config(config: Any, section: str = '') -> str:
+  """Returns every field of a configuration, by section.
+
+  Args:
+    config: a dataclass.
+    section: dotted path; the sections at and below it. '': all.
+
+  Raises:
+    InputError: there is no such section.
+  """
+  every = list(fields.sections(config))
+  section = section.removeprefix('config.')
+  below = f'{section}.'
+  shown = [
+    s for s in every if not section or f'{s.path}.'.startswith(below)
+  ]  # fmt: skip
+  if not shown:
+    rows = [r for s in every for r in s.rows if r.path == section]
+    if rows:
+      return '\n'.join(_row(rows[0]))
+    paths = [s.path for s in every if s.path]
+    near = difflib.get_close_matches(section, paths, n=1, cutoff=0.5)
+    hint = f'did you mean {near[0]}? ' if near else ''
+    raise InputError(
+      f'--help={section}: no such section; {hint}sections are'
+      f' {", ".join(paths)}'
+    )
+  out = []
+  for one in shown:
+    kinds = f'; kinds: {", ".join(one.kinds)}' if one.kinds else ''
+    out.append(f'{one.path or "config"} ({one.name}{kinds}): {one.text}')
+    for row in one.rows:
+      out += _row(row)
+    out.append('')
+  return '\n'.join(out).rstrip()
+
+
+def _row(row: fields.FieldRow) -> list[str]:
+  """Returns a field as a flag with its value, its type and its meaning."""
+  width = max(shutil.get_terminal_size((100, 24)).columns, 60)
+  value = row.value if isinstance(row.value, str) else repr(row.value)
+  quoted = f'"{value}"' if "'" in value else shlex.quote(value)
+  flag = f'  --config.{row.path}={quoted}'
+  if len(flag) > 2 * width:  # a layout of many layers
+    flag = f'{flag[: 2 * width]}…'
+  return [
+    f'{flag}  ({row.kind})',
+    *textwrap.wrap(
+      row.text, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6
+    ),
+  ]

@@ -1,0 +1,29 @@
+"""Trains a run for a launcher: first lines, steps, results, report."""
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+from deepseek_jax.cli import common, finish, first_lines
+from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import processes as distributed
+from deepseek_jax.run import fit as loop
+from deepseek_jax.run import profile
+
+_PROFILE = flags.DEFINE_string(
+  'profile', None, 'First and last step of a trace: 10:12.'
+)
+
+
+def train(config: loop.RunConfig, workdir: Path) -> None:
+  """Trains a run to its end; the first process samples and reports."""
+  console = not common.quiet()
+  span = _PROFILE.value and profile.steps(_PROFILE.value)
+  run = loop.fit(
+    config, workdir, console=console, announce=first_lines.lines, profile=span
+  )
+  state = placement.to_first(run.state._replace(moments=None))
+  if distributed.first():
+    run = dataclasses.replace(run, state=state)
+    finish.finish(run, workdir, quiet=not console)

@@ -1,0 +1,90 @@
+"""On a mesh the kernels of one device run, and give the same numbers."""
+
+from absl.testing import absltest, parameterized
+
+from tests import fake_devices
+
+WORKER = 'tests.model.kernels_mesh_worker'
+# One to eight devices, along each axis and along several.
+MESHES = (
+  'data=1',
+  'data=2',
+  'fsdp=2',
+  'expert=2',
+  'tensor=2',
+  'context=2',
+  'fsdp=2,context=2',
+  'data=2,expert=2,tensor=2',
+)
+EXPERTS = {'combine', 'grouped_matmul.forward', 'grouped_swiglu', 'permute'}
+BACKWARD = {'combine_bwd', 'grouped_matmul.outer', 'permute_bwd'}
+KERNELS = {
+  'v3': {
+    'train': {'mla_prefill', 'router'} | EXPERTS | BACKWARD,
+    'prefill': {'mla_prefill', 'router'} | EXPERTS,
+    # Few tokens choose most experts: all are applied, without a kernel.
+    'decode': {'latent_kv', 'mla_decode', 'router'},
+  },
+  'v32': {
+    'train': {'indexer', 'sparse_mla', 'router'} | EXPERTS | BACKWARD,
+    'prefill': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
+    'decode': {'indexer', 'sparse_mla', 'router'},
+  },
+}
+
+
+def kernels(choices: list[dict], impl: str) -> dict:
+  """Returns the operations that run so, by phase."""
+  found = {}
+  for c in choices:
+    found.setdefault(c['phase'], set())
+    if c['impl'] == impl:
+      found[c['phase']].add(c['op'])
+  return found
+
+
+class KernelsOnMeshTest(parameterized.TestCase):
+  def test_a_step_shaped_as_v3_calls_the_same_kernels_on_every_mesh(self):
+    found = fake_devices.run(WORKER, 'choices', 'v3', *MESHES)
+    self.assertEqual(set(found), set(MESHES))
+    for mesh, choices in found.items():
+      want = dict(KERNELS['v3'])
+      if 'expert' in mesh:  # there tokens travel to their experts
+        want['decode'] = want['decode'] | {'combine', 'permute'}
+      self.assertEqual(kernels(choices, 'gpu'), want, mesh)
+      self.assertFalse(any(kernels(choices, 'reference').values()), mesh)
+      heads = 8 // (2 if 'tensor' in mesh else 1)
+      heads //= 2 if 'context' in mesh else 1
+      shapes = {c['shapes'] for c in choices if c['op'] == 'mla_prefill'}
+      for shape in shapes:  # of one device, with all tokens of a sequence
+        self.assertStartsWith(shape, f'bfloat16[2,256,{heads},192]')
+
+  def test_so_does_sparse_attention(self):
+    meshes = 'data=1', 'fsdp=2', 'tensor=2,context=2'
+    found = fake_devices.run(WORKER, 'choices', 'v32', *meshes)
+    for mesh in meshes:
+      self.assertEqual(kernels(found[mesh], 'gpu'), KERNELS['v32'], mesh)
+      self.assertFalse(any(kernels(found[mesh], 'reference').values()), mesh)
+
+  def test_what_falls_back_says_why_and_for_which_shapes(self):
+    found = fake_devices.run(WORKER, 'choices', 'v3', 'tensor=4')['tensor=4']
+    back = [c for c in found if c['impl'] == 'reference']
+    self.assertEqual(
+      {c['op'] for c in back},
+      {'grouped_swiglu', 'grouped_matmul.forward'},
+    )
+    for c in back:
+      self.assertRegex(c['reason'], '64')
+      self.assertIn('bfloat16[', c['shapes'])
+    self.assertIn('mla_prefill', kernels(found, 'gpu')['train'])
+
+  @parameterized.parameters('v3', 'v32')
+  def test_numbers_of_the_shards_are_those_of_the_whole(self, name):
+    meshes = ['tensor=2,context=2,fsdp=2']
+    found = fake_devices.run(WORKER, 'numbers', name, *meshes)
+    for mesh, error in found.items():
+      self.assertLess(error, 1e-5, mesh)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test sweeps engine mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks package clean
+.PHONY: demo test sweeps engine mutants faults scale audit parity kernels aot bench bench-sparse lint notebooks package serve pages clean
 
 $(VENV)/.run: pyproject.toml
 	@$(call need,$(PYTHON),PYTHON)
@@ -14,7 +14,7 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,grammar,hf,tensorboard]'
+	$(BIN)/pip install --quiet --editable '.[dev,grammar,hf,serve,tensorboard]'
 	touch $@
 
 # Trains a V3-style model on the source of Python's standard library,
@@ -71,6 +71,15 @@ need = command -v $(1) >/dev/null || { echo 'error: $(1): no such\
 kernels: $(VENV)/.test .venv-interpreter/.ready
 	$(PYTEST) tests/pallas_kernels --ignore=tests/pallas_kernels/interpreter_test.py
 	.venv-interpreter/bin/python -m pytest tests/pallas_kernels/interpreter_test.py
+
+# The server under load: 200 clients, cut and slow streams, wrong bodies.
+serve: $(VENV)/.test
+	$(PYTEST) tests/serve --ignore=tests/serve/page_test.py -s
+
+# The chat page in headless Chromium, which must be installed.
+pages: $(VENV)/.test
+	$(BIN)/pip install --quiet --editable '.[pages]'
+	$(BIN)/python -m tests.serve.page_run
 
 # Ahead-of-time compilation of the kernels for an H200; needs no GPU.
 AOT_JAX ?= 0.11.2

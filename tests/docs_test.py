@@ -133,6 +133,13 @@ class CheckerTest(absltest.TestCase):
       [('page.md', 'experiments', 'absent', '--x=1    --y')],
     )
 
+  def test_what_a_page_loads_from_elsewhere_is_noticed(self):
+    page = '<a href="https://a.org">x</a><script src="js/b.js"></script>'
+    self.assertEqual(build_site.loads_elsewhere(page), [])
+    page += '<script async src="https://c.org/d.js"></script>'
+    found = build_site.loads_elsewhere(page)
+    self.assertEqual(found, ['https://c.org/d.js'])
+
   def test_a_missing_package_is_one_line_and_status_2(self):
     found = build_site.importlib.util.find_spec
     absent = lambda name: None if name == 'material' else found(name)

@@ -70,7 +70,8 @@ def switched(path: str, kind: str, old: Any, dim: int) -> Any:
   flag = f'--config.{path}.kind={kind}'
   cls = own_classes.find(kind) if ':' in kind else classes.get(kind)
   if cls is None:
-    raise InputError(f'{flag}: no such kind; kinds are {", ".join(classes)}')
+    what = 'no such dataclass is imported' if ':' in kind else 'no such kind'
+    raise InputError(f'{flag}: {what}; kinds are {", ".join(classes)}')
   needed = [
     f.name
     for f in dataclasses.fields(cls)

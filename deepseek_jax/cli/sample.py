@@ -8,24 +8,20 @@ python -m experiments.sample --workdir=runs/demo --prompt='a=' --prompt='b=' \\
 """
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 
 import deepseek_jax as ds
-from deepseek_jax import hf
 from deepseek_jax.cli import common, experiment_file
+from deepseek_jax.cli.opened import Opened, load
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
-from deepseek_jax.hf.source import absent
 from deepseek_jax.infer import chat
 from deepseek_jax.infer import sampling as sample
-from deepseek_jax.run import fit as loop
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
 _CONFIG = experiment_file.define_flag()
@@ -60,54 +56,7 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-class _Opened(NamedTuple):
-  """Holds what is sampled from.
-
-  Attributes:
-    model, variables: its pure functions and arrays.
-    tokenizer: of the run or folder.
-    folder: where the chat template is.
-    boundaries: tokens that begin and end a text.
-  """
-
-  model: ds.Model
-  variables: dict
-  tokenizer: object
-  folder: str
-  boundaries: boundaries.Boundaries
-
-
-def _load() -> _Opened:
-  """Returns the run or folder that the flags name, loaded."""
-  if bool(_WORKDIR.value) == bool(_HF.value):
-    raise InputError('give either --workdir=RUN or --hf=FOLDER')
-  if _WORKDIR.value:
-    run = loop.load(_WORKDIR.value)
-    return _Opened(
-      run.model,
-      run.variables,
-      run.tokenizer,
-      _WORKDIR.value,
-      boundaries.of_run(run.tokenizer),
-    )
-  folder = _HF.value
-  if not os.path.isdir(folder):
-    raise InputError(f'--hf={folder}: {absent(folder)}')
-  if os.path.exists(os.path.join(folder, hf.store.MODEL)):
-    config, variables = hf.restore(folder)
-    about = hf.store.Store(folder).notes.get('carried', {})
-  else:
-    config, variables = hf.load(folder)
-    about = None  # config.json
-  config = ds.changed(config, {'compute.dtype': _DTYPE.value})
-  from deepseek_jax.data import from_file
-
-  tokenizer = from_file(os.path.join(folder, 'tokenizer.json'))
-  around = boundaries.boundaries(folder, tokenizer, about)
-  return _Opened(ds.build(config), variables, tokenizer, folder, around)
-
-
-def _wanted(source: _Opened) -> boundaries.Boundaries:
+def _wanted(source: Opened) -> boundaries.Boundaries:
   """Returns what begins and ends the texts, by the folder and --bos."""
   around, bos = source.boundaries, source.tokenizer.bos_id
   if _CHAT.value:  # the template writes what begins a text
@@ -123,7 +72,7 @@ def _wanted(source: _Opened) -> boundaries.Boundaries:
   return around._replace(begins=around.begins or (bos,))
 
 
-def _prompts(source: _Opened) -> list[list[int]]:
+def _prompts(source: Opened) -> list[list[int]]:
   """Returns the token ids of every prompt, those of --after infilled."""
   tokenizer, around = source.tokenizer, source.boundaries.around
   if _AFTER.value is None:
@@ -140,7 +89,7 @@ def _prompts(source: _Opened) -> list[list[int]]:
   ]
 
 
-def _settings(source: _Opened) -> sample.SampleConfig:
+def _settings(source: Opened) -> sample.SampleConfig:
   """Returns how tokens are drawn.
 
   A stop text that is one token ends a row as the end of a text does.
@@ -154,7 +103,7 @@ def _settings(source: _Opened) -> sample.SampleConfig:
 
 
 def _drawn(
-  source: _Opened, prompts: Sequence[list[int]], key: jax.Array
+  source: Opened, prompts: Sequence[list[int]], key: jax.Array
 ) -> Iterator[list[int | None]]:
   """Yields the next token of every prompt; None where its text has ended."""
   cfg = _settings(source)
@@ -172,9 +121,7 @@ def _drawn(
     yield [None if end else int(t) for t, end in zip(tokens, ended)]
 
 
-def _stream(
-  source: _Opened, prompt: list[int], key: jax.Array
-) -> Iterator[int]:
+def _stream(source: Opened, prompt: list[int], key: jax.Array) -> Iterator[int]:
   """Returns the tokens that follow one prompt, until its text ends."""
   return itertools.takewhile(
     lambda token: token is not None,
@@ -183,7 +130,7 @@ def _stream(
 
 
 def _texts(
-  source: _Opened, prompts: Sequence[list[int]], key: jax.Array
+  source: Opened, prompts: Sequence[list[int]], key: jax.Array
 ) -> list[str]:
   """Returns what follows several prompts, drawn as one batch."""
   decoders = [source.tokenizer.decoder(prompt) for prompt in prompts]
@@ -203,7 +150,7 @@ def _texts(
   return [''.join(chat.until([text], _STOP.value)) for text in texts]
 
 
-def _converse(source: _Opened) -> None:
+def _converse(source: Opened) -> None:
   """Runs a chat on the terminal; a turn goes on from what is cached."""
   context = _CONTEXT.value
   cfg = ds.EngineConfig(slots=1, context=context, steps=4, contexts=(context,))
@@ -270,7 +217,7 @@ def main(argv: list[str]) -> None:
   del argv
   _check_flags()
   experiment_file.load_flag(_CONFIG)
-  source = _load()
+  source = load(_WORKDIR.value, _HF.value, _DTYPE.value)
   source = source._replace(
     variables=sample.prepare(source.model, source.variables),
     boundaries=_wanted(source),

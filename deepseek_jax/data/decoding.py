@@ -9,16 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class ByteDecoder:
-  """Decodes tokens that are bytes of UTF-8."""
+  """Decodes tokens that are bytes of UTF-8.
+
+  Attributes:
+    bytes_of: (id -> bytes) of the tokenizer.
+  """
 
   def __init__(self, token_bytes: Callable[[int], bytes]):
     """Takes the function (id -> bytes) of the tokenizer."""
-    self._bytes = token_bytes
+    self.bytes_of = token_bytes
     self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
   def feed(self, token: int) -> str:
     """Returns the text that is certain with this token; may be empty."""
-    return self._utf8.decode(self._bytes(token))
+    return self._utf8.decode(self.bytes_of(token))
 
   def finish(self) -> str:
     """Returns what is left when no token follows."""

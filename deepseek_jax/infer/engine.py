@@ -242,6 +242,7 @@ class Engine:
   def load(self, variables: dict) -> None:
     """Takes new weights: forgets prefixes, and recomputes what runs."""
     self._variables = prepare(self.model, variables)
+    self._store = _beside(self._store, self._variables)
     self._epoch += 1
     self._scheduler.forget()
 
@@ -295,8 +296,10 @@ class Engine:
   def _decode(self) -> list[Event]:
     """Lets all rows that can draw tokens: their events."""
     going = [s for s in self._scheduler.running if not s.to_prefill]
+    failed = [self._failed(s) for s in going if not _masked(s)]
+    going = [s for s in going if s.failure is None]
     if not going:
-      return []
+      return failed
     size = _least(self.cfg.row_buckets(), len(going))
     drafts = self.cfg.drafts_of(size)
     # A grammar says what comes next when it has seen what came.
@@ -314,7 +317,7 @@ class Engine:
         limits[one] = limit
     going = [s for s in going if s.slot is not None and s in limits]
     if not going:
-      return []
+      return failed
     size = _least(self.cfg.row_buckets(), len(going))
     drafts = self.cfg.drafts_of(size)
     bucket = Bucket(
@@ -336,7 +339,7 @@ class Engine:
       one.drafts[1] += rejected
       self._totals['accepted_drafts'] += int(out.accepted[i])
       self._totals['drafts'] += drafts * int(out.calls[i])
-    return [self._advance(one, i, out) for i, one in enumerate(going)]
+    return failed + [self._advance(s, i, out) for i, s in enumerate(going)]
 
   def _advance(self, one: Sequence, row: int, out: Decoded) -> Event:
     """Takes what a row has drawn: its event."""
@@ -357,6 +360,8 @@ class Engine:
       text += more
       if finish:
         break
+      if one.failure is not None:
+        return self._failed(one)
     if out.experts is not None:
       chosen = out.experts[row, : len(tokens)]
       one.experts = _counted(one.experts, chosen, self.model)
@@ -377,11 +382,13 @@ class Engine:
     text, finish = '', None
     stops = token in one.request.sampling.stop
     if one.matcher is not None:
-      stops |= not one.matcher.accept(token)
+      stops |= not _accepts(one, token)
       stops |= one.matcher.ended
     if one.text is not None and not stops:
       text = one.text.feed(token).text
       stops = one.text.stopped
+    if one.failure is not None:
+      return '', None
     if stops:
       finish = 'stop'
     elif one.left <= 0:
@@ -389,6 +396,10 @@ class Engine:
     if finish and one.text is not None:
       text += one.text.finish().text
     return text, finish
+
+  def _failed(self, one: Sequence) -> Event:
+    """Ends an answer whose grammar gave up, such as on a limit of its own."""
+    return self._ended(one, 'error', error=one.failure)
 
   def _keep(self, one: Sequence) -> None:
     """Makes full pages known, and keeps the rings where that is worth it."""
@@ -540,6 +551,37 @@ def _copied(store: Store, source: int, to: int) -> Store:
   """Returns the store with the rings of one slot in another, too."""
   copy = lambda a: a.at[:, to].set(a[:, source])
   return store._replace(slots=tuple(map(copy, store.slots)))
+
+
+def _masked(one: Sequence) -> bool:
+  """Notes what a sequence's grammar allows next; returns whether it could."""
+  try:
+    one.mask = one.matcher and one.matcher.mask()
+  except InputError as error:
+    one.failure = str(error)
+  return one.failure is None
+
+
+def _accepts(one: Sequence, token: int) -> bool:
+  """Returns whether a sequence's grammar takes a token."""
+  try:
+    return one.matcher.accept(token)
+  except InputError as error:
+    one.failure = str(error)
+    return True
+
+
+def _beside(store: Store, variables: dict) -> Store:
+  """Returns the store committed to the device that the variables are on.
+
+  What a program gives back is, if any of its arguments was: the first shape
+  would be compiled again for a store that came uncommitted. On several devices
+  the mesh decides.
+  """
+  places = {d for a in jax.tree.leaves(variables) for d in a.devices()}
+  if len(places) == 1 and any(a.committed for a in jax.tree.leaves(variables)):
+    return jax.device_put(store, places.pop())
+  return store
 
 
 def _least(buckets: tuple[int, ...], need: int) -> int:

@@ -86,5 +86,4 @@ def draws(
   each = [s.settings for s in some]
   if not each:
     each = [sampler.settings(Request((0,)), 0, vocab)]
-  allowed = [s.matcher and s.matcher.mask() for s in some]
-  return sampler.pack(each, allowed, history, vocab)
+  return sampler.pack(each, [s.mask for s in some], history, vocab)

@@ -36,6 +36,8 @@ class Sequence:
     reused: tokens of the prompt that a shared prefix spared.
     text: of its tokens, or None.
     matcher: of its grammar, or None.
+    mask: what the matcher allows next.
+    failure: why the matcher gave up.
     scores: log-probabilities of the prompt, with echo.
     experts: [L_moe, E] counts of the answer's choices, if they are kept.
     drafts: how many were accepted, how many rejected.
@@ -56,6 +58,8 @@ class Sequence:
   reused: int = 0
   text: Any = None
   matcher: Any = None
+  mask: Any = None
+  failure: str | None = None
   scores: list[LogProb | None] = dataclasses.field(default_factory=list)
   experts: Any = None
   drafts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])

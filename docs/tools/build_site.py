@@ -10,6 +10,7 @@ they name. MkDocs then builds with every warning an error.
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ import config_fields
 import pages
 
 SITE = pages.ROOT / 'build' / 'docs'
+_LOADED = re.compile(
+  r'<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)="(https?://[^"]+)"'
+)
 _NEEDED = {'mkdocs': 'mkdocs', 'material': 'mkdocs-material'}
 # Starts a launcher for each command line of stdin, in a child of its own; what
 # would do the work only looks at the configuration.
@@ -122,6 +126,11 @@ def parse_commands(texts: dict[str, str]) -> list[str]:
   return faults
 
 
+def loads_elsewhere(html: str) -> list[str]:
+  """Returns what a built page would load from other sites."""
+  return _LOADED.findall(html)
+
+
 def main() -> int:
   """Returns 0 if everything holds; prints a line for what does not."""
   absent = missing()
@@ -146,6 +155,9 @@ def main() -> int:
   )
   if built.returncode:
     faults.append('mkdocs: see above')
+  for path in sorted(SITE.rglob('*.html')):
+    for address in loads_elsewhere(path.read_text()):
+      faults.append(f'{path.name}: loads {address}')
   for line in faults:
     print(line, file=sys.stderr)
   if not faults:

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepseek_jax as ds
 from deepseek_jax import fields, plan
+from deepseek_jax.serve.config import ServeConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'config.md'
@@ -27,6 +28,12 @@ TREES = (
   ),
   (ds.Request, None, '', ''),
   (ds.SampleConfig, None, '', ''),
+  (
+    ServeConfig,
+    None,
+    'The server',
+    'What `experiments.serve` makes of its flags.',
+  ),
   (
     plan.Recipe,
     'recipe',

@@ -83,7 +83,7 @@ class KindsTest(parameterized.TestCase):
     ('model.attention', 'gqqa', 'kinds are mla, gqa, dsa, sharedkv, nsa'),
     ('model.attention', 'None', 'model.attention = None'),
     ('model.engram', 'engram', 'has no default for base; write --config'),
-    ('model.attention', 'mine:Window', 'no such kind'),
+    ('model.attention', 'mine:Window', 'no such dataclass is imported; kinds'),
   )
   def test_a_kind_that_is_none_is_named(self, path, kind, words):
     with self.assertRaisesRegex(ds.InputError, words):

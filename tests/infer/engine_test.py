@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
 from deepseek_jax.infer.paging import paging
@@ -21,6 +22,12 @@ GREEDY = Sampling(temperature=0)
 SMALL = EngineConfig(
   slots=3, context=CONTEXT, page=8, budget=16, steps=3, contexts=(CONTEXT,)
 )
+
+
+class SmallBytes(ByteTokenizer):
+  """Fits the tiny models, whose vocabulary is smaller than bytes."""
+
+  vocab_size = tiny.VOCAB
 
 
 def engine(name='gqa', variables=None, text=None, **change):
@@ -192,6 +199,47 @@ class ContractTest(parameterized.TestCase):
       )
     answers = run.run(asked)
     self.assertLen(answers, 300)
+    self.assertEqual(run.stats['compilations'], before)
+
+  @parameterized.parameters('mask', 'accept')
+  def test_a_grammar_that_gives_up_fails_its_own_answer_alone(self, where):
+    # llguidance has limits that an answer may meet in its middle.
+    class Gives:
+      calls, ended = 0, False
+
+      def matcher(self, *_):
+        return self
+
+      def mask(self):
+        self.meets('mask')
+        return np.full(-(-tiny.VOCAB // 32), -1, np.int32)
+
+      def accept(self, token):
+        self.meets('accept')
+        return True
+
+      def meets(self, what):
+        self.calls += what == where
+        if self.calls == 3:
+          raise InputError('grammar: too many states')
+
+    asked = requests(3, seed=5)
+    alone = engine(text=SmallBytes()).run(asked[1:])
+    asked[0] = dataclasses.replace(asked[0], grammar=Gives())
+    run = engine(text=SmallBytes())
+    (failed,), *others = run.run(asked)
+    self.assertEqual(failed.finish, 'error')
+    self.assertIn('too many states', failed.error)
+    self.assertEqual([a.tokens for [a] in others], [a.tokens for [a] in alone])
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
+
+  def test_nor_for_weights_that_were_put_on_a_device(self):
+    # As a run's are when they are read back.
+    held = jax.device_put(families.variables('gqa'), jax.devices()[0])
+    run = engine(variables=held, rows=(3,), budget=8)
+    run.warm_up()
+    before = run.stats['compilations']
+    run.run(requests(2))
     self.assertEqual(run.stats['compilations'], before)
 
   @parameterized.parameters('gqa', 'nsa', 'v4')

@@ -1,0 +1,1 @@
+"""Serves a model over HTTP in OpenAI's manner, with a page to chat on."""

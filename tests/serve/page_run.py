@@ -1,0 +1,50 @@
+"""Tests the chat page in a real browser: python -m tests.serve.page_run.
+
+Needs playwright (extra `pages`) and Chromium: that of the system, or the one
+that `playwright install chromium` brings.
+"""
+
+import os
+import shutil
+import sys
+
+NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+
+
+def browser():
+  """Returns the path of a browser; None for playwright's own.
+
+  Raises RuntimeError, one line that says what is missing.
+  """
+  try:
+    from playwright.sync_api import sync_playwright
+  except ImportError:
+    raise RuntimeError(
+      "playwright is missing: pip install 'deepseek_jax[pages]'"
+    ) from None
+  found = next(filter(None, map(shutil.which, NAMES)), None)
+  if found is not None:
+    return found
+  with sync_playwright() as playwright:
+    if os.path.exists(playwright.chromium.executable_path):
+      return None
+  raise RuntimeError(
+    f'no browser: none of {", ".join(NAMES)} is installed (Debian: apt-get'
+    ' install chromium; else: playwright install chromium)'
+  )
+
+
+def main():
+  try:
+    browser()
+  except RuntimeError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  import pytest
+
+  where = os.path.join(os.path.dirname(__file__), 'page_test.py')
+  sys.exit(pytest.main([where, '-m', 'slow', '-s', *sys.argv[1:]]))
+
+
+if __name__ == '__main__':
+  main()

@@ -14,7 +14,7 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,grammar,hf,serve,tensorboard]'
+	$(BIN)/pip install --quiet --editable '.[dev,grammar,hf,serve,tensorboard,verifiers]'
 	touch $@
 
 # Trains a V3-style model on the source of Python's standard library,
@@ -30,7 +30,7 @@ test: $(VENV)/.test
 
 # The sweeps over layers and small models that `test` leaves out.
 sweeps: $(VENV)/.test
-	$(PYTEST) -m slow tests/model tests/train tests/infer tests/record \
+	$(PYTEST) -m slow tests/model tests/train tests/infer tests/rl tests/record \
 	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py)
 
 # Long runs of the inference engine, with the table of near-ties.
@@ -104,6 +104,14 @@ bench-sparse: $(VENV)/.test
 # Every notebook from top to bottom, with small parameters.
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py
+
+# The documentation, offline: links, commands and Python blocks checked.
+$(VENV)/.docs: pyproject.toml $(VENV)/.run
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+.PHONY: docs
+docs: $(VENV)/.docs
+	$(BIN)/python docs/tools/build_site.py
 
 # The wheel in a bare environment of each Python that is there, used from a
 # folder with an experiments/ of its own. PYTHONS='3.12' chooses.

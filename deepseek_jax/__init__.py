@@ -34,6 +34,12 @@ from deepseek_jax.record.metric import Metric
 from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
 from deepseek_jax.record.writers import ScalarWriter
+from deepseek_jax.rl.advantages import AdvantageConfig
+from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
+from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.fit import Run, fit
 from deepseek_jax.run.folder import Loaded, load

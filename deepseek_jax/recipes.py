@@ -5,10 +5,16 @@ Each function returns a `RunConfig`, which `ds.changed` edits:
 the source code of Python's standard library unless `data.path` says otherwise.
 """
 
+import dataclasses
+
 from deepseek_jax import presets
 from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.model.transformer_config import TransformerConfig
+from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
+from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.muon import MuonConfig
@@ -140,4 +146,62 @@ def engram_tiny() -> RunConfig:
   """
   return _run(
     presets.engram_tiny(), _train(2e5, ScheduleConfig(peak=3e-3, warmup=10))
+  )
+
+
+def sft_tiny() -> RunConfig:
+  """Returns fine-tuning on conversations in bytes, packed into 256 tokens.
+
+  `data.path` names them. It begins with the weights of a run (`init_from`) or
+  fresh, and takes that run's `tokenizer.json` and model. Router biases are
+  frozen; the rate falls to a tenth, as R1's does (arXiv:2501.12948).
+  """
+  made = _run(
+    presets.v3_tiny(),
+    _train(
+      2e5,
+      ScheduleConfig('cosine', peak=1e-3, warmup=10),
+      mtp_weight=SwitchConfig(0.1, 0.1, 0.5),
+      bias_rate=SwitchConfig(0.0, 0.0, 0.5),
+    ),
+    validate=50,
+    checkpoint_every=100,
+    path='conversations.jsonl',
+    tokenizer='bytes',
+    fim_rate=0.0,
+    heldout_fraction=0.1,
+  )
+  return dataclasses.replace(
+    made, objective=SFTConfig(), chat=ChatConfig('plain')
+  )
+
+
+def grpo_tiny() -> RunConfig:
+  """Returns reinforcement on the task that `data.path` names, in bytes.
+
+  It begins with the weights of a run (`init_from`), as of `sft_tiny`: a model
+  that never answers rightly learns nothing. Group mean and deviation, no KL,
+  DAPO's clip range; router biases are frozen.
+  """
+  made = _run(
+    presets.v3_tiny(),
+    _train(
+      64 * 128 * 200.0,
+      ScheduleConfig('constant', peak=3e-4, warmup=0),
+      bias_rate=SwitchConfig(0.0, 0.0, 0.5),
+    ),
+    validate=20,
+    checkpoint_every=50,
+    path='task.json',
+    tokenizer='bytes',
+    fim_rate=0.0,
+  )
+  return changed(
+    dataclasses.replace(
+      made,
+      objective=GRPOConfig(clip_high=0.28),
+      rollouts=RolloutConfig(prompts=32, group=8, most=32),
+      chat=ChatConfig('plain'),
+    ),
+    {'data.seq_len': 128, 'train.batch.size': 64, 'evaluate.documents': 64},
   )

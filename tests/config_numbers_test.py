@@ -57,6 +57,12 @@ from deepseek_jax.plan.bubbles import Durations
 from deepseek_jax.plan.compiled import Program
 from deepseek_jax.plan.device_shares import Mesh
 from deepseek_jax.plan.memory import Training
+from deepseek_jax.rl.advantages import AdvantageConfig, LengthPenaltyConfig
+from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
+from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.train.gate import GateConfig
 from deepseek_jax.train.muon import MuonConfig
@@ -128,6 +134,20 @@ EXAMPLES = (
   YarnConfig(attention_factor=1.0),
   LinearConfig(),
   PretrainingConfig(),
+  AdvantageConfig(),
+  LengthPenaltyConfig(20, 4),
+  ChatConfig(),
+  DistillConfig(),
+  RolloutConfig(),
+  SFTConfig(),
+  GRPOConfig(
+    dual_clip=3.0,
+    kl='k3',
+    kl_weight=0.1,
+    off_policy_bound=0.1,
+    aggregation='constant',
+    length=8,
+  ),
 )
 _NONE = 'there is none of it'
 _NEVER = 'it never happens'
@@ -135,6 +155,12 @@ _FREE = 'the weight of a loss that is left out'
 _SIGN = 'any finite number has a meaning'
 _SEED = 'seeds are 32 bits without a sign'
 ALLOWED = {
+  (AdvantageConfig, 'eps'): ('zero', _NONE),
+  (ChatConfig, 'shown'): ('zero', _NONE),
+  (DistillConfig, 'beta'): ('zero', 'the forward divergence'),
+  (GRPOConfig, 'clip_low'): ('zero', 'no ratio below 1'),
+  (GRPOConfig, 'clip_high'): ('zero', 'no ratio above 1'),
+  (GRPOConfig, 'off_policy_bound'): ('zero', 'whatever fell is dropped'),
   (BalanceConfig, 'sequence'): ('zero', _FREE),
   (BalanceConfig, 'expert'): ('zero', _FREE),
   (BalanceConfig, 'device'): ('zero', _FREE),

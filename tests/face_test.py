@@ -18,6 +18,8 @@ RECIPES = (
   'v4_tiny',
   'nsa_tiny',
   'engram_tiny',
+  'sft_tiny',
+  'grpo_tiny',
 )
 
 

@@ -8,6 +8,8 @@ Legend: B batch, T tokens that the model reads, S = T + 1.
 """
 
 import hashlib
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,11 +81,7 @@ def dataset(
         f'data.seq_len={config.seq_len}: {store.path}/{TRAIN} has only '
         f'{len(tokens)} tokens of {path!r}; set it below that or add text'
       )
-    # Grain shuffles epoch e with seed + e: hashed, so that the second epoch of
-    # one seed isn't the first of the next.
-    digest = hashlib.sha256(f'order {salt}'.encode()).digest()
-    seed = int.from_bytes(digest[:4], 'big')
-    order = grain.MapDataset.range(len(windows)).shuffle(seed=seed).repeat()
+    order = shuffled(len(windows), salt)
     each.append(order.map_with_index(_Cut(number, windows, recut)))
   if len(each) == 1:
     return each[0]
@@ -100,6 +98,20 @@ class _Cut:
     """Returns the source and window i, cut as in the epoch of the place."""
     epoch = index // len(self._windows) if self._recut else 0
     return self._source, self._windows.at(int(i), epoch)
+
+
+def shuffled(count: int, salt: str) -> Any:
+  """Returns an endless `grain.MapDataset` of numbers below `count`.
+
+  Each epoch has another order, which the salt decides.
+  """
+  import grain
+
+  # Grain shuffles epoch e with seed + e: hashed, so that the second epoch of
+  # one seed isn't the first of the next.
+  digest = hashlib.sha256(f'order {salt}'.encode()).digest()
+  seed = int.from_bytes(digest[:4], 'big')
+  return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
 
 
 def segment(
@@ -132,13 +144,16 @@ class Batches:
   Attributes:
     windows: in an epoch.
     ngrams: set to a ngrams.NGrams, batches have its rows too.
+    told: numbers to record of the last batch.
     drawn: windows of each source so far.
   """
+
+  told: Mapping[str, float] = types.MappingProxyType({})
 
   def __init__(self, store: TokenStore, config: DataConfig):
     """Begins the stream at its first window."""
     self._store, self._config = store, config
-    self._read(recut=True)
+    self._open(recut=True)
     self._eos_id = store.eos_id
     self._cross_document = config.cross_document
     each = (len(Windows(part, config.seq_len)) for part in store.parts())
@@ -157,7 +172,7 @@ class Batches:
     self._next = 0
     self.ngrams = None
 
-  def _read(self, *, recut: bool) -> None:
+  def _open(self, *, recut: bool) -> None:
     """Sets the dataset that is read, and whether epochs are cut anew."""
     self._recut = recut
     self._dataset = dataset(self._store, self._config, recut=recut)
@@ -203,19 +218,29 @@ class Batches:
     rows = batch_size // process_count
     start = self._next + process_index * rows
     # By number alone, so any process count reads the same global batch.
-    tokens = np.stack([self._dataset[i][1] for i in range(start, start + rows)])
+    out, segments, positions = self._arrays(range(start, start + rows))
     if self._config.sources:
       for i in range(self._next, self._next + batch_size):
         self.drawn[self._dataset[i][0]] += 1
     self._next += batch_size
+    if self.ngrams is not None:
+      out['ngrams'] = self.ngrams(out['tokens'], segments, positions)
+    return out
+
+  def _arrays(
+    self, numbers: range
+  ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Returns the arrays of windows, their segments and their positions."""
+    tokens = np.stack([self._dataset[i][1] for i in numbers])
     eos_id = None if self._cross_document else self._eos_id
     segments, positions = segment(tokens, eos_id)
     out = {'tokens': tokens}
     if not self._cross_document:
       out |= {'segments': segments, 'positions': positions}
-    if self.ngrams is not None:
-      out['ngrams'] = self.ngrams(tokens, segments, positions)
-    return out
+    return out, segments, positions
+
+  def see(self, variables: Callable[[], dict]) -> None:
+    """Takes a way to the weights of the next step; windows need none."""
 
   def get_state(self) -> dict:
     """Returns all that a resumed run needs; constant size, ready for JSON.
@@ -258,4 +283,4 @@ class Batches:
     drawn = state.get('drawn', [0] * len(self.drawn))
     self.drawn = [int(n) for n in drawn]
     # A run of an earlier version goes on with the windows that it has.
-    self._read(recut=state.get('cut') == 'epoch')
+    self._open(recut=state.get('cut') == 'epoch')

@@ -31,6 +31,9 @@ Args:
   before: [B N-1] int32, of a model with Engrams and a cache: the tokens before
     a row's first one, in order, instead of those that the cache has seen last.
     What would lie before a document may be anything.
+  routes: [B T L K] int32, experts of each token in each layer that has some, in
+    order: they are used, and weighted by the live scores. -1 leaves a token to
+    the router, as do hash routing and the blocks of multi-token prediction.
 
 Returns:
   An Output: logits [B T V] float32, hidden [B T D], the cache with these tokens

@@ -25,6 +25,7 @@ class Context(NamedTuple):
   fresh: bool = True  # nothing is cached: tokens attend to each other only
   rows: jax.Array | None = None  # [B T L K] int32, see memory/engram.py
   before: jax.Array | None = None  # [B N-1] int32, see memory/ngram_hash.py
+  routes: jax.Array | None = None  # [B T L K], in a layer [B T K]; see router
 
   @property
   def valid(self) -> jax.Array | None:

@@ -26,6 +26,7 @@ class Given(NamedTuple):
   segment_ids: Any = None  # [B T] or None
   ngrams: Any = None  # [B T L K] or None
   before: Any = None  # [B N-1] or None
+  routes: Any = None  # [B T L K] or None, of layers with experts
 
 
 def check(config: Any, given: Given, cache: Cache | None) -> None:
@@ -38,6 +39,7 @@ def check(config: Any, given: Given, cache: Cache | None) -> None:
   """
   _check(config, given, cache)
   _check_before(config, given, cache)
+  _check_routes(config, given)
 
 
 def _check(config: Any, given: Given, cache: Cache | None) -> None:
@@ -211,6 +213,42 @@ def _shape(array: Any) -> str:
   if hasattr(array, 'dtype') and hasattr(array, 'shape'):
     return f'{array.dtype}{list(array.shape)}'
   return f'{type(array).__name__}, no array'
+
+
+def _check_routes(config: Any, given: Given) -> None:
+  """Raises InputError for experts that a router could not have chosen."""
+  if given.routes is None:
+    return
+  layers = [
+    layer.block.ffn
+    for layer in config.in_order()
+    if hasattr(layer.block.ffn, 'experts')
+  ]
+  sizes = {ffn.top_k for ffn in layers}
+  wanted = (*given.tokens.shape, len(layers), max(sizes, default=0))
+  whole = jnp.issubdtype(getattr(given.routes, 'dtype', float), jnp.integer)
+  if getattr(given.routes, 'shape', None) != wanted or not whole:
+    raise InputError(
+      f'routes: {_shape(given.routes)}; must be integers {list(wanted)}, the'
+      ' experts of each token in each layer that has some'
+    )
+  if len(sizes) > 1:
+    raise InputError(
+      f'routes: layers take {sorted(sizes)} experts; only a model whose layers'
+      ' take equally many can replay them'
+    )
+  routes = known(given.routes)
+  if routes is None:
+    return
+  experts = min(ffn.experts for ffn in layers)
+  _check_range('routes', np.maximum(routes, 0), experts, 'experts', None)
+  ordered = np.sort(routes, axis=-1)
+  twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+  if twice.any():
+    raise InputError(
+      f'routes: token {list(map(int, np.argwhere(twice)[0][:2]))} [row, token]'
+      ' has an expert twice'
+    )
 
 
 def _check_before(config: Any, given: Given, cache: Cache | None) -> None:

@@ -137,7 +137,12 @@ class Transformer(nnx.Module):
     return jax.checkpoint(body, policy=policies[self.cfg.compute.remat])
 
   def _segment(
-    self, blocks: nnx.List, stream: jax.Array, ctx: Context, caches: tuple
+    self,
+    blocks: nnx.List,
+    stream: jax.Array,
+    ctx: Context,
+    caches: tuple,
+    routes: tuple,
   ) -> tuple[jax.Array, Any, Any]:
     """Runs one segment's repeats.
 
@@ -146,6 +151,7 @@ class Transformer(nnx.Module):
       stream: [B T D] or [B T n D].
       ctx: the tokens.
       caches: per block of the pattern, stacked [repeat ...], or None.
+      routes: per block, the experts to use [repeat B T K], or None.
 
     Returns:
       The stream, and the caches and statistics stacked as `caches` is.
@@ -153,20 +159,23 @@ class Transformer(nnx.Module):
 
     def body(stream: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
       out = []
-      for block, past in zip(*layer):
-        stream, past, stats = block(stream, ctx, past)
+      # Routes are arguments, so that recomputation replays them, too.
+      for block, past, route in zip(*layer):
+        stream, past, stats = block(stream, ctx._replace(routes=route), past)
         out.append((past, stats))
       return stream, tuple(zip(*out))
 
     body = self._remat(body)
     repeat = jax.tree.leaves(blocks)[0].shape[0]
     if self.cfg.compute.scan and repeat > 1:
-      stream, (caches, stats) = jax.lax.scan(body, stream, (blocks, caches))
+      stream, (caches, stats) = jax.lax.scan(
+        body, stream, (blocks, caches, routes)
+      )
       return stream, caches, stats
     # Unrolled: one layer is taken out of the stack at a time.
     each = []
     for i in range(repeat):
-      layer = jax.tree.map(lambda a, i=i: a[i], (blocks, caches))
+      layer = jax.tree.map(lambda a, i=i: a[i], (blocks, caches, routes))
       stream, out = body(stream, layer)
       each.append(out)
     caches, stats = jax.tree.map(lambda *a: jnp.stack(a), *each)
@@ -191,12 +200,32 @@ class Transformer(nnx.Module):
       The stream, and lists of caches and of statistics, one per segment.
     """
     caches, statistics = [], []
+    routes = self._routes(ctx)
     for i, blocks in enumerate(self.segments):
       past = cache.layers[i] if cache else (None,) * len(blocks)
-      stream, past, stats = self._segment(blocks, stream, ctx, past)
+      stream, past, stats = self._segment(blocks, stream, ctx, past, routes[i])
       caches.append(past)
       statistics.append(stats)
     return stream, caches, statistics
+
+  def _routes(self, ctx: Context) -> list[tuple]:
+    """Returns by segment and block the experts to use [repeat B T K], or None.
+
+    Layers with experts are numbered in order: a pattern's, then its repeat's.
+    """
+    out, start = [], 0
+    for segment in self.cfg.segments():
+      has = [hasattr(block.ffn, 'experts') for block in segment.blocks]
+      if ctx.routes is None or not any(has):
+        out.append((None,) * len(has))
+        continue
+      end = start + segment.repeat * sum(has)
+      part = jnp.moveaxis(ctx.routes[:, :, start:end], 2, 0)
+      part = part.reshape(segment.repeat, sum(has), *part.shape[1:])
+      own = iter(range(sum(has)))
+      out.append(tuple(part[:, next(own)] if h else None for h in has))
+      start = end
+    return out
 
   def leave(
     self, stream: jax.Array, ctx: Context, mtp: bool, mtp_state: bool = False
@@ -284,6 +313,7 @@ class Transformer(nnx.Module):
   ) -> tuple[list[dict], list[jax.Array]]:
     """Runs the depths of MTP: (statistics, states for the head [B T D])."""
     statistics, states = [], []
+    ctx = ctx._replace(routes=None)  # the sampler's draft is another token's
     for depth, module in enumerate(self.mtp, start=1):
       # Depth k embeds the token k places on, at the place that predicts.
       at = shifted(ctx, depth)

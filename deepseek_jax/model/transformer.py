@@ -19,7 +19,7 @@ from deepseek_jax.errors import InputError, told
 from deepseek_jax.model import calls, drafting, kernels, lora
 from deepseek_jax.model import given as inputs
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.context import context
+from deepseek_jax.model.context import Context, context
 from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.functional import functional
 from deepseek_jax.model.network import Output, Transformer
@@ -103,6 +103,31 @@ def _built(function: Callable) -> bool:
   )
 
 
+def _context(
+  config: TransformerConfig,
+  given: inputs.Given,
+  cache: Cache | None,
+  train: bool,
+) -> Context:
+  """Returns what the layers read of a call's arrays."""
+  fresh, positions = cache is None or cache.fresh, given.positions
+  if positions is None and not fresh:
+    # Later calls go on after the cached tokens of each row.
+    positions = cache.length[:, None] + jnp.arange(given.tokens.shape[1])
+  ctx = context(
+    given.tokens,
+    given.segment_ids,
+    config.vocab_size,
+    positions=positions,
+    rows=given.ngrams,
+    before=given.before,
+    cached=cache is not None,
+    train=train,
+    fresh=fresh,
+  )
+  return ctx._replace(routes=given.routes)
+
+
 def _apply(
   config: TransformerConfig, call: Callable, check: Callable[[dict], None]
 ) -> Callable[..., Output]:
@@ -120,25 +145,12 @@ def _apply(
     mtp_state: bool = False,
     ngrams: jax.Array | None = None,
     before: jax.Array | None = None,
+    routes: jax.Array | None = None,
   ) -> Output:
     check(variables)
-    given = inputs.Given(tokens, positions, segment_ids, ngrams, before)
+    given = inputs.Given(tokens, positions, segment_ids, ngrams, before, routes)
     inputs.check(config, given, cache)
-    fresh = cache is None or cache.fresh
-    if positions is None and not fresh:
-      # Later calls go on after the cached tokens of each row.
-      positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
-    ctx = context(
-      tokens,
-      segment_ids,
-      config.vocab_size,
-      positions=positions,
-      rows=ngrams,
-      before=before,
-      cached=cache is not None,
-      train=train,
-      fresh=fresh,
-    )
+    ctx = _context(config, given, cache, train)
     with kernels.using(config.compute.kernels, config.compute.dtype):
       return call(variables)(ctx, cache, mtp, mtp_state)
 

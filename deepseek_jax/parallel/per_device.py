@@ -8,6 +8,7 @@ Legend: B sequences, T tokens, N tokens of a device.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -37,21 +38,22 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return here(jax.lax.stop_gradient(x))
 
 
-def token_sum(f: Callable, tokens: tuple, weight: jax.Array) -> jax.Array:
+def token_sum(f: Callable, tokens: tuple, weight: Any) -> jax.Array:
   """Returns the sum over all tokens of what `f` gives for those of a device.
 
   Args:
     f: (*arrays [N ...], weight) -> scalar, a sum over N.
     tokens: arrays [B T ...].
-    weight: [D V]; every device takes all of it, unless the mesh shards the
-      vocabulary. Then the partitioner decides.
+    weight: [D V], or a tree of arrays [... V]; every device takes all of it,
+      unless the mesh shards the vocabulary. Then the partitioner decides.
 
   Returns:
     A scalar.
   """
   using = sharding.current()
   flat = lambda arrays: [a.reshape(-1, *a.shape[2:]) for a in arrays]
-  if using is None or sharding.ways('vocab', weight.shape[-1]) > 1:
+  vocab = jax.tree.leaves(weight)[0].shape[-1]
+  if using is None or sharding.ways('vocab', vocab) > 1:
     return f(*flat(tokens), weight)
   specs = [
     using.spec(('batch', 'seq', *(None,) * (a.ndim - 2)), a.shape)
@@ -60,7 +62,7 @@ def token_sum(f: Callable, tokens: tuple, weight: jax.Array) -> jax.Array:
   names = lambda part: (part,) if isinstance(part, str) else part or ()
   over = tuple(name for part in specs[0] for name in names(part))
 
-  def here(tokens: tuple[jax.Array, ...], weight: jax.Array) -> jax.Array:
+  def here(tokens: tuple[jax.Array, ...], weight: Any) -> jax.Array:
     return jax.lax.psum(f(*flat(tokens), weight), over)
 
   return jax.shard_map(

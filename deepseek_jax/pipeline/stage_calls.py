@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.model import kernels
 from deepseek_jax.model.context import Context, context
 from deepseek_jax.pipeline.stages import Stage
@@ -43,6 +44,11 @@ def trained(
   """
   module = stage.functional.merge(variables)
   inputs = objective.inputs(batch)
+  if inputs.routes is not None:
+    raise InputError(
+      'mesh.stage: a pipeline does not replay routes; set keep_routing = False'
+      ' or mesh.stage = 1'
+    )
   ctx = context(
     inputs.tokens,
     inputs.segments,

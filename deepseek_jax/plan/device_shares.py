@@ -27,7 +27,11 @@ AXES = ('data', 'fsdp', 'expert', 'tensor', 'context', 'stage')
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Holds sizes of the mesh axes; their product is the number of devices."""
+  """Holds sizes of the mesh axes; their product is the number of devices.
+
+  Attributes:
+    data, fsdp, expert, tensor, context, stage: as in `MeshConfig`.
+  """
 
   data: int = 1
   fsdp: int = 1

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import jax
 
-from deepseek_jax import data as datalib
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json, code_of
+from deepseek_jax.run.sources import Store
 
 _SHOWN = 3
 
@@ -40,7 +40,7 @@ def check_config(config: RunConfig) -> None:
   distributed.wait_for_all()  # none writes before all agree
 
 
-def check_data(config: RunConfig, store: datalib.TokenStore) -> None:
+def check_data(config: RunConfig, store: Store) -> None:
   """Compares the text that is trained and validated on, and the tokenizer.
 
   Raises:

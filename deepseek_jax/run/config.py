@@ -8,6 +8,11 @@ from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.grpo import GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
+from deepseek_jax.rl.rollout import check as check_rollouts
+from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run import integrity
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.objective import PretrainingConfig
@@ -68,6 +73,10 @@ class RunConfig:
     model, data, train, evaluate, safety, mesh: see there.
     objective: what is optimised: any dataclass with `build(model)` that returns
       an `Objective`.
+    rollouts: data.path is a task, see rl.tasks, whose answers are sampled by
+      the weights that learn; None: data are read.
+    chat: data.path holds conversations, which are written like this; None: it
+      holds text.
     seed: of the initialisation; the data have their own.
     checkpoint_every: steps between checkpoints (0: only at the end).
     keep: checkpoints that stay.
@@ -79,7 +88,9 @@ class RunConfig:
   model: TransformerConfig
   data: datalib.DataConfig
   train: TrainConfig
-  objective: PretrainingConfig = PretrainingConfig()
+  objective: PretrainingConfig | SFTConfig | GRPOConfig = PretrainingConfig()
+  rollouts: RolloutConfig | None = None
+  chat: ChatConfig | None = None
   evaluate: EvaluateConfig = EvaluateConfig()
   safety: SafetyConfig = SafetyConfig()
   mesh: MeshConfig = MeshConfig()
@@ -95,6 +106,13 @@ class RunConfig:
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()
+    if self.rollouts is not None:
+      self._check_rollouts()
+    if isinstance(self.objective, SFTConfig) and self.chat is None:
+      raise InputError(
+        'objective = sft: learns the answers of conversations; set chat, as in'
+        " chat = ChatConfig('plain')"
+      )
     if self.data.vocab_size > self.model.vocab_size:
       raise InputError(
         f'data.vocab_size = {self.data.vocab_size}: more than'
@@ -107,6 +125,25 @@ class RunConfig:
         f'train.recall_goal = {self.train.recall_goal}: no attention of this'
         ' model measures recall, so the run would never reach it; set it to 0'
         " or take sparse attention with recall_queries or stage = 'dense'"
+      )
+
+  def _check_rollouts(self) -> None:
+    """Raises InputError where rollouts do not fit objective, chat or mesh."""
+    if not isinstance(self.objective, GRPOConfig) or self.chat is None:
+      raise InputError(
+        'rollouts: are learnt from by a GRPO objective, and prompts are written'
+        ' by a chat; set objective and chat, or rollouts = None'
+      )
+    check_rollouts(self.rollouts, self.objective)
+    if self.objective.keep_routing or self.objective.keep_sampling_mask:
+      raise InputError(
+        'objective.keep_routing, objective.keep_sampling_mask: the engine'
+        ' returns neither the experts of a token nor the tokens that it kept;'
+        ' set both to False'
+      )
+    if self.mesh != MeshConfig():
+      raise InputError(
+        f'mesh = {self.mesh}: rollouts run on one device; leave the mesh out'
       )
 
   def _check_numbers(self) -> None:

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from deepseek_jax import data as datalib
 from deepseek_jax import say
+from deepseek_jax.data.batches import Batches
 from deepseek_jax.errors import InputError, told
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
@@ -21,7 +21,7 @@ from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.record.writers import ScalarWriter
-from deepseek_jax.run import agreement
+from deepseek_jax.run import agreement, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
@@ -62,7 +62,7 @@ class Run:
 
   config: RunConfig
   model: Model
-  store: datalib.TokenStore
+  store: sources.Store
   state: TrainState
   tokens_per_second: float | None  # median of this launch; None without steps
 
@@ -84,7 +84,7 @@ def _check(config: object) -> None:
 
 def _opened(
   config: RunConfig, model: Model, workdir: Path, console: bool
-) -> tuple[datalib.TokenStore, datalib.Batches, list[str]]:
+) -> tuple[sources.Store, Batches, list[str]]:
   """Opens the data of a run and claims its folder.
 
   Returns:
@@ -96,8 +96,8 @@ def _opened(
     told = say.warn if first else lambda line: None
     if first and console:
       print(f'reading {", ".join(config.data.paths)}', flush=True)
-    store = datalib.build(config.data, say=told)
-    batches = datalib.Batches(store, config.data)
+    store = sources.opened(config, told)
+    batches = sources.batches(store, config)
     # A begun run has its weights, whatever became of their source.
     begun = (workdir / 'config.json').exists()
     if first and config.init_from and not begun:
@@ -111,8 +111,7 @@ def fit(
   workdir: str | Path,
   *,
   console: bool = True,
-  announce: Callable[[RunConfig, datalib.TokenStore], Iterable[str]]
-  | None = None,
+  announce: Callable[[RunConfig, sources.Store], Iterable[str]] | None = None,
   writers: Sequence[ScalarWriter] = (),
   profile: tuple[int, int] | None = None,
 ) -> Run:

@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.record import last_steps, metrics
-from deepseek_jax.run import folder
+from deepseek_jax.run import folder, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train.step import TrainState, train_step
@@ -61,7 +62,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   if step > config.steps:
     raise InputError(f'step = {step}: the run has {config.steps} steps')
   model = build(config.model)
-  batches = datalib.Batches(datalib.build(config.data), config.data)
+  batches = sources.batches(sources.opened(config, say.warn), config)
   # From the nearest checkpoint on, the same program on the same batches.
   state = _before(workdir, step, config, model, batches)
   run = jax.jit(

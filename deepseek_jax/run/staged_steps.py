@@ -236,6 +236,11 @@ class StagedSteps:
     held = cutting.join_each(self._pipeline.stages, state.held)
     return TrainState(state.step, state.sequences, *held, state.gate)
 
+  def variables(self, state: StagedState) -> dict:
+    """Returns what the whole model is applied with."""
+    whole = self.whole(state)
+    return {'params': whole.params, 'buffers': whole.buffers}
+
   def buffers(self, state: StagedState) -> dict:
     """Returns the model's buffers, on the host."""
     return self._pipeline.join([held.buffers for held in state.held])

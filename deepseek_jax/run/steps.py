@@ -73,6 +73,10 @@ class Steps:
     """Returns a state as a checkpoint stores it."""
     return state
 
+  def variables(self, state: TrainState) -> dict:
+    """Returns what the model is applied with."""
+    return {'params': state.params, 'buffers': state.buffers}
+
   def buffers(self, state: TrainState) -> dict:
     """Returns the model's buffers."""
     return state.buffers

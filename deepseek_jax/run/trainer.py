@@ -13,7 +13,7 @@ from deepseek_jax.errors import Preempted, RunAborted
 from deepseek_jax.record import last_steps
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
-from deepseek_jax.run import soundness
+from deepseek_jax.run import soundness, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
@@ -31,7 +31,7 @@ class Trainer:
   """Trains from the state that a run begins with to its end."""
 
   config: RunConfig
-  store: datalib.TokenStore
+  store: sources.Store
   batches: datalib.Batches
   steps: Steps | StagedSteps
   checkpoints: Checkpoints
@@ -120,7 +120,11 @@ class Trainer:
     first, writer = self.batches.get_state()['next_index'], self.record.writer
     block = self.steps.block(size)
     with self.timeline.phase('data'):
+      # Rollouts are drawn by the weights; other batches do not look.
+      self.batches.see(lambda: self.steps.variables(state))
       rows = self.batches.next(size, *block)
+      if self.batches.told:
+        self.record.writer.write(number, self.batches.told)
       batch = self.steps.batch(rows, size)
     with self.timeline.phase('compile'):
       # By itself, so that the watchdog does not time compiling.
@@ -154,14 +158,12 @@ class Trainer:
 
   def _validate(self, number: int, state: TrainState | StagedState) -> None:
     """Writes the bits per byte of some held-out documents."""
-    cfg = self.config.evaluate
-    heldout = datalib.Heldout(
-      self.store,
-      self.config.data.seq_len,
-      cfg.batch,
-      stride=cfg.stride,
-      limit=cfg.documents,
-    )
+    limit = self.config.evaluate.documents
+    if self.config.rollouts is not None:
+      variables = self.steps.variables(state)
+      self.record.writer.write(number, self.batches.answered(variables, limit))
+      return
+    heldout = sources.heldout(self.store, self.config, limit)
     bits = self.steps.bits_per_byte(state, heldout)
     self.record.writer.write(number, {'validation_bits_per_byte': bits})
 

@@ -16,14 +16,14 @@ from deepseek_jax.parallel.sharding import known, shard, ways
 IGNORED = -100  # a label that counts nowhere, by PyTorch's custom
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def float32_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
   """Returns hidden [N D] @ head [D V] in float32, [N V]."""
   return jnp.einsum(
     'ND,DV->NV', hidden, head, preferred_element_type=jnp.float32
   )
 
 
-def _split(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def split_tokens(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   """Splits arrays [N ...] into equal chunks [chunks n ...] of at most `size`.
 
   Zeros pad the last chunk: fewer than one per chunk, whatever divides N. On a
@@ -50,8 +50,8 @@ def _split(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(map(one, arrays))
 
 
-def _join(parts: jax.Array, N: int) -> jax.Array:
-  """Returns the array that `_split` split: [chunks n ...] -> [N ...]."""
+def join_tokens(parts: jax.Array, N: int) -> jax.Array:
+  """Returns the array that `split_tokens` split: [chunks n ...] -> [N ...]."""
   chunks, n = parts.shape[:2]
   devices = ways('batch', N)
   parts = parts.reshape(chunks, devices, n // devices, *parts.shape[2:])
@@ -119,13 +119,13 @@ def _cross_entropy(
 ) -> jax.Array:
   """Returns the loss alone, a float32 scalar, where no gradient is taken."""
   weights = _counted(labels, weights, head.shape[-1])
-  parts = _split(chunk, hidden, labels, weights)
+  parts = split_tokens(chunk, hidden, labels, weights)
 
   def one(
     total: jax.Array, part: tuple[jax.Array, ...]
   ) -> tuple[jax.Array, None]:
     hidden, labels, weights = part
-    return total + _nll(_logits(hidden, head), labels, weights)[0], None
+    return total + _nll(float32_logits(hidden, head), labels, weights)[0], None
 
   return jax.lax.scan(one, jnp.float32(0), parts)[0]
 
@@ -160,7 +160,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns the loss and its gradients for a gradient of 1."""
   weights = _counted(labels, weights, head.shape[-1])
-  parts = _split(chunk, hidden, labels, weights)
+  parts = split_tokens(chunk, hidden, labels, weights)
   transposed = head.T  # once, not per chunk
 
   def one(
@@ -169,7 +169,7 @@ def _forward(
     total, dhead = carry
     h, labels, weights = part
     # [n V], the only logits that exist.
-    logits = _logits(h, head)
+    logits = float32_logits(h, head)
     loss, hit, lse = _nll(logits, labels, weights)
     # Gradient of the logits: softmax minus the one-hot label.
     dlogits = (jnp.exp(logits - lse[:, None]) - hit) * weights[:, None]
@@ -182,7 +182,7 @@ def _forward(
 
   start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
   (total, dhead), dhidden = jax.lax.scan(one, start, parts)
-  return total, (_join(dhidden, len(hidden)), dhead.astype(head.dtype))
+  return total, (join_tokens(dhidden, len(hidden)), dhead.astype(head.dtype))
 
 
 def _backward(
@@ -218,10 +218,10 @@ def token_log_probs(
   labels = lookup.int32(labels)
   _check_labels(labels, labels != IGNORED, head.shape[-1])
   flat = hidden.reshape(-1, hidden.shape[-1])
-  parts = _split(chunk, flat, labels.reshape(-1))
+  parts = split_tokens(chunk, flat, labels.reshape(-1))
 
   def one(part: tuple[jax.Array, jax.Array], head: jax.Array) -> jax.Array:
-    logits = _logits(part[0], head)
+    logits = float32_logits(part[0], head)
     labels = jnp.where(part[1] == IGNORED, 0, part[1])
     # Labels outside the vocabulary must not be read; they give NaN below.
     at = jnp.clip(labels, 0, head.shape[-1] - 1)
@@ -231,4 +231,4 @@ def token_log_probs(
     said *= _or_nan(jnp.ones_like(said), labels, head.shape[-1])
     return jnp.where(part[1] == IGNORED, 0.0, said)
 
-  return _join(each(one, parts, (head,)), len(flat)).reshape(labels.shape)
+  return join_tokens(each(one, parts, (head,)), len(flat)).reshape(labels.shape)

@@ -8,7 +8,7 @@ Legend: B sequences, T tokens, D model, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
   labels: jax.Array  # [B T] int32
   weights: jax.Array  # [B T] float32, of each label in the loss
   batch: Mapping[str, jax.Array]  # all that the batch holds
+  routes: jax.Array | None = None  # [B T L K], see model.apply
 
 
 class Predictions(NamedTuple):
@@ -159,7 +160,7 @@ def _pretraining(
   metrics = {'loss': main / shares.denominator}
   loss = metrics['loss']
   if 'mtp_hidden' in aux:
-    extra = _mtp_loss(aux['mtp_hidden'], head, inputs.labels, inputs.weights)
+    extra = mtp_loss(predictions, inputs)
     metrics['mtp_loss'] = extra / shares.denominator  # by all tokens, as in V3
     loss += shares.mtp_weight * metrics['mtp_loss']
   return loss, metrics
@@ -175,25 +176,26 @@ def _cross_entropy(
   return per_device.token_sum(one, (hidden, labels, weights), head)
 
 
-def _mtp_loss(
-  states: Sequence[jax.Array],
-  head: jax.Array,
-  labels: jax.Array,
-  weights: jax.Array,
-) -> jax.Array:
+def mtp_loss(predictions: Predictions, inputs: Inputs) -> jax.Array:
   """Returns the sum of the MTP cross entropies, averaged over depths.
 
   Depth k at i predicts label i+k, where that lies in i's document.
   """
+  states, head = predictions.aux['mtp_hidden'], predictions.head
+  labels, weights = inputs.labels, inputs.weights
+  segments = inputs.segments
   total = jnp.float32(0)
   T = labels.shape[1]
-  alive = weights != 0
+  alive = jnp.ones(labels.shape, bool)
   for depth, hidden in enumerate(states, start=1):
     # What rolls in from the row's start is masked by `inside`.
-    shifted = jnp.roll(labels, -depth, axis=1)
+    back = lambda a, by: jnp.roll(a, -by, axis=1)
     inside = jnp.arange(T) < T - depth
-    # A target counts only if all tokens up to it are in i's document.
-    own = jnp.roll(weights, -depth, axis=1)
-    alive = alive & (own != 0) & inside
-    total += _cross_entropy(hidden, head, shifted, own * alive)
+    shifted = jnp.roll(labels, -depth, axis=1)
+    # A target counts only if all tokens up to it are in i's document. It has a
+    # weight of its own: those before it need not be trained on.
+    if segments is not None:
+      alive &= back(segments, depth) == back(segments, depth - 1)
+    own = back(weights, depth)
+    total += _cross_entropy(hidden, head, shifted, own * (alive & inside))
   return total / max(len(states), 1)

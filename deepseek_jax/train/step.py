@@ -122,6 +122,7 @@ def loss_and_metrics(
     train=True,
     mtp=objective.mtp and model.config.mtp.depth > 0,
     ngrams=None if ngrams is None else ngrams[:, :-1],
+    routes=inputs.routes,
   )
   # The objective's loss, then what the layers add by themselves.
   predictions = Predictions(out.hidden, model.head(variables), out.aux)

@@ -93,8 +93,8 @@ class OwnObjectiveTest(absltest.TestCase):
     plain = ds.changed(made, {'objective': ds.PretrainingConfig()})
     self.assertEqual(ds.to_dict(plain)['objective'], {'kind': 'pretraining'})
     self.assertEqual(ds.from_dict(ds.RunConfig, ds.to_dict(plain)), plain)
-    with self.assertRaisesRegex(ds.InputError, "objective.kind = 'sft'"):
-      changed = {**ds.to_dict(plain), 'objective': {'kind': 'sft'}}
+    with self.assertRaisesRegex(ds.InputError, "objective.kind = 'ppo'"):
+      changed = {**ds.to_dict(plain), 'objective': {'kind': 'ppo'}}
       ds.from_dict(ds.RunConfig, changed)
 
 

@@ -268,9 +268,15 @@ class MoE(nnx.Module):
     training also those of `routing_statistics`.
 
     Raises:
-      InputError: training with redundant copies.
+      InputError: training with redundant copies, or routes for a user's own
+        router.
     """
     cfg = self.cfg
+    if ctx.routes is not None and type(self.router) is not Router:
+      raise InputError(
+        f'routes: {type(self.router).__name__} is a router of your own, which'
+        ' does not replay them; leave them out'
+      )
     # K experts of each token, their weights, and all scores [B T E].
     routing = self.router(x, ctx)
     values = balance.losses(cfg.balance, routing, ctx.valid)

@@ -208,6 +208,19 @@ def weigh(
   return weights * cfg.scale
 
 
+def replayed(experts: jax.Array, routes: jax.Array, count: int) -> jax.Array:
+  """Returns routes [B T K], the live experts [B T K] where there are none.
+
+  Args:
+    experts: that the live router has chosen.
+    routes: that a sampler's router chose; -1, or any number that is no expert,
+      leaves the choice for that token to the live router.
+    count: E.
+  """
+  known = ((routes >= 0) & (routes < count)).all(axis=-1, keepdims=True)
+  return jnp.where(known, routes, experts).astype(experts.dtype)
+
+
 def hash_table(
   key: jax.Array, vocab: int, experts: int, top_k: int
 ) -> jax.Array:
@@ -314,4 +327,8 @@ class Router(nnx.Module):
         (token, ()),
         (token, token),
       )
+      if ctx.routes is not None:
+        experts = replayed(experts, ctx.routes, scores.shape[-1])
+        # Live scores weigh, so the router learns.
+        weights = weigh(scores, experts, self.cfg)
     return routing(experts, weights, scores, ctx.valid)

@@ -1,0 +1,94 @@
+"""Reads the rewards of a task: which verifiers score it, and how much each."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepseek_jax.errors import InputError
+from deepseek_jax.rl.grading import adaptors, verifiers
+
+KINDS = {
+  'arithmetic': verifiers.Arithmetic,
+  'countdown': verifiers.Countdown,
+  'code': verifiers.Code,
+  'exact': verifiers.Exact,
+  'format': verifiers.InForm,
+  'language': verifiers.Language,
+  'length': verifiers.Length,
+  'math_verify': adaptors.MathVerify,
+  'reasoning_gym': adaptors.ReasoningGym,
+  'own': adaptors.Own,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """Holds a verifier and what its score is multiplied by."""
+
+  kind: str
+  verifier: Any
+  weight: float = 1.0
+
+  def __call__(self, text: str, problem: Mapping[str, Any]) -> float:
+    """Returns the weighted score; ValueError unless it is finite."""
+    score = float(self.verifier(text, problem))
+    if not math.isfinite(score):
+      raise ValueError(f'{self.kind} gave {score}')
+    return self.weight * score
+
+
+def read(values: Sequence[Mapping[str, Any]], where: str) -> tuple[Reward, ...]:
+  """Returns rewards from [{'kind': 'countdown', 'weight': 1.0}, ...].
+
+  Args:
+    values: as a task file has them.
+    where: names the file in messages.
+
+  Raises:
+    InputError: names the field that is wrong.
+  """
+  if not values or not isinstance(values, list | tuple):
+    raise InputError(
+      f'{where}: rewards must be a list with at least one {{"kind": ...}}'
+    )
+  return tuple(
+    _reward(v, f'{where}: rewards[{i}]') for i, v in enumerate(values)
+  )
+
+
+def _reward(value: Any, where: str) -> Reward:
+  """Returns one reward."""
+  if not isinstance(value, Mapping) or value.get('kind') not in KINDS:
+    kind = value.get('kind') if isinstance(value, Mapping) else value
+    raise InputError(f'{where}.kind = {kind!r}: must be one of {list(KINDS)}')
+  fields = dict(value)
+  kind, weight = fields.pop('kind'), fields.pop('weight', 1.0)
+  if isinstance(weight, bool) or not isinstance(weight, int | float):
+    raise InputError(f'{where}.weight = {weight!r}: must be a number')
+  if not math.isfinite(weight):
+    raise InputError(f'{where}.weight = {weight!r}: must be finite')
+  known = {f.name: f.default for f in dataclasses.fields(KINDS[kind])}
+  for name, given in fields.items():
+    if name not in known:
+      raise InputError(
+        f'{where}.{name}: no such field; {kind} has {list(known)}'
+      )
+    if type(given) is not type(known[name]):
+      raise InputError(
+        f'{where}.{name} = {given!r}: must be {type(known[name]).__name__}'
+      )
+  try:
+    return Reward(kind, KINDS[kind](**fields), float(weight))
+  except InputError as error:
+    raise InputError(f'{where}.{error}') from None
+
+
+def check(rewards: Sequence[Reward], problem: Mapping, where: str) -> None:
+  """Raises InputError for a problem that lacks what its verifiers need."""
+  for reward in rewards:
+    for name in reward.verifier.needs:
+      if name not in problem:
+        raise InputError(
+          f'{where}: has no {name!r}, which the reward {reward.kind} needs'
+        )

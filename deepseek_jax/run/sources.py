@@ -1,0 +1,47 @@
+"""Opens the data of a run: text, or conversations where it has a chat."""
+
+from collections.abc import Callable
+from typing import Any
+
+from deepseek_jax import data as datalib
+from deepseek_jax.rl import conversation_store
+from deepseek_jax.rl.conversation_store import ConversationStore
+from deepseek_jax.run import rl
+from deepseek_jax.run.config import RunConfig
+
+Store = datalib.TokenStore | ConversationStore | rl.TaskStore
+
+
+def opened(config: RunConfig, say: Callable[[str], None]) -> Store:
+  """Returns the data of a run; InputError if they are wrong."""
+  if config.rollouts is not None:
+    return rl.opened(config)
+  if config.chat is None:
+    return datalib.build(config.data, say=say)
+  return conversation_store.build(config.data, config.chat, say=say)
+
+
+def batches(store: Store, config: RunConfig) -> datalib.Batches:
+  """Returns the stream of batches that a run trains on."""
+  if config.rollouts is not None:
+    return rl.RolloutBatches(store, config)
+  made = (
+    datalib.Batches if config.chat is None else conversation_store.PackedBatches
+  )
+  return made(store, config.data)
+
+
+def heldout(store: Store, config: RunConfig, limit: int | None) -> Any:
+  """Returns the held-out batches that validation reads.
+
+  Args:
+    store: of the run.
+    config: of the run.
+    limit: documents or conversations, at most; None: all.
+  """
+  cfg = config.evaluate
+  if config.chat is not None:
+    return store.heldout_batches(cfg.batch, limit)
+  return datalib.Heldout(
+    store, config.data.seq_len, cfg.batch, stride=cfg.stride, limit=limit
+  )

@@ -1,0 +1,175 @@
+"""Bugs of post-training: objectives, masks, replay, distillation, verifiers."""
+
+from tests.mutants.mutant import Mutant
+
+_POLICY = 'deepseek_jax/rl/policy.py'
+_GRPO = 'deepseek_jax/rl/grpo.py'
+_ADVANTAGES = 'deepseek_jax/rl/advantages.py'
+_LOG_PROBS = 'deepseek_jax/rl/log_probs.py'
+_ROUTER = 'deepseek_jax/model/experts/router.py'
+_POLICY_TEST = 'tests/rl/policy_test.py'
+_OBJECTIVES_TEST = 'tests/rl/objectives_test.py'
+_REPLAY_TEST = 'tests/model/experts/replay_test.py'
+
+MUTANTS = (
+  Mutant(
+    'unbiased_kl_without_the_gradient_of_its_ratio',
+    _POLICY,
+    "return ratio * k3 if kind == 'ratio_k3' else k3",
+    "return jax.lax.stop_gradient(ratio) * k3 if kind == 'ratio_k3' else k3",
+    (f'{_POLICY_TEST}::on_policy_values_agree',),
+    'trl 6503: on-policy the value is that of k3, and the gradient is not',
+    fast=True,
+  ),
+  Mutant(
+    'off_policy_mask_drops_the_divergence_too',
+    _POLICY,
+    '    objective -= cfg.kl_weight * kl\n',
+    '    objective -= kept * cfg.kl_weight * kl\n',
+    (f'{_POLICY_TEST}::loss_and_gradient_norm',),
+    'V3.2 section 3.1: M multiplies the policy term alone',
+  ),
+  Mutant(
+    'off_policy_mask_in_the_denominator',
+    _POLICY,
+    '  objective, kl = kept * surrogate, None\n',
+    '  tokens = tokens._replace(mask=tokens.mask * kept)\n'
+    '  on = tokens.mask > 0\n'
+    '  objective, kl = kept * surrogate, None\n',
+    (f'{_POLICY_TEST}::mask_leaves_the_divergence',),
+    'trl 4689: a first version put it into the loss mask',
+  ),
+  Mutant(
+    'off_policy_mask_reads_the_old_policy',
+    _POLICY,
+    'gap = jnp.where(jnp.isnan(tokens.sampler), 0, tokens.sampler - policy)',
+    'gap = tokens.old - policy',
+    (f'{_POLICY_TEST}::reads_the_sampler',),
+    'V3.2 section 3.1: pi_old is what the inference engine returned',
+  ),
+  Mutant(
+    'sequence_means_divide_by_padding',
+    _POLICY,
+    '  count = answer_sums(mask, answers)\n'
+    '  return mask / jnp.where(count > 0, count, 1)\n',
+    '  count = answer_sums(jnp.ones_like(mask), answers)\n'
+    '  return mask / jnp.where(count > 0, count, 1)\n',
+    (f'{_POLICY_TEST}::order_padding_and_micro_batches',),
+    'trl 7024: a sum whose length depended on the padding of the batch',
+  ),
+  Mutant(
+    'log_probs_divided_by_the_temperature',
+    _LOG_PROBS,
+    '    logits = float32_logits(h, head) / temperature\n',
+    '    logits = jax.nn.log_softmax(float32_logits(h, head))\n'
+    '    logits = logits / temperature\n'
+    '    logits -= jnp.log(temperature)\n'
+    '    return (\n'
+    '      jnp.take_along_axis(logits, labels[:, None], -1)[:, 0],\n'
+    '      jnp.zeros(len(labels)),\n'
+    '    )\n',
+    (f'{_OBJECTIVES_TEST}::loss_is_that_of_numpy',),
+    'prime-rl 697: the temperature belongs into the softmax',
+  ),
+  Mutant(
+    'sampled_token_not_kept',
+    _LOG_PROBS,
+    '      keep |= labels[:, None] == jnp.arange(V)\n',
+    '',
+    (f'{_OBJECTIVES_TEST}::only_kept_tokens_share',),
+    'a token outside the kept set would have the log-prob -inf',
+  ),
+  Mutant(
+    'equal_rewards_divided_by_rounding',
+    _ADVANTAGES,
+    'known = _varied(rewards)[:, None] & ~np.isnan(rewards)',
+    'known = ~np.isnan(rewards)',
+    ('tests/rl/advantages_test.py::equal_rewards_give_exactly',),
+    'r - mean(r) may be 1e-17, and the deviation no larger',
+    fast=True,
+  ),
+  Mutant(
+    'deviation_of_the_population',
+    _ADVANTAGES,
+    "count - (cfg.std == 'sample')",
+    'count',
+    ('tests/rl/advantages_test.py::of_each_convention',),
+    'TRL, verl and tunix divide by G - 1',
+    fast=True,
+  ),
+  Mutant(
+    'replayed_experts_keep_live_weights',
+    _ROUTER,
+    '        weights, load = weigh(scores, experts, self.cfg), None\n',
+    '        load = None\n',
+    (f'{_REPLAY_TEST}::learns_from_live_scores',),
+    'weights of other experts than those that compute',
+  ),
+  Mutant(
+    'replay_is_one_layer_late',
+    'deepseek_jax/model/network.py',
+    'ctx.routes[:, :, start:end]',
+    'jnp.roll(ctx.routes, 1, axis=2)[:, :, start:end]',
+    (f'{_REPLAY_TEST}::its_own_choice',),
+    'routes are numbered by layers with experts, dense ones left out',
+  ),
+  Mutant(
+    'reverse_kl_is_the_forward_one',
+    'deepseek_jax/rl/distill.py',
+    '  if beta == 1:\n    return kl(student, teacher)\n',
+    '  if beta == 1:\n    return kl(teacher, student)\n',
+    ('tests/rl/distill_test.py::gradient_of_the_reverse',),
+    'V4: on-policy distillation is KL(student || teacher)',
+    fast=True,
+  ),
+  Mutant(
+    'prompt_is_learnt_too',
+    'deepseek_jax/rl/sft.py',
+    "return read._replace(weights=read.weights * batch['trained'][:, 1:])",
+    'return read',
+    (f'{_OBJECTIVES_TEST}::mean_over_what_is_marked',),
+    'Megatron-Bridge 3927: an all-ones mask without a word',
+  ),
+  Mutant(
+    'answers_numbered_by_segment_ids',
+    _GRPO,
+    '  return documents(inputs.segments)\n',
+    '  return jnp.maximum(inputs.segments, 0)\n',
+    (f'{_OBJECTIVES_TEST}::numbers_of_segments_mean',),
+    'a run of equal ids is a document; the same id may come again',
+  ),
+  Mutant(
+    'mask_shifted_by_one',
+    'deepseek_jax/rl/sft.py',
+    "batch['trained'][:, 1:]",
+    "batch['trained'][:, :-1]",
+    (f'{_OBJECTIVES_TEST}::mean_over_what_is_marked',),
+    'trl 6879: the mask belongs to the label',
+  ),
+  Mutant(
+    'end_of_the_turn_not_checked',
+    'deepseek_jax/rl/chats.py',
+    '  if turn.answer[-1] not in ends:\n',
+    '  if False and turn.answer[-1] not in ends:\n',
+    ('tests/rl/examples_test.py::template_that_teaches_wrongly',),
+    'trl 5988: a model that never stops',
+    fast=True,
+  ),
+  Mutant(
+    'countdown_reuses_numbers',
+    'deepseek_jax/rl/grading/verifiers.py',
+    'return float(used == given and _value',
+    'return float(set(used) <= set(given) and _value',
+    ('tests/rl/grading_test.py::countdown',),
+    'every number is used exactly once',
+    fast=True,
+  ),
+  Mutant(
+    'verifier_error_is_a_zero',
+    'deepseek_jax/rl/grading/worker.py',
+    "return {'error': f'{reward.kind}: {type(error).__name__}: {told}'}",
+    'scores.append(0.0)',
+    ('tests/rl/judge_test.py::each_fault_costs_one',),
+    'verl 5635: a broad except made every answer wrong',
+  ),
+)

@@ -13,7 +13,7 @@ from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.transformer import Model
 
 
-class Limits(NamedTuple):
+class Bounds(NamedTuple):
   """Holds what an engine can answer at most; fields as in `EngineConfig`."""
 
   vocab: int
@@ -61,7 +61,7 @@ def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
   return {jax.tree_util.keystr(k): jax.numpy.shape(leaf) for k, leaf in leaves}
 
 
-def check_request(request: Request, most: Limits) -> None:
+def check_request(request: Request, most: Bounds) -> None:
   """Raises InputError for a request that can't be answered."""
   length = len(request.prompt)
   biased = tuple(token for token, _ in request.sampling.logit_bias)

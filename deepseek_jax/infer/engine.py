@@ -88,7 +88,7 @@ class Engine:
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
     shape = Shape(self._paging, cfg.steps, cfg.most_drafted(), cfg.routing)
     self._run = programs(model, shape, current())
-    self._limits = checks.Limits(
+    self._bounds = checks.Bounds(
       model.config.vocab_size,
       cfg.context,
       self.page,
@@ -112,7 +112,7 @@ class Engine:
       InputError: it can't be answered: too long, or an unknown token.
       EngineBusy: too many are waiting.
     """
-    checks.check_request(request, self._limits)
+    checks.check_request(request, self._bounds)
     if len(self._scheduler.waiting) + request.n > self.cfg.queue:
       raise EngineBusy(
         f'{len(self._scheduler.waiting)} answers wait, of {self.cfg.queue} that'
@@ -186,7 +186,7 @@ class Engine:
     """
     left = collections.deque(requests)
     for request in left:  # before any of them runs
-      checks.check_request(request, self._limits)
+      checks.check_request(request, self._bounds)
     order, events = [], collections.defaultdict(list)
     while left or self.busy():
       while left:

@@ -19,6 +19,7 @@ from deepseek_jax import config as configs
 from deepseek_jax import plan
 from deepseek_jax.cli.named import PlanConfig
 from deepseek_jax.data import DataConfig
+from deepseek_jax.infer.engine_config import EngineConfig
 from deepseek_jax.infer.sampling import SampleConfig
 from deepseek_jax.model.attention.compressor import CompressorConfig
 from deepseek_jax.model.attention.csa import CSAConfig
@@ -64,6 +65,7 @@ from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
+from deepseek_jax.serve.config import Limits, ServeConfig
 from deepseek_jax.train.gate import GateConfig
 from deepseek_jax.train.muon import MuonConfig
 from deepseek_jax.train.objective import PretrainingConfig
@@ -96,6 +98,7 @@ EXAMPLES = (
   DSAConfig(2, 8, 8, 4, 4, 4),
   DataConfig(),
   Durations(overlapped=3.0),
+  EngineConfig(pages=64, draft_rows=1, snapshots=1),
   EngramConfig(7, heads=2),
   EvaluateConfig(stride=4),
   ExchangeConfig(),
@@ -133,6 +136,8 @@ EXAMPLES = (
   MODEL,
   YarnConfig(attention_factor=1.0),
   LinearConfig(),
+  Limits(),
+  ServeConfig(),
   PretrainingConfig(),
   AdvantageConfig(),
   LengthPenaltyConfig(20, 4),
@@ -179,6 +184,9 @@ ALLOWED = {
   (Durations, 'forward'): ('zero', 'times may be ignored'),
   (Durations, 'weight'): ('zero', 'times may be ignored'),
   (Durations, 'overlapped'): ('zero', 'times may be ignored'),
+  (EngineConfig, 'drafts'): ('zero', _NONE),
+  (EngineConfig, 'draft_rows'): ('zero', _NEVER),
+  (EngineConfig, 'snapshots'): ('zero', _NONE),
   (EngramConfig, 'conv'): ('zero', _NONE),
   (EngramConfig, 'classes'): ('zero', 'as many as tokens'),
   (EngramConfig, 'seed'): ('zero', _SEED),
@@ -186,6 +194,7 @@ ALLOWED = {
   (GateConfig, 'sigma'): ('zero', 'finiteness alone is judged'),
   (HyperConnectionsConfig, 'alpha'): ('minus zero', _SIGN),
   (HyperConnectionsConfig, 'diagonal'): ('minus zero', _SIGN),
+  (Limits, 'seconds'): ('zero', 'no limit'),
   (MoEConfig, 'shared'): ('zero', _NONE),
   (MoEConfig, 'redundant'): ('zero', _NONE),
   (MTPConfig, 'depth'): ('zero', _NONE),
@@ -208,6 +217,7 @@ ALLOWED = {
   (SampleConfig, 'top_k'): ('zero', 'all tokens'),
   (ScheduleConfig, 'warmup'): ('zero', _NONE),
   (ScheduleConfig, 'end'): ('zero', 'the rate ends at 0'),
+  (ServeConfig, 'port'): ('zero', 'a free one'),
   (SwitchConfig, 'first'): ('zero', 'switched off'),
   (SwitchConfig, 'last'): ('zero', 'switched off'),
   (SwitchConfig, 'until'): ('minus zero', 'before the run'),

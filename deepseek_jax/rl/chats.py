@@ -32,7 +32,7 @@ class Turn(NamedTuple):
   answer: list[int]  # what it must produce, the end of the turn included
 
 
-class Chat(Protocol):
+class ChatWriter(Protocol):
   """Describes how conversations are written.
 
   Attributes:
@@ -266,7 +266,7 @@ class ChatConfig:
         " 'template' needs the folder that holds it, and others none"
       )
 
-  def build(self, tokenizer: Tokenizer | ByteTokenizer) -> Chat:
+  def build(self, tokenizer: Tokenizer | ByteTokenizer) -> ChatWriter:
     """Returns the chat; InputError if the tokenizer lacks its marks."""
     if self.format == 'plain':
       return PlainChat(tokenizer)

@@ -43,7 +43,7 @@ class Counts:
 
 def examples(
   conversations: Iterable[Conversation],
-  chat: chats.Chat,
+  chat: chats.ChatWriter,
   limit: int,
   counts: Counts,
 ) -> Iterator[Example]:

@@ -20,7 +20,7 @@ from deepseek_jax.infer.engine import Engine, EngineConfig
 from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.model.transformer import build
 from deepseek_jax.rl import rollout, tasks
-from deepseek_jax.rl.chats import Chat
+from deepseek_jax.rl.chats import ChatWriter
 from deepseek_jax.rl.conversation_store import tokenizer_of
 from deepseek_jax.rl.judge import Judge
 from deepseek_jax.run import folder
@@ -38,7 +38,7 @@ class TaskStore:
   """
 
   task: tasks.Task
-  chat: Chat
+  chat: ChatWriter
   _tokenizer: Tokenizer | ByteTokenizer
 
   @property

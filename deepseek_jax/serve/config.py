@@ -65,11 +65,11 @@ class Limits:
       value = getattr(self, field.name)
       kinds = (int,) if isinstance(field.default, int) else (int, float)
       least = 0 if field.name == 'seconds' else 1 if kinds == (int,) else 1e-3
-      if type(value) not in kinds or not least <= value < 1 << 40:
+      if type(value) not in kinds or not least <= value < 1 << 31:
         raise InputError(
           f'limits.{field.name} = {value!r}: must be'
           f' {"a whole number" if kinds == (int,) else "a number"} of at least'
-          f' {least}'
+          f' {least}, below 2^31'
         )
 
 
@@ -95,7 +95,7 @@ class ServeConfig:
 
   def __post_init__(self) -> None:
     """Raises InputError for what would leave a server open."""
-    if not 0 <= self.port < 1 << 16:
+    if type(self.port) is not int or not 0 <= self.port < 1 << 16:
       raise InputError(f'--port={self.port}: must be from 0 to 65535')
     if not self.keys and not is_loopback(self.host):
       raise InputError(

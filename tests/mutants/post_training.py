@@ -100,8 +100,9 @@ MUTANTS = (
   Mutant(
     'replayed_experts_keep_live_weights',
     _ROUTER,
-    '        weights, load = weigh(scores, experts, self.cfg), None\n',
-    '        load = None\n',
+    '        # Live scores weigh, so the router learns.\n'
+    '        weights = weigh(scores, experts, self.cfg)\n',
+    '',
     (f'{_REPLAY_TEST}::learns_from_live_scores',),
     'weights of other experts than those that compute',
   ),

@@ -126,8 +126,9 @@ MUTANTS = (
   Mutant(
     'hash_routed_weights_not_normalized',
     _ROUTER,
-    '      weights = weigh(scores, experts, self.cfg)\n',
-    '      weights = jnp.take_along_axis(scores, experts, axis=-1)\n',
+    '      weights = weigh(scores, experts, self.cfg)\n    else:\n',
+    '      weights = jnp.take_along_axis(scores, experts, axis=-1)\n'
+    '    else:\n',
     (f'{_ROUTING_TEST}::token_chooses_and_its_scores_weigh',),
     'V4: gates are divided by their sum and scaled',
   ),

@@ -18,7 +18,7 @@ from absl import flags
 
 import deepseek_jax as ds
 from deepseek_jax import data as datalib
-from deepseek_jax.cli import common, processes
+from deepseek_jax.cli import common, process_flags
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
@@ -113,4 +113,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  common.launch(main, join=processes.join)
+  common.launch(main, join=process_flags.join)

@@ -127,7 +127,7 @@ class ReportTest(parameterized.TestCase):
     )
     self.assertLen(report.warnings, warnings)
     for warning in report.warnings:
-      self.assertRegex(warning, r'mesh\.tensor = 8: .* is not counted')
+      self.assertRegex(warning, r'mesh\.tensor = 8: .* are not counted')
 
   @parameterized.parameters(('v5px8960', 2240), ('910cx384', 48), ('h100x8', 1))
   def test_every_host_writes_its_part(self, cluster, hosts):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, processes
+from deepseek_jax.cli import common, process_flags
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import fit as loop
 from tests.faults import runs
@@ -33,4 +33,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  common.launch(main, join=processes.join)
+  common.launch(main, join=process_flags.join)

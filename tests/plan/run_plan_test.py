@@ -74,7 +74,7 @@ class RunPlanTest(parameterized.TestCase):
     made, flat = sent('h100x16')
     self.assertFalse(made.recipe.node_limited)
     self.assertEqual(made.recipe.training.dispatch, 'float32')
-    self.assertIn("the run's as float32", '\n'.join(made.assumptions))
+    self.assertIn("the run's in float32", '\n'.join(made.assumptions))
     made, hops = sent(
       'h100x16', mesh__exchange__kind='two_hop', mesh__exchange__nodes=2
     )

@@ -117,7 +117,7 @@ class MistakesTest(parameterized.TestCase):
     ),
     (
       {'stage': 2, 'data': 2},
-      r'train.batch: 4 sequences .* 2 parts .* 4 micro-batches.* of 8',
+      r'train.batch: 4 sequences .* 2 shards .* 4 micro-batches.* of 8',
     ),
     ({'stage': 2, 'expert': 3, 'accumulate': 2}, r'train.batch: 4 seq.* of 6'),
     (

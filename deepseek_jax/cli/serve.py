@@ -9,17 +9,14 @@ environment (DEEPSEEK_JAX_API_KEY). Needs 'deepseek_jax[serve]'; with
 'deepseek_jax[grammar]', answers can be made to fit a JSON schema.
 """
 
-import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
 
 from deepseek_jax import say
-from deepseek_jax.cli import common, experiment_file
+from deepseek_jax.cli import common, experiment_file, extras
 from deepseek_jax.cli.opened import Opened, load
-from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineConfig
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
@@ -76,17 +73,6 @@ _NEEDED = {
 }
 
 
-def _check_packages(needed: Mapping[str, str] = _NEEDED) -> None:
-  """Raises InputError if packages of the extra are missing."""
-  missing = [
-    p for m, p in needed.items() if importlib.util.find_spec(m) is None
-  ]
-  if missing:
-    raise InputError(
-      f'serving needs {", ".join(missing)}: pip install "deepseek_jax[serve]"'
-    )
-
-
 def _engine(source: Opened) -> Engine:
   """Returns the engine of what was loaded, in the shapes of the flags."""
   cfg = EngineConfig(
@@ -105,7 +91,7 @@ def _engine(source: Opened) -> Engine:
 def main(argv: list[str]) -> None:
   """Serves until it is told to end."""
   del argv
-  _check_packages()
+  extras.check('serve', _NEEDED)
   from deepseek_jax.serve import config as configs
   from deepseek_jax.serve import format_dialect, grammars, process
   from deepseek_jax.serve.served import Served, fingerprint

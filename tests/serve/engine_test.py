@@ -34,7 +34,8 @@ class EngineTest(absltest.TestCase):
       page=8,
       budget=32,
       steps=3,
-      deterministic=True,
+      rows=(4,),
+      contexts=(_CONTEXT,),
       routing=True,
     )
     ends = (_BYTES.eos_id,)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
+from deepseek_jax.cli import extras
 from deepseek_jax.errors import InputError
 from deepseek_jax.serve.config import KEY_VARIABLE
 
@@ -54,11 +55,9 @@ class MistakesTest(parameterized.TestCase):
       self.assertIn(word, err)
 
   def test_missing_packages_are_named_with_their_extra(self):
-    from deepseek_jax.cli import serve
-
     needed = {'json': 'json', 'no_such_module': 'its-package'}
     with self.assertRaisesRegex(InputError, r'its-package: .*\[serve\]'):
-      serve._check_packages(needed)
+      extras.check('serve', needed)
 
 
 _PROGRAM = """

@@ -46,7 +46,6 @@ MUTANTS = (
     'if talk.thinking:',
     (f'{_V4_TEST}::text_marks_and_ids_are_deepseeks',),
     'DeepSeek drops the reasoning of earlier turns in plain chats',
-    fast=True,
   ),
   Mutant(
     'results_in_order_of_arrival',
@@ -63,7 +62,6 @@ MUTANTS = (
     "state = 'content'",
     (f'{_PARSE_TEST}::reasoning_that_does_not_end',),
     'vllm: a prompt that ends with <think> gave reasoning as content',
-    fast=True,
   ),
   Mutant(
     'broken_calls_are_lost',
@@ -80,7 +78,6 @@ MUTANTS = (
     '    ready = len(held)\n',
     (f'{_STOPS_TEST}::every_split_gives_the_same',),
     'vllm 3574, SwiftLM 126: the beginning of a stop text is shown',
-    fast=True,
   ),
   Mutant(
     'stop_text_after_a_near_miss',

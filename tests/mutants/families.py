@@ -70,6 +70,5 @@ MUTANTS = (
     'i % step == 0',
     (f'{_QWEN_TEST}::dense_layers',),
     'decoder_sparse_step: the first layer of every pair is the dense one',
-    fast=True,
   ),
 )

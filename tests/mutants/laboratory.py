@@ -24,7 +24,6 @@ MUTANTS = (
     'float(stdtrit(1e9, 0.975))',
     (f'{_COMPARISON_TEST}::an_interval_is_students',),
     '1.96 deviations where three seeds have 4.30: noise looks like a result',
-    fast=True,
   ),
   Mutant(
     'mixture_forgets_its_shares',

@@ -86,7 +86,6 @@ MUTANTS = (
     'known = ~np.isnan(rewards)',
     ('tests/rl/advantages_test.py::equal_rewards_give_exactly',),
     'r - mean(r) may be 1e-17, and the deviation no larger',
-    fast=True,
   ),
   Mutant(
     'deviation_of_the_population',
@@ -95,7 +94,6 @@ MUTANTS = (
     'count',
     ('tests/rl/advantages_test.py::of_each_convention',),
     'TRL, verl and tunix divide by G - 1',
-    fast=True,
   ),
   Mutant(
     'replayed_experts_keep_live_weights',
@@ -121,7 +119,6 @@ MUTANTS = (
     '  if beta == 1:\n    return kl(teacher, student)\n',
     ('tests/rl/distill_test.py::gradient_of_the_reverse',),
     'V4: on-policy distillation is KL(student || teacher)',
-    fast=True,
   ),
   Mutant(
     'prompt_is_learnt_too',
@@ -154,7 +151,6 @@ MUTANTS = (
     '  if False and turn.answer[-1] not in ends:\n',
     ('tests/rl/examples_test.py::template_that_teaches_wrongly',),
     'trl 5988: a model that never stops',
-    fast=True,
   ),
   Mutant(
     'countdown_reuses_numbers',
@@ -163,7 +159,6 @@ MUTANTS = (
     'return float(set(used) <= set(given) and _value',
     ('tests/rl/grading_test.py::countdown',),
     'every number is used exactly once',
-    fast=True,
   ),
   Mutant(
     'verifier_error_is_a_zero',

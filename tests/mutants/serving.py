@@ -98,7 +98,6 @@ MUTANTS = (
     '      jnp.where(keep, ordered * temperature, -jnp.inf), axis=-1\n    )\n',
     (f'{_SAMPLER_TEST}::every_setting_is_transformers_own',),
     'tpu-inference cuts before the temperature',
-    fast=True,
   ),
   Mutant(
     'frequency_counts_the_prompt',
@@ -107,7 +106,6 @@ MUTANTS = (
     '  times = count(there)\n',
     (f'{_SAMPLER_TEST}::every_setting_is_transformers_own',),
     'OpenAI counts what was generated alone',
-    fast=True,
   ),
   Mutant(
     'drafts_of_the_wrong_token',

@@ -15,7 +15,6 @@ MUTANTS = (
     'uniform[:, :k] < p / (q + 1e-9)',
     (f'{_LAW}_of_plain_draws2',),
     'Leviathan et al., algorithm 1: no guard',
-    fast=True,
   ),
   Mutant(
     'rejected_draft_replaced_from_the_whole_target',

@@ -7,94 +7,18 @@ A folder that holds runs stands for all of them. Runs that differ in nothing but
 their seeds are one arm; the first arm is what the others are compared with.
 """
 
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from deepseek_jax.cli import common
-from deepseek_jax.errors import InputError, naming
-from deepseek_jax.record import comparison
-from deepseek_jax.record.report import compared
-from deepseek_jax.run import folder
+from deepseek_jax.cli import common, side_by_side
+from deepseek_jax.errors import InputError
 
 METRIC = 'heldout_bits_per_byte'
 _OUT = flags.DEFINE_string('out', 'compare.html', 'Where the page goes.')
 _JSON = flags.DEFINE_string('json', None, 'Where the numbers go as JSON.')
 _METRIC = flags.DEFINE_string('metric', METRIC, 'What is compared, at the end.')
 _TITLE = flags.DEFINE_string('title', 'Comparison', "The page's headline.")
-
-
-def tables(arms: Sequence[comparison.Arm], metric: str) -> list[Table]:
-  """Returns the arms and their differences as tables for a terminal."""
-  rows = comparison.table(arms, metric)
-  first = Table(title='arms: means over seeds, ± a 95 % interval')
-  for name in rows[0]:
-    first.add_column(name, justify='left' if name == 'arm' else 'right')
-  for row in rows:
-    first.add_row(*row.values())
-  out = [first]
-  found = comparison.differences(arms, metric)
-  if found:
-    second = Table(title=f'{metric} less that of {arms[0].name}, by seed')
-    for name in ('arm', 'difference', 'seeds', 'verdict'):
-      second.add_column(name)
-    for d in found:
-      second.add_row(d.name, str(d.interval), str(d.interval.count), d.verdict)
-    out.append(second)
-  return out
-
-
-def known_metric(entries: Sequence[comparison.RunFolder], metric: str) -> None:
-  """Raises InputError where no run has a metric."""
-  if any(comparison.value(entry, metric) is not None for entry in entries):
-    return
-  known = sorted({name for entry in entries for name in entry.curves})
-  raise InputError(
-    f'--metric={metric}: no run has it; they have {", ".join(known) or "none"}'
-  )
-
-
-def compare(
-  given: Sequence[str],
-  metric: str,
-  out: Path,
-  title: str,
-  json_path: str | None,
-) -> None:
-  """Prints the tables of runs and writes their page, and their numbers."""
-  found = comparison.folders(given)
-  entries = [comparison.read(path, folder.filled) for path in found]
-  known_metric(entries, metric)
-  arms = comparison.arms(entries)
-  # A log has no width: rows stay whole.
-  console = Console(width=None if sys.stdout.isatty() else 180)
-  for line in comparison.cautions(arms):
-    console.print(line, style='yellow', markup=False, highlight=False)
-  for table in tables(arms, metric):
-    console.print(table)
-  if json_path:
-    found = comparison.differences(arms, metric)
-    numbers = {
-      'metric': metric,
-      'arms': {
-        arm.name: {
-          str(run.path): comparison.value(run, metric) for run in arm.runs
-        }
-        for arm in arms
-      },
-      'differences': {
-        d.name: {**d.interval._asdict(), 'verdict': d.verdict} for d in found
-      },
-    }
-    with naming(json_path):
-      Path(json_path).write_text(json.dumps(numbers, indent=2) + '\n')
-  path = compared.write(out, arms, metric, title)
-  console.print(f'comparison: {path.absolute()}', soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:
@@ -104,7 +28,8 @@ def main(argv: list[str]) -> None:
   out = Path(_OUT.value)
   if not out.parent.is_dir():
     raise InputError(f'--out={out}: there is no folder {out.parent}')
-  compare(argv[1:], _METRIC.value, out, _TITLE.value, _JSON.value)
+  given = argv[1:], _METRIC.value, out, _TITLE.value, _JSON.value
+  side_by_side.compare(*given)
 
 
 def run() -> None:

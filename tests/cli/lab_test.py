@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 from absl.testing import absltest
 
 from deepseek_jax.record import metrics
@@ -105,6 +106,7 @@ class LaboratoryTest(absltest.TestCase):
     for words in (b'heldout_bits_per_byte', b'model.dim', b'share/code'):
       self.assertIn(words, data)
 
+  @pytest.mark.slow
   def test_3_a_longer_run_goes_on_where_its_schedule_allows_it(self):
     done = self.run_it(
       'resume', str(self.run_folder), '--tokens=1024', '--quiet'
@@ -125,6 +127,7 @@ class LaboratoryTest(absltest.TestCase):
     self.assertEqual(again.returncode, 2)
     self.assertIn('holds another run', again.stderr)
 
+  @pytest.mark.slow
   def test_4_a_sweep_runs_goes_on_and_compares(self):
     folder = self.folder / 'sweep'
     axis = ['--axis', 'model.moe.router.scoring=sigmoid,softmax']

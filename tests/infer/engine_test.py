@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.data.tokenizer import ByteTokenizer
@@ -89,8 +90,16 @@ class FamilyTest(parameterized.TestCase):
       check_trained(self, name, request, answer)
     self.assertEqual(run.stats['pages_free'], run.stats['pages'])
 
-  @parameterized.parameters(*families.NAMES)
+  @parameterized.parameters('gqa', 'nsa', 'v4')
   def test_a_shared_prefix_changes_no_token(self, name):
+    self.check_prefix(name)
+
+  @parameterized.parameters('mla', 'v3', 'dsa', 'engram')
+  @pytest.mark.slow
+  def test_a_shared_prefix_of_other_families_does_neither(self, name):
+    self.check_prefix(name)
+
+  def check_prefix(self, name):
     first = prompts(1, seed=3, most=40)[0] + tuple(range(1, 30))
     again = (*first[:27], 5, 6, 7)
     run = engine(name)

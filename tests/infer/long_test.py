@@ -84,8 +84,7 @@ class LongTest(parameterized.TestCase):
       f' difference of a log-probability {worst:.1e}'
     )
 
-  @parameterized.parameters('v3')
-  def test_the_trainer_chooses_the_same_experts(self, name):
+  def test_the_trainer_chooses_the_same_experts(self, name='v3'):
     made, variables = built(name)
     run = Engine(made, variables, dataclasses.replace(CFG, routing=True))
     asked = [dataclasses.replace(r, max_new_tokens=200) for r in requests()[:4]]

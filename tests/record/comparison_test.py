@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.cli import compare
+from deepseek_jax.cli import side_by_side
 from deepseek_jax.record import comparison, results
 from deepseek_jax.record.report import bands, compared
 
@@ -166,12 +166,14 @@ class ComparisonTest(parameterized.TestCase):
   def test_an_unknown_metric_names_those_there_are(self):
     entries = [comparison.read(_run(self.folder, 'a', 2.0))]
     with self.assertRaisesRegex(ds.InputError, 'no run has it; they have loss'):
-      compare.known_metric(entries, 'zzz')
+      side_by_side.known_metric(entries, 'zzz')
 
   def test_the_page_holds_arms_curves_and_differences(self):
     self._sweep()
     out, numbers = self.folder / 'out.html', self.folder / 'out.json'
-    compare.compare([str(self.folder)], _METRIC, out, 'A <b>', str(numbers))
+    side_by_side.compare(
+      [str(self.folder)], _METRIC, out, 'A <b>', str(numbers)
+    )
     page = out.read_text()
     for words in (
       'A &lt;b&gt;', 'router.scoring=softmax', '<svg', 'paired by seed',

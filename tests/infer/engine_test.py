@@ -146,8 +146,16 @@ class ContractTest(parameterized.TestCase):
       self.assertEqual(got.tokens, alone.tokens)
       self.assertEqual(got.logprobs, alone.logprobs)
 
-  @parameterized.parameters(1, 3, 8, 40)
+  @parameterized.parameters(1, 40)
   def test_chunks_of_a_prompt_are_one_prefill(self, budget):
+    self.check_chunks(budget)
+
+  @parameterized.parameters(3, 8)
+  @pytest.mark.slow
+  def test_chunks_of_other_sizes_are_too(self, budget):
+    self.check_chunks(budget)
+
+  def check_chunks(self, budget):
     name = 'v4'
     [request] = requests(1, seed=5, new=6, most=31)
     run = engine(name, budget=budget)

@@ -47,6 +47,7 @@ class MeshAuditTest(parameterized.TestCase):
         with self.subTest(f'{name}: {key}'):
           self.assertEqual(planned[key], measured[key])
 
+  @pytest.mark.slow
   def test_bytes_and_wires_equal_the_compiled_programs(self):
     self.audit(FAST)
 

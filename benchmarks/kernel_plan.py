@@ -1,4 +1,4 @@
-"""What benchmarks.kernels times, and in which order: most valuable first.
+"""Lists what benchmarks.kernels times, the most valuable first.
 
 A window on a GPU may be short. First comes what decides most about training
 and serving DeepSeek-V3, one shape each; then its other shapes; then every

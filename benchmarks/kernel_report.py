@@ -30,7 +30,7 @@ _COLUMNS = (
 
 @dataclasses.dataclass
 class Report:
-  """What was measured on one kind of device with one version of jax."""
+  """Holds what was measured on one kind of device with one version of jax."""
 
   device: str = ''
   jax: str = ''

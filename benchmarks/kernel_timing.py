@@ -115,7 +115,7 @@ def worst_error(got, want) -> float:
 
 
 def kernel_call(work, impl: str) -> tuple[Callable, tuple]:
-  """What to time of an implementation: a function and its arguments."""
+  """Holds what to time of an implementation: a function, its arguments."""
   op = functools.partial(work.in_place or work.op, impl=impl)
   return (InPlace(op, work.args), ()) if work.in_place else (op, work.args)
 

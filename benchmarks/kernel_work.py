@@ -1,4 +1,4 @@
-"""What a kernel's work is, and numbers to do it on."""
+"""Counts a kernel's work, and makes numbers to do it on."""
 
 import dataclasses
 from collections.abc import Callable

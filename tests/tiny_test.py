@@ -1,4 +1,4 @@
-"""What tests measure with: an error that is no number is no small one."""
+"""Checks what tests measure with: an error that is NaN is no small one."""
 
 import itertools
 

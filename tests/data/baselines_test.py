@@ -1,4 +1,4 @@
-"""What a model has to beat: guesses over tokens, compressors of bytes."""
+"""Checks what a model has to beat: guesses over tokens, compressors."""
 
 import dataclasses
 import lzma

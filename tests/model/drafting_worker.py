@@ -53,7 +53,7 @@ def drafting(name: str, using: sharding.Using | None):
 
 @functools.cache
 def taught(name: str) -> tuple[list, jax.Array]:
-  """What training computes: logits of each depth, and what depth 1 takes."""
+  """Computes as training does: logits of each depth, what depth 1 takes."""
   net = model(name)
 
   def run(variables, tokens):

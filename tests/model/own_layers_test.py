@@ -113,7 +113,7 @@ class RouterTest(parameterized.TestCase):
 
 
 class OutsideTest(absltest.TestCase):
-  """What other parts of the library make of a class that extends one."""
+  """Checks what other parts of the library make of an extended class."""
 
   def setUp(self):
     super().setUp()

@@ -69,7 +69,7 @@ def step(name):
 
 
 def visible(cache, length, cfg):
-  """What a token at position `length` may read, of the first row."""
+  """Returns what a token at position `length` may read, of the first row."""
   out = []
 
   def slots(a, count):

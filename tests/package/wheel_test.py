@@ -1,4 +1,4 @@
-"""What is shipped: licence, metadata, the wheel's files, the console script."""
+"""Checks what is shipped: licence, metadata, files, the console script."""
 
 import email
 import hashlib

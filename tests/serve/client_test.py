@@ -1,4 +1,4 @@
-"""What OpenAI's own client gets from the server."""
+"""Checks what OpenAI's own client gets from the server."""
 
 import json
 

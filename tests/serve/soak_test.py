@@ -49,7 +49,7 @@ _KINDS = {
 
 
 class _Told:
-  """What the clients saw."""
+  """Holds what the clients saw."""
 
   def __init__(self):
     self.kinds = collections.Counter()

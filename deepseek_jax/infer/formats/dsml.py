@@ -14,9 +14,35 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deepseek_jax.infer.formats.message import ToolCall, to_json
+from deepseek_jax.infer.formats.base import Format
+from deepseek_jax.infer.formats.message import Message, ToolCall, to_json
 from deepseek_jax.infer.formats.parse import Markup, Step, sign
-from deepseek_jax.infer.formats.pieces import DSML, Piece, mark, spelled
+from deepseek_jax.infer.formats.pieces import (
+  DSML,
+  END_THINK,
+  EOS,
+  Piece,
+  mark,
+  spelled,
+)
+
+
+class DsmlFormat(Format):
+  """Writes answers as the formats with this markup do."""
+
+  def _answer(
+    self, message: Message, thinking: bool, prompt: list[Piece]
+  ) -> list[Piece]:
+    """Returns what a model generates for a turn, behind its prompt."""
+    out = []
+    if thinking:
+      out.append(Piece(message.reasoning))
+      if message.prefix and not message.content:
+        return out
+      out.append(mark(END_THINK))
+    out.append(Piece(message.content))
+    out += self.markup.write(message.tool_calls)
+    return out if message.prefix else [*out, mark(EOS)]
 
 
 class Dsml(Markup):

@@ -3,8 +3,7 @@
 Reasoning stays while tools are called, and is dropped when a user speaks again.
 """
 
-from deepseek_jax.infer.formats.base import Format
-from deepseek_jax.infer.formats.dsml import Dsml
+from deepseek_jax.infer.formats.dsml import Dsml, DsmlFormat
 from deepseek_jax.infer.formats.message import Message, Talk, to_json
 from deepseek_jax.infer.formats.pieces import (
   ASSISTANT,
@@ -65,7 +64,7 @@ _ANSWER = (
 )
 
 
-class V32(Format):
+class V32(DsmlFormat):
   """Renders for DeepSeek-V3.2: thinks only if asked to."""
 
   name = 'v32'
@@ -133,17 +132,3 @@ class V32(Format):
       schema = {'type': schema} if isinstance(schema, str) else schema
       out.append(Piece(_ANSWER + to_json(schema)))
     return out
-
-  def _answer(
-    self, message: Message, thinking: bool, prompt: list[Piece]
-  ) -> list[Piece]:
-    """Returns what a model generates for a turn, behind its prompt."""
-    out = []
-    if thinking:
-      out.append(Piece(message.reasoning))
-      if message.prefix and not message.content:
-        return out
-      out.append(mark(END_THINK))
-    out.append(Piece(message.content))
-    out += self.markup.write(message.tool_calls)
-    return out if message.prefix else [*out, mark(EOS)]

@@ -9,8 +9,7 @@ them to the front.
 import itertools
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer.formats.base import Format
-from deepseek_jax.infer.formats.dsml import Dsml
+from deepseek_jax.infer.formats.dsml import Dsml, DsmlFormat
 from deepseek_jax.infer.formats.message import (
   Message,
   Talk,
@@ -97,7 +96,7 @@ _ANSWER = '## Response Format:\n\n'
 _SCHEMA = 'You MUST strictly adhere to the following schema to reply:\n'
 
 
-class V4(Format):
+class V4(DsmlFormat):
   """Renders for DeepSeek-V4."""
 
   name = 'v4'
@@ -197,20 +196,6 @@ class V4(Format):
       '\n\nYou are a helpful assistant designed to output JSON.\n'
       f'{_ANSWER}Reply with JSON object ONLY.'
     )
-
-  def _answer(
-    self, message: Message, thinking: bool, prompt: list[Piece]
-  ) -> list[Piece]:
-    """Returns what a model generates for a turn, behind its prompt."""
-    out = []
-    if thinking:
-      out.append(Piece(message.reasoning))
-      if message.prefix and not message.content:
-        return out
-      out.append(mark(END_THINK))
-    out.append(Piece(message.content))
-    out += self.markup.write(message.tool_calls)
-    return out if message.prefix else [*out, mark(EOS)]
 
 
 class V41(V4):

@@ -6,7 +6,7 @@ Without --workdir: new tokens per second of the model of `benchmarks.serve`, for
 1 to 32 answers at once (beside `ds.generate`, one loop for a fixed batch), and
 for contexts of 512 to 8,192 tokens. With it: what multi-token prediction gives
 the model of a run, on prompts of its held-out text: the share of drafts that
-stay, tokens a call, and tokens per second over plain decoding. Medians of turns;
+stay, tokens a call, and tokens per second over plain decoding. Medians; it
 writes engine.json and engine.png, or drafts.json.
 """
 

@@ -37,12 +37,13 @@ def main() -> None:
     '--python', default=sys.executable, help='interpreter of our side'
   )
   args = parser.parse_args()
-  sides = []
+  sides, refused = [], []
   for name, module, task, batch in SIDES:
     python = args.python if name == 'ours' else sys.executable
     try:
       sides.append(contest.Contender(name, python, module, task, batch))
     except SystemExit as error:
+      refused.append(name)
       print(f'{name}: does not run here ({error})', file=sys.stderr)
   for i in range(args.rounds):
     for side in sides if i % 2 == 0 else sides[::-1]:
@@ -79,6 +80,7 @@ def main() -> None:
     'machine': processor(),
     'requests': contest.REQUESTS,
     'ratio': ratio,
+    'does_not_run': refused,
     'rows': rows,
   }
   path = Path(__file__).parent / 'results' / 'serve.json'

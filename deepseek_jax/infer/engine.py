@@ -18,7 +18,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.infer import checks, host_arrays, outcomes, sampler, warm_up
 from deepseek_jax.infer.detokenize import Detokenizer
 from deepseek_jax.infer.engine_config import EngineConfig
-from deepseek_jax.infer.host_arrays import Bucket
+from deepseek_jax.infer.host_arrays import Ahead, Bucket, look_ahead
 from deepseek_jax.infer.paging import beside, copied, paging
 from deepseek_jax.infer.programs import Decoded, Shape, programs
 from deepseek_jax.infer.request import (
@@ -268,10 +268,11 @@ class Engine:
     if not going:
       return events
     size = _least(self.cfg.row_buckets(), len(going))
-    drafts = self.cfg.drafts_of(size)
     # A grammar says what comes next when it has seen what came.
-    alone = any(s.matcher is not None for s in going)
-    steps = 1 if alone else self.cfg.steps * (1 + drafts)
+    calls = self.cfg.steps
+    if any(s.matcher is not None for s in going):
+      calls = 1
+    steps = calls * (1 + self.cfg.drafts_of(size))
     limits = {}
     for one in list(going):
       if one.slot is None:  # preempted for an older one
@@ -285,21 +286,9 @@ class Engine:
     going = [s for s in going if s.slot is not None and s in limits]
     if not going:
       return events
-    size = _least(self.cfg.row_buckets(), len(going))
-    drafts = self.cfg.drafts_of(size)
-    bucket = Bucket(
-      size, 1, self._pages(max(s.cached + limits[s] for s in going))
-    )
-    vocab = self.model.config.vocab_size
-    self._store, out = self._run.decode(
-      self._variables,
-      self._store,
-      host_arrays.rows(going, bucket, [1] * len(going)),
-      host_arrays.going(going, bucket, [limits[s] for s in going]),
-      host_arrays.draws(going, bucket, self.page, vocab),
-    )
-    out = jax.device_get(out)
+    out = self._drawn(going, [limits[s] for s in going], calls)
     self._totals['decode_calls'] += int(out.calls.max())
+    drafts = out.drawn.token.shape[1] // self.cfg.steps - 1
     for i, one in enumerate(going):
       rejected = drafts * int(out.calls[i]) - int(out.accepted[i])
       one.drafts[0] += int(out.accepted[i])
@@ -307,6 +296,27 @@ class Engine:
       self._totals['accepted_drafts'] += int(out.accepted[i])
       self._totals['drafts'] += drafts * int(out.calls[i])
     return events + [self._advance(one, i, out) for i, one in enumerate(going)]
+
+  def _drawn(
+    self, going: list[Sequence], limits: list[int], calls: int
+  ) -> Decoded:
+    """Runs the model on rows, so many times at most: what they draw."""
+    size = _least(self.cfg.row_buckets(), len(going))
+    ends = [s.cached + n for s, n in zip(going, limits)]
+    bucket = Bucket(size, 1, self._pages(max(ends)))
+    vocab = self.model.config.vocab_size
+    where = host_arrays.rows(going, bucket, [1] * len(going))
+    draws = host_arrays.draws(going, bucket, self.page, vocab)
+    ahead = Ahead(calls, self.cfg.drafts_of(size), sampler.words(vocab))
+    how = host_arrays.going(going, bucket, limits, ahead)
+    if ahead.drafts and any(s.matcher is not None for s in going):
+      drafts = self._run.draft(self._variables, self._store, where, how, draws)
+      ahead, limits = look_ahead(going, jax.device_get(drafts), limits, ahead)
+      how = host_arrays.going(going, bucket, limits, ahead)
+    self._store, out = self._run.decode(
+      self._variables, self._store, where, how, draws
+    )
+    return jax.device_get(out)
 
   def _masked(self, going: list[Sequence]) -> list[Event]:
     """Asks the grammars of rows what may come; takes out those that fail.
@@ -412,6 +422,7 @@ class Engine:
       self.cfg,
       self.page,
       self.model.config.vocab_size,
+      self.text is not None,
       say,
     )
     if self._paging.has_rings:

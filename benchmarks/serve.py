@@ -25,6 +25,7 @@ SIDES = (
   ('ours', 'benchmarks.worker_ours', 'serve', 16),
   ('transformers, batches of 8', _PEER, 'serve', 8),
   ('transformers, batches of 16', _PEER, 'serve', 16),
+  ('transformers, batches of 32', _PEER, 'serve', 32),
   ('transformers, generate_batch', _PEER, 'serve_paged', 16),
 )
 

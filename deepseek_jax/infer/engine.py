@@ -1,8 +1,8 @@
 """Serves many requests at once: continuous batching over a paged cache.
 
-Each step lets every running answer draw some tokens, then prefills a chunk of
-the oldest prompt that isn't cached yet. The model is the training model, its
-shapes are buckets: after `warm_up` nothing is compiled any more. One thread
+Each step lets every running answer draw some tokens, then prefills some chunks
+of the oldest prompts that aren't cached yet. The model is the training model,
+its shapes are buckets: after `warm_up` nothing is compiled any more. One thread
 alone may call an engine.
 Legend: R rows, T tokens of a chunk, P tokens of a page, L MoE layers.
 """
@@ -241,7 +241,7 @@ class Engine:
   # What a step does.
 
   def step(self) -> list[Event]:
-    """Runs one step: every running answer draws, then one chunk is prefilled.
+    """Runs one step: every running answer draws, then chunks are prefilled.
 
     Returns:
       What each answer got; [] if there was nothing to do.
@@ -253,7 +253,9 @@ class Engine:
     if self._scheduler.running:
       self._totals['steps'] += 1
     events += self._decode()
-    self._prefill()
+    for _ in range(self.cfg.prefills):
+      if not self._prefill():
+        break
     return events
 
   def _take_cancelled(self) -> list[Sequence]:
@@ -371,19 +373,12 @@ class Engine:
       one.id, one.index, finish=finish, error=error, usage=usage, **how
     )
 
-  def _prefill(self) -> None:
-    """Caches a chunk of the oldest prompts that aren't cached yet."""
-    waiting = [s for s in self._scheduler.running if s.to_prefill]
-    if not waiting:
-      return
-    shapes = self.cfg.chunk_buckets()
-    most = shapes[-1][1]
-    sizes = {s: self._scheduler.chunk(s, most) for s in waiting}
-    rows, tokens = next(
-      (shape for shape in shapes if shape[1] >= sizes[waiting[0]]), shapes[-1]
-    )
-    some = waiting[:rows]
-    counts = [min(self._scheduler.chunk(s, tokens), tokens) for s in some]
+  def _prefill(self) -> bool:
+    """Caches a chunk of the oldest prompts; False if there are none."""
+    some, (rows, tokens) = self._scheduler.next_chunk(self.cfg.chunk_buckets())
+    if not some:
+      return False
+    counts = [self._scheduler.chunk(s, tokens) for s in some]
     end = max(s.cached + n for s, n in zip(some, counts))
     bucket = Bucket(rows, tokens, self._pages(max(end, tokens)))
     echo = any(s.request.echo and not s.answered for s in some)
@@ -401,6 +396,7 @@ class Engine:
         outcomes.score(one, i, count, scores)
       one.cached += count
       self._keep(one)
+    return True
 
   def _pages(self, tokens: int) -> int:
     """Returns the bucket of pages that holds so many tokens of a row."""

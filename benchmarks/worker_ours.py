@@ -20,7 +20,7 @@ from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.train import schedules
 from deepseek_jax.train import step as train
 
-SLOTS = 32  # answers that are decoded together
+SLOTS = 16  # answers that are decoded together
 
 
 def config() -> ds.TransformerConfig:

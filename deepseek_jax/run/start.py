@@ -16,7 +16,7 @@ from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import soundness
-from deepseek_jax.run.checkpoint import Checkpoints, flatten
+from deepseek_jax.run.checkpoint import Checkpoints, Restored, flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import config_of, has_checkpoint, load, restore
 from deepseek_jax.run.staged_steps import StagedState, StagedSteps
@@ -47,18 +47,34 @@ def start(
     return state, 0, None
   # Later steps are damaged, and this run will save under their numbers.
   checkpoints.set_aside_after(step)
-  like = steps.like()
-  reference = {'params': like.params, 'buffers': like.buffers}
-  held = functools.partial(_held, flatten({_REFERENCE: reference}))
-  restored = restore(checkpoints, step, like, config, held)
-  batches.set_state(restored.data)
-  batches.take(_trees(restored.held, reference))
+  restored = restored_to(checkpoints, step, steps.like(), config, batches)
   where = checkpoints.directory / str(step)
   damage = soundness.of_checkpoint(restored.state, where)
   if damage and distributed.first():
     say.warn(damage)
   bound = restored.data.get('tokenizer_sha256')
   return steps.adopt(restored.state), step, bound
+
+
+def restored_to(
+  checkpoints: Checkpoints,
+  step: int,
+  like: TrainState,
+  config: RunConfig,
+  batches: datalib.Batches,
+) -> Restored:
+  """Returns the checkpoint of a step; moves `batches` to where it was saved.
+
+  Args:
+    checkpoints, step, like, config: see `folder.restore`.
+    batches: of the run.
+  """
+  reference = {'params': like.params, 'buffers': like.buffers}
+  held = functools.partial(_held, flatten({_REFERENCE: reference}))
+  restored = restore(checkpoints, step, like, config, held)
+  batches.set_state(restored.data)
+  batches.take(_trees(restored.held, reference))
+  return restored
 
 
 def _held(like: dict, name: str, stored: Any) -> Any:

@@ -1,9 +1,11 @@
 """A run over rollouts, killed in rounds, between updates and in saves."""
 
+import json
 import random
 import shutil
 import time
 
+import numpy as np
 import pytest
 from absl.testing import absltest
 
@@ -67,6 +69,22 @@ class KilledRolloutsTest(runs.RunTest):
       told = workers[0].said().splitlines()[-1]
       self.assertRegex(told, '^error: .*no checkpoint is whole')
       self.assertEqual(self.steps('killed'), [_STEPS])
+
+  def test_two_processes_are_one_run(self):
+    rollouts_worker.write_task(rollouts_worker.folder_of(runs.home()))
+    self.finish('straight')
+    workers = launches.start(self.folder / 'two', count=2, module=_MODULE)
+    codes = launches.end(workers, 400)
+    self.assertEqual(codes, [0, 0], msg='\n'.join(w.said() for w in workers))
+    rows = lambda name: [
+      json.loads(line) for line in self.metrics(name).splitlines()
+    ]
+    for a, b in zip(rows('straight'), rows('two'), strict=True):
+      for key in ('reward', 'answer_length', 'verifier_errors', 'redrawn'):
+        self.assertEqual(a.get(key), b.get(key))
+      for key in ('loss', 'kl', 'grad_norm', 'mismatch_most'):
+        if key in a:
+          np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,8 @@ from absl import flags
 import deepseek_jax as ds
 from deepseek_jax import presets
 from deepseek_jax.cli import common, process_flags
+from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import rl
 from tests.faults import worker
 
@@ -117,7 +119,11 @@ def main(argv) -> None:
   ):
     home = folder_of(Path(flags.FLAGS.home))
     run = ds.fit(config(home), flags.FLAGS.workdir)
-  print(json.dumps({'state': worker.fingerprint(run.state)}), flush=True)
+  state = placement.to_first(run.state)
+  done = {}
+  if distributed.first():
+    done['state'] = worker.fingerprint(state)
+  print(json.dumps(done), flush=True)
 
 
 if __name__ == '__main__':

@@ -122,7 +122,7 @@ def moved():
 
 
 class RecordedTest(parameterized.TestCase):
-  @parameterized.parameters(0.5, 0.7, 1.0, 1.3)
+  @parameterized.parameters(0.7, 1.3)
   def test_logits_are_tempered_alike(self, temperature):
     batch, _ = scored(temperature)
     self.assertLess(scoring.mismatch(batch)['mismatch_most'], 1e-5)

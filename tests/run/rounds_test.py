@@ -16,7 +16,7 @@ from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.rl import scoring
 from deepseek_jax.rl.rollout import Rollout
 from deepseek_jax.run import folder as folders
-from deepseek_jax.run import rl, sources
+from deepseek_jax.run import replay, rl, sources
 from tests import tokenizer_folders
 from tests.rl.sft_run_test import TINY
 from tests.run.rl_run_test import config, task
@@ -93,6 +93,7 @@ class RoundTest(parameterized.TestCase):
       seen.append(out.next(8))
       self.assertEqual('reward' in out.told, number == 0)
     for batch in seen:
+      self.assertIn('old', batch)
       np.testing.assert_array_equal(batch['old'], score(first, batch))
       # Of one program and equal weights, the sampler is the trainer.
       on = batch['trained'] > 0
@@ -227,6 +228,8 @@ class ResumedTest(absltest.TestCase):
     first = os.path.join(self.folder, 'a')
     whole = ds.fit(made, first, console=False)
     metrics = Path(first, 'metrics.jsonl').read_bytes()
+    for one in replay.replay(Path(first), 4):  # within the first round
+      self.assertTrue(one.same)
     for step in (6, 8):  # within a round, and before one with a new reference
       other = os.path.join(self.folder, str(step))
       shutil.copytree(first, other)

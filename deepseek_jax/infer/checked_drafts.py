@@ -102,6 +102,8 @@ def check(
   place: LoopRows,
   draws: Draws,
   drafts: int,
+  *,
+  kept: bool = False,
 ) -> Checked:
   """Drafts, runs the model on the drafts, and draws at each place.
 
@@ -112,6 +114,7 @@ def check(
     place: where they stand.
     draws: settings of the rows.
     drafts: k; 0 keeps the caches of multi-token prediction, but drafts none.
+    kept: says what each draw could have taken.
   """
   cache, R = held.cache, place.token.shape[0]
   guesses, mtp = guessed(model, variables, held, place, draws, drafts)
@@ -143,7 +146,7 @@ def check(
   allowed = jnp.concatenate([draws.allowed[:, None], foreseen.allowed], axis=1)
   each = each._replace(allowed=allowed.reshape(-1, allowed.shape[-1]))
   flat = logits.reshape(-1, logits.shape[-1])
-  drawn = sampler.draw(flat, each, positions.reshape(-1) + 1)
+  drawn = sampler.draw(flat, each, positions.reshape(-1) + 1, kept=kept)
   drawn = jax.tree.map(lambda a: a.reshape(R, 1 + drafts, *a.shape[1:]), drawn)
   able = held.ready > 0
   verdict = match(drawn.token, guesses, jnp.where(able, drafts, 0))

@@ -86,16 +86,11 @@ class Engine:
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
-    shape = Shape(self._paging, cfg.steps, cfg.most_drafted(), cfg.routing)
-    self._run = programs(model, shape, current())
-    self._bounds = checks.Bounds(
-      model.config.vocab_size,
-      cfg.context,
-      self.page,
-      pages,
-      cfg.queue,
-      text is not None,
+    shape = Shape(
+      self._paging, cfg.steps, cfg.most_drafted(), cfg.routing, cfg.kept
     )
+    self._run = programs(model, shape, current())
+    self._bounds = checks.bounds(model, cfg, self.page, pages, text is not None)
     self._count, self._epoch = 0, 0
     self._live: dict[int, list[Sequence]] = {}
     self._cancelled: list[int] = []
@@ -253,9 +248,7 @@ class Engine:
     if self._scheduler.running:
       self._totals['steps'] += 1
     events += self._decode()
-    for _ in range(self.cfg.prefills):
-      if not self._prefill():
-        break
+    all(self._prefill() for _ in range(self.cfg.prefills))  # until none is left
     return events
 
   def _take_cancelled(self) -> list[Sequence]:
@@ -271,9 +264,8 @@ class Engine:
       return events
     size = _least(self.cfg.row_buckets(), len(going))
     # A grammar says what comes next when it has seen what came.
-    calls = self.cfg.steps
-    if any(s.matcher is not None for s in going):
-      calls = 1
+    grammars = any(s.matcher is not None for s in going)
+    calls = 1 if grammars else self.cfg.steps
     steps = calls * (1 + self.cfg.drafts_of(size))
     limits = {}
     for one in list(going):
@@ -312,8 +304,9 @@ class Engine:
     ahead = Ahead(calls, self.cfg.drafts_of(size), sampler.words(vocab))
     how = host_arrays.going(going, bucket, limits, ahead)
     if ahead.drafts and any(s.matcher is not None for s in going):
-      drafts = self._run.draft(self._variables, self._store, where, how, draws)
-      ahead, limits = look_ahead(going, jax.device_get(drafts), limits, ahead)
+      args = self._variables, self._store, where, how, draws
+      drafts = jax.device_get(self._run.draft(*args)[1])
+      ahead, limits = look_ahead(going, drafts, limits, ahead)
       how = host_arrays.going(going, bucket, limits, ahead)
     self._store, out = self._run.decode(
       self._variables, self._store, where, how, draws
@@ -369,8 +362,15 @@ class Engine:
     self._totals['cached_tokens'] += one.reused
     self._totals['answers'] += 1
     usage = Usage(one.prompt, one.reused, one.answered, *one.drafts)
+    routes = None if one.routes is None else one.routes[: one.length]
     return Event(
-      one.id, one.index, finish=finish, error=error, usage=usage, **how
+      one.id,
+      one.index,
+      finish=finish,
+      error=error,
+      usage=usage,
+      routes=routes,
+      **how,
     )
 
   def _prefill(self) -> bool:
@@ -382,7 +382,7 @@ class Engine:
     end = max(s.cached + n for s, n in zip(some, counts))
     bucket = Bucket(rows, tokens, self._pages(max(end, tokens)))
     echo = any(s.request.echo and not s.answered for s in some)
-    self._store, scores, _ = self._run.prefill(
+    self._store, scores, chosen = self._run.prefill(
       self._variables,
       self._store,
       host_arrays.rows(some, bucket, counts),
@@ -391,9 +391,14 @@ class Engine:
     self._totals['prefilled'] += sum(counts)
     if echo:
       scores = jax.device_get(scores)
+    if any(s.request.routes for s in some):
+      chosen = jax.device_get(chosen)  # [L R T K]
     for i, (one, count) in enumerate(zip(some, counts)):
       if one.request.echo and not one.answered:
         outcomes.score(one, i, count, scores)
+      if one.request.routes:
+        route = chosen[:, i, :count].swapaxes(0, 1)
+        outcomes.route(one, one.cached, route, self.model)
       one.cached += count
       self._keep(one)
     return True

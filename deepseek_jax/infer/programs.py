@@ -12,10 +12,11 @@ layers, K chosen experts, k drafts of a bucket.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.infer import checked_drafts, sampler
 from deepseek_jax.infer.checked_drafts import Checked, Foreseen, LoopRows
@@ -73,7 +74,7 @@ class Programs(NamedTuple):
   prefill: Callable
   # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
-  # the same -> drafts [R k]; the store is not donated
+  # the same -> None, drafts [R k]; the store is not donated
   draft: Callable
 
   def compiled(self) -> int:
@@ -89,12 +90,14 @@ class Shape(NamedTuple):
     steps: N.
     draft_rows: with more rows nothing is drafted.
     routing: whether they give the experts of each token.
+    kept: whether they give what each draw could have taken.
   """
 
   paging: Paging
   steps: int
   draft_rows: int
   routing: bool
+  kept: bool = False
 
 
 @functools.lru_cache(maxsize=32)
@@ -108,13 +111,22 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
       programs are traced with it wherever they are called first.
   """
   flat = build_flat(model)
+  everywhere = NamedSharding(using.mesh, PartitionSpec()) if using else None
+
+  def whole(tree: Any) -> Any:
+    """Returns a tree that every device has whole."""
+    if everywhere is None:
+      return tree
+    return jax.lax.with_sharding_constraint(tree, everywhere)
 
   def traced(run: Callable) -> Callable:
     """Returns a program that sees the mesh."""
 
     def inside(*args) -> tuple:
       with under(using) if using else contextlib.nullcontext():
-        return run(flat, shape, *args)
+        store, *rest = run(flat, shape, *args)
+      # The host reads the rest, of several processes each one's.
+      return store, *(whole(one) for one in rest)
 
     return inside
 
@@ -169,11 +181,16 @@ def _decode(
 ) -> tuple[Store, Decoded]:
   """Draws up to N W tokens for each row; see `Programs`."""
   R, drafts = going.token.shape[0], shape.paging.drafts
-  one = functools.partial(_plain, model, variables)
+  one = functools.partial(_plain, model, variables, kept=shape.kept)
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
     one = functools.partial(
-      checked_drafts.check, model, variables, going.foreseen, drafts=drafts
+      checked_drafts.check,
+      model,
+      variables,
+      going.foreseen,
+      drafts=drafts,
+      kept=shape.kept,
     )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W
@@ -244,7 +261,7 @@ def _draft(
   rows: Rows,
   going: Going,
   draws: Draws,
-) -> jax.Array:
+) -> tuple[None, jax.Array]:
   """Returns what the next call of decoding would draft, [R k] int32."""
   held, history = shape.paging.view(store, rows), jnp.asarray(draws.history)
   place = LoopRows(rows.start, going.token, rows.count > 0, history)
@@ -252,11 +269,17 @@ def _draft(
   guesses, _ = checked_drafts.guessed(
     model, variables, held, place, draws, drafts
   )
-  return guesses
+  return None, guesses
 
 
 def _plain(
-  model: Model, variables: dict, held: Caches, place: LoopRows, draws: Draws
+  model: Model,
+  variables: dict,
+  held: Caches,
+  place: LoopRows,
+  draws: Draws,
+  *,
+  kept: bool,
 ) -> Checked:
   """Runs the model on the last token of each row, and draws the next."""
   out = model.apply(
@@ -267,7 +290,7 @@ def _plain(
     cache=held.cache,
   )
   logits = _logits(model, variables, out.hidden[:, 0])
-  drawn = sampler.draw(logits, draws, place.at + 1)
+  drawn = sampler.draw(logits, draws, place.at + 1, kept=kept)
   drawn = jax.tree.map(lambda a: a[:, None], drawn)
   held = held._replace(cache=out.cache)
   return Checked(held, out, drawn, jnp.ones_like(place.at))

@@ -98,12 +98,15 @@ class Objective(NamedTuple):
     inputs: batch -> Inputs; pure, as every stage of a pipeline calls it.
     mtp: tokens further ahead are predicted, where the model can.
     metrics: describes those of `loss`, by name.
+    shared: names of a batch's arrays that belong to no row of it: every
+      micro-batch gets them whole.
   """
 
   loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
   inputs: Callable[[Mapping[str, jax.Array]], Inputs] = next_token
   mtp: bool = True
   metrics: Mapping[str, Metric] = {}
+  shared: tuple[str, ...] = ()
 
   def __call__(
     self, predictions: Predictions, inputs: Inputs, shares: Shares

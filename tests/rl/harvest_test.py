@@ -160,13 +160,13 @@ class SpokenTest(absltest.TestCase):
     template = chats.TemplateChat(
       {
         'chat_template': '{% for m in messages %}{{ m.content | striptags }}'
-        '{% endfor %}'
+        '{% if m.role == "assistant" %}<|eos|>{% endif %}{% endfor %}'
       },
       made,
     )
     ask = lambda text: chats.spoken(template, made, 'a', [*encode(text), end])
     self.assertEqual([m['content'] for m in ask(' c ')], ['a', ' c '])
-    self.assertIsNone(ask('<b>c'))  # the template takes marks away
+    self.assertIsNone(ask('<b>c'))  # the template would take this away
 
   def test_reasoning_is_told_from_the_answer(self):
     from deepseek_jax.infer import formats

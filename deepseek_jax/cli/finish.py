@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_flops, count_parameters
@@ -39,7 +40,9 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
   """
   console = Console()
   reached = results_of(run, workdir)
-  results.write(workdir, reached)
+  # What was measured of it before stays: each entry names its step.
+  measured = _measured(workdir)
+  results.write(workdir, reached | measured)
   keep_in_metrics(run, workdir, reached)
   facts = facts_of(reached) | size_facts(run)
   samples = write_samples(run)
@@ -64,6 +67,17 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
     for name in list(facts)[:1]:
       console.print(f'{name}: {facts[name]:.3f}', highlight=False)
   console.print(f'report: {report.absolute()}', soft_wrap=True)
+
+
+def _measured(workdir: Path) -> dict[str, list]:
+  """Returns the evaluations of a results.json; a damaged one is set aside."""
+  try:
+    found = results.whole(workdir)
+  except InputError as error:
+    say.warn(f'{error}; it is now {metrics.set_aside(workdir / results.FILE)}')
+    return {}
+  name = results.EVALUATIONS
+  return {name: found[name]} if name in found else {}
 
 
 def results_of(run: Run, workdir: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.rollout import check as check_rollouts
@@ -88,7 +89,9 @@ class RunConfig:
   model: TransformerConfig
   data: datalib.DataConfig
   train: TrainConfig
-  objective: PretrainingConfig | SFTConfig | GRPOConfig = PretrainingConfig()
+  objective: PretrainingConfig | SFTConfig | GRPOConfig | DistillConfig = (
+    PretrainingConfig()
+  )
   rollouts: RolloutConfig | None = None
   chat: ChatConfig | None = None
   evaluate: EvaluateConfig = EvaluateConfig()
@@ -106,7 +109,9 @@ class RunConfig:
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()
-    if self.rollouts is not None:
+    if isinstance(self.objective, DistillConfig):
+      self._check_distillation()
+    elif self.rollouts is not None:
       self._check_rollouts()
     if isinstance(self.objective, SFTConfig) and self.chat is None:
       raise InputError(
@@ -163,6 +168,18 @@ class RunConfig:
       raise InputError(
         f'rollouts.drafts = {self.rollouts.drafts}: model.mtp.depth = 0, so'
         ' nothing guesses tokens; set it to 0'
+      )
+
+  def _check_distillation(self) -> None:
+    """Raises InputError where distillation does not fit chat or mesh."""
+    if self.chat is None:
+      raise InputError(
+        'objective = distill: learns the answers of conversations, or those to'
+        " a task with rollouts; set chat, as in chat = ChatConfig('plain')"
+      )
+    if self.mesh != MeshConfig():
+      raise InputError(
+        f'mesh = {self.mesh}: teachers run on one device; leave the mesh out'
       )
 
   def _check_numbers(self) -> None:

@@ -90,8 +90,8 @@ class Trainer:
       self.record.step(number, metrics, buffers, size * length, seconds)
       self._give_up_if_stuck(number, metrics, state)
       last = tokens >= config.train.tokens or self._imitated()
-      every = config.evaluate.every
-      if _due(every, number) or (every and last):
+      every, at = config.evaluate.every, config.evaluate.at
+      if _due(every, number) or (every and last) or number in at:
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
       # Asked once a step in every process: they must answer alike.

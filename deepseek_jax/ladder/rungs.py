@@ -127,7 +127,7 @@ def _csa(s: Shape) -> dict[str, Any]:
   return {
     'model.attention': SharedKVConfig(
       heads=s.heads,
-      head_dim=s.head_dim,
+      head_dim=s.entry_dim,
       rope_dim=s.rope_dim,
       q_rank=s.q_rank,
       groups=s.groups,
@@ -202,16 +202,6 @@ RUNGS = (
     lambda s: {'model.attention': MLAConfig(**_latent(s))},
   ),
   Rung(
-    'sigmoid',
-    'V3',
-    'sigmoid gates that add up to one',
-    ('model.moe.router.scoring', 'model.moe.router.normalize'),
-    lambda s: {
-      'model.moe.router.scoring': 'sigmoid',
-      'model.moe.router.normalize': True,
-    },
-  ),
-  Rung(
     'bias',
     'V3',
     'loss-free balance: a selection bias in place of the loss',
@@ -223,6 +213,16 @@ RUNGS = (
     lambda s: {
       'model.moe.router.bias': True,
       'model.moe.balance': BalanceConfig(sequence=1e-4),
+    },
+  ),
+  Rung(
+    'sigmoid',
+    'V3',
+    'sigmoid gates that add up to one',
+    ('model.moe.router.scoring', 'model.moe.router.normalize'),
+    lambda s: {
+      'model.moe.router.scoring': 'sigmoid',
+      'model.moe.router.normalize': True,
     },
   ),
   Rung(

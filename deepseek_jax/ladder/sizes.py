@@ -30,6 +30,7 @@ class Shape:
     index_heads, index_dim: of the indexers.
     picked: tokens that V3.2's attention reads.
     window, entries: V4's window, and the entries that CSA reads.
+    entry_dim: of V4's heads and entries.
     csa_ratio, hca_ratio: tokens of an entry.
     groups, o_rank: of V4's output projection.
     rows, tables, row_dim: of the Engram, see EngramConfig (base, heads, dim).
@@ -55,6 +56,7 @@ class Shape:
   picked: int
   window: int
   entries: int
+  entry_dim: int
   csa_ratio: int
   hca_ratio: int
   groups: int
@@ -152,6 +154,7 @@ def _shape(dim: int, **changes: int) -> Shape:
     picked=64,
     window=32,
     entries=16,
+    entry_dim=48,
     csa_ratio=4,
     hca_ratio=16,
     groups=2,
@@ -190,6 +193,7 @@ def published() -> Shape:
     picked=2048,
     window=128,
     entries=1024,
+    entry_dim=512,
     csa_ratio=4,
     hca_ratio=128,
     groups=16,

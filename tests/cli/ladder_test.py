@@ -23,7 +23,8 @@ def get_config(size='half_hour'):
   return ds.changed(run, {{
     'model.dim': 16, 'model.vocab_size': 261, 'model.ffn.width': {width},
     'model.layout': ((('dense',), 1),), 'data.path': {path!r},
-    'data.tokenizer': 'bytes', 'data.vocab_size': 261, 'data.seq_len': 16, 'evaluate.stride': 16,
+    'data.tokenizer': 'bytes', 'data.vocab_size': 261, 'data.seq_len': 16,
+    'evaluate.stride': 16,
     'data.heldout_fraction': 0.3, 'data.cache_dir': {cache!r},
   }})
 """

@@ -1,7 +1,7 @@
 """V3: sigmoid gates that add up to one.
 
     python -m experiments.pretrain --workdir=runs/sigmoid \\
-      --config=experiments/ladder/06_sigmoid.py:half_hour
+      --config=experiments/ladder/07_sigmoid.py:half_hour
     python -m experiments.ladder --arms=experiments/ladder --folder=runs/ladder
 """
 

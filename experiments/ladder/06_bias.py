@@ -1,7 +1,7 @@
 """V3: loss-free balance: a selection bias in place of the loss.
 
     python -m experiments.pretrain --workdir=runs/bias \\
-      --config=experiments/ladder/07_bias.py:half_hour
+      --config=experiments/ladder/06_bias.py:half_hour
     python -m experiments.ladder --arms=experiments/ladder --folder=runs/ladder
 """
 

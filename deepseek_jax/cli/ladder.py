@@ -8,16 +8,17 @@
 Each rung is the one below with one change. Its runs are folders in --folder,
 which `compare` reads, too: what has ended is not run again, what was cut short
 goes on, and several processes may share the rungs (--rungs). At the smallest
-budget every learning rate of the size is tried, the best one is run through all
-budgets and with further seeds. At the end FOLDER/ladder.json, .md and .png say
+budget the learning rates are tried, the best one is run through all budgets and
+with further seeds. At the end FOLDER/ladder.json, .md and .png say
 how much compute each rung needs for the last loss of the dense rung `gqa`, with
 an interval, and what the planner says each idea saves. --arms takes a folder of
 experiment files, as experiments/ladder/ has, in the order of their names.
 """
 
+import itertools
 import json
+import os
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from deepseek_jax.ladder.sizes import SIZES
 from deepseek_jax.record import results
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run.folder import as_json
+from deepseek_jax.run.steps import shared_programs
 
 _SIZE = flags.DEFINE_enum(
   'size', 'half_hour', tuple(SIZES), 'How large the models and budgets are.'
@@ -128,18 +130,18 @@ def claim(folder: Path, arms: Mapping[str, loop.RunConfig]) -> None:
     scratch.write_text(json.dumps(plain, indent=2) + '\n')
 
 
-def run_one(trial: trials.Trial, workdir: Path) -> str:
-  """Trains a run to its end, or finds that it gave up; returns a line on it."""
+def run_one(made: trials.Trial, workdir: Path) -> str:
+  """Trains a run as far as it is to go; returns a line on it."""
   try:
-    run = loop.fit(trial.config, workdir, console=False)
+    run = loop.fit(made.config, workdir, console=False, until=made.until)
   except RunAborted as error:
     measured.mark(workdir, str(error))
     return f'gave up ({error})'
-  points = measured.points_of(workdir.parent, trial)
+  bits = measured.points_of(workdir.parent, made)[-1].loss
   held = run.store.heldout_documents()
   reached = {
     'heldout': {
-      'bits_per_byte': points[-1].loss,
+      'bits_per_byte': bits,
       'documents': len(held),
       'tokens': sum(doc.tokens for doc in held),
       'bytes': sum(doc.bytes for doc in held),
@@ -147,9 +149,7 @@ def run_one(trial: trials.Trial, workdir: Path) -> str:
     **finish.spent_by(run, workdir),
   }
   results.write(workdir, reached)
-  finish.keep_in_metrics(run, workdir, reached)
-  seconds = reached['seconds']
-  return f'{points[-1].loss:.4f} bits per byte, {seconds:.0f} s'
+  return f'{bits:.4f} bits per byte, {reached["seconds"]:.0f} s'
 
 
 def run_all(made: Sequence[trials.Trial], folder: Path, what: str) -> None:
@@ -161,16 +161,21 @@ def run_all(made: Sequence[trials.Trial], folder: Path, what: str) -> None:
   size = SIZES[_SIZE.value]
   over = measured.ended(folder, made) | measured.gave_up(folder, made)
   left = [trial for trial in made if trial.name not in over]
-  for number, trial in enumerate(left):
-    start = time.perf_counter()
-    line = run_one(trial, folder / trial.name)
-    jax.clear_caches()  # no later run has these programs
-    rest = trials.hours(left[number + 1 :], size)
-    print(
-      f'{what} {number + 1}/{len(left)} {trial.name}: {line}, with all'
-      f' {time.perf_counter() - start:.0f} s; {rest:.2f} hours of {what} left',
-      flush=True,
-    )
+  total = sum(trial.flops for trial in left)
+  rung_of = lambda trial: trial.rung
+  number = 0
+  for _, several in itertools.groupby(left, rung_of):
+    with shared_programs():  # seeds are one program
+      for trial in several:
+        line = run_one(trial, folder / trial.name)
+        number, total = number + 1, total - trial.flops
+        rest = trials.hours(total, len(left) - number, size)
+        print(
+          f'{what} {number}/{len(left)} {trial.name}: {line}; {rest:.2f} hours'
+          ' left if the machine is quiet',
+          flush=True,
+        )
+    jax.clear_caches()  # no other rung has these programs
 
 
 def report(
@@ -187,6 +192,7 @@ def report(
   given = [f'--size={_SIZE.value}', f'--folder={folder}']
   given += [f'--arms={_ARMS.value}'] if _ARMS.value else []
   found['command'] = shlex.join(['deepseek-jax', 'ladder', *given])
+  found['xla_flags'] = os.environ.get('XLA_FLAGS', '')
   found['name'] = _SIZE.value
   if not _ARMS.value:
     published = costs.published_costs()
@@ -213,35 +219,36 @@ def main(argv: list[str]) -> None:
   if _ARMS.value:
     arms = own_arms(Path(_ARMS.value))
   mine = chosen(arms)
-  count, hours = trials.planned_hours(mine, size)
+  count, flops = trials.planned(mine, size)
   print(
-    f'{_SIZE.value}: {len(mine)} rungs, {count} runs, about {hours:.2g} hours'
-    f' on two quiet CPU cores ({size.speed:.0e} FLOPs a second,'
-    f' {size.overhead:g} s a run beside its steps)',
+    f'{_SIZE.value}: {len(mine)} rungs, {count} runs, {flops:.2g} FLOPs: about'
+    f' {trials.hours(flops, count, size):.2g} hours on two quiet CPU cores'
+    f' ({size.speed:.0e} FLOPs a second, {size.overhead:g} s a run beside)',
     flush=True,
   )
-  first = trials.rate_trials(mine, size)
+  tried = trials.rate_trials(arms, size)
   if _DRY.value:
-    print('\n'.join(trial.name for trial in first))
+    likely = dict.fromkeys(mine, size.rates[0])
+    every = (*tried, *trials.further_trials(mine, size, likely))
+    print('\n'.join(dict.fromkeys(trial.name for trial in every)))
     return
   claim(folder, arms)
   if not _REPORT.value:
-    run_all(first, folder, 'rates')
-    rates = trials.best_rates(folder, first, measured.ended(folder, first))
-    run_all(trials.further_trials(mine, size, rates), folder, 'budgets')
-  every = trials.rate_trials(arms, size)
-  over = measured.ended(folder, every) | measured.gave_up(folder, every)
-  whole = {
-    name for name in arms if {t.name for t in every if t.rung == name} <= over
-  }
-  tried = [trial for trial in every if trial.rung in whole]
-  rates = trials.best_rates(folder, tried, measured.ended(folder, tried))
+    run_all(tried, folder, 'rates')
+  rates = trials.best_rates(folder, arms, size, measured.ended(folder, tried))
+  if not _REPORT.value:
+    # The largest budget last: a ladder that is cut short has curves.
+    for budgets in range(2, len(size.budgets) + 1):
+      made = trials.further_trials(mine, size, rates, budgets)
+      run_all(made, folder, f'budget {budgets}')
   runs = trials.further_trials(arms, size, rates)
   over = measured.ended(folder, runs) | measured.gave_up(folder, runs)
-  left = len(every) - len(tried) + len(runs) - len(over)
+  left = len({trial.name for trial in runs} - over)
   if left and not _REPORT.value:
-    print(f'{left} runs of other rungs have not ended: without --rungs, or with'
-          ' --report, the command writes results')  # fmt: skip
+    print(
+      f'{left} runs of other rungs are not complete: without --rungs, or with'
+      ' --report, the command writes results'
+    )
     return
   report(folder, arms, (tried, runs), rates)
 

@@ -23,8 +23,12 @@ GAVE_UP = 'gave-up.json'  # in the folder of a run that diverged
 
 
 def ended(folder: Path, trials: Sequence[Trial]) -> set[str]:
-  """Returns the names of the runs that have results."""
-  return {t.name for t in trials if results.read(folder / t.name)}
+  """Returns the names of the runs that have come as far as they are to go."""
+  return {
+    trial.name
+    for trial in trials
+    if any(p.flops >= 0.999 * trial.flops for p in points_of(folder, trial))
+  }
 
 
 def gave_up(folder: Path, trials: Sequence[Trial]) -> set[str]:
@@ -88,9 +92,9 @@ def _rung(
     **_told(rung),
     'rate': rate,
     'tried': {
-      f'{t.config.train.schedule.peak:g}': last_loss(folder / t.name)
+      f'{t.config.train.schedule.peak:g}': last_loss(folder / t.name, t.until)
       for t in tried
-      if t.rung == rung and (folder / t.name / results.FILE).exists()
+      if t.rung == rung and points_of(folder, t)
     },
     'plan': made._asdict() | {'training_bytes': costs.training_bytes(run)},
   }
@@ -147,7 +151,8 @@ def conclusion(
   for arm in curves.arms:
     each = reach.reach(curves, arm, first)
     reached[arm] = each._asdict() if each else None
-  done = [r for t in (*tried, *runs) if (r := results.read(folder / t.name))]
+  names = dict.fromkeys(t.name for t in (*tried, *runs))
+  done = [r for name in names if (r := results.read(folder / name))]
   return {
     'size': to_dict(size),
     'first': first,

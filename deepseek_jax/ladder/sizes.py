@@ -95,6 +95,8 @@ class LadderSize:
     shape: of the models.
     budgets: training FLOPs, rising.
     rates: peak learning rates that are tried at the smallest budget.
+    anchors: rungs on which they are tried; others take the rate of the anchor
+      below them, or else of the first. (): all.
     seeds: runs at the smallest budget with the chosen rate.
     seq_len, batch, warmup: tokens of a window, windows and steps.
     heldout: share of the documents that is never trained on.
@@ -105,13 +107,14 @@ class LadderSize:
   shape: Shape
   budgets: tuple[float, ...]
   rates: tuple[float, ...]
+  anchors: tuple[str, ...] = ()
   seeds: int = 2
   seq_len: int = 256
-  batch: int = 4
+  batch: int = 2
   warmup: int = 10
   heldout: float = 0.01
   speed: float = 4e10
-  overhead: float = 12.0
+  overhead: float = 20.0
 
   def __post_init__(self) -> None:
     """Raises InputError for sizes that can't be run."""
@@ -225,7 +228,11 @@ SIZES = {
     heldout=0.002,
   ),
   'half_hour': LadderSize(
-    _shape(128), budgets=(3e11, 9e11, 2.7e12), rates=(2e-3, 4e-3, 8e-3)
+    _shape(128, layers=3),
+    budgets=(1.2e11, 3.6e11, 1.08e12),
+    rates=(1.5e-3, 3e-3, 6e-3),
+    anchors=('gqa',),
+    batch=1,
   ),
   'large': LadderSize(
     _shape(256, vocab=4096, layers=6, experts=32, rows=32768),

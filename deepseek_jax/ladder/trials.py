@@ -2,11 +2,11 @@
 
 FLOPs are the planner's, per token of a window, times tokens: each rung reads
 as many whole batches as its budget pays for. At the smallest budget every
-learning rate is tried. The best one, by the training loss of the last fifth of
-the steps (windows that were not trained on before, and none of the held-out
-text that is reported), then makes a run through all budgets, and one for each
-further seed. The rate is constant, so a run through all budgets holds the runs
-of the smaller ones: it is validated where each ends.
+learning rate is tried on the anchors. The best one, by the training loss of the
+last fifth of the steps (windows that were not trained on before, and none of
+the held-out text that is reported), goes on through all budgets; further seeds
+stop after the smallest. The rate is constant, so a run holds the shorter ones:
+it is validated where each budget ends.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,20 @@ LAST = 0.2  # share of the steps whose loss chooses the rate
 
 
 class Trial(NamedTuple):
-  """Describes a run of the ladder.
+  """Describes a run of the ladder, as far as it is to go.
 
   Attributes:
     name: of its folder.
     rung: whose run it is.
-    config: of the run.
-    flops: what it spends.
+    config: of the run, through all budgets.
+    until: steps after which it stops for now.
+    flops: what it has spent by then.
   """
 
   name: str
   rung: str
   config: RunConfig
+  until: int
   flops: float
 
 
@@ -75,102 +77,144 @@ def spent(run: RunConfig, budgets: Sequence[float]) -> RunConfig:
   )
 
 
-def _trial(
+def trial(
   rung: str,
   run: RunConfig,
-  budgets: Sequence[float],
+  size: LadderSize,
+  *,
   rate: float,
-  seed: int,
+  seed: int = 0,
+  budgets: int = 1,
 ) -> Trial:
-  """Returns the run of a rung with a rate and a seed."""
+  """Returns the run of a rung with a rate and a seed, for some budgets."""
   made = changed(
-    spent(run, budgets),
+    spent(run, size.budgets),
     {
       'train.schedule.peak': rate,
       'seed': run.seed + seed,
       'data.seed': run.data.seed + seed,
     },
   )
-  name = f'{rung}-rate={rate:g}-seed={made.seed}-budgets={len(budgets)}'
-  return Trial(name, rung, made, made.evaluate.at[-1] * step_flops(run))
+  until = made.evaluate.at[budgets - 1]
+  name = f'{rung}-rate={rate:g}-seed={made.seed}'
+  return Trial(name, rung, made, until, until * step_flops(run))
+
+
+def anchors(arms: Mapping[str, RunConfig], size: LadderSize) -> tuple[str, ...]:
+  """Returns the rungs on which rates are tried; all if there are no others."""
+  return tuple(n for n in arms if n in size.anchors) or tuple(arms)
 
 
 def rate_trials(arms: Mapping[str, RunConfig], size: LadderSize) -> list[Trial]:
-  """Returns the runs that choose the rates, rung by rung."""
+  """Returns the runs that choose the rates, anchor by anchor."""
   return [
-    _trial(rung, run, size.budgets[:1], rate, 0)
-    for rung, run in arms.items()
+    trial(rung, arms[rung], size, rate=rate)
+    for rung in anchors(arms, size)
     for rate in size.rates
   ]
 
 
 def further_trials(
-  arms: Mapping[str, RunConfig], size: LadderSize, rates: Mapping[str, float]
+  arms: Mapping[str, RunConfig],
+  size: LadderSize,
+  rates: Mapping[str, float],
+  budgets: int | None = None,
 ) -> list[Trial]:
-  """Returns the runs with the chosen rates: through all budgets, then seeds."""
-  long = [
-    _trial(rung, run, size.budgets, rates[rung], 0)
+  """Returns the runs with the chosen rates, rung by rung.
+
+  Args:
+    arms: rung -> its run.
+    size: of the ladder.
+    rates: rung -> its rate.
+    budgets: how many of them the first seed spends; None: all.
+  """
+  most = budgets or len(size.budgets)
+  return [
+    trial(
+      rung,
+      run,
+      size,
+      rate=rates[rung],
+      seed=seed,
+      budgets=1 if seed else most,
+    )
     for rung, run in arms.items()
-    if rung in rates
+    for seed in range(size.seeds)
   ]
-  seeds = [
-    _trial(rung, run, size.budgets[:1], rates[rung], seed)
-    for rung, run in arms.items()
-    if rung in rates
-    for seed in range(1, size.seeds)
-  ]
-  return long + seeds
 
 
-def last_loss(workdir: Path) -> float:
-  """Returns the mean training loss of a run's last steps; inf without any."""
-  losses = [row['loss'] for row in metrics.read(workdir) if 'loss' in row]
+def last_loss(workdir: Path, steps: int) -> float:
+  """Returns the mean training loss of the last of some steps.
+
+  Without any, or with one that is not finite, it is inf.
+  """
+  losses = [
+    row['loss']
+    for row in metrics.read(workdir)
+    if 'loss' in row and row['step'] <= steps
+  ]
   last = losses[-max(round(LAST * len(losses)), 1) :]
   mean = float(np.mean(last)) if last else np.inf
   return mean if np.isfinite(mean) else np.inf
 
 
 def best_rates(
-  folder: Path, trials: Sequence[Trial], ended: set[str]
+  folder: Path,
+  arms: Mapping[str, RunConfig],
+  size: LadderSize,
+  ended: set[str],
 ) -> dict[str, float]:
-  """Returns the rate of each rung whose trials have all ended.
+  """Returns the rate of each rung: of its anchor, whose trials have ended.
 
   Args:
     folder: of the ladder.
-    trials: those of `rate_trials`.
-    ended: names of the runs that ended well; others that gave up are left out.
+    arms: rung -> its run.
+    size: of the ladder.
+    ended: names of the rates' runs that ended well; those that gave up are
+      left out.
 
   Raises:
-    InputError: no rate of a rung trains.
+    InputError: no rate has trained an anchor.
   """
-  out = {}
-  for rung in dict.fromkeys(trial.rung for trial in trials):
-    mine = [trial for trial in trials if trial.rung == rung]
-    losses = {
-      trial.config.train.schedule.peak: last_loss(folder / trial.name)
-      for trial in mine
-      if trial.name in ended
-    }
-    best = min(losses, key=losses.__getitem__, default=None)
-    if best is None or losses[best] == np.inf:
-      raise InputError(
-        f'{rung}: no learning rate of {sorted(losses) or "any"} trains it;'
-        ' give lower ones'
+  chosen: dict[str, tuple[float, float]] = {}
+  for made in rate_trials(arms, size):
+    if made.name in ended:
+      loss = last_loss(folder / made.name, made.until)
+      rate = made.config.train.schedule.peak
+      chosen[made.rung] = min(
+        chosen.get(made.rung, (np.inf, rate)), (loss, rate)
       )
-    out[rung] = best
+  out: dict[str, float] = {}
+  known = anchors(arms, size)
+  anchor = known[0]
+  for rung in arms:
+    anchor = rung if rung in known else anchor
+    loss, rate = chosen.get(anchor, (np.inf, 0.0))
+    if loss == np.inf:
+      raise InputError(
+        f'{anchor}: no run with a learning rate of'
+        f' {", ".join(f"{r:g}" for r in size.rates)} has spent the smallest'
+        ' budget; go on with the ladder, or give lower rates if all gave up'
+      )
+    out[rung] = rate
   return out
 
 
-def hours(trials: Sequence[Trial], size: LadderSize) -> float:
+def hours(flops: float, runs: int, size: LadderSize) -> float:
   """Returns how long runs take on two quiet CPU cores, roughly."""
-  flops = sum(trial.flops for trial in trials)
-  return (flops / size.speed + size.overhead * len(trials)) / 3600
+  return (flops / size.speed + size.overhead * runs) / 3600
 
 
-def planned_hours(
+def planned(
   arms: Mapping[str, RunConfig], size: LadderSize
 ) -> tuple[int, float]:
-  """Returns how many runs a whole ladder has, and the hours of all of them."""
+  """Returns how many runs a whole ladder has, and their FLOPs.
+
+  Whichever rate is best, its run goes on.
+  """
   rates = dict.fromkeys(arms, size.rates[-1])
   every = rate_trials(arms, size) + further_trials(arms, size, rates)
-  return len(every), hours(every, size)
+  most: dict[str, float] = {}
+  for made in every:
+    most[made.name] = max(made.flops, most.get(made.name, 0.0))
+  return len(most), sum(most.values())

@@ -34,25 +34,34 @@ class TrialsTest(parameterized.TestCase):
     more = [trials.steps_of(arms[n], (3e11,))[0] for n in ('bias', 'mtp')]
     self.assertGreater(more[0], 1.2 * more[1])
 
-  def test_a_long_run_begins_as_the_short_one(self):
+  def test_the_best_rate_goes_on_and_seeds_stop_early(self):
     size = SIZES['half_hour']
     arms = {'mla': rungs.climbed(size)['mla']}
-    short = trials.rate_trials(arms, size)
-    long, seed = trials.further_trials(arms, size, {'mla': size.rates[1]})
-    self.assertLen(short, len(size.rates))
-    self.assertEqual(long.config.evaluate.at[0], short[1].config.steps)
-    free = {
-      'train.tokens': short[1].config.train.tokens,
-      'evaluate.at': short[1].config.evaluate.at,
-    }
-    self.assertEqual(ds.changed(long.config, free), short[1].config)
+    tried = trials.rate_trials(arms, size)
+    self.assertLen(tried, len(size.rates))
+    rates = {'mla': size.rates[1]}
+    long, seed = trials.further_trials(arms, size, rates)
+    steps = long.config.evaluate.at
+    # One run, of which the trial is the beginning.
+    self.assertEqual((tried[1].name, tried[1].config), (long.name, long.config))
+    self.assertEqual((tried[1].until, long.until), (steps[0], steps[-1]))
+    self.assertEqual(seed.until, steps[0])
+    same = ds.changed(seed.config, {'seed': 0, 'data.seed': 0})
+    self.assertEqual(same, long.config)
+    self.assertEqual((seed.config.seed, seed.config.data.seed), (1, 1))
+    middle = trials.further_trials(arms, size, rates, 2)[0]
+    self.assertEqual(middle.until, steps[1])
+    # Nothing follows the run's length.
     self.assertEqual(long.config.train.schedule.kind, 'constant')
     for switch in ('mtp_weight', 'bias_rate'):
       value = getattr(long.config.train, switch)
       self.assertEqual(value.first, value.last)
-    self.assertEqual((seed.config.seed, seed.config.data.seed), (1, 1))
-    names = [trial.name for trial in (*short, long, seed)]
-    self.assertLen(set(names), len(names))
+    count, flops = trials.planned(arms, size)
+    self.assertEqual(count, len(size.rates) + size.seeds - 1)
+    # Two rates, a seed, and all budgets of the best.
+    self.assertAlmostEqual(
+      flops, 3 * seed.flops + long.flops, delta=1e-6 * flops
+    )
 
   @parameterized.parameters((1e9, 9e11), (3e11, 3.001e11))
   def test_budgets_that_are_no_budgets_are_named(self, *budgets):
@@ -88,14 +97,14 @@ class TrialsTest(parameterized.TestCase):
 def write_run(folder, trial, bits, last):
   """Writes what a run of the ladder leaves."""
   workdir = folder / trial.name
-  workdir.mkdir(parents=True)
+  workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'config.json').write_text(json.dumps(ds.to_dict(trial.config)))
   rows = [{'step': i + 1, 'loss': 9.0} for i in range(8)]
   rows += [{'step': i + 9, 'loss': last} for i in range(2)]
   steps = trial.config.evaluate.at
   rows += [
     {'step': step, measured.VALIDATED: value}
-    for step, value in zip(steps, bits, strict=True)
+    for step, value in zip(steps, bits)
   ]
   lines = '\n'.join(map(json.dumps, rows)) + '\n'
   (workdir / 'metrics.jsonl').write_text(lines)
@@ -117,7 +126,9 @@ class ConclusionTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.size = dataclasses.replace(SIZES['half_hour'], rates=(2e-3, 4e-3))
+    self.size = dataclasses.replace(
+      SIZES['half_hour'], rates=(2e-3, 4e-3), anchors=()
+    )
     arms = rungs.climbed(self.size)
     self.arms = {name: arms[name] for name in ('gqa', 'coarse', 'fine')}
     self.tried = trials.rate_trials(self.arms, self.size)
@@ -126,14 +137,19 @@ class ConclusionTest(absltest.TestCase):
       best = 4e-3 if trial.rung == 'fine' else 2e-3
       write_run(self.folder, trial, (3.0,), 2.0 + (peak != best))
     self.ended = measured.ended(self.folder, self.tried)
-    self.rates = trials.best_rates(self.folder, self.tried, self.ended)
+    self.rates = self.best()
     self.runs = trials.further_trials(self.arms, self.size, self.rates)
     shift = {'gqa': 0.0, 'coarse': 0.04, 'fine': -0.05}
     for trial in self.runs:
-      n = len(trial.config.evaluate.at)
+      n = trial.config.evaluate.at.index(trial.until) + 1
       noise = 0.001 * trial.config.seed
       bits = [3.0 - 0.3 * i + shift[trial.rung] + noise for i in range(n)]
       write_run(self.folder, trial, bits, 2.0)
+
+  def best(self, ended=None, **changes):
+    size = dataclasses.replace(self.size, **changes)
+    ended = self.ended if ended is None else ended
+    return trials.best_rates(self.folder, self.arms, size, ended)
 
   def conclusion(self, **changes):
     given = {
@@ -149,10 +165,16 @@ class ConclusionTest(absltest.TestCase):
   def test_the_rate_of_the_least_last_loss_is_taken(self):
     self.assertEqual(self.rates, {'gqa': 2e-3, 'coarse': 2e-3, 'fine': 4e-3})
     gone = self.tried[0].name
-    fewer = trials.best_rates(self.folder, self.tried, self.ended - {gone})
-    self.assertEqual(fewer['gqa'], 4e-3)
-    with self.assertRaisesRegex(ds.InputError, 'gqa: no learning rate of any'):
-      trials.best_rates(self.folder, self.tried[:2], set())
+    self.assertEqual(self.best(self.ended - {gone})['gqa'], 4e-3)
+    with self.assertRaisesRegex(ds.InputError, 'gqa: no run with .*0.002, 0.0'):
+      self.best(set())
+
+  def test_other_rungs_take_the_rate_of_their_anchor(self):
+    self.assertEqual(
+      self.best(anchors=('coarse',)), dict.fromkeys(self.arms, 2e-3)
+    )
+    rates = self.best(anchors=('gqa', 'fine'))
+    self.assertEqual(rates, {'gqa': 2e-3, 'coarse': 2e-3, 'fine': 4e-3})
 
   def test_a_better_rung_needs_less_compute_and_a_worse_one_more(self):
     found = self.conclusion()

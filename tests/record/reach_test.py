@@ -125,7 +125,7 @@ class ReachTest(parameterized.TestCase):
     self.assertLess(reach.reach(found, 'new', 'gqa').ratio, 1)
 
   def test_the_first_arm_is_its_own_measure(self):
-    found = reach.fit(noisy(np.random.default_rng(4), {'gqa': 1.0}, 0.01, 3))
+    found = reach.fit(noisy(np.random.default_rng(4), {'gqa': 1, 'a': 2}, 0.01))
     self.assertEqual(reach.reach(found, 'gqa', 'gqa'), (1, 1, 1, True))
 
   def test_an_arm_that_never_gets_there_has_none(self):
@@ -146,8 +146,10 @@ class ReachTest(parameterized.TestCase):
       reach.fit(points)
 
   def test_an_unknown_arm_is_named(self):
-    found = reach.fit(noisy(np.random.default_rng(5), {'gqa': 1.0}, 0.01, 3))
-    with self.assertRaisesRegex(InputError, "arm = 'mla': must be one of gqa"):
+    found = reach.fit(noisy(np.random.default_rng(5), {'gqa': 1, 'a': 2}, 0.01))
+    with self.assertRaisesRegex(
+      InputError, "arm = 'mla': must be one of gqa, a"
+    ):
       reach.reach(found, 'mla', 'gqa')
 
 

@@ -227,12 +227,18 @@ SIZES = {
     warmup=2,
     heldout=0.002,
   ),
+  # The rate is that of the tiny recipes; nothing is tried.
+  'minutes': LadderSize(
+    _shape(128, layers=3),
+    budgets=(1.2e11, 2.4e11, 4.8e11),
+    rates=(3e-3,),
+    batch=1,
+  ),
   'half_hour': LadderSize(
     _shape(128, layers=3),
-    budgets=(1.2e11, 3.6e11, 1.08e12),
+    budgets=(2.4e11, 7.2e11, 2.16e12),
     rates=(1.5e-3, 3e-3, 6e-3),
-    anchors=('gqa',),
-    batch=1,
+    anchors=('gqa', 'coarse', 'csa', 'muon'),
   ),
   'large': LadderSize(
     _shape(256, vocab=4096, layers=6, experts=32, rows=32768),

@@ -101,6 +101,12 @@ bench: $(VENV)/.test
 bench-sparse: $(VENV)/.test
 	$(BIN)/python -m benchmarks.sparse
 
+# From Llama to V4 at equal compute: about half an hour on two quiet cores.
+.PHONY: ladder
+ladder: $(VENV)/.run
+	$(BIN)/python -m experiments.ladder --size=half_hour --folder=runs/ladder \
+	  --out=benchmarks/results/ladder
+
 # Every notebook from top to bottom, with small parameters.
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py

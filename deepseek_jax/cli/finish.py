@@ -82,12 +82,16 @@ def _measured(workdir: Path) -> dict[str, list]:
 
 def results_of(run: Run, workdir: Path) -> dict[str, Any]:
   """Returns what the run reached, as results.json holds it."""
+  return {'heldout': held_out(run), **spent_by(run, workdir)}
+
+
+def spent_by(run: Run, workdir: Path) -> dict[str, Any]:
+  """Returns what a run cost and read, as results.json holds it."""
   config, state = run.config, run.state
   count = count_parameters(config.model)
   tokens = int(state.sequences) * config.data.seq_len
   store = run.store
   return {
-    'heldout': held_out(run),
     'steps': int(state.step),
     'tokens': tokens,
     'skipped_updates': int(state.gate.skipped),

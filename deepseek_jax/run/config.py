@@ -25,6 +25,7 @@ class EvaluateConfig:
 
   Attributes:
     every: steps between validations (0: none).
+    at: further steps after which to validate.
     documents: how many at most while training; the end reads all.
     batch: rows at a time.
     stride: tokens between the starts of overlapping windows; None is half.
@@ -34,10 +35,15 @@ class EvaluateConfig:
   documents: int = 8
   batch: int = 8
   stride: int | None = None
+  at: tuple = ()
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range."""
     at_least(self, 'evaluate.', every=0, documents=1, batch=1, stride=1)
+    if not all(type(step) is int and step > 0 for step in self.at):
+      raise InputError(
+        f'evaluate.at = {self.at}: must be numbers of steps, 1 at least'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +200,13 @@ class RunConfig:
   def _check_validation(self) -> None:
     """Raises InputError if validation has no document, or too long a stride."""
     evaluate, data = self.evaluate, self.data
-    if evaluate.every and not data.heldout_fraction:
-      raise InputError(
-        f'evaluate.every = {evaluate.every}: data.heldout_fraction = 0 leaves'
-        ' no document to validate on; raise it or set evaluate.every to 0'
-      )
+    asked = {'every': evaluate.every, 'at': evaluate.at}
+    for name, value in asked.items():
+      if value and not data.heldout_fraction:
+        raise InputError(
+          f'evaluate.{name} = {value}: data.heldout_fraction = 0 leaves no'
+          f' document to validate on; raise it or leave evaluate.{name} out'
+        )
     if evaluate.stride is not None and evaluate.stride > data.seq_len:
       raise InputError(
         f'evaluate.stride = {evaluate.stride}: must be at most data.seq_len ='

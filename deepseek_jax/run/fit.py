@@ -116,6 +116,7 @@ def fit(
   announce: Callable[[RunConfig, sources.Store], Iterable[str]] | None = None,
   writers: Sequence[ScalarWriter] = (),
   profile: tuple[int, int] | None = None,
+  until: int | None = None,
 ) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
 
@@ -126,6 +127,7 @@ def fit(
     announce: gives the first lines of a run whose text is read.
     writers: take the scalars of every step, too; closed at the end.
     profile: first and last step of a trace in workdir/profile.
+    until: the step after which to stop and save; called again, the run goes on.
 
   Raises:
     InputError: the configuration, the data or the folder are wrong.
@@ -184,6 +186,7 @@ def fit(
           timeline,
           LastSteps(workdir / 'abort.jsonl', kept),
           (profile and first and Profile(profile, workdir / 'profile')) or None,
+          until,
         )
         state = steps.whole(trainer.run(state))
   return Run(config, model, store, state, record.tokens_per_second)

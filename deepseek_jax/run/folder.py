@@ -44,6 +44,7 @@ _FREE = (
   'tensorboard',
   'wandb',
   'evaluate.every',
+  'evaluate.at',
   'evaluate.batch',
   'train.gate.patience',
   'data.cache_dir',

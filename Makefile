@@ -101,7 +101,7 @@ bench: $(VENV)/.test
 bench-sparse: $(VENV)/.test
 	$(BIN)/python -m benchmarks.sparse
 
-# Every notebook from top to bottom, with small parameters.
+# The form of the notebooks, and each from top to bottom, small.
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py
 

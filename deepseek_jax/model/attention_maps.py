@@ -34,6 +34,9 @@ from deepseek_jax.model.network import Transformer
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel.masking import MASKED
 
+# Names of configurations.
+_KINDS = ('mla', 'gqa', 'dsa', 'sharedkv')
+
 
 class AttentionLayer(NamedTuple):
   """Holds what one layer's attention has to do with some tokens.
@@ -153,17 +156,17 @@ def attention_maps(
 def _known(number: int, attention: Any) -> None:
   """Raises InputError for an attention that has no map."""
   kind = kind_name(type(attention))
-  if kind not in ('mla', 'gqa', 'dsa', 'shared_kv'):
+  if kind not in _KINDS:
     raise InputError(
-      f'layer {number}: attention maps of {kind} are not known; those of mla,'
-      ' gqa, dsa and shared_kv are'
+      f'layer {number}: attention maps of {kind} are not known; those of'
+      f' {", ".join(_KINDS)} are'
     )
 
 
 def _named(attention: Any, look: _Look) -> tuple:
   """Returns kind, arrays and ratio of a map, in the order of AttentionMap."""
   kind, ratio = kind_name(type(attention)), 1
-  if kind == 'shared_kv':
+  if kind == 'sharedkv':
     made = attention.compressor()
     kind = 'window' if made is None else attention.compress
     ratio = 1 if made is None else made.ratio

@@ -14,7 +14,9 @@ from deepseek_jax.model.attention.compressor import tail_rope
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.indexer import IndexerConfig
 from deepseek_jax.model.context import context
+from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.functional import functional
+from deepseek_jax.model.transformer_config import Kind
 from tests import tiny
 
 T, K = 21, 4
@@ -37,21 +39,33 @@ def v4():
       'attention.csa.top_k': 3,
       'attention.csa.recall_queries': T,
       'attention.hca.ratio': 8,
-      'moe.width': 8,
+      'ffn': FFNConfig(8),
       'mtp.depth': 0,
-      'layout': ((('window', 'csa', 'hca'), 1),),
+      'kinds': {
+        name: Kind('ffn', (('attention.compress', compress),))
+        for name, compress in (('near', 'none'), ('csa', 'csa'), ('hca', 'hca'))
+      },
+      'layout': ((('near', 'csa', 'hca'), 1),),
+    },
+  )
+
+
+def mla(attention=tiny.MLA):
+  return ds.changed(
+    tiny.config('v3'),
+    {
+      'attention': attention,
+      'layout': ((('dense',), 1), (('dense',), 2)),
+      'mtp.depth': 0,
     },
   )
 
 
 CONFIGS = {
-  'mla': lambda: tiny.config('v3'),
-  'gqa': lambda: tiny.config('llama'),
+  'mla': mla,
   'qk_norm': lambda: tiny.config('qk_norm'),
-  'dsa': lambda: ds.changed(tiny.config('v3'), {'attention': DSA}),
-  'dsa_dense': lambda: ds.changed(
-    tiny.config('v3'), {'attention': dataclasses.replace(DSA, stage='dense')}
-  ),
+  'dsa': lambda: mla(DSA),
+  'dsa_dense': lambda: mla(dataclasses.replace(DSA, stage='dense')),
   'v4': v4,
   'v4_all': lambda: ds.changed(v4(), {'attention.csa.top_k': 99}),
   'v4_dense': lambda: ds.changed(v4(), {'attention.csa.stage': 'dense'}),
@@ -100,7 +114,7 @@ def from_tokens(layer, shares):
 
 
 class MapsTest(parameterized.TestCase):
-  @parameterized.parameters('mla', 'gqa', 'qk_norm', 'dsa_dense')
+  @parameterized.parameters('mla', 'qk_norm', 'dsa_dense')
   def test_shares_times_values_are_the_layers_output(self, name):
     _, _, _, layers, maps = looked(name)
     for layer, one in zip(layers, maps, strict=True):
@@ -201,7 +215,8 @@ class MapsTest(parameterized.TestCase):
   def test_another_attention_is_refused_in_one_line(self):
     model = ds.build(ds.presets.nsa_tiny())
     with self.assertRaisesRegex(
-      ds.InputError, 'layer 0: attention maps of nsa are not known; those of'
+      ds.InputError,
+      'layer 0: attention maps of nsa are not known; those of mla',
     ):
       ds.attention_maps(model, {}, tiny.tokens(1, 8))
 

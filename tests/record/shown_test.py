@@ -47,6 +47,11 @@ class PictureTest(parameterized.TestCase):
     kernel, figure = _Kernel().enter(self), _figure()
     ds.show_picture(figure, 'A line that rises from 1 to 2.')
     [(data, how)] = kernel.new
+    # What JupyterLab, Colab and nbconvert's HTML show.
+    self.assertStartsWith(
+      data['text/html'],
+      '<img alt="A line that rises from 1 to 2." src="data:image/png;base64,',
+    )
     self.assertStartsWith(base64.b64decode(data['image/png']), b'\x89PNG')
     self.assertEqual(data['text/plain'], 'A line that rises from 1 to 2.')
     self.assertEqual(how['metadata']['image/png']['alt'], data['text/plain'])
@@ -58,6 +63,11 @@ class PictureTest(parameterized.TestCase):
     with mock.patch('matplotlib.pyplot.show') as show:
       ds.show_picture(_figure(), 'A line that rises from 1 to 2.')
     show.assert_called_once()
+
+  def test_a_text_ends_no_attribute(self):
+    data, _ = shown.bundle(_figure(), 'He said "a < b" & left.')
+    said = '<img alt="He said &quot;a &lt; b&quot; &amp; left." src='
+    self.assertStartsWith(data['text/html'], said)
 
   @parameterized.parameters('', 'plot', 'a b c', None, 3)
   def test_a_text_that_says_nothing_is_refused(self, alt):

@@ -195,6 +195,8 @@ def run(name, changes, monkeypatch):
     return types.SimpleNamespace(update=show)
 
   monkeypatch.setattr(shown, '_display', lambda: show)
+  tree = types.SimpleNamespace(display=print)
+  monkeypatch.setitem(sys.modules, 'treescope', tree)
   for source, tags in cells(name):
     exec(compile(source, name, 'exec'), module.__dict__)
     if 'parameters' in tags:

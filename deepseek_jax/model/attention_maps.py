@@ -15,6 +15,7 @@ from flax import nnx
 
 from deepseek_jax.config import kind_name
 from deepseek_jax.errors import InputError
+from deepseek_jax.model import given
 from deepseek_jax.model.attention import compressor
 from deepseek_jax.model.attention.compressor import tail_rope
 from deepseek_jax.model.attention.dsa import DSA
@@ -122,8 +123,12 @@ def attention_layers(
   Args:
     model, variables: the model.
     tokens: [B T], each row one document.
+
+  Raises:
+    InputError: tokens or variables are not of this model.
   """
   out = []
+  given.check(model.config, given.Given(tokens), None)
   arrays = _visited(model, _inputs)(variables, jnp.asarray(tokens))
   for layer, (x, y, params) in zip(model.config.in_order(), arrays):
     own = AttentionLayer(layer.number, layer.block.attention, params, x, y)
@@ -141,11 +146,13 @@ def attention_maps(
     tokens: [B T], each row one document.
 
   Raises:
-    InputError: a layer's attention is of another kind.
+    InputError: a layer's attention is of another kind, or tokens or variables
+      are not of this model.
   """
   layers = model.config.in_order()
   for layer in layers:
     _known(layer.number, layer.block.attention)
+  given.check(model.config, given.Given(tokens), None)
   looks = _visited(model, _look)(variables, jnp.asarray(tokens))
   return [
     AttentionMap(layer.number, *_named(layer.block.attention, look))
@@ -182,7 +189,7 @@ def _visited(model: Model, visit: Callable) -> Callable:
 
   @jax.jit
   def run(variables: dict, tokens: jax.Array) -> list:
-    net = made.merge(made.ready(variables))
+    net = made.merge(model.cast(variables))
     ctx = context(tokens, None, config.vocab_size)
     ctx, _ = net.hashed(ctx, None)
     stream, out = net.enter(ctx), []

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deepseek_jax import data as datalib
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.run.fit import Run
 from deepseek_jax.train import evaluate
 
@@ -19,8 +19,10 @@ def held_out(run: Run) -> dict[str, Any] | None:
     'bytes' that they are of; None where nothing is held out.
 
   Raises:
-    InputError: the run learns from conversations or a task.
+    InputError: it is no such run, or learns from conversations or a task.
   """
+  if not hasattr(run, 'store'):
+    raise InputError(f'run: is {told(run)}; give what ds.fit returned')
   config = run.config
   if not isinstance(run.store, datalib.TokenStore):
     raise InputError(

@@ -212,6 +212,16 @@ class MapsTest(parameterized.TestCase):
       self.assertIsNone(one.target())
       self.assertIsNone(one.recall())
 
+  def test_wrong_tokens_and_variables_are_one_line(self):
+    model, variables, tokens, _, _ = looked('mla')
+    for look in (ds.attention_maps, ds.attention_layers):
+      with self.assertRaisesRegex(ds.InputError, 'tokens'):
+        look(model, variables, tokens[0])
+      with self.assertRaisesRegex(ds.InputError, 'vocabulary'):
+        look(model, variables, tokens + tiny.VOCAB)
+      with self.assertRaisesRegex(ds.InputError, 'variables: '):
+        look(model, variables['params'], tokens)
+
   def test_another_attention_is_refused_in_one_line(self):
     model = ds.build(ds.presets.nsa_tiny())
     with self.assertRaisesRegex(

@@ -54,16 +54,32 @@ class ArmsTest(absltest.TestCase):
     [difference] = ds.differences(arms, 'bits')
     self.assertEqual(difference.interval, ds.interval([-1.0, -0.75]))
 
+  def test_a_metric_that_no_run_has_is_named(self):
+    arms = ds.read_arms(self.folder)
+    with self.assertRaisesRegex(
+      ds.InputError, "metric = 'bots': no run has it; they have bits"
+    ):
+      ds.differences(arms, 'bots')
+    with self.assertRaisesRegex(ds.InputError, 'values: there are none'):
+      ds.interval([])
+
   def test_paths_may_be_several_and_of_either_type(self):
     paths = [os.path.join(self.folder, '0-0'), Path(self.folder, '1-0')]
     self.assertLen(ds.read_arms(paths), 2)
     self.assertLen(ds.read_arms(Path(self.folder)), 2)
+    for wrong in (3, None, [self.folder, 3]):
+      with self.assertRaisesRegex(
+        ds.InputError, 'runs: is .*; give the folder'
+      ):
+        ds.read_arms(wrong)
     with self.assertRaisesRegex(ds.InputError, 'holds no run'):
       ds.read_arms(tempfile.mkdtemp(dir=self.folder))
 
 
 class HeldOutTest(absltest.TestCase):
   def test_a_run_that_reads_no_text_is_refused(self):
+    with self.assertRaisesRegex(ds.InputError, 'run: is 3; give what ds.fit'):
+      ds.held_out(3)
     run = mock.Mock(store=object())
     with self.assertRaisesRegex(ds.InputError, 'held_out: this run reads no'):
       ds.held_out(run)

@@ -53,8 +53,8 @@ SMALL = {
 DEFINE = {'08_own_idea'}  # whose lesson is to define
 IMPORTED = {'deepseek_jax', 'jax', 'matplotlib', 'numpy'}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-# Decimals and shares of a text, but for those of an arXiv number.
-MEASURED = re.compile(r'(?<![\d:/.])\d+\.\d+(?![\d.])(?!\d)|\d ?%')
+# Decimals and percentages.
+MEASURED = re.compile(r'\d\.\d|\d ?%')
 # What has numbers in its name.
 NAMES = re.compile(r'\]\([^)]*\)|`[^`]*`|arXiv:\S+|\bV\d\.\d|section \d\.\d')
 names = pytest.mark.parametrize('name', SMALL)

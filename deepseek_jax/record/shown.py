@@ -51,7 +51,8 @@ def bundle(figure: Any, alt: str) -> tuple[dict, dict]:
   image = base64.b64encode(stream.getvalue()).decode()
   # Few frontends read the metadata, so the text is in HTML, which all prefer.
   said = html.escape(alt)
-  tag = f'<img alt="{said}" src="data:image/png;base64,{image}">'
+  source = f'data:image/png;base64,{image}'
+  tag = f'<img alt="{said}" src="{source}" style="max-width: 100%">'
   data = {'text/html': tag, 'image/png': image, 'text/plain': alt}
   return data, {'image/png': {'alt': alt}}
 

@@ -107,7 +107,7 @@ ladder: $(VENV)/.run
 	$(BIN)/python -m experiments.ladder --size=half_hour --folder=runs/ladder \
 	  --out=benchmarks/results/ladder
 
-# Every notebook from top to bottom, with small parameters.
+# The form of the notebooks, and each from top to bottom, small.
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py
 

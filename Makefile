@@ -31,7 +31,8 @@ test: $(VENV)/.test
 # The sweeps over layers and small models that `test` leaves out.
 sweeps: $(VENV)/.test
 	$(PYTEST) -m slow tests/model tests/train tests/infer tests/rl tests/record \
-	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py)
+	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py) \
+	  --ignore=tests/record/report_page_test.py
 
 # Long runs of the inference engine, with the table of near-ties.
 engine: $(VENV)/.test
@@ -76,7 +77,7 @@ kernels: $(VENV)/.test .venv-interpreter/.ready
 serve: $(VENV)/.test
 	$(PYTEST) tests/serve --ignore=tests/serve/page_test.py -s
 
-# The chat page in headless Chromium, which must be installed.
+# The chat page and the reports in headless Chromium, which must be installed.
 pages: $(VENV)/.test
 	$(BIN)/pip install --quiet --editable '.[pages]'
 	$(BIN)/python -m tests.serve.page_run

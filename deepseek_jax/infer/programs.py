@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from deepseek_jax.infer import checked_drafts, sampler
 from deepseek_jax.infer.checked_drafts import Checked, LoopRows
 from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.sampler import Drawn, Draws
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.model.transformer import Model, Output
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, under
 
 STOPS = 16  # stop tokens of a request at most
@@ -113,10 +114,11 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
 
     return inside
 
-  prefill, decode = traced(_prefill), traced(_decode)
-  return Programs(
-    jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
-  )
+  def jitted(run: Callable, program: processor.Program) -> Callable:
+    how = processor.options(program, model.config.compute.xla)
+    return jax.jit(traced(run), donate_argnums=1, compiler_options=how)
+
+  return Programs(jitted(_prefill, 'prefill'), jitted(_decode, 'decode'))
 
 
 def _prefill(

@@ -18,6 +18,7 @@ from deepseek_jax.data import packing
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel import processor
 from deepseek_jax.rl import log_probs
 from deepseek_jax.rl.advantages import advantages
 from deepseek_jax.rl.grpo import GRPOConfig
@@ -258,7 +259,8 @@ def scorer(
     )
     return jnp.pad(said, ((0, 0), (1, 0)))  # the first token has none
 
-  return jax.jit(run)
+  how = processor.options('train', model.config.compute.xla)
+  return jax.jit(run, compiler_options=how)
 
 
 def mismatch(batch: Mapping[str, np.ndarray]) -> dict[str, float]:

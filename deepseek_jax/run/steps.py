@@ -10,7 +10,7 @@ import numpy as np
 from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import placement, processor
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
@@ -38,7 +38,12 @@ class Steps:
     where = self._where
     # Named, so that the donated state keeps its place from step to step.
     places = where.shardings(state, model.abstract), where.copied
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
+    self._step = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=places,
+      compiler_options=processor.options('train', config.model.compute.xla),
+    )
     self._compiled = {}
 
   def __call__(

@@ -21,6 +21,8 @@ from deepseek_jax.parallel import processor
 from deepseek_jax.train import schedules
 from deepseek_jax.train import step as train
 
+SLOTS = 32  # answers that are decoded together
+
 
 def config() -> ds.TransformerConfig:
   """contest.SHAPES in our words; each layer apart, the fastest on a CPU."""
@@ -105,12 +107,12 @@ def _train(model, variables, tokens):
 
 def _serve(model, variables):
   cfg = EngineConfig(
-    slots=16,
+    slots=SLOTS,
     context=768,
     page=64,
     budget=512,
     steps=16,
-    rows=(4, 16),
+    rows=(4, SLOTS),
     contexts=(256, 512, 768),
     reuse=False,
   )

@@ -1,8 +1,8 @@
 """Serves many requests at once: continuous batching over a paged cache.
 
-Each step lets every running answer draw some tokens, then prefills a chunk of
-the oldest prompt that isn't cached yet. The model is the training model, its
-shapes are buckets: after `warm_up` nothing is compiled any more. One thread
+Each step lets every running answer draw some tokens, then prefills some chunks
+of the oldest prompts that aren't cached yet. The model is the training model,
+its shapes are buckets: after `warm_up` nothing is compiled any more. One thread
 alone may call an engine.
 Legend: R rows, T tokens of a chunk, P tokens of a page, L MoE layers.
 """
@@ -18,7 +18,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.infer import checks, host_arrays, outcomes, sampler, warm_up
 from deepseek_jax.infer.detokenize import Detokenizer
 from deepseek_jax.infer.engine_config import EngineConfig
-from deepseek_jax.infer.host_arrays import Bucket
+from deepseek_jax.infer.host_arrays import Ahead, Bucket, look_ahead
 from deepseek_jax.infer.paging import beside, copied, paging
 from deepseek_jax.infer.prepared import build_flat, prepare
 from deepseek_jax.infer.programs import Decoded, Shape, programs
@@ -250,7 +250,7 @@ class Engine:
   # What a step does.
 
   def step(self) -> list[Event]:
-    """Runs one step: every running answer draws, then one chunk is prefilled.
+    """Runs one step: every running answer draws, then chunks are prefilled.
 
     Returns:
       What each answer got; [] if there was nothing to do.
@@ -262,7 +262,9 @@ class Engine:
     if self._scheduler.running:
       self._totals['steps'] += 1
     events += self._decode()
-    self._prefill()
+    for _ in range(self.cfg.prefills):
+      if not self._prefill():
+        break
     return events
 
   def _take_cancelled(self) -> list[Sequence]:
@@ -277,10 +279,11 @@ class Engine:
     if not going:
       return events
     size = _least(self.cfg.row_buckets(), len(going))
-    drafts = self.cfg.drafts_of(size)
     # A grammar says what comes next when it has seen what came.
-    alone = any(s.matcher is not None for s in going)
-    steps = 1 if alone else self.cfg.steps * (1 + drafts)
+    calls = self.cfg.steps
+    if any(s.matcher is not None for s in going):
+      calls = 1
+    steps = calls * (1 + self.cfg.drafts_of(size))
     limits = {}
     for one in list(going):
       if one.slot is None:  # preempted for an older one
@@ -294,21 +297,9 @@ class Engine:
     going = [s for s in going if s.slot is not None and s in limits]
     if not going:
       return events
-    size = _least(self.cfg.row_buckets(), len(going))
-    drafts = self.cfg.drafts_of(size)
-    bucket = Bucket(
-      size, 1, self._pages(max(s.cached + limits[s] for s in going))
-    )
-    vocab = self.model.config.vocab_size
-    self._store, out = self._run.decode(
-      self._variables,
-      self._store,
-      host_arrays.rows(going, bucket, [1] * len(going)),
-      host_arrays.going(going, bucket, [limits[s] for s in going]),
-      host_arrays.draws(going, bucket, self.page, vocab),
-    )
-    out = jax.device_get(out)
+    out = self._drawn(going, [limits[s] for s in going], calls)
     self._totals['decode_calls'] += int(out.calls.max())
+    drafts = out.drawn.token.shape[1] // self.cfg.steps - 1
     for i, one in enumerate(going):
       rejected = drafts * int(out.calls[i]) - int(out.accepted[i])
       one.drafts[0] += int(out.accepted[i])
@@ -316,6 +307,27 @@ class Engine:
       self._totals['accepted_drafts'] += int(out.accepted[i])
       self._totals['drafts'] += drafts * int(out.calls[i])
     return events + [self._advance(one, i, out) for i, one in enumerate(going)]
+
+  def _drawn(
+    self, going: list[Sequence], limits: list[int], calls: int
+  ) -> Decoded:
+    """Runs the model on rows, so many times at most: what they draw."""
+    size = _least(self.cfg.row_buckets(), len(going))
+    ends = [s.cached + n for s, n in zip(going, limits)]
+    bucket = Bucket(size, 1, self._pages(max(ends)))
+    vocab = self.model.config.vocab_size
+    where = host_arrays.rows(going, bucket, [1] * len(going))
+    draws = host_arrays.draws(going, bucket, self.page, vocab)
+    ahead = Ahead(calls, self.cfg.drafts_of(size), sampler.words(vocab))
+    how = host_arrays.going(going, bucket, limits, ahead)
+    if ahead.drafts and any(s.matcher is not None for s in going):
+      drafts = self._run.draft(self._variables, self._store, where, how, draws)
+      ahead, limits = look_ahead(going, jax.device_get(drafts), limits, ahead)
+      how = host_arrays.going(going, bucket, limits, ahead)
+    self._store, out = self._run.decode(
+      self._variables, self._store, where, how, draws
+    )
+    return jax.device_get(out)
 
   def _masked(self, going: list[Sequence]) -> list[Event]:
     """Asks the grammars of rows what may come; takes out those that fail.
@@ -370,19 +382,12 @@ class Engine:
       one.id, one.index, finish=finish, error=error, usage=usage, **how
     )
 
-  def _prefill(self) -> None:
-    """Caches a chunk of the oldest prompts that aren't cached yet."""
-    waiting = [s for s in self._scheduler.running if s.to_prefill]
-    if not waiting:
-      return
-    shapes = self.cfg.chunk_buckets()
-    most = shapes[-1][1]
-    sizes = {s: self._scheduler.chunk(s, most) for s in waiting}
-    rows, tokens = next(
-      (shape for shape in shapes if shape[1] >= sizes[waiting[0]]), shapes[-1]
-    )
-    some = waiting[:rows]
-    counts = [min(self._scheduler.chunk(s, tokens), tokens) for s in some]
+  def _prefill(self) -> bool:
+    """Caches a chunk of the oldest prompts; False if there are none."""
+    some, (rows, tokens) = self._scheduler.next_chunk(self.cfg.chunk_buckets())
+    if not some:
+      return False
+    counts = [self._scheduler.chunk(s, tokens) for s in some]
     end = max(s.cached + n for s, n in zip(some, counts))
     bucket = Bucket(rows, tokens, self._pages(max(end, tokens)))
     echo = any(s.request.echo and not s.answered for s in some)
@@ -400,6 +405,7 @@ class Engine:
         outcomes.score(one, i, count, scores)
       one.cached += count
       self._keep(one)
+    return True
 
   def _pages(self, tokens: int) -> int:
     """Returns the bucket of pages that holds so many tokens of a row."""
@@ -421,6 +427,7 @@ class Engine:
       self.cfg,
       self.page,
       self.model.config.vocab_size,
+      self.text is not None,
       say,
     )
     if self._paging.has_rings:

@@ -1,11 +1,12 @@
 """Compiles what an engine runs: prefill of chunks, and loops of decoding.
 
 Both gather the pages of their rows, run the training model's own `apply`, draw
-by each row's settings, and put the touched pages back. A shape is a bucket: the
-number of rows, of tokens and of pages is static, all else is data.
+by each row's settings, and put the touched pages back. Where grammars have to
+read drafts ahead, these are made by a program of their own first. A shape is a
+bucket: the number of rows, of tokens and of pages is static, all else is data.
 Legend: R rows, T tokens of a chunk, N steps of a loop, W tokens of a step at
 most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
-layers, K chosen experts, k drafts.
+layers, K chosen experts, k drafts of a bucket.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.infer import checked_drafts, sampler
-from deepseek_jax.infer.checked_drafts import Checked, LoopRows
+from deepseek_jax.infer.checked_drafts import Checked, Foreseen, LoopRows
 from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
 from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.sampler import Drawn, Draws
@@ -52,6 +53,8 @@ class Going(NamedTuple):
   token: jax.Array  # [R] int32, drawn last and not cached yet
   limit: jax.Array  # [R] int32, tokens to draw at most
   stops: jax.Array  # [R S] int32, -1 where there is none
+  calls: jax.Array  # [] int32, of the model at most
+  foreseen: Foreseen  # drafts that grammars have read ahead
 
 
 class Decoded(NamedTuple):
@@ -65,23 +68,25 @@ class Decoded(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """Holds the jitted functions; both give the store first, which is donated."""
+  """Holds the jitted functions; a store that is given is donated."""
 
   # (variables, store, Rows, Chunk) -> store, Scores, experts [L R T K] or None
   prefill: Callable
   # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
+  # the same -> drafts [R k]; the store is not donated
+  draft: Callable
 
   def compiled(self) -> int:
     """Returns how many programs have been compiled."""
-    return self.prefill._cache_size() + self.decode._cache_size()
+    return sum(program._cache_size() for program in self)
 
 
 class Shape(NamedTuple):
   """Says what programs are made for, beside the model.
 
   Attributes:
-    paging: of the model's flat form, see `sampling.build_flat`.
+    paging: of the model's flat form, see `prepared.build_flat`.
     steps: N.
     draft_rows: with more rows nothing is drafted.
     routing: whether they give the experts of each token.
@@ -114,11 +119,15 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
 
     return inside
 
-  def jitted(run: Callable, program: processor.Program) -> Callable:
-    how = processor.options(program, model.config.compute.xla)
-    return jax.jit(traced(run), donate_argnums=1, compiler_options=how)
+  def jitted(run: Callable, program: processor.Program, **how) -> Callable:
+    xla = processor.options(program, model.config.compute.xla)
+    return jax.jit(traced(run), compiler_options=xla, **how)
 
-  return Programs(jitted(_prefill, 'prefill'), jitted(_decode, 'decode'))
+  return Programs(
+    jitted(_prefill, 'prefill', donate_argnums=1),
+    jitted(_decode, 'decode', donate_argnums=1),
+    jitted(_draft, 'decode'),
+  )
 
 
 def _prefill(
@@ -169,7 +178,7 @@ def _decode(
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
     one = functools.partial(
-      checked_drafts.check, model, variables, drafts=drafts
+      checked_drafts.check, model, variables, going.foreseen, drafts=drafts
     )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W
@@ -217,18 +226,38 @@ def _decode(
   held, none = shape.paging.view(store, rows), jnp.zeros(R, jnp.int32)
   history = jnp.asarray(draws.history)
   place = LoopRows(rows.start, going.token, rows.count > 0, history)
+  steps = jnp.minimum(shape.steps, going.calls)
   _, like = jax.eval_shape(run, held, place)
   kept = jax.tree.map(
     lambda a: jnp.zeros((R, most, *a.shape[2:]), a.dtype), like
   )
   _, held, _, count, accepted, calls, kept = jax.lax.while_loop(
-    lambda s: (s[0] < shape.steps) & s[2].active.any(),
+    lambda s: (s[0] < steps) & s[2].active.any(),
     body,
     (0, held, place, none, none, none, kept),
   )
   rows = rows._replace(count=count)
   store = shape.paging.commit(store, held, rows, most)
   return store, Decoded(kept[0], count, accepted, calls, kept[1])
+
+
+def _draft(
+  model: Model,
+  shape: Shape,
+  variables: dict,
+  store: Store,
+  rows: Rows,
+  going: Going,
+  draws: Draws,
+) -> jax.Array:
+  """Returns what the next call of decoding would draft, [R k] int32."""
+  held, history = shape.paging.view(store, rows), jnp.asarray(draws.history)
+  place = LoopRows(rows.start, going.token, rows.count > 0, history)
+  drafts = going.foreseen.drafts.shape[1]
+  guesses, _ = checked_drafts.guessed(
+    model, variables, held, place, draws, drafts
+  )
+  return guesses
 
 
 def _plain(

@@ -20,6 +20,7 @@ from deepseek_jax.infer.detokenize import Detokenizer
 from deepseek_jax.infer.engine_config import EngineConfig
 from deepseek_jax.infer.host_arrays import Ahead, Bucket, look_ahead
 from deepseek_jax.infer.paging import beside, copied, paging
+from deepseek_jax.infer.prepared import build_flat, prepare
 from deepseek_jax.infer.programs import Decoded, Shape, programs
 from deepseek_jax.infer.request import (
   Answer,
@@ -29,7 +30,6 @@ from deepseek_jax.infer.request import (
   Usage,
   answer,
 )
-from deepseek_jax.infer.sampling import build_flat, prepare
 from deepseek_jax.infer.scheduler import Scheduler, Sequence
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel.sharding import current
@@ -51,6 +51,7 @@ class Engine:
     cfg: EngineConfig = _DEFAULT,
     *,
     text: Any = None,
+    donate: bool = False,
   ):
     """Makes an engine; allocates its cache.
 
@@ -58,6 +59,8 @@ class Engine:
       model, variables: as the model trains; `load` gives other variables.
       cfg: see there.
       text: the tokenizer, for texts and stop texts; token ids alone without.
+      donate: the variables are given up, see `prepare`: memory then holds one
+        copy of them.
 
     Raises:
       InputError: a model without head, or a tokenizer with more tokens than
@@ -96,7 +99,8 @@ class Engine:
     self._cancelled: list[int] = []
     self._totals = collections.Counter()
     self._loads: collections.OrderedDict = collections.OrderedDict()
-    self.load(variables)
+    self._variables: dict = {}
+    self.load(variables, donate=donate)
 
   # What requests do.
 
@@ -128,7 +132,7 @@ class Engine:
           sampler.settings(request, seed, vocab),
           buffer,
           len(request.prompt),
-          f'{self._epoch} {self.model.config.compute.dtype} {request.salt}',
+          f'{self._epoch} {self.model.config.compute.products} {request.salt}',
           text=self._detokenizer(request),
           matcher=self._matcher(request),
           scores=[None] if request.echo else [],
@@ -196,14 +200,19 @@ class Engine:
         events[event.request, event.index].append(event)
     return [[answer(events[i, k]) for k in range(n)] for i, n in order]
 
-  def load(self, variables: dict) -> None:
+  def load(self, variables: dict, *, donate: bool = False) -> None:
     """Takes new weights: forgets prefixes, and recomputes what runs.
+
+    Args:
+      variables: as the model trains.
+      donate: they are given up, see `prepare`.
 
     Raises:
       InputError: they are another model's; the old ones stay.
     """
     checks.check_variables(self.model, variables)
-    self._variables = prepare(self.model, variables)
+    self._variables = {}  # the old ones go before the new ones are laid out
+    self._variables = prepare(self.model, variables, donate=donate)
     self._store = beside(self._store, self._variables)
     self._epoch += 1
     self._scheduler.forget()

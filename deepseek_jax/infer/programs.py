@@ -21,10 +21,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.infer import checked_drafts, sampler
 from deepseek_jax.infer.checked_drafts import Checked, Foreseen, LoopRows
 from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.sampler import Drawn, Draws
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.model.transformer import Model, Output
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, under
 
 STOPS = 16  # stop tokens of a request at most
@@ -86,7 +87,7 @@ class Shape(NamedTuple):
   """Says what programs are made for, beside the model.
 
   Attributes:
-    paging: of the model's flat form, see `sampling.build_flat`.
+    paging: of the model's flat form, see `prepared.build_flat`.
     steps: N.
     draft_rows: with more rows nothing is drafted.
     routing: whether they give the experts of each token.
@@ -130,10 +131,14 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
 
     return inside
 
+  def jitted(run: Callable, program: processor.Program, **how) -> Callable:
+    xla = processor.options(program, model.config.compute.xla)
+    return jax.jit(traced(run), compiler_options=xla, **how)
+
   return Programs(
-    jax.jit(traced(_prefill), donate_argnums=1),
-    jax.jit(traced(_decode), donate_argnums=1),
-    jax.jit(traced(_draft)),
+    jitted(_prefill, 'prefill', donate_argnums=1),
+    jitted(_decode, 'decode', donate_argnums=1),
+    jitted(_draft, 'decode'),
   )
 
 

@@ -23,6 +23,7 @@ from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.record.writers import ScalarWriter
 from deepseek_jax.run import agreement, reference_policy, sources
 from deepseek_jax.run.checkpoint import Checkpoints
+from deepseek_jax.run.chosen import chosen
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
   Loaded,
@@ -137,6 +138,7 @@ def fit(
   """
   workdir = path_of(workdir)
   _check(config)
+  config = chosen(config, workdir)
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)

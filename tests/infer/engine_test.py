@@ -12,8 +12,8 @@ from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
 from deepseek_jax.infer.paging import paging
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.request import Request, Sampling
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.plan import memory
 from tests import fake_devices, tiny
 from tests.infer import families

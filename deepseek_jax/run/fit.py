@@ -177,6 +177,8 @@ def fit(
         for change in changes:
           record.writer.log(f'config.json changed: {change}')
         kept = config.safety.last_steps if first else 0
+        last = LastSteps(workdir / 'abort.jsonl', kept)
+        traced = profile and first and Profile(profile, workdir / 'profile')
         trainer = Trainer(
           config,
           store,
@@ -186,8 +188,8 @@ def fit(
           record,
           preemption,
           timeline,
-          LastSteps(workdir / 'abort.jsonl', kept),
-          (profile and first and Profile(profile, workdir / 'profile')) or None,
+          last,
+          traced or None,
           until,
         )
         state = steps.whole(trainer.run(state))

@@ -358,7 +358,8 @@ class Engine:
     self._totals['cached_tokens'] += one.reused
     self._totals['answers'] += 1
     usage = Usage(one.prompt, one.reused, one.answered, *one.drafts)
-    routes = None if one.routes is None else one.routes[: one.length]
+    # A copy: the whole context would stay in memory.
+    routes = None if one.routes is None else one.routes[: one.length].copy()
     return Event(
       one.id,
       one.index,

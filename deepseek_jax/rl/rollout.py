@@ -37,6 +37,8 @@ class RolloutConfig:
     slots: answers that are decoded together.
     seconds: by the clock, that a verifier may take for an answer.
     processes: of verifiers.
+    permuted: deals the rewards of a round out at random over all its answers:
+      a control, from which nothing true can be learnt.
   """
 
   prompts: int = 32
@@ -47,6 +49,7 @@ class RolloutConfig:
   slots: int = 64
   seconds: float = 10.0
   processes: int = 1
+  permuted: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range; two answers at least."""

@@ -142,6 +142,8 @@ class RolloutBatches(batches.Batches):
       engine, prompts, cfg, stop=self._store.chat.ends, seed=seed
     )
     rewards, errors = self._rewards(groups, problems)
+    if cfg.permuted:
+      rewards = np.random.default_rng(seed).permuted(rewards)
     made = rollout.lesson(groups, rewards, self._run_config.objective)
     self.told = made.statistics | {'verifier_errors': errors}
     pad, length = (

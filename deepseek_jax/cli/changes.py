@@ -1,0 +1,27 @@
+"""Reads --change=FIELD=VALUE, a change of a recipe."""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek_jax.errors import InputError
+
+
+def parsed(given: Sequence[str]) -> dict[str, Any]:
+  """Returns {field: value} of texts field=value; values as Python reads them.
+
+  Raises:
+    InputError: a text has no field or no value, or a field comes twice.
+  """
+  out: dict[str, Any] = {}
+  for text in given:
+    field, equals, value = map(str.strip, text.partition('='))
+    if not field or not equals or not value:
+      raise InputError(f'--change={text}: write field=value')
+    if field in out:
+      raise InputError(f'--change={text}: {field} is given twice')
+    try:
+      out[field] = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+      out[field] = value
+  return out

@@ -92,20 +92,38 @@ def run(
     raise InputError(f'until = {until!r}: must be one of {names}')
   last = len(stages) if until is None else names.index(until) + 1
   for number, stage in enumerate(stages[:last], start=1):
-    where = f'{number}/{len(stages)} {stage.name}'
-    if found(folder, stage.name) is not None:
-      say(f'{where}: has ended')
-      continue
-    say(f'{where}: {stage.what}')
-    before, begun = _earlier(folder / stage.name), time.perf_counter()
-    made = stage.run()
-    seconds = before + time.perf_counter() - begun
-    told = {'name': stage.name, 'what': stage.what, 'kind': stage.kind}
-    told['number'] = number
-    write(
-      folder / _STAGES / f'{stage.name}.json',
-      {**told, 'seconds': seconds, **made},
-    )
+    step(stage, folder, number, f'{number}/{len(stages)} {stage.name}', say=say)
+
+
+def step(
+  stage: ChainStage,
+  folder: Path,
+  number: int,
+  where: str,
+  *,
+  say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Runs a stage unless it has ended; returns what it left.
+
+  Args:
+    stage: of the chain.
+    folder: of the chain.
+    number: its place among the stages.
+    where: begins the lines about it.
+    say: takes them.
+  """
+  record = found(folder, stage.name)
+  if record is not None:
+    say(f'{where}: has ended')
+    return record
+  say(f'{where}: {stage.what}')
+  before, begun = _earlier(folder / stage.name), time.perf_counter()
+  made = stage.run()
+  seconds = before + time.perf_counter() - begun
+  told = {'name': stage.name, 'what': stage.what, 'kind': stage.kind}
+  told |= {'number': number, 'seconds': seconds}
+  write(folder / _STAGES / f'{stage.name}.json', told | made)
+  return told | made
 
 
 def write(path: Path, values: Any) -> None:

@@ -37,8 +37,8 @@ def collect(
     verify: False keeps one answer of each problem, whatever it is worth: a
       control.
 
-  Raises:
-    InputError: no answer can be kept.
+  Returns:
+    Counts; with 0 'kept' the file is empty.
   """
   prompts = [problem['prompt'] for problem in problems]
   groups = sampler.answers(variables, prompts, drawn, seed)
@@ -54,12 +54,6 @@ def collect(
       text = scored.texts[place][best]
       kept.append({'prompt': prompt, 'completion': text})
   kept = [row for row in kept if row['completion']]
-  if not kept:
-    raise InputError(
-      f'{path}: none of {scored.right.size} answers to {len(prompts)} problems'
-      ' is right: there is nothing to learn from; choose easier problems, or'
-      ' draw more answers'
-    )
   chain.write_lines(path, kept)
   return {
     'asked': len(prompts),
@@ -69,3 +63,13 @@ def collect(
     'tokens': int(scored.lengths.sum()),
     'verifier_errors': scored.errors,
   }
+
+
+def check_some(counts: Mapping[str, Any], where: str) -> None:
+  """Raises InputError where no answer was kept."""
+  if not counts['kept']:
+    raise InputError(
+      f'{where}: none of {counts["drawn"]} answers to {counts["asked"]} problems'
+      ' is right: there is nothing to learn from; choose easier problems, or'
+      ' draw more answers'
+    )

@@ -243,7 +243,7 @@ class R1:
     loaded = folders.load(self._at(name))
     asked = list(self.task.train)
     random.Random(f'{what} {self.recipe.seed}').shuffle(asked)
-    return collect.collect(
+    counts = collect.collect(
       path,
       self.sampler(loaded.config),
       loaded.variables,
@@ -252,6 +252,8 @@ class R1:
       drawn=self.recipe.drawn,
       seed=random.Random(f'draws {what} {self.recipe.seed}').getrandbits(48),
     )
+    collect.check_some(counts, str(path))
+    return counts
 
   def _export(self) -> dict[str, Any]:
     """Writes teacher and student as Hugging Face folders, and compares them."""

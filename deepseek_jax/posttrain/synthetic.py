@@ -115,17 +115,23 @@ def thought_of_sum(left: str, right: str, *, carries: bool) -> tuple[str, str]:
   return ' '.join(said), str(total // 10 or '') + digits
 
 
-def sums(seed: int, digits: int, count: int) -> list[dict]:
-  """Returns additions of numbers of so many digits, each with a carry.
+def sums(
+  seed: int, digits: int, count: int, *, carry: bool = True
+) -> list[dict]:
+  """Returns additions of two numbers of so many digits.
 
-  Fewer than `count` where there are no more.
+  Args:
+    seed: of the numbers.
+    digits: of each number.
+    count: how many; fewer come where there are no more.
+    carry: every sum has a carry, but those of one digit.
   """
   rng = random.Random(f'sums {seed} {digits}')
   most = (9 * 10 ** (digits - 1)) ** 2  # pairs there are, some without a carry
   out: dict[str, dict] = {}
   for _ in range(min(50 * count, 20 * most)):
     left, right = _digits(rng, digits), _digits(rng, digits)
-    if digits > 1 and not _carries(left, right):
+    if carry and digits > 1 and not _carries(left, right):
       continue
     prompt = f'{left}+{right}='
     out.setdefault(

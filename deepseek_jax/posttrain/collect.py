@@ -7,7 +7,7 @@ from typing import Any
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.posttrain import chain
-from deepseek_jax.posttrain.measure import Sampler, Scored
+from deepseek_jax.posttrain.measure import Sampler, ScoredAnswers
 
 
 def collect(
@@ -42,7 +42,7 @@ def collect(
   """
   prompts = [problem['prompt'] for problem in problems]
   groups = sampler.answers(variables, prompts, drawn, seed)
-  scored = Scored(sampler, groups, problems, rewards)
+  scored = ScoredAnswers(sampler, groups, problems, rewards)
   rng, kept = random.Random(f'kept {seed}'), []
   for place, prompt in enumerate(prompts):
     good = scored.right[place] & scored.shaped[place] & scored.whole[place]
@@ -69,7 +69,7 @@ def check_some(counts: Mapping[str, Any], where: str) -> None:
   """Raises InputError where no answer was kept."""
   if not counts['kept']:
     raise InputError(
-      f'{where}: none of {counts["drawn"]} answers to {counts["asked"]} problems'
-      ' is right: there is nothing to learn from; choose easier problems, or'
-      ' draw more answers'
+      f'{where}: none of {counts["drawn"]} answers to {counts["asked"]}'
+      ' problems is right: there is nothing to learn from; choose easier'
+      ' problems, or draw more answers'
     )

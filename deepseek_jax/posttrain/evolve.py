@@ -357,7 +357,9 @@ class Evolve:
     answers = self._sampler.answers(
       folders.load(workdir).variables, [p['prompt'] for p in asked], 1, None
     )
-    scored = measure.Scored(self._sampler, answers, asked, self._task.rewards)
+    scored = measure.ScoredAnswers(
+      self._sampler, answers, asked, self._task.rewards
+    )
     right = {
       level: [bool(r) for r, l in zip(scored.right[:, 0], levels) if l == level]
       for level in self._levels

@@ -120,7 +120,7 @@ class Sampler:
     return self._tokenizer.decode(plain)
 
 
-class Scored:
+class ScoredAnswers:
   """Holds the answers to problems, and what they are worth.
 
   Attributes:
@@ -190,10 +190,10 @@ def measured(
   """
   prompts = [problem['prompt'] for problem in problems]
   seed = random.Random(f'measured {seed}').getrandbits(48)
-  greedy = Scored(
+  greedy = ScoredAnswers(
     sampler, sampler.answers(variables, prompts, 1, None), problems, rewards
   )
-  drawn = Scored(
+  drawn = ScoredAnswers(
     sampler, sampler.answers(variables, prompts, draws, seed), problems, rewards
   )
   places = collections.defaultdict(list)
@@ -228,7 +228,7 @@ def kind_of(problem: Mapping) -> str:
 
 
 def _summary(
-  greedy: Scored, drawn: Scored, places: np.ndarray
+  greedy: ScoredAnswers, drawn: ScoredAnswers, places: np.ndarray
 ) -> dict[str, Any]:
   """Returns the numbers of some problems."""
   n, count = drawn.right.shape[1], len(places)

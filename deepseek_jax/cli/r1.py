@@ -18,7 +18,7 @@ from absl import flags
 from deepseek_jax.cli import changes, common
 from deepseek_jax.config_changes import changed
 from deepseek_jax.posttrain import chain
-from deepseek_jax.posttrain.r1 import R1
+from deepseek_jax.posttrain.r1 import R1Chain
 from deepseek_jax.posttrain.r1_recipe import R1Recipe
 from deepseek_jax.record.report import r1_page
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
   """Runs what is left of the pipeline, then writes its page."""
   del argv
   folder = Path(_WORKDIR.value)
-  made = R1(recipe(), folder, console=not common.quiet())
+  made = R1Chain(recipe(), folder, console=not common.quiet())
   chain.claim(folder, made.recipe)
   chain.run(made.stages(), folder, until=_UNTIL.value)
   page = r1_page.write(folder)

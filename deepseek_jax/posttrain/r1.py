@@ -81,7 +81,7 @@ def write_first_answers(recipe: R1Recipe, task: Path, path: Path) -> dict:
 
 
 @dataclasses.dataclass
-class R1:
+class R1Chain:
   """Holds a pipeline in its folder.
 
   Attributes:

@@ -90,7 +90,7 @@ class R1Recipe:
   lines: int = 60_000
   digits: int = 2
   additions: int = 3000
-  countdowns: int = 2000
+  countdowns: int = 700
   heldout: float = 0.1
   first: int = 6000
   forget: float = 0.65

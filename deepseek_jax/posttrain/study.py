@@ -16,7 +16,7 @@ from deepseek_jax.model.transformer import build
 from deepseek_jax.posttrain import chain, collect, measure, r1
 from deepseek_jax.posttrain.chain import ChainStage
 from deepseek_jax.posttrain.evolve import FIRST, Evolve, EvolveRecipe
-from deepseek_jax.posttrain.r1 import R1
+from deepseek_jax.posttrain.r1 import R1Chain
 from deepseek_jax.posttrain.r1_recipe import R1Recipe
 from deepseek_jax.record import comparison
 from deepseek_jax.run import folder as folders
@@ -74,11 +74,11 @@ class Study:
     """Returns the folder of a seed."""
     return self.folder / f'seed={self.recipe.r1.seed + number}'
 
-  def _r1(self, number: int) -> R1:
+  def _r1(self, number: int) -> R1Chain:
     """Returns the chain of a seed."""
     seed = self.recipe.r1.seed + number
     recipe = dataclasses.replace(self.recipe.r1, seed=seed)
-    return R1(recipe, self.seed_folder(number), self.console)
+    return R1Chain(recipe, self.seed_folder(number), self.console)
 
   def ended(self, number: int, arm: str) -> bool:
     """Returns whether an arm of a seed has ended."""
@@ -132,7 +132,7 @@ class Study:
 
   # The arms.
 
-  def _grpo(self, made: R1, arm: str, say: Callable) -> dict[str, Any]:
+  def _grpo(self, made: R1Chain, arm: str, say: Callable) -> dict[str, Any]:
     """Reinforces as the pipeline does: its own stages."""
     names = [s.name for s in made.stages()]
     wanted = (r1.REINFORCED, f'{r1.REINFORCED}-measured')
@@ -142,7 +142,7 @@ class Study:
       chain.step(stage, made.folder, place + 1, name, say=say)
     return {'reached': chain.found(made.folder, wanted[1])}
 
-  def _permuted(self, made: R1, arm: str, say: Callable) -> dict[str, Any]:
+  def _permuted(self, made: R1Chain, arm: str, say: Callable) -> dict[str, Any]:
     """Reinforces with the same rounds and permuted rewards."""
     config = made.runs.reinforcement(
       made.task_path,
@@ -153,7 +153,7 @@ class Study:
     trained = made.train(arm, config)
     return {**trained, 'reached': made.measured(made.folder / arm)}
 
-  def _tuned(self, made: R1, arm: str, say: Callable) -> dict[str, Any]:
+  def _tuned(self, made: R1Chain, arm: str, say: Callable) -> dict[str, Any]:
     """Fine-tunes on sampled answers that were right.
 
     As many answers are sampled as reinforcement samples, and as many tokens
@@ -184,7 +184,7 @@ class Study:
     trained = made.train(arm, config)
     return {**trained, 'reached': made.measured(made.folder / arm)}
 
-  def _floor(self, made: R1, arm: str, say: Callable) -> dict[str, Any]:
+  def _floor(self, made: R1Chain, arm: str, say: Callable) -> dict[str, Any]:
     """Measures weights that were never trained."""
     config = folders.config_of(made.folder / r1.BASE)
     state = folders.fresh_state(config, build(config.model))
@@ -200,7 +200,7 @@ class Study:
       )
     }
 
-  def _evolve(self, made: R1, arm: str, say: Callable) -> dict[str, Any]:
+  def _evolve(self, made: R1Chain, arm: str, say: Callable) -> dict[str, Any]:
     """Climbs levels with verification, or without from the same start."""
     verified = made.folder / 'evolve'
     base = dataclasses.replace(self.recipe.evolve.base, seed=made.recipe.seed)

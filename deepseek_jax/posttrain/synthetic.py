@@ -58,8 +58,11 @@ def _read_off(rng: random.Random) -> str:
   return f'{" ".join(reversed(number))}: {number}'
 
 
-def _chain(rng: random.Random, most: int = 15) -> str:
-  """Returns two steps of adding or subtracting: 12+14=26 26-9=17."""
+def _chain(rng: random.Random, most: int = 9) -> str:
+  """Returns two steps of adding or subtracting: 8+5=13 13-9=4.
+
+  No step adds two numbers of two digits: such sums are problems.
+  """
   return rng.choice(_ways([rng.randint(1, most) for _ in range(3)]))[0]
 
 
@@ -184,7 +187,7 @@ def _ways(numbers: list[int]) -> list[tuple[str, int, str]]:
   return list(out.values())
 
 
-def countdowns(seed: int, count: int, most: int = 15) -> list[dict]:
+def countdowns(seed: int, count: int, most: int = 9) -> list[dict]:
   """Returns problems of three numbers up to `most` and what they reach."""
   rng = random.Random(f'countdowns {seed}')
   out: dict[str, dict] = {}

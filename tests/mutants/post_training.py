@@ -168,4 +168,37 @@ MUTANTS = (
     ('tests/rl/judge_test.py::each_fault_costs_one',),
     'verl 5635: a broad except made every answer wrong',
   ),
+  Mutant(
+    'pass_at_k_draws_with_replacement',
+    'deepseek_jax/posttrain/measure.py',
+    'return 1 - math.comb(draws - right, k) / math.comb(draws, k)',
+    'return 1 - (1 - right / draws) ** k',
+    ('tests/posttrain/measure_test.py::pass_at_k_counts',),
+    'arXiv:2107.03374, section 2.1: biased, it is below the true value',
+  ),
+  Mutant(
+    'rejection_sampling_rejects_nothing',
+    'deepseek_jax/posttrain/collect.py',
+    'good = scored.right[place] & scored.shaped[place] & scored.whole[place]',
+    'good = scored.shaped[place] & scored.whole[place]',
+    ('tests/posttrain/measure_test.py::shortest_right_answer',),
+    'open-r1: traces were kept before they were verified',
+  ),
+  Mutant(
+    'cold_start_reads_heldout_problems',
+    'deepseek_jax/posttrain/r1.py',
+    'train = list(tasks.read(str(task)).train)',
+    'train = [*tasks.read(str(task)).heldout, *tasks.read(str(task)).train]',
+    ('tests/posttrain/r1_test.py::heldout_prompts_are_never',),
+    'contamination: the bar of every figure that is reported',
+  ),
+  Mutant(
+    'a_stage_counts_before_it_has_ended',
+    'deepseek_jax/posttrain/chain.py',
+    '  made = stage.run()\n',
+    "  write(folder / _STAGES / f'{stage.name}.json', {'number': number})\n"
+    '  made = stage.run()\n',
+    ('tests/posttrain/chain_test.py::what_has_ended',),
+    'a killed stage must be run again',
+  ),
 )

@@ -167,11 +167,13 @@ class RolloutBatches(batches.Batches):
     if self._engine is None:
       cfg = self._run_config.rollouts
       context = self._run_config.data.seq_len + 1
+      prompts = (*self._store.task.train, *self._store.task.heldout)
+      longest = max(len(self._store.chat.prompt(p['prompt'])) for p in prompts)
       held = EngineConfig(
         slots=cfg.slots,
         context=context,
         page=min(64, context),
-        budget=min(256, context),
+        budget=min(256, longest),  # one chunk a prompt, and no wider
         queue=cfg.prompts * cfg.group,
         deterministic=True,
       )

@@ -76,7 +76,7 @@ class EvolveTest(parameterized.TestCase):
       chain.write(kept / f'{name}.json', {'level': level, 'kept': 5})
     path = kept / 'round-03-lesson.jsonl'
     count = made._write_lesson(path, kept / 'round-03.jsonl', 'round-03')
-    told = [json.loads(line)['prompt'] for line in path.open()]
+    told = [json.loads(row)['prompt'] for row in path.read_text().splitlines()]
     begins = [text.rpartition(' ')[0] for text in told]
     self.assertEqual(count, 6)
     # All of this round, some of the start, and of level 3 the newest.
@@ -84,8 +84,9 @@ class EvolveTest(parameterized.TestCase):
     self.assertEqual(begins.count('first'), 3)
     self.assertEqual(begins.count('round-02'), 3)
     again = made._write_lesson(path, kept / 'round-03.jsonl', 'round-03')
-    self.assertEqual(told, [json.loads(line)['prompt'] for line in path.open()])
     self.assertEqual(again, 6)
+    rows = path.read_text().splitlines()
+    self.assertEqual(told, [json.loads(row)['prompt'] for row in rows])
 
 
 if __name__ == '__main__':

@@ -107,7 +107,8 @@ class CollectTest(absltest.TestCase):
     self.assertIn('>9<', rows[0]['completion'])
 
   def test_nothing_right_is_said(self):
-    self.said['1+2='] = self.said['1+1=']
+    for prompt in self.said:
+      self.said[prompt] = [(FORM.format('a', '9'), 'stop')] * 4
     counts, rows = self.collect()
     self.assertEqual((counts['kept'], rows), (0, []))
     with self.assertRaisesRegex(InputError, 'kept: none of 8 answers to 2'):

@@ -55,7 +55,9 @@ def write(folder: Path) -> Path:
     r['name'].removesuffix(_MEASURED): r for r in made if r['kind'] == 'measure'
   }
   runs = [r['name'] for r in made if r['kind'] == 'run']
-  rows = {name: metrics.read(folder / name) for name in runs}
+  # A run's folder may have been removed since it ended.
+  there = [name for name in runs if (folder / name).is_dir()]
+  rows = {name: metrics.read(folder / name) for name in there}
   reinforced = {
     name: some
     for name, some in rows.items()

@@ -101,18 +101,18 @@ class R1Recipe:
   distill: float = 5e5
   pretrain_rate: float = 3e-3
   cold_rate: float = 1.5e-3
-  rl_rate: float = 5e-4
+  rl_rate: float = 7e-4
   batch: int = 32
   prompts: int = 16
   group: int = 8
   most: int = 66
   slots: int = 64
-  rounds: int = 60
-  more_rounds: int = 20
+  rounds: int = 50
+  more_rounds: int = 15
   validate: int = 10
   asked: int = 768
   drawn: int = 2
-  measured: int = 64
+  measured: int = 50
   draws: int = 16
   format_weight: float = 0.2
 

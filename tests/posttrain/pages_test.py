@@ -77,7 +77,8 @@ class PagesTest(absltest.TestCase):
     ):  # fmt: skip
       self.assertIn(words, text)
     self.assertNotIn('<b>', text)  # what a model wrote is text alone
-    self.assertNotIn('http', text)
+    self.assertNotIn('http:', text)
+    self.assertNotIn('https', text)
     lines = r1_page.summary(self.folder).splitlines()
     self.assertEqual(lines[1], '3-reinforced-measured: addition 2 75.0 %')
 

@@ -29,6 +29,9 @@ _VERIFY = flags.DEFINE_bool(
 )
 _TASK = flags.DEFINE_string('task', '', 'A task whose problems have a level.')
 _START = flags.DEFINE_string('start', '', 'Folder of the run that begins.')
+_PRETRAINED = flags.DEFINE_string(
+  'pretrained', '', 'Folder of a base, such as runs/r1/1-base; spares one.'
+)
 _CHANGE = flags.DEFINE_multi_string(
   'change', [], 'field=value of the recipe; may be given several times.'
 )
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> None:
       'verify': _VERIFY.value,
       'task': _TASK.value,
       'start': _START.value,
+      'pretrained': _PRETRAINED.value,
     },
   )
   chain.claim(folder, recipe)

@@ -39,7 +39,7 @@ BASE, FIRST = '1-base', '2-first-level'
 
 def _base() -> R1Recipe:
   """Returns the recipe of the model that begins: it knows the first level."""
-  return R1Recipe(seq_len=103, most=90, cold=6e5, slots=64)
+  return R1Recipe(seq_len=103, most=90, cold=3e5, slots=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,9 @@ class EvolveRecipe:
 
   Attributes:
     base: of the model that begins, where `start` names none.
-    start: folder of a run that begins; '': one is trained that knows sums of
+    pretrained: folder of a run on the synthetic text, of base.model; '': one is
+      trained.
+    start: folder of a run that begins; '': the pretrained one is taught sums of
       one and of levels[0] digits.
     task: path of a task whose problems have a whole number 'level'; '': sums of
       as many digits as the level says.
@@ -65,18 +67,19 @@ class EvolveRecipe:
   """
 
   base: R1Recipe = dataclasses.field(default_factory=_base)
+  pretrained: str = ''
   start: str = ''
   task: str = ''
   levels: tuple[int, ...] = (2, 3, 4, 5)
   problems: int = 1500
   bar: float = 0.8
-  rounds: int = 12
+  rounds: int = 16
   asked: int = 256
-  drawn: int = 8
+  drawn: int = 4
   replayed: int = 128
-  tokens: float = 2e5
+  tokens: float = 1.2e5
   rate: float = 7e-4
-  measured: int = 64
+  measured: int = 50
   verify: bool = True
 
   def __post_init__(self) -> None:
@@ -169,17 +172,17 @@ class Evolve:
     runs = R1Runs(recipe.base, folder)
     text, first = folder / 'data' / 'text', folder / 'data' / 'first.jsonl'
     pretraining = runs.pretraining(recipe.base.model, text)
-    tuning = runs.supervised(
-      recipe.base.model, first, recipe.base.cold, folder / BASE
+    known = Path(recipe.pretrained) if recipe.pretrained else folder / BASE
+    tuning = runs.supervised(recipe.base.model, first, recipe.base.cold, known)
+    base = ChainStage(
+      BASE,
+      'pretrained on text',
+      lambda: self._fit(pretraining, folder / BASE),
+      'run',
     )
     return [
       ChainStage('data', 'text, problems, first answers', self._write_data),
-      ChainStage(
-        BASE,
-        'pretrained on text',
-        lambda: self._fit(pretraining, folder / BASE),
-        'run',
-      ),
+      *([] if recipe.pretrained else [base]),
       ChainStage(
         FIRST,
         'fine-tuned on the first level',

@@ -204,7 +204,10 @@ class Study:
     """Climbs levels with verification, or without from the same start."""
     verified = made.folder / 'evolve'
     base = dataclasses.replace(self.recipe.evolve.base, seed=made.recipe.seed)
-    recipe = dataclasses.replace(self.recipe.evolve, base=base)
+    # The text is the same: one base serves all arms of a seed.
+    recipe = dataclasses.replace(
+      self.recipe.evolve, base=base, pretrained=str(made.folder / r1.BASE)
+    )
     if arm == 'unverified':
       if not (verified / FIRST / 'config.json').exists():
         raise InputError(

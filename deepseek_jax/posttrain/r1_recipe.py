@@ -97,7 +97,7 @@ class R1Recipe:
   miss: float = 0.75
   pretrain: float = 1e6
   cold: float = 5e5
-  sft: float = 4e5
+  sft: float = 5e5
   distill: float = 5e5
   pretrain_rate: float = 3e-3
   cold_rate: float = 1.5e-3
@@ -107,8 +107,8 @@ class R1Recipe:
   group: int = 8
   most: int = 66
   slots: int = 64
-  rounds: int = 50
-  more_rounds: int = 15
+  rounds: int = 32
+  more_rounds: int = 32
   validate: int = 10
   asked: int = 768
   drawn: int = 2

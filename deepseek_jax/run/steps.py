@@ -39,7 +39,7 @@ class Steps:
     # Named, so that the donated state keeps its place from step to step.
     places = where.shardings(state, model.abstract), where.copied
     self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
-    self._compiled = {}
+    self._compiled = _shared(model, config)
 
   def __call__(
     self, state: TrainState, batch: dict, writer: MetricsWriter | NoMetrics
@@ -52,10 +52,11 @@ class Steps:
   ) -> jax.stages.Compiled:
     """Returns the step for batches of this size."""
     rows = batch['tokens'].shape[0]
-    if rows not in self._compiled:
+    kind = tuple((n, a.shape, str(a.dtype)) for n, a in sorted(batch.items()))
+    if kind not in self._compiled:
       with compiling(rows, writer), self._where.use():
-        self._compiled[rows] = self._step.lower(state, batch).compile()
-    return self._compiled[rows]
+        self._compiled[kind] = self._step.lower(state, batch).compile()
+    return self._compiled[kind]
 
   def begin(self) -> TrainState:
     """Returns the state of a new run, each part made where it lies."""
@@ -100,6 +101,25 @@ class Steps:
     variables = {'params': state.params, 'buffers': state.buffers}
     with self._where.use():
       return evaluate.bits_per_byte(self._model, variables, heldout)
+
+
+def _shared(model: Model, config: RunConfig) -> dict:
+  """Returns where a run keeps compiled steps: runs of one recipe share them.
+
+  They are those of one model, objective and mesh whose training is the same in
+  every field; rounds of self-improvement are many such runs in one process.
+  """
+  try:
+    return _compiled_of(model, config.train, config.objective, config.mesh)
+  except TypeError:  # a user's configuration without a hash
+    return {}
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_of(*recipe: object) -> dict:
+  """Returns the same dict, empty at first, whenever the recipe is the same."""
+  del recipe
+  return {}
 
 
 def check_mesh(config: RunConfig) -> None:

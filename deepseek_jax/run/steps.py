@@ -110,7 +110,8 @@ def _shared(model: Model, config: RunConfig) -> dict:
   every field; rounds of self-improvement are many such runs in one process.
   """
   try:
-    return _compiled_of(model, config.train, config.objective, config.mesh)
+    mesh = repr(config.mesh)  # whose rules are a dict
+    return _compiled_of(model, config.train, config.objective, mesh)
   except TypeError:  # a user's configuration without a hash
     return {}
 

@@ -42,17 +42,14 @@ def main(argv: list[str]) -> None:
   """Runs what is left of the rounds, then writes table and picture."""
   del argv
   folder = Path(_WORKDIR.value)
-  recipe = changed(
-    EvolveRecipe(),
-    {
-      **changes.parsed(_CHANGE.value),
-      'base.seed': _SEED.value,
-      'verify': _VERIFY.value,
-      'task': _TASK.value,
-      'start': _START.value,
-      'pretrained': _PRETRAINED.value,
-    },
-  )
+  own = {
+    'base.seed': _SEED.value,
+    'verify': _VERIFY.value,
+    'task': _TASK.value,
+    'start': _START.value,
+    'pretrained': _PRETRAINED.value,
+  }
+  recipe = changed(EvolveRecipe(), changes.parsed(_CHANGE.value, own))
   chain.claim(folder, recipe)
   Evolve(recipe, folder, console=not common.quiet()).run()
   page = evolve_page.write(folder)

@@ -44,14 +44,8 @@ def main(argv: list[str]) -> None:
   """Runs the arms that are left, the most valuable first."""
   del argv
   begun, folder = time.monotonic(), Path(_WORKDIR.value)
-  recipe = changed(
-    StudyRecipe(),
-    {
-      **changes.parsed(_CHANGE.value),
-      'r1.seed': _SEED.value,
-      'seeds': _SEEDS.value,
-    },
-  )
+  own = {'r1.seed': _SEED.value, 'seeds': _SEEDS.value}
+  recipe = changed(StudyRecipe(), changes.parsed(_CHANGE.value, own))
   wrong = [arm for arm in _ARMS.value if arm not in ARMS]
   if wrong or not _ARMS.value:
     raise InputError(f'--arms={",".join(wrong)}: must be of {list(ARMS)}')

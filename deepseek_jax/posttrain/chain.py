@@ -19,6 +19,7 @@ from deepseek_jax.run import lock
 
 RECIPE = 'recipe.json'
 _STAGES = 'stages'
+_OWN = (lock.FILE, 'recipe.tmp')  # of a chain that was killed at its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def claim(folder: Path, recipe: Any) -> None:
         f' {str(mine.get(names[0], "absent"))[:60]} here); choose another'
         ' --workdir or the same recipe'
       )
-  elif any(p.name != lock.FILE for p in folder.iterdir()):
+  elif any(p.name not in _OWN for p in folder.iterdir()):
     raise InputError(
       f'{folder}: is not empty and holds no chain of stages; choose another'
       ' --workdir'

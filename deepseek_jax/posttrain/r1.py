@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.tokenizer import ByteTokenizer
+from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import build
 from deepseek_jax.posttrain import chain, collect, handover, measure, synthetic
 from deepseek_jax.posttrain.chain import ChainStage
@@ -52,7 +53,11 @@ def write_text(recipe: R1Recipe, folder: Path) -> dict[str, Any]:
 
 
 def write_task(recipe: R1Recipe, path: Path) -> dict[str, Any]:
-  """Writes the task: its problems beside it, in a mixed order."""
+  """Writes the task: its problems beside it, in a mixed order.
+
+  Raises:
+    InputError: a prompt is too long, or of a kind no problem is held out.
+  """
   problems = synthetic.sums(recipe.seed, recipe.digits, recipe.additions)
   problems += synthetic.countdowns(recipe.seed, recipe.countdowns)
   random.Random(f'order {recipe.seed}').shuffle(problems)
@@ -66,6 +71,19 @@ def write_task(recipe: R1Recipe, path: Path) -> dict[str, Any]:
     },
   )
   task = tasks.read(str(path))
+  longest = max(len(p['prompt'].encode()) for p in problems)
+  if longest + recipe.most > recipe.seq_len + 1:
+    raise InputError(
+      f'seq_len = {recipe.seq_len}: prompts of {longest} bytes and most ='
+      f' {recipe.most} do not fit; raise seq_len'
+    )
+  kinds = lambda some: {measure.kind_of(problem) for problem in some}
+  lacking = kinds(problems) - kinds(task.heldout)
+  if lacking:
+    raise InputError(
+      f'heldout = {recipe.heldout}: of {min(lacking)} no problem is held out;'
+      ' raise it, or make more problems'
+    )
   return {'problems': len(task.train), 'heldout': len(task.heldout)}
 
 

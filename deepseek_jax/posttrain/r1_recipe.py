@@ -124,4 +124,5 @@ class R1Recipe:
     at_least(self, drawn=1, measured=1, draws=1, format_weight=0)
     above(self, pretrain=0, cold=0, sft=0, distill=0)
     above(self, pretrain_rate=0, cold_rate=0, rl_rate=0)
-    within(self, heldout=(0, 1), forget=(0, 1), miss=(0, 1))
+    within(self, ends='()', heldout=(0, 1))
+    within(self, forget=(0, 1), miss=(0, 1))

@@ -201,4 +201,12 @@ MUTANTS = (
     ('tests/posttrain/chain_test.py::what_has_ended',),
     'a killed stage must be run again',
   ),
+  Mutant(
+    'permuted_rewards_stay_in_their_group',
+    'deepseek_jax/run/rl.py',
+    '.permuted(rewards)',
+    '.permuted(rewards, axis=1)',
+    ('tests/posttrain/permuted_test.py::dealt_over_all_groups',),
+    'within a group the mean reward of a prompt would still teach',
+  ),
 )

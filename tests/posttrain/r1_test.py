@@ -96,6 +96,17 @@ class RecipeTest(absltest.TestCase):
     self.assertEqual(made.steps, 7)
     self.assertEqual(made.init_from, 'start')
 
+  def test_what_does_not_fit_is_said_before_anything_is_trained(self):
+    folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+    for name, fields, message in (
+      ('a', {'seq_len': 70}, 'seq_len = 70: prompts of 9 bytes'),
+      ('b', {'heldout': 1e-9}, 'no problem is held out'),
+    ):
+      small = {'lines': 10, 'additions': 50, 'countdowns': 50}
+      recipe = ds.changed(R1Recipe(), small | fields)
+      with self.assertRaisesRegex(ds.InputError, message):
+        R1Chain(recipe, folder / name)._write_data()
+
   def test_heldout_prompts_are_never_trained_on(self):
     folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
     made = R1Chain(R1Recipe(lines=100, additions=300, countdowns=100), folder)

@@ -89,6 +89,8 @@ def check(
   place: LoopRows,
   draws: Draws,
   drafts: int,
+  *,
+  kept: bool = False,
 ) -> Checked:
   """Drafts, runs the model on the drafts, and draws at each place.
 
@@ -98,6 +100,7 @@ def check(
     place: where they stand.
     draws: settings of the rows.
     drafts: k; 0 keeps the caches of multi-token prediction, but drafts none.
+    kept: says what each draw could have taken.
   """
   cache, R = held.cache, place.token.shape[0]
   guesses, mtp = _guessed(model, variables, held, place, draws, drafts)
@@ -126,7 +129,7 @@ def check(
     draws._replace(history=history),
   )
   flat = logits.reshape(-1, logits.shape[-1])
-  drawn = sampler.draw(flat, each, positions.reshape(-1) + 1)
+  drawn = sampler.draw(flat, each, positions.reshape(-1) + 1, kept=kept)
   drawn = jax.tree.map(lambda a: a.reshape(R, 1 + drafts, *a.shape[1:]), drawn)
   # A grammar allows what it allows at the first place alone.
   free = (draws.allowed == -1).all(axis=1) & (held.ready > 0)

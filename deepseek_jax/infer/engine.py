@@ -86,16 +86,11 @@ class Engine:
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
-    shape = Shape(self._paging, cfg.steps, cfg.most_drafted(), cfg.routing)
-    self._run = programs(model, shape, current())
-    self._bounds = checks.Bounds(
-      model.config.vocab_size,
-      cfg.context,
-      self.page,
-      pages,
-      cfg.queue,
-      text is not None,
+    shape = Shape(
+      self._paging, cfg.steps, cfg.most_drafted(), cfg.routing, cfg.kept
     )
+    self._run = programs(model, shape, current())
+    self._bounds = checks.bounds(model, cfg, self.page, pages, text is not None)
     self._count, self._epoch = 0, 0
     self._live: dict[int, list[Sequence]] = {}
     self._cancelled: list[int] = []
@@ -357,8 +352,15 @@ class Engine:
     self._totals['cached_tokens'] += one.reused
     self._totals['answers'] += 1
     usage = Usage(one.prompt, one.reused, one.answered, *one.drafts)
+    routes = None if one.routes is None else one.routes[: one.length]
     return Event(
-      one.id, one.index, finish=finish, error=error, usage=usage, **how
+      one.id,
+      one.index,
+      finish=finish,
+      error=error,
+      usage=usage,
+      routes=routes,
+      **how,
     )
 
   def _prefill(self) -> None:
@@ -377,7 +379,7 @@ class Engine:
     end = max(s.cached + n for s, n in zip(some, counts))
     bucket = Bucket(rows, tokens, self._pages(max(end, tokens)))
     echo = any(s.request.echo and not s.answered for s in some)
-    self._store, scores, _ = self._run.prefill(
+    self._store, scores, chosen = self._run.prefill(
       self._variables,
       self._store,
       host_arrays.rows(some, bucket, counts),
@@ -386,9 +388,14 @@ class Engine:
     self._totals['prefilled'] += sum(counts)
     if echo:
       scores = jax.device_get(scores)
+    if any(s.request.routes for s in some):
+      chosen = jax.device_get(chosen)  # [L R T K]
     for i, (one, count) in enumerate(zip(some, counts)):
       if one.request.echo and not one.answered:
         outcomes.score(one, i, count, scores)
+      if one.request.routes:
+        route = chosen[:, i, :count].swapaxes(0, 1)
+        outcomes.route(one, one.cached, route, self.model)
       one.cached += count
       self._keep(one)
 

@@ -34,6 +34,8 @@ class EngineConfig:
       answer doesn't depend on what else runs in any bit, as long as there are
       pages for all (`stats['preempted']` counts answers computed again).
     routing: keeps which experts answers chose.
+    kept: keeps which tokens top_k, top_p and the like left to each draw, a bit
+      for each of the vocabulary.
   """
 
   slots: int = 16
@@ -51,6 +53,7 @@ class EngineConfig:
   contexts: tuple[int, ...] | None = None
   deterministic: bool = False
   routing: bool = False
+  kept: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a field out of its range."""

@@ -11,10 +11,11 @@ layers, K chosen experts, k drafts.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.infer import checked_drafts, sampler
 from deepseek_jax.infer.checked_drafts import Checked, LoopRows
@@ -84,12 +85,14 @@ class Shape(NamedTuple):
     steps: N.
     draft_rows: with more rows nothing is drafted.
     routing: whether they give the experts of each token.
+    kept: whether they give what each draw could have taken.
   """
 
   paging: Paging
   steps: int
   draft_rows: int
   routing: bool
+  kept: bool = False
 
 
 @functools.lru_cache(maxsize=32)
@@ -103,13 +106,22 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
       programs are traced with it wherever they are called first.
   """
   flat = build_flat(model)
+  everywhere = NamedSharding(using.mesh, PartitionSpec()) if using else None
+
+  def whole(tree: Any) -> Any:
+    """Returns a tree that every device has whole."""
+    if everywhere is None:
+      return tree
+    return jax.lax.with_sharding_constraint(tree, everywhere)
 
   def traced(run: Callable) -> Callable:
     """Returns a program that sees the mesh."""
 
     def inside(*args) -> tuple:
       with under(using) if using else contextlib.nullcontext():
-        return run(flat, shape, *args)
+        store, *rest = run(flat, shape, *args)
+      # The host reads the rest, of several processes each one's.
+      return store, *(whole(one) for one in rest)
 
     return inside
 
@@ -163,11 +175,15 @@ def _decode(
 ) -> tuple[Store, Decoded]:
   """Draws up to N W tokens for each row; see `Programs`."""
   R, drafts = going.token.shape[0], shape.paging.drafts
-  one = functools.partial(_plain, model, variables)
+  one = functools.partial(_plain, model, variables, kept=shape.kept)
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
     one = functools.partial(
-      checked_drafts.check, model, variables, drafts=drafts
+      checked_drafts.check,
+      model,
+      variables,
+      drafts=drafts,
+      kept=shape.kept,
     )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W
@@ -230,7 +246,13 @@ def _decode(
 
 
 def _plain(
-  model: Model, variables: dict, held: Caches, place: LoopRows, draws: Draws
+  model: Model,
+  variables: dict,
+  held: Caches,
+  place: LoopRows,
+  draws: Draws,
+  *,
+  kept: bool,
 ) -> Checked:
   """Runs the model on the last token of each row, and draws the next."""
   out = model.apply(
@@ -241,7 +263,7 @@ def _plain(
     cache=held.cache,
   )
   logits = _logits(model, variables, out.hidden[:, 0])
-  drawn = sampler.draw(logits, draws, place.at + 1)
+  drawn = sampler.draw(logits, draws, place.at + 1, kept=kept)
   drawn = jax.tree.map(lambda a: a[:, None], drawn)
   held = held._replace(cache=out.cache)
   return Checked(held, out, drawn, jnp.ones_like(place.at))

@@ -39,6 +39,8 @@ class Sequence:
     allowed: [ceil(V / 32)] int32, what its grammar lets come next, or None.
     scores: log-probabilities of the prompt, with echo, until they are given.
     experts: [L_moe, E] counts of the answer's choices, if they are kept.
+    routes: [context, L_moe, K] experts of each token, -1 where not known; None
+      before the first, or where the request asks for none.
     drafts: how many were accepted, how many rejected.
     hashes: of its first full pages.
   """
@@ -60,6 +62,7 @@ class Sequence:
   allowed: np.ndarray | None = None
   scores: list[LogProb | None] = dataclasses.field(default_factory=list)
   experts: Any = None
+  routes: np.ndarray | None = None
   drafts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
   hashes: list[bytes] = dataclasses.field(default_factory=list)
 

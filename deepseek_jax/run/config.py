@@ -135,15 +135,34 @@ class RunConfig:
         ' by a chat; set objective and chat, or rollouts = None'
       )
     check_rollouts(self.rollouts, self.objective)
-    if self.objective.keep_routing or self.objective.keep_sampling_mask:
+    batch, mesh = self.train.batch, self.mesh
+    if self.rollouts.updates > 1 and batch.at(0) != batch.size:
       raise InputError(
-        'objective.keep_routing, objective.keep_sampling_mask: the engine'
-        ' returns neither the experts of a token nor the tokens that it kept;'
-        ' set both to False'
+        f'train.batch.size = {batch.size}: begins with {batch.at(0)}, but'
+        f' rollouts.updates = {self.rollouts.updates} mini-batches of a round'
+        ' have one size; leave the ramp out'
       )
-    if self.mesh != MeshConfig():
+    layers = self.model.in_order()
+    if self.objective.keep_routing and not any(l.block.routed for l in layers):
       raise InputError(
-        f'mesh = {self.mesh}: rollouts run on one device; leave the mesh out'
+        'objective.keep_routing = True: the model has no experts; set it to'
+        ' False'
+      )
+    for axis in ('stage', 'context'):
+      if getattr(mesh, axis) > 1:
+        raise InputError(
+          f'mesh.{axis} = {getattr(mesh, axis)}: answers are sampled a token at'
+          f' a time by whole layers; set mesh.{axis} to 1'
+        )
+    if self.rollouts.slots % mesh.ways('batch'):
+      raise InputError(
+        f'rollouts.slots = {self.rollouts.slots}: must be a multiple of the'
+        f' {mesh.ways("batch")} shards of a batch (mesh: {mesh.spread})'
+      )
+    if self.rollouts.drafts and not self.model.mtp.depth:
+      raise InputError(
+        f'rollouts.drafts = {self.rollouts.drafts}: model.mtp.depth = 0, so'
+        ' nothing guesses tokens; set it to 0'
       )
 
   def _check_numbers(self) -> None:

@@ -21,7 +21,7 @@ from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.record.writers import ScalarWriter
-from deepseek_jax.run import agreement, sources
+from deepseek_jax.run import agreement, reference_policy, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
@@ -102,6 +102,8 @@ def _opened(
     begun = (workdir / 'config.json').exists()
     if first and config.init_from and not begun:
       check_source(config, model, store.tokenizer())
+    if first and config.rollouts and config.rollouts.reference and not begun:
+      reference_policy.check(config, model, store.tokenizer())
     changes = claim(workdir, config)
   return store, batches, changes
 

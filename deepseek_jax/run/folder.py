@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -324,21 +325,25 @@ def _step_to_load(
 
 
 def restore(
-  checkpoints: Checkpoints, step: int, like: TrainState, config: RunConfig
+  checkpoints: Checkpoints,
+  step: int,
+  like: TrainState,
+  config: RunConfig,
+  held: Callable[[str, Any], Any] | None = None,
 ) -> Restored:
   """Returns the checkpoint of a step of this run.
 
   Args:
     checkpoints: of the run.
     step: by the name of its folder.
-    like: see `Checkpoints.restore`.
+    like, held: see `Checkpoints.restore`.
     config: of the run.
 
   Raises:
     InputError: the folder holds another step, or one that was saved with other
       values of fields that change numbers.
   """
-  restored = checkpoints.restore(step, like)
+  restored = checkpoints.restore(step, like, held)
   where, inside = checkpoints.directory / str(step), int(restored.state.step)
   if inside != step:
     raise InputError(

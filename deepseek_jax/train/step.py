@@ -148,9 +148,9 @@ def train_step(
   gradient and 'update_norms', by block. Jit it with the state donated.
   """
   cfg = recipe_of(cfg, model.config)
-  optimizer = optimizer_of(cfg, model.abstract['params'])
-  part = part_of(cfg, model.abstract['params'])
   built = objective.build(model)
+  optimizer = optimizer_of(cfg, model.abstract['params'], built.frozen)
+  part = part_of(cfg, model.abstract['params'])
 
   def gradients(
     state: TrainState, batch: dict, mtp_weight: jax.Array
@@ -197,6 +197,7 @@ def train_step(
     )
     # The router biases move by the loads, not by a gradient (V3 section 2.1.2).
     loads = moving(metrics.pop('loads'), cfg.trainable)
+    loads = loads if built.moves_biases else {}
     held = updated(held, proposal, loads, verdict)
     norms = {'block_norms': block_norms(grads), 'update_norms': proposal.norms}
     metrics |= told | norms

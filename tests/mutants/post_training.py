@@ -210,6 +210,8 @@ MUTANTS = (
     '.permuted(rewards, axis=1)',
     ('tests/posttrain/permuted_test.py::dealt_over_all_groups',),
     'within a group the mean reward of a prompt would still teach',
+  ),
+  Mutant(
     'ratio_without_the_old_policy',
     _ROUNDS,
     '      if several:  # of one',

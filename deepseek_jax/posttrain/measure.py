@@ -155,7 +155,7 @@ class ScoredAnswers:
       self.errors = judge.errors
     shape = self.lengths.shape
     found = [
-      v.scores is not None and grading.solved(made, v.scores, problem)
+      v.scores is not None and grading.is_right(made, v.scores, problem)
       for v, (_, problem) in zip(verdicts, asked)
     ]
     self.right = np.reshape(found, shape)

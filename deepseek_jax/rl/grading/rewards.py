@@ -115,23 +115,30 @@ def check(rewards: Sequence[Reward], problem: Mapping, where: str) -> None:
         )
 
 
-# They shape an answer; whether it is right they do not say.
-SHAPES = ('format', 'language', 'length')
+# Those that look at the answer itself: others look at its form or its length.
+ACCURACY = frozenset(KINDS) - {'format', 'language', 'length'}
 
 
-def solved(
-  rewards: Sequence[Reward], scores: Sequence[float], problem: Mapping
+def is_right(
+  rewards: Sequence[Reward],
+  scores: Sequence[float],
+  problem: Mapping[str, Any] | None = None,
 ) -> bool:
-  """Returns whether an answer is right: full scores where rightness is scored.
+  """Returns whether every verifier of the answer itself gave it full marks.
+
+  That is its weight; one without weight, or with a negative one, does not
+  count. Where a task has none of these, all others have to give full marks.
 
   Args:
     rewards: of the task.
-    scores: of the answer, by each of them.
-    problem: that was answered.
+    scores: weighted, one of each.
+    problem: that was answered; rewards for other problems do not count. None:
+      all do.
   """
-  told = [
-    score >= reward.weight
+  marks = [
+    (reward.kind in ACCURACY, score >= reward.weight * (1 - 1e-9))
     for reward, score in zip(rewards, scores, strict=True)
-    if reward.kind not in SHAPES and reward.applies(problem)
+    if reward.weight > 0 and (problem is None or reward.applies(problem))
   ]
-  return bool(told) and all(told)
+  counted = [full for accuracy, full in marks if accuracy]
+  return bool(marks) and all(counted or [full for _, full in marks])

@@ -51,7 +51,7 @@ class PagesTest(absltest.TestCase):
     self.stage(name, 'run', steps=3, tokens=300)
     with MetricsWriter(self.folder / name, console=False) as writer:
       for step in (1, 2, 3):
-        numbers = {'reward': 0.3 * step, 'kl': 0.01, 'entropy': 0.5}
+        numbers = {'reward': 0.3 * step, 'kl': 0.01, 'policy_entropy': 0.5}
         writer.write(step, numbers | {'answer_length': 40.0})
     recorder = FlightRecorder(
       self.folder / name / 'routing.npz', {'load': 'sum'}, layers=[1, 2]
@@ -72,7 +72,7 @@ class PagesTest(absltest.TestCase):
     text = r1_page.write(self.folder).read_text()
     for words in (
       '25.0 % → 75.0 %', 'held out, 2-cold to 3-reinforced', '15 of 16',
-      '&lt;b&gt;0.75&lt;/b&gt;', '✗', '✓', '5:05', 'Response length',
+      '&lt;b&gt;0.75&lt;/b&gt;', '✗', '✓', '5:05', 'Response length', 'Entropy',
       '3-reinforced, first', '3 steps, 300 tokens', '&#34;seed&#34;: 7',
     ):  # fmt: skip
       self.assertIn(words, text)

@@ -22,7 +22,7 @@ _CURVES = {
   'reward': ('Reward', 'mean of a round'),
   'heldout_reward': ('Held-out reward', 'greedy'),
   'answer_length': ('Response length', 'tokens'),
-  'entropy': ('Entropy', 'nats per token'),
+  'policy_entropy': ('Entropy', 'nats per token'),
   'kl': ('KL to the start', 'nats per token'),
   'clipped_high': ('Clipped above', 'share of tokens'),
   'clipped_low': ('Clipped below', 'share of tokens'),

@@ -88,8 +88,8 @@ def metrics_of(objective: Objective) -> dict[str, Metric]:
   )
   if taken:
     raise InputError(
-      f'objective: its metric {min(taken)!r} has the name of one that every step'
-      ' returns; give it another'
+      f'objective: its metric {min(taken)!r} has the name of one that every'
+      ' step returns; give it another'
     )
   blocks = {
     'block_norms': Metric('Gradient norms', per='block'),

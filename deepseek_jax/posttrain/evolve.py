@@ -59,7 +59,8 @@ class EvolveRecipe:
     bar: held-out greedy accuracy at which a level is passed.
     rounds: at most.
     asked, drawn: problems of a round, and answers of each.
-    replayed: conversations of each earlier level that a round trains on, too.
+    replayed: conversations of each earlier level that a round trains on, too:
+      the newest that were kept, or the model's answers to it at that time.
     tokens: that a round trains on.
     rate: highest learning rate of a round.
     measured: held-out problems of each level.
@@ -75,7 +76,7 @@ class EvolveRecipe:
   bar: float = 0.8
   rounds: int = 16
   asked: int = 256
-  drawn: int = 4
+  drawn: int = 8
   replayed: int = 128
   tokens: float = 1.2e5
   rate: float = 7e-4
@@ -84,10 +85,10 @@ class EvolveRecipe:
 
   def __post_init__(self) -> None:
     """Raises InputError for fields out of range or that do not fit."""
-    at_least(self, problems=10, rounds=1, asked=1, drawn=1, replayed=0)
+    at_least(self, problems=10, asked=1, drawn=1, replayed=0)
     at_least(self, measured=1)
     above(self, tokens=0, rate=0)
-    within(self, bar=(0, 1))
+    within(self, bar=(0, 1), rounds=(1, 99))
     whole = all(type(level) is int and level > 0 for level in self.levels)
     if not whole or list(self.levels) != sorted(set(self.levels)):
       raise InputError(
@@ -208,7 +209,8 @@ class Evolve:
     chain.write(data / 'task.json', task)
     train = tasks.read(str(data / 'task.json')).train
     first = [p for p in train if p['level'] == recipe.levels[0]]
-    first += synthetic.sums(recipe.base.seed, 1, 81)
+    # Sums of another length, too: that they end has to be seen.
+    first += 3 * synthetic.sums(recipe.base.seed, 1, 81)
     rng = random.Random(f'first level {recipe.base.seed}')
     asked = [first[n % len(first)] for n in range(recipe.base.first)]
     rng.shuffle(asked)
@@ -241,6 +243,12 @@ class Evolve:
     begun = folders.load(self._start)
     self._config, tokenizer = begun.config, begun.tokenizer
     self._chat = begun.config.chat or ChatConfig('plain')
+    if self._chat.format not in ('plain', 'r1_zero'):
+      raise InputError(
+        f'start = {str(self._start)!r}: its chat.format ='
+        f" {self._chat.format!r}; answers are kept as plain text: 'plain' or"
+        " 'r1_zero'"
+      )
     self._tokenizer = begun.config.data.tokenizer
     if self._tokenizer == 'bpe':
       self._tokenizer = str(self._start / 'tokenizer.json')
@@ -264,6 +272,7 @@ class Evolve:
     counts = json.loads(counts_path.read_text())
     if not counts['kept']:  # nothing was right: there is nothing to learn
       return {**counts, **self._measured(before), 'stuck': True}
+    self._answer_earlier(level, name, before)
     lesson = self.folder / 'kept' / f'{name}-lesson.jsonl'
     counts['replayed'] = self._write_lesson(lesson, kept, name)
     trained = self._fit(self._training(lesson, before), self.folder / name)
@@ -290,25 +299,37 @@ class Evolve:
       ),
     }
 
+  def _kept_before(self, name: str) -> dict[int, Path]:
+    """Returns the newest conversations of each level before a round."""
+    out: dict[int, Path] = {}
+    folder = self.folder / 'kept'
+    # Those of levels that had no round of their own, then those of rounds.
+    for pattern in ('level-*.json', 'round-??.json'):
+      for counts in sorted(folder.glob(pattern)):
+        told = json.loads(counts.read_text())
+        if told['kept'] and (pattern[0] == 'l' or counts.stem < name):
+          out[told['level']] = counts.with_suffix('.jsonl')
+    return out
+
+  def _answer_earlier(self, level: int, name: str, before: Path) -> None:
+    """Writes answers to earlier levels that were passed without a round."""
+    known = self._kept_before(name)
+    for number in self._levels:
+      path = self.folder / 'kept' / f'level-{number}.jsonl'
+      counts = path.with_suffix('.json')
+      if number < level and number not in known and not counts.exists():
+        chain.write(counts, self._collected(path, number, before))
+
   def _write_lesson(self, path: Path, kept: Path, name: str) -> int:
     """Writes what a round trains on; returns how much of it is of before."""
     rows = kept.read_text().splitlines()
     rng = random.Random(f'lesson {name} {self.recipe.base.seed}')
     level = json.loads(kept.with_suffix('.json').read_text())['level']
-    newest: dict[int, list[str]] = {}
-    first = self.folder / 'data' / 'first.jsonl'
-    if first.exists():
-      newest[self._levels[0]] = first.read_text().splitlines()
-    for counts in sorted(kept.parent.glob('round-??.json')):
-      told = json.loads(counts.read_text())['level']
-      if counts.stem < name and told < level:
-        newest[told] = counts.with_suffix('.jsonl').read_text().splitlines()
-    before = [
-      row
-      for number, some in newest.items()
-      if number < level
-      for row in rng.sample(some, min(self.recipe.replayed, len(some)))
-    ]
+    before = []
+    for number, newest in sorted(self._kept_before(name).items()):
+      if number < level:
+        some = newest.read_text().splitlines()
+        before += rng.sample(some, min(self.recipe.replayed, len(some)))
     chain.write_lines(path, [json.loads(row) for row in (*rows, *before)])
     return len(before)
 

@@ -58,19 +58,39 @@ class EvolveTest(parameterized.TestCase):
     ({'task': 'a.json'}, "task = 'a.json': needs a model"),
     ({'bar': 1.5}, 'bar = 1.5'),
     ({'rounds': 0}, 'rounds = 0'),
+    ({'rounds': 100}, 'rounds = 100: must lie in 1..99'),
   )
   def test_a_recipe_that_makes_no_sense(self, fields, message):
     with self.assertRaisesRegex(InputError, message):
       EvolveRecipe(**fields)
 
-  def test_a_lesson_has_some_of_every_earlier_level(self):
+  def test_a_level_that_was_never_asked_is_asked_before_it_is_left(self):
     made = Evolve(EvolveRecipe(replayed=3), self.folder)
     made._levels = [2, 3, 4]
+    asked = []
+
+    def collected(path, level, before):
+      asked.append((path.name, level))
+      chain.write_lines(path, [])
+      return {'level': level, 'kept': 0}
+
+    made._collected = collected
+    kept = self.folder / 'kept'
+    chain.write(kept / 'round-01.json', {'level': 3, 'kept': 2})
+    made._answer_earlier(4, 'round-02', self.folder)
+    self.assertEqual(asked, [('level-2.jsonl', 2)])
+    made._answer_earlier(4, 'round-02', self.folder)
+    self.assertLen(asked, 1)
+
+  def test_a_lesson_has_some_of_every_earlier_level(self):
+    made = Evolve(EvolveRecipe(replayed=3), self.folder)
+    made._levels = [2, 3, 4, 5]
     kept = self.folder / 'kept'
     row = lambda text: {'prompt': text, 'completion': 'x'}
-    first = self.folder / 'data' / 'first.jsonl'
-    chain.write_lines(first, [row(f'first {n}') for n in range(9)])
-    for name, level in (('round-01', 3), ('round-02', 3), ('round-03', 4)):
+    for name, level in (
+      ('level-2', 2), ('round-01', 3), ('round-02', 3), ('round-03', 4),
+      ('round-04', 3),
+    ):  # fmt: skip
       rows = [row(f'{name} {n}') for n in range(5)]
       chain.write_lines(kept / f'{name}.jsonl', rows)
       chain.write(kept / f'{name}.json', {'level': level, 'kept': 5})
@@ -79,9 +99,9 @@ class EvolveTest(parameterized.TestCase):
     told = [json.loads(row)['prompt'] for row in path.read_text().splitlines()]
     begins = [text.rpartition(' ')[0] for text in told]
     self.assertEqual(count, 6)
-    # All of this round, some of the start, and of level 3 the newest.
+    # All of this round, some of a level that had none, of level 3 the newest.
     self.assertEqual(begins.count('round-03'), 5)
-    self.assertEqual(begins.count('first'), 3)
+    self.assertEqual(begins.count('level-2'), 3)
     self.assertEqual(begins.count('round-02'), 3)
     again = made._write_lesson(path, kept / 'round-03.jsonl', 'round-03')
     self.assertEqual(again, 6)

@@ -19,7 +19,8 @@ from absl import flags
 from deepseek_jax.cli import changes, common
 from deepseek_jax.config_changes import changed
 from deepseek_jax.posttrain import chain
-from deepseek_jax.posttrain.evolve import Evolve, EvolveRecipe
+from deepseek_jax.posttrain.evolve import Evolve
+from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
 from deepseek_jax.record.report import evolve_page
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all rounds.')

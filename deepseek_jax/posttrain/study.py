@@ -15,7 +15,8 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import build
 from deepseek_jax.posttrain import chain, collect, measure, r1
 from deepseek_jax.posttrain.chain import ChainStage
-from deepseek_jax.posttrain.evolve import FIRST, Evolve, EvolveRecipe
+from deepseek_jax.posttrain.evolve import FIRST, Evolve
+from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
 from deepseek_jax.posttrain.r1 import R1Chain
 from deepseek_jax.posttrain.r1_recipe import R1Recipe
 from deepseek_jax.record import comparison

@@ -204,6 +204,14 @@ MUTANTS = (
     'a killed stage must be run again',
   ),
   Mutant(
+    'earlier_levels_are_not_replayed',
+    'deepseek_jax/posttrain/evolve.py',
+    'some = newest.read_text().splitlines()',
+    'some = []',
+    ('tests/posttrain/evolve_test.py::lesson_has_some_of_every',),
+    'a model that climbs forgets the levels below',
+  ),
+  Mutant(
     'permuted_rewards_stay_in_their_group',
     'deepseek_jax/run/rl.py',
     '.permuted(rewards)',

@@ -8,7 +8,8 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.posttrain import chain
-from deepseek_jax.posttrain.evolve import Evolve, EvolveRecipe
+from deepseek_jax.posttrain.evolve import Evolve
+from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
 
 
 class EvolveTest(parameterized.TestCase):

@@ -17,7 +17,8 @@ from absl.testing import absltest
 
 import deepseek_jax as ds
 from deepseek_jax.posttrain import chain, collect, r1, synthetic
-from deepseek_jax.posttrain.evolve import Evolve, EvolveRecipe
+from deepseek_jax.posttrain.evolve import Evolve
+from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
 from deepseek_jax.posttrain.r1 import R1Chain
 from deepseek_jax.posttrain.r1_recipe import R1Recipe, llama, teacher
 from deepseek_jax.posttrain.r1_runs import R1Runs

@@ -11,7 +11,7 @@ run = ds.fit(ds.recipes.v3_tiny(), 'runs/v3')  # a run: model, data, training
 loaded = ds.load('runs/v3')
 """
 
-from deepseek_jax import hf, plan, presets, recipes
+from deepseek_jax import hf, ladder, plan, presets, recipes
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig

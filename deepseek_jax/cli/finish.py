@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_flops, count_parameters
@@ -38,7 +39,9 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
   """
   console = Console()
   reached = results_of(run, workdir)
-  results.write(workdir, reached)
+  # What was measured of it before stays: each entry names its step.
+  measured = _measured(workdir)
+  results.write(workdir, reached | measured)
   keep_in_metrics(run, workdir, reached)
   facts = facts_of(reached) | size_facts(run)
   samples = write_samples(run)
@@ -65,14 +68,29 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
   console.print(f'report: {report.absolute()}', soft_wrap=True)
 
 
+def _measured(workdir: Path) -> dict[str, list]:
+  """Returns the evaluations of a results.json; a damaged one is set aside."""
+  try:
+    found = results.whole(workdir)
+  except InputError as error:
+    say.warn(f'{error}; it is now {metrics.set_aside(workdir / results.FILE)}')
+    return {}
+  name = results.EVALUATIONS
+  return {name: found[name]} if name in found else {}
+
+
 def results_of(run: Run, workdir: Path) -> dict[str, Any]:
   """Returns what the run reached, as results.json holds it."""
+  return {'heldout': held_out(run), **spent_by(run, workdir)}
+
+
+def spent_by(run: Run, workdir: Path) -> dict[str, Any]:
+  """Returns what a run cost and read, as results.json holds it."""
   config, state = run.config, run.state
   count = count_parameters(config.model)
   tokens = int(state.sequences) * config.data.seq_len
   store = run.store
   return {
-    'heldout': held_out(run),
     'steps': int(state.step),
     'tokens': tokens,
     'skipped_updates': int(state.gate.skipped),

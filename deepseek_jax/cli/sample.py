@@ -210,7 +210,7 @@ def main(argv: list[str]) -> None:
   experiment_file.load_flag(_CONFIG)
   source = load(_WORKDIR.value, _HF.value, _DTYPE.value)
   source = source._replace(
-    variables=sample.prepare(source.model, source.variables),
+    variables=sample.prepare(source.model, source.variables, donate=True),
     boundaries=_wanted(source),
   )
   if _CHAT.value:

@@ -31,4 +31,10 @@ from deepseek_jax.plan.parameters import ParameterCount, count_parameters
 from deepseek_jax.plan.pictures import plan_figure
 from deepseek_jax.plan.recipe import Recipe, v3_recipe
 from deepseek_jax.plan.report import Report, estimate
+from deepseek_jax.plan.rollout_cost import (
+  R1_ZERO,
+  RolloutCost,
+  RoundPlan,
+  rollout_cost,
+)
 from deepseek_jax.plan.wire.traffic import traffic

@@ -38,6 +38,7 @@ SMALL = {
     'rounds': 2,
     'prompts': 2,
     'group': 4,
+    'updates': 2,
     'dim': 16,
     'digits': 1,
   },

@@ -102,7 +102,13 @@ bench: $(VENV)/.test
 bench-sparse: $(VENV)/.test
 	$(BIN)/python -m benchmarks.sparse
 
-# Every notebook from top to bottom, with small parameters.
+# From Llama to V4 at equal compute: about half an hour on two quiet cores.
+.PHONY: ladder
+ladder: $(VENV)/.run
+	$(BIN)/python -m experiments.ladder --size=half_hour --folder=runs/ladder \
+	  --out=benchmarks/results/ladder
+
+# The form of the notebooks, and each from top to bottom, small.
 notebooks: $(VENV)/.test
 	$(PYTEST) tests/notebooks_test.py
 

@@ -21,8 +21,9 @@ from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.record.writers import ScalarWriter
-from deepseek_jax.run import agreement, sources
+from deepseek_jax.run import agreement, reference_policy, sources
 from deepseek_jax.run.checkpoint import Checkpoints
+from deepseek_jax.run.chosen import chosen
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
   Loaded,
@@ -102,6 +103,8 @@ def _opened(
     begun = (workdir / 'config.json').exists()
     if first and config.init_from and not begun:
       check_source(config, model, store.tokenizer())
+    if first and config.rollouts and config.rollouts.reference and not begun:
+      reference_policy.check(config, model, store.tokenizer())
     changes = claim(workdir, config)
   return store, batches, changes
 
@@ -114,6 +117,7 @@ def fit(
   announce: Callable[[RunConfig, sources.Store], Iterable[str]] | None = None,
   writers: Sequence[ScalarWriter] = (),
   profile: tuple[int, int] | None = None,
+  until: int | None = None,
 ) -> Run:
   """Trains from the last whole checkpoint, or from the start, to the end.
 
@@ -124,6 +128,7 @@ def fit(
     announce: gives the first lines of a run whose text is read.
     writers: take the scalars of every step, too; closed at the end.
     profile: first and last step of a trace in workdir/profile.
+    until: the step after which to stop and save; called again, the run goes on.
 
   Raises:
     InputError: the configuration, the data or the folder are wrong.
@@ -133,6 +138,7 @@ def fit(
   """
   workdir = path_of(workdir)
   _check(config)
+  config = chosen(config, workdir)
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)
@@ -182,6 +188,7 @@ def fit(
           timeline,
           LastSteps(workdir / 'abort.jsonl', kept),
           (profile and first and Profile(profile, workdir / 'profile')) or None,
+          until,
         )
         state = steps.whole(trainer.run(state))
   return Run(config, model, store, state, record.tokens_per_second)

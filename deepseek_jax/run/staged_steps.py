@@ -85,7 +85,9 @@ class StagedSteps:
     self._judge = jax.jit(self._judged)
     self._norms = jax.jit(lambda grads: (tree_norm(grads), block_norms(grads)))
     self._rules = [
-      optimizer_of(cfg, stage.abstract['params'])
+      optimizer_of(
+        cfg, stage.abstract['params'], self._pipeline.objective.frozen
+      )
       for stage in self._pipeline.stages
     ]
     programs = map(self._programs, range(mesh.stage))
@@ -176,6 +178,7 @@ class StagedSteps:
     verdict: Verdict,
   ) -> tuple[Held, ...]:
     """Returns each stage's next variables and moments, on its own devices."""
+    loads = loads if self._pipeline.objective.moves_biases else {}
     loads, out = cutting.nested(loads, '/'), []
     trainable = self._config.train.trainable
     for number, stage in enumerate(self._pipeline.stages):

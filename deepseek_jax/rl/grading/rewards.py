@@ -92,3 +92,26 @@ def check(rewards: Sequence[Reward], problem: Mapping, where: str) -> None:
         raise InputError(
           f'{where}: has no {name!r}, which the reward {reward.kind} needs'
         )
+
+
+# Those that look at the answer itself: others look at its form or its length.
+ACCURACY = frozenset(KINDS) - {'format', 'language', 'length'}
+
+
+def is_right(rewards: Sequence[Reward], scores: Sequence[float]) -> bool:
+  """Returns whether every verifier of the answer itself gave it full marks.
+
+  That is its weight; one without weight, or with a negative one, does not
+  count. Where a task has none of these, all others have to give full marks.
+
+  Args:
+    rewards: of the task.
+    scores: weighted, one of each.
+  """
+  marks = [
+    (reward.kind in ACCURACY, score >= reward.weight * (1 - 1e-9))
+    for reward, score in zip(rewards, scores, strict=True)
+    if reward.weight > 0
+  ]
+  counted = [full for accuracy, full in marks if accuracy]
+  return bool(marks) and all(counted or [full for _, full in marks])

@@ -56,6 +56,7 @@ _REPORT = flags.DEFINE_bool(
 )
 _DRY = flags.DEFINE_bool('dry', False, 'Say what would run, and end.')
 FILE = 'plan.json'
+_ENVIRONMENT = ('JAX_DEFAULT_PRNG_IMPL', 'XLA_FLAGS')
 
 
 def own_arms(folder: Path) -> dict[str, loop.RunConfig]:
@@ -223,8 +224,9 @@ def report(
   )
   given = [f'--size={_SIZE.value}', f'--folder={folder}']
   given += [f'--arms={_ARMS.value}'] if _ARMS.value else []
-  found['command'] = shlex.join(['deepseek-jax', 'ladder', *given])
-  found['xla_flags'] = os.environ.get('XLA_FLAGS', '')
+  # What else decides the numbers, in their last digits or all of them.
+  env = [f'{n}={os.environ[n]}' for n in _ENVIRONMENT if os.environ.get(n)]
+  found['command'] = shlex.join([*env, 'deepseek-jax', 'ladder', *given])
   found['name'] = _SIZE.value
   if not _ARMS.value:
     published = costs.published_costs()

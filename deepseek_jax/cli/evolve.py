@@ -22,6 +22,7 @@ from deepseek_jax.posttrain import chain
 from deepseek_jax.posttrain.evolve import Evolve
 from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
 from deepseek_jax.record.report import evolve_page
+from deepseek_jax.run.steps import shared_programs
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all rounds.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, data and answers.')
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> None:
   }
   recipe = changed(EvolveRecipe(), changes.parsed(_CHANGE.value, own))
   chain.claim(folder, recipe)
-  Evolve(recipe, folder, console=not common.quiet()).run()
+  with shared_programs():  # rounds differ in data alone
+    Evolve(recipe, folder, console=not common.quiet()).run()
   page = evolve_page.write(folder)
   print((folder / 'evolve.md').read_text(), end='')
   print(f'report: {page.absolute()}')

@@ -22,6 +22,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.posttrain import chain
 from deepseek_jax.posttrain.study import ARMS, Study, StudyRecipe, markdown
 from deepseek_jax.record import results
+from deepseek_jax.run.steps import shared_programs
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the study.')
 _SEEDS = flags.DEFINE_integer('seeds', 2, 'How many.')
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> None:
     if _MINUTES.value is not None and spent > _MINUTES.value:
       print(f'{spent:.0f} minutes are spent: the same command goes on')
       break
-    study.run(number, arm)
+    with shared_programs():
+      study.run(number, arm)
     keep(study, folder)
   print(keep(study, folder), end='')
 

@@ -71,8 +71,14 @@ class Arm:
 
 
 def interval(values: Sequence[float]) -> Interval:
-  """Returns mean and 95 % interval of independent values."""
+  """Returns mean and 95 % interval of independent values.
+
+  Raises:
+    InputError: there is no value.
+  """
   array, n = np.asarray(values, np.float64), len(values)
+  if not n:
+    raise InputError('values: there are none; give at least one')
   if n < 2:
     return Interval(float(array.mean()), None, n)
   from scipy.special import stdtrit
@@ -208,6 +214,17 @@ def value(entry: RunFolder, metric: str) -> float | None:
   return float(entry.curves[metric][1][-1])
 
 
+def check_metric(entries: Sequence[RunFolder], metric: str) -> None:
+  """Raises InputError where no run has a metric."""
+  if any(value(entry, metric) is not None for entry in entries):
+    return
+  known = sorted({name for entry in entries for name in entry.curves})
+  raise InputError(
+    f'metric = {metric!r}: no run has it; they have'
+    f' {", ".join(known) or "none"}'
+  )
+
+
 class Difference(NamedTuple):
   """Holds by how much an arm's metric lies above that of the first arm."""
 
@@ -217,7 +234,12 @@ class Difference(NamedTuple):
 
 
 def differences(found: Sequence[Arm], metric: str) -> list[Difference]:
-  """Returns each later arm less the first, paired by seed."""
+  """Returns each later arm less the first, paired by seed.
+
+  Raises:
+    InputError: no run has the metric.
+  """
+  check_metric([run for arm in found for run in arm.runs], metric)
   values = lambda arm: {
     run.seed: v for run in arm.runs if (v := value(run, metric)) is not None
   }

@@ -12,6 +12,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.record import last_steps, metrics
 from deepseek_jax.run import folder, sources
@@ -72,6 +73,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   run = jax.jit(
     train_step(model, config.train, config.objective),
     donate_argnums=0,
+    compiler_options=processor.options('train', config.model.compute.xla),
   )
   written, aborted = _written(workdir), _written_batches(workdir)
   for number in range(int(state.step) + 1, step + 1):

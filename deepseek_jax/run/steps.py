@@ -1,16 +1,19 @@
 """Runs the step of a run as one program; places its state and batches."""
 
+import contextlib
 import functools
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import placement, processor
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
@@ -38,8 +41,17 @@ class Steps:
     where = self._where
     # Named, so that the donated state keeps its place from step to step.
     places = where.shardings(state, model.abstract), where.copied
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
-    self._compiled = _shared(model, config)
+    self._step = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=places,
+      compiler_options=processor.options('train', config.model.compute.xla),
+    )
+    # Equal models and recipes make one program, see `shared_programs`.
+    same = model, *map(configs.key, (config.train, config.objective))
+    self._compiled = _shared_programs().setdefault(
+      (*same, configs.key(config.mesh), config.data.seq_len), {}
+    )
 
   def __call__(
     self, state: TrainState, batch: dict, writer: MetricsWriter | NoMetrics
@@ -52,11 +64,10 @@ class Steps:
   ) -> jax.stages.Compiled:
     """Returns the step for batches of this size."""
     rows = batch['tokens'].shape[0]
-    kind = tuple((n, a.shape, str(a.dtype)) for n, a in sorted(batch.items()))
-    if kind not in self._compiled:
+    if rows not in self._compiled:
       with compiling(rows, writer), self._where.use():
-        self._compiled[kind] = self._step.lower(state, batch).compile()
-    return self._compiled[kind]
+        self._compiled[rows] = self._step.lower(state, batch).compile()
+    return self._compiled[rows]
 
   def begin(self) -> TrainState:
     """Returns the state of a new run, each part made where it lies."""
@@ -103,24 +114,25 @@ class Steps:
       return evaluate.bits_per_byte(self._model, variables, heldout)
 
 
-def _shared(model: Model, config: RunConfig) -> dict:
-  """Returns where a run keeps compiled steps: runs of one recipe share them.
+_programs: list[dict] = []  # of the innermost `shared_programs`, if any
 
-  They are those of one model, objective and mesh whose training is the same in
-  every field; rounds of self-improvement are many such runs in one process.
+
+def _shared_programs() -> dict:
+  """Returns the programs that runs share; without sharing a new dict."""
+  return _programs[-1] if _programs else {}
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+  """Lets runs inside, one after another, share steps that are compiled.
+
+  Those are of equal models and recipes, as runs with several seeds have.
   """
+  _programs.append({})
   try:
-    mesh = repr(config.mesh)  # whose rules are a dict
-    return _compiled_of(model, config.train, config.objective, mesh)
-  except TypeError:  # a user's configuration without a hash
-    return {}
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled_of(*recipe: object) -> dict:
-  """Returns the same dict, empty at first, whenever the recipe is the same."""
-  del recipe
-  return {}
+    yield
+  finally:
+    _programs.pop()
 
 
 def check_mesh(config: RunConfig) -> None:

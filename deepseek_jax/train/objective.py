@@ -100,6 +100,8 @@ class Objective(NamedTuple):
       blocks that predict them keep their values.
     metrics: describes those of `loss`, by name.
     moves_biases: loads move the biases of routers.
+    shared: names of a batch's arrays that belong to no row of it: every
+      micro-batch gets them whole.
   """
 
   loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
@@ -107,6 +109,7 @@ class Objective(NamedTuple):
   mtp: bool = True
   metrics: Mapping[str, Metric] = {}
   moves_biases: bool = True
+  shared: tuple[str, ...] = ()
 
   @property
   def frozen(self) -> tuple[str, ...]:

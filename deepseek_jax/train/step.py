@@ -172,24 +172,26 @@ def train_step(
     # Of the whole batch, so that micro-batches add up to its loss.
     total = total_weight(built.inputs(batch))
     shares = Shares(total, cfg.batch.accumulate, mtp_weight)
+    whole = {name: batch[name] for name in built.shared if name in batch}
+    rows = {name: a for name, a in batch.items() if name not in whole}
 
     def loss(params: Any, micro: dict) -> tuple[jax.Array, dict]:
       if part is not None:
         # No gradient of a frozen parameter is computed.
         params = part.detached(params)
       variables = {'params': params, 'buffers': state.buffers}
-      return loss_and_metrics(model, variables, micro, shares, built)
+      return loss_and_metrics(model, variables, micro | whole, shares, built)
 
     grad = jax.grad(loss, has_aux=True)
     if cfg.batch.accumulate == 1:
-      return grad(state.params, batch)
+      return grad(state.params, rows)
 
     def one(total: tuple, micro: dict) -> tuple[tuple, None]:
       return jax.tree.map(jnp.add, total, grad(state.params, micro)), None
 
     # [B ...] -> [A B/A ...], A micro-batches; gradients and metrics add up.
     split = lambda a: a.reshape(cfg.batch.accumulate, -1, *a.shape[1:])
-    micros = jax.tree.map(split, batch)
+    micros = jax.tree.map(split, rows)
     shape = jax.eval_shape(
       grad, state.params, jax.tree.map(lambda a: a[0], micros)
     )

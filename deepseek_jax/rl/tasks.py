@@ -7,7 +7,8 @@ A task is a file of JSON:
      "heldout": 0.1}
 
 A reward with "only": "numbers" scores the problems alone that have this field:
-so a task mixes kinds. 'problems' is a file of lines {"prompt": "1+2=", "answer": "3"} beside it, or
+so a task mixes kinds. 'problems' is a file of lines
+{"prompt": "1+2=", "answer": "3"} beside it, or
 {"maker": "addition", "count": 2000, "digits": 2}. 'heldout' is a share, chosen
 by a hash of the prompt, or another file; prompts never stand on both sides.
 """

@@ -43,8 +43,7 @@ test: $(VENV)/.test
 # The sweeps over layers and small models that `test` leaves out.
 sweeps: $(VENV)/.test
 	$(PYTEST) -m slow tests/model tests/train tests/infer tests/rl tests/posttrain \
-	  tests/record \
-	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py) \
+	  tests/record tests/cli tests/presets tests/data $(wildcard tests/*_test.py) \
 	  --ignore=tests/record/report_page_test.py
 
 # Long runs of the inference engine, with the table of near-ties.

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
   }
   recipe = changed(EvolveRecipe(), changes.parsed(_CHANGE.value, own))
   chain.claim(folder, recipe)
-  with shared_programs():  # rounds differ in data alone
+  with shared_programs():  # rounds are one program
     Evolve(recipe, folder, console=not common.quiet()).run()
   page = evolve_page.write(folder)
   print((folder / 'evolve.md').read_text(), end='')

@@ -96,8 +96,8 @@ _NATIVE = (
   Mutant(
     'incomplete_blocks_compressed',
     _BRANCHES,
-    'seen &= end[:, None] <= one.place[..., None]',
-    'seen &= start[:, None] <= one.place[..., None]',
+    'return seen & (end <= one.place[..., None])',
+    'return seen & (start <= one.place[..., None])',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
     'NSA section 3.3: complete past blocks only',
   ),

@@ -22,7 +22,7 @@ from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.sparse_gqa import shapes as gqa_shapes
 from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import Keys, attend
+from pallas_kernels.sparse_mla import ChosenKeys, attend
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 
@@ -106,7 +106,7 @@ def _chosen(shape):
 
 def _attend(floats, indices, impl):
   q_c, q_r, latents, sinks = floats
-  keys = tuple(Keys(*a, index) for a, index in zip(latents, indices))
+  keys = tuple(ChosenKeys(*a, index) for a, index in zip(latents, indices))
   how = {'scale': 192**-0.5, 'sinks': sinks, 'impl': impl}
   return attend(q_c, q_r, keys, **how)[0]
 

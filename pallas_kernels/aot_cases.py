@@ -26,7 +26,7 @@ from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
 from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import Keys, attend, sparse_mla
+from pallas_kernels.sparse_mla import ChosenKeys, attend, sparse_mla
 
 BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 FP8 = jnp.float8_e4m3fn
@@ -265,7 +265,7 @@ def _attend(
 
   def fn(q: jax.Array, sinks: jax.Array, *rest: jax.Array) -> jax.Array:
     given = zip(rest[: len(keys)], rest[len(keys) :])
-    chosen = tuple(Keys(c, None, index) for c, index in given)
+    chosen = tuple(ChosenKeys(c, None, index) for c, index in given)
     how = {'scale': 0.07, 'sinks': sinks, 'impl': 'gpu'}
     return attend(q, None, chosen, **how)[0]
 

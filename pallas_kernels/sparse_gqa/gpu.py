@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.latent_blocks import ROPE
 from pallas_kernels.sparse_mla import gpu as latent
-from pallas_kernels.sparse_mla.keys import Keys
+from pallas_kernels.sparse_mla.keys import ChosenKeys
 
 
-class Row(NamedTuple):
+class Packing(NamedTuple):
   """Says where key and value lie in a row of sparse_mla.
 
   Attributes:
@@ -30,7 +30,7 @@ class Row(NamedTuple):
   rope: int
 
 
-def row_of(keys: int, values: int) -> Row:
+def packing_of(keys: int, values: int) -> Packing:
   """Returns the narrowest row for K and V.
 
   Raises:
@@ -39,7 +39,7 @@ def row_of(keys: int, values: int) -> Row:
   for width in sorted(latent.WIDTHS):
     for rope in (0, ROPE):
       if values + keys - rope <= width and rope <= keys:
-        return Row(width, rope)
+        return Packing(width, rope)
   most = max(latent.WIDTHS) + ROPE
   raise NotImplementedError(
     f'keys of {keys} and values of {values}, not {most} together'
@@ -55,7 +55,7 @@ def sparse_gqa(
     NotImplementedError: dtypes or widths that the kernel can't take.
   """
   (B, T, G, J, K), V = q.shape, v.shape[-1]
-  row = row_of(K, V)
+  row = packing_of(K, V)
   # A group is a row of the batch: [B G ...].
   apart = lambda a: jnp.moveaxis(a, 2, 1).reshape(
     B * G, a.shape[1], *a.shape[3:]
@@ -70,6 +70,6 @@ def sparse_gqa(
   q_c = wide(q[..., :cut], V, fill)
   c = wide(jnp.concatenate([v, k[..., :cut]], axis=-1), 0, fill)
   q_r, k_r = (q[..., cut:], k[..., cut:]) if row.rope else (None, None)
-  keys = (Keys(c, k_r, index),)
+  keys = (ChosenKeys(c, k_r, index),)
   out, _ = latent.sparse_mla(q_c, q_r, keys, None, scale)
   return jnp.moveaxis(out[..., :V].reshape(B, G, T, J, V), 1, 2)

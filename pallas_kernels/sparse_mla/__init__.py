@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import reference
-from pallas_kernels.sparse_mla.keys import Keys, known
+from pallas_kernels.sparse_mla.keys import ChosenKeys, known
 
-__all__ = ['Keys', 'attend', 'sparse_mla']
+__all__ = ['ChosenKeys', 'attend', 'sparse_mla']
 
 
 def sparse_mla(
@@ -54,13 +54,15 @@ def sparse_mla(
     ValueError: shapes that don't fit each other.
     NotImplementedError: impl='gpu' for a shape that the kernel can't take.
   """
-  return attend(q_c, q_r, (Keys(c, k_r, index),), scale=scale, impl=impl)[0]
+  return attend(q_c, q_r, (ChosenKeys(c, k_r, index),), scale=scale, impl=impl)[
+    0
+  ]
 
 
 def attend(
   q_c: jax.Array,
   q_r: jax.Array | None,
-  keys: tuple[Keys, ...],
+  keys: tuple[ChosenKeys, ...],
   *,
   scale: float,
   sinks: jax.Array | None = None,
@@ -99,7 +101,7 @@ def attend(
 def _check(
   q_c: jax.Array,
   q_r: jax.Array | None,
-  keys: tuple[Keys, ...],
+  keys: tuple[ChosenKeys, ...],
   sinks: jax.Array | None,
 ) -> None:
   """Raises ValueError for shapes that don't fit each other."""

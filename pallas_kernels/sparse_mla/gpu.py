@@ -18,7 +18,7 @@ from pallas_kernels.latent_blocks import EMPTY, LATENT, LOG2E, ROPE
 from pallas_kernels.sparse_mla import forward, latent_gradient, query_gradient
 from pallas_kernels.sparse_mla.forward import Latents
 from pallas_kernels.sparse_mla.gathered_blocks import BLOCK, HEADS
-from pallas_kernels.sparse_mla.keys import Keys
+from pallas_kernels.sparse_mla.keys import ChosenKeys
 from pallas_kernels.sparse_mla.reference import NONE
 
 MOST = 65_535  # queries of one call: so far a grid goes in all but one axis
@@ -28,7 +28,7 @@ WIDTHS = (LATENT, LATENT // 2)
 def sparse_mla(
   q_c: jax.Array,
   q_r: jax.Array | None,
-  keys: tuple[Keys, ...],
+  keys: tuple[ChosenKeys, ...],
   sinks: jax.Array | None,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -52,7 +52,7 @@ def sparse_mla(
 
 
 def _check(
-  q_c: jax.Array, q_r: jax.Array | None, keys: tuple[Keys, ...]
+  q_c: jax.Array, q_r: jax.Array | None, keys: tuple[ChosenKeys, ...]
 ) -> None:
   """Raises NotImplementedError for what the kernels can't take."""
   for a in jax.tree.leaves((q_c, q_r, [one[:2] for one in keys])):
@@ -73,7 +73,7 @@ def _in_one_list(latents: tuple) -> Latents:
   return Latents(*jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), latents))
 
 
-def _places(keys: Keys) -> jax.Array:
+def _places(keys: ChosenKeys) -> jax.Array:
   """Returns what queries choose of the list of all rows, [N K]."""
   (B, S), (_, T, K) = keys.c.shape[:2], keys.index.shape
   row = jnp.arange(B, dtype=jnp.int32)[:, None, None] * S

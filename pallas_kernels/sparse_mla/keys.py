@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Keys(NamedTuple):
+class ChosenKeys(NamedTuple):
   """Holds latents, and which of them each query reads.
 
   Attributes:
@@ -24,7 +24,7 @@ class Keys(NamedTuple):
   index: jax.Array
 
 
-def known(keys: Keys) -> Keys:
+def known(keys: ChosenKeys) -> ChosenKeys:
   """Returns the keys with -1 for each position that is none."""
   index = jnp.asarray(keys.index)
   # A position past a row's end would be one of the next row.
@@ -32,7 +32,7 @@ def known(keys: Keys) -> Keys:
   return keys._replace(index=jnp.where(here, index.astype(jnp.int32), -1))
 
 
-def joined(keys: tuple[Keys, ...]) -> Keys:
+def joined(keys: tuple[ChosenKeys, ...]) -> ChosenKeys:
   """Returns all of them in one list, one after the other."""
   if len(keys) == 1:
     return keys[0]
@@ -44,4 +44,4 @@ def joined(keys: tuple[Keys, ...]) -> Keys:
     None if parts[0] is None else jnp.concatenate(parts, axis=1)
     for parts in zip(*(one[:2] for one in keys))
   )
-  return Keys(c, k_r, jnp.concatenate(ats, axis=2))
+  return ChosenKeys(c, k_r, jnp.concatenate(ats, axis=2))

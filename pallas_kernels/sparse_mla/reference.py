@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_mla.keys import Keys, joined
+from pallas_kernels.sparse_mla.keys import ChosenKeys, joined
 
 NONE = -1e30  # log-sum-exp of no score
 _ENTRIES = 2**22  # numbers of gathered latents that live at once
@@ -12,7 +12,7 @@ _ENTRIES = 2**22  # numbers of gathered latents that live at once
 def attend(
   q_c: jax.Array,
   q_r: jax.Array | None,
-  keys: Keys,
+  keys: ChosenKeys,
   sinks: jax.Array | None,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +47,7 @@ def attend(
 def sparse_mla(
   q_c: jax.Array,
   q_r: jax.Array | None,
-  keys: tuple[Keys, ...],
+  keys: tuple[ChosenKeys, ...],
   sinks: jax.Array | None,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +65,7 @@ def sparse_mla(
     # Before the loop, so that all queries' gradients add up in float32.
     latents = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), own[:2])
     one = jax.checkpoint(
-      lambda a: attend(*a[0], Keys(*latents, a[1]), sinks, scale)
+      lambda a: attend(*a[0], ChosenKeys(*latents, a[1]), sinks, scale)
     )
     return jax.lax.map(one, (queries, own.index), batch_size=size)
 

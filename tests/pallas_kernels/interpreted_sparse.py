@@ -22,7 +22,7 @@ from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.sparse_gqa import shapes as gqa_shapes
 from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import Keys, attend, latent_gradient
+from pallas_kernels.sparse_mla import ChosenKeys, attend, latent_gradient
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 BF16 = interpreted.BF16
@@ -156,7 +156,7 @@ def draw_sparse_mla(shape):
 def check_sparse_mla():
   def both(floats, indices, grad, impl):
     def fn(queries, latents, sinks):
-      keys = tuple(Keys(*a, i) for a, i in zip(latents, indices))
+      keys = tuple(ChosenKeys(*a, i) for a, i in zip(latents, indices))
       return attend(*queries, keys, scale=0.05, sinks=sinks, impl=impl)
 
     (out, log_sum), pull = jax.vjp(fn, *floats)

@@ -62,10 +62,13 @@ class SparseGqaTest(parameterized.TestCase):
     shape = TEST['plain']._replace(keys=K, values=V)
     *floats, index = draw(shape)
     bf = [jnp.asarray(a, jnp.bfloat16) for a in floats]
+    packing = gpu.Packing(K + V - rope + 3, rope)
     # The kernel's own preparation, with the reference in the kernel's place.
     with (
       absltest.mock.patch.multiple(
-        gpu, ROPE=rope, row_of=lambda *_: gpu.Row(K + V - rope + 3, rope)
+        gpu,
+        ROPE=rope,
+        packing_of=lambda *_: packing,
       ),
       absltest.mock.patch.object(
         latent, 'sparse_mla', latent_reference.sparse_mla
@@ -89,7 +92,7 @@ class SparseGqaTest(parameterized.TestCase):
     (320, 256, (512, 64)),
   )
   def test_the_narrowest_row_is_taken(self, keys, values, want):
-    self.assertEqual(gpu.row_of(keys, values), want)
+    self.assertEqual(gpu.packing_of(keys, values), want)
 
   def test_what_the_kernel_cannot_take_says_why(self):
     *floats, index = draw(TEST['plain']._replace(keys=400, values=200))

@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from pallas_kernels.sparse_mla import (
-  Keys,
+  ChosenKeys,
   attend,
   latent_gradient,
   sparse_mla,
@@ -59,7 +59,7 @@ def draw_lists(shape, seed=0):
   for S, K in filter(None, ((shape.keys, shape.top_k), shape.far)):
     index = rng.integers(0, S, (B, T, K))
     index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
-    keys.append(Keys(normal(B, S, C), rope(B, S), index.astype(np.int32)))
+    keys.append(ChosenKeys(normal(B, S, C), rope(B, S), index.astype(np.int32)))
   sinks = normal(H) if shape.sinks else None
   return normal(B, T, H, C), rope(B, T, H), tuple(keys), sinks
 

@@ -19,7 +19,7 @@ from deepseek_jax.model.attention.partial_softmax import (
   join,
   window_attention,
 )
-from pallas_kernels.sparse_mla import Keys, attend
+from pallas_kernels.sparse_mla import ChosenKeys, attend
 
 
 class Far(Protocol):
@@ -115,12 +115,12 @@ def _by_kernel(
   if history is not None:
     keys = jnp.concatenate([history[0], keys], axis=1)
     theirs = jnp.concatenate([history[1], segments], axis=1)
-  lists = [Keys(keys, None, window_rows(segments, theirs, size))]
+  lists = [ChosenKeys(keys, None, window_rows(segments, theirs, size))]
   if entries is not None:
     if isinstance(seen, View):
       mask = seen.mask(entries.shape[1])
       seen = jnp.where(mask, jnp.arange(entries.shape[1]), -1)
-    lists.append(Keys(entries, None, seen))
+    lists.append(ChosenKeys(entries, None, seen))
   return attend(q, None, tuple(lists), scale=scale, sinks=sinks, impl=impl)
 
 

@@ -45,6 +45,9 @@ _FREE = (
   'wandb',
   'evaluate.every',
   'evaluate.batch',
+  'rollouts.compare_every',
+  'rollouts.patience',
+  'rollouts.processes',
   'train.gate.patience',
   'data.cache_dir',
 )

@@ -100,6 +100,8 @@ class Objective(NamedTuple):
       blocks that predict them keep their values.
     metrics: describes those of `loss`, by name.
     moves_biases: loads move the biases of routers.
+    comparable: a step's loss and gradient norm are like those before, so that
+      one far above them is an explosion; if not, finiteness alone is judged.
   """
 
   loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
@@ -107,6 +109,7 @@ class Objective(NamedTuple):
   mtp: bool = True
   metrics: Mapping[str, Metric] = {}
   moves_biases: bool = True
+  comparable: bool = True
 
   @property
   def frozen(self) -> tuple[str, ...]:

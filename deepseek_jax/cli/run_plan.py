@@ -47,7 +47,7 @@ def check(run: loop.RunConfig, cluster: plan.Cluster) -> None:
 
 def _sent(run: loop.RunConfig, dtype: str) -> str:
   """Returns the dtype that rows travel in."""
-  return run.model.compute.dtype if dtype == 'compute' else dtype
+  return run.model.compute.products if dtype == 'compute' else dtype
 
 
 def plan_of(run: loop.RunConfig) -> PlanConfig:

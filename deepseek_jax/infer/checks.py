@@ -8,9 +8,9 @@ from flax import nnx
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampler
 from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.programs import STOPS
 from deepseek_jax.infer.request import Request
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.transformer import Model
 
 

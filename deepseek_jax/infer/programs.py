@@ -1,11 +1,12 @@
 """Compiles what an engine runs: prefill of chunks, and loops of decoding.
 
 Both gather the pages of their rows, run the training model's own `apply`, draw
-by each row's settings, and put the touched pages back. A shape is a bucket: the
-number of rows, of tokens and of pages is static, all else is data.
+by each row's settings, and put the touched pages back. Where grammars have to
+read drafts ahead, these are made by a program of their own first. A shape is a
+bucket: the number of rows, of tokens and of pages is static, all else is data.
 Legend: R rows, T tokens of a chunk, N steps of a loop, W tokens of a step at
 most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
-layers, K chosen experts, k drafts.
+layers, K chosen experts, k drafts of a bucket.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.infer import checked_drafts, sampler
-from deepseek_jax.infer.checked_drafts import Checked, LoopRows
+from deepseek_jax.infer.checked_drafts import Checked, Foreseen, LoopRows
 from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.sampler import Drawn, Draws
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.model.transformer import Model, Output
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, under
 
 STOPS = 16  # stop tokens of a request at most
@@ -52,6 +54,8 @@ class Going(NamedTuple):
   token: jax.Array  # [R] int32, drawn last and not cached yet
   limit: jax.Array  # [R] int32, tokens to draw at most
   stops: jax.Array  # [R S] int32, -1 where there is none
+  calls: jax.Array  # [] int32, of the model at most
+  foreseen: Foreseen  # drafts that grammars have read ahead
 
 
 class Decoded(NamedTuple):
@@ -65,23 +69,25 @@ class Decoded(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """Holds the jitted functions; both give the store first, which is donated."""
+  """Holds the jitted functions; a store that is given is donated."""
 
   # (variables, store, Rows, Chunk) -> store, Scores, experts [L R T K] or None
   prefill: Callable
   # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
+  # the same -> None, drafts [R k]; the store is not donated
+  draft: Callable
 
   def compiled(self) -> int:
     """Returns how many programs have been compiled."""
-    return self.prefill._cache_size() + self.decode._cache_size()
+    return sum(program._cache_size() for program in self)
 
 
 class Shape(NamedTuple):
   """Says what programs are made for, beside the model.
 
   Attributes:
-    paging: of the model's flat form, see `sampling.build_flat`.
+    paging: of the model's flat form, see `prepared.build_flat`.
     steps: N.
     draft_rows: with more rows nothing is drafted.
     routing: whether they give the experts of each token.
@@ -125,9 +131,14 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
 
     return inside
 
-  prefill, decode = traced(_prefill), traced(_decode)
+  def jitted(run: Callable, program: processor.Program, **how) -> Callable:
+    xla = processor.options(program, model.config.compute.xla)
+    return jax.jit(traced(run), compiler_options=xla, **how)
+
   return Programs(
-    jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
+    jitted(_prefill, 'prefill', donate_argnums=1),
+    jitted(_decode, 'decode', donate_argnums=1),
+    jitted(_draft, 'decode'),
   )
 
 
@@ -178,12 +189,9 @@ def _decode(
   one = functools.partial(_plain, model, variables, kept=shape.kept)
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
+    check = functools.partial(checked_drafts.check, model, variables)
     one = functools.partial(
-      checked_drafts.check,
-      model,
-      variables,
-      drafts=drafts,
-      kept=shape.kept,
+      check, going.foreseen, drafts=drafts, kept=shape.kept
     )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W
@@ -231,18 +239,38 @@ def _decode(
   held, none = shape.paging.view(store, rows), jnp.zeros(R, jnp.int32)
   history = jnp.asarray(draws.history)
   place = LoopRows(rows.start, going.token, rows.count > 0, history)
+  steps = jnp.minimum(shape.steps, going.calls)
   _, like = jax.eval_shape(run, held, place)
   kept = jax.tree.map(
     lambda a: jnp.zeros((R, most, *a.shape[2:]), a.dtype), like
   )
   _, held, _, count, accepted, calls, kept = jax.lax.while_loop(
-    lambda s: (s[0] < shape.steps) & s[2].active.any(),
+    lambda s: (s[0] < steps) & s[2].active.any(),
     body,
     (0, held, place, none, none, none, kept),
   )
   rows = rows._replace(count=count)
   store = shape.paging.commit(store, held, rows, most)
   return store, Decoded(kept[0], count, accepted, calls, kept[1])
+
+
+def _draft(
+  model: Model,
+  shape: Shape,
+  variables: dict,
+  store: Store,
+  rows: Rows,
+  going: Going,
+  draws: Draws,
+) -> tuple[None, jax.Array]:
+  """Returns what the next call of decoding would draft, [R k] int32."""
+  held, history = shape.paging.view(store, rows), jnp.asarray(draws.history)
+  place = LoopRows(rows.start, going.token, rows.count > 0, history)
+  drafts = going.foreseen.drafts.shape[1]
+  guesses, _ = checked_drafts.guessed(
+    model, variables, held, place, draws, drafts
+  )
+  return None, guesses
 
 
 def _plain(

@@ -86,6 +86,11 @@ def settings(request: Request, seed: int, vocab: int) -> Settings:
   )
 
 
+def words(vocab: int) -> int:
+  """Returns how many int32 hold a bit for each token."""
+  return -(-vocab // 32)
+
+
 def pack(
   each: Sequence[Settings],
   allowed: Sequence[np.ndarray | None],
@@ -102,7 +107,7 @@ def pack(
   """
   rows = len(history)
   each = [*each, *[each[0]] * (rows - len(each))]
-  bits = np.full((rows, -(-vocab // 32)), -1, np.int32)
+  bits = np.full((rows, words(vocab)), -1, np.int32)
   for row, mask in zip(bits, allowed):
     if mask is not None:
       row[:] = mask

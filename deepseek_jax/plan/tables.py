@@ -230,7 +230,7 @@ def render_compiled(name: str, program: Program, made: Compiled) -> Group:
   layers = 'scanned' if compute.scan else 'unrolled'
   what = (
     f'{name}: one training step, all {program.model.layers} layers ({layers}),'
-    f' {compute.dtype}, remat {compute.remat}; {program.micro_batch} x'
+    f' {compute.products}, remat {compute.remat}; {program.micro_batch} x'
     f' {program.seq_len} tokens per device on {grid.devices} devices'
     f' ({", ".join(axes) or "no axis"}); experts by {grid.exchange.kind};'
     f' lowered and compiled in {seconds(made.seconds)}'

@@ -12,6 +12,7 @@ import numpy as np
 
 from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.model.transformer import Model, Output
+from deepseek_jax.parallel import processor
 from deepseek_jax.rl import log_probs
 from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.train.objective import Inputs, next_token
@@ -46,7 +47,8 @@ def scorer(
     )
     return jnp.pad(said, ((0, 0), (1, 0)))  # the first token has none
 
-  return jax.jit(run, out_shardings=place)
+  how = processor.options('train', model.config.compute.xla)
+  return jax.jit(run, out_shardings=place, compiler_options=how)
 
 
 def router(
@@ -63,7 +65,8 @@ def router(
     out = _applied(model, variables, next_token(batch), None)
     return moe_statistics(out.aux, 'experts').transpose(1, 2, 0, 3)
 
-  return jax.jit(run, out_shardings=place)
+  how = processor.options('train', model.config.compute.xla)
+  return jax.jit(run, out_shardings=place, compiler_options=how)
 
 
 def _applied(

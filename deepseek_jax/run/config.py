@@ -9,6 +9,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.rollout import check as check_rollouts
@@ -24,6 +25,7 @@ class EvaluateConfig:
 
   Attributes:
     every: steps between validations (0: none).
+    at: further steps after which to validate.
     documents: how many at most while training; the end reads all.
     batch: rows at a time.
     stride: tokens between the starts of overlapping windows; None is half.
@@ -33,10 +35,15 @@ class EvaluateConfig:
   documents: int = 8
   batch: int = 8
   stride: int | None = None
+  at: tuple = ()
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range."""
     at_least(self, 'evaluate.', every=0, documents=1, batch=1, stride=1)
+    if not all(type(step) is int and step > 0 for step in self.at):
+      raise InputError(
+        f'evaluate.at = {self.at}: must be numbers of steps, 1 at least'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +95,9 @@ class RunConfig:
   model: TransformerConfig
   data: datalib.DataConfig
   train: TrainConfig
-  objective: PretrainingConfig | SFTConfig | GRPOConfig = PretrainingConfig()
+  objective: PretrainingConfig | SFTConfig | GRPOConfig | DistillConfig = (
+    PretrainingConfig()
+  )
   rollouts: RolloutConfig | None = None
   chat: ChatConfig | None = None
   evaluate: EvaluateConfig = EvaluateConfig()
@@ -106,7 +115,9 @@ class RunConfig:
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()
-    if self.rollouts is not None:
+    if isinstance(self.objective, DistillConfig):
+      self._check_distillation()
+    elif self.rollouts is not None:
       self._check_rollouts()
     if isinstance(self.objective, SFTConfig) and self.chat is None:
       raise InputError(
@@ -165,6 +176,18 @@ class RunConfig:
         ' nothing guesses tokens; set it to 0'
       )
 
+  def _check_distillation(self) -> None:
+    """Raises InputError where distillation does not fit chat or mesh."""
+    if self.chat is None:
+      raise InputError(
+        'objective = distill: learns the answers of conversations, or those to'
+        " a task with rollouts; set chat, as in chat = ChatConfig('plain')"
+      )
+    if self.mesh != MeshConfig():
+      raise InputError(
+        f'mesh = {self.mesh}: teachers run on one device; leave the mesh out'
+      )
+
   def _check_numbers(self) -> None:
     """Raises InputError for a number or a path that no run can have."""
     at_least(self, keep=1, checkpoint_every=0)
@@ -177,11 +200,13 @@ class RunConfig:
   def _check_validation(self) -> None:
     """Raises InputError if validation has no document, or too long a stride."""
     evaluate, data = self.evaluate, self.data
-    if evaluate.every and not data.heldout_fraction:
-      raise InputError(
-        f'evaluate.every = {evaluate.every}: data.heldout_fraction = 0 leaves'
-        ' no document to validate on; raise it or set evaluate.every to 0'
-      )
+    asked = {'every': evaluate.every, 'at': evaluate.at}
+    for name, value in asked.items():
+      if value and not data.heldout_fraction:
+        raise InputError(
+          f'evaluate.{name} = {value}: data.heldout_fraction = 0 leaves no'
+          f' document to validate on; raise it or leave evaluate.{name} out'
+        )
     if evaluate.stride is not None and evaluate.stride > data.seq_len:
       raise InputError(
         f'evaluate.stride = {evaluate.stride}: must be at most data.seq_len ='

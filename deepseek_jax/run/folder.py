@@ -34,8 +34,9 @@ def code_of(config: RunConfig) -> dict:
 
 
 # What may differ when a run goes on, as it changes no number that is trained:
-# what faults do, where arrays lie, which files are kept, how often and in what
-# batches is validated, when to give up. A dot at the end takes in all below.
+# what faults do, where arrays lie, how XLA compiles, which files are kept, how
+# often and in what batches is validated, when to give up. A dot at the end
+# takes in all below.
 _FREE = (
   'safety.',
   'mesh.',
@@ -44,12 +45,15 @@ _FREE = (
   'tensorboard',
   'wandb',
   'evaluate.every',
+  'evaluate.at',
   'evaluate.batch',
   'rollouts.compare_every',
   'rollouts.patience',
   'rollouts.processes',
   'train.gate.patience',
   'data.cache_dir',
+  'model.compute.xla',
+  'model.compute.xla.',
 )
 _PREFIXES = tuple(name for name in _FREE if name.endswith('.'))
 _MOVED = 'data.path'  # so may this, if a checkpoint vouches for the windows

@@ -12,6 +12,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.record import last_steps, metrics
 from deepseek_jax.run import folder, sources
@@ -72,6 +73,7 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   run = jax.jit(
     train_step(model, config.train, config.objective),
     donate_argnums=0,
+    compiler_options=processor.options('train', config.model.compute.xla),
   )
   written, aborted = _written(workdir), _written_batches(workdir)
   for number in range(int(state.step) + 1, step + 1):
@@ -114,7 +116,7 @@ def _before(
   ) as checkpoints:
     found = checkpoints.newest_whole(before=step)
     if found is None:
-      return jax.jit(fresh)()
+      return jax.jit(fresh, compiler_options=processor.options('init'))()
     like = jax.eval_shape(fresh)
     restored = restored_to(checkpoints, found, like, config, batches)
   return restored.state

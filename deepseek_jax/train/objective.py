@@ -102,6 +102,8 @@ class Objective(NamedTuple):
     moves_biases: loads move the biases of routers.
     comparable: a step's loss and gradient norm are like those before, so that
       one far above them is an explosion; if not, finiteness alone is judged.
+    shared: names of a batch's arrays that belong to no row of it: every
+      micro-batch gets them whole.
   """
 
   loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
@@ -110,6 +112,7 @@ class Objective(NamedTuple):
   metrics: Mapping[str, Metric] = {}
   moves_biases: bool = True
   comparable: bool = True
+  shared: tuple[str, ...] = ()
 
   @property
   def frozen(self) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampling as sample
@@ -23,7 +22,7 @@ from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.fit import Run
 from deepseek_jax.run.folder import as_json
-from deepseek_jax.train import evaluate
+from deepseek_jax.run.held_out import held_out
 
 HELD_OUT = 'heldout_bits_per_byte'  # in metrics.jsonl
 _NEW_TOKENS = 96
@@ -82,12 +81,16 @@ def _measured(workdir: Path) -> dict[str, list]:
 
 def results_of(run: Run, workdir: Path) -> dict[str, Any]:
   """Returns what the run reached, as results.json holds it."""
+  return {'heldout': held_out(run), **spent_by(run, workdir)}
+
+
+def spent_by(run: Run, workdir: Path) -> dict[str, Any]:
+  """Returns what a run cost and read, as results.json holds it."""
   config, state = run.config, run.state
   count = count_parameters(config.model)
   tokens = int(state.sequences) * config.data.seq_len
   store = run.store
   return {
-    'heldout': held_out(run),
     'steps': int(state.step),
     'tokens': tokens,
     'skipped_updates': int(state.gate.skipped),
@@ -119,29 +122,6 @@ def _flops(config: RunConfig, tokens: int) -> dict[str, float] | None:
   except InputError:
     return None
   return {'training': made.per_token * tokens, 'per_token': made.per_token}
-
-
-def held_out(run: Run) -> dict[str, Any] | None:
-  """Returns bits per byte of the model and of what it has to beat.
-
-  None where nothing is held out.
-  """
-  config = run.config
-  if not run.store.heldout_documents():
-    return None
-  heldout = datalib.Heldout(
-    run.store,
-    config.data.seq_len,
-    config.evaluate.batch,
-    stride=config.evaluate.stride,
-  )
-  return {
-    'bits_per_byte': evaluate.bits_per_byte(run.model, run.variables, heldout),
-    'baselines': datalib.bits_to_beat(heldout, run.store.vocab_size),
-    'documents': len(heldout.documents),
-    'tokens': heldout.tokens,
-    'bytes': heldout.bytes,
-  }
 
 
 def _seconds(workdir: Path) -> float:

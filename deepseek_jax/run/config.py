@@ -25,6 +25,7 @@ class EvaluateConfig:
 
   Attributes:
     every: steps between validations (0: none).
+    at: further steps after which to validate.
     documents: how many at most while training; the end reads all.
     batch: rows at a time.
     stride: tokens between the starts of overlapping windows; None is half.
@@ -34,10 +35,15 @@ class EvaluateConfig:
   documents: int = 8
   batch: int = 8
   stride: int | None = None
+  at: tuple = ()
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range."""
     at_least(self, 'evaluate.', every=0, documents=1, batch=1, stride=1)
+    if not all(type(step) is int and step > 0 for step in self.at):
+      raise InputError(
+        f'evaluate.at = {self.at}: must be numbers of steps, 1 at least'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +146,34 @@ class RunConfig:
         ' by a chat; set objective and chat, or rollouts = None'
       )
     check_rollouts(self.rollouts, self.objective)
-    if self.objective.keep_routing or self.objective.keep_sampling_mask:
+    batch, mesh = self.train.batch, self.mesh
+    if self.rollouts.updates > 1 and batch.at(0) != batch.size:
       raise InputError(
-        'objective.keep_routing, objective.keep_sampling_mask: the engine'
-        ' returns neither the experts of a token nor the tokens that it kept;'
-        ' set both to False'
+        f'train.batch.size = {batch.size}: begins with {batch.at(0)}, but'
+        f' rollouts.updates = {self.rollouts.updates} mini-batches of a round'
+        ' have one size; leave the ramp out'
       )
-    if self.mesh != MeshConfig():
+    layers = self.model.in_order()
+    if self.objective.keep_routing and not any(l.block.routed for l in layers):
       raise InputError(
-        f'mesh = {self.mesh}: rollouts run on one device; leave the mesh out'
+        'objective.keep_routing = True: the model has no experts; set it to'
+        ' False'
+      )
+    for axis in ('stage', 'context'):
+      if getattr(mesh, axis) > 1:
+        raise InputError(
+          f'mesh.{axis} = {getattr(mesh, axis)}: answers are sampled a token at'
+          f' a time by whole layers; set mesh.{axis} to 1'
+        )
+    if self.rollouts.slots % mesh.ways('batch'):
+      raise InputError(
+        f'rollouts.slots = {self.rollouts.slots}: must be a multiple of the'
+        f' {mesh.ways("batch")} shards of a batch (mesh: {mesh.spread})'
+      )
+    if self.rollouts.drafts and not self.model.mtp.depth:
+      raise InputError(
+        f'rollouts.drafts = {self.rollouts.drafts}: model.mtp.depth = 0, so'
+        ' nothing guesses tokens; set it to 0'
       )
 
   def _check_distillation(self) -> None:
@@ -175,11 +200,13 @@ class RunConfig:
   def _check_validation(self) -> None:
     """Raises InputError if validation has no document, or too long a stride."""
     evaluate, data = self.evaluate, self.data
-    if evaluate.every and not data.heldout_fraction:
-      raise InputError(
-        f'evaluate.every = {evaluate.every}: data.heldout_fraction = 0 leaves'
-        ' no document to validate on; raise it or set evaluate.every to 0'
-      )
+    asked = {'every': evaluate.every, 'at': evaluate.at}
+    for name, value in asked.items():
+      if value and not data.heldout_fraction:
+        raise InputError(
+          f'evaluate.{name} = {value}: data.heldout_fraction = 0 leaves no'
+          f' document to validate on; raise it or leave evaluate.{name} out'
+        )
     if evaluate.stride is not None and evaluate.stride > data.seq_len:
       raise InputError(
         f'evaluate.stride = {evaluate.stride}: must be at most data.seq_len ='

@@ -1,16 +1,19 @@
 """Runs the step of a run as one program; places its state and batches."""
 
+import contextlib
 import functools
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import placement, processor
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
@@ -38,8 +41,17 @@ class Steps:
     where = self._where
     # Named, so that the donated state keeps its place from step to step.
     places = where.shardings(state, model.abstract), where.copied
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
-    self._compiled = {}
+    self._step = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=places,
+      compiler_options=processor.options('train', config.model.compute.xla),
+    )
+    # Equal models and recipes make one program, see `shared_programs`.
+    same = model, *map(configs.key, (config.train, config.objective))
+    self._compiled = _shared_programs().setdefault(
+      (*same, configs.key(config.mesh), config.data.seq_len), {}
+    )
 
   def __call__(
     self, state: TrainState, batch: dict, writer: MetricsWriter | NoMetrics
@@ -100,6 +112,27 @@ class Steps:
     variables = {'params': state.params, 'buffers': state.buffers}
     with self._where.use():
       return evaluate.bits_per_byte(self._model, variables, heldout)
+
+
+_programs: list[dict] = []  # of the innermost `shared_programs`, if any
+
+
+def _shared_programs() -> dict:
+  """Returns the programs that runs share; without sharing a new dict."""
+  return _programs[-1] if _programs else {}
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+  """Lets runs inside, one after another, share steps that are compiled.
+
+  Those are of equal models and recipes, as runs with several seeds have.
+  """
+  _programs.append({})
+  try:
+    yield
+  finally:
+    _programs.pop()
 
 
 def check_mesh(config: RunConfig) -> None:

@@ -28,7 +28,10 @@ from deepseek_jax.train.step import TrainState
 
 @dataclasses.dataclass
 class Trainer:
-  """Trains from the state that a run begins with to its end."""
+  """Trains from the state that a run begins with to its end.
+
+  With `until` it stops after so many steps, which are saved.
+  """
 
   config: RunConfig
   store: sources.Store
@@ -40,6 +43,7 @@ class Trainer:
   timeline: Timeline
   last_steps: LastSteps
   profile: Profile | None = None
+  until: int | None = None
 
   def __post_init__(self) -> None:
     """Starts the watchdog, which writes the last steps before it ends a run."""
@@ -72,7 +76,7 @@ class Trainer:
     """Trains to the end, without the files that a failure leaves."""
     config, length = self.config, self.config.data.seq_len
     number, tokens = int(state.step), int(state.sequences) * length
-    while tokens < config.train.tokens and not self._imitated():
+    while not self._over(number, tokens):
       start = time.perf_counter()
       # `_step` returns metrics on the host, so the time has the device's work.
       size = config.train.batch.at(tokens)
@@ -89,9 +93,9 @@ class Trainer:
       metrics |= _named_shares(self.batches.shares)
       self.record.step(number, metrics, buffers, size * length, seconds)
       self._give_up_if_stuck(number, metrics, state)
-      last = tokens >= config.train.tokens or self._imitated()
-      every = config.evaluate.every
-      if _due(every, number) or (every and last):
+      last = self._over(number, tokens)
+      every, at = config.evaluate.every, config.evaluate.at
+      if _due(every, number) or (every and last) or number in at:
         with self.timeline.phase('evaluate'):
           self._validate(number, state)
       # Asked once a step in every process: they must answer alike.
@@ -103,6 +107,11 @@ class Trainer:
       if stop:
         raise Preempted(f'preempted: step {number} is saved')
     return state
+
+  def _over(self, number: int, tokens: int) -> bool:
+    """Returns whether the run ends, or stops, after so many steps."""
+    stopped = self.until is not None and number >= self.until
+    return tokens >= self.config.train.tokens or stopped or self._imitated()
 
   def _imitated(self) -> bool:
     """Returns whether the indexers' mean recall has reached its goal."""
@@ -177,6 +186,7 @@ class Trainer:
       self.steps.whole(state),
       self.batches.get_state(),
       as_json(self.config),
+      held=self.batches.held(),
       wait=wait,
     )
 

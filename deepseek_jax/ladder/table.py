@@ -166,7 +166,7 @@ def _free(found: Mapping) -> list[str]:
   shares = {n: t['plan']['update'] for n, t in found['rungs'].items()}
   return [
     f"Not in any budget: Muon's iterations in `{name}` take {share:.2g} times"
-    ' the FLOPs of a step of so few tokens; at published batches they are small.'
+    ' the FLOPs of a step of so few tokens; at published batches they are few.'
     for name, share in shares.items()
     if share
   ]

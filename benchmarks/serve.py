@@ -25,6 +25,7 @@ SIDES = (
   ('ours', 'benchmarks.worker_ours', 'serve', 16),
   ('transformers, batches of 8', _PEER, 'serve', 8),
   ('transformers, batches of 16', _PEER, 'serve', 16),
+  ('transformers, batches of 32', _PEER, 'serve', 32),
   ('transformers, generate_batch', _PEER, 'serve_paged', 16),
 )
 
@@ -37,12 +38,13 @@ def main() -> None:
     '--python', default=sys.executable, help='interpreter of our side'
   )
   args = parser.parse_args()
-  sides = []
+  sides, refused = [], []
   for name, module, task, batch in SIDES:
     python = args.python if name == 'ours' else sys.executable
     try:
       sides.append(contest.Contender(name, python, module, task, batch))
     except SystemExit as error:
+      refused.append(name)
       print(f'{name}: does not run here ({error})', file=sys.stderr)
   for i in range(args.rounds):
     for side in sides if i % 2 == 0 else sides[::-1]:
@@ -79,6 +81,7 @@ def main() -> None:
     'machine': processor(),
     'requests': contest.REQUESTS,
     'ratio': ratio,
+    'does_not_run': refused,
     'rows': rows,
   }
   path = Path(__file__).parent / 'results' / 'serve.json'

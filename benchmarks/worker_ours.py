@@ -17,8 +17,11 @@ from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.parallel import processor
 from deepseek_jax.train import schedules
 from deepseek_jax.train import step as train
+
+SLOTS = 16  # answers that are decoded together
 
 
 def config() -> ds.TransformerConfig:
@@ -57,16 +60,20 @@ def make(task, batch):
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.integers(0, model.config.vocab_size, shape)
   tokens = jnp.asarray(draw(batch, contest.LENGTH + 1), jnp.int32)
-  variables = jax.jit(model.init)(jax.random.key(0))
+  draws = jax.jit(model.init, compiler_options=processor.options('init'))
+  variables = draws(jax.random.key(0))
   if task == 'train':
     run = _train(model, variables, tokens)
   elif task == 'prefill':
-    forward = jax.jit(lambda v, t: model.apply(v, t).logits)
+    forward = jax.jit(
+      lambda v, t: model.apply(v, t).logits,
+      compiler_options=processor.options('prefill'),
+    )
     run = lambda: forward(variables, tokens[:, :-1]).block_until_ready()
   elif task == 'serve':
     run = _serve(model, variables)
   else:
-    variables = sample.prepare(model, variables)
+    variables = sample.prepare(model, variables, donate=True)
     prompt = draw(batch, contest.PROMPT)
     run = lambda: sample.sample(
       model,
@@ -84,9 +91,13 @@ def _train(model, variables, tokens):
     batch=schedules.BatchConfig(tokens.shape[0]),
     schedule=schedules.ScheduleConfig('constant', peak=1e-4, warmup=0),
   )
-  batch = dict.fromkeys(('tokens', 'segments', 'positions'), tokens)
+  batch = {'tokens': tokens}  # each row one document, as the peer reads it
   state = [train.initial_state(model, cfg, variables)]
-  step = jax.jit(train.train_step(model, cfg, padding=False), donate_argnums=0)
+  step = jax.jit(
+    train.train_step(model, cfg),
+    donate_argnums=0,
+    compiler_options=processor.options('train'),
+  )
 
   def run():
     state[0], metrics = step(state[0], batch)
@@ -97,16 +108,16 @@ def _train(model, variables, tokens):
 
 def _serve(model, variables):
   cfg = EngineConfig(
-    slots=16,
+    slots=SLOTS,
     context=768,
     page=64,
     budget=512,
     steps=16,
-    rows=(4, 16),
+    rows=(4, SLOTS),
     contexts=(256, 512, 768),
     reuse=False,
   )
-  engine = Engine(model, variables, cfg)
+  engine = Engine(model, variables, cfg, donate=True)
   engine.warm_up()
   greedy = Sampling(temperature=0)
   asked = [Request(tuple(p), n, greedy) for p, n in contest.requests()]

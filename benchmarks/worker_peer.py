@@ -120,7 +120,9 @@ def _serve_paged(model):
         result = manager.get_result(timeout=60)
         if result is None:
           raise SystemExit('no result within a minute')
-        done += 1
+        if result.error:
+          raise SystemExit(f'generate_batch: {result.error}')
+        done += result.is_finished()
 
   return run
 

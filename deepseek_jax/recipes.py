@@ -10,8 +10,12 @@ import dataclasses
 from deepseek_jax import presets
 from deepseek_jax.config_changes import changed
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.model.attention.gqa import GQAConfig
+from deepseek_jax.model.attention.rope import RopeConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.sft import SFTConfig
@@ -204,4 +208,41 @@ def grpo_tiny() -> RunConfig:
       chat=ChatConfig('plain'),
     ),
     {'data.seq_len': 128, 'train.batch.size': 64, 'evaluate.documents': 64},
+  )
+
+
+def distill_tiny() -> RunConfig:
+  """Returns distillation of a dense student towards `objective.teachers`.
+
+  The student is a Llama in bytes, the teachers any models of its tokens. On the
+  conversations that `data.path` names, by the forward divergence; with
+  `rollouts` on its own answers to a task, for which `objective.beta` = 1 is
+  V4's reverse one.
+  """
+  student = TransformerConfig(
+    vocab_size=4096,
+    dim=192,
+    layout=((('dense',), 4),),
+    attention=GQAConfig(
+      heads=6,
+      kv_heads=2,
+      head_dim=32,
+      rope=RopeConfig(interleaved=False),
+    ),
+    ffn=FFNConfig(512),
+    norm_eps=1e-5,
+    init_std=0.02,
+  )
+  made = _run(
+    student,
+    _train(2e5, ScheduleConfig('cosine', peak=2e-3, warmup=10)),
+    validate=50,
+    checkpoint_every=100,
+    path='conversations.jsonl',
+    tokenizer='bytes',
+    fim_rate=0.0,
+    heldout_fraction=0.1,
+  )
+  return dataclasses.replace(
+    made, objective=DistillConfig(beta=0.0), chat=ChatConfig('plain')
   )

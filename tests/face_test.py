@@ -20,6 +20,7 @@ RECIPES = (
   'engram_tiny',
   'sft_tiny',
   'grpo_tiny',
+  'distill_tiny',
 )
 
 

@@ -28,7 +28,7 @@ class SlurmTest(parameterized.TestCase):
     path.write_text(f'#!/bin/bash\n{body}\n')
     path.chmod(0o755)
 
-  def _run(self, srun: str, *, restarts=0, arguments=None):
+  def _run(self, srun: str, *, restarts=0, arguments=None, **environment):
     """The batch file with commands of SLURM that write down their arguments."""
     self._command('srun', f'echo srun "$@" >> {self.folder}/calls\n{srun}')
     self._command('scontrol', f'echo scontrol "$@" >> {self.folder}/calls')
@@ -40,6 +40,7 @@ class SlurmTest(parameterized.TestCase):
         'PATH': f'{self.folder}:{os.environ["PATH"]}',
         'SLURM_JOB_ID': '42',
         'SLURM_RESTART_COUNT': str(restarts),
+        **environment,
       },
       capture_output=True,
       text=True,
@@ -85,6 +86,12 @@ class SlurmTest(parameterized.TestCase):
     # srun reports the highest status: of those that it kills, that is theirs.
     _, calls, _ = self._run('exit 0')
     self.assertIn('--kill-on-bad-exit=0 --wait=120', calls[0])
+
+  def test_any_launcher_may_run(self):
+    _, calls, _ = self._run('exit 0')
+    self.assertIn('python -m experiments.pretrain ', calls[0])
+    _, calls, _ = self._run('exit 0', LAUNCHER='grpo')
+    self.assertIn('python -m experiments.grpo ', calls[-1])
 
   def test_no_folder_is_bad_input(self):
     done, calls, _ = self._run('exit 0', arguments=['--config=a.py'])

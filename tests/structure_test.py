@@ -34,9 +34,11 @@ RANK = {
   'deepseek_jax.rl': 6,
   'deepseek_jax.plan': 7,
   'deepseek_jax.run': 7,
+  'deepseek_jax.evaluation': 8,
   'deepseek_jax.serve': 8,
   'deepseek_jax.ladder': 8,
   'deepseek_jax.recipes': 8,
+  'deepseek_jax.posttrain': 8.5,
   'deepseek_jax': 9,  # the face
   'deepseek_jax.cli': 10,
   'experiments': 11,

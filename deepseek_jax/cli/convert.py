@@ -13,7 +13,6 @@ With --shard-to=expert=8,fsdp=2 the chunks follow that mesh, and each of
 """
 
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -28,11 +27,10 @@ from rich.progress import (
 )
 
 from deepseek_jax.cli import common, experiment_file
-from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import chunks, identity, record, saving, source, store
 from deepseek_jax.hf.source import Source
-from deepseek_jax.run import fit as loop
+from deepseek_jax.run.export import export_run
 
 _FROM = flags.DEFINE_string('from', None, 'Folder to read.', required=True)
 _CONFIG = experiment_file.define_flag()
@@ -176,38 +174,6 @@ def _identity(origin: Source | store.Store) -> dict:
   return {'folder': identity.of_folder(origin.folder)}
 
 
-def run_to_hf(workdir: str, target: str) -> None:
-  """Exports the newest checkpoint of a training run, and its tokenizer."""
-  run = loop.load(workdir)
-  tokenizer = run.tokenizer
-  extra = {
-    'eos_token_id': tokenizer.eos_id,
-    'bos_token_id': None,  # documents only end
-    'pad_token_id': tokenizer.pad_id,
-  }
-  rope = getattr(run.config.model.attention, 'rope', None)
-  if rope and rope.scaling is None:
-    extra['max_position_embeddings'] = run.config.data.seq_len
-  saving.save(
-    target,
-    run.config.model,
-    run.variables,
-    dtype=_DTYPE.value,
-    quantize=_QUANTIZE.value,
-    extra=extra,
-    source={
-      'step': run.step,
-      'variables': identity.of_variables(run.variables),
-    },
-  )
-  tokenizer.save(target)
-  ends = list(boundaries.of_run(tokenizer).ends)
-  about = {'eos_token_id': ends, 'pad_token_id': tokenizer.pad_id}
-  path = os.path.join(target, 'generation_config.json')
-  with open(path, 'w', encoding='utf-8') as file:
-    json.dump(about, file, indent=2)
-
-
 def convert(
   folder: str, target: str, progress: Callable[[int, int], None]
 ) -> None:
@@ -221,7 +187,7 @@ def convert(
   if os.path.exists(target) and os.path.samefile(folder, target):
     raise InputError(f'--to={target}: is the folder of --from')
   if os.path.isdir(os.path.join(folder, 'checkpoints')):
-    run_to_hf(folder, target)
+    export_run(folder, target, dtype=_DTYPE.value, quantize=_QUANTIZE.value)
     return
   if os.path.exists(os.path.join(folder, store.MODEL)):
     origin, kind = store.Store(folder), 'hf'

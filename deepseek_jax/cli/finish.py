@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax import data as datalib
+from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampling as sample
 from deepseek_jax.plan import count_flops, count_parameters
@@ -22,7 +22,7 @@ from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.fit import Run
 from deepseek_jax.run.folder import as_json
-from deepseek_jax.train import evaluate
+from deepseek_jax.run.held_out import held_out
 
 HELD_OUT = 'heldout_bits_per_byte'  # in metrics.jsonl
 _NEW_TOKENS = 96
@@ -39,7 +39,9 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
   """
   console = Console()
   reached = results_of(run, workdir)
-  results.write(workdir, reached)
+  # What was measured of it before stays: each entry names its step.
+  measured = _measured(workdir)
+  results.write(workdir, reached | measured)
   keep_in_metrics(run, workdir, reached)
   facts = facts_of(reached) | size_facts(run)
   samples = write_samples(run)
@@ -64,6 +66,17 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
     for name in list(facts)[:1]:
       console.print(f'{name}: {facts[name]:.3f}', highlight=False)
   console.print(f'report: {report.absolute()}', soft_wrap=True)
+
+
+def _measured(workdir: Path) -> dict[str, list]:
+  """Returns the evaluations of a results.json; a damaged one is set aside."""
+  try:
+    found = results.whole(workdir)
+  except InputError as error:
+    say.warn(f'{error}; it is now {metrics.set_aside(workdir / results.FILE)}')
+    return {}
+  name = results.EVALUATIONS
+  return {name: found[name]} if name in found else {}
 
 
 def results_of(run: Run, workdir: Path) -> dict[str, Any]:
@@ -109,29 +122,6 @@ def _flops(config: RunConfig, tokens: int) -> dict[str, float] | None:
   except InputError:
     return None
   return {'training': made.per_token * tokens, 'per_token': made.per_token}
-
-
-def held_out(run: Run) -> dict[str, Any] | None:
-  """Returns bits per byte of the model and of what it has to beat.
-
-  None where nothing is held out.
-  """
-  config = run.config
-  if not run.store.heldout_documents():
-    return None
-  heldout = datalib.Heldout(
-    run.store,
-    config.data.seq_len,
-    config.evaluate.batch,
-    stride=config.evaluate.stride,
-  )
-  return {
-    'bits_per_byte': evaluate.bits_per_byte(run.model, run.variables, heldout),
-    'baselines': datalib.bits_to_beat(heldout, run.store.vocab_size),
-    'documents': len(heldout.documents),
-    'tokens': heldout.tokens,
-    'bytes': heldout.bytes,
-  }
 
 
 def _seconds(workdir: Path) -> float:

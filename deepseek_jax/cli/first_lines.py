@@ -8,6 +8,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax import plan
 from deepseek_jax.cli import run_plan
 from deepseek_jax.errors import InputError
+from deepseek_jax.parallel import processor
 from deepseek_jax.run.config import RunConfig
 
 
@@ -35,6 +36,9 @@ def lines(config: RunConfig, store: datalib.TokenStore) -> Iterator[str]:
   yield f'memory: {_memory(config)}'
   device = jax.local_devices()[0]
   yield f'devices: {config.mesh.spread or "one"}, {device.device_kind}'
+  compute = config.model.compute
+  xla = processor.options('train', compute.xla)
+  yield f'processor: {processor.described(xla, compute.products)}'
 
 
 def _memory(config: RunConfig) -> str:

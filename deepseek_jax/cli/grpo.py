@@ -16,6 +16,7 @@ from rich.console import Console
 from deepseek_jax.cli import common, process_flags
 from deepseek_jax.cli.finish import size_facts
 from deepseek_jax.errors import InputError
+from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import read
 from deepseek_jax.record.report.page import write_report
 from deepseek_jax.run import fit as loop
@@ -44,24 +45,19 @@ def main(argv: list[str]) -> None:
 
 
 def finish(run: loop.Run, workdir: Path) -> None:
-  """Prints what the run reached and writes workdir/report.html."""
+  """Prints what the run reached and writes workdir/report.html.
+
+  Every process takes part in the answers; the first one reports.
+  """
+  facts = _heldout(run)
+  if not distributed.first():
+    return
   rewards = [row['reward'] for row in read(workdir) if 'reward' in row]
-  facts = {
+  facts |= {
     'reward of the first round': rewards[0],
     'reward of the last round': rewards[-1],
     'rounds': len(rewards),
   }
-  if run.store.task.heldout:
-    drawn = sources.batches(run.store, run.config)
-    before, after = (
-      drawn.answered(variables)['heldout_reward']
-      for variables in (drawn.first(), run.variables)
-    )
-    facts = {
-      'held-out reward before': before,
-      'held-out reward after': after,
-      'held-out prompts': len(run.store.task.heldout),
-    } | facts
   facts |= size_facts(run)
   console = Console()
   console.rule('results')
@@ -70,6 +66,22 @@ def finish(run: loop.Run, workdir: Path) -> None:
     console.print(f'{name}: {shown}', markup=False, highlight=False)
   report = write_report(workdir, title=f'Run {workdir.name}', facts=facts)
   console.print(f'report: {report.absolute()}', soft_wrap=True)
+
+
+def _heldout(run: loop.Run) -> dict[str, float]:
+  """Returns the rewards of held-out prompts before and after the run."""
+  if not run.store.task.heldout:
+    return {}
+  drawn = sources.batches(run.store, run.config)
+  before, after = (
+    drawn.answered(variables)['heldout_reward']
+    for variables in (drawn.first(), run.variables)
+  )
+  return {
+    'held-out reward before': before,
+    'held-out reward after': after,
+    'held-out prompts': len(run.store.task.heldout),
+  }
 
 
 def run() -> None:

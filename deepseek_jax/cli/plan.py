@@ -127,7 +127,14 @@ def report(config: Any, cluster: plan.Cluster) -> plan.Report:
     rules=run_plan.rules(run.mesh),
   )
   told = out.assumptions + run_plan.differences(run, out)
-  return dataclasses.replace(out, assumptions=told)
+  asked = run_plan.round_of(run)
+  if asked is None:
+    return dataclasses.replace(out, assumptions=told)
+  return dataclasses.replace(
+    out,
+    rollouts=plan.rollout_cost(out, asked),
+    assumptions=told + run_plan.SAMPLED,
+  )
 
 
 def program(made: plan.Report, text: str, config: Any) -> compiled.Program:

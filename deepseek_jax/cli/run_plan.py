@@ -47,7 +47,7 @@ def check(run: loop.RunConfig, cluster: plan.Cluster) -> None:
 
 def _sent(run: loop.RunConfig, dtype: str) -> str:
   """Returns the dtype that rows travel in."""
-  return run.model.compute.dtype if dtype == 'compute' else dtype
+  return run.model.compute.products if dtype == 'compute' else dtype
 
 
 def plan_of(run: loop.RunConfig) -> PlanConfig:
@@ -68,6 +68,31 @@ def plan_of(run: loop.RunConfig) -> PlanConfig:
     node_limited=grid.exchange.kind == 'two_hop',
   )
   return PlanConfig(run.model, recipe)
+
+
+# What a plan of rollouts assumes.
+SAMPLED = (
+  'answers are as long as rollouts.most, prompts fill the rest of'
+  ' data.seq_len; while they are sampled the weights lie as in training and'
+  ' are read once for every token of those decoded together',
+  'verifiers and the transfer of weights to the engine take no time',
+)
+
+
+def round_of(run: loop.RunConfig) -> plan.RoundPlan | None:
+  """Returns the round of a run over rollouts; None of one over text."""
+  cfg = run.rollouts
+  if cfg is None:
+    return None
+  return plan.RoundPlan(
+    answers=cfg.prompts * cfg.group,
+    together=cfg.slots,
+    prompt=max(run.data.seq_len + 1 - cfg.most, 1),
+    answer=cfg.most,
+    updates=cfg.steps,
+    passes=(cfg.steps > 1) + (run.objective.kl != 'none'),
+    rounds=-(-run.steps // cfg.steps),
+  )
 
 
 def rules(grid: MeshConfig) -> dict[str, tuple[str, ...]]:

@@ -22,6 +22,7 @@ from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import chat
 from deepseek_jax.infer import sampling as sample
+from deepseek_jax.run.talk import answers
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
 _CONFIG = experiment_file.define_flag()
@@ -157,25 +158,15 @@ def _converse(source: Opened) -> None:
   engine = ds.Engine(source.model, source.variables, cfg)
   say = lambda line: print(f'\033[2m{line}\033[0m', file=sys.stderr)
   engine.warm_up(say)
-  turns = itertools.count()
-
-  def answer(ids: Sequence[int]) -> Iterator[int]:
-    how = ds.Sampling(
-      _TEMPERATURE.value,
-      _TOP_K.value,
-      _TOP_P.value,
-      seed=_SEED.value + next(turns),
-      stop=tuple(source.boundaries.ends),
-    )
-    request = ds.Request(tuple(ids), _NEW.value, how)
-    for event in engine.stream(request):
-      if event.error:
-        raise InputError(event.error)
-      yield from event.tokens
-
+  sampling = ds.Sampling(
+    _TEMPERATURE.value,
+    _TOP_K.value,
+    _TOP_P.value,
+    stop=tuple(source.boundaries.ends),
+  )
   say('/help lists commands')
   chat.converse(
-    answer,
+    answers(engine, sampling, _NEW.value, _SEED.value),
     source.tokenizer,
     chat.template_config(source.folder),
     ends=source.boundaries.ends,
@@ -219,7 +210,7 @@ def main(argv: list[str]) -> None:
   experiment_file.load_flag(_CONFIG)
   source = load(_WORKDIR.value, _HF.value, _DTYPE.value)
   source = source._replace(
-    variables=sample.prepare(source.model, source.variables),
+    variables=sample.prepare(source.model, source.variables, donate=True),
     boundaries=_wanted(source),
   )
   if _CHAT.value:

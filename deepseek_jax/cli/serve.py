@@ -85,7 +85,13 @@ def _engine(source: Opened) -> Engine:
     deterministic=_DETERMINISTIC.value,
     routing=any(b.block.routed for b in source.model.config.in_order()),
   )
-  return Engine(source.model, source.variables, cfg, text=source.tokenizer)
+  return Engine(
+    source.model,
+    source.variables,
+    cfg,
+    text=source.tokenizer,
+    donate=True,  # the server needs them for nothing else
+  )
 
 
 def main(argv: list[str]) -> None:

@@ -242,6 +242,13 @@ class Batches:
   def see(self, variables: Callable[[], dict]) -> None:
     """Takes a way to the weights of the next step; windows need none."""
 
+  def held(self) -> dict[str, Any]:
+    """Returns trees of arrays that a checkpoint holds for the stream: none."""
+    return {}
+
+  def take(self, held: dict[str, Any]) -> None:
+    """Takes back what `held` returned, after `set_state`."""
+
   def get_state(self) -> dict:
     """Returns all that a resumed run needs; constant size, ready for JSON.
 

@@ -46,7 +46,7 @@ def read(path: str) -> Iterator[Conversation]:
   """
   for file in files_of(path):
     kind = os.path.splitext(file)[1].lower()
-    records = _lines(file) if kind == '.jsonl' else _rows(file)
+    records = json_lines(file) if kind == '.jsonl' else _rows(file)
     for where, record in records:
       yield conversation(record, where)
 
@@ -68,8 +68,12 @@ def files_of(path: str) -> list[str]:
   return found
 
 
-def _lines(file: str) -> Iterator[tuple[str, Any]]:
-  """Yields (place, value) of the lines of JSON that are not blank."""
+def json_lines(file: str) -> Iterator[tuple[str, Any]]:
+  """Yields (place, value) of the lines of JSON that are not blank.
+
+  Raises:
+    InputError: names the file, or the line, that can't be read.
+  """
   try:
     with open(file, 'rb') as stream:
       number = 0

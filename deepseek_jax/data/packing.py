@@ -60,7 +60,7 @@ def laid_out(
 
   Args:
     sequences: mappings of the same names to arrays [n ...] of one length, with
-      'tokens' among them.
+      'tokens' among them; one at least.
     rows: numbers of sequences, as `best_fit` gives them.
     length: S.
     pad: the token that fills rows up; other arrays are filled with 0.
@@ -69,7 +69,7 @@ def laid_out(
     Arrays [R S ...]: those of the sequences, 'segments' (from 1; 0 is padding)
     and 'positions' (from each sequence's start), int32.
   """
-  first = sequences[rows[0][0]]
+  first = sequences[0]
   out = {
     name: np.zeros((len(rows), length, *a.shape[1:]), a.dtype)
     for name, a in first.items()

@@ -3,3 +3,4 @@
 from deepseek_jax.hf.loading import load
 from deepseek_jax.hf.saving import save
 from deepseek_jax.hf.store import restore
+from deepseek_jax.hf.verify import certify

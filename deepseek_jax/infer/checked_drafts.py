@@ -5,7 +5,7 @@ last token and the drafts, and draws at each place as plain decoding would, with
 the noise of that position. Drafts that equal what is drawn stay, so the tokens
 are those of plain decoding, and several may come from one call of the model.
 Legend: R rows, T tokens, k drafts of this call, K drafts at most, W = 1 + k
-places, V vocabulary, D model, n streams.
+places, V vocabulary, D model, n streams, B = ceil(V / 32).
 """
 
 from typing import NamedTuple
@@ -27,6 +27,18 @@ class LoopRows(NamedTuple):
   token: jax.Array  # [R] int32, which is not cached yet
   active: jax.Array  # [R] bool
   history: jax.Array  # [R H] int32, all tokens by position
+
+
+class Foreseen(NamedTuple):
+  """Holds drafts that were made before, and what may follow each of them.
+
+  A grammar is followed on the host, so it has to know the drafts before the
+  model reads them.
+  """
+
+  there: jax.Array  # [] bool; without, drafts are made when they are checked
+  drafts: jax.Array  # [R k] int32
+  allowed: jax.Array  # [R k B] int32, as `Draws.allowed`; -1 where all may come
 
 
 class Checked(NamedTuple):
@@ -85,22 +97,28 @@ def caught_up(
 def check(
   model: Model,
   variables: dict,
+  foreseen: Foreseen,
   held: Caches,
   place: LoopRows,
   draws: Draws,
   drafts: int,
+  *,
+  kept: bool = False,
 ) -> Checked:
   """Drafts, runs the model on the drafts, and draws at each place.
 
   Args:
     model, variables: as for `apply`.
+    foreseen: drafts to check in place of those made here.
     held: of the rows.
     place: where they stand.
     draws: settings of the rows.
     drafts: k; 0 keeps the caches of multi-token prediction, but drafts none.
+    kept: says what each draw could have taken.
   """
   cache, R = held.cache, place.token.shape[0]
-  guesses, mtp = _guessed(model, variables, held, place, draws, drafts)
+  guesses, mtp = guessed(model, variables, held, place, draws, drafts)
+  guesses = jnp.where(foreseen.there, foreseen.drafts, guesses)
   tokens = jnp.concatenate([place.token[:, None], guesses], axis=1)
   positions = place.at[:, None] + jnp.arange(1 + drafts)
   there = place.active[:, None] & (positions < cache.slots)
@@ -125,12 +143,13 @@ def check(
     lambda a: jnp.repeat(a, 1 + drafts, axis=0),
     draws._replace(history=history),
   )
+  allowed = jnp.concatenate([draws.allowed[:, None], foreseen.allowed], axis=1)
+  each = each._replace(allowed=allowed.reshape(-1, allowed.shape[-1]))
   flat = logits.reshape(-1, logits.shape[-1])
-  drawn = sampler.draw(flat, each, positions.reshape(-1) + 1)
+  drawn = sampler.draw(flat, each, positions.reshape(-1) + 1, kept=kept)
   drawn = jax.tree.map(lambda a: a.reshape(R, 1 + drafts, *a.shape[1:]), drawn)
-  # A grammar allows what it allows at the first place alone.
-  free = (draws.allowed == -1).all(axis=1) & (held.ready > 0)
-  verdict = match(drawn.token, guesses, jnp.where(free, drafts, 0))
+  able = held.ready > 0
+  verdict = match(drawn.token, guesses, jnp.where(able, drafts, 0))
   wide = held.state.shape[1] - 1 - drafts
   state = out.aux['mtp_state']
   state = jnp.pad(state, [(0, 0), (0, wide), *[(0, 0)] * (state.ndim - 2)])
@@ -143,7 +162,7 @@ def check(
   return Checked(held, out, drawn, verdict.accepted + 1)
 
 
-def _guessed(
+def guessed(
   model: Model,
   variables: dict,
   held: Caches,
@@ -151,15 +170,18 @@ def _guessed(
   draws: Draws,
   drafts: int,
 ) -> tuple[jax.Array, object]:
-  """Returns drafts [R k], and the caches that made them."""
+  """Returns drafts [R k], and the caches that made them; args as `check`."""
   R, waiting = place.token.shape[0], jnp.arange(held.state.shape[1])
   start = place.at - held.ready
   after = start[:, None] + 1 + waiting  # positions of the tokens after each
   after = jnp.clip(after, 0, place.history.shape[1] - 1)
 
   def choose(logits: jax.Array, number: int) -> tuple[jax.Array, None]:
-    # As the model will draw there, if its logits are the same.
-    return sampler.draw(logits, draws, place.at + 1 + number).token, None
+    # As the model will draw there, if its logits are the same. What a grammar
+    # allows is known of the first place alone.
+    how = draws._replace(allowed=jnp.full_like(draws.allowed, -1))
+    how = how if number else draws
+    return sampler.draw(logits, how, place.at + 1 + number).token, None
 
   proposal = propose(
     model,

@@ -7,9 +7,10 @@ from flax import nnx
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampler
+from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.programs import STOPS
 from deepseek_jax.infer.request import Request
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.transformer import Model
 
 
@@ -22,6 +23,25 @@ class Bounds(NamedTuple):
   pages: int
   queue: int
   has_text: bool  # whether there is a tokenizer
+  routes: bool  # whether experts are kept, of a model that has some
+  kept: bool
+
+
+def bounds(
+  model: Model, cfg: EngineConfig, page: int, pages: int, has_text: bool
+) -> Bounds:
+  """Returns what an engine of so many pages can answer at most."""
+  routed = any(layer.block.routed for layer in model.config.in_order())
+  return Bounds(
+    model.config.vocab_size,
+    cfg.context,
+    page,
+    pages,
+    cfg.queue,
+    has_text,
+    cfg.routing and routed,
+    cfg.kept,
+  )
 
 
 def check_text(text: Any, model: Model) -> None:
@@ -94,6 +114,16 @@ def check_request(request: Request, most: Bounds) -> None:
   for name, (given, limit) in counts.items():
     if given > limit:
       raise InputError(f'{name}: {given} given, at most {limit} are taken')
+  if request.routes and not most.routes:
+    raise InputError(
+      'routes: the engine keeps no experts: EngineConfig(routing=True), of a'
+      ' model that has some'
+    )
+  if request.kept and not most.kept:
+    raise InputError(
+      'kept: the engine does not keep what draws could have taken:'
+      ' EngineConfig(kept=True)'
+    )
   if not most.has_text and (request.stop_strings or request.grammar):
     what = 'stop_strings' if request.stop_strings else 'grammar'
     raise InputError(f'{what}: needs the tokenizer: Engine(..., text=...)')

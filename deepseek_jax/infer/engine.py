@@ -1,8 +1,8 @@
 """Serves many requests at once: continuous batching over a paged cache.
 
-Each step lets every running answer draw some tokens, then prefills a chunk of
-the oldest prompt that isn't cached yet. The model is the training model, its
-shapes are buckets: after `warm_up` nothing is compiled any more. One thread
+Each step lets every running answer draw some tokens, then prefills some chunks
+of the oldest prompts that aren't cached yet. The model is the training model,
+its shapes are buckets: after `warm_up` nothing is compiled any more. One thread
 alone may call an engine.
 Legend: R rows, T tokens of a chunk, P tokens of a page, L MoE layers.
 """
@@ -16,10 +16,11 @@ import numpy as np
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import checks, host_arrays, outcomes, sampler, warm_up
-from deepseek_jax.infer.detokenize import Detokenizer
+from deepseek_jax.infer.detokenize import following
 from deepseek_jax.infer.engine_config import EngineConfig
-from deepseek_jax.infer.host_arrays import Bucket
+from deepseek_jax.infer.host_arrays import Ahead, Bucket, look_ahead
 from deepseek_jax.infer.paging import beside, copied, paging
+from deepseek_jax.infer.prepared import build_flat, prepare
 from deepseek_jax.infer.programs import Decoded, Shape, programs
 from deepseek_jax.infer.request import (
   Answer,
@@ -29,7 +30,6 @@ from deepseek_jax.infer.request import (
   Usage,
   answer,
 )
-from deepseek_jax.infer.sampling import build_flat, prepare
 from deepseek_jax.infer.scheduler import Scheduler, Sequence
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel.sharding import current
@@ -51,6 +51,7 @@ class Engine:
     cfg: EngineConfig = _DEFAULT,
     *,
     text: Any = None,
+    donate: bool = False,
   ):
     """Makes an engine; allocates its cache.
 
@@ -58,6 +59,7 @@ class Engine:
       model, variables: as the model trains; `load` gives other variables.
       cfg: see there.
       text: the tokenizer, for texts and stop texts; token ids alone without.
+      donate: the variables are given up, see `prepare`.
 
     Raises:
       InputError: a model without head, or a tokenizer with more tokens than
@@ -77,31 +79,21 @@ class Engine:
     reuse = cfg.reuse and not cfg.deterministic
     spare = spare if rings and reuse else 0
     self._scheduler = Scheduler(
-      self.page,
-      pages,
-      cfg.slots,
-      snapshots=spare,
-      reuse=reuse,
-      rings=rings,
+      self.page, pages, cfg.slots, snapshots=spare, reuse=reuse, rings=rings
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
-    shape = Shape(self._paging, cfg.steps, cfg.most_drafted(), cfg.routing)
+    drafted = cfg.most_drafted()
+    shape = Shape(self._paging, cfg.steps, drafted, cfg.routing, cfg.kept)
     self._run = programs(model, shape, current())
-    self._bounds = checks.Bounds(
-      model.config.vocab_size,
-      cfg.context,
-      self.page,
-      pages,
-      cfg.queue,
-      text is not None,
-    )
+    self._bounds = checks.bounds(model, cfg, self.page, pages, text is not None)
     self._count, self._epoch = 0, 0
     self._live: dict[int, list[Sequence]] = {}
     self._cancelled: list[int] = []
     self._totals = collections.Counter()
     self._loads: collections.OrderedDict = collections.OrderedDict()
-    self.load(variables)
+    self._variables: dict = {}
+    self.load(variables, donate=donate)
 
   # What requests do.
 
@@ -133,8 +125,8 @@ class Engine:
           sampler.settings(request, seed, vocab),
           buffer,
           len(request.prompt),
-          f'{self._epoch} {self.model.config.compute.dtype} {request.salt}',
-          text=self._detokenizer(request),
+          f'{self._epoch} {self.model.config.compute.products} {request.salt}',
+          text=following(self.text, request),
           matcher=self._matcher(request),
           scores=[None] if request.echo else [],
         )
@@ -142,13 +134,6 @@ class Engine:
     self._live[number] = made
     self._scheduler.waiting.extend(made)
     return number
-
-  def _detokenizer(self, request: Request) -> Detokenizer | None:
-    """Returns what makes text of a request's tokens; None without any."""
-    if self.text is None:
-      return None
-    stop = request.stop_strings
-    return Detokenizer(self.text, after=request.prompt, stop=stop)
 
   def _matcher(self, request: Request) -> Any:
     """Returns what follows the request's grammar, or None."""
@@ -201,14 +186,17 @@ class Engine:
         events[event.request, event.index].append(event)
     return [[answer(events[i, k]) for k in range(n)] for i, n in order]
 
-  def load(self, variables: dict) -> None:
+  def load(self, variables: dict, *, donate: bool = False) -> None:
     """Takes new weights: forgets prefixes, and recomputes what runs.
+
+    With `donate` the caller gives them up, see `prepare`.
 
     Raises:
       InputError: they are another model's; the old ones stay.
     """
     checks.check_variables(self.model, variables)
-    self._variables = prepare(self.model, variables)
+    self._variables = {}  # the old ones go before the new ones are laid out
+    self._variables = prepare(self.model, variables, donate=donate)
     self._store = beside(self._store, self._variables)
     self._epoch += 1
     self._scheduler.forget()
@@ -241,7 +229,7 @@ class Engine:
   # What a step does.
 
   def step(self) -> list[Event]:
-    """Runs one step: every running answer draws, then one chunk is prefilled.
+    """Runs one step: every running answer draws, then chunks are prefilled.
 
     Returns:
       What each answer got; [] if there was nothing to do.
@@ -253,7 +241,7 @@ class Engine:
     if self._scheduler.running:
       self._totals['steps'] += 1
     events += self._decode()
-    self._prefill()
+    all(self._prefill() for _ in range(self.cfg.prefills))  # until none is left
     return events
 
   def _take_cancelled(self) -> list[Sequence]:
@@ -268,10 +256,10 @@ class Engine:
     if not going:
       return events
     size = _least(self.cfg.row_buckets(), len(going))
-    drafts = self.cfg.drafts_of(size)
     # A grammar says what comes next when it has seen what came.
-    alone = any(s.matcher is not None for s in going)
-    steps = 1 if alone else self.cfg.steps * (1 + drafts)
+    grammars = any(s.matcher is not None for s in going)
+    calls = 1 if grammars else self.cfg.steps
+    steps = calls * (1 + self.cfg.drafts_of(size))
     limits = {}
     for one in list(going):
       if one.slot is None:  # preempted for an older one
@@ -285,21 +273,9 @@ class Engine:
     going = [s for s in going if s.slot is not None and s in limits]
     if not going:
       return events
-    size = _least(self.cfg.row_buckets(), len(going))
-    drafts = self.cfg.drafts_of(size)
-    bucket = Bucket(
-      size, 1, self._pages(max(s.cached + limits[s] for s in going))
-    )
-    vocab = self.model.config.vocab_size
-    self._store, out = self._run.decode(
-      self._variables,
-      self._store,
-      host_arrays.rows(going, bucket, [1] * len(going)),
-      host_arrays.going(going, bucket, [limits[s] for s in going]),
-      host_arrays.draws(going, bucket, self.page, vocab),
-    )
-    out = jax.device_get(out)
+    out = self._drawn(going, [limits[s] for s in going], calls)
     self._totals['decode_calls'] += int(out.calls.max())
+    drafts = out.drawn.token.shape[1] // self.cfg.steps - 1
     for i, one in enumerate(going):
       rejected = drafts * int(out.calls[i]) - int(out.accepted[i])
       one.drafts[0] += int(out.accepted[i])
@@ -307,6 +283,28 @@ class Engine:
       self._totals['accepted_drafts'] += int(out.accepted[i])
       self._totals['drafts'] += drafts * int(out.calls[i])
     return events + [self._advance(one, i, out) for i, one in enumerate(going)]
+
+  def _drawn(
+    self, going: list[Sequence], limits: list[int], calls: int
+  ) -> Decoded:
+    """Runs the model on rows, so many times at most: what they draw."""
+    size = _least(self.cfg.row_buckets(), len(going))
+    ends = [s.cached + n for s, n in zip(going, limits)]
+    bucket = Bucket(size, 1, self._pages(max(ends)))
+    vocab = self.model.config.vocab_size
+    where = host_arrays.rows(going, bucket, [1] * len(going))
+    draws = host_arrays.draws(going, bucket, self.page, vocab)
+    ahead = Ahead(calls, self.cfg.drafts_of(size), sampler.words(vocab))
+    how = host_arrays.going(going, bucket, limits, ahead)
+    if ahead.drafts and any(s.matcher is not None for s in going):
+      args = self._variables, self._store, where, how, draws
+      drafts = jax.device_get(self._run.draft(*args)[1])
+      ahead, limits = look_ahead(going, drafts, limits, ahead)
+      how = host_arrays.going(going, bucket, limits, ahead)
+    self._store, out = self._run.decode(
+      self._variables, self._store, where, how, draws
+    )
+    return jax.device_get(out)
 
   def _masked(self, going: list[Sequence]) -> list[Event]:
     """Asks the grammars of rows what may come; takes out those that fail.
@@ -357,27 +355,28 @@ class Engine:
     self._totals['cached_tokens'] += one.reused
     self._totals['answers'] += 1
     usage = Usage(one.prompt, one.reused, one.answered, *one.drafts)
+    # A copy: the whole context would stay in memory.
+    routes = None if one.routes is None else one.routes[: one.length].copy()
     return Event(
-      one.id, one.index, finish=finish, error=error, usage=usage, **how
+      one.id,
+      one.index,
+      finish=finish,
+      error=error,
+      usage=usage,
+      routes=routes,
+      **how,
     )
 
-  def _prefill(self) -> None:
-    """Caches a chunk of the oldest prompts that aren't cached yet."""
-    waiting = [s for s in self._scheduler.running if s.to_prefill]
-    if not waiting:
-      return
-    shapes = self.cfg.chunk_buckets()
-    most = shapes[-1][1]
-    sizes = {s: self._scheduler.chunk(s, most) for s in waiting}
-    rows, tokens = next(
-      (shape for shape in shapes if shape[1] >= sizes[waiting[0]]), shapes[-1]
-    )
-    some = waiting[:rows]
-    counts = [min(self._scheduler.chunk(s, tokens), tokens) for s in some]
+  def _prefill(self) -> bool:
+    """Caches a chunk of the oldest prompts; False if there are none."""
+    some, (rows, tokens) = self._scheduler.next_chunk(self.cfg.chunk_buckets())
+    if not some:
+      return False
+    counts = [self._scheduler.chunk(s, tokens) for s in some]
     end = max(s.cached + n for s, n in zip(some, counts))
     bucket = Bucket(rows, tokens, self._pages(max(end, tokens)))
     echo = any(s.request.echo and not s.answered for s in some)
-    self._store, scores, _ = self._run.prefill(
+    self._store, scores, chosen = self._run.prefill(
       self._variables,
       self._store,
       host_arrays.rows(some, bucket, counts),
@@ -386,11 +385,17 @@ class Engine:
     self._totals['prefilled'] += sum(counts)
     if echo:
       scores = jax.device_get(scores)
+    if any(s.request.routes for s in some):
+      chosen = jax.device_get(chosen)  # [L R T K]
     for i, (one, count) in enumerate(zip(some, counts)):
       if one.request.echo and not one.answered:
         outcomes.score(one, i, count, scores)
+      if one.request.routes:
+        route = chosen[:, i, :count].swapaxes(0, 1)
+        outcomes.route(one, one.cached, route, self.model)
       one.cached += count
       self._keep(one)
+    return True
 
   def _pages(self, tokens: int) -> int:
     """Returns the bucket of pages that holds so many tokens of a row."""
@@ -412,6 +417,7 @@ class Engine:
       self.cfg,
       self.page,
       self.model.config.vocab_size,
+      self.text is not None,
       say,
     )
     if self._paging.has_rings:

@@ -8,6 +8,8 @@ import dataclasses
 from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 
+_TOGETHER = 4  # prompts of a chunk at most
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -18,7 +20,9 @@ class EngineConfig:
     context: tokens of a prompt and its answer together, at most.
     page: P; rounded up until whole rows of every layer's cache fit.
     pages: of the cache; None: as many as all slots can fill.
-    budget: tokens of a prefill step.
+    budget: tokens of a chunk of prefill.
+    prefills: chunks between two steps of decoding, at most. More fill the slots
+      sooner and let answers that run wait longer.
     steps: N, calls of the model that a decoding step makes.
     drafts: k, tokens that multi-token prediction guesses for each call; the
       tokens that come out are the same. 0: none.
@@ -34,6 +38,8 @@ class EngineConfig:
       answer doesn't depend on what else runs in any bit, as long as there are
       pages for all (`stats['preempted']` counts answers computed again).
     routing: keeps which experts answers chose.
+    kept: keeps which tokens top_k, top_p and the like left to each draw, a bit
+      for each of the vocabulary.
   """
 
   slots: int = 16
@@ -41,6 +47,7 @@ class EngineConfig:
   page: int = 64
   pages: int | None = None
   budget: int = 256
+  prefills: int = 4
   steps: int = 8
   drafts: int = 0
   draft_rows: int | None = None
@@ -51,11 +58,12 @@ class EngineConfig:
   contexts: tuple[int, ...] | None = None
   deterministic: bool = False
   routing: bool = False
+  kept: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a field out of its range."""
     at_least(self, 'engine.', slots=1, context=2, page=1, pages=1, budget=1)
-    at_least(self, 'engine.', steps=1, queue=1, snapshots=0)
+    at_least(self, 'engine.', prefills=1, steps=1, queue=1, snapshots=0)
     at_least(self, 'engine.', drafts=0, draft_rows=0)
     for name, least in (('rows', self.slots), ('contexts', self.context)):
       given = getattr(self, name)
@@ -87,10 +95,12 @@ class EngineConfig:
     """Returns the (rows, tokens) of prefill that are compiled."""
     # No prompt is longer than the context.
     most = min(self.budget, self.context)
-    few = max(1, most // 8)
-    if self.deterministic or few == most:
+    if self.deterministic:
       return ((1, most),)
-    return (min(self.slots, most // few), few), (1, most)
+    # One short prompt, a few, a long one; the last two cost about the same.
+    several = min(self.slots, _TOGETHER)
+    short, middle = max(1, most // 8), max(1, most // _TOGETHER)
+    return tuple(dict.fromkeys([(1, short), (several, middle), (1, most)]))
 
   def drafts_of(self, rows: int) -> int:
     """Returns how many tokens are guessed with so many rows."""

@@ -289,6 +289,12 @@ class Matcher:
     self._count += taken
     return taken
 
+  def copy(self) -> 'Matcher':
+    """Returns a matcher that goes its own way from here."""
+    out = Matcher(self._inner.deep_copy(), self._V, self._ends, self._known)
+    out._count, out._ended = self._count, self._ended
+    return out
+
   def validate(self, tokens: Sequence[int]) -> int:
     """Returns how many of the next tokens are allowed; changes nothing."""
     count = 0

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.infer import sampler
+from deepseek_jax.infer.checked_drafts import Foreseen
 from deepseek_jax.infer.pages import SCRATCH
 from deepseek_jax.infer.paging import Rows
 from deepseek_jax.infer.programs import STOPS, Chunk, Going
@@ -61,8 +63,21 @@ def chunk(
   return Chunk(*tokens, before, np.bool_(echo))
 
 
+class Ahead(NamedTuple):
+  """Holds how a decoding step looks ahead."""
+
+  calls: int  # of the model at most
+  drafts: int  # k of the bucket
+  words: int  # int32s of what a grammar allows
+  foreseen: np.ndarray | None = None  # [R k] drafts that grammars have read
+  allowed: Several[Several[np.ndarray]] = ()  # of each row, after each draft
+
+
 def going(
-  some: Several[Sequence], bucket: Bucket, limits: Several[int]
+  some: Several[Sequence],
+  bucket: Bucket,
+  limits: Several[int],
+  ahead: Ahead,
 ) -> Going:
   """Returns the last tokens of sequences, and how far they may go on."""
   token = np.zeros(bucket.rows, np.int32)
@@ -72,7 +87,62 @@ def going(
     token[i], limit[i] = one.buffer[one.length - 1], limits[i]
     stop = one.request.sampling.stop
     stops[i, : len(stop)] = stop
-  return Going(token, limit, stops)
+  drafts = np.zeros((bucket.rows, ahead.drafts), np.int32)
+  if ahead.foreseen is not None:
+    drafts = ahead.foreseen
+  allowed = np.full((bucket.rows, ahead.drafts, ahead.words), -1, np.int32)
+  for row, masks in zip(allowed, ahead.allowed):
+    for place, mask in zip(row, masks):
+      place[:] = mask
+  there = np.bool_(ahead.foreseen is not None)
+  foreseen = Foreseen(there, drafts, allowed)
+  return Going(token, limit, stops, np.int32(ahead.calls), foreseen)
+
+
+def look_ahead(
+  some: Several[Sequence],
+  drafts: np.ndarray,
+  limits: Several[int],
+  ahead: Ahead,
+) -> tuple[Ahead, list[int]]:
+  """Lets grammars read drafts: what they allow after each.
+
+  Args:
+    some: sequences.
+    drafts: [R k] int32.
+    limits: tokens that each may draw.
+    ahead: of the step.
+
+  Returns:
+    The same with the drafts, and the limits: a row draws no token at a place of
+    which its grammar does not know what may come.
+  """
+  allowed, most = [], []
+  for one, row, limit in zip(some, drafts, limits):
+    if one.matcher is None:
+      allowed.append([])
+      most.append(limit)
+      continue
+    allowed.append(_after(one, row))
+    most.append(min(limit, 1 + len(allowed[-1])))
+  return ahead._replace(foreseen=drafts, allowed=allowed), most
+
+
+def _after(one: Sequence, drafts: np.ndarray) -> list[np.ndarray]:
+  """Returns what a sequence's grammar allows after each of its drafts.
+
+  The list ends before the first that it does not allow, or that ends it.
+  """
+  out: list[np.ndarray] = []
+  try:
+    matcher = one.matcher.copy()
+    for token in map(int, drafts):
+      if not matcher.accept(token) or matcher.ended:
+        break
+      out.append(matcher.mask())
+  except InputError:  # it gives up here; if the answer gets there, it ends
+    pass
+  return out
 
 
 def draws(

@@ -30,6 +30,7 @@ class Taken(NamedTuple):
   prompt_logprobs: tuple[LogProb | None, ...]
   finish: Finish | None
   error: str | None
+  kept: np.ndarray | None
 
 
 def take(one: Sequence, row: int, out: Decoded, model: Model) -> Taken:
@@ -44,7 +45,7 @@ def take(one: Sequence, row: int, out: Decoded, model: Model) -> Taken:
     model: of the engine.
   """
   count, drawn = int(out.count[row]), out.drawn
-  sound = drawn.sound[row, :count]
+  sound, start = drawn.sound[row, :count], one.cached
   fine = count if sound.all() else int(sound.argmin())
   tokens, text, finish, error = [], '', None, None
   for token in map(int, drawn.token[row, :fine]):
@@ -62,11 +63,41 @@ def take(one: Sequence, row: int, out: Decoded, model: Model) -> Taken:
   if out.experts is not None:
     chosen = out.experts[row, : len(tokens)]
     one.experts = _counted(one.experts, chosen, model)
+    route(one, start, chosen, model)
   logprobs = ()
   if one.request.logprobs is not None:
     logprobs = _logprobs(drawn, row, len(tokens), one.request.logprobs)
+  kept = drawn.kept[row, : len(tokens)] if one.request.kept else None
   scores, one.scores = tuple(one.scores), []
-  return Taken(tuple(tokens), text, logprobs, scores, finish, error)
+  return Taken(tuple(tokens), text, logprobs, scores, finish, error, kept)
+
+
+def route(one: Sequence, start: int, chosen: np.ndarray, model: Model) -> None:
+  """Notes the experts of a sequence's tokens, if its request asks for them.
+
+  What is computed again, as pages were taken, keeps those that it was first
+  sampled with.
+
+  Args:
+    one: changed.
+    start: position of the first token.
+    chosen: [T L K].
+    model: of the engine.
+  """
+  if not one.request.routes:
+    return
+  if one.routes is None:
+    shape = len(one.buffer), *chosen.shape[1:]
+    small = _experts_of(model) <= 2**15
+    one.routes = np.full(shape, -1, np.int16 if small else np.int32)
+  span = one.routes[start : start + len(chosen)]
+  span[:] = np.where(span < 0, chosen, span)
+
+
+def _experts_of(model: Model) -> int:
+  """Returns E, of the layer that has most."""
+  layers = [layer.block.ffn for layer in model.config.in_order()]
+  return max(f.experts for f in layers if hasattr(f, 'experts'))
 
 
 def _read(one: Sequence, token: int) -> tuple[str, Finish | None, str | None]:
@@ -95,10 +126,8 @@ def _counted(
   total: np.ndarray | None, chosen: np.ndarray, model: Model
 ) -> np.ndarray:
   """Returns counts [L E] with what some tokens chose, [T L K]."""
-  layers = [layer.block.ffn for layer in model.config.in_order()]
-  experts = max(f.experts for f in layers if hasattr(f, 'experts'))
   if total is None:
-    total = np.zeros((chosen.shape[1], experts), np.int64)
+    total = np.zeros((chosen.shape[1], _experts_of(model)), np.int64)
   number = np.arange(chosen.shape[1])[:, None]
   np.add.at(total, (np.broadcast_to(number, chosen.shape), chosen), 1)
   return total

@@ -216,7 +216,7 @@ def _empty(model: Any, drafts: int, batch: int, slots: int) -> Caches:
   return Caches(
     model.init_cache(batch, slots, drafts),
     model.init_mtp_cache(batch, slots, drafts),
-    jnp.zeros(shape, cfg.compute.dtype),
+    jnp.zeros(shape, cfg.compute.products),
     jnp.zeros(batch, jnp.int32),
   )
 

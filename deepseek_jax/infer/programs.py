@@ -1,28 +1,31 @@
 """Compiles what an engine runs: prefill of chunks, and loops of decoding.
 
 Both gather the pages of their rows, run the training model's own `apply`, draw
-by each row's settings, and put the touched pages back. A shape is a bucket: the
-number of rows, of tokens and of pages is static, all else is data.
+by each row's settings, and put the touched pages back. Where grammars have to
+read drafts ahead, these are made by a program of their own first. A shape is a
+bucket: the number of rows, of tokens and of pages is static, all else is data.
 Legend: R rows, T tokens of a chunk, N steps of a loop, W tokens of a step at
 most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
-layers, K chosen experts, k drafts.
+layers, K chosen experts, k drafts of a bucket.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.infer import checked_drafts, sampler
-from deepseek_jax.infer.checked_drafts import Checked, LoopRows
+from deepseek_jax.infer.checked_drafts import Checked, Foreseen, LoopRows
 from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.sampler import Drawn, Draws
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.model.stacks import moe_statistics
 from deepseek_jax.model.transformer import Model, Output
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, under
 
 STOPS = 16  # stop tokens of a request at most
@@ -51,6 +54,8 @@ class Going(NamedTuple):
   token: jax.Array  # [R] int32, drawn last and not cached yet
   limit: jax.Array  # [R] int32, tokens to draw at most
   stops: jax.Array  # [R S] int32, -1 where there is none
+  calls: jax.Array  # [] int32, of the model at most
+  foreseen: Foreseen  # drafts that grammars have read ahead
 
 
 class Decoded(NamedTuple):
@@ -64,32 +69,36 @@ class Decoded(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """Holds the jitted functions; both give the store first, which is donated."""
+  """Holds the jitted functions; a store that is given is donated."""
 
   # (variables, store, Rows, Chunk) -> store, Scores, experts [L R T K] or None
   prefill: Callable
   # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
+  # the same -> None, drafts [R k]; the store is not donated
+  draft: Callable
 
   def compiled(self) -> int:
     """Returns how many programs have been compiled."""
-    return self.prefill._cache_size() + self.decode._cache_size()
+    return sum(program._cache_size() for program in self)
 
 
 class Shape(NamedTuple):
   """Says what programs are made for, beside the model.
 
   Attributes:
-    paging: of the model's flat form, see `sampling.build_flat`.
+    paging: of the model's flat form, see `prepared.build_flat`.
     steps: N.
     draft_rows: with more rows nothing is drafted.
     routing: whether they give the experts of each token.
+    kept: whether they give what each draw could have taken.
   """
 
   paging: Paging
   steps: int
   draft_rows: int
   routing: bool
+  kept: bool = False
 
 
 @functools.lru_cache(maxsize=32)
@@ -103,19 +112,33 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
       programs are traced with it wherever they are called first.
   """
   flat = build_flat(model)
+  everywhere = NamedSharding(using.mesh, PartitionSpec()) if using else None
+
+  def whole(tree: Any) -> Any:
+    """Returns a tree that every device has whole."""
+    if everywhere is None:
+      return tree
+    return jax.lax.with_sharding_constraint(tree, everywhere)
 
   def traced(run: Callable) -> Callable:
     """Returns a program that sees the mesh."""
 
     def inside(*args) -> tuple:
       with under(using) if using else contextlib.nullcontext():
-        return run(flat, shape, *args)
+        store, *rest = run(flat, shape, *args)
+      # The host reads the rest, of several processes each one's.
+      return store, *(whole(one) for one in rest)
 
     return inside
 
-  prefill, decode = traced(_prefill), traced(_decode)
+  def jitted(run: Callable, program: processor.Program, **how) -> Callable:
+    xla = processor.options(program, model.config.compute.xla)
+    return jax.jit(traced(run), compiler_options=xla, **how)
+
   return Programs(
-    jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
+    jitted(_prefill, 'prefill', donate_argnums=1),
+    jitted(_decode, 'decode', donate_argnums=1),
+    jitted(_draft, 'decode'),
   )
 
 
@@ -163,11 +186,12 @@ def _decode(
 ) -> tuple[Store, Decoded]:
   """Draws up to N W tokens for each row; see `Programs`."""
   R, drafts = going.token.shape[0], shape.paging.drafts
-  one = functools.partial(_plain, model, variables)
+  one = functools.partial(_plain, model, variables, kept=shape.kept)
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
+    check = functools.partial(checked_drafts.check, model, variables)
     one = functools.partial(
-      checked_drafts.check, model, variables, drafts=drafts
+      check, going.foreseen, drafts=drafts, kept=shape.kept
     )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W
@@ -215,12 +239,13 @@ def _decode(
   held, none = shape.paging.view(store, rows), jnp.zeros(R, jnp.int32)
   history = jnp.asarray(draws.history)
   place = LoopRows(rows.start, going.token, rows.count > 0, history)
+  steps = jnp.minimum(shape.steps, going.calls)
   _, like = jax.eval_shape(run, held, place)
   kept = jax.tree.map(
     lambda a: jnp.zeros((R, most, *a.shape[2:]), a.dtype), like
   )
   _, held, _, count, accepted, calls, kept = jax.lax.while_loop(
-    lambda s: (s[0] < shape.steps) & s[2].active.any(),
+    lambda s: (s[0] < steps) & s[2].active.any(),
     body,
     (0, held, place, none, none, none, kept),
   )
@@ -229,8 +254,33 @@ def _decode(
   return store, Decoded(kept[0], count, accepted, calls, kept[1])
 
 
+def _draft(
+  model: Model,
+  shape: Shape,
+  variables: dict,
+  store: Store,
+  rows: Rows,
+  going: Going,
+  draws: Draws,
+) -> tuple[None, jax.Array]:
+  """Returns what the next call of decoding would draft, [R k] int32."""
+  held, history = shape.paging.view(store, rows), jnp.asarray(draws.history)
+  place = LoopRows(rows.start, going.token, rows.count > 0, history)
+  drafts = going.foreseen.drafts.shape[1]
+  guesses, _ = checked_drafts.guessed(
+    model, variables, held, place, draws, drafts
+  )
+  return None, guesses
+
+
 def _plain(
-  model: Model, variables: dict, held: Caches, place: LoopRows, draws: Draws
+  model: Model,
+  variables: dict,
+  held: Caches,
+  place: LoopRows,
+  draws: Draws,
+  *,
+  kept: bool,
 ) -> Checked:
   """Runs the model on the last token of each row, and draws the next."""
   out = model.apply(
@@ -241,7 +291,7 @@ def _plain(
     cache=held.cache,
   )
   logits = _logits(model, variables, out.hidden[:, 0])
-  drawn = sampler.draw(logits, draws, place.at + 1)
+  drawn = sampler.draw(logits, draws, place.at + 1, kept=kept)
   drawn = jax.tree.map(lambda a: a[:, None], drawn)
   held = held._replace(cache=out.cache)
   return Checked(held, out, drawn, jnp.ones_like(place.at))

@@ -132,6 +132,8 @@ class Request:
     echo: gives the log-probabilities of the prompt too.
     grammar: what the answer must match, see `infer.grammar`.
     salt: only requests of the same salt share cached prefixes.
+    routes: gives the experts of every token (needs engine.routing).
+    kept: gives which tokens each draw could have taken (needs engine.kept).
   """
 
   prompt: tuple[int, ...]
@@ -143,6 +145,8 @@ class Request:
   echo: bool = False
   grammar: Any = None
   salt: str = ''
+  routes: bool = False
+  kept: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a field out of its range."""
@@ -210,6 +214,11 @@ class Event:
     usage: with the last event.
     prompt_logprobs: with echo, of the prompt's tokens, with the first event;
       the first token has none.
+    routes: [n L K] int16 or int32 with the last event, if asked for: of the
+      prompt's tokens and the answer's the experts of each layer that has some;
+      -1 where none was computed, as for the last token and a shared prefix.
+    kept: [m W] uint32 of the answer's tokens that this step gave, if asked for,
+      see `infer.kept_tokens`.
   """
 
   request: int
@@ -221,6 +230,8 @@ class Event:
   error: str | None = None
   usage: Usage | None = None
   prompt_logprobs: tuple[LogProb | None, ...] = ()
+  routes: np.ndarray | None = None
+  kept: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,12 +245,15 @@ class Answer:
   error: str | None
   usage: Usage
   prompt_logprobs: tuple[LogProb | None, ...] = ()
+  routes: np.ndarray | None = None
+  kept: np.ndarray | None = None
 
 
 def answer(events: list[Event]) -> Answer:
   """Joins the events of one answer; the last one has its `finish`."""
   last = events[-1]
   first = next((e.prompt_logprobs for e in events if e.prompt_logprobs), ())
+  kept = [e.kept for e in events if e.kept is not None]
   return Answer(
     tuple(t for e in events for t in e.tokens),
     ''.join(e.text for e in events),
@@ -248,4 +262,6 @@ def answer(events: list[Event]) -> Answer:
     last.error,
     last.usage,
     first,
+    last.routes,
+    np.concatenate(kept) if kept else None,
   )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.infer import kept_tokens
 from deepseek_jax.infer.request import Request
 
 TOP = 20  # likeliest tokens that are given beside a drawn one
@@ -55,6 +56,7 @@ class Drawn(NamedTuple):
   sound: jax.Array  # [R] bool, False where logits were not finite
   top: jax.Array  # [R A] int32, the likeliest; 0 unless a row wants them
   top_logprob: jax.Array  # [R A] float32
+  kept: jax.Array  # [R W] uint32, tokens it could be; [R 0] unless wanted
 
 
 class Settings(NamedTuple):
@@ -84,6 +86,11 @@ def settings(request: Request, seed: int, vocab: int) -> Settings:
   )
 
 
+def words(vocab: int) -> int:
+  """Returns how many int32 hold a bit for each token."""
+  return -(-vocab // 32)
+
+
 def pack(
   each: Sequence[Settings],
   allowed: Sequence[np.ndarray | None],
@@ -100,15 +107,20 @@ def pack(
   """
   rows = len(history)
   each = [*each, *[each[0]] * (rows - len(each))]
-  bits = np.full((rows, -(-vocab // 32)), -1, np.int32)
+  bits = np.full((rows, words(vocab)), -1, np.int32)
   for row, mask in zip(bits, allowed):
     if mask is not None:
       row[:] = mask
   return Draws(*map(np.stack, zip(*each)), bits, history)
 
 
-def draw(logits: jax.Array, draws: Draws, length: jax.Array) -> Drawn:
-  """Draws the token at position `length` [R] of each row from logits [R V]."""
+def draw(
+  logits: jax.Array, draws: Draws, length: jax.Array, *, kept: bool = False
+) -> Drawn:
+  """Draws the token at position `length` [R] of each row from logits [R V].
+
+  With `kept` it also says what else the token could have been.
+  """
   raw = logits
   target = restricted(adjusted(raw, draws, length), draws)
   sound = jnp.isfinite(raw).all(axis=-1) & (target.max(axis=-1) == 0)
@@ -126,7 +138,13 @@ def draw(logits: jax.Array, draws: Draws, length: jax.Array) -> Drawn:
   logprob = pick(raw) - norm(raw)
   sampled = jnp.where(greedy, 0.0, pick(target) - norm(target))
   top, top_logprob = likeliest(raw, draws.int('wants_top').max() > 0)
-  return Drawn(token, logprob, sampled, sound, top, top_logprob)
+  words = kept_tokens.packed(target > -jnp.inf) if kept else _none_kept(token)
+  return Drawn(token, logprob, sampled, sound, top, top_logprob, words)
+
+
+def _none_kept(token: jax.Array) -> jax.Array:
+  """Returns no word for each of some tokens [R]: [R 0] uint32."""
+  return jnp.zeros((*token.shape, 0), jnp.uint32)
 
 
 def likeliest(

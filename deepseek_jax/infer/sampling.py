@@ -10,20 +10,20 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from deepseek_jax.config import at_least, within
 from deepseek_jax.errors import InputError, told
+from deepseek_jax.infer.prepared import build_flat, prepare
 from deepseek_jax.model import given
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.stacks import unstack
-from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, current
 
 
@@ -190,10 +190,12 @@ def _loop(model: Model, cfg: SampleConfig, using: Using | None) -> _Loop:
     state = jax.lax.while_loop(going, body, (row, tokens, log_probs))
     return state[1].T, state[2].T
 
+  xla = model.config.compute.xla
+  how = lambda program: processor.options(program, xla)
   return _Loop(
-    jax.jit(prefill, static_argnums=3),
-    jax.jit(step, donate_argnums=1),
-    jax.jit(decode, static_argnums=3),
+    jax.jit(prefill, static_argnums=3, compiler_options=how('prefill')),
+    jax.jit(step, donate_argnums=1, compiler_options=how('decode')),
+    jax.jit(decode, static_argnums=3, compiler_options=how('decode')),
   )
 
 
@@ -295,46 +297,6 @@ def _room() -> float:
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   except (AttributeError, OSError, ValueError):  # no POSIX system
     return math.inf
-
-
-def prepare(model: Model, variables: dict) -> dict:
-  """Returns variables as the decode loop wants them: cast once, layers apart.
-
-  `generate` and the others take both forms; prepare once to sample often.
-  """
-  given.variables({'params': None, 'buffers': None}, variables)
-  if _is_prepared(model, variables):
-    return variables
-  return _prepare(model, current())(variables)
-
-
-def _is_prepared(model: Model, variables: dict) -> bool:
-  """Returns whether variables are as `prepare` returns them."""
-  flat = build_flat(model)
-  params = variables['params']
-  like = nnx.to_pure_dict(flat.abstract['params'])
-  if jax.tree.structure(params) != jax.tree.structure(like):
-    return False
-  # The same tree may still be in float32.
-  cast = jax.eval_shape(flat.cast, variables)['params']
-  dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
-  return dtypes(params) == dtypes(cast)
-
-
-@functools.lru_cache(maxsize=32)
-def build_flat(model: Model) -> Model:
-  """Returns the same model, every layer a segment, without adapters.
-
-  Those are folded into the weights once, not at every token.
-  """
-  return build(dataclasses.replace(unstack(model.config), lora=None))
-
-
-@functools.lru_cache(maxsize=32)
-def _prepare(model: Model, using: Using | None) -> Callable[[dict], dict]:
-  """Returns the jitted cast and unstacking of a model's variables."""
-  del using  # as in _loop
-  return jax.jit(lambda v: unstack(model.config, model.cast(v)))
 
 
 def sample(

@@ -9,6 +9,7 @@ Legend: P tokens of a page, L tokens of a sequence.
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class Sequence:
     allowed: [ceil(V / 32)] int32, what its grammar lets come next, or None.
     scores: log-probabilities of the prompt, with echo, until they are given.
     experts: [L_moe, E] counts of the answer's choices, if they are kept.
+    routes: [context, L_moe, K] experts of each token, -1 where not known; None
+      before the first, or where the request asks for none.
     drafts: how many were accepted, how many rejected.
     hashes: of its first full pages.
   """
@@ -60,6 +63,7 @@ class Sequence:
   allowed: np.ndarray | None = None
   scores: list[LogProb | None] = dataclasses.field(default_factory=list)
   experts: Any = None
+  routes: np.ndarray | None = None
   drafts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
   hashes: list[bytes] = dataclasses.field(default_factory=list)
 
@@ -227,6 +231,27 @@ class Scheduler:
       last = (one.length - 1) // self.page * self.page
       return last if last > one.cached else None
     return (one.cached // self.page + 1) * self.page
+
+  def next_chunk(
+    self, shapes: Iterable[tuple[int, int]]
+  ) -> tuple[list[Sequence], tuple[int, int]]:
+    """Returns which sequences to prefill next, and in which shape.
+
+    The oldest is always among them. The shape is the one that caches most
+    tokens, the smallest of several.
+
+    Args:
+      shapes: (rows, tokens) of a chunk.
+    """
+    waiting = [s for s in self.running if s.to_prefill]
+
+    def worth(shape: tuple[int, int]) -> tuple[int, int]:
+      rows, tokens = shape
+      useful = sum(self.chunk(s, tokens) for s in waiting[:rows])
+      return useful, -rows * tokens
+
+    best = max(shapes, key=worth)
+    return waiting[: best[0]], best
 
   def chunk(self, one: Sequence, most: int) -> int:
     """Returns how many tokens of a prefilling sequence to cache next."""

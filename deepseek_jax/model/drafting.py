@@ -100,7 +100,7 @@ def functions(
       cached=True,
       fresh=cache.fresh,
     )
-    with kernels.using(config.compute.kernels, config.compute.dtype):
+    with kernels.using(config.compute.kernels, config.compute.products):
       return merge(variables).draft(state, ctx, cache, depth)
 
   return Functions(init_mtp_cache, draft)

@@ -21,6 +21,7 @@ from deepseek_jax.config import at_least
 from deepseek_jax.model.block import Block, BlockConfig
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sharding import param
 
 
@@ -83,7 +84,7 @@ class MTP(nnx.Module):
     """
     # Both are normed first, for their scales differ: [B T 2D] -> [B T D].
     x = [self.embed_norm(embedded), self.hidden_norm(hidden)]
-    x = jnp.concatenate(x, axis=-1) @ self.merge[...]
+    x = products.matmul(jnp.concatenate(x, axis=-1), self.merge[...])
     x, past, stats = self.block(self.cfg.residual.expand(x), ctx, past)
     return self.norm(self.residual.collapse(x)), past, stats
 
@@ -122,8 +123,9 @@ class StreamMTP(nnx.Module):
       ctx: the context of those tokens, see `shifted`.
       past: the block's cache or None, as in MTP.
     """
-    e = self.embed_norm(embedded) @ self.embed_proj[...]  # [B T D]
-    x = self.hidden_norm(stream) @ self.hidden_proj[...]  # [B T n D]
+    # [B T D] and [B T n D].
+    e = products.matmul(self.embed_norm(embedded), self.embed_proj[...])
+    x = products.matmul(self.hidden_norm(stream), self.hidden_proj[...])
     x, past, stats = self.block(e[:, :, None] + x, ctx, past)
     return x, past, stats
 

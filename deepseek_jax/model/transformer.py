@@ -71,7 +71,7 @@ class Model:
     return (
       f'Model({cfg.layers} layers of width {cfg.dim}, {kinds}{experts},'
       f' vocabulary {cfg.vocab_size}: {sum(sizes):,} weights,'
-      f' {cfg.compute.dtype})'
+      f' {cfg.compute.products})'
     )
 
   @functools.cached_property
@@ -151,7 +151,7 @@ def _apply(
     given = inputs.Given(tokens, positions, segment_ids, ngrams, before, routes)
     inputs.check(config, given, cache)
     ctx = _context(config, given, cache, train)
-    with kernels.using(config.compute.kernels, config.compute.dtype):
+    with kernels.using(config.compute.kernels, config.compute.products):
       return call(variables)(ctx, cache, mtp, mtp_state)
 
   apply.__doc__ = calls.APPLY
@@ -168,7 +168,7 @@ def build(config: TransformerConfig) -> Model:
   """
   _check_config(config)
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
-  dtype = jnp.dtype(config.compute.dtype)
+  dtype = jnp.dtype(config.compute.products)
   abstract, drawn, _, merge, cast = functional(make, dtype, config.lora)
   if config.lora is not None:
     lora.check(abstract['params'], config.lora)

@@ -20,6 +20,7 @@ from deepseek_jax.model.lora import LoRAConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.residual import ResidualConfig
+from deepseek_jax.parallel import processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,9 @@ class ComputeConfig:
 
   Attributes:
     dtype: of activations and matmuls; norms, router and softmax stay float32.
+      None takes what the machine multiplies fastest: bfloat16 on a GPU and on
+      a CPU with AMX, else float32. A run chooses once, when it begins, and
+      writes down what.
       On a GPU JAX multiplies float32 as TF32 (10 bits of mantissa) unless
       jax_default_matmul_precision says otherwise; only the products of router
       and hyper-connections ask for all of float32.
@@ -62,20 +66,44 @@ class ComputeConfig:
     kernels: None takes kernels where the device has them, and the layers' own
       code elsewhere; 'gpu' and 'reference' force them or what they are
       checked against.
+    xla: XLA's options for training steps, held-out losses and prefill, as
+      pairs (('name', 'value'),); None takes those known to gain on the CPU at
+      hand (parallel/processor.py). A run chooses once, as for dtype. They
+      change results by rounding alone, so they may change as a run goes on.
   """
 
-  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  dtype: Literal['float32', 'bfloat16'] | None = 'float32'
   scan: bool = True
   remat: Literal['none', 'dots', 'full'] = 'none'
   kernels: Literal['reference', 'gpu'] | None = None
+  xla: tuple | None = None
 
   def __post_init__(self):
-    """Raises InputError for an unknown choice of kernels."""
+    """Raises InputError for an unknown choice of kernels, or no pairs."""
     name_dtypes(self, 'dtype')
+    pair = lambda p: isinstance(p, tuple | list) and len(p) == 2
+    texts = lambda p: pair(p) and all(type(part) is str for part in p)
+    if self.xla is not None and not all(map(texts, self.xla)):
+      raise InputError(
+        f'compute.xla = {self.xla!r}: write pairs of texts,'
+        " (('name', 'value'),)"
+      )
     if self.kernels not in (None, 'reference', 'gpu'):
       raise InputError(
         f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
       )
+
+  @property
+  def products(self) -> str:
+    """Returns the dtype of products: `dtype`, or the machine's choice."""
+    return self.dtype or processor.dtype()
+
+  def chosen(self) -> 'ComputeConfig':
+    """Returns the same with what is left to the machine filled in."""
+    xla = processor.options('train', self.xla)
+    return dataclasses.replace(
+      self, dtype=self.products, xla=tuple(xla.items())
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import products, sharding
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
 
@@ -54,7 +54,7 @@ def expand_latents(
     up: [C H N+V].
   """
   c, kr = latents
-  kv = jnp.einsum('BSC,CHK->BSHK', c, up)
+  kv = products.einsum('BSC,CHK->BSHK', c, up)
   kv = sharding.shard(kv, 'batch', 'seq', 'heads', None)
   kn, v = jnp.split(kv, [shape[1] - kr.shape[-1]], axis=-1)
   # All heads share the rotary key.

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import processor, sharding
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.pipeline import stage_calls
 from deepseek_jax.pipeline import stages as cutting
@@ -238,7 +238,12 @@ class Pipeline:
       went = go(*there) if ahead else None
       return went, come_back(*back, total) if behind else None
 
-    self._programs[key] = jax.jit(both, donate_argnums=2)
+    xla = self.stages[0].config.compute.xla
+    self._programs[key] = jax.jit(
+      both,
+      donate_argnums=2,
+      compiler_options=processor.options('train', xla),
+    )
     return self._programs[key]
 
   def totals_where(self, place: Place, tree: Any) -> Any:

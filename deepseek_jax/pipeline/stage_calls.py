@@ -110,7 +110,7 @@ def read(
 def _computing(stage: Stage) -> contextlib.AbstractContextManager:
   """Makes operations inside take the kernels that a stage's model asks for."""
   compute = stage.config.compute
-  return kernels.using(compute.kernels, compute.dtype)
+  return kernels.using(compute.kernels, compute.products)
 
 
 def _through(

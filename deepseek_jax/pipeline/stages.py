@@ -138,7 +138,7 @@ class Stage:
       self.config, rngs=nnx.Rngs(key), repeats=tuple(runs)
     )
     first = tuple(run.start for run in runs)
-    dtype = jnp.dtype(self.config.compute.dtype)
+    dtype = jnp.dtype(self.config.compute.products)
     made = functional(make, dtype, self.config.lora, first).init(key)
     less = lambda s, by: slice(s.start - by, s.stop - by)
     moved = [
@@ -151,7 +151,7 @@ class Stage:
   @functools.cached_property
   def functional(self) -> Functional:
     """Returns the stage's module as pure functions."""
-    dtype = jnp.dtype(self.config.compute.dtype)
+    dtype = jnp.dtype(self.config.compute.products)
     return functional(self.make, dtype, self.config.lora)
 
 

@@ -153,4 +153,4 @@ def kept_bytes(
     tensor: devices that split the heads; the bytes are those on one.
   """
   block = on_device(block, tensor)
-  return block_activations(block, config.dim, length, config.compute.dtype)
+  return block_activations(block, config.dim, length, config.compute.products)

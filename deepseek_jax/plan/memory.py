@@ -114,7 +114,7 @@ def state_bytes(
     training: optimizer and ZeRO stage.
     copies: ranks that hold the same stage (DualPipe: 2).
   """
-  compute = BYTES[config.compute.dtype]
+  compute = BYTES[config.compute.products]
   optimizer = training.optimizer
   out = dict.fromkeys(CLASSES[:4], 0)
   for share in held:

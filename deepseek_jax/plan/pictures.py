@@ -197,10 +197,8 @@ def _head(report: Report, name: str) -> tuple[str, str]:
   return first, second
 
 
-def draw_plan(
-  report: Report, path: str | os.PathLike, name: str = 'Plan'
-) -> None:
-  """Writes the picture of a plan: memory, FLOPs by part, time bounds."""
+def plan_figure(report: Report, name: str = 'Plan') -> Any:
+  """Returns the picture of a plan: memory, FLOPs by part, time bounds."""
   from matplotlib.figure import Figure
 
   with _style():
@@ -215,8 +213,16 @@ def draw_plan(
     for axes, draw in zip(rows, (_memory, _flops, _time)):
       axes.grid(True, axis='x')
       draw(axes, report)
-    with naming(path):
-      figure.savefig(path, dpi=130)
+  return figure
+
+
+def draw_plan(
+  report: Report, path: str | os.PathLike, name: str = 'Plan'
+) -> None:
+  """Writes the picture of a plan to a file."""
+  figure = plan_figure(report, name)
+  with _style(), naming(path):
+    figure.savefig(path, dpi=130)
 
 
 def draw_timeline(

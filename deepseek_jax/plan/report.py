@@ -7,6 +7,7 @@ the configuration, the cluster's stated figures and the recipe's assumptions.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from deepseek_jax.config import to_dict
 from deepseek_jax.errors import InputError
@@ -122,6 +123,7 @@ class Report:
     cost: time and money of the run.
     checkpoint: its size and how long it takes.
     assumptions: what all of this rests on, in words.
+    rollouts: what sampling adds, a `RolloutCost`; None where text is read.
   """
 
   config: TransformerConfig
@@ -140,6 +142,7 @@ class Report:
   cost: Cost
   checkpoint: Checkpoint
   assumptions: tuple[str, ...]
+  rollouts: Any = None
 
   @property
   def policy(self) -> str:

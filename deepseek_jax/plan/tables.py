@@ -1,6 +1,7 @@
 """Shows plans as tables on the terminal, several side by side."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -13,7 +14,7 @@ from deepseek_jax.plan.kernel_choices import Chosen
 from deepseek_jax.plan.memory import CLASSES
 from deepseek_jax.plan.report import POLICIES, Report
 
-Row = tuple[str, Callable[[Report], str]]
+Row = tuple[str, Callable[[Any], str]]
 
 
 def gigabytes(n: float) -> str:
@@ -26,7 +27,7 @@ def seconds(s: float) -> str:
   return f'{s:#.3g} s' if s < 100 else f'{s:,.0f} s'
 
 
-def _table(title: str, rows: list[Row], reports: Mapping[str, Report]) -> Table:
+def _table(title: str, rows: list[Row], reports: Mapping[str, Any]) -> Table:
   """Returns a table with a column per report and a row per figure."""
   table = Table(title=title, title_justify='left', title_style='bold')
   table.add_column('')
@@ -143,6 +144,32 @@ def _run() -> list[Row]:
   ]
 
 
+def _rollouts() -> list[Row]:
+  """Returns the rows on rounds of rollouts."""
+  time = lambda field: lambda c: seconds(getattr(c, field))
+  each = lambda c: f'{c.published.seconds:.3g} {c.published.device}-seconds'
+  return [
+    ('answers of a round', lambda c: f'{c.round.answers:,}'),
+    ('tokens that they have', lambda c: f'{c.tokens:,}'),
+    ('  decoded together', lambda c: f'{c.round.together:,}'),
+    ('KV caches of these, of a device', lambda c: gigabytes(c.cache_bytes)),
+    ('a token for each of these', time('decode_step')),
+    ('decoding', time('decode')),
+    ('prefill', time('prefill')),
+    ('log-probs of old policy and reference', time('scoring')),
+    ('updates', lambda c: f'{c.round.updates}: {seconds(c.update)}'),
+    ('a round', time('seconds')),
+    ('rounds of the run', lambda c: f'{c.round.rounds:,}'),
+    ('device-hours with sampling', lambda c: f'{c.device_hours:,.3g}'),
+    ('dollars with sampling', lambda c: f'{c.dollars:,.3g}'),
+    ('an answer of R1-Zero, as published', each),
+    (
+      "rounds that R1-Zero's device-hours would pay for",
+      lambda c: f'{c.budget:,.0f}',
+    ),
+  ]
+
+
 def _wires(report: Report) -> Table:
   """Returns the table of what a device sends per step, by purpose."""
   title = 'Sent by a device per step'
@@ -157,12 +184,14 @@ def _wires(report: Report) -> Table:
 def render(reports: Mapping[str, Report]) -> Group:
   """Renders plans by name as one Group; assumptions are the first one's."""
   first = next(iter(reports.values()))
+  sampled = {n: r.rollouts for n, r in reports.items() if r.rollouts}
   parts = [
     _table('Model', _model(), reports),
     _table('Memory of the fullest device', _device(), reports),
     *(_wires(r) for r in reports.values() if r.traffic.wires),
     _table('Seconds of a step', _step(), reports),
     _table('Run', _run(), reports),
+    *([_table('Rollouts', _rollouts(), sampled)] if sampled else []),
     *(
       Text(f'WARNING: {name}: {warning}')
       for name, r in reports.items()
@@ -201,7 +230,7 @@ def render_compiled(name: str, program: Program, made: Compiled) -> Group:
   layers = 'scanned' if compute.scan else 'unrolled'
   what = (
     f'{name}: one training step, all {program.model.layers} layers ({layers}),'
-    f' {compute.dtype}, remat {compute.remat}; {program.micro_batch} x'
+    f' {compute.products}, remat {compute.remat}; {program.micro_batch} x'
     f' {program.seq_len} tokens per device on {grid.devices} devices'
     f' ({", ".join(axes) or "no axis"}); experts by {grid.exchange.kind};'
     f' lowered and compiled in {seconds(made.seconds)}'

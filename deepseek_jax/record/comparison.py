@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax import files
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.record import metrics, results
 
 _SEEDS = ('seed', 'data.seed')
@@ -71,8 +71,14 @@ class Arm:
 
 
 def interval(values: Sequence[float]) -> Interval:
-  """Returns mean and 95 % interval of independent values."""
+  """Returns mean and 95 % interval of independent values.
+
+  Raises:
+    InputError: there is no value.
+  """
   array, n = np.asarray(values, np.float64), len(values)
+  if not n:
+    raise InputError('values: there are none; give at least one')
   if n < 2:
     return Interval(float(array.mean()), None, n)
   from scipy.special import stdtrit
@@ -199,13 +205,30 @@ def _distinct(found: list[Arm]) -> list[Arm]:
 
 
 def value(entry: RunFolder, metric: str) -> float | None:
-  """Returns the last value of a metric, None if the run has none."""
+  """Returns the last value of a metric, None if the run has none.
+
+  Raises:
+    InputError: `entry` is no run.
+  """
+  if not isinstance(entry, RunFolder):
+    raise InputError(f'entry: is {told(entry)}; give a run of ds.read_arms')
   held = (entry.results or {}).get('heldout')
   if metric == 'heldout_bits_per_byte' and held:
     return float(held['bits_per_byte'])  # 'nan' of a run that diverged
   if metric not in entry.curves:
     return None
   return float(entry.curves[metric][1][-1])
+
+
+def check_metric(entries: Sequence[RunFolder], metric: str) -> None:
+  """Raises InputError where no run has a metric."""
+  if any(value(entry, metric) is not None for entry in entries):
+    return
+  known = sorted({name for entry in entries for name in entry.curves})
+  raise InputError(
+    f'metric = {metric!r}: no run has it; they have'
+    f' {", ".join(known) or "none"}'
+  )
 
 
 class Difference(NamedTuple):
@@ -217,7 +240,12 @@ class Difference(NamedTuple):
 
 
 def differences(found: Sequence[Arm], metric: str) -> list[Difference]:
-  """Returns each later arm less the first, paired by seed."""
+  """Returns each later arm less the first, paired by seed.
+
+  Raises:
+    InputError: no run has the metric.
+  """
+  check_metric([run for arm in found for run in arm.runs], metric)
   values = lambda arm: {
     run.seed: v for run in arm.runs if (v := value(run, metric)) is not None
   }

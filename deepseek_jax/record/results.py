@@ -17,6 +17,7 @@ from deepseek_jax import files
 from deepseek_jax.version import __version__
 
 FILE = 'results.json'
+EVALUATIONS = 'evaluations'  # a list of what `evaluate` measured
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
 
 
@@ -29,23 +30,42 @@ def write(workdir: Path, values: Mapping[str, Any]) -> Path:
   return path
 
 
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns values as `write` stores them and `read` gives them back."""
+  return json.loads(json.dumps(_finite(values), allow_nan=False))
+
+
 def _finite(value: Any) -> Any:
   """Returns values with 'nan' and 'inf' as texts: JSON has no such number."""
   if isinstance(value, Mapping):
     return {name: _finite(inner) for name, inner in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(inner) for inner in value]
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)
   return value
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
-  """Returns what `write` wrote, or None where a run has not ended.
+  """Returns what a run reached, or None where it has not ended.
+
+  Raises:
+    InputError: the file holds no JSON object.
+  """
+  found = whole(workdir)
+  return found if found.keys() - {EVALUATIONS} else None
+
+
+def whole(workdir: Path) -> dict[str, Any]:
+  """Returns all that the file holds, {} without one.
+
+  A run that has not ended may have evaluations alone.
 
   Raises:
     InputError: it holds no JSON object.
   """
   path = workdir / FILE
-  return files.load_json(str(path)) if path.exists() else None
+  return files.load_json(str(path)) if path.exists() else {}
 
 
 def versions() -> dict[str, str]:

@@ -49,6 +49,9 @@ class ChatWriter(Protocol):
   def prompt(self, text: str) -> list[int]:
     """Returns what the model reads when a user has asked `text`."""
 
+  def message(self, prompt: Sequence[int], answer: Sequence[int]) -> dict:
+    """Returns the assistant's message that tokens behind a prompt spell."""
+
 
 def check(turn: Turn, ends: Sequence[int]) -> None:
   """Raises InputError for a turn that would teach nothing, or never to stop."""
@@ -63,6 +66,54 @@ def check(turn: Turn, ends: Sequence[int]) -> None:
       f' turn ({known}): the model would never learn to stop; use a chat format'
       ' that ends turns'
     )
+
+
+def spoken(
+  chat: ChatWriter,
+  tokenizer: Tokenizer | ByteTokenizer,
+  text: str,
+  answer: Sequence[int],
+) -> list[dict] | None:
+  """Returns the conversation of a question and a sampled answer.
+
+  None where it would be learnt otherwise than it was sampled, spaces aside: the
+  answer is of no form that the chat writes, has no end, or its question is
+  written otherwise once it is answered.
+
+  Args:
+    chat: how it was asked.
+    tokenizer: of the chat.
+    text: the question.
+    answer: sampled tokens, the end of the turn with them.
+  """
+  prompt = chat.prompt(text)
+  messages = [
+    {'role': 'user', 'content': text},
+    chat.message(prompt, answer),
+  ]
+  try:
+    turns = chat.turns(messages)
+    for turn in turns:
+      check(turn, chat.ends)
+  except InputError:
+    return None
+  # Tokens may be others of the same text: an encoder has one way to write it.
+  text_of = tokenizer.decode
+  if len(turns) != 1 or text_of(turns[0].prompt) != text_of(prompt):
+    return None
+  # A form has spaces of its own, around </think> or at the ends.
+  written, said = (text_of(ids).split() for ids in (turns[0].answer, answer))
+  return messages if ''.join(written) == ''.join(said) else None
+
+
+def _plain_message(
+  tokenizer: Tokenizer | ByteTokenizer,
+  answer: Sequence[int],
+  ends: Sequence[int],
+) -> dict:
+  """Returns a message of the text of an answer, its end left out."""
+  said = tokenizer.decode([token for token in answer if token not in ends])
+  return {'role': 'assistant', 'content': said}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +149,22 @@ class PlainChat:
         'the answer calls tools and says nothing: this format holds text alone;'
         ' choose a chat format of a model'
       )
+    if messages[1].get('reasoning_content'):
+      raise InputError(
+        'the answer has reasoning_content, which this format does not write;'
+        ' choose a chat format of a model, or put it into the content'
+      )
     answer = self.tokenizer.encode(messages[1]['content'])
     return [Turn(self.prompt(messages[0]['content']), [*answer, *self.ends])]
 
   def prompt(self, text: str) -> list[int]:
     """Returns the tokens of a prompt."""
     return self.tokenizer.encode(self.form.replace('{}', text))
+
+  def message(self, prompt: Sequence[int], answer: Sequence[int]) -> dict:
+    """Returns the answer's text as a message."""
+    del prompt
+    return _plain_message(self.tokenizer, answer, self.ends)
 
 
 def r1_zero(tokenizer: Tokenizer | ByteTokenizer) -> PlainChat:
@@ -174,6 +235,11 @@ class TemplateChat:
     )
     return self._tokenizer.encode(said, special=True)
 
+  def message(self, prompt: Sequence[int], answer: Sequence[int]) -> dict:
+    """Returns the answer's text as a message; a template tells no parts."""
+    del prompt
+    return _plain_message(self._tokenizer, answer, self.ends)
+
   def _render(
     self, messages: Sequence[Mapping], tools: Sequence[Mapping], **flags: bool
   ) -> str:
@@ -233,6 +299,11 @@ class FormatChat:
       [{'role': 'user', 'content': text}], thinking=self._thinking
     )
     return formats.encode(self._tokenizer, pieces)
+
+  def message(self, prompt: Sequence[int], answer: Sequence[int]) -> dict:
+    """Returns the message that an answer spells, its reasoning by itself."""
+    parser = self._form.parser(self._tokenizer, prompt, ends=self.ends)
+    return parser.parse(answer).message()
 
 
 @dataclasses.dataclass(frozen=True)

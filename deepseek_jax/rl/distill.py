@@ -4,12 +4,15 @@ Teachers come as their last hidden states and their heads, which are applied
 here, as in V4's on-policy distillation: a hidden state is far smaller than a
 row of logits. Prefixes are data, whoever sampled them: no gradient goes through
 sampling.
-Legend: B rows, T tokens, N tokens of a device, D model, E teachers' width,
+A row has one teacher, or all of them with weights, as in V4's sum over teachers
+of w_k KL(student || teacher_k).
+Legend: B rows, T tokens, N tokens of a chunk, D model, E teachers' width,
 V vocabulary, K teachers.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +29,11 @@ from deepseek_jax.train.cross_entropy import float32_logits, split_tokens
 from deepseek_jax.train.objective import Inputs, Objective, Predictions, Shares
 
 METRICS = {'loss': Metric('Divergence from the teacher', 'nats per token')}
+HEADS = 'teacher_heads'  # in a batch: of no row, so micro-batches share it
+_NEEDED = {
+  'teacher_hidden': "[B T+1 ... E], the teachers' last hidden states",
+  HEADS: '[K E V], their heads',
+}
 
 
 def divergence(
@@ -76,12 +84,16 @@ def divergence_sum(
     chunk: tokens at a time, at most; of each device.
   """
 
+  soft = lambda logits: jax.nn.log_softmax(logits / temperature)
+
   def of_chunk(part: tuple, head: jax.Array, heads: jax.Array) -> jax.Array:
     h, state, which, weights = part
-    soft = lambda logits: jax.nn.log_softmax(logits / temperature)
     student = soft(float32_logits(h, head))
-    teacher = soft(_teacher_logits(state, which, heads))
-    value = divergence(student, jax.lax.stop_gradient(teacher), beta)
+    if taught.shares is None:
+      teacher = soft(_teacher_logits(state, which, heads))
+      value = divergence(student, jax.lax.stop_gradient(teacher), beta)
+    else:
+      value = _shared(student, state, heads, taught.shares, soft, beta)
     # A token that does not count may hold anything.
     return jnp.where(weights != 0, value * weights, 0.0).sum()
 
@@ -92,6 +104,38 @@ def divergence_sum(
   which = jnp.broadcast_to(taught.which[:, None], weights.shape)
   tokens = hidden, taught.hidden, which, weights
   return per_device.token_sum(of_device, tokens, (head, taught.heads))
+
+
+def _shared(
+  student: jax.Array,
+  states: jax.Array,
+  heads: jax.Array,
+  shares: tuple[float, ...],
+  soft: Callable[[jax.Array], jax.Array],
+  beta: float,
+) -> jax.Array:
+  """Returns [N]: the sum of the divergences from all teachers, by their shares.
+
+  The logits of one teacher exist at a time, forwards and backwards.
+
+  Args:
+    student: log-probs [N V].
+    states: [N K E]; heads: [K E V].
+    shares: one of each teacher.
+    soft: makes log-probs of logits.
+    beta: see `divergence`.
+  """
+
+  @jax.checkpoint
+  def one(
+    total: jax.Array, taught: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[jax.Array, None]:
+    state, head, share = taught
+    teacher = jax.lax.stop_gradient(soft(float32_logits(state, head)))
+    return total + share * divergence(student, teacher, beta), None
+
+  each_teacher = states.swapaxes(0, 1), heads, jnp.asarray(shares)
+  return jax.lax.scan(one, jnp.zeros(len(student)), each_teacher)[0]
 
 
 def _teacher_logits(
@@ -119,9 +163,11 @@ class Taught:
   """Holds what teachers say of a batch's tokens.
 
   Attributes:
-    hidden: [B T E] last hidden states, after each teacher's final norm.
-    which: [B] int32, the teacher of each row.
+    hidden: last hidden states, after each teacher's final norm: [B T E] of the
+      row's own teacher, or [B T K E] of all.
     heads: [K E V].
+    which: [B] int32, the teacher of each row, where it has one.
+    shares: of each teacher's divergence in a token's, where it has all.
   """
 
   def __init__(
@@ -129,11 +175,13 @@ class Taught:
     hidden: jax.Array,
     heads: jax.Array,
     which: jax.Array | None = None,
+    shares: Sequence[float] | None = None,
   ):
-    """Takes one teacher for all rows unless `which` names each row's."""
+    """Takes one teacher for all rows unless `which` or `shares` says more."""
     self.hidden, self.heads = map(jax.lax.stop_gradient, (hidden, heads))
     rows = hidden.shape[0]
     self.which = jnp.zeros(rows, jnp.int32) if which is None else which
+    self.shares = None if shares is None else tuple(map(float, shares))
 
 
 def stacked(heads: list[np.ndarray]) -> np.ndarray:
@@ -159,85 +207,104 @@ def stacked(heads: list[np.ndarray]) -> np.ndarray:
 class DistillConfig:
   """Describes distillation towards teachers' distributions.
 
-  On samples of the student it is on-policy; R1's is supervised fine-tuning on
-  samples of the teacher, see SFTConfig.
+  On samples of the student (`rollouts`) it is on-policy; R1's is supervised
+  fine-tuning on samples of the teacher, see SFTConfig. The batch has 'trained'
+  [B T+1], 'teacher_heads' [K E V] and 'teacher_hidden': [B T+1 K E], or [B T+1
+  E] with 'teacher' [B] int32, the number of a row's own, unless there is one.
 
   Attributes:
     beta: see `divergence`; 1 is V4's on-policy distillation.
     temperature: of both distributions.
     rescale: multiplies by temperature squared, so that gradients keep their
       size (arXiv:1503.02531, section 2).
+    teachers: folder -> weight of its divergence in the sum: runs, Hugging Face
+      folders or converted ones, of the student's vocabulary. Weights are
+      divided by their sum.
   """
 
   beta: float = 1.0
   temperature: float = 1.0
   rescale: bool = True
+  teachers: dict[str, float] | None = None
 
   def __post_init__(self) -> None:
-    """Raises InputError for a number out of range."""
+    """Raises InputError for a number out of range, or no teacher."""
     within(self, beta=(0, 1))
     above(self, temperature=0)
+    if self.teachers is not None:
+      self._check_teachers()
 
-  def towards(self, heads: np.ndarray | jax.Array) -> 'Distillation':
-    """Returns the configuration with its teachers' heads [K E V]."""
-    return Distillation(self, heads)
+  def _check_teachers(self) -> None:
+    """Raises InputError for teachers that are no folders with weights."""
+    number = lambda w: isinstance(w, int | float) and not isinstance(w, bool)
+    good = isinstance(self.teachers, Mapping) and [
+      isinstance(folder, str) and folder and number(w) and 0 < w < math.inf
+      for folder, w in self.teachers.items()
+    ]
+    if not good or not all(good):
+      raise InputError(
+        f'objective.teachers = {self.teachers!r}: must be a dict of folders and'
+        " weights above 0, as {'runs/teacher': 1.0}"
+      )
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Distillation:
-  """Describes distillation with the heads of its teachers.
-
-  The batch has 'trained' [B T+1], 'teacher_hidden' [B T+1 E] and, of several
-  teachers, 'teacher' [B] int32, its number.
-  """
-
-  config: DistillConfig
-  heads: Any  # [K E V]
+  @property
+  def shares(self) -> tuple[float, ...]:
+    """Returns the share of each teacher; they sum to 1."""
+    weights = tuple((self.teachers or {'': 1.0}).values())
+    return tuple(weight / sum(weights) for weight in weights)
 
   def build(self, model: Any) -> Objective:
-    """Returns the objective; InputError for another vocabulary."""
-    vocab = self.heads.shape[-1]
-    if model is not None and model.config.vocab_size != vocab:
-      raise InputError(
-        f'the teacher has a vocabulary of {vocab} tokens, the student of'
-        f' {model.config.vocab_size}: they must be the same'
-      )
-    return Objective(self._loss, _inputs, mtp=False, metrics=METRICS)
+    """Returns the objective; it asks nothing of the model."""
+    del model
+    return Objective(
+      self._loss, _inputs, mtp=False, metrics=METRICS, shared=(HEADS,)
+    )
 
   def _loss(
     self, predictions: Predictions, inputs: Inputs, shares: Shares
   ) -> tuple[jax.Array, dict]:
     """Returns a micro-batch's share of the loss."""
-    cfg, batch = self.config, inputs.batch
-    which = batch.get('teacher')
-    if which is None and len(self.heads) > 1:
-      raise InputError(
-        f"batch has no 'teacher' [B], which of the {len(self.heads)} a row has"
-      )
-    # The state at a token predicts the next one, as the student's does.
-    taught = Taught(
-      batch['teacher_hidden'][:, :-1], jnp.asarray(self.heads), which
-    )
     total = divergence_sum(
       predictions.hidden,
       predictions.head,
-      taught,
+      self._taught(inputs.batch, predictions.head.shape[1]),
       inputs.weights,
-      beta=cfg.beta,
-      temperature=cfg.temperature,
+      beta=self.beta,
+      temperature=self.temperature,
     )
-    if cfg.rescale:
-      total *= cfg.temperature**2
+    if self.rescale:
+      total *= self.temperature**2
     return total / shares.denominator, {}
+
+  def _taught(self, batch: Mapping[str, jax.Array], vocab: int) -> Taught:
+    """Returns what a batch says of the teachers; InputError if it can't be."""
+    heads, which = batch[HEADS], batch.get('teacher')
+    if heads.shape[2] != vocab:
+      raise InputError(
+        f'the teacher has a vocabulary of {heads.shape[2]} tokens, the student'
+        f' of {vocab}: they must be the same'
+      )
+    # The state at a token predicts the next one, as the student's does.
+    hidden = batch['teacher_hidden'][:, :-1]
+    if hidden.ndim == 3:
+      if which is None and len(heads) > 1:
+        raise InputError(
+          f"batch has no 'teacher' [B], which of the {len(heads)} a row has"
+        )
+      return Taught(hidden, heads, which)
+    if len({hidden.shape[2], len(heads), len(self.shares)}) > 1:
+      raise InputError(
+        f'batch has the states of {hidden.shape[2]} teachers and'
+        f' {len(heads)} heads, objective.teachers {len(self.shares)}'
+      )
+    return Taught(hidden, heads, shares=self.shares)
 
 
 def _inputs(batch: Mapping[str, jax.Array]) -> Inputs:
   """Returns the inputs of a batch; InputError without a teacher's states."""
-  if 'teacher_hidden' not in batch:
-    raise InputError(
-      "batch has no 'teacher_hidden' [B T+1 E], the teacher's last hidden"
-      ' states of its tokens'
-    )
+  for name, what in _NEEDED.items():
+    if name not in batch:
+      raise InputError(f'batch has no {name!r} {what}')
   return answers(batch)
 
 

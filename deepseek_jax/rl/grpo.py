@@ -30,7 +30,8 @@ from deepseek_jax.train.objective import (
 
 METRICS = {
   'loss': Metric('Loss'),
-  'entropy': Metric('Entropy', 'nats per token'),
+  # Not 'entropy', which is the routers'.
+  'policy_entropy': Metric('Entropy', 'nats per token'),
   'kl': Metric('KL to the reference (k3)', 'nats per token'),
   'ratio': Metric('Ratio to the policy at rollout'),
   'clipped_low': Metric('Clipped below', 'share of tokens'),
@@ -59,6 +60,8 @@ class GRPOConfig:
     kl: estimate of KL(policy || reference) in the loss; 'ratio_k3' is V3.2's,
       'k3' R1's (see `policy.divergence` for their gradients).
     kl_weight: beta.
+    reference_every: updates after which the policy becomes the reference (R1:
+      400); 0: the reference stays.
     off_policy_bound: V3.2's delta: an answer with a negative advantage whose
       mean log-ratio to the sampler fell by more leaves the policy term. None:
       all stay. No paper gives a value; those in use lie between 1e-4 and 0.5.
@@ -75,12 +78,16 @@ class GRPOConfig:
     mask_truncated: answers cut at the length limit teach nothing; they stay in
       their group's mean.
     length_penalty: added to rewards; None: nothing.
-    dynamic_sampling: groups whose rewards are equal are drawn anew (DAPO).
+    dynamic_sampling: groups whose rewards are equal, before a length penalty,
+      teach nothing; others are drawn in their place, see RolloutConfig.redraws
+      (DAPO).
     keep_sampling_mask: log-probs are those of the tokens that top-p or top-k
       kept (V3.2), read from the batch's 'kept'.
     keep_routing: experts are those that the sampler's routers chose (V3.2),
       read from the batch's 'routes'.
     mtp: the prediction blocks are 'frozen', or 'trained' on rollouts.
+    router_bias: is 'frozen', or 'updated' by the loads of what is learnt from,
+      at train.bias_rate. With keep_routing these are the sampler's choices.
   """
 
   ratio: Literal['token', 'sequence'] = 'token'
@@ -90,6 +97,7 @@ class GRPOConfig:
   dual_clip: float | None = None
   kl: Literal['none', 'k1', 'k2', 'k3', 'ratio_k3'] = 'none'
   kl_weight: float = 0.0
+  reference_every: int = 0
   off_policy_bound: float | None = None
   aggregation: Literal[
     'sequence_mean', 'token_mean', 'micro_batch_mean', 'constant', 'sum'
@@ -104,12 +112,13 @@ class GRPOConfig:
   keep_sampling_mask: bool = False
   keep_routing: bool = False
   mtp: Literal['frozen', 'trained'] = 'frozen'
+  router_bias: Literal['frozen', 'updated'] = 'frozen'
 
   def __post_init__(self) -> None:
     """Raises InputError for fields out of range or that do not fit."""
     check_choices(self)
     at_least(self, clip_low=0, clip_high=0, dual_clip=1, kl_weight=0)
-    at_least(self, off_policy_bound=0, length=1)
+    at_least(self, off_policy_bound=0, length=1, reference_every=0)
     above(self, temperature=0, log_ratio_limit=0)
     if (self.aggregation == 'constant') != (self.length is not None):
       raise InputError(
@@ -120,6 +129,11 @@ class GRPOConfig:
       raise InputError(
         f'kl_weight = {self.kl_weight}: kl = {self.kl!r}; the loss has a KL'
         " term with a kind and a weight above 0, or none with 'none' and 0"
+      )
+    if self.reference_every and self.kl == 'none':
+      raise InputError(
+        f"reference_every = {self.reference_every}: kl = 'none' has no"
+        ' reference; set it to 0, or kl to a kind'
       )
 
   def build(self, model: Any) -> Objective:
@@ -134,7 +148,13 @@ class GRPOConfig:
     def inputs(batch: Mapping[str, jax.Array]) -> Inputs:
       return _inputs(self, batch)
 
-    return Objective(loss, inputs, mtp=self.mtp == 'trained', metrics=METRICS)
+    return Objective(
+      loss,
+      inputs,
+      mtp=self.mtp == 'trained',
+      metrics=METRICS,
+      moves_biases=self.router_bias == 'updated',
+    )
 
 
 # Fields of a batch [B T+1] beside 'tokens', 'segments' and 'positions', each at
@@ -146,7 +166,7 @@ BATCH = {
   'sampler': 'float32 log-probs as sampled, NaN unknown; absent: `old`',
   'reference': 'float32 log-probs under the reference, with a KL term',
   'kept': '[B T+1 W] uint32, with keep_sampling_mask',
-  'routes': '[B T+1 L K] int32, with keep_routing: experts of the token as it'
+  'routes': '[B T+1 L K] integers, with keep_routing: experts of a token as it'
   ' was read; -1 where that is not known',
 }
 
@@ -210,7 +230,7 @@ def _loss(
     cfg, made.objective, tokens, shares.denominator, shares.micro_batches
   )
   mean = lambda x: (x * inputs.weights).sum() / shares.denominator
-  statistics = made.statistics | {'entropy': entropy}
+  statistics = made.statistics | {'policy_entropy': entropy}
   metrics = {'loss': loss} | {k: mean(v) for k, v in statistics.items()}
   if 'mtp_hidden' in predictions.aux:
     extra = mtp_loss(predictions, inputs) / shares.denominator
@@ -221,7 +241,13 @@ def _loss(
 
 def r1_zero() -> GRPOConfig:
   """Returns R1-Zero's objective; its clip range is not published, so R1's."""
-  return GRPOConfig(clip_low=10.0, clip_high=10.0, kl='k3', kl_weight=0.001)
+  return GRPOConfig(
+    clip_low=10.0,
+    clip_high=10.0,
+    kl='k3',
+    kl_weight=0.001,
+    reference_every=400,
+  )
 
 
 def r1() -> GRPOConfig:

@@ -8,36 +8,13 @@ Legend: B rows, T tokens, N = B T, D model, V vocabulary, W 32-bit words.
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.infer.kept_tokens import unpacked
 from deepseek_jax.model.attention.query_blocks import each
 from deepseek_jax.train.cross_entropy import (
   float32_logits,
   join_tokens,
   split_tokens,
 )
-
-BITS = 32  # of a word of kept tokens
-
-
-def words_of(vocab: int) -> int:
-  """Returns W, the words that hold one bit for each token."""
-  return -(-vocab // BITS)
-
-
-def packed(kept: jax.Array) -> jax.Array:
-  """Returns bools [... V] as bits, [... W] uint32; the first is the lowest."""
-  vocab = kept.shape[-1]
-  filler = [(0, 0)] * (kept.ndim - 1) + [(0, words_of(vocab) * BITS - vocab)]
-  bits = jnp.pad(kept, filler).astype(jnp.uint32)
-  bits = bits.reshape(*kept.shape[:-1], -1, BITS)
-  place = jnp.arange(BITS, dtype=jnp.uint32)
-  return (bits << place).sum(axis=-1, dtype=jnp.uint32)
-
-
-def unpacked(words: jax.Array, vocab: int) -> jax.Array:
-  """Inverts `packed`: [... W] -> bools [... V]."""
-  place = jnp.arange(BITS, dtype=jnp.uint32)
-  bits = (words[..., None] >> place) & 1
-  return bits.reshape(*words.shape[:-1], -1)[..., :vocab].astype(bool)
 
 
 def sampled(
@@ -57,8 +34,9 @@ def sampled(
     labels: [B T] int32, any value where the mask is 0.
     mask: [B T], 0 where no token was sampled.
     temperature: divides the logits.
-    kept: [B T W] uint32, the tokens that sampling kept, as `packed` gives
-      them; the sampled one always counts, and no bit at all means no limit.
+    kept: [B T W] uint32, the tokens that sampling kept, see
+      `infer.kept_tokens`; the sampled one always counts, and no bit at all
+      means no limit.
     chunk: tokens at a time, at most.
 
   Returns:

@@ -6,22 +6,36 @@ Legend: N prompts, G answers of a group, R rows, S tokens of a row.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import above, at_least, within
 from deepseek_jax.data import packing
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer.request import Request, Sampling
-from deepseek_jax.model.transformer import Model
-from deepseek_jax.rl import log_probs
+from deepseek_jax.infer import kept_tokens
+from deepseek_jax.infer.request import Answer, Request, Sampling
+from deepseek_jax.record.metric import Metric
 from deepseek_jax.rl.advantages import advantages
 from deepseek_jax.rl.grpo import GRPOConfig
-from deepseek_jax.train.objective import next_token
+
+_PLAIN = GRPOConfig()
+# What is said of a round, beside what the objective says of each update.
+METRICS = {
+  'reward': Metric('Reward', 'of an answer'),
+  'reward_std': Metric('Reward, deviation'),
+  'heldout_reward': Metric('Reward on held-out prompts'),
+  'answer_length': Metric('Answer length', 'tokens'),
+  'truncated': Metric('Answers cut at the limit', 'share'),
+  'unscored': Metric('Answers without a reward', 'share'),
+  'verifier_errors': Metric('Verifier errors', 'of a round'),
+  'equal_groups': Metric('Groups with equal rewards', 'share'),
+  'redrawn': Metric('Groups drawn in the place of these', 'share'),
+  'mismatch_most': Metric('Sampler against trainer, largest', 'nats'),
+  'mismatch_mean': Metric('Sampler against trainer, of a round', 'nats'),
+  'acceptance': Metric('Drafts accepted', 'share'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,31 +43,78 @@ class RolloutConfig:
   """Describes how answers are sampled.
 
   Attributes:
-    prompts: N of a step.
+    prompts: N of a round.
     group: G, answers of a prompt.
     most: tokens of an answer.
+    updates: mini-batches of a round, one update each (R1: 16). With several
+      the policy at the round's beginning stays the old one of the ratio.
+    epochs: times that a round is learnt from (R1: 1).
+    redraws: with the objective's dynamic_sampling, at most so many times a
+      round draws other prompts for groups whose rewards are equal.
     temperature: must be the objective's.
-    top_p: other than 1 needs the objective's keep_sampling_mask.
+    top_k: other than 0 needs the objective's keep_sampling_mask.
+    top_p: other than 1 needs it, too.
+    drafts: tokens that the model's own multi-token prediction guesses at a
+      time while it samples; the answers are the same. 0: none.
     slots: answers that are decoded together.
+    reference: folder of a run of the same model whose weights the KL term
+      compares with; '': the weights that this run begins with.
+    compare_every: rounds between comparisons of the sampler's log-probs, and of
+      its experts, with the trainer's, a forward pass each; 0: never. With
+      several updates of a round log-probs are always compared.
+    patience: after so many rounds in a row in which no group's rewards differ a
+      line says so; 0: never.
     seconds: by the clock, that a verifier may take for an answer.
     processes: of verifiers.
+    permuted: deals the rewards of a round out at random over all its answers:
+      a control, from which nothing true can be learnt.
   """
 
   prompts: int = 32
   group: int = 16
   most: int = 128
+  updates: int = 1
+  epochs: int = 1
+  redraws: int = 3
   temperature: float = 1.0
+  top_k: int = 0
   top_p: float = 1.0
+  drafts: int = 0
   slots: int = 64
+  reference: str = ''
+  compare_every: int = 10
+  patience: int = 10
   seconds: float = 10.0
   processes: int = 1
+  permuted: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range; two answers at least."""
     at_least(self, 'rollout.', prompts=1, group=2, most=1)
-    at_least(self, 'rollout.', slots=1, processes=1)
+    at_least(self, 'rollout.', slots=1, processes=1, updates=1, epochs=1)
+    at_least(self, 'rollout.', redraws=0, top_k=0, drafts=0)
+    at_least(self, 'rollout.', compare_every=0, patience=0)
     above(self, 'rollout.', temperature=0, seconds=0)
     within(self, 'rollout.', ends='(]', top_p=(0, 1))
+    if '\0' in self.reference:
+      raise InputError(
+        f'rollout.reference = {self.reference!r}: is no path; name a folder'
+      )
+    if self.updates > self.prompts * self.group:
+      raise InputError(
+        f'rollout.updates = {self.updates}: a round has only'
+        f' {self.prompts * self.group} answers; lower it'
+      )
+
+  @property
+  def steps(self) -> int:
+    """Returns the updates that a round gives."""
+    return self.updates * self.epochs
+
+  @property
+  def cuts(self) -> bool:
+    """Returns whether answers are sampled from a part of the vocabulary."""
+    return self.top_p != 1 or self.top_k != 0
 
 
 class Rollout(NamedTuple):
@@ -63,6 +124,8 @@ class Rollout(NamedTuple):
   tokens: tuple[int, ...]  # the end token with them
   sampled: tuple[float, ...]  # log-prob of each by the sampling distribution
   whole: bool  # ended by itself, not at the limit
+  routes: np.ndarray | None = None  # of prompt and tokens, as `Event` has them
+  kept: np.ndarray | None = None  # of tokens, as `Event` has them
 
 
 def check(cfg: RolloutConfig, objective: GRPOConfig) -> None:
@@ -73,10 +136,24 @@ def check(cfg: RolloutConfig, objective: GRPOConfig) -> None:
       f' {objective.temperature}; the ratio compares one distribution: set both'
       ' alike'
     )
-  if cfg.top_p != 1:
+  if cfg.cuts and not objective.keep_sampling_mask:
+    name = 'top_p' if cfg.top_p != 1 else 'top_k'
     raise InputError(
-      f'rollout.top_p = {cfg.top_p}: the engine does not return the tokens that'
-      ' it kept, so the trainer could not renormalise over them; set it to 1'
+      f'rollout.{name} = {getattr(cfg, name)}: objective.keep_sampling_mask ='
+      ' False; the trainer would compare with the whole vocabulary; set it to'
+      ' True, or leave the cut out'
+    )
+  every = objective.reference_every
+  if every % cfg.steps:
+    raise InputError(
+      f'objective.reference_every = {every}: must be a multiple of'
+      f' rollout.updates * rollout.epochs = {cfg.steps}, as a round has one'
+      ' reference'
+    )
+  if cfg.reference and (objective.kl == 'none' or every):
+    raise InputError(
+      f'rollout.reference = {cfg.reference!r}: needs an objective with a kl'
+      ' and reference_every = 0'
     )
 
 
@@ -87,6 +164,8 @@ def sample(
   *,
   stop: Sequence[int],
   seed: int,
+  first: int = 0,
+  objective: GRPOConfig = _PLAIN,
 ) -> list[list[Rollout]]:
   """Returns G answers of each of N prompts.
 
@@ -97,6 +176,12 @@ def sample(
     stop: tokens that end an answer.
     seed: with a prompt's place and an answer's number it alone decides what is
       drawn, whatever else runs.
+    first: the place of the first prompt.
+    objective: decides what is recorded beside the tokens; the engine must keep
+      it, see `infer.engine_config.EngineConfig`.
+
+  Raises:
+    InputError: an answer ended with an error.
   """
   requests = [
     Request(
@@ -104,35 +189,65 @@ def sample(
       max_new_tokens=cfg.most,
       n=cfg.group,
       logprobs=0,
+      routes=objective.keep_routing,
+      kept=objective.keep_sampling_mask and cfg.cuts,
       sampling=Sampling(
         temperature=cfg.temperature,
+        top_k=cfg.top_k,
         top_p=cfg.top_p,
         # Seeds of a group are neighbours: groups lie G apart.
         seed=(seed + cfg.group * place) % 2**63,
         stop=tuple(stop),
       ),
     )
-    for place, prompt in enumerate(prompts)
+    for place, prompt in enumerate(prompts, start=first)
   ]
+  words = kept_tokens.words_of(engine.model.config.vocab_size)
+  # No bit at all is no limit.
+  free = words if objective.keep_sampling_mask and not cfg.cuts else None
   return [
-    [
-      Rollout(
-        request.prompt,
-        answer.tokens,
-        tuple(p.sampled for p in answer.logprobs),
-        answer.finish == 'stop',
-      )
-      for answer in answers
-    ]
+    [_rollout(request, answer, free) for answer in answers]
     for request, answers in zip(requests, engine.run(requests))
   ]
+
+
+def _rollout(request: Request, answer: Answer, words: int | None) -> Rollout:
+  """Returns what an engine answered.
+
+  Args:
+    request: what was asked.
+    answer: of the engine.
+    words: W, where tokens were drawn from all and that is to be recorded.
+
+  Raises:
+    InputError: the answer ended with an error.
+  """
+  if answer.finish == 'error':
+    raise InputError(f'rollouts: an answer ended with an error: {answer.error}')
+  kept = answer.kept
+  if words is not None:
+    kept = np.zeros((len(answer.tokens), words), np.uint32)
+  return Rollout(
+    request.prompt,
+    answer.tokens,
+    tuple(p.sampled for p in answer.logprobs),
+    answer.finish == 'stop',
+    answer.routes,
+    kept,
+  )
+
+
+def varied(rewards: np.ndarray, cfg: GRPOConfig) -> np.ndarray:
+  """Returns whether the rewards [N G] of a group differ, [N] bool."""
+  return advantages(rewards, cfg.advantage).varied
 
 
 class Lesson(NamedTuple):
   """Holds what is learnt of rollouts, and what there is to say about them.
 
   Attributes:
-    sequences: name -> array [n], one mapping for each answer.
+    sequences: name -> array [n], one mapping for each answer that teaches
+      something; one that is not trained if there is none.
     statistics: numbers by name.
   """
 
@@ -168,19 +283,23 @@ def lesson(
     shaped = rewards + cfg.length_penalty(lengths)
   made = advantages(shaped, cfg.advantage)
   learns = made.scored & (whole | (not cfg.mask_truncated))
-  if cfg.dynamic_sampling:  # the others teach nothing: draw more in their place
-    learns = learns & made.varied[:, None]
+  differ = varied(rewards, cfg)
+  if cfg.dynamic_sampling:
+    learns = learns & differ[:, None]
   sequences = [
     _sequence(rollout, made.values[n, g])
     for n, group in enumerate(groups)
     for g, rollout in enumerate(group)
     if learns[n, g]
   ]
+  if not sequences:  # a round that teaches nothing is a step all the same
+    one = _sequence(groups[0][0], 0.0)
+    sequences = [one | {'trained': np.zeros_like(one['trained'])}]
   known = rewards[made.scored]
   statistics = {
     'reward': known.mean() if known.size else np.nan,
     'reward_std': known.std() if known.size else np.nan,
-    'equal_groups': 1 - made.varied.mean(),
+    'equal_groups': 1 - differ.mean(),
     'unscored': 1 - made.scored.mean(),
     'truncated': 1 - whole.mean(),
     'answer_length': lengths.mean(),
@@ -192,7 +311,10 @@ def _sequence(rollout: Rollout, advantage: float) -> dict[str, np.ndarray]:
   """Returns the arrays of one answer, its prompt before it."""
   before, after = len(rollout.prompt), len(rollout.tokens)
   fill = lambda value: np.full(before, value, np.float32)
-  return {
+  more = {} if rollout.routes is None else {'routes': rollout.routes}
+  if rollout.kept is not None:
+    more['kept'] = np.pad(rollout.kept, ((before, 0), (0, 0)))
+  return more | {
     'tokens': np.array([*rollout.prompt, *rollout.tokens], np.int32),
     'trained': np.concatenate([fill(0), np.ones(after, np.float32)]),
     'advantages': np.full(before + after, advantage, np.float32),
@@ -212,65 +334,68 @@ def batch(
     pad: the token of padding.
 
   Raises:
-    InputError: nothing is left to learn, or an answer is longer than a row.
+    InputError: no answer has a score, or one is longer than a row.
   """
-  if not made.sequences:
-    raise InputError(
-      'rollouts: no answer is left to learn from'
-      f' ({made.statistics["unscored"]:.0%} have no score,'
-      f' {made.statistics["equal_groups"]:.0%} of the groups have equal'
-      ' rewards); look at the verifier, or choose easier prompts'
-    )
-  sizes = [len(s['tokens']) for s in made.sequences]
-  placed = packing.best_fit(sizes, length)
+  _check_scored(made)
+  placed = packing.best_fit([len(s['tokens']) for s in made.sequences], length)
   placed += [[]] * (-len(placed) % rows)
-  return packing.laid_out(made.sequences, placed, length, pad=pad)
+  return _laid_out(made, placed, length, pad)
 
 
-def scorer(
-  model: Model, cfg: GRPOConfig
-) -> Callable[[Mapping, Mapping[str, Any]], np.ndarray]:
-  """Returns (variables, batch) -> log-probs [R S] of the tokens that learn.
+def _laid_out(
+  made: Lesson, placed: list[list[int]], length: int, pad: int
+) -> dict[str, np.ndarray]:
+  """Returns the answers laid out in rows; padding has no experts."""
+  out = packing.laid_out(made.sequences, placed, length, pad=pad)
+  if 'routes' in out:
+    out['routes'][out['segments'] == 0] = -1
+  return out
 
-  By the trainer's own forward, of the distribution that was sampled from; 0
-  elsewhere. It gives a batch its 'old' and, with other weights, 'reference'.
+
+def mini_batches(
+  made: Lesson, length: int, rows: int, count: int, *, seed: int, pad: int = 0
+) -> dict[str, np.ndarray]:
+  """Returns the answers packed into `count` mini-batches of `rows` rows each.
+
+  Which answers share a mini-batch is drawn; of one they keep their order.
+
+  Args:
+    made: what to learn.
+    length: S.
+    rows: of a mini-batch; those without an answer are padding.
+    count: mini-batches.
+    seed: of the draw.
+    pad: the token of padding.
+
+  Returns:
+    Arrays [count * rows S], a mini-batch after the other.
+
+  Raises:
+    InputError: as for `batch`, or the answers do not fit.
   """
+  _check_scored(made)
+  sizes = np.array([len(s['tokens']) for s in made.sequences])
+  order = np.arange(len(sizes))
+  if count > 1:
+    order = np.random.default_rng(seed).permutation(len(sizes))
+  placed: list[list[int]] = []
+  for part in np.array_split(order, count):
+    own = packing.best_fit(sizes[part].tolist(), length)
+    if len(own) > rows:
+      raise InputError(
+        f'train.batch.size = {rows}: {len(part)} answers do not fit so many'
+        f' rows of {length} tokens; set it to {-(-len(sizes) // count)}, or'
+        ' data.seq_len higher'
+      )
+    placed += [[int(part[n]) for n in row] for row in own]
+    placed += [[]] * (rows - len(own))
+  return _laid_out(made, placed, length, pad)
 
-  def run(variables: Mapping, batch: Mapping[str, jax.Array]) -> jax.Array:
-    inputs = next_token(batch)
-    routes = batch['routes'][:, :-1] if cfg.keep_routing else None
-    out = model.apply(
-      variables,
-      inputs.tokens,
-      positions=inputs.positions,
-      segment_ids=inputs.segments,
-      train=True,
-      routes=routes,
+
+def _check_scored(made: Lesson) -> None:
+  """Raises InputError where no answer has a score."""
+  if made.statistics['unscored'] == 1:
+    raise InputError(
+      'rollouts: no answer has a score, so nothing can be learnt; look at the'
+      ' rewards of the task'
     )
-    kept = batch['kept'][:, 1:] if cfg.keep_sampling_mask else None
-    said, _ = log_probs.sampled(
-      out.hidden,
-      model.head(variables),
-      inputs.labels,
-      batch['trained'][:, 1:] * inputs.weights,
-      temperature=cfg.temperature,
-      kept=kept,
-    )
-    return jnp.pad(said, ((0, 0), (1, 0)))  # the first token has none
-
-  return jax.jit(run)
-
-
-def mismatch(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """Returns how far the sampler is from the trainer, of a batch with 'old'.
-
-  The largest and the mean gap of a token's log-prob. In one program with equal
-  weights both are rounding.
-  """
-  on = (batch['trained'] > 0) & (batch['positions'] > 0)
-  on &= ~np.isnan(batch['sampler'])
-  gap = np.abs(batch['sampler'][on] - batch['old'][on])
-  return {
-    'mismatch_most': float(gap.max(initial=0)),
-    'mismatch_mean': float(gap.mean()) if gap.size else 0.0,
-  }

@@ -14,7 +14,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,19 @@ _PAUSE = 5.0  # seconds before a save is tried again
 
 
 class Restored(NamedTuple):
-  """Describes a restored checkpoint: state, data position, configuration."""
+  """Describes a restored checkpoint.
+
+  Attributes:
+    state: of the training.
+    data: where the data stream stood.
+    config: of the run.
+    held: arrays of the stream by dotted name, where they were asked for.
+  """
 
   state: Any
   data: dict
   config: dict
+  held: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -108,6 +117,7 @@ class Checkpoints:
     # Named, so that a manager that has saved nothing knows how to read, too.
     handlers = {
       'state': ocp.StandardCheckpointHandler(),
+      'held': ocp.StandardCheckpointHandler(),
       'data': ocp.JsonCheckpointHandler(),
       'config': ocp.JsonCheckpointHandler(),
     }
@@ -205,7 +215,14 @@ class Checkpoints:
       integrity.write_manifest(folder)
 
   def save(
-    self, step: int, state: Any, data: dict, config: dict, *, wait: bool = False
+    self,
+    step: int,
+    state: Any,
+    data: dict,
+    config: dict,
+    *,
+    held: Any = None,
+    wait: bool = False,
   ) -> None:
     """Starts saving; arrays are copied before it returns.
 
@@ -216,28 +233,33 @@ class Checkpoints:
       state: a tree of arrays.
       data: the data stream's state, JSON values.
       config: the resolved configuration, JSON values.
+      held: a tree of arrays of the data stream, or nothing.
       wait: returns when all is on disk; tries again when that fails.
 
     Raises:
       InputError: the second save in a row failed.
     """
     self._settle()
-    self._begin(step, state, data, config)
+    self._begin(step, state, data, config, held)
     while wait and not self._settle():
       time.sleep(_PAUSE)
-      self._begin(step, state, data, config)
+      self._begin(step, state, data, config, held)
 
   def wait(self) -> None:
     """Waits until the last save is on disk, or has failed."""
     self._settle()
 
-  def _begin(self, step: int, state: Any, data: dict, config: dict) -> None:
+  def _begin(
+    self, step: int, state: Any, data: dict, config: dict, held: Any
+  ) -> None:
     """Hands a step to orbax, which writes it in the background."""
     args, self._saving = self._ocp.args, step
+    more = {'held': args.StandardSave(flatten(held))} if held else {}
     items = args.Composite(
       state=args.StandardSave(flatten(state)),
       data=args.JsonSave(data),
       config=args.JsonSave(config),
+      **more,
     )
     with self._counting_failures(step):
       self._manager.save(step, args=items)
@@ -277,7 +299,12 @@ class Checkpoints:
         ' again'
       ) from error
 
-  def restore(self, step: int, like: Any) -> Restored:
+  def restore(
+    self,
+    step: int,
+    like: Any,
+    held: Callable[[str, Any], Any] | None = None,
+  ) -> Restored:
     """Returns the checkpoint of `step`.
 
     Args:
@@ -285,6 +312,8 @@ class Checkpoints:
       like: a tree of arrays or jax.ShapeDtypeStructs (with shardings, when
         they matter) that the stored state must equal in names, shapes, dtypes.
         Where it has NumPy's arrays, those are restored.
+      held: maps the name of an array of the data stream, and its shape and
+        dtype, to what `like` would have for it; None leaves them out.
 
     Raises:
       InputError: a difference, each named.
@@ -301,17 +330,29 @@ class Checkpoints:
         f' differences): {shown}'
       )
     abstract = jax.tree.map(_abstract, wanted)
+    more = self._held(step, held) if held else {}
     restored = self._manager.restore(
       step,
       args=args.Composite(
         state=args.StandardRestore(abstract),
         data=args.JsonRestore(),
         config=args.JsonRestore(),
+        **({'held': args.StandardRestore(more)} if more else {}),
       ),
     )
     leaves = [restored['state'][name] for name in wanted]
     tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return Restored(tree, restored['data'], restored['config'])
+    kept = dict(restored['held']) if more else {}
+    return Restored(tree, restored['data'], restored['config'], kept)
+
+  def _held(
+    self, step: int, held: Callable[[str, Any], Any]
+  ) -> dict[str, np.ndarray | jax.ShapeDtypeStruct]:
+    """Returns what to restore of the data stream's arrays, by name."""
+    if not (self.directory / str(step) / 'held').exists():
+      return {}
+    stored = self._manager.item_metadata(step)['held']
+    return {n: _abstract(held(n, stored[n])) for n in stored}
 
 
 def _unused(path: Path) -> Path:

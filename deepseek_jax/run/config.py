@@ -9,6 +9,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
 from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.rl.rollout import check as check_rollouts
@@ -94,7 +95,9 @@ class RunConfig:
   model: TransformerConfig
   data: datalib.DataConfig
   train: TrainConfig
-  objective: PretrainingConfig | SFTConfig | GRPOConfig = PretrainingConfig()
+  objective: PretrainingConfig | SFTConfig | GRPOConfig | DistillConfig = (
+    PretrainingConfig()
+  )
   rollouts: RolloutConfig | None = None
   chat: ChatConfig | None = None
   evaluate: EvaluateConfig = EvaluateConfig()
@@ -112,7 +115,9 @@ class RunConfig:
     configs.check_choices(self)
     self._check_numbers()
     self._check_validation()
-    if self.rollouts is not None:
+    if isinstance(self.objective, DistillConfig):
+      self._check_distillation()
+    elif self.rollouts is not None:
       self._check_rollouts()
     if isinstance(self.objective, SFTConfig) and self.chat is None:
       raise InputError(
@@ -141,15 +146,46 @@ class RunConfig:
         ' by a chat; set objective and chat, or rollouts = None'
       )
     check_rollouts(self.rollouts, self.objective)
-    if self.objective.keep_routing or self.objective.keep_sampling_mask:
+    batch, mesh = self.train.batch, self.mesh
+    if self.rollouts.updates > 1 and batch.at(0) != batch.size:
       raise InputError(
-        'objective.keep_routing, objective.keep_sampling_mask: the engine'
-        ' returns neither the experts of a token nor the tokens that it kept;'
-        ' set both to False'
+        f'train.batch.size = {batch.size}: begins with {batch.at(0)}, but'
+        f' rollouts.updates = {self.rollouts.updates} mini-batches of a round'
+        ' have one size; leave the ramp out'
+      )
+    layers = self.model.in_order()
+    if self.objective.keep_routing and not any(l.block.routed for l in layers):
+      raise InputError(
+        'objective.keep_routing = True: the model has no experts; set it to'
+        ' False'
+      )
+    for axis in ('stage', 'context'):
+      if getattr(mesh, axis) > 1:
+        raise InputError(
+          f'mesh.{axis} = {getattr(mesh, axis)}: answers are sampled a token at'
+          f' a time by whole layers; set mesh.{axis} to 1'
+        )
+    if self.rollouts.slots % mesh.ways('batch'):
+      raise InputError(
+        f'rollouts.slots = {self.rollouts.slots}: must be a multiple of the'
+        f' {mesh.ways("batch")} shards of a batch (mesh: {mesh.spread})'
+      )
+    if self.rollouts.drafts and not self.model.mtp.depth:
+      raise InputError(
+        f'rollouts.drafts = {self.rollouts.drafts}: model.mtp.depth = 0, so'
+        ' nothing guesses tokens; set it to 0'
+      )
+
+  def _check_distillation(self) -> None:
+    """Raises InputError where distillation does not fit chat or mesh."""
+    if self.chat is None:
+      raise InputError(
+        'objective = distill: learns the answers of conversations, or those to'
+        " a task with rollouts; set chat, as in chat = ChatConfig('plain')"
       )
     if self.mesh != MeshConfig():
       raise InputError(
-        f'mesh = {self.mesh}: rollouts run on one device; leave the mesh out'
+        f'mesh = {self.mesh}: teachers run on one device; leave the mesh out'
       )
 
   def _check_numbers(self) -> None:

@@ -21,8 +21,9 @@ from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.record.writers import ScalarWriter
-from deepseek_jax.run import agreement, sources
+from deepseek_jax.run import agreement, reference_policy, sources
 from deepseek_jax.run.checkpoint import Checkpoints
+from deepseek_jax.run.chosen import chosen
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
   Loaded,
@@ -102,8 +103,16 @@ def _opened(
     begun = (workdir / 'config.json').exists()
     if first and config.init_from and not begun:
       check_source(config, model, store.tokenizer())
+    if first and config.rollouts and config.rollouts.reference and not begun:
+      reference_policy.check(config, model, store.tokenizer())
     changes = claim(workdir, config)
   return store, batches, changes
+
+
+def _went_on(resumed: int, changes: Iterable[str]) -> list[str]:
+  """Returns lines on where a run goes on, and what it changed."""
+  lines = [f'resumed from step {resumed}'] if resumed else []
+  return lines + [f'config.json changed: {change}' for change in changes]
 
 
 def fit(
@@ -135,11 +144,11 @@ def fit(
   """
   workdir = path_of(workdir)
   _check(config)
+  config = chosen(config, workdir)
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)
-    path = workdir / 'timeline.jsonl' if first else None
-    timeline = Timeline(path, say.warn)
+    timeline = Timeline(workdir / 'timeline.jsonl' if first else None, say.warn)
     with timeline.phase('init'):
       model = build(config.model)
       # Whatever does not fit is found here.
@@ -166,13 +175,11 @@ def fit(
         config, model, workdir, resumed, console=console, writers=writers
       )
       with record:
-        for line in announce(config, store) if announce and first else ():
+        lines = announce(config, store) if announce and first else ()
+        for line in (*lines, *_went_on(resumed, changes)):
           record.writer.log(line)
-        if resumed:
-          record.writer.log(f'resumed from step {resumed}')
-        for change in changes:
-          record.writer.log(f'config.json changed: {change}')
         kept = config.safety.last_steps if first else 0
+        trace = (profile, workdir / 'profile') if profile and first else None
         trainer = Trainer(
           config,
           store,
@@ -183,7 +190,7 @@ def fit(
           preemption,
           timeline,
           LastSteps(workdir / 'abort.jsonl', kept),
-          (profile and first and Profile(profile, workdir / 'profile')) or None,
+          trace and Profile(*trace),
           until,
         )
         state = steps.whole(trainer.run(state))

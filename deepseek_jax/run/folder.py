@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,9 @@ def code_of(config: RunConfig) -> dict:
 
 
 # What may differ when a run goes on, as it changes no number that is trained:
-# what faults do, where arrays lie, which files are kept, how often and in what
-# batches is validated, when to give up. A dot at the end takes in all below.
+# what faults do, where arrays lie, how XLA compiles, which files are kept, how
+# often and in what batches is validated, when to give up. A dot at the end
+# takes in all below.
 _FREE = (
   'safety.',
   'mesh.',
@@ -47,6 +49,8 @@ _FREE = (
   'evaluate.batch',
   'train.gate.patience',
   'data.cache_dir',
+  'model.compute.xla',
+  'model.compute.xla.',
 )
 _PREFIXES = tuple(name for name in _FREE if name.endswith('.'))
 _MOVED = 'data.path'  # so may this, if a checkpoint vouches for the windows
@@ -325,21 +329,25 @@ def _step_to_load(
 
 
 def restore(
-  checkpoints: Checkpoints, step: int, like: TrainState, config: RunConfig
+  checkpoints: Checkpoints,
+  step: int,
+  like: TrainState,
+  config: RunConfig,
+  held: Callable[[str, Any], Any] | None = None,
 ) -> Restored:
   """Returns the checkpoint of a step of this run.
 
   Args:
     checkpoints: of the run.
     step: by the name of its folder.
-    like: see `Checkpoints.restore`.
+    like, held: see `Checkpoints.restore`.
     config: of the run.
 
   Raises:
     InputError: the folder holds another step, or one that was saved with other
       values of fields that change numbers.
   """
-  restored = checkpoints.restore(step, like)
+  restored = checkpoints.restore(step, like, held)
   where, inside = checkpoints.directory / str(step), int(restored.state.step)
   if inside != step:
     raise InputError(

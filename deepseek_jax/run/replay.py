@@ -12,10 +12,13 @@ from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processor
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.record import last_steps, metrics
 from deepseek_jax.run import folder, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
+from deepseek_jax.run.start import restored_to
 from deepseek_jax.train.step import TrainState, train_step
 
 
@@ -62,18 +65,24 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   if step > config.steps:
     raise InputError(f'step = {step}: the run has {config.steps} steps')
   model = build(config.model)
-  batches = sources.batches(sources.opened(config, say.warn), config)
+  # Here all is on one device, rollouts too.
+  here = dataclasses.replace(config, mesh=MeshConfig())
+  batches = sources.batches(sources.opened(config, say.warn), here)
   # From the nearest checkpoint on, the same program on the same batches.
   state = _before(workdir, step, config, model, batches)
   run = jax.jit(
     train_step(model, config.train, config.objective),
     donate_argnums=0,
+    compiler_options=processor.options('train', config.model.compute.xla),
   )
   written, aborted = _written(workdir), _written_batches(workdir)
   for number in range(int(state.step) + 1, step + 1):
     tokens = int(state.sequences) * config.data.seq_len
     first = batches.get_state()['next_index']
     size = config.train.batch.at(tokens)
+    # Rollouts are drawn by the weights; other batches do not look.
+    variables = {'params': state.params, 'buffers': state.buffers}
+    batches.see(lambda variables=variables: variables)
     batch = batches.next(size)
     state, out = run(state, batch)
     known = aborted.get(number, {})
@@ -107,10 +116,9 @@ def _before(
   ) as checkpoints:
     found = checkpoints.newest_whole(before=step)
     if found is None:
-      return jax.jit(fresh)()
+      return jax.jit(fresh, compiler_options=processor.options('init'))()
     like = jax.eval_shape(fresh)
-    restored = folder.restore(checkpoints, found, like, config)
-  batches.set_state(restored.data)
+    restored = restored_to(checkpoints, found, like, config, batches)
   return restored.state
 
 

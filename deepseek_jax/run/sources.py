@@ -6,7 +6,8 @@ from typing import Any
 from deepseek_jax import data as datalib
 from deepseek_jax.rl import conversation_store
 from deepseek_jax.rl.conversation_store import ConversationStore
-from deepseek_jax.run import rl
+from deepseek_jax.rl.distill import DistillConfig
+from deepseek_jax.run import rl, teachers
 from deepseek_jax.run.config import RunConfig
 
 Store = datalib.TokenStore | ConversationStore | rl.TaskStore
@@ -23,6 +24,10 @@ def opened(config: RunConfig, say: Callable[[str], None]) -> Store:
 
 def batches(store: Store, config: RunConfig) -> datalib.Batches:
   """Returns the stream of batches that a run trains on."""
+  if isinstance(config.objective, DistillConfig):
+    taught = config.rollouts is None
+    kind = teachers.TaughtBatches if taught else teachers.StudentBatches
+    return kind(store, config)
   if config.rollouts is not None:
     return rl.RolloutBatches(store, config)
   made = (

@@ -26,6 +26,7 @@ from deepseek_jax.record.metrics import (
 )
 from deepseek_jax.record.routing import FlightRecorder
 from deepseek_jax.record.writers import ScalarWriter, WandB
+from deepseek_jax.rl import rollout
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.folder import as_json
 from deepseek_jax.train import layer_losses
@@ -73,7 +74,8 @@ class StepRecord:
     self.writer = _writer(config, workdir, resumed, console, writers)
     self._known = metrics_of(config.objective.build(model))
     if first:
-      describe(workdir, self._known | METRICS)
+      rounds = rollout.METRICS if config.rollouts is not None else {}
+      describe(workdir, self._known | rounds | METRICS)
     self._routing = _recorder(workdir, model, resumed or -1) if first else None
     recalls = _recalls(workdir, resumed) if first else []
     # All processes end by them at one step.

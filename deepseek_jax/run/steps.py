@@ -13,7 +13,7 @@ from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import placement
+from deepseek_jax.parallel import placement, processor
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
@@ -41,7 +41,12 @@ class Steps:
     where = self._where
     # Named, so that the donated state keeps its place from step to step.
     places = where.shardings(state, model.abstract), where.copied
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=places)
+    self._step = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=places,
+      compiler_options=processor.options('train', config.model.compute.xla),
+    )
     # Equal models and recipes make one program, see `shared_programs`.
     same = model, *map(configs.key, (config.train, config.objective))
     self._compiled = _shared_programs().setdefault(

@@ -186,6 +186,7 @@ class Trainer:
       self.steps.whole(state),
       self.batches.get_state(),
       as_json(self.config),
+      held=self.batches.held(),
       wait=wait,
     )
 

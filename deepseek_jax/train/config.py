@@ -77,14 +77,22 @@ def part_of_stage(
 
 
 def optimizer_of(
-  cfg: TrainConfig, abstract: nnx.State
+  cfg: TrainConfig, abstract: nnx.State, still: tuple[str, ...] = ()
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the update rule of a model's parameters, or of a stage's.
 
   Its update takes `norm`, that of the whole model's gradient.
+
+  Args:
+    cfg: the recipe.
+    abstract: the parameters.
+    still: names of parameters that the objective leaves alone; their moments
+      stay, so that a run may go on with another objective.
   """
   # Frozen parameters get no moments.
   part = part_of_stage(cfg, abstract)
   if part is None:
-    return update_rule(cfg.optimizer, abstract)
-  return part.only(update_rule(cfg.optimizer, part.abstract))
+    rule = update_rule(cfg.optimizer, abstract)
+  else:
+    rule = part.only(update_rule(cfg.optimizer, part.abstract))
+  return frozen.still(rule, still) if still else rule

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import lookup
 from deepseek_jax.model.attention.query_blocks import each
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sharding import known, shard, ways
 
 IGNORED = -100  # a label that counts nowhere, by PyTorch's custom
@@ -178,7 +179,7 @@ def _forward(
     dhead += jnp.einsum(
       'ND,NV->DV', h, dlogits, preferred_element_type=jnp.float32
     )
-    return (total + loss, dhead), dlogits @ transposed
+    return (total + loss, dhead), products.matmul(dlogits, transposed)
 
   start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
   (total, dhead), dhidden = jax.lax.scan(one, start, parts)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, current
 from deepseek_jax.train.cross_entropy import linear_cross_entropy
 
@@ -46,7 +47,8 @@ def _nll(model: Model, using: Using | None) -> Callable:
     )
     return negative_log_likelihood(out.hidden, model.head(variables), batch)
 
-  return jax.jit(nll)
+  how = processor.options('train', model.config.compute.xla)
+  return jax.jit(nll, compiler_options=how)
 
 
 def bits_per_byte(model: Model, variables: dict, heldout: Any) -> float:

@@ -96,14 +96,25 @@ class Objective(NamedTuple):
       by `shares.denominator`. Metrics are such shares too, scalars by name;
       'loss' is the loss unless they say otherwise.
     inputs: batch -> Inputs; pure, as every stage of a pipeline calls it.
-    mtp: tokens further ahead are predicted, where the model can.
+    mtp: tokens further ahead are predicted, where the model can; if not, the
+      blocks that predict them keep their values.
     metrics: describes those of `loss`, by name.
+    moves_biases: loads move the biases of routers.
+    shared: names of a batch's arrays that belong to no row of it: every
+      micro-batch gets them whole.
   """
 
   loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
   inputs: Callable[[Mapping[str, jax.Array]], Inputs] = next_token
   mtp: bool = True
   metrics: Mapping[str, Metric] = {}
+  moves_biases: bool = True
+  shared: tuple[str, ...] = ()
+
+  @property
+  def frozen(self) -> tuple[str, ...]:
+    """Returns names of parameters that no update reaches."""
+    return () if self.mtp else ('mtp',)
 
   def __call__(
     self, predictions: Predictions, inputs: Inputs, shares: Shares

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
@@ -76,7 +77,20 @@ def initial_state(
 
 
 def metrics_of(objective: Objective) -> dict[str, Metric]:
-  """Returns what a step with this objective may return, described by name."""
+  """Returns what a step with this objective may return, described by name.
+
+  Raises:
+    InputError: a metric of the objective has the name of another, which would
+      take its place.
+  """
+  taken = set(objective.metrics) & (
+    layer_losses.METRICS.keys() | METRICS.keys()
+  )
+  if taken:
+    raise InputError(
+      f'objective: its metric {min(taken)!r} has the name of one that every'
+      ' step returns; give it another'
+    )
   blocks = {
     'block_norms': Metric('Gradient norms', per='block'),
     'update_norms': Metric('Update norms', per='block'),
@@ -148,9 +162,9 @@ def train_step(
   gradient and 'update_norms', by block. Jit it with the state donated.
   """
   cfg = recipe_of(cfg, model.config)
-  optimizer = optimizer_of(cfg, model.abstract['params'])
-  part = part_of(cfg, model.abstract['params'])
   built = objective.build(model)
+  optimizer = optimizer_of(cfg, model.abstract['params'], built.frozen)
+  part = part_of(cfg, model.abstract['params'])
 
   def gradients(
     state: TrainState, batch: dict, mtp_weight: jax.Array
@@ -158,24 +172,26 @@ def train_step(
     # Of the whole batch, so that micro-batches add up to its loss.
     total = total_weight(built.inputs(batch))
     shares = Shares(total, cfg.batch.accumulate, mtp_weight)
+    whole = {name: batch[name] for name in built.shared if name in batch}
+    rows = {name: a for name, a in batch.items() if name not in whole}
 
     def loss(params: Any, micro: dict) -> tuple[jax.Array, dict]:
       if part is not None:
         # No gradient of a frozen parameter is computed.
         params = part.detached(params)
       variables = {'params': params, 'buffers': state.buffers}
-      return loss_and_metrics(model, variables, micro, shares, built)
+      return loss_and_metrics(model, variables, micro | whole, shares, built)
 
     grad = jax.grad(loss, has_aux=True)
     if cfg.batch.accumulate == 1:
-      return grad(state.params, batch)
+      return grad(state.params, rows)
 
     def one(total: tuple, micro: dict) -> tuple[tuple, None]:
       return jax.tree.map(jnp.add, total, grad(state.params, micro)), None
 
     # [B ...] -> [A B/A ...], A micro-batches; gradients and metrics add up.
     split = lambda a: a.reshape(cfg.batch.accumulate, -1, *a.shape[1:])
-    micros = jax.tree.map(split, batch)
+    micros = jax.tree.map(split, rows)
     shape = jax.eval_shape(
       grad, state.params, jax.tree.map(lambda a: a[0], micros)
     )
@@ -197,6 +213,7 @@ def train_step(
     )
     # The router biases move by the loads, not by a gradient (V3 section 2.1.2).
     loads = moving(metrics.pop('loads'), cfg.trainable)
+    loads = loads if built.moves_biases else {}
     held = updated(held, proposal, loads, verdict)
     norms = {'block_norms': block_norms(grads), 'update_norms': proposal.norms}
     metrics |= told | norms

@@ -72,6 +72,31 @@ def part(abstract: nnx.State, names: tuple[str, ...]) -> TrainedPart:
   return TrainedPart(type(abstract)(nested(kept)), nested(on))
 
 
+def still(
+  inner: optax.GradientTransformation, names: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` without updates of parameters named in their path.
+
+  For what an objective leaves alone: no gradient reaches it, but weight decay
+  would.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def update(
+    grads: dict, state: Any, params: dict | None = None, **more: Any
+  ) -> tuple[dict, Any]:
+    moved, state = inner.update(grads, state, params, **more)
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+      keys = [getattr(entry, 'key', None) for entry in path]
+      held = any(name in keys for name in names)
+      return jnp.zeros_like(leaf) if held else leaf
+
+    return jax.tree.map_with_path(one, moved), state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def _flat(abstract: nnx.State) -> dict[tuple, nnx.Variable]:
   """Returns {path: variable} of an abstract state."""
   leaf = lambda v: isinstance(v, nnx.Variable)

@@ -61,6 +61,7 @@ def start(
   found_by: str = 'arguments',
   last: Sequence[str] = (),
   homes: Sequence[Path] = (),
+  module: str = 'tests.faults.worker',
 ) -> list[Worker]:
   """`count` processes of one run, each with `devices` devices.
 
@@ -73,7 +74,7 @@ def start(
     'JAX_COMPILATION_CACHE_DIR': str(runs.home() / 'programs'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
-  command = [sys.executable, '-m', 'tests.faults.worker', *flags]
+  command = [sys.executable, '-m', module, *flags]
   command += [f'--home={runs.home()}', f'--workdir={workdir}']
   command += [f'--heartbeat={HEARTBEAT}']
   workers, port = [], free_port()

@@ -56,20 +56,18 @@ def convert(*commands):
 _RUN = """
 import json, sys, types
 from unittest import mock
-from absl import flags
 import hf_models
-from deepseek_jax.cli import convert
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
-flags.FLAGS(['convert', '--from=x', '--to=y'])
+from deepseek_jax.run import export
 variables = hf_models.variables(hf_models.LLAMA)
 for step in (8, 8, 16):
   run = mock.MagicMock(step=step, variables=variables)
   run.tokenizer = ByteTokenizer()
   run.config.model, run.config.data.seq_len = hf_models.LLAMA, 64
-  with mock.patch.object(convert.loop, 'load', return_value=run):
+  with mock.patch.object(export.folder, 'load', return_value=run):
     try:
-      convert.run_to_hf('x', sys.argv[1])
+      export.export_run('x', sys.argv[1])
       print('written')
     except InputError as error:
       print(error)

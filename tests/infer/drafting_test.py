@@ -9,11 +9,12 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
+from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineConfig
 from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.model.mtp import MTPConfig
 from tests import tiny
-from tests.infer import families
+from tests.infer import engine_test, families
 
 CONTEXT = 64
 CFG = EngineConfig(
@@ -73,6 +74,66 @@ class LosslessTest(parameterized.TestCase):
           atol=1e-5,
         )
       self.assertGreater(run.stats['drafts'], 0)
+
+
+@dataclasses.dataclass
+class Turns:
+  """A grammar of turns: odd tokens, then even ones, thrice each; then the end.
+
+  Its matcher is itself, and may give up at some place.
+  """
+
+  gives_up: int = -1
+  taken: int = 0
+  ended: bool = False
+
+  def matcher(self, *_):
+    return dataclasses.replace(self)
+
+  copy = matcher
+
+  def mask(self):
+    if self.taken == self.gives_up:
+      raise InputError('grammar: too many states')
+    tokens = np.arange(-(-tiny.VOCAB // 32) * 32)
+    bits = (tokens + self.taken // 3) % 2 == 1
+    return np.packbits(bits, bitorder='little').view(np.int32)
+
+  def accept(self, token):
+    if (token + self.taken // 3) % 2 != 1:
+      return False
+    self.taken += 1
+    self.ended = self.taken == 20
+    return True
+
+
+class GrammarTest(parameterized.TestCase):
+  @parameterized.parameters(({},), ({'temperature': 0.7},))
+  def test_tokens_under_a_grammar_are_those_of_plain_decoding(self, sampling):
+    # Four likely tokens: random drafts are often right.
+    made, variables = model('gqa')
+    bias = tuple((token, 9.0) for token in range(4))
+    requests = asked(new=24, logit_bias=bias, **sampling)
+    for i, grammar in ((0, Turns()), (1, Turns(gives_up=7)), (3, Turns())):
+      requests[i] = dataclasses.replace(requests[i], grammar=grammar)
+    text = engine_test.SmallBytes()
+    plain = Engine(made, variables, CFG, text=text).run(requests)
+    cfg = dataclasses.replace(CFG, drafts=2)
+    run = Engine(made, variables, cfg, text=text)
+    run.warm_up()
+    before = run.stats['compilations']
+    guessed = run.run(requests)
+    self.assertEqual(run.stats['compilations'], before)
+    for (a,), (b,) in zip(plain, guessed):
+      self.assertEqual(a.tokens, b.tokens)
+      self.assertEqual(a.finish, b.finish)
+    self.assertEqual(
+      [a.finish for (a,) in guessed],
+      ['stop', 'error', 'length', 'stop', 'length'],
+    )
+    # An answer under a grammar gets drafts too, and keeps some.
+    self.assertGreater(guessed[0][0].usage.accepted_drafts, 3)
+    self.assertEqual(run.stats['pages_free'], run.stats['pages'])
 
 
 class AcceptanceTest(parameterized.TestCase):

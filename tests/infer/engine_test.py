@@ -12,8 +12,8 @@ from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
 from deepseek_jax.infer.paging import paging
+from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.request import Request, Sampling
-from deepseek_jax.infer.sampling import build_flat
 from deepseek_jax.plan import memory
 from tests import fake_devices, tiny
 from tests.infer import families
@@ -318,7 +318,7 @@ class ContractTest(parameterized.TestCase):
   def test_echo_of_a_preempted_prompt_scores_each_token_once(self):
     old = Request(tuple(range(1, 8)), 40, GREEDY)
     new = Request(tuple(range(1, 47)), 3, GREEDY, echo=True)
-    run = engine(pages=9, budget=8)
+    run = engine(pages=9, budget=8, prefills=1)
     _, [got] = run.run([old, new])
     self.assertGreater(run.stats['preempted'], 0)
     want = trained('gqa', new.prompt)
@@ -372,7 +372,7 @@ class ContractTest(parameterized.TestCase):
 class ConfigTest(absltest.TestCase):
   def test_no_chunk_is_longer_than_the_context(self):
     cfg = EngineConfig(context=40, budget=256)
-    self.assertEqual(cfg.chunk_buckets(), ((8, 5), (1, 40)))
+    self.assertEqual(cfg.chunk_buckets(), ((1, 5), (4, 10), (1, 40)))
 
   def test_drafts_are_made_in_a_bucket_of_more_rows_than_slots(self):
     cfg = EngineConfig(slots=3, rows=(8,), drafts=2)

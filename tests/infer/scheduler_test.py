@@ -8,7 +8,8 @@ from absl.testing import absltest, parameterized
 from deepseek_jax.infer.request import Request
 from deepseek_jax.infer.scheduler import Scheduler, Sequence
 
-PAGE, CONTEXT, BUDGET = 4, 48, 8
+PAGE, CONTEXT = 4, 48
+CHUNKS = (1, 1), (3, 4), (1, 8)  # rows, tokens
 
 
 def sequence(number, prompt, new, salt=''):
@@ -81,9 +82,12 @@ class Play:
       if one.left <= 0:
         schedule.end(one)
         self.ended.append(one)
-    for one in [s for s in schedule.running if s.to_prefill][:1]:
+    oldest = [s for s in schedule.running if s.to_prefill][:1]
+    some, (_, tokens) = schedule.next_chunk(CHUNKS)
+    assert some[:1] == oldest
+    for one in some:
       moved = True
-      self.write(one, schedule.chunk(one, BUDGET))
+      self.write(one, schedule.chunk(one, tokens))
     return moved
 
   def check(self):
@@ -165,6 +169,23 @@ class SimulationTest(parameterized.TestCase):
     self.assertEqual([s.id for s in play.ended], [0, 1])
     self.assertEqual(old.answered, 40)
     self.assertEqual(new.answered, 40)
+
+
+class ChunkTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((), 0, (1, 1)),
+    ((2,), 1, (1, 1)),  # all but its last token
+    ((9,), 1, (1, 8)),
+    ((4, 3), 2, (3, 4)),
+    ((13, 2), 1, (1, 8)),  # 8 of the older one alone, not 4 and 1
+    ((5, 5, 5, 5), 3, (3, 4)),
+  )
+  def test_the_chunk_that_caches_most_is_next(self, prompts, rows, shape):
+    schedule = Scheduler(PAGE, 40, 8, reuse=False)
+    waiting = [sequence(i, [1] * n, 3) for i, n in enumerate(prompts)]
+    schedule.waiting.extend(waiting)
+    schedule.admit()
+    self.assertEqual(schedule.next_chunk(CHUNKS), (waiting[:rows], shape))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,8 @@ _LOG_PROBS = 'deepseek_jax/rl/log_probs.py'
 _ROUTER = 'deepseek_jax/model/experts/router.py'
 _POLICY_TEST = 'tests/rl/policy_test.py'
 _OBJECTIVES_TEST = 'tests/rl/objectives_test.py'
+_ROUNDS = 'deepseek_jax/run/rl.py'
+_ROUNDS_TEST = 'tests/run/rounds_test.py'
 _REPLAY_TEST = 'tests/model/experts/replay_test.py'
 
 MUTANTS = (
@@ -167,5 +169,110 @@ MUTANTS = (
     'scores.append(0.0)',
     ('tests/rl/judge_test.py::each_fault_costs_one',),
     'verl 5635: a broad except made every answer wrong',
+  ),
+  Mutant(
+    'pass_at_k_draws_with_replacement',
+    'deepseek_jax/posttrain/measure.py',
+    'return 1 - math.comb(draws - right, k) / math.comb(draws, k)',
+    'return 1 - (1 - right / draws) ** k',
+    ('tests/posttrain/measure_test.py::pass_at_k_counts',),
+    'arXiv:2107.03374, section 2.1: biased, it is below the true value',
+  ),
+  Mutant(
+    'rejection_sampling_rejects_nothing',
+    'deepseek_jax/posttrain/collect.py',
+    'good = scored.right[place] & scored.shaped[place] & scored.whole[place]',
+    'good = scored.shaped[place] & scored.whole[place]',
+    ('tests/posttrain/measure_test.py::shortest_right_answer',),
+    'open-r1: traces were kept before they were verified',
+  ),
+  Mutant(
+    'cold_start_reads_heldout_problems',
+    'deepseek_jax/posttrain/r1.py',
+    'train = list(tasks.read(str(task)).train)',
+    'train = [*tasks.read(str(task)).heldout, *tasks.read(str(task)).train]',
+    ('tests/posttrain/r1_test.py::heldout_prompts_are_never',),
+    'contamination: the bar of every figure that is reported',
+  ),
+  Mutant(
+    'a_stage_counts_before_it_has_ended',
+    'deepseek_jax/posttrain/chain.py',
+    '  made = stage.run()\n',
+    "  write(folder / _STAGES / f'{stage.name}.json', {'number': number})\n"
+    '  made = stage.run()\n',
+    ('tests/posttrain/chain_test.py::what_has_ended',),
+    'a killed stage must be run again',
+  ),
+  Mutant(
+    'earlier_levels_are_not_replayed',
+    'deepseek_jax/posttrain/evolve.py',
+    'some = newest.read_text().splitlines()',
+    'some = []',
+    ('tests/posttrain/evolve_test.py::lesson_has_some_of_every',),
+    'a model that climbs forgets the levels below',
+  ),
+  Mutant(
+    'permuted_rewards_stay_in_their_group',
+    'deepseek_jax/run/rl.py',
+    '.permuted(rewards)',
+    '.permuted(rewards, axis=1)',
+    ('tests/posttrain/permuted_test.py::dealt_over_all_groups',),
+    'within a group the mean reward of a prompt would still teach',
+  ),
+  Mutant(
+    'ratio_without_the_old_policy',
+    _ROUNDS,
+    '      if several:  # of one',
+    '      if False:  # of one',
+    (f'{_ROUNDS_TEST}::old_policy_is_that_of',),
+    'torchforge 571: the ratio was 1 whatever had been learnt since',
+  ),
+  Mutant(
+    'redraws_ask_the_same_prompts',
+    _ROUNDS,
+    '      self._place, errors = self._place + lack, errors + wrong\n',
+    '      errors = errors + wrong\n',
+    (f'{_ROUNDS_TEST}::equal_rewards_are_drawn_again',),
+    'a group whose rewards are equal would be drawn for ever',
+  ),
+  Mutant(
+    'long_wrong_answers_make_a_group_differ',
+    'deepseek_jax/rl/rollout.py',
+    '  differ = varied(rewards, cfg)\n',
+    '  differ = made.varied\n',
+    ('tests/rl/rollout_test.py::length_penalty_makes_no',),
+    'DAPO, equation 11: groups are judged by what is right',
+  ),
+  Mutant(
+    'routes_of_the_token_after',
+    'deepseek_jax/infer/outcomes.py',
+    'sound, start = drawn.sound[row, :count], one.cached\n',
+    'sound, start = drawn.sound[row, :count], one.cached + 1\n',
+    ('tests/infer/recorded_test.py::those_of_the_training_model',),
+    'experts belong to the token that is read, not to the one that is drawn',
+  ),
+  Mutant(
+    'kept_tokens_before_the_cut',
+    'deepseek_jax/infer/sampler.py',
+    'kept_tokens.packed(target > -jnp.inf)',
+    'kept_tokens.packed(raw > -jnp.inf)',
+    ('tests/infer/recorded_test.py::what_the_cuts_left',),
+    'trl 6945: the ratio is off by the mass that survives the cut',
+  ),
+  Mutant(
+    'frozen_prediction_blocks_decay',
+    'deepseek_jax/train/config.py',
+    'return frozen.still(rule, still) if still else rule',
+    'return rule',
+    (f'{_OBJECTIVES_TEST}::keep_every_bit',),
+    'no gradient reaches them, but weight decay does',
+  ),
+  Mutant(
+    'router_biases_move_in_reinforcement',
+    'deepseek_jax/train/step.py',
+    '    loads = loads if built.moves_biases else {}\n',
+    '',
+    (f'{_OBJECTIVES_TEST}::keep_every_bit',),
+    'prime-rl 2953: replayed counts drift the bias without a use',
   ),
 )

@@ -5,6 +5,10 @@ from tests.mutants.mutant import Mutant
 _SPECULATION = 'deepseek_jax/infer/speculation.py'
 _LAW = 'tests/infer/speculation_test.py::every_sequence_has_the_probability'
 _REWIND = 'tests/model/rewind_test.py::guesses_leave_no_trace'
+_GRAMMAR = (
+  'tests/infer/drafting_test.py::tokens_under_a_grammar_are_those_of_plain'
+  '_decoding'
+)
 _DRAFT = 'tests/model/drafting_test.py::drafts_of_right_tokens_equal_training'
 
 MUTANTS = (
@@ -56,5 +60,21 @@ MUTANTS = (
     'state, *_ = module(state, self.embedded(ctx.tokens), ctx)',
     (f'{_DRAFT}0',),
     'vllm#55605: 1 to 2 % of drafts accepted',
+  ),
+  Mutant(
+    'every_draft_under_the_mask_of_the_first_place',
+    'deepseek_jax/infer/checked_drafts.py',
+    '[draws.allowed[:, None], foreseen.allowed], axis=1',
+    '[draws.allowed[:, None]] * (1 + drafts), axis=1',
+    (f'{_GRAMMAR}0',),
+    'a grammar goes on with each token',
+  ),
+  Mutant(
+    'a_grammar_that_keeps_the_drafts_it_read_ahead',
+    'deepseek_jax/infer/host_arrays.py',
+    'matcher = one.matcher.copy()',
+    'matcher = one.matcher',
+    (f'{_GRAMMAR}0',),
+    'what is read ahead may be rejected',
   ),
 )

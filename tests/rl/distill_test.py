@@ -1,6 +1,7 @@
 """Distillation against the numbers of GKD, closed gradients, its own forms."""
 
 import functools
+import math
 import os
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from jax.interpreters import partial_eval as pe
 
 import deepseek_jax as ds
 from deepseek_jax.rl import distill
@@ -103,6 +105,34 @@ class DivergenceTest(parameterized.TestCase):
       np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-6)
 
   @parameterized.parameters(0.0, 0.3, 1.0)
+  def test_several_teachers_add_up_by_their_shares(self, beta):
+    student, head, teacher, teacher_head = drawn()
+    shares = distill.DistillConfig(teachers={'a': 1, 'b': 0.5, 'c': 2.5}).shares
+    self.assertEqual(shares, (0.25, 0.125, 0.625))
+    states = np.stack([teacher, teacher**2, -teacher], axis=2)
+    heads = np.stack([teacher_head, 2 - teacher_head, teacher_head**2])
+
+    def chunked(hidden, head):
+      taught = distill.Taught(
+        jnp.float32(states), jnp.float32(heads), shares=shares
+      )
+      total = distill.divergence_sum(
+        hidden, head, taught, MASK, beta=beta, temperature=2.0, chunk=3
+      )
+      return total / MASK.sum()
+
+    whole = lambda hidden, head: sum(
+      share * plain(hidden, head, states[:, :, k], heads[k], beta, 2.0)
+      for k, share in enumerate(shares)
+    )
+    both = lambda f: jax.value_and_grad(f, argnums=(0, 1))
+    got = both(chunked)(jnp.float32(student), jnp.float32(head))
+    with jax.enable_x64(True):
+      want = both(whole)(jnp.asarray(student), jnp.asarray(head))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+      np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-6)
+
+  @parameterized.parameters(0.0, 0.3, 1.0)
   def test_equal_distributions_have_no_loss_and_no_gradient(self, beta):
     with jax.enable_x64(True):
       logits = jnp.asarray(np.random.default_rng(0).normal(size=9))
@@ -177,23 +207,21 @@ class DivergenceTest(parameterized.TestCase):
       np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-class DistillationTest(absltest.TestCase):
-  def batch(self, width):
+class DistillationTest(parameterized.TestCase):
+  def batch(self, *width, heads=None):
     made = tiny.documents(4, 13)
     rng = np.random.default_rng(0)
+    if heads is None:
+      heads = np.zeros((1, width[-1], tiny.VOCAB))
     return made | {
       'trained': (rng.random(made['tokens'].shape) < 0.7).astype(np.float32),
-      'teacher_hidden': np.float32(rng.normal(size=(4, 13, width))),
+      'teacher_hidden': np.float32(rng.normal(size=(4, 13, *width))),
+      'teacher_heads': np.float32(heads),
     }
 
-  def test_a_student_distils_from_hidden_states_of_another_width(self):
+  def log_probs(self, batch, temperature):
+    """Returns the student's log-probs, and the weights of the tokens."""
     model, variables = tiny.model('llama'), tiny.variables('llama')
-    batch = self.batch(5)
-    head = np.float32(np.random.default_rng(1).normal(size=(5, tiny.VOCAB)))
-    cfg = distill.DistillConfig(beta=1.0, temperature=2.0)
-    got = objectives_test.found(
-      model, variables, batch, cfg.towards(head[None])
-    )
     inputs = ds.next_token(batch)
     out = jax.jit(model.apply)(
       variables,
@@ -201,16 +229,61 @@ class DistillationTest(absltest.TestCase):
       positions=inputs.positions,
       segment_ids=inputs.segments,
     )
-    soft = lambda x: jax.nn.log_softmax(x / 2)
-    with jax.enable_x64(True):
-      teacher = batch['teacher_hidden'][:, :-1].astype(np.float64) @ head
-      value = distill.divergence(
-        soft(np.float64(out.logits)), soft(teacher), 1.0
-      )
-    value = np.asarray(value)
-    weights = np.asarray(inputs.weights * batch['trained'][:, 1:])
+    weights = np.asarray(inputs.weights * batch['trained'][:, 1:], np.float64)
+    return numpy_soft(np.float64(out.logits) / temperature), weights
+
+  def test_a_student_distils_from_hidden_states_of_another_width(self):
+    model, variables = tiny.model('llama'), tiny.variables('llama')
+    head = np.float32(np.random.default_rng(1).normal(size=(5, tiny.VOCAB)))
+    batch = self.batch(5, heads=head[None])
+    cfg = distill.DistillConfig(beta=1.0, temperature=2.0)
+    got = objectives_test.found(model, variables, batch, cfg)
+    student, weights = self.log_probs(batch, 2.0)
+    states = batch['teacher_hidden'][:, :-1].astype(np.float64)
+    value = numpy_kl(student, numpy_soft(states @ head / 2))
     want = 4 * (value * weights).sum() / weights.sum()
     np.testing.assert_allclose(got['loss'], want, rtol=2e-5)
+
+  def test_micro_batches_share_the_heads(self):
+    one = ds.changed(tiny.config('llama'), {'layout': ((('dense',), 1),)})
+    model = ds.build(one)
+    rng = np.random.default_rng(1)
+    batch = self.batch(2, 5, heads=rng.normal(size=(2, 5, tiny.VOCAB)))
+    named = {'a': 1.0, 'b': 3.0}
+    cfg = distill.DistillConfig(teachers=named)
+    after = []
+    for parts in (1, 2):
+      train = ds.TrainConfig(
+        1e6,
+        ds.BatchConfig(4, accumulate=parts),
+        schedule=ds.ScheduleConfig('constant', peak=1e-2, warmup=0),
+      )
+      state = ds.initial_state(model, train, tiny.draw(model))
+      state, out = jax.jit(ds.train_step(model, train, cfg))(state, batch)
+      after.append((state.params, out['loss'], out['grad_norm']))
+    for a, b in zip(*map(jax.tree.leaves, after)):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(1, 3)
+  def test_a_step_holds_logits_of_a_chunk_alone(self, teachers):
+    V, B, T = 4096, 8, 512
+    model = ds.build(ds.changed(tiny.config('llama'), {'vocab_size': V}))
+    named = {str(k): 1.0 for k in range(teachers)}
+    cfg = distill.DistillConfig(teachers=named)
+    train = ds.TrainConfig(1e6, ds.BatchConfig(B))
+    init = lambda key: ds.initial_state(model, train, model.init(key))
+    state = jax.eval_shape(init, jax.random.key(0))
+    of = jax.ShapeDtypeStruct
+    batch = {
+      'tokens': of((B, T + 1), jnp.int32),
+      'trained': of((B, T + 1), jnp.float32),
+      'teacher_hidden': of((B, T + 1, teachers, 5), jnp.float32),
+      'teacher_heads': of((teachers, 5, V), jnp.float32),
+    }
+    program = jax.make_jaxpr(ds.train_step(model, train, cfg))(state, batch)
+    used, _ = pe.dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
+    sizes = sorted(math.prod(a.shape) for a in arrays(used))
+    self.assertEqual(sizes[-1], 1024 * V)  # a chunk's, of 4096 tokens
 
   def test_its_own_teacher_teaches_nothing(self):
     model, variables = tiny.model('llama'), tiny.variables('llama')
@@ -223,26 +296,77 @@ class DistillationTest(absltest.TestCase):
       segment_ids=inputs.segments,
     )
     hidden = np.pad(out.hidden, ((0, 0), (0, 1), (0, 0)))
-    towards = distill.DistillConfig().towards(model.head(variables)[None])
+    own = {
+      'teacher_hidden': hidden,
+      'teacher_heads': model.head(variables)[None],
+    }
     got = objectives_test.found(
-      model, variables, batch | {'teacher_hidden': hidden}, towards
+      model, variables, batch | own, distill.DistillConfig()
     )
     self.assertAlmostEqual(got['loss'], 0, places=5)
 
   def test_what_does_not_fit_is_refused(self):
+    model, variables = tiny.model('llama'), tiny.variables('llama')
     cfg = distill.DistillConfig()
-    with self.assertRaisesRegex(ds.InputError, 'vocabulary of 9 tokens'):
-      cfg.towards(np.zeros((1, 5, 9))).build(tiny.model('llama'))
+    refused = lambda message, batch, cfg=cfg: self.assertRaisesRegex(
+      ds.InputError,
+      message,
+      objectives_test.run_of(model, cfg),
+      variables,
+      batch,
+    )
+    other = self.batch(5, heads=np.zeros((1, 5, 9)))
+    refused('the teacher has a vocabulary of 9 tokens, the student of', other)
     with self.assertRaisesRegex(ds.InputError, 'vocabularies of .8, 9. tokens'):
       distill.stacked([np.zeros((5, 9)), np.zeros((4, 8))])
-    two = cfg.towards(np.zeros((2, 5, tiny.VOCAB)))
-    model, variables = tiny.model('llama'), tiny.variables('llama')
-    with self.assertRaisesRegex(ds.InputError, "no 'teacher' .B., which of"):
-      objectives_test.found(model, variables, self.batch(5), two)
-    batch = self.batch(5)
-    del batch['teacher_hidden']
-    with self.assertRaisesRegex(ds.InputError, "no 'teacher_hidden'"):
-      objectives_test.found(model, variables, batch, two)
+    two = np.zeros((2, 5, tiny.VOCAB))
+    refused("no 'teacher' .B., which of", self.batch(5, heads=two))
+    refused('states of 3 teachers and 2 heads', self.batch(3, 5, heads=two))
+    refused('objective.teachers 1', self.batch(2, 5, heads=two))
+    for name in ('teacher_hidden', 'teacher_heads'):
+      batch = self.batch(5)
+      del batch[name]
+      refused(f"no '{name}'", batch)
+
+  def test_teachers_are_folders_with_weights(self):
+    for teachers in (
+      {},
+      {'a': 0},
+      {'a': -1.0},
+      {'': 1.0},
+      {'a': True},
+      {'a': '1'},
+      {1: 1.0},
+      {'a': float('inf')},
+      {'a': float('nan')},
+      ['a'],
+      'a',
+    ):
+      with self.assertRaisesRegex(ds.InputError, 'objective.teachers = '):
+        distill.DistillConfig(teachers=teachers)
+
+
+def numpy_soft(logits):
+  """Returns log-probs of logits, in float64."""
+  top = logits.max(-1, keepdims=True)
+  return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def numpy_kl(p, q):
+  """Returns KL(p || q) of log-probs."""
+  return (np.exp(p) * (p - q)).sum(-1)
+
+
+def arrays(jaxpr):
+  """Yields the shaped values of a program, those of its parts too."""
+  for equation in jaxpr.eqns:
+    yield from (v.aval for v in equation.outvars if hasattr(v.aval, 'shape'))
+    for part in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda p: hasattr(p, 'eqns')
+    ):
+      inner = getattr(part, 'jaxpr', part)
+      if hasattr(inner, 'eqns'):
+        yield from arrays(inner)
 
 
 if __name__ == '__main__':

@@ -10,13 +10,19 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.data import packing
+from deepseek_jax.infer import kept_tokens
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.memory.engram import EngramConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer_config import Kind
 from deepseek_jax.rl import grpo, log_probs, policy, sft
 from deepseek_jax.train.objective import total_weight
-from deepseek_jax.train.step import loss_and_metrics, metrics_of
+from deepseek_jax.train.step import (
+  initial_state,
+  loss_and_metrics,
+  metrics_of,
+  train_step,
+)
 from tests import fake_devices, tiny
 from tests.model import composition_test
 from tests.rl import rollouts
@@ -113,7 +119,9 @@ class GRPOTest(parameterized.TestCase):
     on = batch['trained'][:, 1:] > 0
     cfg = grpo.GRPOConfig(aggregation='token_mean')
     got = found(*self.model(), batch, cfg)
-    np.testing.assert_allclose(got['entropy'], entropy[on].mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+      got['policy_entropy'], entropy[on].mean(), rtol=1e-5
+    )
 
   @parameterized.parameters(
     ({'kl': 'k3', 'kl_weight': 0.1}, 'reference'),
@@ -144,6 +152,35 @@ class GRPOTest(parameterized.TestCase):
     self.assertEqual(ds.from_dict(ds.RunConfig, stored), made)
 
 
+class FrozenTest(parameterized.TestCase):
+  """Prediction blocks and router biases of a step of GRPO."""
+
+  @parameterized.parameters(
+    ({}, False, False),
+    ({'mtp': 'trained', 'router_bias': 'updated'}, True, True),
+  )
+  def test_they_keep_every_bit_unless_asked(self, fields, blocks, biases):
+    model, variables = tiny.model('step'), tiny.variables('step')
+    recipe = ds.TrainConfig(
+      1e6,
+      ds.BatchConfig(2),
+      optimizer=ds.OptimizerConfig(decay=0.1),
+      schedule=ds.ScheduleConfig('constant', peak=1e-2, warmup=0),
+    )
+    batch = rollouts.batch(model, variables, 2, T + 1)
+    state = initial_state(model, recipe, variables)
+    step = jax.jit(train_step(model, recipe, grpo.GRPOConfig(**fields)))
+    after, told = step(state, batch)
+    same = lambda a, b: jax.tree.map(np.array_equal, a, b)
+    params = same(after.params, state.params)
+    self.assertEqual(not any(jax.tree.leaves(params['mtp'])), blocks)
+    self.assertEqual(all(jax.tree.leaves(params['mtp'])), not blocks)
+    self.assertFalse(any(jax.tree.leaves(params['segments'])))
+    kept = same(after.buffers['segments'], state.buffers['segments'])
+    self.assertEqual(all(jax.tree.leaves(kept)), not biases)
+    self.assertEqual('mtp_loss' in told, blocks)
+
+
 class LogProbsTest(parameterized.TestCase):
   def drawn(self, V):
     rng = np.random.default_rng(0)
@@ -161,7 +198,7 @@ class LogProbsTest(parameterized.TestCase):
     mask[1, 3] = 0
     run = functools.partial(log_probs.sampled, temperature=0.7, chunk=chunk)
     args = hidden, head, labels, mask
-    got, entropy = run(*args, kept=log_probs.packed(kept))
+    got, entropy = run(*args, kept=kept_tokens.packed(kept))
     logits = np.float64(hidden) @ np.float64(head) / 0.7
     own = kept | np.eye(V, dtype=bool)[labels]
     own[0, 1] = True
@@ -177,15 +214,15 @@ class LogProbsTest(parameterized.TestCase):
   def test_bits_hold_what_was_packed(self):
     for V in (1, 31, 32, 33, 100):
       kept = np.random.default_rng(V).random((3, V)) < 0.5
-      words = log_probs.packed(jnp.asarray(kept))
-      self.assertEqual(words.shape, (3, log_probs.words_of(V)))
-      np.testing.assert_array_equal(log_probs.unpacked(words, V), kept)
+      words = kept_tokens.packed(jnp.asarray(kept))
+      self.assertEqual(words.shape, (3, kept_tokens.words_of(V)))
+      np.testing.assert_array_equal(kept_tokens.unpacked(words, V), kept)
 
   def test_gradient_is_that_of_the_kept_tokens(self):
     V = 33
     hidden, head, labels, kept = self.drawn(V)
     mask = jnp.ones((2, 5))
-    words = log_probs.packed(jnp.asarray(kept))
+    words = kept_tokens.packed(jnp.asarray(kept))
 
     def chunked(head):
       return log_probs.sampled(hidden, head, labels, mask, kept=words)[0].sum()

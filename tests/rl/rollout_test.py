@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.infer.engine import Engine, EngineConfig
-from deepseek_jax.rl import grpo, rollout
+from deepseek_jax.rl import grpo, rollout, scoring
 from deepseek_jax.rl.advantages import LengthPenaltyConfig
 from deepseek_jax.train import step as train
 from tests import tiny
@@ -46,9 +46,9 @@ class SampleTest(absltest.TestCase):
     cfg = grpo.GRPOConfig()
     lesson = rollout.lesson(sampled(), rng.random((3, 4)), cfg)
     batch = rollout.batch(lesson, 16, 2)
-    score = rollout.scorer(tiny.model('step'), cfg)
+    score = scoring.scorer(tiny.model('step'), cfg)
     batch['old'] = np.asarray(score(tiny.variables('step'), batch))
-    gap = rollout.mismatch(batch)
+    gap = scoring.mismatch(batch)
     self.assertLess(gap['mismatch_most'], 1e-5)
     on = batch['trained'] > 0
     self.assertTrue((batch['old'][on] < 0).all())
@@ -75,8 +75,98 @@ class SampleTest(absltest.TestCase):
     with self.assertRaisesRegex(ds.InputError, 'rollout.temperature = 0.7'):
       rollout.check(warm, grpo.GRPOConfig())
     rollout.check(warm, grpo.GRPOConfig(temperature=0.7))
+    nucleus = dataclasses.replace(CFG, top_p=0.9)
     with self.assertRaisesRegex(ds.InputError, 'rollout.top_p = 0.9'):
-      rollout.check(dataclasses.replace(CFG, top_p=0.9), grpo.GRPOConfig())
+      rollout.check(nucleus, grpo.GRPOConfig())
+    rollout.check(nucleus, grpo.GRPOConfig(keep_sampling_mask=True))
+
+
+def scored(temperature=1.0, weights=None, top_p=1.0, **fields):
+  """A batch of sampled answers with 'old', and the objective."""
+  cfg = grpo.GRPOConfig(temperature=temperature, **fields)
+  how = dataclasses.replace(CFG, temperature=temperature, top_p=top_p)
+  groups = rollout.sample(
+    recording(), PROMPTS, how, stop=STOP, seed=1, objective=cfg
+  )
+  lesson = rollout.lesson(groups, np.random.default_rng(0).random((3, 4)), cfg)
+  batch = rollout.batch(lesson, 16, 2)
+  score = scoring.scorer(tiny.model('step'), cfg)
+  batch['old'] = np.asarray(score(weights or tiny.variables('step'), batch))
+  return batch, cfg
+
+
+@functools.cache
+def recording():
+  cfg = EngineConfig(
+    slots=4,
+    context=32,
+    page=8,
+    budget=16,
+    steps=3,
+    contexts=(32,),
+    routing=True,
+    kept=True,
+  )
+  return Engine(tiny.model('step'), tiny.variables('step'), cfg)
+
+
+@functools.cache
+def moved():
+  """Weights after a large step: many tokens find other experts."""
+  rng = np.random.default_rng(3)
+  made = tiny.variables('step')
+  shift = lambda a: (
+    a + np.float32(0.2) * rng.normal(size=a.shape).astype(np.float32)
+  )
+  return {**made, 'params': jax.tree.map(shift, made['params'])}
+
+
+class RecordedTest(parameterized.TestCase):
+  def test_logits_are_tempered_alike(self):
+    batch, _ = scored(0.7)
+    self.assertLess(scoring.mismatch(batch)['mismatch_most'], 1e-5)
+
+  def test_kept_tokens_are_those_of_both(self):
+    batch, cfg = scored(top_p=0.7, keep_sampling_mask=True)
+    self.assertLess(scoring.mismatch(batch)['mismatch_most'], 1e-5)
+    words = batch['kept'][batch['trained'] > 0]
+    self.assertTrue((words != 0).any())
+    # Without them the trainer means another distribution.
+    free = batch | {'kept': np.zeros_like(batch['kept'])}
+    score = scoring.scorer(tiny.model('step'), cfg)
+    free['old'] = np.asarray(score(tiny.variables('step'), free))
+    self.assertGreater(scoring.mismatch(free)['mismatch_most'], 0.1)
+
+  def test_tokens_drawn_from_all_have_no_limit(self):
+    batch, _ = scored(keep_sampling_mask=True)
+    self.assertEqual(batch['kept'].shape[-1], 2)
+    self.assertTrue((batch['kept'] == 0).all())
+    self.assertLess(scoring.mismatch(batch)['mismatch_most'], 1e-5)
+
+  def test_routes_of_the_sampler_are_replayed(self):
+    batch, cfg = scored(keep_routing=True)
+    self.assertLess(scoring.mismatch(batch)['mismatch_most'], 1e-5)
+    route = scoring.router(tiny.model('step'))
+    live = np.asarray(route(tiny.variables('step'), batch))
+    self.assertEqual(
+      scoring.differing(batch['routes'][:, :-1], live),
+      {'differing_experts/0': 0.0, 'differing_experts/1': 0.0},
+    )
+    padding = batch['segments'] == 0
+    self.assertTrue((batch['routes'][padding] == -1).all())
+    # Other weights choose others; the replay holds them to the sampler's.
+    other = np.asarray(route(moved(), batch))
+    shares = scoring.differing(batch['routes'][:, :-1], other)
+    self.assertGreater(min(shares.values()), 0.1)
+    score = scoring.scorer(tiny.model('step'), cfg)
+    free = scoring.scorer(tiny.model('step'), grpo.GRPOConfig())
+    held, loose = score(moved(), batch), free(moved(), batch)
+    self.assertGreater(np.abs(np.asarray(held) - loose).max(), 1e-3)
+    replay = other.copy()
+    known = (batch['routes'][:, :-1] >= 0).all(axis=-1)
+    replay[known] = batch['routes'][:, :-1][known]
+    named = batch | {'routes': np.pad(replay, [(0, 0), (0, 1), (0, 0), (0, 0)])}
+    np.testing.assert_allclose(score(moved(), named), held, atol=1e-5)
 
 
 class LessonTest(parameterized.TestCase):
@@ -120,8 +210,42 @@ class LessonTest(parameterized.TestCase):
       lesson = rollout.lesson(groups, rewards, cfg)
       self.assertLen(lesson.sequences, count)
       self.assertEqual(lesson.statistics['equal_groups'], 0.5)
-    with self.assertRaisesRegex(ds.InputError, 'no answer is left .* 100% of'):
-      rollout.batch(rollout.lesson(groups[:1], [[1.0, 1.0]], cfg), 8, 2)
+    # A round that teaches nothing is a step all the same.
+    batch = rollout.batch(rollout.lesson(groups[1:], [[1.0, 1.0]], cfg), 8, 2)
+    self.assertEqual((batch['trained'] > 0).sum(), 0)
+    self.assertEqual(batch['tokens'].shape, (2, 8))
+
+  def test_a_length_penalty_makes_no_group_differ(self):
+    cfg = dataclasses.replace(
+      grpo.GRPOConfig(dynamic_sampling=True),
+      length_penalty=LengthPenaltyConfig(8, 4),
+    )
+    groups = [made([2, 8]), made([2, 8])]
+    lesson = rollout.lesson(groups, [[1.0, 1.0], [0.0, 1.0]], cfg)
+    self.assertLen(lesson.sequences, 2)
+    self.assertEqual(lesson.statistics['equal_groups'], 0.5)
+
+  def test_mini_batches_part_the_answers(self):
+    groups = [made([3, 4, 5, 6]), made([2, 3, 4, 5])]
+    rewards = np.arange(8.0).reshape(2, 4)
+    lesson = rollout.lesson(groups, rewards, grpo.dr_grpo(length=8))
+    for count in (1, 2, 3, 8):
+      most = -(-8 // count)
+      out = rollout.mini_batches(lesson, 8, most, count, seed=5)
+      rows = len(out['tokens']) // count
+      parts = out['trained'].reshape(count, rows, -1).sum(axis=(1, 2))
+      self.assertEqual(parts.sum(), 32)
+      self.assertTrue((parts > 0).all())
+      each = sorted(s['advantages'][0] for s in lesson.sequences)
+      first = (out['segments'] > 0) & (out['positions'] == 0)
+      self.assertEqual(sorted(out['advantages'][first]), each)
+    again = rollout.mini_batches(lesson, 8, 4, 2, seed=5)
+    other = rollout.mini_batches(lesson, 8, 4, 2, seed=6)
+    same = lambda a, b: np.array_equal(a['advantages'], b['advantages'])
+    self.assertTrue(same(again, rollout.mini_batches(lesson, 8, 4, 2, seed=5)))
+    self.assertFalse(same(again, other))
+    with self.assertRaisesRegex(ds.InputError, 'train.batch.size = 1: 4 answe'):
+      rollout.mini_batches(lesson, 8, 1, 2, seed=5)
 
   def test_long_answers_are_penalised(self):
     cfg = dataclasses.replace(

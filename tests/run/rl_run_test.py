@@ -94,7 +94,6 @@ class RLRunTest(parameterized.TestCase):
     ({'chat': None}, 'rollouts: are learnt from by a GRPO'),
     ({'objective.temperature': 0.5}, 'rollout.temperature = 1.0'),
     ({'objective.keep_routing': True}, 'objective.keep_routing'),
-    ({'mesh.data': 2}, 'rollouts run on one device'),
     ({'rollouts.group': 1}, 'rollout.group = 1'),
   )
   def test_what_does_not_fit_is_refused(self, changes, message):

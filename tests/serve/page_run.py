@@ -1,4 +1,6 @@
-"""Tests the chat page in a real browser: python -m tests.serve.page_run.
+"""Tests the pages in a real browser: python -m tests.serve.page_run.
+
+They are the chat page, the report of a run and the comparison of runs.
 
 Needs playwright (extra `pages`) and Chromium: that of the system, or the one
 that `playwright install chromium` brings.
@@ -8,6 +10,7 @@ import os
 import shutil
 import sys
 
+TESTS = ('page_test.py', '../record/report_page_test.py')
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 
 
@@ -42,8 +45,9 @@ def main():
     sys.exit(2)
   import pytest
 
-  where = os.path.join(os.path.dirname(__file__), 'page_test.py')
-  sys.exit(pytest.main([where, '-m', 'slow', '-s', *sys.argv[1:]]))
+  here = os.path.dirname(__file__)
+  where = [os.path.join(here, name) for name in TESTS]
+  sys.exit(pytest.main([*where, '-m', 'slow', '-s', *sys.argv[1:]]))
 
 
 if __name__ == '__main__':

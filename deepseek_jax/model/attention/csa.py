@@ -31,6 +31,7 @@ from deepseek_jax.model.attention.csa_entries import EntryAttention
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.partial_softmax import PartialSoftmax
 from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.parallel.sharding import param
 
@@ -113,7 +114,7 @@ class EntryIndexer(nnx.Module):
     self, x: jax.Array, latent: jax.Array, positions: jax.Array
   ) -> IndexQuery:
     """Returns index queries of x [B T D] and the queries' latent [B T Q]."""
-    q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])
+    q = products.einsum('BTQ,QJI->BTJI', latent, self.q[...])
     q = compressor.tail_rope(
       q, positions, self.compress.rope, self.compress.rope_dim
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 from pallas_kernels.sparse_mla import sparse_mla
 
@@ -47,8 +48,8 @@ def read_chosen(
 
   def block(one: tuple, keys: tuple, ups: tuple) -> Read:
     weights, c = _weights(one, keys, ups[0], scale)
-    mixed = jnp.einsum('BTHK,BTKC->BTHC', weights.astype(c.dtype), c)
-    y = jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1])
+    mixed = products.einsum('BTHK,BTKC->BTHC', weights.astype(c.dtype), c)
+    y = products.einsum('BTHC,CHV->BTHV', mixed, ups[1])
     return Read(y, weights.mean(axis=2))
 
   return _over_blocks(block, queries, chosen, most, (keys, ups))
@@ -89,7 +90,7 @@ def _weights(
   f32 = {'preferred_element_type': jnp.float32}
   qn, qr, at = one
   c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
-  qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+  qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
   scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
   scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
   scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)
@@ -117,6 +118,6 @@ def read_by_kernel(
   scale: float,
 ) -> jax.Array:
   """Computes y of `read_chosen`."""
-  qc = jnp.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
+  qc = products.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
   mixed = sparse_mla(qc, queries[1], *keys, chosen, scale=scale, impl=impl)
-  return jnp.einsum('BTHC,CHV->BTHV', mixed, ups[1])
+  return products.einsum('BTHC,CHV->BTHV', mixed, ups[1])

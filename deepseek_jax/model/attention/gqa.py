@@ -27,7 +27,7 @@ from deepseek_jax.model.attention.softmax import (
 )
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.parallel import gathered_attention
+from deepseek_jax.parallel import gathered_attention, products
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import repeat_groups
 from deepseek_jax.parallel.sequence import Along
@@ -160,11 +160,11 @@ class GQA(nnx.Module):
     weights = self.q[...], self.k[...], self.v[...]
     D, G, K = weights[1].shape
     if ways('heads', G) == 1:
-      return tuple(jnp.einsum('BTD,DGK->BTGK', x, w) for w in weights)
+      return tuple(products.einsum('BTD,DGK->BTGK', x, w) for w in weights)
     # As one product, by groups: its gradient is summed over devices once.
     apart = [w.reshape(D, G, -1, K) for w in weights]
     both = jnp.concatenate(apart, axis=2)
-    y = jnp.einsum('BTD,DGJK->BTGJK', x, both)
+    y = products.einsum('BTD,DGJK->BTGJK', x, both)
     parts = jnp.split(y, [y.shape[3] - 2, y.shape[3] - 1], axis=3)
     return tuple(part.reshape(*x.shape[:2], -1, K) for part in parts)
 
@@ -192,4 +192,4 @@ class GQA(nnx.Module):
     else:
       y = cached_attention(q, *past, ctx.positions, scale=cfg.scale)
     y = shard(y, 'batch', 'seq', 'heads', None)
-    return jnp.einsum('BTHK,HKD->BTD', y, self.out[...]), past, {}
+    return products.einsum('BTHK,HKD->BTD', y, self.out[...]), past, {}

@@ -13,18 +13,22 @@ R rope dim, D model, Q query latent.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import above, at_least
+from deepseek_jax.model.attention import candidates
 from deepseek_jax.model.attention.query_blocks import Visibility, over_blocks
 from deepseek_jax.model.attention.rope import RopeConfig, rope
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along
 from deepseek_jax.parallel.sharding import param
+
+_FEW = 16  # queries that read all keys at once, as decoding does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Indexer(nnx.Module):
     self, x: jax.Array, latent: jax.Array, positions: jax.Array
   ) -> IndexQuery:
     """Returns queries of attention inputs x [B T D] and latents [B T Q]."""
-    q = jnp.einsum('BTQ,QJI->BTJI', latent, self.q[...])  # [B T J I]
+    q = products.einsum('BTQ,QJI->BTJI', latent, self.q[...])  # [B T J I]
     weight = x.astype(jnp.float32) @ self.weights[...]
     # A constant for all keys: no choice depends on it, the loss does.
     scale = (self.cfg.heads * self.cfg.dim) ** -0.5
@@ -128,7 +132,9 @@ class Indexer(nnx.Module):
 
   def key(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns what is cached of x [B T D]: [B T I]."""
-    return self._rotated(self.k_norm(x @ self.k[...]), positions)
+    return self._rotated(
+      self.k_norm(products.matmul(x, self.k[...])), positions
+    )
 
 
 def index_scores(
@@ -139,8 +145,8 @@ def index_scores(
   Where devices hold some of the heads each, these are the sums of all.
   """
   form = 'BTJI,BSI->BTJS' if keys.ndim == 3 else 'BTJI,BTSI->BTJS'
-  products = jnp.einsum(form, query.q, keys, preferred_element_type=jnp.float32)
-  own = jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(products), query.weight)
+  dots = jnp.einsum(form, query.q, keys, preferred_element_type=jnp.float32)
+  own = jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(dots), query.weight)
   return along.sum_of_heads(own)
 
 
@@ -161,7 +167,11 @@ def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
   flat = jnp.where(seen, scores, -jnp.inf).reshape(B * T, S)
   # lax.top_k puts the lower index first among equals: prefill and decoding
   # break ties alike, as a slot of the cache is a position.
-  value, at = jax.lax.top_k(flat, k)
+  value, at = jax.lax.platform_dependent(
+    flat,
+    cpu=lambda a: candidates.top_k(a, k),
+    default=lambda a: tuple(jax.lax.top_k(a, k)),
+  )
   return jnp.where(value > -jnp.inf, at, -1).reshape(B, T, k)
 
 
@@ -200,10 +210,39 @@ def choose(
     seen = visibility.mask(jnp.arange(S), key_segments)
     return best(index_scores(query, keys, along), seen, k)
 
+  def on_cpu(
+    one: tuple[IndexQuery, Visibility],
+    keys: jax.Array,
+    key_segments: jax.Array | None,
+  ) -> jax.Array:
+    query, visibility = one
+
+    def score(places: jax.Array, some: tuple) -> jax.Array:
+      scores = index_scores(query, some[0])
+      seen = visibility.mask(places, some[1])
+      return jnp.where(seen, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+
+    more = -S % candidates.CHUNK  # places that no query sees
+    longer = lambda a: jnp.pad(a, ((0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)))
+    value, at = candidates.by_chunks(
+      score,
+      jax.tree.map(longer, (keys, key_segments)),
+      query.q.shape[:2],
+      visibility.places.max(),
+      k,
+    )
+    return jnp.where(value > -jnp.inf, at, -1)
+
+  def either(*args: Any) -> jax.Array:
+    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=block)
+
   # Scores of each head: what a block holds per query.
   numbers = S * query.q.shape[2]
   shared = keys, key_segments
-  return over_blocks(block, (query, visibility), most, numbers, shared)
+  # Devices with other heads must score the same chunks together.
+  chunks = query.q.shape[1] >= _FEW and S > candidates.CHUNK
+  run = either if chunks and not along.heads else block
+  return over_blocks(run, (query, visibility), most, numbers, shared)
 
 
 def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:

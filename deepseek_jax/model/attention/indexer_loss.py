@@ -19,6 +19,7 @@ from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.query_blocks import Visibility
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import Along
 
@@ -106,7 +107,7 @@ def over_all(inputs: LossInputs, k: int, most: int) -> dict[str, jax.Array]:
   """
   inputs, (c, kr) = inputs.detached(), inputs.latents
   # Keys of all heads, made once for all blocks: [B S H N].
-  kn = jnp.einsum('BSC,CHN->BSHN', jax.lax.stop_gradient(c), inputs.k_up)
+  kn = products.einsum('BSC,CHN->BSHN', jax.lax.stop_gradient(c), inputs.k_up)
   kr = jax.lax.stop_gradient(kr)
   f32 = {'preferred_element_type': jnp.float32}
 
@@ -119,10 +120,10 @@ def over_all(inputs: LossInputs, k: int, most: int) -> dict[str, jax.Array]:
   ) -> tuple[jax.Array, jax.Array]:
     (qn, qr), query, visibility = one
     seen = visibility.mask(jnp.arange(keys.shape[1]), segments)
-    products = jnp.einsum('BTHN,BSHN->BTHS', qn, kn, **f32)
-    products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
+    dots = jnp.einsum('BTHN,BSHN->BTHS', qn, kn, **f32)
+    dots += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
     # The target [B T S], then the indexer's own scores.
-    shares = inputs.shares(products, seen)
+    shares = inputs.shares(dots, seen)
     scores = index.index_scores(query, keys, inputs.along)
     chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
     return index.divergence(shares, scores, seen), index.caught(shares, chosen)
@@ -205,8 +206,8 @@ def recall(inputs: LossInputs, chosen: jax.Array, count: int) -> jax.Array:
   c, kr = inputs.latents
   f32 = {'preferred_element_type': jnp.float32}
   # Absorbed scores of all keys [B Q H S].
-  qc = jnp.einsum('BTHN,CHN->BTHC', qn, inputs.k_up)
-  products = jnp.einsum('BTHC,BSC->BTHS', qc, c, **f32)
-  products += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
-  shares = inputs.shares(products, inputs.mask(visibility))
+  qc = products.einsum('BTHN,CHN->BTHC', qn, inputs.k_up)
+  dots = jnp.einsum('BTHC,BSC->BTHS', qc, c, **f32)
+  dots += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
+  shares = inputs.shares(dots, inputs.mask(visibility))
   return inputs.mean(index.caught(shares, chosen), visibility.segments, counts)

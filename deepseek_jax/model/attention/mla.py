@@ -32,6 +32,7 @@ from deepseek_jax.model.attention.softmax import (
 )
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.gathered_attention import expand_latents
 from deepseek_jax.parallel.sharding import param, shard
 from pallas_kernels.latent_kv import Pages, latent_kv
@@ -125,20 +126,26 @@ class MLA(nnx.Module):
 
   def query_latent(self, x: jax.Array) -> jax.Array:
     """Returns the normed query latent [B T Q], or x when uncompressed."""
-    return x if self.cfg.q_rank is None else self.q_norm(x @ self.q_down[...])
+    return (
+      x
+      if self.cfg.q_rank is None
+      else self.q_norm(products.matmul(x, self.q_down[...]))
+    )
 
   def query(
     self, x: jax.Array, positions: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Returns no-rope [B T H N] and rotated part [B T H R] of x [B T D]."""
-    q = jnp.einsum('BTQ,QHK->BTHK', self.query_latent(x), self.q_up[...])
+    q = products.einsum('BTQ,QHK->BTHK', self.query_latent(x), self.q_up[...])
     q = shard(q, 'batch', 'seq', 'heads', None)
     qn, qr = jnp.split(q, [self.cfg.nope_dim], axis=-1)
     return qn, rope(qr, positions, self.cfg.rope)
 
   def latent(self, x: jax.Array, positions: jax.Array) -> Latent:
     """Returns what is cached of x [B T D]: normed latent, rotated rope key."""
-    c, kr = jnp.split(x @ self.kv_down[...], [self.cfg.kv_rank], axis=-1)
+    c, kr = jnp.split(
+      products.matmul(x, self.kv_down[...]), [self.cfg.kv_rank], axis=-1
+    )
     # The norm covers the latent alone, not the rope key.
     return Latent(self.kv_norm(c), rope(kr, positions, self.cfg.rope))
 
@@ -229,7 +236,7 @@ class MLA(nnx.Module):
       positions: [B T].
     """
     k_up, v_up = self.ups()
-    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+    qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
     f32 = {'preferred_element_type': jnp.float32}
     scores = jnp.einsum('BTHC,BSC->BHTS', qc, latent.c, **f32)
     scores += jnp.einsum('BTHR,BSR->BHTS', qr, latent.kr, **f32)
@@ -237,8 +244,8 @@ class MLA(nnx.Module):
     scores = jnp.where(visible[:, None], scores * self.cfg.scale, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.c.dtype)
     # Heads before tokens: the other way round XLA:CPU transposes the cache.
-    mixed = jnp.einsum('BHTS,BSC->BHTC', weights, latent.c)
-    return jnp.einsum('BHTC,CHV->BTHV', mixed, v_up)
+    mixed = products.einsum('BHTS,BSC->BHTC', weights, latent.c)
+    return products.einsum('BHTC,CHV->BTHV', mixed, v_up)
 
   def decoded(
     self,
@@ -251,7 +258,7 @@ class MLA(nnx.Module):
     v_up: jax.Array,
   ) -> jax.Array:
     """Computes `absorbed` by the kernel of decoding."""
-    qc = jnp.einsum('BTHN,CHN->BTHC', qn, k_up)
+    qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
     # The kernel takes the queries of a request for its last tokens; these may
     # be any, so each is a request of its own over the row's one page.
     B, T = positions.shape
@@ -266,7 +273,7 @@ class MLA(nnx.Module):
       scale=self.cfg.scale,
       impl=impl,
     )
-    return jnp.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
+    return products.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
 
   def absorbing_pays(self, queries: int) -> bool:
     """Returns whether the absorbed form costs less than expanding cached keys.
@@ -320,7 +327,7 @@ class MLA(nnx.Module):
   def project(self, y: jax.Array) -> jax.Array:
     """Projects the heads' values [B T H V] to [B T D]."""
     y = shard(y, 'batch', 'seq', 'heads', None)
-    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...])
+    return products.einsum('BTHV,HVD->BTD', y, self.out[...])
 
   def __call__(
     self, x: jax.Array, ctx: Context, past: Latent | None = None

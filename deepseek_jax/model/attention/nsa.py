@@ -44,6 +44,7 @@ from deepseek_jax.model.attention.rope import (
   softmax_multiplier,
 )
 from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.sequence import Along, in_a_row
 from deepseek_jax.parallel.sharding import param, shard
@@ -163,8 +164,8 @@ class BlockCompressor(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Compresses x [B E l G K] to [B E G K]."""
     x = x + self.place[...][:, None]
-    hidden = jax.nn.silu(jnp.einsum('BElGK,lKF->BEGF', x, self.up[...]))
-    return jnp.einsum('BEGF,FK->BEGK', hidden, self.down[...])
+    hidden = jax.nn.silu(products.einsum('BElGK,lKF->BEGF', x, self.up[...]))
+    return products.einsum('BEGF,FK->BEGK', hidden, self.down[...])
 
 
 class NSA(nnx.Module):
@@ -209,10 +210,10 @@ class NSA(nnx.Module):
     """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     cfg, (B, T, _) = self.cfg, x.shape
     turn = lambda a: rope(a, ctx.positions, cfg.rope)
-    q = turn(jnp.einsum('BTD,DHK->BTHK', x, self.q[...]))
+    q = turn(products.einsum('BTD,DHK->BTHK', x, self.q[...]))
     q = shard(q, 'batch', 'seq', 'heads', None)
-    k = turn(jnp.einsum('BTD,DCGK->BTCGK', x, self.k[...]))
-    v = jnp.einsum('BTD,DCGK->BTCGK', x, self.v[...])
+    k = turn(products.einsum('BTD,DCGK->BTCGK', x, self.k[...]))
+    v = products.einsum('BTD,DCGK->BTCGK', x, self.v[...])
     gates = jnp.einsum(
       'BTD,DHC->BTHC', x, self.gate[...], preferred_element_type=jnp.float32
     )
@@ -229,7 +230,7 @@ class NSA(nnx.Module):
       keys = (keys_of(branch, past.k, past.v) for branch in (SLC, WIN))
       y = attend(queries, *keys, entries, cfg).reshape(*q.shape[:3], -1)
     y = shard(y, 'batch', 'seq', 'heads', None)
-    return jnp.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}
+    return products.einsum('BTHV,HVD->BTD', y, self.out[...]), past, {}
 
   @property
   def compress(self) -> tuple[BlockCompressor, BlockCompressor]:

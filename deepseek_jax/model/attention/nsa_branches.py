@@ -14,6 +14,7 @@ import numpy as np
 from deepseek_jax.model import lookup
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import best
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 
 CMP, SLC, WIN = range(3)  # the branches, in this order in all weights
@@ -176,7 +177,7 @@ def gathered_attention(
     'BTGJK,BTGMK->BTGJM', q, take(k), preferred_element_type=jnp.float32
   )
   p = masked_softmax(scores * scale, (at >= 0)[:, :, :, None])
-  return jnp.einsum('BTGJM,BTGMV->BTGJV', p.astype(v.dtype), take(v))
+  return products.einsum('BTGJM,BTGMV->BTGJV', p.astype(v.dtype), take(v))
 
 
 def selected_rows(one: Queries, chosen: jax.Array, cfg: Any) -> jax.Array:

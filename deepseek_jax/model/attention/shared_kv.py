@@ -37,6 +37,7 @@ from deepseek_jax.model.attention.partial_softmax import (
 from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.sequence import Along
 from deepseek_jax.parallel.sharding import param, shard
@@ -199,8 +200,8 @@ class SharedKV(nnx.Module):
     self, x: jax.Array, positions: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Returns rotated queries [B T H C] of x [B T D], their latent [B T Q]."""
-    latent = self.q_norm(x @ self.q_down[...])
-    q = jnp.einsum('BTQ,QHC->BTHC', latent, self.q_up[...])
+    latent = self.q_norm(products.matmul(x, self.q_down[...]))
+    q = products.einsum('BTQ,QHC->BTHC', latent, self.q_up[...])
     # Each head is normed, without weights, before rope.
     wide = q.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -215,8 +216,8 @@ class SharedKV(nnx.Module):
     y = tail_rope(y, -positions, self.cfg.layer_rope, self.cfg.rope_dim)
     y = y.astype(self.out_up[...].dtype)
     y = y.reshape(*y.shape[:2], self.cfg.groups, -1)  # [B T G K]
-    y = jnp.einsum('BTGK,KGO->BTGO', y, self.out_down[...])  # [B T G O]
-    return jnp.einsum('BTGO,GOD->BTD', y, self.out_up[...])
+    y = products.einsum('BTGK,KGO->BTGO', y, self.out_down[...])  # [B T G O]
+    return products.einsum('BTGO,GOD->BTD', y, self.out_up[...])
 
   def __call__(
     self, x: jax.Array, ctx: Context, past: SharedKVCache | None = None
@@ -229,7 +230,7 @@ class SharedKV(nnx.Module):
     cfg = self.cfg
     q, latent = self.query(x, ctx.positions)  # [B T H C], [B T Q]
     # One vector a token, key and value of all heads: [B T C].
-    kv = self.kv_norm(x @ self.kv[...])
+    kv = self.kv_norm(products.matmul(x, self.kv[...]))
     kv = tail_rope(kv, ctx.positions, cfg.layer_rope, cfg.rope_dim)
     if past is None:
       parts, stats = self._fresh(q, kv, x, latent, ctx)

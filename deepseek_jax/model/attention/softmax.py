@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sharding import in_mesh
 
@@ -203,5 +204,5 @@ def cached_attention(
   )
   scores = jnp.where(mask[:, None, None], scores * scale, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  y = jnp.einsum('BGJTS,BSGV->BTGJV', weights, v)
+  y = products.einsum('BGJTS,BSGV->BTGJV', weights, v)
   return y.reshape(B, T, H, -1)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least
 from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sharding import param, shard, ways
 
 
@@ -74,9 +75,10 @@ class FFN(nnx.Module):
     if ways('mlp', F) > 1:
       # Flattened, the halves would be sharded over other devices than they
       # are on.
-      both = jnp.einsum('BTD,DNF->BTNF', x, weight)
+      both = products.einsum('BTD,DNF->BTNF', x, weight)
       h = gated(both[:, :, 0], both[:, :, 1], self.limit)
     else:
-      h = swiglu(x @ weight.reshape(D, 2 * F), self.limit)
+      h = swiglu(products.matmul(x, weight.reshape(D, 2 * F)), self.limit)
     # The hidden units [B T F] stay sharded; `down` sums over them.
-    return shard(h, 'batch', 'seq', 'mlp') @ self.down[...], {}
+    h = shard(h, 'batch', 'seq', 'mlp')
+    return products.matmul(h, self.down[...]), {}

@@ -23,6 +23,7 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model import lookup
 from deepseek_jax.model.attention import ring
 from deepseek_jax.model.context import Context
+from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sharding import Buffer, param, shard
 
 _ROWS = 128  # tables are filled up to a multiple, so that meshes divide them
@@ -212,7 +213,7 @@ class Engram(nnx.Module):
     Returns:
       [B T n] float32, 0..1.
     """
-    key = jnp.einsum('BTE,EnD->BTnD', memory, self.key[...])
+    key = products.einsum('BTE,EnD->BTnD', memory, self.key[...])
     key = self._norm(key, self.key_norm)
     # A scaled dot product of the two, [B T n].
     agree = (key * self._norm(stream, self.query_norm)).sum(axis=-1)
@@ -270,7 +271,7 @@ class Engram(nnx.Module):
     if ctx.valid is not None:  # padding may hold anything
       rows = jnp.where(ctx.valid[..., None], rows, 0)
     memory = shard(self.read(rows), 'batch', 'seq', None)
-    value = memory @ self.value[...]  # [B T D]
+    value = products.matmul(memory, self.value[...])  # [B T D]
     # One value for all streams, gated for each: [B T n D].
     y = self.gates(x, memory)[..., None] * value[:, :, None]
     y = y.astype(stream.dtype)

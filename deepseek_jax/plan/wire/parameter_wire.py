@@ -54,7 +54,7 @@ def gradients(
   out, zero, often = {}, step.training.zero, _often(step)
   # DualPipe: two ranks hold the same stages.
   copies = 2 if step.training.both_ends and step.mesh.stage > 1 else 1
-  compute = BYTES[step.config.compute.dtype]
+  compute = BYTES[step.config.compute.products]
   for share in held:
     n = copies * replicas(share, step.mesh)
     if n == 1 or not share.trained:
@@ -118,7 +118,7 @@ def fsdp(step: StepInputs, held: Iterable[DeviceShare]) -> list[LinkTraffic]:
   n = step.mesh.fsdp
   if n == 1:
     return []
-  compute, sent, often = BYTES[step.config.compute.dtype], 0, _often(step)
+  compute, sent, often = BYTES[step.config.compute.products], 0, _often(step)
   for share in held:
     if 'fsdp' in share.over:
       full = share.elements * n

@@ -117,7 +117,7 @@ def _experts(step: StepInputs, node_limited: bool) -> list[LinkTraffic]:
 def _activations(step: StepInputs) -> list[LinkTraffic]:
   """Counts what tensor, context and stage axes send of activations."""
   config, mesh = step.config, step.mesh
-  width = BYTES[config.compute.dtype]
+  width = BYTES[config.compute.products]
   out = []
   if mesh.tensor > 1:
     out.append(_tensor(step, width))
@@ -221,7 +221,9 @@ def exchange_sent(
     raise InputError(
       f"exchange.kind = {exchange.kind!r}: must be 'all_to_all' or 'two_hop'"
     )
-  form = lambda name: formats.row_bytes(config.dim, name, config.compute.dtype)
+  form = lambda name: formats.row_bytes(
+    config.dim, name, config.compute.products
+  )
   there, back = form(exchange.dispatch), form(exchange.combine)
   total = 0
   for moe, repeat, again in _mixtures(config):

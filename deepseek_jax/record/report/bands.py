@@ -1,7 +1,7 @@
-"""Draws the curves of several arms over each other, with bands over seeds."""
+"""Lays the curves of several arms over each other, with bands over seeds."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,29 +40,30 @@ def smoothed(band: Band, points: int = curves.POINTS) -> Band:
   return Band(band.label, mean(band.steps.astype(float)), mean(band.values))
 
 
-@curves.drawn
-def overlaid(panels: Sequence[tuple[str, Sequence[Band]]]) -> Any:
-  """Draws a panel for each metric: the mean of every arm, least to greatest."""
-  figure, cells = curves.grid([2.4] * len(panels), 1)
-  for cell, (title, bands) in zip(cells, panels):
-    axes = figure.add_subplot(cell)
-    axes.set_title(title)
-    colors = curves.COLORS * (len(bands) // len(curves.COLORS) + 1)
-    for band, color in zip(map(smoothed, bands), colors):
-      mean = band.values.mean(axis=0)
-      label = f'{band.label}  {short(float(mean[-1]))}'
-      marker = 'o' if len(mean) < 40 else ''
-      axes.plot(
-        band.steps, mean, color=color, label=label, linewidth=1.3,
-        marker=marker, markersize=2.6,
-      )  # fmt: skip
-      if len(band.values) > 1:
-        low, high = band.values.min(axis=0), band.values.max(axis=0)
-        axes.fill_between(
-          band.steps, low, high, color=color, alpha=0.16, linewidth=0
-        )
-    curves.value_axis(axes, np.concatenate([b.values.ravel() for b in bands]))
-    curves.step_axis(axes, bins=8)
-    axes.set_xlabel('step')
-    axes.legend(frameon=False, handlelength=1.2, fontsize=8)
-  return figure
+def curve(band: Band) -> curves.Curve:
+  """Returns the mean over seeds, with a band from the least to the greatest.
+
+  Points at which a seed is not finite are marked.
+  """
+  drawn = smoothed(band)
+  finite = np.isfinite(drawn.values).all(axis=0)
+  kept = drawn.values[:, finite]
+  return curves.Curve(
+    band.label,
+    drawn.steps[finite],
+    kept.mean(axis=0),
+    kept.min(axis=0),
+    kept.max(axis=0),
+    short(float(band.values[:, -1].mean())),
+    drawn.steps[~finite][: curves.MARKS],
+  )
+
+
+def overlaid(
+  panels: Sequence[tuple[str, Sequence[Band]]],
+) -> list[curves.Chart]:
+  """Returns a chart for each metric: the mean of every arm, and its band."""
+  return [
+    curves.chart(title, [curve(band) for band in bands], most=curves.WIDE)
+    for title, bands in panels
+  ]

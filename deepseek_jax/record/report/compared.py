@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek_jax import files
 from deepseek_jax.record import comparison
 from deepseek_jax.record.report import bands, curves, page
 
@@ -11,8 +10,10 @@ from deepseek_jax.record.report import bands, curves, page
 _CURVES = ('loss', 'validation_bits_per_byte', 'grad_norm', 'max_violation')
 
 
-def figure(arms: Sequence[comparison.Arm], metric: str) -> str | None:
-  """Returns the curves of arms as SVG; None if none has a known metric."""
+def figure(
+  arms: Sequence[comparison.Arm], metric: str
+) -> list[curves.Chart] | None:
+  """Returns the curves of arms as charts; None if none has a known metric."""
   panels = []
   for name in dict.fromkeys([metric, *_CURVES]):
     found = []
@@ -30,23 +31,19 @@ def write(
 ) -> Path:
   """Writes the page; returns its path."""
   rows = comparison.table(arms, metric)
-  text = (
-    page.environment()
-    .get_template('compare.html.jinja')
-    .render(
-      title=title,
-      metric=metric,
-      rows=rows,
-      differences=[
-        (d.name, str(d.interval), d.interval.count, d.verdict)
-        for d in comparison.differences(arms, metric)
-      ],
-      first=arms[0].name,
-      cautions=comparison.cautions(arms),
-      figure=figure(arms, metric),
-      runs=[(arm.name, [str(r.path) for r in arm.runs]) for arm in arms],
-    )
+  return page.write(
+    path,
+    'compare.html.jinja',
+    title=title,
+    metric=metric,
+    names=list(rows[0]),
+    rows=[list(row.values()) for row in rows],
+    differences=[
+      (d.name, str(d.interval), d.interval.count, d.verdict)
+      for d in comparison.differences(arms, metric)
+    ],
+    first=arms[0].name,
+    cautions=comparison.cautions(arms),
+    figure=figure(arms, metric),
+    runs=[(arm.name, [str(r.path) for r in arm.runs]) for arm in arms],
   )
-  with files.whole(path) as scratch:
-    scratch.write_bytes(text.encode('utf-8', 'backslashreplace'))
-  return path

@@ -1,47 +1,26 @@
-"""Draws figures of a run as inline SVG: text stays text, heatmaps small pixels.
+"""Lays out curves for a page: paths, ticks and legends, and their numbers.
 
-A drawing function gives an SVG element for an HTML page that names no other
-file. Matplotlib is imported on the first call and needs no window.
+A chart is numbers and texts; `templates/figures.html.jinja` makes them elements
+whose text keeps its size at any width, in the page's colours.
 """
 
-import functools
-import hashlib
-import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.console import short
+from deepseek_jax.record.report import ticks
 
-COLORS = ('#2f6db5', '#c4512d', '#3a8f6b', '#8a5aa8', '#a67c1a', '#5b6470')
-INCHES = 10.0  # the page's width, 960 px
 POINTS = 400  # of a curve; more are averaged
-_MARKS = 20  # of values that are not finite, per curve
-_STYLE = {
-  'svg.fonttype': 'none',
-  'svg.hashsalt': 'deepseek_jax',  # the same numbers give the same bytes
-  'font.size': 9,
-  'axes.titlesize': 9.5,
-  'axes.titlelocation': 'left',
-  'axes.labelcolor': '#565c66',
-  'axes.edgecolor': '#9aa0a8',
-  'axes.linewidth': 0.7,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.axisbelow': True,
-  'grid.color': '#e7e9ec',
-  'grid.linewidth': 0.7,
-  'text.color': '#26292e',
-  'text.parse_math': False,  # a $ in a scalar's name is a $
-  'xtick.color': '#9aa0a8',
-  'ytick.color': '#9aa0a8',
-  'xtick.labelcolor': '#565c66',
-  'ytick.labelcolor': '#565c66',
-  'savefig.dpi': 'figure',
-}
+COLORS = 8  # of the page's style; further curves have them again, dashed
+_DASHES = ('', '7 3', '2 3', '9 3 2 3', '14 3')
+_DOTS = 40  # points of a curve that are shown one by one
+WIDE = 9  # ticks of a chart as wide as the page
+MARKS = 20  # of values that are not finite, per curve
+_SIZE = 1000  # both sides of a chart, in the units of its paths
 
 
 class Series(NamedTuple):
@@ -60,154 +39,104 @@ class Panel(NamedTuple):
   series: Sequence[Series]
 
 
-def drawn(draw: Callable) -> Callable[..., str]:
-  """Calls a function that returns a Figure in our style; returns its SVG."""
+class Curve(NamedTuple):
+  """Holds what is drawn of a curve, all of it finite.
 
-  @functools.wraps(draw)
-  def wrapper(*args: Any, **kwargs: Any) -> str:
-    from matplotlib import style
-
-    # Whatever style a notebook has set stays outside.
-    with style.context(_STYLE, after_reset=True):
-      return _svg(draw(*args, **kwargs))
-
-  return wrapper
-
-
-@drawn
-def curves(panels: Sequence[Panel], log_x: bool = False) -> str:
-  """Draws one panel across the page, or several in rows of three."""
-  columns = 3 if len(panels) > 1 else 1
-  rows = math.ceil(len(panels) / columns)
-  figure, cells = grid([1.5 if columns > 1 else 2.6] * rows, columns)
-  for cell, panel in zip(cells, panels):
-    axes = figure.add_subplot(cell)
-    _draw_panel(axes, panel, log_x)
-    axes.set_xlabel('step')
-  return figure
-
-
-def grid(
-  rows: Sequence[float],
-  columns: int,
-  gaps: tuple[float, float] = (0.62, 0.74),
-  bar: bool = False,
-) -> tuple[Any, Any]:
-  """Returns a figure as wide as the page and its grid.
-
-  Margins are stated, not fitted: all figures align, and drawing is fast.
-
-  Args:
-    rows: height of each row, in inches.
-    columns: how many.
-    gaps: between columns and between rows, in inches.
-    bar: leaves room for a colour bar in the right margin.
+  Attributes:
+    label: its name.
+    steps: [points].
+    mean: [points] the line.
+    low: [points] where the band begins; `mean` where there is none.
+    high: [points] where the band ends.
+    last: the last value, as text.
+    broken: steps whose value is not finite.
+    color: of the page's style by number, or '#rrggbb'; '' takes the next.
   """
-  from matplotlib.figure import Figure
 
-  left, right, top, bottom = 0.72, 0.85 if bar else 0.1, 0.28, 0.46
-  height = top + sum(rows) + gaps[1] * (len(rows) - 1) + bottom
-  width = (INCHES - left - right - gaps[0] * (columns - 1)) / columns
-  figure = Figure((INCHES, height))
-  grid = figure.add_gridspec(
-    len(rows),
-    columns,
-    left=left / INCHES,
-    right=1 - right / INCHES,
-    bottom=bottom / height,
-    top=1 - top / height,
-    wspace=gaps[0] / width,
-    hspace=gaps[1] * len(rows) / sum(rows),
-    height_ratios=rows,
-  )
-  return figure, grid
+  label: str
+  steps: np.ndarray
+  mean: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+  last: str = ''
+  broken: np.ndarray | Sequence[float] = ()
+  color: str = ''
 
 
-def ticker() -> Any:
-  """Returns the module matplotlib.ticker."""
-  from matplotlib import ticker
+class Line(NamedTuple):
+  """Holds a curve as paths in a square of 1,000 units.
 
-  return ticker
+  Attributes:
+    label: its name.
+    last: its last value.
+    color: of CSS.
+    dash: stroke-dasharray of SVG, '' for a line without gaps.
+    path: the line.
+    dots: a path whose points are shown as dots, '' for none.
+    band: the outline of the band, '' for none.
+  """
 
-
-def colormap(name: str) -> Any:
-  """Returns one of matplotlib's colour maps."""
-  from matplotlib import colormaps
-
-  return colormaps[name]
-
-
-def value_axis(axes: Any, values: np.ndarray) -> None:
-  """Makes the axis linear, or logarithmic where its values span too much."""
-  axes.grid(axis='y')
-  axes.yaxis.set_major_locator(
-    ticker().MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
-  )
-  axes.yaxis.set_major_formatter(ticker().FuncFormatter(brief))
-  values = values[np.isfinite(values)]
-  # A range that a linear axis would flatten, such as a gradient's norm.
-  wide = values.size and values.max() > 30 * np.median(values)
-  if wide and values.min() > 0:
-    axes.set_yscale('log')
-    axes.yaxis.set_major_formatter(ticker().FuncFormatter(brief))
+  label: str
+  last: str
+  color: str
+  dash: str
+  path: str
+  dots: str
+  band: str
 
 
-def step_axis(axes: Any, bins: int = 5) -> None:
-  """Sets at most `bins` whole steps as ticks; a single step is the only one."""
-  steps = {'integer': True, 'min_n_ticks': 1, 'steps': [1, 2, 5, 10]}
-  axes.margins(x=0.02)
-  axes.xaxis.set_major_locator(ticker().MaxNLocator(bins, **steps))
-  axes.xaxis.set_major_formatter(ticker().FuncFormatter(brief))
+class Chart(NamedTuple):
+  """Holds what the page's template draws of curves that share axes.
+
+  Attributes:
+    title: headline of the chart.
+    lines: the curves.
+    across: ticks of the steps.
+    up: ticks of the values.
+    marks: places, in units of the paths, where a value was not finite.
+    summary: what a reader hears who does not see the chart.
+    numbers: what the page's script reads values from.
+  """
+
+  title: str
+  lines: list[Line]
+  across: list[ticks.Tick]
+  up: list[ticks.Tick]
+  marks: list[float]
+  summary: str
+  numbers: dict[str, Any]
+
+  @property
+  def widest(self) -> str:
+    """Returns the longest label beside the vertical axis, which takes room."""
+    return max((tick.label for tick in self.up), key=len, default='')
 
 
-def brief(value: float, _=None) -> str:
-  """Formats a number beside a tick."""
-  for unit, size in (('M', 1e6), ('k', 1e3)):
-    if abs(value) >= size:
-      return f'{value / size:.4g}{unit}'
-  return f'{value:.4g}'
-
-
-def _draw_panel(axes: Any, panel: Panel, log_x: bool) -> None:
-  """Draws a panel's curves, and their last values in its title or legend."""
-  lines = [
-    _draw_series(axes, series, color, log_x)
-    for series, color in zip(panel.series, COLORS * len(panel.series))
+def charts(
+  panels: Sequence[Panel], log_x: bool = False, most: int = 5
+) -> list[Chart]:
+  """Returns a chart for every panel, with at most `most` ticks of steps."""
+  return [
+    chart(
+      f'{panel.title}, {panel.unit}' if panel.unit else panel.title,
+      [averaged(series, log_x) for series in panel.series],
+      log_x,
+      most,
+    )
+    for panel in panels
   ]
-  title = f'{panel.title}, {panel.unit}' if panel.unit else panel.title
-  axes.set_title(title if len(title) <= 30 else title[:29] + '…')
-  value_axis(axes, np.concatenate([s.values for s in panel.series]))
-  step_axis(axes)
-  if log_x:
-    axes.set_xscale('log')
-    axes.xaxis.set_major_formatter(ticker().FuncFormatter(brief))
-    axes.xaxis.set_minor_formatter(ticker().NullFormatter())
-  lasts = [short(float(series.values[-1])) for series in panel.series]
-  if len(lasts) == 1:
-    axes.set_title(lasts[0], loc='right', color=COLORS[0])
-    return
-  names = [f'{s.label} {last}' for s, last in zip(panel.series, lasts)]
-  legend = axes.legend(lines, names, frameon=False, handlelength=1.2)
-  for text, color in zip(legend.get_texts(), COLORS * len(names)):
-    text.set_color(color)
 
 
-def _draw_series(axes: Any, series: Series, color: str, log_x: bool) -> Any:
-  """Draws one curve and where it is not finite; returns its line."""
+def averaged(series: Series, log_x: bool = False) -> Curve:
+  """Returns what is drawn of a series: means of many points, with a band."""
   finite = np.isfinite(series.values)
   keep = finite & (series.steps > 0) if log_x else finite
-  x, mean, low, high = _binned(series.steps[keep], series.values[keep], log_x)
-  marker = 'o' if len(x) < 40 else ''
-  style = {'color': color, 'linewidth': 1.3, 'markersize': 2.6}
-  (line,) = axes.plot(x, mean, marker=marker, **style)
-  if len(x) < keep.sum():
-    axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
-  for step in series.steps[~finite][:_MARKS]:
-    axes.axvline(step, color='#b3261e', linewidth=0.8, linestyle=':')
-  return line
+  parts = binned(series.steps[keep], series.values[keep], log_x)
+  last = short(float(series.values[-1]))
+  return Curve(series.label, *parts, last, series.steps[~finite][:MARKS])
 
 
-def _binned(
+def binned(
   steps: np.ndarray, values: np.ndarray, log_x: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Averages a curve over at most POINTS bins; as given if it has few points.
@@ -228,24 +157,114 @@ def _binned(
   return mean(steps), mean(values), low, high
 
 
+def chart(
+  title: str, curves: Sequence[Curve], log_x: bool = False, most: int = 5
+) -> Chart:
+  """Returns curves on common axes, with at most `most` ticks of steps."""
+  steps = np.concatenate([[*c.steps, *c.broken] for c in curves])
+  if log_x:
+    steps = steps[steps > 0]
+  if not len(steps):
+    steps = np.ones(1)
+  x = ticks.step_axis(steps, log_x)
+  y = ticks.value_axis(np.concatenate([[*c.low, *c.high] for c in curves]))
+  lines, told = [], []
+  for n, curve in enumerate(curves):
+    color = curve.color or f'var(--c{n % COLORS})'
+    dash = '' if curve.color else _DASHES[n % len(_DASHES)]
+    lines.append(_line(curve, x, y, color, dash))
+    told.append(_numbers(curve, color))
+  broken = {s for c in curves for s in c.broken if not log_x or s > 0}
+  return Chart(
+    title,
+    lines,
+    across(steps, most, log_x),
+    ticks.ticks(y),
+    [_unit(x.place(step)) for step in sorted(broken)],
+    _summary(title, curves),
+    {'title': title, 'x': x._asdict(), 'y': y._asdict(), 'series': told},
+  )
+
+
+def across(
+  steps: np.ndarray, most: int = 5, log: bool = False
+) -> list[ticks.Tick]:
+  """Returns the ticks of steps; a single step is the only one."""
+  axis = ticks.step_axis(steps, log)
+  if len({*steps.tolist()}) > 1:
+    return ticks.ticks(axis, most, whole=True)
+  return [ticks.Tick(50.0, *ticks.labels([float(steps[0])]), False)]
+
+
+def _unit(share: np.ndarray | float) -> float:
+  """Returns a share of an axis in the units of a path."""
+  return round(float(share) * _SIZE, 1)
+
+
+def path(places: np.ndarray, heights: np.ndarray) -> str:
+  """Returns the line through points, given as shares of both axes."""
+  points = _points(places, heights)
+  return f'M{"L".join(points)}' if points else ''
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> list[str]:
+  """Returns points as SVG writes them."""
+  return [f'{_unit(a):g} {_unit(1 - b):g}' for a, b in zip(x, y)]
+
+
+def _line(
+  curve: Curve, x: ticks.Axis, y: ticks.Axis, color: str, dash: str
+) -> Line:
+  """Returns a curve as paths on two axes."""
+  places = x.place(curve.steps)
+  points = _points(places, y.place(curve.mean))
+  band = ''
+  if len(points) > 1 and (curve.high > curve.low).any():
+    up = _points(places, y.place(curve.high))
+    down = _points(places, y.place(curve.low))[::-1]
+    band = f'M{"L".join([*up, *down])}Z'
+  # A line of no length has round ends, whatever the chart is stretched to.
+  few = len(points) < _DOTS
+  dots = ''.join(f'M{point}h0' for point in points) if few else ''
+  drawn = path(places, y.place(curve.mean))
+  return Line(curve.label, curve.last, color, dash, drawn, dots, band)
+
+
+def _numbers(curve: Curve, color: str) -> dict[str, Any]:
+  """Returns a curve for the page's script, to six digits."""
+  told = lambda values: [float(f'{v:.6g}') for v in values.tolist()]
+  out = {'label': curve.label, 'color': color, 'steps': told(curve.steps)}
+  out['mean'] = told(curve.mean)
+  if (curve.high > curve.low).any():
+    out |= {'low': told(curve.low), 'high': told(curve.high)}
+  return out
+
+
+def _summary(title: str, curves: Sequence[Curve]) -> str:
+  """Returns a chart in words: ends, least and most of each curve."""
+  parts = []
+  for curve in curves[:COLORS]:
+    name = f'{curve.label}: ' if curve.label else ''
+    if not len(curve.mean):
+      parts.append(f'{name}no finite value')
+      continue
+    first, last = (brief(curve.mean[n]) for n in (0, -1))
+    low, high = brief(curve.low.min()), brief(curve.high.max())
+    steps = f'steps {brief(curve.steps[0])} to {brief(curve.steps[-1])}'
+    parts.append(
+      f'{name}{first} to {last} over {steps}, least {low}, most {high}'
+    )
+  if len(curves) > COLORS:
+    parts.append(f'and {len(curves) - COLORS} more curves')
+  return f'{title}. {"; ".join(parts)}.'
+
+
+def brief(value: float) -> str:
+  """Returns a number of a summary, to four digits."""
+  return f'{float(value):.4g}' if math.isfinite(value) else 'not finite'
+
+
 def title(name: str) -> str:
   """Returns a scalar's name as a title."""
   text = re.sub('[_/]', ' ', name)
   return text[:1].upper() + text[1:]
-
-
-def _svg(figure: Any) -> str:
-  """Returns the figure as one element, its ids unlike any other figure's."""
-  file = io.StringIO()
-  figure.savefig(file, format='svg', metadata={'Date': None})
-  svg = file.getvalue()
-  svg = svg[svg.index('<svg') :].strip()
-  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-  svg = re.sub(r'<style .*?</style>', '', svg, flags=re.DOTALL)
-  svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', svg)
-  svg = svg.replace('xlink:href', 'href')
-  mark = 'f' + hashlib.sha256(svg.encode()).hexdigest()[:8]
-  svg = re.sub(r'( id="| href="#|url\(#)', rf'\g<1>{mark}-', svg)
-  # Hundredths of a point are enough for a path.
-  rounded = lambda match: re.sub(r'(\.\d\d)\d+', r'\1', match[0])
-  return re.sub(r' d="[^"]*"', rounded, svg)

@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.record import flight, load_balance
-from deepseek_jax.record.report import (
-  curves as figures,
-)
-from deepseek_jax.record.report import (
-  expert_figures as routing_figures,
-)
+from deepseek_jax.record.report import curves as curve_charts
+from deepseek_jax.record.report import expert_figures as figures
 
 # Values sent to the page's own script, per array: 16 bits each.
 _INSPECTED = 300_000
@@ -35,7 +31,8 @@ def routing_section(path: Path) -> dict[str, Any] | None:
 
   Returns:
     What the page's template reads: 'load', 'layers', 'lines', 'balance' and
-    'together' hold SVG elements, 'inspector' is what the page's script draws.
+    'together' hold charts and maps, 'inspector' is what the page's script
+    draws.
   """
   if not path.exists():
     return None
@@ -44,7 +41,7 @@ def routing_section(path: Path) -> dict[str, Any] | None:
   edges = _edges(run)
   experts = {k: a for k, a in run.arrays.items() if a.ndim == 3}
   by_layer = {
-    _TITLES.get(k) or figures.title(k): a.reshape(len(a), -1)
+    _TITLES.get(k) or curve_charts.title(k): a.reshape(len(a), -1)
     for k, a in run.arrays.items()
     if a.ndim <= 2
   }
@@ -52,9 +49,10 @@ def routing_section(path: Path) -> dict[str, Any] | None:
   if 'load' in experts:
     load = experts['load']
     share = _share(load)
-    result['load'] = routing_figures.load_by_layer(share[-1], layers)
-    result['layers'] = routing_figures.load_over_time(share, edges, layers)
+    result['load'] = figures.load_by_layer(share[-1], layers)
+    result['layers'] = figures.load_over_time(share, edges, layers)
     result['facts'] = _load_facts(run, load)
+    result['table'] = _table(share[-1], layers)
     by_layer = {
       'MaxVio': load_balance.max_violation(load),
       'Entropy of the load / log E': load_balance.load_entropy(load),
@@ -63,19 +61,19 @@ def routing_section(path: Path) -> dict[str, Any] | None:
       k: a for k, a in experts.items() if k != 'load'
     }
   result['lines'] = [
-    (name, routing_figures.lines_over_time(values, run.last, layers, name))
+    (name, figures.lines_over_time(values, run.last, layers, name))
     for name, values in experts.items()
     if name != 'load'
   ]
-  result['balance'] = (
-    routing_figures.layer_curves(by_layer, run.last, layers) if by_layer else ''
-  )
+  result['balance'] = figures.layer_curves(by_layer, run.last, layers)
+  result['keys'] = figures.layer_keys(layers) if len(layers) > 1 else []
+  result['layer_count'] = len(layers)
   result['inspector'] = _inspector(experts, run, edges)
   result['together'] = None
   if run.coarse and 'together' in run.coarse.arrays:
     lift = _lift(run.coarse.arrays['together'][-1])
     result['together'] = {
-      'maps': routing_figures.chosen_together(lift, layers),
+      'maps': figures.chosen_together(lift, layers),
       'first': int(run.coarse.first[-1]),
       'last': int(run.coarse.last[-1]),
     }
@@ -132,6 +130,21 @@ def _load_facts(run: flight.Flight, load: np.ndarray) -> dict[str, Any]:
   }
 
 
+def _table(share: np.ndarray, layers: list[int]) -> list[tuple]:
+  """Returns rows of layer, MaxVio, busiest and idlest expert, idle experts."""
+  named = lambda row, n: f'{row[n]:.3g} (expert {n})'
+  return [
+    (
+      layer,
+      f'{row.max() - 1:.3g}',
+      named(row, int(row.argmax())),
+      named(row, int(row.argmin())),
+      int((row == 0).sum()),
+    )
+    for layer, row in zip(layers, share)
+  ]
+
+
 def _inspector(
   experts: Mapping[str, np.ndarray], run: flight.Flight, edges: np.ndarray
 ) -> dict[str, Any] | None:
@@ -142,7 +155,7 @@ def _inspector(
   cells = int(np.clip(_INSPECTED // (L * E), 16, 160))
   pick = np.arange(len(run.last))
   if len(pick) > cells:
-    pick = np.unique(np.append(routing_figures.sample(edges, cells), pick[-1]))
+    pick = np.unique(np.append(figures.sample(edges, cells), pick[-1]))
   arrays = [
     {'name': name, **_quantised(values[pick])}
     for name, values in experts.items()

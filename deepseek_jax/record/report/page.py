@@ -3,18 +3,21 @@
 `write_report` reads what the run left in its folder and draws it: scalars
 (`metrics.jsonl`, `timings.jsonl`), routing (`routing.npz`), time by phase
 (`timeline.jsonl`, lines `{"phase": "step", "seconds": 1.5}`) and the resolved
-configuration (`config.json`). Each is optional. The page loads nothing from
-anywhere, prints in full, and shows text that the model wrote as text only.
-
-Legend: N intervals, L MoE layers, E experts.
+configuration (`config.json`). Each is optional. It keeps what it is given in
+`report.json`, so that `redraw` can do without. The page loads nothing from
+anywhere, reads without its script, prints in full, and shows text that the
+model wrote as text only.
 """
 
+import base64
+import functools
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +26,12 @@ import numpy as np
 from deepseek_jax import files
 from deepseek_jax.console import short
 from deepseek_jax.errors import InputError
-from deepseek_jax.record import metrics
 from deepseek_jax.record.json_lines import read_lines
-from deepseek_jax.record.metric import Metric, described
-from deepseek_jax.record.report import curves as figures
 from deepseek_jax.record.report.expert_section import routing_section
+from deepseek_jax.record.report.scalars import scalar_section
 
-# First word of a scalar's name -> the curve of the panel that it is.
-_SPLITS = {
-  'train': 'training',
-  'validation': 'validation',
-  'val': 'validation',
-  'eval': 'validation',
-}
+FILE = 'report.json'
+_TEMPLATES = Path(__file__).parent / 'templates'
 
 
 @dataclass(frozen=True)
@@ -47,17 +43,21 @@ class Sample:
   kind: str = 'sample'
 
 
-def environment() -> Any:
-  """Returns the jinja2.Environment of the pages; it escapes texts."""
-  import jinja2
+@dataclass(frozen=True)
+class Told:
+  """Holds what a report shows that no other file of the run's folder has.
 
-  return jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / 'templates'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
+  Attributes:
+    title: headline of the page.
+    facts: (name, value in short, exact value or '').
+    samples: texts by the model.
+    notes: paragraphs under the headline.
+  """
+
+  title: str
+  facts: Sequence[tuple[str, str, str]] = ()
+  samples: Sequence[Sample] = ()
+  notes: Sequence[str] = ()
 
 
 def write_report(
@@ -81,26 +81,119 @@ def write_report(
   Raises:
     InputError: a file in the folder is not what its name promises.
   """
+  made = told(title, facts, samples, notes)
+  path = draw(workdir, made)
+  with files.whole(Path(workdir, FILE)) as scratch:
+    scratch.write_text(json.dumps(asdict(made), indent=1) + '\n')
+  return path
+
+
+def told(
+  title: str,
+  facts: Mapping[str, str | int | float],
+  samples: Sequence[Sample] = (),
+  notes: Sequence[str] = (),
+) -> Told:
+  """Returns the arguments of `write_report` as a report shows them."""
+  shown = [(name, *_fact(value)) for name, value in facts.items()]
+  return Told(title, shown, list(samples), list(notes))
+
+
+def draw(
+  workdir: str | os.PathLike,
+  shown: Told,
+  *,
+  beside: Mapping[str, Path] | None = None,
+  out: str | os.PathLike | None = None,
+) -> Path:
+  """Writes a report, by default `workdir/report.html`; returns its path.
+
+  Args:
+    workdir: the run's folder.
+    shown: what the folder does not hold.
+    beside: name -> folder of other runs, whose curves are laid over.
+    out: where the page goes.
+
+  Raises:
+    InputError: a file in a folder is not what its name promises.
+  """
   workdir = Path(workdir)
-  page = (
-    environment()
-    .get_template('report.html.jinja')
-    .render(
-      title=title,
-      facts=[(name, *_fact(value)) for name, value in facts.items()],
-      notes=notes,
-      curves=_curves(workdir),
-      routing=routing_section(workdir / 'routing.npz'),
-      timeline=_timeline(workdir / 'timeline.jsonl'),
-      samples=[_visible(sample) for sample in samples],
-      config=_config(workdir / 'config.json'),
-    )
+  return write(
+    Path(out) if out else workdir / 'report.html',
+    'report.html.jinja',
+    title=shown.title,
+    facts=shown.facts,
+    notes=shown.notes,
+    curves=scalar_section(workdir, beside or {}),
+    routing=routing_section(workdir / 'routing.npz'),
+    timeline=_timeline(workdir / 'timeline.jsonl'),
+    samples=[_visible(sample) for sample in shown.samples],
+    config=_config(workdir / 'config.json'),
   )
-  path = workdir / 'report.html'
+
+
+def read_told(workdir: str | os.PathLike) -> Told | None:
+  """Returns what `write_report` kept; None of a run that has no report yet.
+
+  Raises:
+    InputError: the file holds something else.
+  """
+  path = Path(workdir, FILE)
+  if not path.exists():
+    return None
+  held = files.load_json(str(path))
+  try:
+    raw = Told(**held)
+    facts = [(str(n), str(v), str(e)) for n, v, e in raw.facts]
+    texts = [{k: str(v) for k, v in sample.items()} for sample in raw.samples]
+    samples = [Sample(**text) for text in texts]
+    return Told(str(raw.title), facts, samples, [*map(str, raw.notes)])
+  except (TypeError, ValueError, AttributeError) as error:
+    raise InputError(
+      f'{path}: is not what a report keeps ({error}); remove it'
+    ) from None
+
+
+def write(path: Path, template: str, **values: Any) -> Path:
+  """Writes a page whole or not at all; returns its path.
+
+  Args:
+    path: of the page.
+    template: its file in `templates/`.
+    **values: what the template names; texts among them are escaped.
+  """
+  script = _script()
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  page = (
+    _environment()
+    .get_template(template)
+    .render(script=script, script_hash=digest, **values)
+  )
   with files.whole(path) as scratch:
     # A lone surrogate, which a byte-level sampler can give, has no UTF-8.
     scratch.write_bytes(page.encode('utf-8', 'backslashreplace'))
   return path
+
+
+@functools.cache
+def _script() -> str:
+  """Returns the pages' script; the browser runs no other."""
+  parts = ('charts.js', 'inspector.js')
+  return ''.join((_TEMPLATES / name).read_text('utf-8') for name in parts)
+
+
+@functools.cache
+def _environment() -> Any:
+  """Returns the jinja2.Environment of the pages; it escapes texts."""
+  import jinja2
+
+  return jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
 
 
 def _fact(value: str | int | float) -> tuple[str, str]:
@@ -118,94 +211,6 @@ def _count(value: int) -> tuple[str, str]:
     if abs(value) >= size:
       return f'{value / size:.4g} {unit}', f'{value:,}'
   return f'{value:,}', ''
-
-
-def _curves(workdir: Path) -> dict[str, Any] | None:
-  """Returns figures of all scalars, and their numbers; None without any."""
-  rows = metrics.read(workdir), metrics.read(workdir, 'timings')
-  named, known = [_by_name(r) for r in rows], described(workdir)
-  panels = _panels(named[0], known) + _panels(named[1], known)
-  if not panels:
-    return None
-  broken = [
-    (name, int(s[~np.isfinite(v)][0]), int((~np.isfinite(v)).sum()))
-    for name, (s, v) in named[0].items()
-    if not np.isfinite(v).all()
-  ]
-  steps = [row['step'] for row in rows[0] + rows[1]]
-  parts = [part for part in (panels[:1], panels[1:]) if part]
-  return {
-    'title': panels[0].title,
-    'linear': [figures.curves(part) for part in parts],
-    'log': [
-      figures.curves(part, log_x=True) for part in parts if max(steps) >= 10
-    ],
-    'averaged': max(len(s.steps) for p in panels for s in p.series)
-    > figures.POINTS,
-    'broken': broken,
-    'table': [_summary(n, *c) for n, c in (named[0] | named[1]).items()],
-  }
-
-
-def _by_name(
-  rows: Sequence[Mapping[str, float]],
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Returns scalar -> (steps, values), in the order in which names appeared."""
-  points: dict[str, list] = {}
-  for row in rows:
-    for name, value in row.items():
-      if name != 'step':
-        points.setdefault(name, []).append((row['step'], value))
-  return {
-    name: (np.array([s for s, _ in p]), np.array([v for _, v in p], float))
-    for name, p in points.items()
-  }
-
-
-def _panels(
-  curves: Mapping[str, tuple], known: Mapping[str, Metric]
-) -> list[figures.Panel]:
-  """Returns a panel per scalar, its training and validation curves together."""
-  panels: dict[str, list] = {}
-  for name, (steps, values) in curves.items():
-    first, _, rest = re.sub('[/.]', '_', name).partition('_')
-    split, base = 'training', name
-    if first in _SPLITS and rest:
-      split, base = _SPLITS[first], rest
-    series = figures.Series(split, steps, values)
-    panels.setdefault(base, []).append(series)
-  order = [*known, *(name for name in panels if name not in known)]
-  return [
-    _panel(known.get(name, Metric(figures.title(name))), panels[name])
-    for name in order
-    if name in panels
-  ]
-
-
-def _panel(known: Metric, series: list[figures.Series]) -> figures.Panel:
-  """Returns the panel of a metric; its title names validation if alone."""
-  title, unit = known.title, known.unit
-  if [s.label for s in series] == ['validation']:
-    title = f'Validation {title[:1].lower()}{title[1:]}'
-  return figures.Panel(title, unit, series)
-
-
-def _summary(name: str, steps: np.ndarray, values: np.ndarray) -> tuple:
-  """Returns a row of the table: name, count, first, last and least value."""
-  finite = np.isfinite(values)
-  best = (
-    f'{short(values[finite].min())} at step'
-    f' {steps[finite][values[finite].argmin()]}'
-    if finite.any()
-    else '—'
-  )
-  return (
-    name,
-    len(values),
-    short(values[0]),
-    short(values[-1]),
-    best,
-  )
 
 
 def _timeline(path: Path) -> list[tuple[str, float, float]]:

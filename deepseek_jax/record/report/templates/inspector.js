@@ -1,76 +1,64 @@
-'use strict';
-// Without this script the page shows everything but the inspector.
-const find = (id) => document.getElementById(id);
-for (const node of document.querySelectorAll('[data-needs-script]')) {
-  node.hidden = false;
-}
-
-// Print what is folded.
-addEventListener('beforeprint', () => {
-  for (const node of document.querySelectorAll('details')) node.open = true;
-});
-
-if (find('log-x')) {
-  find('log-x').addEventListener('change', (event) => {
-    for (const node of document.querySelectorAll('.log, .linear')) {
-      node.hidden = node.className === 'log' !== event.target.checked;
-    }
-  });
-}
 
 function inspect(run) {
-  const cells = run.first.length;
-  const experts = run.experts;
-  const layers = run.layers.length;
-  const arrays = run.arrays.map((array) => ({...array, codes: decode(array.data)}));
-  const at = (array, cell, layer, expert) => {
-    const code = array.codes[(cell * layers + layer) * experts + expert];
-    return code === 65535 ? NaN : array.low + array.scale * code;
-  };
-  // Where each cell begins and ends, as shares of the width.
-  const span = run.last[cells - 1] - run.start;
-  const bounds = [run.start, ...run.last].map((step) => (step - run.start) / span);
+  const {arrays, at, bounds, cells, experts, pairs} = run;
   const state = {layer: 0, expert: busiest(), cell: cells - 1};
 
   const layerBox = find('layer');
   const expertBox = find('expert');
-  run.layers.forEach((name, n) => layerBox.add(new Option(name, n)));
+  run.names.forEach((name, n) => layerBox.add(new Option(name, n)));
   for (let n = 0; n < experts; n++) expertBox.add(new Option(n, n));
   expertBox.value = state.expert;
 
-  const map = plot('map', 'load / even share, one row per expert');
-  const lines = arrays.map((array) => plot(array.name,
-      array.name === 'load' ? 'load / even share' : array.name));
+  const map = plot('load / even share, one row per expert');
+  const lines = arrays.map((array) =>
+      plot(array.name === 'load' ? 'load / even share' : array.name));
+  const partners = pairs && plot('chosen with it / by chance, by expert');
 
-  const pairs = run.together && {...run.together, codes: decode(run.together.data)};
-  const partners = pairs && plot('together', 'chosen with it / by chance, by expert');
-
-  layerBox.addEventListener('change', () => {
-    state.layer = Number(layerBox.value);
-    draw();
-  });
-  expertBox.addEventListener('change', () => {
-    state.expert = Number(expertBox.value);
-    draw();
-  });
-  const point = (event, box) => {
-    const x = (event.offsetX - box.left) / box.width;
-    const y = (event.offsetY - box.top) / box.height;
+  layerBox.addEventListener('change', () => choose({layer: Number(layerBox.value)}));
+  expertBox.addEventListener('change', () => choose({expert: Number(expertBox.value)}));
+  const point = (event) => {
+    const x = (event.offsetX - map.box.left) / map.box.width;
+    const y = (event.offsetY - map.box.top) / map.box.height;
     state.cell = clamp(bounds.findIndex((bound) => bound > x) - 1, cells);
+    if (x >= 1) state.cell = cells - 1;
     return clamp(Math.floor(y * experts), experts);
   };
-  map.canvas.addEventListener('mousemove', (event) => read(point(event, map.box)));
-  map.canvas.addEventListener('mouseleave', () => {
-    state.cell = cells - 1;
-    read(state.expert);
+  map.canvas.addEventListener('pointermove', (event) => read(point(event)));
+  map.canvas.addEventListener('pointerleave', (event) => {
+    if (event.pointerType === 'mouse') choose({cell: cells - 1});
   });
-  map.canvas.addEventListener('click', (event) => {
-    state.expert = point(event, map.box);
-    expertBox.value = state.expert;
-    draw();
+  map.canvas.addEventListener('click', (event) => choose({expert: point(event)}));
+  map.canvas.tabIndex = 0;
+  map.canvas.setAttribute('role', 'slider');
+  map.canvas.setAttribute('aria-roledescription', 'map');
+  map.canvas.setAttribute('aria-valuemin', 0);
+  map.canvas.setAttribute('aria-valuemax', cells - 1);
+  map.canvas.addEventListener('keydown', (event) => {
+    const far = event.shiftKey ? 10 : 1;
+    const {cell, expert, layer} = state;
+    const ways = {
+      ArrowLeft: {cell: cell - far}, ArrowRight: {cell: cell + far},
+      ArrowUp: {expert: expert - far}, ArrowDown: {expert: expert + far},
+      Home: {cell: 0}, End: {cell: cells - 1},
+      PageUp: {layer: layer - 1}, PageDown: {layer: layer + 1},
+    };
+    if (event.altKey || event.ctrlKey || event.metaKey || !ways[event.key]) return;
+    event.preventDefault();
+    choose(ways[event.key]);
   });
   addEventListener('resize', draw);
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', draw);
   draw();
+
+  function choose(change) {
+    Object.assign(state, change);
+    state.cell = clamp(state.cell, cells);
+    state.expert = clamp(state.expert, experts);
+    state.layer = clamp(state.layer, run.layers);
+    layerBox.value = state.layer;
+    expertBox.value = state.expert;
+    draw();
+  }
 
   function busiest() {
     const last = (expert) => at(arrays[0], cells - 1, 0, expert);
@@ -80,12 +68,12 @@ function inspect(run) {
   }
 
   function read(expert) {
-    const values = arrays.map((array) => `${array.name} ${
-        at(array, state.cell, state.layer, expert).toPrecision(4)}`);
-    const [first, last] = [run.first[state.cell], run.last[state.cell]];
-    const steps = first === last ? `step ${last}` : `steps ${first}–${last}`;
-    find('reading').textContent =
-        [`expert ${expert}`, steps, ...values].join(' · ');
+    const values = arrays.map((array) =>
+        `${array.name} ${brief(at(array, state.cell, state.layer, expert))}`);
+    const words = [`expert ${expert}`, run.steps(state.cell), ...values].join(' · ');
+    find('reading').textContent = words;
+    map.canvas.setAttribute('aria-valuenow', state.cell);
+    map.canvas.setAttribute('aria-valuetext', `layer ${run.names[state.layer]}, ${words}`);
   }
 
   function draw() {
@@ -98,7 +86,7 @@ function inspect(run) {
   function drawMap() {
     const array = arrays.find((a) => a.name === 'load') || arrays[0];
     const shade = array.name === 'load' ? [0, 2] : range(array);
-    const context = start(map, [0, experts - 1], [run.start, run.last[cells - 1]]);
+    const {context, colors} = start(map, [0, experts - 1], [run.start, run.last[cells - 1]]);
     const {left, top, width, height} = map.box;
     // One pixel per cell, enlarged: no seams.
     const small = document.createElement('canvas');
@@ -114,16 +102,18 @@ function inspect(run) {
     }
     small.getContext('2d').putImageData(pixels, 0, 0);
     context.imageSmoothingEnabled = false;
+    const place = (share) => Math.round(left + width * share);
     for (let cell = 0; cell < cells; cell++) {
-      const [from, to] = [bounds[cell], bounds[cell + 1]].map((share) =>
-          Math.round(left + width * share));
+      const [from, to] = [place(bounds[cell]), place(bounds[cell + 1])];
       context.drawImage(small, cell, 0, 1, experts, from, top, to - from, height);
     }
     const row = height / experts;
     context.strokeStyle = '#fff';
     context.lineWidth = 1.5;
     context.strokeRect(left, top + row * state.expert, width, Math.max(row, 3));
-    context.fillStyle = '#c4512d';
+    const [from, to] = [place(bounds[state.cell]), place(bounds[state.cell + 1])];
+    context.strokeRect(from, top, Math.max(to - from, 2), height);
+    context.fillStyle = colors('--c1');
     const middle = top + row * (state.expert + .5);
     context.beginPath();
     context.moveTo(left - 1, middle);
@@ -134,7 +124,7 @@ function inspect(run) {
 
   function drawLines(target, array) {
     const [low, high] = range(array);
-    const context = start(target, [high, low], [run.start, run.last[cells - 1]]);
+    const {context, colors} = start(target, [high, low], [run.start, run.last[cells - 1]]);
     const {left, top, width, height} = target.box;
     // A value stands at its interval's end; a single one is a level.
     const xs = cells > 1 ? bounds.slice(1) : bounds;
@@ -147,10 +137,12 @@ function inspect(run) {
       });
       context.stroke();
     };
-    context.strokeStyle = 'rgb(110 120 135 / 22%)';
+    context.globalAlpha = .3;
+    context.strokeStyle = colors('--axis');
     context.lineWidth = 1;
     for (let expert = 0; expert < experts; expert++) trace(expert);
-    context.strokeStyle = '#c4512d';
+    context.globalAlpha = 1;
+    context.strokeStyle = colors('--c1');
     context.lineWidth = 2;
     trace(state.expert);
   }
@@ -159,16 +151,12 @@ function inspect(run) {
   function drawPartners() {
     const {groups} = pairs;
     const own = Math.floor(state.expert * groups / experts);
-    const row = (state.layer * groups + own) * groups;
-    const values = Array.from({length: groups}, (_, n) => {
-      const code = pairs.codes[row + n];
-      return code === 65535 ? 0 : pairs.low + pairs.scale * code;
-    });
+    const values = Array.from({length: groups}, (_, n) => run.pair(state.layer, own, n) || 0);
     const high = Math.max(2, ...values);
-    const context = start(partners, [high, 0], [0, experts - 1], 'expert');
+    const {context, colors} = start(partners, [high, 0], [0, experts - 1], 'expert');
     const {left, top, width, height} = partners.box;
     values.forEach((value, n) => {
-      context.fillStyle = value > 1 ? '#c4512d' : '#7fb0de';
+      context.fillStyle = colors(value > 1 ? '--c1' : '--c0');
       const tall = height * value / high;
       context.fillRect(left + width * n / groups, top + height - tall,
           Math.max(width / groups - 1, 1), tall);
@@ -194,7 +182,7 @@ function inspect(run) {
 }
 
 // One canvas with room for its title and ends of both axes.
-function plot(name, title) {
+function plot(title) {
   const canvas = document.createElement('canvas');
   canvas.setAttribute('role', 'img');
   canvas.setAttribute('aria-label', title);
@@ -208,37 +196,25 @@ function start(target, vertical, steps, unit = 'step') {
   const dense = devicePixelRatio || 1;
   canvas.width = size.width * dense;
   canvas.height = size.height * dense;
-  target.box = {left: 46, top: 24, width: size.width - 52, height: size.height - 46};
+  target.box = {left: 52, top: 24, width: size.width - 60, height: size.height - 46};
   const {left, top, width, height} = target.box;
+  const style = getComputedStyle(document.documentElement);
+  const colors = (name) => style.getPropertyValue(name).trim();
   const context = canvas.getContext('2d');
   context.scale(dense, dense);
-  context.font = '12px ' + getComputedStyle(document.body).getPropertyValue('--sans');
-  context.fillStyle = '#26292e';
+  context.font = '12px ' + colors('--sans');
+  context.fillStyle = colors('--ink');
   context.fillText(target.title, left, 14);
-  context.fillStyle = '#565c66';
+  context.fillStyle = colors('--soft');
   context.fillText(brief(steps[0]), left, top + height + 16);
   context.textAlign = 'right';
   context.fillText(`${unit} ${brief(steps[1])}`, left + width, top + height + 16);
-  context.fillText(brief(vertical[0]), left - 6, top + 9);
-  context.fillText(brief(vertical[1]), left - 6, top + height);
-  context.strokeStyle = '#9aa0a8';
-  context.lineWidth = .7;
+  context.fillText(brief(vertical[0]), left - 10, top + 10);
+  context.fillText(brief(vertical[1]), left - 10, top + height);
+  context.strokeStyle = colors('--axis');
+  context.lineWidth = 1;
   context.strokeRect(left, top, width, height);
-  return context;
-}
-
-function decode(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  return Uint16Array.from({length: bytes.length / 2}, (_, n) => view.getUint16(2 * n, true));
-}
-
-function clamp(n, count) {
-  return Math.max(0, Math.min(count - 1, n));
-}
-
-function brief(value) {
-  return Number(value.toPrecision(3)).toString();
+  return {context, colors};
 }
 
 // Nine points of matplotlib's viridis, straight lines between.
@@ -253,4 +229,4 @@ function viridis(share) {
   return low.map((a, i) => Math.round(a + (place - n) * (high[i] - a)));
 }
 
-if (find('routing')) inspect(JSON.parse(find('routing').textContent));
+if (routing && routing.arrays.length) inspect(routing);

@@ -1,0 +1,1 @@
+"""Measures models: pass@k, infilling, multiple choice, bits per byte."""

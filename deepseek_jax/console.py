@@ -120,6 +120,8 @@ def short(value: float) -> str:
   size = abs(value)
   if not math.isfinite(value):
     return str(value)
+  if size >= 1e15 and isinstance(value, float):
+    return f'{value:.3e}'
   if size >= 1e4 or isinstance(value, int):
     return f'{value:,.0f}'
   return f'{value:.4g}' if size >= 1e-3 or not size else f'{value:.2e}'

@@ -59,8 +59,7 @@ class Engine:
       model, variables: as the model trains; `load` gives other variables.
       cfg: see there.
       text: the tokenizer, for texts and stop texts; token ids alone without.
-      donate: the variables are given up, see `prepare`: memory then holds one
-        copy of them.
+      donate: the variables are given up, see `prepare`.
 
     Raises:
       InputError: a model without head, or a tokenizer with more tokens than
@@ -190,9 +189,7 @@ class Engine:
   def load(self, variables: dict, *, donate: bool = False) -> None:
     """Takes new weights: forgets prefixes, and recomputes what runs.
 
-    Args:
-      variables: as the model trains.
-      donate: they are given up, see `prepare`.
+    With `donate` the caller gives them up, see `prepare`.
 
     Raises:
       InputError: they are another model's; the old ones stay.
@@ -358,7 +355,8 @@ class Engine:
     self._totals['cached_tokens'] += one.reused
     self._totals['answers'] += 1
     usage = Usage(one.prompt, one.reused, one.answered, *one.drafts)
-    routes = None if one.routes is None else one.routes[: one.length]
+    # A copy: the whole context would stay in memory.
+    routes = None if one.routes is None else one.routes[: one.length].copy()
     return Event(
       one.id,
       one.index,

@@ -73,7 +73,8 @@ def write_report(workdir):
       HOSTILE: HOSTILE,
     },
     samples=[
-      page.Sample('Once ' + HOSTILE, ' upon\n a \x00 \ud800 time', HOSTILE)
+      page.Sample('Once ' + HOSTILE, ' upon\n a \x00 \ud800 time', HOSTILE),
+      page.Sample('y' * 300, 'z' * 300, 'k' * 200),
     ],
-    notes=[HOSTILE],
+    notes=[HOSTILE, 'n' * 300],
   )

@@ -116,7 +116,11 @@ class ReportPageTest(parameterized.TestCase):
       beside={fake_run.HOSTILE: other},
       out=folder / 'over.html',
     )
+    one = folder / 'one'
+    one.mkdir()
+    fake_run.write_run(one, 1)
     cls.pages = {
+      'one': fake_run.write_report(one),
       'report': cls.run_ / 'report.html',
       'over': over,
       'compare': cls._comparison(folder),
@@ -200,6 +204,15 @@ class ReportPageTest(parameterized.TestCase):
     }""")
     for color in colors[1:]:
       self.assertGreaterEqual(contrast(color, colors[0]), 3, color)
+
+  def test_one_step_is_shown_by_dots(self):
+    opened = self.open('one')
+    dots = opened.locator('.area:visible path.dots').all()
+    self.assertGreater(len(dots), 3 * 8)
+    for dot in dots:
+      width = dot.evaluate('node => getComputedStyle(node).strokeWidth')
+      self.assertEqual(width, '5px')
+    self.assertEqual(self.told, [])
 
   @parameterized.parameters('report', 'over', 'compare')
   def test_what_others_wrote_is_text(self, name):

@@ -421,7 +421,15 @@ class TicksTest(parameterized.TestCase):
       self._fits(ticks.Axis(first, last), rng.integers(3, 9), whole=True)
       low = 10.0 ** rng.integers(-8, 9)
       span = 10.0 ** rng.uniform(0.1, 9)
-      self._fits(ticks.Axis(low, low * span, log=True), rng.integers(3, 9))
+      most = rng.integers(3, 9)
+      self._fits(ticks.Axis(low, low * span, log=True), most)
+
+  def test_ticks_of_a_logarithmic_axis_are_apart(self):
+    for low, high in ((1, 3.7e6), (12_345, 3.7e6), (2.1, 5e4), (1, 20)):
+      found = ticks.ticks(ticks.Axis(low, high, log=True), 5, whole=True)
+      places = [tick.place for tick in found]
+      self.assertGreater(len(places), 1)
+      self.assertGreater(min(np.diff(places)), 20)
 
   @parameterized.parameters(
     ([0.0], 0),

@@ -112,9 +112,10 @@ class Chart(NamedTuple):
     return max((tick.label for tick in self.up), key=len, default='')
 
 
-def charts(panels: Sequence[Panel], log_x: bool = False) -> list[Chart]:
-  """Returns a chart for every panel; one alone has room for more ticks."""
-  most = WIDE if len(panels) == 1 else 5
+def charts(
+  panels: Sequence[Panel], log_x: bool = False, most: int = 5
+) -> list[Chart]:
+  """Returns a chart for every panel, with at most `most` ticks of steps."""
   return [
     chart(
       f'{panel.title}, {panel.unit}' if panel.unit else panel.title,

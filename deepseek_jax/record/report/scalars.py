@@ -55,12 +55,13 @@ def scalar_section(
   if not panels:
     return None
   every = [s.steps for panel in panels for s in panel.series]
-  parts = [part for part in (panels[:1], panels[1:]) if part]
+  # The first is as wide as the page, the others stand in columns.
+  parts = [p for p in ((panels[:1], curves.WIDE), (panels[1:], 5)) if p[0]]
   logs = max(steps.max() for steps in every) >= 10
   return {
     'title': panels[0].title,
-    'linear': [curves.charts(part) for part in parts],
-    'log': [curves.charts(part, log_x=True) for part in parts] if logs else [],
+    'linear': [curves.charts(part, most=n) for part, n in parts],
+    'log': [curves.charts(part, True, n) for part, n in parts] if logs else [],
     'averaged': max(map(len, every)) > curves.POINTS,
     'broken': _broken(own[0]),
     'beside': list(beside),

@@ -84,7 +84,7 @@ def ticks(axis: Axis, most: int = 5, whole: bool = False) -> list[Tick]:
     whole: no fractions, as of steps.
   """
   if axis.log:
-    numbers = _of_log(axis.low, axis.high, most)
+    numbers = _of_log(axis, most)
   else:
     numbers = _round(axis.low, axis.high, most, whole)
   places = 100 * axis.place(np.array(numbers, np.float64))
@@ -107,17 +107,19 @@ def _round(low: float, high: float, most: int, whole: bool) -> list[float]:
   return [n * step for n in range(first, last + 1)]
 
 
-def _of_log(low: float, high: float, most: int) -> list[float]:
-  """Returns powers of ten from low to high, 2 and 5 times them, or fewer."""
-  span = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  for factors in ((1, 2, 5), (1,)):
-    found = [f * 10.0**k for k in span for f in factors]
-    found = [number for number in found if low <= number <= high]
-    if 2 <= len(found) <= most:
-      return found
-  if len(found) > most:
-    return found[:: math.ceil(len(found) / most)]
-  return _round(low, high, most, whole=False)
+def _of_log(axis: Axis, most: int) -> list[float]:
+  """Returns powers of ten, and 5 and 2 times them where there is room."""
+  span = range(
+    math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1
+  )
+  room, kept = 0.9 / (most - 1), {}
+  for number in (f * 10.0**k for f in (1, 5, 2) for k in span):
+    place = float(axis.place(number))
+    if 0 <= place <= 1 and all(abs(place - p) >= room for p in kept):
+      kept[place] = number
+  if len(kept) < 2:
+    return _round(axis.low, axis.high, most, whole=False)
+  return sorted(kept.values())
 
 
 def labels(numbers: Sequence[float]) -> list[str]:

@@ -69,8 +69,7 @@ function curvesOf({x, y, series}) {
     return best;
   };
   const rows = series.map((one, n) => n).filter((n) => series[n].steps.length);
-  const says = ({label, mean, low, high, steps}, n, step) =>
-      `${label ? `${label}: ` : ''}${brief(mean[n])}` +
+  const says = ({mean, low, high, steps}, n, step) => brief(mean[n]) +
       (low && low[n] !== high[n] ? ` (${brief(low[n])} to ${brief(high[n])})` : '') +
       (step !== steps[n] ? ` at ${brief(steps[n])}` : '');
   return {
@@ -91,6 +90,7 @@ function curvesOf({x, y, series}) {
       const step = series[row].steps[column];
       const shown = rows.length > 6 ? [row] : rows;
       return [{words: `step ${brief(step)}`}, ...shown.map((n) => ({
+        label: series[n].label,
         words: says(series[n], nearest(n, places[row][column]), step),
         color: series[n].color,
         now: n === row && shown.length > 1,
@@ -183,7 +183,8 @@ function readable(area) {
     }
     marks.hidden = false;
     area.setAttribute('aria-valuenow', Math.round(100 * shown.left));
-    area.setAttribute('aria-valuetext', lines.map((line) => line.words).join(', '));
+    area.setAttribute('aria-valuetext', 
+        lines.map(({label, words}) => label ? `${label}: ${words}` : words).join(', '));
     tip(area, shown.left + (shown.width || 0) / 2, lines);
   }
   function hide() {
@@ -244,11 +245,17 @@ function neighbour(area, by) {
 function tip(area, share, lines) {
   const box = area.getBoundingClientRect();
   const node = find('tip');
-  node.replaceChildren(...lines.map(({words, color, now}) => {
+  node.replaceChildren(...lines.map(({label, words, color, now}) => {
     const line = document.createElement('p');
     if (color) {
       line.append(document.createElement('i'));
       line.firstChild.style.background = color;
+    }
+    if (label) {
+      // A label that is written from right to left leaves the number alone.
+      const name = document.createElement('bdi');
+      name.append(label);
+      line.append(name, ': ');
     }
     line.append(words);
     line.className = now ? 'now' : '';

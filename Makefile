@@ -23,6 +23,18 @@ demo: $(VENV)/.run
 	$(BIN)/python -m experiments.pretrain --workdir=runs/demo \
 	  --config=experiments/configs/v3_tiny.py
 
+# DeepSeek-R1's pipeline in small, from text to a student in a Hugging Face
+# folder; writes runs/r1/r1.html. A second call goes on from where it ended.
+.PHONY: r1 r1-study
+r1: $(VENV)/.run
+	$(BIN)/python -m experiments.r1 --workdir=runs/r1
+
+# Reinforcement and self-improvement with their controls, over two seeds; hours.
+# It prints how long first, and goes on from where it ended.
+r1-study: $(VENV)/.run
+	$(BIN)/python -m experiments.r1_study --workdir=runs/r1-study \
+	  --out=benchmarks/results/r1-study
+
 # All tests but the sweeps; two files at a time.
 test: $(VENV)/.test
 	$(PYTEST) -m 'not slow' -n 2 --dist loadfile \
@@ -30,8 +42,8 @@ test: $(VENV)/.test
 
 # The sweeps over layers and small models that `test` leaves out.
 sweeps: $(VENV)/.test
-	$(PYTEST) -m slow tests/model tests/train tests/infer tests/rl tests/record \
-	  tests/cli tests/presets tests/data $(wildcard tests/*_test.py) \
+	$(PYTEST) -m slow tests/model tests/train tests/infer tests/rl tests/posttrain \
+	  tests/record tests/cli tests/presets tests/data $(wildcard tests/*_test.py) \
 	  --ignore=tests/record/report_page_test.py
 
 # Long runs of the inference engine, with the table of near-ties.

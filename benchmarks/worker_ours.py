@@ -60,7 +60,8 @@ def make(task, batch):
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.integers(0, model.config.vocab_size, shape)
   tokens = jnp.asarray(draw(batch, contest.LENGTH + 1), jnp.int32)
-  variables = jax.jit(model.init)(jax.random.key(0))
+  draws = jax.jit(model.init, compiler_options=processor.options('init'))
+  variables = draws(jax.random.key(0))
   if task == 'train':
     run = _train(model, variables, tokens)
   elif task == 'prefill':

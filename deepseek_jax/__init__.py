@@ -53,6 +53,7 @@ from deepseek_jax.run.export import export_run
 from deepseek_jax.run.fit import Run, fit
 from deepseek_jax.run.folder import Loaded, load
 from deepseek_jax.run.held_out import held_out
+from deepseek_jax.run.steps import shared_programs
 from deepseek_jax.run.talk import talk
 from deepseek_jax.train.config import TrainConfig
 from deepseek_jax.train.evaluate import bits_per_byte

@@ -34,12 +34,13 @@ SMALL = {
     'top_k': 8,
   },
   '05_r1': {
-    'sft_tokens': 32 * 31,
+    'sft_tokens': 2 * 8 * 31,
     'rounds': 2,
     'prompts': 2,
     'group': 4,
+    'updates': 2,
     'dim': 16,
-    'digits': 2,
+    'digits': 1,
   },
   '06_plan': {'devices': 64, 'dollars': 1.0},
   '07_hugging_face': {

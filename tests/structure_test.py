@@ -38,6 +38,7 @@ RANK = {
   'deepseek_jax.serve': 8,
   'deepseek_jax.ladder': 8,
   'deepseek_jax.recipes': 8,
+  'deepseek_jax.posttrain': 8.5,
   'deepseek_jax': 9,  # the face
   'deepseek_jax.cli': 10,
   'experiments': 11,

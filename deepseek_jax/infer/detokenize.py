@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer.request import Request
 
 
 class Stops:
@@ -164,3 +165,12 @@ class Detokenizer:
     while self._waiting and self._waiting[0][1] <= self._given:
       out.append(self._waiting.popleft()[0])
     return Delta(text, tuple(out))
+
+
+def following(
+  tokenizer: Tokenizer | ByteTokenizer | None, request: Request
+) -> Detokenizer | None:
+  """Returns what makes text of a request's tokens; None without tokenizer."""
+  if tokenizer is None:
+    return None
+  return Detokenizer(tokenizer, after=request.prompt, stop=request.stop_strings)

@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import checks, host_arrays, outcomes, sampler, warm_up
-from deepseek_jax.infer.detokenize import Detokenizer
+from deepseek_jax.infer.detokenize import following
 from deepseek_jax.infer.engine_config import EngineConfig
 from deepseek_jax.infer.host_arrays import Ahead, Bucket, look_ahead
 from deepseek_jax.infer.paging import beside, copied, paging
@@ -59,8 +59,7 @@ class Engine:
       model, variables: as the model trains; `load` gives other variables.
       cfg: see there.
       text: the tokenizer, for texts and stop texts; token ids alone without.
-      donate: the variables are given up, see `prepare`: memory then holds one
-        copy of them.
+      donate: the variables are given up, see `prepare`.
 
     Raises:
       InputError: a model without head, or a tokenizer with more tokens than
@@ -80,18 +79,12 @@ class Engine:
     reuse = cfg.reuse and not cfg.deterministic
     spare = spare if rings and reuse else 0
     self._scheduler = Scheduler(
-      self.page,
-      pages,
-      cfg.slots,
-      snapshots=spare,
-      reuse=reuse,
-      rings=rings,
+      self.page, pages, cfg.slots, snapshots=spare, reuse=reuse, rings=rings
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
-    shape = Shape(
-      self._paging, cfg.steps, cfg.most_drafted(), cfg.routing, cfg.kept
-    )
+    drafted = cfg.most_drafted()
+    shape = Shape(self._paging, cfg.steps, drafted, cfg.routing, cfg.kept)
     self._run = programs(model, shape, current())
     self._bounds = checks.bounds(model, cfg, self.page, pages, text is not None)
     self._count, self._epoch = 0, 0
@@ -133,7 +126,7 @@ class Engine:
           buffer,
           len(request.prompt),
           f'{self._epoch} {self.model.config.compute.products} {request.salt}',
-          text=self._detokenizer(request),
+          text=following(self.text, request),
           matcher=self._matcher(request),
           scores=[None] if request.echo else [],
         )
@@ -141,13 +134,6 @@ class Engine:
     self._live[number] = made
     self._scheduler.waiting.extend(made)
     return number
-
-  def _detokenizer(self, request: Request) -> Detokenizer | None:
-    """Returns what makes text of a request's tokens; None without any."""
-    if self.text is None:
-      return None
-    stop = request.stop_strings
-    return Detokenizer(self.text, after=request.prompt, stop=stop)
 
   def _matcher(self, request: Request) -> Any:
     """Returns what follows the request's grammar, or None."""
@@ -203,9 +189,7 @@ class Engine:
   def load(self, variables: dict, *, donate: bool = False) -> None:
     """Takes new weights: forgets prefixes, and recomputes what runs.
 
-    Args:
-      variables: as the model trains.
-      donate: they are given up, see `prepare`.
+    With `donate` the caller gives them up, see `prepare`.
 
     Raises:
       InputError: they are another model's; the old ones stay.
@@ -371,7 +355,8 @@ class Engine:
     self._totals['cached_tokens'] += one.reused
     self._totals['answers'] += 1
     usage = Usage(one.prompt, one.reused, one.answered, *one.drafts)
-    routes = None if one.routes is None else one.routes[: one.length]
+    # A copy: the whole context would stay in memory.
+    routes = None if one.routes is None else one.routes[: one.length].copy()
     return Event(
       one.id,
       one.index,

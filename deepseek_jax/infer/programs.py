@@ -189,13 +189,9 @@ def _decode(
   one = functools.partial(_plain, model, variables, kept=shape.kept)
   if drafts:
     drafts = drafts if shape.draft_rows >= R else 0
+    check = functools.partial(checked_drafts.check, model, variables)
     one = functools.partial(
-      checked_drafts.check,
-      model,
-      variables,
-      going.foreseen,
-      drafts=drafts,
-      kept=shape.kept,
+      check, going.foreseen, drafts=drafts, kept=shape.kept
     )
   W, each = 1 + drafts, jnp.arange(R)[:, None]
   most = shape.steps * W

@@ -15,7 +15,7 @@ LONG = 131072  # tokens of context at which a published shape decodes
 PUBLISHED_WINDOW = 4096  # tokens of a window that it is trained on
 
 
-class Cost(NamedTuple):
+class RungCost(NamedTuple):
   """Holds what a model costs by the plan.
 
   Attributes:
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
   context: int
 
 
-def cost(model: TransformerConfig, window: int, context: int) -> Cost:
+def cost(model: TransformerConfig, window: int, context: int) -> RungCost:
   """Returns the cost of a model.
 
   Args:
@@ -43,7 +43,7 @@ def cost(model: TransformerConfig, window: int, context: int) -> Cost:
     context: tokens that decoding has behind it.
   """
   count = count_parameters(model)
-  return Cost(
+  return RungCost(
     count.total,
     count.active,
     count_flops(model, window, mtp=True).per_token,
@@ -64,7 +64,7 @@ def training_bytes(run: RunConfig) -> int:
   return sum(classes.values())
 
 
-def published_costs() -> dict[str, Cost]:
+def published_costs() -> dict[str, RungCost]:
   """Returns the cost of every rung at V3's and V4's published widths."""
   shape = published()
   return {

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import processor, sharding
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.parallel.mesh import MeshConfig, Rules
 
@@ -99,7 +99,8 @@ class Placement:
     """Returns what `make` makes, each shard by the device that stores it."""
     where = self.shardings(jax.eval_shape(make), variables)
     with self.use():
-      return jax.jit(make, out_shardings=where)()
+      how = processor.options('init')
+      return jax.jit(make, out_shardings=where, compiler_options=how)()
 
   def block(self, size: int) -> tuple[int, int]:
     """Returns the rows of a global batch that this process reads: block i of n.

@@ -30,7 +30,8 @@ from deepseek_jax.train.objective import (
 
 METRICS = {
   'loss': Metric('Loss'),
-  'entropy': Metric('Entropy', 'nats per token'),
+  # Not 'entropy', which is the routers'.
+  'policy_entropy': Metric('Entropy', 'nats per token'),
   'kl': Metric('KL to the reference (k3)', 'nats per token'),
   'ratio': Metric('Ratio to the policy at rollout'),
   'clipped_low': Metric('Clipped below', 'share of tokens'),
@@ -229,7 +230,7 @@ def _loss(
     cfg, made.objective, tokens, shares.denominator, shares.micro_batches
   )
   mean = lambda x: (x * inputs.weights).sum() / shares.denominator
-  statistics = made.statistics | {'entropy': entropy}
+  statistics = made.statistics | {'policy_entropy': entropy}
   metrics = {'loss': loss} | {k: mean(v) for k, v in statistics.items()}
   if 'mtp_hidden' in predictions.aux:
     extra = mtp_loss(predictions, inputs) / shares.denominator

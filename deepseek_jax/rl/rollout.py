@@ -66,6 +66,8 @@ class RolloutConfig:
       line says so; 0: never.
     seconds: by the clock, that a verifier may take for an answer.
     processes: of verifiers.
+    permuted: deals the rewards of a round out at random over all its answers:
+      a control, from which nothing true can be learnt.
   """
 
   prompts: int = 32
@@ -84,6 +86,7 @@ class RolloutConfig:
   patience: int = 10
   seconds: float = 10.0
   processes: int = 1
+  permuted: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range; two answers at least."""

@@ -142,11 +142,13 @@ class Answerer:
       return self._engine
     cfg, objective = self._config.rollouts, self._config.objective
     context = self._config.data.seq_len + 1
+    problems = (*self._store.task.train, *self._store.task.heldout)
+    longest = max(len(self._store.chat.prompt(p['prompt'])) for p in problems)
     held = EngineConfig(
       slots=cfg.slots,
       context=context,
       page=min(64, context),
-      budget=min(256, context),
+      budget=min(256, longest),  # a prompt in one chunk, and no wider
       drafts=cfg.drafts,
       queue=cfg.prompts * cfg.group,
       deterministic=True,

@@ -109,6 +109,12 @@ def _opened(
   return store, batches, changes
 
 
+def _went_on(resumed: int, changes: Iterable[str]) -> list[str]:
+  """Returns lines on where a run goes on, and what it changed."""
+  lines = [f'resumed from step {resumed}'] if resumed else []
+  return lines + [f'config.json changed: {change}' for change in changes]
+
+
 def fit(
   config: RunConfig,
   workdir: str | Path,
@@ -142,8 +148,7 @@ def fit(
   with Preemption() as preemption:
     first = distributed.first()
     agreement.check_config(config)
-    path = workdir / 'timeline.jsonl' if first else None
-    timeline = Timeline(path, say.warn)
+    timeline = Timeline(workdir / 'timeline.jsonl' if first else None, say.warn)
     with timeline.phase('init'):
       model = build(config.model)
       # Whatever does not fit is found here.
@@ -170,13 +175,11 @@ def fit(
         config, model, workdir, resumed, console=console, writers=writers
       )
       with record:
-        for line in announce(config, store) if announce and first else ():
+        lines = announce(config, store) if announce and first else ()
+        for line in (*lines, *_went_on(resumed, changes)):
           record.writer.log(line)
-        if resumed:
-          record.writer.log(f'resumed from step {resumed}')
-        for change in changes:
-          record.writer.log(f'config.json changed: {change}')
         kept = config.safety.last_steps if first else 0
+        trace = (profile, workdir / 'profile') if profile and first else None
         trainer = Trainer(
           config,
           store,
@@ -187,7 +190,7 @@ def fit(
           preemption,
           timeline,
           LastSteps(workdir / 'abort.jsonl', kept),
-          (profile and first and Profile(profile, workdir / 'profile')) or None,
+          trace and Profile(*trace),
           until,
         )
         state = steps.whole(trainer.run(state))

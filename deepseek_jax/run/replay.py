@@ -116,7 +116,7 @@ def _before(
   ) as checkpoints:
     found = checkpoints.newest_whole(before=step)
     if found is None:
-      return jax.jit(fresh)()
+      return jax.jit(fresh, compiler_options=processor.options('init'))()
     like = jax.eval_shape(fresh)
     restored = restored_to(checkpoints, found, like, config, batches)
   return restored.state

@@ -191,6 +191,8 @@ class RolloutBatches(batches.Batches):
     number = self._next // config.rollouts.steps
     seed = _seed(config.data.seed, number)
     groups, rewards = self._groups(variables, seed)
+    if config.rollouts.permuted:
+      rewards = np.random.default_rng(seed).permuted(rewards)
     made = rollout.lesson(groups, rewards, config.objective)
     self.told |= made.statistics
     self._note_equal(made.statistics)

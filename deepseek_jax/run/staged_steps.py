@@ -17,7 +17,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import processor, sharding
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.pipeline import chunk_orders as schedules
 from deepseek_jax.pipeline import pipeline
@@ -214,7 +214,9 @@ class StagedSteps:
       make = functools.partial(self._part, number)
       where = self._pipeline.shardings(number, jax.eval_shape(make))
       with sharding.under(self._pipeline.using[number]):
-        held.append(jax.jit(make, out_shardings=where)())
+        how = processor.options('init')
+        made = jax.jit(make, out_shardings=where, compiler_options=how)
+        held.append(made())
     others = lambda: self._fresh()._replace(params=0, buffers=0, moments=0)
     new = jax.device_get(jax.jit(others)())
     return StagedState(new.step, new.sequences, tuple(held), new.gate)

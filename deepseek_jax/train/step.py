@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
@@ -76,7 +77,20 @@ def initial_state(
 
 
 def metrics_of(objective: Objective) -> dict[str, Metric]:
-  """Returns what a step with this objective may return, described by name."""
+  """Returns what a step with this objective may return, described by name.
+
+  Raises:
+    InputError: a metric of the objective has the name of another, which would
+      take its place.
+  """
+  taken = set(objective.metrics) & (
+    layer_losses.METRICS.keys() | METRICS.keys()
+  )
+  if taken:
+    raise InputError(
+      f'objective: its metric {min(taken)!r} has the name of one that every'
+      ' step returns; give it another'
+    )
   blocks = {
     'block_norms': Metric('Gradient norms', per='block'),
     'update_norms': Metric('Update norms', per='block'),

@@ -54,8 +54,8 @@ MUTANTS = (
   Mutant(
     'options_of_training_for_decoding',
     'deepseek_jax/parallel/processor.py',
-    "  elif chosen is not None and program != 'decode':",
-    '  elif chosen is not None:',
+    "  if chosen is not None and program in ('train', 'prefill'):",
+    '  if chosen is not None:',
     ('tests/parallel/processor_test.py::place_of_the_tables',),
     'without its fusions batched decoding was slower',
     fast=True,

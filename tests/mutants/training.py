@@ -84,11 +84,12 @@ MUTANTS = (
   Mutant(
     'micro_batches_weigh_alike',
     _TRAIN,
-    'return loss_and_metrics(model, variables, micro, shares, built)',
+    'return loss_and_metrics(model, variables, micro | whole, shares, built)',
     'own = shares._replace(\n'
     '        denominator=cfg.batch.accumulate\n'
     '        * jnp.maximum(built.inputs(micro).weights.sum(), 1.0)\n'
     '      )\n'
+    '      micro = micro | whole\n'
     '      return loss_and_metrics(model, variables, micro, own, built)',
     (f'{_TRAIN_TEST}::accumulation_changes_no_number',),
     'transformers 34191: gradient accumulation of unequal batches',

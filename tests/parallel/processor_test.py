@@ -1,10 +1,12 @@
 """Processors: each kind gets the options that were measured on it."""
 
+import os
 import pathlib
 import tempfile
 from unittest import mock
 
 import jax
+import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -29,6 +31,7 @@ flags\t\t: {flags}
 class ProcessorTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
+    self.enter_context(mock.patch.dict(os.environ, XLA_FLAGS=''))
     lib.known.cache_clear()
     self.addCleanup(lib.known.cache_clear)
 
@@ -79,7 +82,7 @@ class ProcessorTest(parameterized.TestCase):
   def test_every_option_of_the_table_is_known_to_this_xla(self):
     # So that a version that renames one is noticed.
     warn = self.enter_context(mock.patch.object(say, 'warn'))
-    for options in lib._GAINS.values():
+    for options in (lib._ONCE, *lib._GAINS.values()):
       for name, value in options.items():
         self.assertTrue(lib.known(name, value), (jax.__version__, name))
     warn.assert_not_called()
@@ -93,6 +96,25 @@ class ProcessorTest(parameterized.TestCase):
       self.assertEqual(lib.options('train'), {YNN: ''})
     warn.assert_called_once()
     self.assertIn('xla_cpu_no_such', warn.call_args.args[0])
+
+  def test_what_xla_flags_name_is_the_users(self):
+    self.on('GenuineIntel', AMX)
+    for flags, want in (
+      ('', {'init', 'train'}),
+      (f'--xla_foo=1 --{YNN}=', {'init'}),
+      ('--xla_backend_optimization_level=0', {'train'}),
+    ):
+      with mock.patch.dict(os.environ, XLA_FLAGS=flags):
+        got = {p for p in ('init', 'train') if lib.options(p)}
+      self.assertEqual(got, want)
+
+  def test_weights_are_drawn_alike_with_fewer_passes(self):
+    draw = lambda key: jax.random.normal(key, (67, 33)) * 0.02
+    bits = [
+      np.asarray(jax.jit(draw, compiler_options=how)(jax.random.key(3)))
+      for how in (lib._ONCE, {'xla_backend_optimization_level': '3'})
+    ]
+    np.testing.assert_array_equal(*bits)
 
   def test_programs_compile_and_give_the_same_with_them(self):
     self.on('GenuineIntel', AMX)

@@ -17,7 +17,7 @@ from tests import tiny
 from tests.rl import rollouts
 from tests.run.staged_worker import RECIPE, gap
 
-B, T = 8, 12
+B, T, PADDING = 8, 12, 4
 OBJECTIVE = grpo.GRPOConfig(
   clip_high=0.28, kl='ratio_k3', kl_weight=0.1, off_policy_bound=0.05
 )
@@ -29,14 +29,18 @@ CASES = {
 }
 
 
-def steps_of(mesh, micro_batches):
+def steps_of(mesh, micro_batches, length):
   recipe = ds.changed(
     RECIPE,
-    {'batch.size': B, 'batch.accumulate': micro_batches, 'tokens': 4 * B * T},
+    {
+      'batch.size': B,
+      'batch.accumulate': micro_batches,
+      'tokens': 4 * B * length,
+    },
   )
   config = ds.RunConfig(
     tiny.config('llama'),
-    ds.DataConfig(vocab_size=tiny.VOCAB, seq_len=T, cross_document=False),
+    ds.DataConfig(vocab_size=tiny.VOCAB, seq_len=length, cross_document=False),
     recipe,
     objective=OBJECTIVE,
     mesh=mesh,
@@ -46,7 +50,8 @@ def steps_of(mesh, micro_batches):
 
 
 def step(mesh, micro_batches, batch):
-  steps = steps_of(mesh, micro_batches)
+  length = batch['tokens'].shape[1] - 1
+  steps = steps_of(mesh, micro_batches, length)
   fresh = jax.device_get(steps.whole(steps.begin()))
   # A copy, for the step is given its state away.
   params = jax.tree.map(np.asarray, tiny.variables('llama')['params'])
@@ -62,9 +67,14 @@ def main():
   order = np.random.default_rng(0).permutation(B)
   shuffled = {k: v[order] for k, v in batch.items()}
   out = {}
-  cases = {**CASES, 'another order': (ds.MeshConfig(), 1)}
+  # What padding holds is nothing to any other token.
+  wide = lambda a: np.pad(a, [(0, 0), (0, PADDING)], constant_values=0)
+  padded = {k: wide(v) for k, v in batch.items()}
+  padded['tokens'][:, T + 1 :] = 7
+  changed = {'another order': shuffled, 'more padding': padded}
+  cases = CASES | dict.fromkeys(changed, (ds.MeshConfig(), 1))
   for name, (mesh, micro_batches) in cases.items():
-    given = shuffled if name == 'another order' else batch
+    given = changed.get(name, batch)
     state, metrics = step(mesh, micro_batches, given)
     norms = lambda m: {
       k: v for k, v in m.items() if 'norms' not in k and k != 'block_norms'

@@ -119,7 +119,9 @@ class GRPOTest(parameterized.TestCase):
     on = batch['trained'][:, 1:] > 0
     cfg = grpo.GRPOConfig(aggregation='token_mean')
     got = found(*self.model(), batch, cfg)
-    np.testing.assert_allclose(got['entropy'], entropy[on].mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+      got['policy_entropy'], entropy[on].mean(), rtol=1e-5
+    )
 
   @parameterized.parameters(
     ({'kl': 'k3', 'kl_weight': 0.1}, 'reference'),

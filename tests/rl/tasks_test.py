@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 import tempfile
+from typing import ClassVar
 
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.rl import makers, tasks
-from deepseek_jax.rl.grading import rewards
+from deepseek_jax.rl.grading import rewards, worker
 
 EXACT = [{'kind': 'exact', 'place': 'all'}]
 
@@ -147,6 +148,69 @@ class MakersTest(parameterized.TestCase):
       rewards.check([reward], problem, 'x')
       self.assertEqual(reward(problem['solution'], problem), 1.0, problem)
       self.assertEqual(reward('1234567', problem), 0.0)
+
+
+class MixedTest(parameterized.TestCase):
+  """Problems of several kinds in one task: 'only' says who scores whom."""
+
+  REWARDS: ClassVar = (
+    {'kind': 'exact', 'place': 'all', 'only': 'answer'},
+    {'kind': 'countdown', 'place': 'all', 'only': 'numbers', 'weight': 2.0},
+    {'kind': 'format', 'weight': 0.5},
+  )
+  SUM: ClassVar = {'prompt': '1+2=', 'answer': '3'}
+  COUNT: ClassVar = {'prompt': '1 2=3:', 'numbers': [1, 2], 'target': 3}
+
+  def test_a_reward_scores_the_problems_that_it_is_for(self):
+    made = rewards.read(self.REWARDS, 'here')
+    scores = lambda text, problem: [r(text, problem) for r in made]
+    self.assertEqual(scores('3', self.SUM), [1.0, 0.0, 0.0])
+    self.assertEqual(scores('1+2', self.COUNT), [0.0, 2.0, 0.0])
+    for text, problem, right in (
+      ('3', self.SUM, True),
+      ('1+2', self.SUM, False),
+      ('1+2', self.COUNT, True),
+      ('3', self.COUNT, False),
+    ):
+      found = rewards.is_right(made, scores(text, problem), problem)
+      self.assertEqual(found, right, (text, problem))
+
+  def test_the_worker_scores_them_too(self):
+    made = rewards.read(self.REWARDS, 'here')
+    for text, problem, scores in (
+      ('3', self.SUM, [1.0, 0.0, 0.0]),
+      ('1+2', self.COUNT, [0.0, 2.0, 0.0]),
+    ):
+      line = json.dumps({'text': text, 'problem': problem})
+      self.assertEqual(worker.answer(line, made), {'scores': scores})
+
+  def test_a_reward_for_no_problem_is_named(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = os.path.join(folder, 'task.json')
+    problems = {'maker': 'addition', 'count': 5}
+    wrong = [{'kind': 'format'}, {'kind': 'exact', 'only': 'anser'}]
+    with open(path, 'w') as file:
+      json.dump({'problems': problems, 'rewards': wrong}, file)
+    with self.assertRaisesRegex(
+      InputError, "rewards.1..only = 'anser': no pro"
+    ):
+      tasks.read(path)
+
+  def test_a_problem_that_none_scores_is_named(self):
+    made = rewards.read(self.REWARDS[:2], 'here')
+    with self.assertRaisesRegex(InputError, "has none of .*'answer'"):
+      rewards.check(made, {'prompt': 'x'}, 'line 1')
+    rewards.check(made, self.SUM, 'line 2')
+    with self.assertRaisesRegex(InputError, "has no 'target'"):
+      rewards.check(made, {'prompt': 'x', 'numbers': [1]}, 'line 3')
+    with self.assertRaisesRegex(InputError, 'only = 3: must be a field'):
+      rewards.read([{'kind': 'exact', 'only': 3}], 'here')
+
+  def test_form_alone_solves_nothing(self):
+    made = rewards.read(self.REWARDS, 'here')
+    self.assertFalse(rewards.is_right(made, [0.0, 0.0, 0.5], self.SUM))
+    form = rewards.read([{'kind': 'format'}], 'here')
+    self.assertTrue(rewards.is_right(form, [1.0], self.SUM))  # all there is
 
 
 if __name__ == '__main__':

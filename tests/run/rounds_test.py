@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -216,6 +217,7 @@ class RoundTest(parameterized.TestCase):
       out.set_state({**out.get_state(), 'next_prompt': 'x'})
 
 
+@pytest.mark.slow
 class ResumedTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
@@ -318,6 +320,7 @@ class BadInputTest(parameterized.TestCase):
   def test_a_reference_of_another_tokenizer_is_refused(self):
     path = self.reference()
     tokenizer_folders.save(str(path), tokenizer_folders.byte_level())
+    folders.renew(path, config(self.folder))
     made = config(self.folder, **{'rollouts.reference': str(path)})
     with self.assertRaisesRegex(ds.InputError, 'its vocabulary is another'):
       ds.fit(made, Path(self.folder, 'run'), console=False)

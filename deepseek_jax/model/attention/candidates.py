@@ -3,7 +3,8 @@
 The k greatest of S scores lie in the k groups whose own greatest are the
 greatest: a group that is not among these has k scores before any of its own.
 So S / g maxima and k g candidates are looked through instead of S scores, about
-2 sqrt(S k) with the best g. On a CPU scores are made a chunk of keys at a time,
+2 sqrt(S k) with the best g; each look has a cost of its own, so that this pays
+for S far beyond k. On a CPU scores are made a chunk of keys at a time,
 which stays in the cache, and only as far as a block's last query sees.
 Legend: N rows, S scores, g of a group, k wanted, B batch, n queries of a block,
 C keys of a chunk.
@@ -22,8 +23,11 @@ CHUNK = 1024  # keys whose scores of a block of queries stay in a core's cache
 
 
 def group_size(scores: int, k: int) -> int:
-  """Returns g, a power of two near sqrt(S / k); 1 where one level is best."""
-  if scores < 16 * k:
+  """Returns g, a power of two near sqrt(S / k); 1 where one level is best.
+
+  On an AMD EPYC of 256 among 8,192 two levels took 3.8 ms for the 3.0 of one.
+  """
+  if scores < 128 * k:
     return 1
   return 1 << round(math.log2(scores / k) / 2)
 

@@ -29,9 +29,16 @@ class Reward:
   kind: str
   verifier: Any
   weight: float = 1.0
+  only: str = ''  # a field: problems without it are not scored by this
+
+  def applies(self, problem: Mapping[str, Any]) -> bool:
+    """Returns whether a problem is scored by this."""
+    return not self.only or self.only in problem
 
   def __call__(self, text: str, problem: Mapping[str, Any]) -> float:
     """Returns the weighted score; ValueError unless it is finite."""
+    if not self.applies(problem):
+      return 0.0
     score = float(self.verifier(text, problem))
     if not math.isfinite(score):
       raise ValueError(f'{self.kind} gave {score}')
@@ -42,7 +49,8 @@ def read(values: Sequence[Mapping[str, Any]], where: str) -> tuple[Reward, ...]:
   """Returns rewards from [{'kind': 'countdown', 'weight': 1.0}, ...].
 
   Args:
-    values: as a task file has them.
+    values: as a task file has them. 'weight' multiplies the score, 'only'
+      names a field: problems without it are scored by the others alone.
     where: names the file in messages.
 
   Raises:
@@ -64,6 +72,11 @@ def _reward(value: Any, where: str) -> Reward:
     raise InputError(f'{where}.kind = {kind!r}: must be one of {list(KINDS)}')
   fields = dict(value)
   kind, weight = fields.pop('kind'), fields.pop('weight', 1.0)
+  only = fields.pop('only', '')
+  if not isinstance(only, str):
+    raise InputError(
+      f'{where}.only = {only!r}: must be a field of the problems'
+    )
   if isinstance(weight, bool) or not isinstance(weight, int | float):
     raise InputError(f'{where}.weight = {weight!r}: must be a number')
   if not math.isfinite(weight):
@@ -79,14 +92,22 @@ def _reward(value: Any, where: str) -> Reward:
         f'{where}.{name} = {given!r}: must be {type(known[name]).__name__}'
       )
   try:
-    return Reward(kind, KINDS[kind](**fields), float(weight))
+    return Reward(kind, KINDS[kind](**fields), float(weight), only)
   except InputError as error:
     raise InputError(f'{where}.{error}') from None
 
 
 def check(rewards: Sequence[Reward], problem: Mapping, where: str) -> None:
   """Raises InputError for a problem that lacks what its verifiers need."""
+  if not any(reward.applies(problem) for reward in rewards):
+    fields = [reward.only for reward in rewards]
+    raise InputError(
+      f'{where}: has none of {fields}, so no reward scores it; add one without'
+      " 'only'"
+    )
   for reward in rewards:
+    if not reward.applies(problem):
+      continue
     for name in reward.verifier.needs:
       if name not in problem:
         raise InputError(
@@ -98,7 +119,11 @@ def check(rewards: Sequence[Reward], problem: Mapping, where: str) -> None:
 ACCURACY = frozenset(KINDS) - {'format', 'language', 'length'}
 
 
-def is_right(rewards: Sequence[Reward], scores: Sequence[float]) -> bool:
+def is_right(
+  rewards: Sequence[Reward],
+  scores: Sequence[float],
+  problem: Mapping[str, Any] | None = None,
+) -> bool:
   """Returns whether every verifier of the answer itself gave it full marks.
 
   That is its weight; one without weight, or with a negative one, does not
@@ -107,11 +132,13 @@ def is_right(rewards: Sequence[Reward], scores: Sequence[float]) -> bool:
   Args:
     rewards: of the task.
     scores: weighted, one of each.
+    problem: that was answered; rewards for other problems do not count. None:
+      all do.
   """
   marks = [
     (reward.kind in ACCURACY, score >= reward.weight * (1 - 1e-9))
     for reward, score in zip(rewards, scores, strict=True)
-    if reward.weight > 0
+    if reward.weight > 0 and (problem is None or reward.applies(problem))
   ]
   counted = [full for accuracy, full in marks if accuracy]
   return bool(marks) and all(counted or [full for _, full in marks])

@@ -18,7 +18,8 @@ def answer(line: str, made: tuple[rewards.Reward, ...]) -> dict:
   scores = []
   for reward in made:
     try:
-      rewards.check([reward], request['problem'], 'the problem')
+      if reward.applies(request['problem']):
+        rewards.check([reward], request['problem'], 'the problem')
       scores.append(reward(request['text'], request['problem']))
     except BaseException as error:
       told = ' '.join(str(error).split())[:300]

@@ -1,0 +1,4 @@
+from deepseek_jax.cli.evolve import __doc__, run  # noqa: F401
+
+if __name__ == '__main__':
+  run()

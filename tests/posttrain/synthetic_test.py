@@ -1,0 +1,87 @@
+"""Problems, the teacher's answers and the text of a small R1."""
+
+import random
+import re
+
+from absl.testing import absltest, parameterized
+
+from deepseek_jax.posttrain import synthetic
+from deepseek_jax.rl.grading import extract, rewards
+
+COUNTDOWN = rewards.read([{'kind': 'countdown'}], 'here')[0]
+
+
+class SumsTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 3, 6)
+  def test_a_thought_with_carries_is_the_sum(self, digits):
+    for problem in synthetic.sums(3, digits, 40, carry=False):
+      said = synthetic.first_sum(problem, random.Random(0), 0.0)
+      self.assertEqual(extract.answer(said, 'answer'), problem['answer'])
+      self.assertTrue(extract.is_in_form(said))
+      left, right = map(int, problem['prompt'].rstrip('=').split('+'))
+      self.assertEqual(int(problem['answer']), left + right)
+      # Every step of the thought holds, too.
+      for step, total in re.findall(r'([\d+]+)=(\d+)', extract.reasoning(said)):
+        self.assertEqual(sum(map(int, step.split('+'))), int(total))
+
+  def test_a_forgotten_carry_is_wrong_and_in_form(self):
+    for problem in synthetic.sums(0, 2, 60):
+      said = synthetic.first_sum(problem, random.Random(0), 1.0)
+      self.assertNotEqual(extract.answer(said, 'answer'), problem['answer'])
+      self.assertTrue(extract.is_in_form(said))
+
+  def test_as_many_are_wrong_as_is_asked_for(self):
+    problems = synthetic.sums(0, 2, 2000) + synthetic.countdowns(0, 600)
+    said = list(synthetic.first_answers(problems, 1, 0.65, 0.75))
+    right = {'addition': [], 'countdown': []}
+    for problem, row in zip(problems, said):
+      text = row['completion']
+      if problem['task'] == 'addition':
+        good = extract.answer(text, 'answer') == problem['answer']
+      else:
+        good = COUNTDOWN(text, problem) == 1
+      right[problem['task']].append(good)
+    share = {task: sum(good) / len(good) for task, good in right.items()}
+    self.assertAlmostEqual(share['addition'], 0.35, delta=0.04)
+    self.assertAlmostEqual(share['countdown'], 0.25, delta=0.06)
+    again = list(synthetic.first_answers(problems, 1, 0.65, 0.75))
+    self.assertEqual(said, again)
+    other = list(synthetic.first_answers(problems, 2, 0.65, 0.75))
+    self.assertNotEqual(said, other)
+
+
+class CountdownTest(absltest.TestCase):
+  def test_what_the_teacher_finds_is_right(self):
+    for problem in synthetic.countdowns(5, 100):
+      said = synthetic.first_countdown(problem, random.Random(1), 0.0)
+      self.assertEqual(COUNTDOWN(said, problem), 1.0, said)
+
+  def test_what_it_misses_is_honest(self):
+    """The steps hold; only the target is another."""
+    for problem in synthetic.countdowns(5, 100):
+      said = synthetic.first_countdown(problem, random.Random(1), 1.0)
+      for step, value in re.findall(
+        r'(\d+[+-]\d+)=(-?\d+)', extract.reasoning(said)
+      ):
+        a, b = re.split('[+-]', step)
+        made = int(a) + int(b) if '+' in step else int(a) - int(b)
+        self.assertEqual(made, int(value))
+
+
+class TextTest(absltest.TestCase):
+  def test_no_line_asks_for_a_sum_of_several_columns(self):
+    text = synthetic.text(0, 4000)
+    self.assertEqual(re.findall(r'\d\d+\+\d\d+=', text), [])
+    self.assertEqual(text.count('\n'), 4000)
+    self.assertEqual(text, synthetic.text(0, 4000))
+    self.assertNotEqual(text, synthetic.text(1, 4000))
+    # Columns of as many digits as the curriculum has, and more.
+    longest = max(len(n) for n in re.findall(r'(\d+)\+\d+: ', text))
+    self.assertEqual(longest, synthetic.LONGEST)
+
+  def test_columns_run_from_the_lowest(self):
+    self.assertEqual(synthetic.columns('123', '456'), ['3+6', '2+5', '1+4'])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -59,6 +59,7 @@ from deepseek_jax.plan.compiled import Program
 from deepseek_jax.plan.device_shares import Mesh
 from deepseek_jax.plan.memory import Training
 from deepseek_jax.rl.advantages import AdvantageConfig, LengthPenaltyConfig
+from deepseek_jax.rl.answering import AnswerConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.grpo import GRPOConfig
@@ -140,6 +141,7 @@ EXAMPLES = (
   ServeConfig(),
   PretrainingConfig(),
   AdvantageConfig(),
+  AnswerConfig(n=1),
   LengthPenaltyConfig(20, 4),
   ChatConfig(),
   DistillConfig(),
@@ -161,6 +163,8 @@ _SIGN = 'any finite number has a meaning'
 _SEED = 'seeds are 32 bits without a sign'
 ALLOWED = {
   (AdvantageConfig, 'eps'): ('zero', _NONE),
+  (AnswerConfig, 'seed'): ('zero', _SEED),
+  (AnswerConfig, 'temperature'): ('zero', 'the likeliest token'),
   (ChatConfig, 'shown'): ('zero', _NONE),
   (DistillConfig, 'beta'): ('zero', 'the forward divergence'),
   (GRPOConfig, 'clip_low'): ('zero', 'no ratio below 1'),

@@ -186,16 +186,14 @@ def _sample(config: loop.RunConfig | None) -> None:
 
 def finish(run: loop.Run, workdir: Path) -> None:
   """Prints what the student reached and writes workdir/report.html."""
-  losses = [row['loss'] for row in read(workdir) if 'loss' in row]
+  rows = read(workdir)
+  told = lambda name: [row[name] for row in rows if name in row]
+  losses, rewards = told('loss'), told('heldout_reward')
   facts = {'loss of the first step': losses[0], 'of the last': losses[-1]}
   config = run.config
   if config.rollouts is not None:
-    if run.store.task.heldout:
-      drawn = sources.batches(run.store, config)
-      facts |= {
-        'held-out reward': drawn.answered(run.variables)['heldout_reward'],
-        'held-out prompts': len(run.store.task.heldout),
-      }
+    if rewards:
+      facts |= {'first held-out reward': rewards[0], 'the last': rewards[-1]}
   elif run.store.heldout:
     held = sources.heldout(run.store, config, None)
     facts |= {

@@ -56,6 +56,7 @@ _REPORT = flags.DEFINE_bool(
 )
 _DRY = flags.DEFINE_bool('dry', False, 'Say what would run, and end.')
 FILE = 'plan.json'
+_ENVIRONMENT = ('JAX_DEFAULT_PRNG_IMPL', 'XLA_FLAGS')
 
 
 def own_arms(folder: Path) -> dict[str, loop.RunConfig]:
@@ -178,6 +179,38 @@ def run_all(made: Sequence[trials.Trial], folder: Path, what: str) -> None:
     jax.clear_caches()  # no other rung has these programs
 
 
+def climb(
+  folder: Path,
+  arms: Mapping[str, loop.RunConfig],
+  mine: Mapping[str, loop.RunConfig],
+) -> None:
+  """Runs what is left of some rungs.
+
+  Args:
+    folder: of the ladder.
+    arms: rung -> its run, all of the ladder.
+    mine: those that this process runs.
+
+  Raises:
+    InputError: no learning rate trains a rung.
+    Preempted: a run was; the same command goes on with it.
+  """
+  size = SIZES[_SIZE.value]
+  tried = trials.rate_trials(arms, size, list(mine))
+  run_all(tried, folder, 'rates')
+  rates = trials.best_rates(folder, arms, size, measured.ended(folder, tried))
+  without = [rung for rung in mine if rung not in rates]
+  if without:
+    raise InputError(
+      f'{", ".join(without)}: no learning rate of'
+      f' {", ".join(f"{r:g}" for r in size.rates)} trains; give lower ones'
+    )
+  # The largest budget last: a ladder that is cut short has curves.
+  for budgets in range(2, len(size.budgets) + 1):
+    made = trials.further_trials(mine, size, rates, budgets)
+    run_all(made, folder, f'budget {budgets}')
+
+
 def report(
   folder: Path,
   arms: Mapping[str, loop.RunConfig],
@@ -191,8 +224,9 @@ def report(
   )
   given = [f'--size={_SIZE.value}', f'--folder={folder}']
   given += [f'--arms={_ARMS.value}'] if _ARMS.value else []
-  found['command'] = shlex.join(['deepseek-jax', 'ladder', *given])
-  found['xla_flags'] = os.environ.get('XLA_FLAGS', '')
+  # What else decides the numbers, in their last digits or all of them.
+  env = [f'{n}={os.environ[n]}' for n in _ENVIRONMENT if os.environ.get(n)]
+  found['command'] = shlex.join([*env, 'deepseek-jax', 'ladder', *given])
   found['name'] = _SIZE.value
   if not _ARMS.value:
     published = costs.published_costs()
@@ -219,14 +253,14 @@ def main(argv: list[str]) -> None:
   if _ARMS.value:
     arms = own_arms(Path(_ARMS.value))
   mine = chosen(arms)
-  count, flops = trials.planned(mine, size)
+  count, flops = trials.planned(arms, size, list(mine))
   print(
     f'{_SIZE.value}: {len(mine)} rungs, {count} runs, {flops:.2g} FLOPs: about'
     f' {trials.hours(flops, count, size):.2g} hours on two quiet CPU cores'
     f' ({size.speed:.0e} FLOPs a second, {size.overhead:g} s a run beside)',
     flush=True,
   )
-  tried = trials.rate_trials(arms, size)
+  tried = trials.rate_trials(arms, size, list(mine))
   if _DRY.value:
     likely = dict.fromkeys(mine, size.rates[0])
     every = (*tried, *trials.further_trials(mine, size, likely))
@@ -234,20 +268,18 @@ def main(argv: list[str]) -> None:
     return
   claim(folder, arms)
   if not _REPORT.value:
-    run_all(tried, folder, 'rates')
+    climb(folder, arms, mine)
+  tried = trials.rate_trials(arms, size)
   rates = trials.best_rates(folder, arms, size, measured.ended(folder, tried))
-  if not _REPORT.value:
-    # The largest budget last: a ladder that is cut short has curves.
-    for budgets in range(2, len(size.budgets) + 1):
-      made = trials.further_trials(mine, size, rates, budgets)
-      run_all(made, folder, f'budget {budgets}')
-  runs = trials.further_trials(arms, size, rates)
+  known = {rung: run for rung, run in arms.items() if rung in rates}
+  runs = trials.further_trials(known, size, rates)
   over = measured.ended(folder, runs) | measured.gave_up(folder, runs)
-  left = len({trial.name for trial in runs} - over)
+  left = [rung for rung in arms if rung not in known]
+  left += [t.name for t in runs if t.name not in over]
   if left and not _REPORT.value:
     print(
-      f'{left} runs of other rungs are not complete: without --rungs, or with'
-      ' --report, the command writes results'
+      f'not complete yet: {", ".join(left)}; without --rungs, or with --report,'
+      ' the command writes results'
     )
     return
   report(folder, arms, (tried, runs), rates)

@@ -21,6 +21,7 @@ from deepseek_jax.posttrain import chain
 from deepseek_jax.posttrain.r1 import R1Chain
 from deepseek_jax.posttrain.r1_recipe import R1Recipe
 from deepseek_jax.record.report import r1_page
+from deepseek_jax.run.steps import shared_programs
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of all stages.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, data and rollouts.')
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
   folder = Path(_WORKDIR.value)
   made = R1Chain(recipe(), folder, console=not common.quiet())
   chain.claim(folder, made.recipe)
-  chain.run(made.stages(), folder, until=_UNTIL.value)
+  with shared_programs():
+    chain.run(made.stages(), folder, until=_UNTIL.value)
   page = r1_page.write(folder)
   print(f'report: {page.absolute()}')
 

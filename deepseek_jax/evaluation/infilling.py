@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,9 @@ from deepseek_jax.evaluation import estimates, passing
 from deepseek_jax.record.partial_lines import PartialLines
 from deepseek_jax.rl import answering
 from deepseek_jax.rl.answering import AnswerConfig, Asked
+
+# As Python's parser counts them: a form feed ends none, unlike in splitlines.
+_LINES = re.compile(r'[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+')
 
 Span = Literal['line', 'random']
 
@@ -54,7 +58,7 @@ def functions(documents: Sequence[str], most: int = 2000) -> FunctionTexts:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
       unparsed += 1
       continue
-    lines = text.splitlines(keepends=True)
+    lines = _LINES.findall(text)
     for node in _defined(tree):
       own = ''.join(lines[node.lineno - 1 : node.end_lineno])
       if len(own) <= most:

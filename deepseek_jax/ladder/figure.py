@@ -165,9 +165,9 @@ def draw(found: Mapping[str, Any], path: str | os.PathLike) -> None:
     figure.text(
       0.015,
       0.915,
-      f'width {shape["dim"]}, {shape["layers"]} layers, a learning rate of its'
-      ' own for each rung; filled: measured on both sides, open: extended'
-      f' beyond; cache of {found["size"]["seq_len"]} tokens in bfloat16',
+      f'width {shape["dim"]}, {shape["layers"]} layers; on the right, filled:'
+      ' measured on both sides, open: the curve extended; cache of'
+      f' {found["size"]["seq_len"]} tokens in bfloat16',
       color='#565c66',
       va='center',
     )

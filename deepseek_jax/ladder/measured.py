@@ -141,18 +141,19 @@ def conclusion(
   """
   tried, runs = trials
   found, lacking = points(folder, runs)
-  if first not in {p.arm for p in found}:
+  lacking += tuple(rung for rung in arms if rung not in rates)
+  names = dict.fromkeys(t.name for t in (*tried, *runs))
+  done = [r for name in names if (r := results.read(folder / name))]
+  if not done or first not in {p.arm for p in found}:
     raise InputError(
-      f'{folder}: {first!r}, which the others are compared with, has not been'
-      ' measured at two budgets; go on with the ladder'
+      f'{folder}: {first!r}, which the others are compared with, has not yet'
+      ' stopped after two budgets; go on with the ladder'
     )
   curves = reach.fit(found)
   reached = {}
   for arm in curves.arms:
     each = reach.reach(curves, arm, first)
     reached[arm] = each._asdict() if each else None
-  names = dict.fromkeys(t.name for t in (*tried, *runs))
-  done = [r for name in names if (r := results.read(folder / name))]
   return {
     'size': to_dict(size),
     'first': first,

@@ -307,6 +307,7 @@ def _first(size: LadderSize) -> RunConfig:
       bias_rate=SwitchConfig(0.001, 0.001, 1.0),
     ),
     evaluate=EvaluateConfig(documents=_ALL_DOCUMENTS, stride=size.seq_len),
+    checkpoint_every=100,
     keep=1,
   )
 

@@ -115,13 +115,17 @@ def _times(now: Mapping | None, before: Mapping | None) -> str:
   return f'{now["ratio"] / before["ratio"]:.2f}'
 
 
-def _tried_table(found: Mapping) -> str:
-  """Returns the training losses by which rates were chosen."""
+def _tried(found: Mapping) -> list[str]:
+  """Returns the section on rates; nothing where there was no choice."""
+  if len(found['size']['rates']) == 1:
+    return []
   rates = sorted(
     {float(r) for t in found['rungs'].values() for r in t['tried']}
   )
   rows = []
   for rung, told in found['rungs'].items():
+    if not told['tried']:
+      continue
     each = {float(rate): loss for rate, loss in told['tried'].items()}
     cells = [f'{each[r]:.3f}' if r in each else '—' for r in rates]
     at = rates.index(told['rate']) if told['rate'] in rates else None
@@ -129,7 +133,12 @@ def _tried_table(found: Mapping) -> str:
       cells[at] = f'**{cells[at]}**'
     edge = len(rates) > 1 and at in (0, len(rates) - 1)
     rows.append([rung, *cells, 'at the edge' if edge else ''])
-  return _rows(['rung', *(f'{r:g}' for r in rates), ''], rows)
+  return [
+    '## Learning rates',
+    'Training loss of the last fifth at the smallest budget; the chosen rate is'
+    ' bold.',
+    _rows(['rung', *(f'{r:g}' for r in rates), ''], rows),
+  ]
 
 
 def _plan_table(plans: Mapping[str, Mapping], memory: bool) -> str:
@@ -166,6 +175,21 @@ def _published(found: Mapping) -> list[str]:
   ]
 
 
+def _rates(size: Mapping) -> str:
+  """Returns how the learning rates were chosen."""
+  if len(size['rates']) == 1:
+    return f'It is {size["rates"][0]:g} for all rungs; none was tuned.'
+  on = ', '.join(f'`{name}`' for name in size['anchors']) or 'every rung'
+  others = (
+    '; other rungs take that of the one below them' if size['anchors'] else ''
+  )
+  return (
+    f'It was chosen at the smallest budget on {on}{others}: the least training'
+    ' loss of the last fifth of the steps, which read text that the model had'
+    ' not read before, and none of the held-out files.'
+  )
+
+
 def _how(found: Mapping) -> str:
   """Returns how the runs were made comparable."""
   size, held = found['size'], found['data']['heldout']
@@ -180,9 +204,7 @@ def _how(found: Mapping) -> str:
     f' are of {held["documents"]} held-out files, {held["bytes"]:,} bytes, each'
     ' read by itself. The learning rate is constant after'
     f' {size["warmup"]} steps, so a run through all budgets holds the shorter'
-    ' ones. It was chosen for each rung at the smallest budget, by the training'
-    ' loss of the last fifth of the steps: text that the model had not read,'
-    f' and none of the held-out files. {found["runs"]} runs took'
+    f' ones. {_rates(size)} {found["runs"]} runs took'
     f' {found["seconds"] / 3600:.2f} hours, on {found["machine"]["platform"]};'
     ' FLOPs and tokens are compared, so seconds change nothing.'
   )
@@ -227,10 +249,7 @@ def page(found: Mapping[str, Any], name: str) -> str:
     ' in bfloat16.',
     _plan_table(plans, True),
     *_published(found),
-    '## Learning rates',
-    'Training loss of the last fifth at the smallest budget; the chosen rate is'
-    ' bold.',
-    _tried_table(found),
+    *_tried(found),
     f'Held-out tokens: SHA-256 {found["data"]["heldout_sha256"][:16]}…; jax'
     f' {found["versions"]["jax"]}, Python {found["versions"]["python"]}.',
   ]

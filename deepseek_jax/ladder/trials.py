@@ -100,16 +100,38 @@ def trial(
   return Trial(name, rung, made, until, until * step_flops(run))
 
 
-def anchors(arms: Mapping[str, RunConfig], size: LadderSize) -> tuple[str, ...]:
-  """Returns the rungs on which rates are tried; all if there are no others."""
-  return tuple(n for n in arms if n in size.anchors) or tuple(arms)
+def anchors(arms: Sequence[str], size: LadderSize) -> dict[str, str]:
+  """Returns rung -> the anchor whose rate it has.
+
+  It is the nearest anchor at or below the rung, or else the first; a ladder
+  without any of the size's anchors tries the rates on every rung.
+  """
+  known = [name for name in arms if name in size.anchors] or list(arms)
+  out, anchor = {}, known[0]
+  for rung in arms:
+    anchor = rung if rung in known else anchor
+    out[rung] = anchor
+  return out
 
 
-def rate_trials(arms: Mapping[str, RunConfig], size: LadderSize) -> list[Trial]:
-  """Returns the runs that choose the rates, anchor by anchor."""
+def rate_trials(
+  arms: Mapping[str, RunConfig],
+  size: LadderSize,
+  wanted: Sequence[str] | None = None,
+) -> list[Trial]:
+  """Returns the runs that choose the rates, anchor by anchor.
+
+  Args:
+    arms: rung -> its run, all of the ladder.
+    size: of the ladder.
+    wanted: rungs whose rates are needed; None: all.
+  """
+  anchor = anchors(list(arms), size)
+  needed = {anchor[rung] for rung in (arms if wanted is None else wanted)}
   return [
     trial(rung, arms[rung], size, rate=rate)
-    for rung in anchors(arms, size)
+    for rung in arms
+    if rung in needed
     for rate in size.rates
   ]
 
@@ -164,40 +186,27 @@ def best_rates(
   size: LadderSize,
   ended: set[str],
 ) -> dict[str, float]:
-  """Returns the rate of each rung: of its anchor, whose trials have ended.
+  """Returns the rates of the rungs whose anchor has been tried.
 
   Args:
     folder: of the ladder.
-    arms: rung -> its run.
+    arms: rung -> its run, all of the ladder.
     size: of the ladder.
     ended: names of the rates' runs that ended well; those that gave up are
       left out.
-
-  Raises:
-    InputError: no rate has trained an anchor.
   """
-  chosen: dict[str, tuple[float, float]] = {}
+  losses: dict[str, list[tuple[float, float]]] = {}
   for made in rate_trials(arms, size):
     if made.name in ended:
       loss = last_loss(folder / made.name, made.until)
       rate = made.config.train.schedule.peak
-      chosen[made.rung] = min(
-        chosen.get(made.rung, (np.inf, rate)), (loss, rate)
-      )
-  out: dict[str, float] = {}
-  known = anchors(arms, size)
-  anchor = known[0]
-  for rung in arms:
-    anchor = rung if rung in known else anchor
-    loss, rate = chosen.get(anchor, (np.inf, 0.0))
-    if loss == np.inf:
-      raise InputError(
-        f'{anchor}: no run with a learning rate of'
-        f' {", ".join(f"{r:g}" for r in size.rates)} has spent the smallest'
-        ' budget; go on with the ladder, or give lower rates if all gave up'
-      )
-    out[rung] = rate
-  return out
+      losses.setdefault(made.rung, []).append((loss, rate))
+  best = {rung: min(each) for rung, each in losses.items()}
+  return {
+    rung: best[anchor][1]
+    for rung, anchor in anchors(list(arms), size).items()
+    if anchor in best and best[anchor][0] < np.inf
+  }
 
 
 def hours(flops: float, runs: int, size: LadderSize) -> float:
@@ -206,14 +215,15 @@ def hours(flops: float, runs: int, size: LadderSize) -> float:
 
 
 def planned(
-  arms: Mapping[str, RunConfig], size: LadderSize
+  arms: Mapping[str, RunConfig], size: LadderSize, wanted: Sequence[str]
 ) -> tuple[int, float]:
-  """Returns how many runs a whole ladder has, and their FLOPs.
+  """Returns how many runs the wanted rungs have, and their FLOPs.
 
   Whichever rate is best, its run goes on.
   """
+  mine = {rung: arms[rung] for rung in wanted}
   rates = dict.fromkeys(arms, size.rates[-1])
-  every = rate_trials(arms, size) + further_trials(arms, size, rates)
+  every = rate_trials(arms, size, wanted) + further_trials(mine, size, rates)
   most: dict[str, float] = {}
   for made in every:
     most[made.name] = max(made.flops, most.get(made.name, 0.0))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import kind_name
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.model import given
 from deepseek_jax.model.attention import compressor
 from deepseek_jax.model.attention.compressor import tail_rope
@@ -128,7 +128,7 @@ def attention_layers(
     InputError: tokens or variables are not of this model.
   """
   out = []
-  given.check(model.config, given.Given(tokens), None)
+  _check(model, tokens)
   arrays = _visited(model, _inputs)(variables, jnp.asarray(tokens))
   for layer, (x, y, params) in zip(model.config.in_order(), arrays):
     own = AttentionLayer(layer.number, layer.block.attention, params, x, y)
@@ -149,15 +149,22 @@ def attention_maps(
     InputError: a layer's attention is of another kind, or tokens or variables
       are not of this model.
   """
+  _check(model, tokens)
   layers = model.config.in_order()
   for layer in layers:
     _known(layer.number, layer.block.attention)
-  given.check(model.config, given.Given(tokens), None)
   looks = _visited(model, _look)(variables, jnp.asarray(tokens))
   return [
     AttentionMap(layer.number, *_named(layer.block.attention, look))
     for layer, look in zip(layers, looks)
   ]
+
+
+def _check(model: Any, tokens: Any) -> None:
+  """Raises InputError for what is no model, or no tokens of it."""
+  if not isinstance(model, Model):
+    raise InputError(f'model: is {told(model)}; give what ds.build returned')
+  given.check(model.config, given.Given(tokens), None)
 
 
 def _known(number: int, attention: Any) -> None:

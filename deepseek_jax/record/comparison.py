@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax import files
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.record import metrics, results
 
 _SEEDS = ('seed', 'data.seed')
@@ -205,7 +205,13 @@ def _distinct(found: list[Arm]) -> list[Arm]:
 
 
 def value(entry: RunFolder, metric: str) -> float | None:
-  """Returns the last value of a metric, None if the run has none."""
+  """Returns the last value of a metric, None if the run has none.
+
+  Raises:
+    InputError: `entry` is no run.
+  """
+  if not isinstance(entry, RunFolder):
+    raise InputError(f'entry: is {told(entry)}; give a run of ds.read_arms')
   held = (entry.results or {}).get('heldout')
   if metric == 'heldout_bits_per_byte' and held:
     return float(held['bits_per_byte'])  # 'nan' of a run that diverged

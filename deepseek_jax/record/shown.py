@@ -39,8 +39,10 @@ def bundle(figure: Any, alt: str) -> tuple[dict, dict]:
     alt: what a reader who does not see it is told.
 
   Raises:
-    InputError: `alt` says nothing.
+    InputError: it is no figure, or `alt` says nothing.
   """
+  if not hasattr(figure, 'savefig'):
+    raise InputError(f'figure: is {told(figure)}; give a matplotlib figure')
   if not isinstance(alt, str) or len(alt.split()) < _WORDS:
     raise InputError(
       f'alt = {alt!r}: must say what the picture shows, in {_WORDS} words or'
@@ -105,6 +107,8 @@ class LiveCurves:
     """Takes the metric's name, and the least seconds between two drawings."""
     if not isinstance(name, str) or not name:
       raise InputError(f'name: is {told(name)}; give a metric, as in reward')
+    if isinstance(every, bool) or not isinstance(every, int | float):
+      raise InputError(f'every: is {told(every)}; give seconds, as in 2.0')
     self.name, self._every = name, every
     self.lines: dict[str, dict[int, float]] = {}
     self._drawn, self._handle = 0.0, None

@@ -199,16 +199,21 @@ class Answering:
     verdicts = iter(self._judge(pairs))
     texts = iter(text for text, _ in pairs)
     return [
-      [self._one(one, next(texts), next(verdicts)) for one in group]
-      for group in answers
+      [
+        self._one(one, self.problems[place], next(texts), next(verdicts))
+        for one in group
+      ]
+      for place, group in zip(places, answers)
     ]
 
-  def _one(self, answer: Answer, text: str, verdict: Any) -> Scored:
+  def _one(
+    self, answer: Answer, problem: dict, text: str, verdict: Any
+  ) -> Scored:
     """Returns one answer with its score."""
     whole = answer.finish == 'stop'
     if verdict.scores is None:
       return Scored(answer.tokens, text, whole, None, None, verdict.error)
-    right = rewards.is_right(self._rewards, verdict.scores)
+    right = rewards.is_right(self._rewards, verdict.scores, problem)
     return Scored(answer.tokens, text, whole, verdict.reward, right)
 
   def _text(self, tokens: Sequence[int]) -> str:

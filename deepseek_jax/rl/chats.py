@@ -149,6 +149,11 @@ class PlainChat:
         'the answer calls tools and says nothing: this format holds text alone;'
         ' choose a chat format of a model'
       )
+    if messages[1].get('reasoning_content'):
+      raise InputError(
+        'the answer has reasoning_content, which this format does not write;'
+        ' choose a chat format of a model, or put it into the content'
+      )
     answer = self.tokenizer.encode(messages[1]['content'])
     return [Turn(self.prompt(messages[0]['content']), [*answer, *self.ends])]
 

@@ -6,7 +6,9 @@ A task is a file of JSON:
      "rewards": [{"kind": "arithmetic", "place": "all"}],
      "heldout": 0.1}
 
-'problems' is a file of lines {"prompt": "1+2=", "answer": "3"} beside it, or
+A reward with "only": "numbers" scores the problems alone that have this field:
+so a task mixes kinds. 'problems' is a file of lines
+{"prompt": "1+2=", "answer": "3"} beside it, or
 {"maker": "addition", "count": 2000, "digits": 2}. 'heldout' is a share, chosen
 by a hash of the prompt, or another file; prompts never stand on both sides.
 """
@@ -66,6 +68,7 @@ def read(path: str) -> Task:
     _check_apart(train, heldout, path)
   else:
     train, heldout = _split(problems, share, path)
+  _check_only(made, [*train, *heldout], path)
   if not train:
     raise InputError(f'{path}: heldout = {share!r} leaves nothing to train on')
   text = json.dumps([train, heldout, spec['rewards']], sort_keys=True)
@@ -163,6 +166,18 @@ def _split(
     digest = hashlib.sha256(problem['prompt'].encode()).digest()
     sides[int.from_bytes(digest[:7], 'big') < share * 2**56].append(problem)
   return sides
+
+
+def _check_only(
+  made: tuple[rewards.Reward, ...], problems: list[dict], path: str
+) -> None:
+  """Raises InputError for a reward that is for problems that are not there."""
+  for number, reward in enumerate(made):
+    if not any(reward.applies(problem) for problem in problems):
+      raise InputError(
+        f'{path}: rewards[{number}].only = {reward.only!r}: no problem has this'
+        ' field, so it would score none'
+      )
 
 
 def _check_apart(train: list[dict], heldout: list[dict], path: str) -> None:

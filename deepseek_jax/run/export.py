@@ -4,6 +4,7 @@ import json
 import os
 
 from deepseek_jax.data import boundaries
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.hf import identity, saving
 from deepseek_jax.run import folder
 
@@ -26,6 +27,8 @@ def export_run(
   Raises:
     InputError: the folder holds no run, or the family has no such model.
   """
+  if not isinstance(target, str | os.PathLike):
+    raise InputError(f'target: is {told(target)}; give the folder to write')
   run, target = folder.load(workdir), os.fspath(target)
   tokenizer = run.tokenizer
   extra = {

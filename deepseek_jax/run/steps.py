@@ -64,11 +64,10 @@ class Steps:
   ) -> jax.stages.Compiled:
     """Returns the step for batches of this size."""
     rows = batch['tokens'].shape[0]
-    kind = tuple((n, a.shape, str(a.dtype)) for n, a in sorted(batch.items()))
-    if kind not in self._compiled:
+    if rows not in self._compiled:
       with compiling(rows, writer), self._where.use():
-        self._compiled[kind] = self._step.lower(state, batch).compile()
-    return self._compiled[kind]
+        self._compiled[rows] = self._step.lower(state, batch).compile()
+    return self._compiled[rows]
 
   def begin(self) -> TrainState:
     """Returns the state of a new run, each part made where it lies."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from deepseek_jax.data import boundaries, from_file
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.hf import load
 from deepseek_jax.infer import chat
 from deepseek_jax.infer.engine import Engine
@@ -66,11 +66,13 @@ def talk(
   Raises:
     InputError: the folder lacks a template or is not understood.
   """
+  if not isinstance(folder, str | os.PathLike):
+    raise InputError(f'folder: is {told(folder)}; give a Hugging Face folder')
   folder = os.path.expanduser(os.fspath(folder))
-  if isinstance(questions, str):
+  texts = isinstance(questions, Sequence) and not isinstance(questions, str)
+  if not texts or not all(isinstance(said, str) for said in questions):
     raise InputError(
-      f'questions = {questions!r}: must be several; give a list, as in'
-      f' [{questions!r}]'
+      f"questions: is {told(questions)}; give a list of texts, as in ['Hi']"
     )
   config = chat.template_config(folder)
   model_config, variables = load(folder)

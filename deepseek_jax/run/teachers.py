@@ -132,14 +132,18 @@ class TaughtBatches(PackedBatches):
   def next(
     self, batch_size: int, process_index: int = 0, process_count: int = 1
   ) -> dict[str, np.ndarray]:
-    """Returns this process's rows of the next global batch, as they are read.
+    """Returns the next rows, with what the teachers say of them.
 
     Args:
-      batch_size: rows of the global batch.
-      process_index, process_count: which block, and of how many.
+      batch_size: how many.
+      process_index, process_count: must be 0 of 1.
+
+    Raises:
+      InputError: there are several processes.
     """
-    rows = super().next(batch_size, process_index, process_count)
-    return self._teachers.say(rows)
+    if process_count != 1:
+      raise InputError('teachers: run in one process; start one')
+    return self._teachers.say(super().next(batch_size))
 
   def set_state(self, state: dict) -> None:
     """Continues after `get_state`; InputError if it is of another stream."""

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 import deepseek_jax as ds
@@ -75,6 +76,7 @@ class Launched(absltest.TestCase):
 
 
 class EvaluateTest(Launched):
+  @pytest.mark.slow
   def test_a_run_is_measured_and_nothing_is_lost(self):
     quiz = {'question': '3+3=', 'choices': ['6', 'x'], 'answer': 0}
     given = (
@@ -130,6 +132,7 @@ class EvaluateTest(Launched):
 
 
 class DistillTest(Launched):
+  @pytest.mark.slow
   def test_answers_of_a_teacher_teach_a_student(self):
     made = taught.config('chats.jsonl', **{'train.tokens': 24 * 8 * 2.0})
     config = self.file(
@@ -158,6 +161,7 @@ class DistillTest(Launched):
     again = self.start('distill', *given)
     self.assertEqual(again.returncode, 0, again.stderr)
 
+  @pytest.mark.slow
   def test_a_divergence_towards_a_teacher_is_learnt(self):
     made = taught.config(
       os.path.join(taught.folder(), 'chats.jsonl'),

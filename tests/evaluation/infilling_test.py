@@ -44,6 +44,8 @@ class FunctionsTest(absltest.TestCase):
     self.assertEqual((found.documents, found.unparsed), (5, 2))
     for text in found.texts:
       self.assertIn(text, CODE)
+    paged = infilling.functions(['\x0c\nx = "\x1c\u2028"\r\ndef f(): pass\r\n'])
+    self.assertEqual(paged.texts, ('def f(): pass\r\n',))
     short = infilling.functions([CODE], most=40).texts
     self.assertLess(max(map(len, short)), 41)
     self.assertLess(len(short), 4)

@@ -215,6 +215,8 @@ class MapsTest(parameterized.TestCase):
   def test_wrong_tokens_and_variables_are_one_line(self):
     model, variables, tokens, _, _ = looked('mla')
     for look in (ds.attention_maps, ds.attention_layers):
+      with self.assertRaisesRegex(ds.InputError, 'model: is .*; give what ds'):
+        look(model.config, variables, tokens)
       with self.assertRaisesRegex(ds.InputError, 'tokens'):
         look(model, variables, tokens[0])
       with self.assertRaisesRegex(ds.InputError, 'vocabulary'):

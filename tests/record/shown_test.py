@@ -165,6 +165,12 @@ class LiveCurvesTest(absltest.TestCase):
       writer.write(step, {'loss': value}, {})
     self.assertLen(kernel.updates, 3)
 
+  def test_what_is_no_figure_and_no_seconds_is_refused(self):
+    with self.assertRaisesRegex(ds.InputError, 'figure: is 3; give a matplot'):
+      ds.show_picture(3, 'A line that rises from 1 to 2.')
+    with self.assertRaisesRegex(ds.InputError, "every: is '2'; give seconds"):
+      ds.LiveCurves('reward', every='2')
+
   def test_a_name_that_is_none_is_refused(self):
     with self.assertRaisesRegex(ds.InputError, 'name: is 3; give a metric'):
       ds.LiveCurves(3)

@@ -184,6 +184,18 @@ class MixedTest(parameterized.TestCase):
       line = json.dumps({'text': text, 'problem': problem})
       self.assertEqual(worker.answer(line, made), {'scores': scores})
 
+  def test_a_reward_for_no_problem_is_named(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = os.path.join(folder, 'task.json')
+    problems = {'maker': 'addition', 'count': 5}
+    wrong = [{'kind': 'format'}, {'kind': 'exact', 'only': 'anser'}]
+    with open(path, 'w') as file:
+      json.dump({'problems': problems, 'rewards': wrong}, file)
+    with self.assertRaisesRegex(
+      InputError, "rewards.1..only = 'anser': no pro"
+    ):
+      tasks.read(path)
+
   def test_a_problem_that_none_scores_is_named(self):
     made = rewards.read(self.REWARDS[:2], 'here')
     with self.assertRaisesRegex(InputError, "has none of .*'answer'"):

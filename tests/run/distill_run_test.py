@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -80,6 +81,7 @@ class DistillRunTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b)
     return whole, rows
 
+  @pytest.mark.slow
   def test_on_conversations_it_learns_and_goes_on(self):
     run, _ = self.check_resumes(self.config())
     # The teacher's distribution is nearer than before, by NumPy.
@@ -112,6 +114,7 @@ class DistillRunTest(parameterized.TestCase):
     mean = lambda x: (x * on).sum() / on.sum()
     self.assertLess(mean(kl), 0.8 * mean(kl_before))
 
+  @pytest.mark.slow
   def test_on_its_own_answers_it_learns_and_goes_on(self):
     run, rows = self.check_resumes(self.on_policy())
     told = [r for r in rows if 'reward' in r]

@@ -60,6 +60,8 @@ class ArmsTest(absltest.TestCase):
       ds.InputError, "metric = 'bots': no run has it; they have bits"
     ):
       ds.differences(arms, 'bots')
+    with self.assertRaisesRegex(ds.InputError, "entry: is 'a'; give a run of"):
+      ds.last_value('a', 'bits')
     with self.assertRaisesRegex(ds.InputError, 'values: there are none'):
       ds.interval([])
 
@@ -134,8 +136,11 @@ class TalkTest(absltest.TestCase):
       self.assertEqual(said[turn]['content'], self.greedy(said[:turn]))
 
   def test_a_single_text_is_refused(self):
-    with self.assertRaisesRegex(ds.InputError, "questions = 'hello': must be"):
-      ds.talk(self.folder, 'hello')
+    for wrong in ('hello', 3, ['hello', 3], None):
+      with self.assertRaisesRegex(ds.InputError, 'questions: is .*; give a'):
+        ds.talk(self.folder, wrong)
+    with self.assertRaisesRegex(ds.InputError, 'folder: is 3; give a Hugging'):
+      ds.talk(3)
 
   def test_a_folder_without_a_template_is_named(self):
     path = Path(self.folder, 'tokenizer_config.json')
@@ -151,6 +156,8 @@ class ExportTest(absltest.TestCase):
     folder = self.enterContext(tempfile.TemporaryDirectory())
     with self.assertRaisesRegex(ds.InputError, 'holds no run'):
       ds.export_run(folder, Path(folder, 'out'))
+    with self.assertRaisesRegex(ds.InputError, 'target: is 3; give the folder'):
+      ds.export_run(folder, 3)
 
   def test_the_folder_has_the_runs_weights_and_tokenizer(self):
     model = dataclasses.replace(TINY, vocab_size=270)

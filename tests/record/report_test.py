@@ -322,9 +322,10 @@ class FiguresTest(parameterized.TestCase):
 
   def test_what_is_no_number_is_transparent(self):
     lift = np.array([[[np.nan, 3], [0, np.nan]]])
-    [made] = expert_figures.chosen_together(lift, [4])
+    [made] = expert_figures.chosen_together(lift, [4], 4)
     alpha = _pixels(made.picture)[..., 3]
     np.testing.assert_array_equal(alpha, [[0, 255], [255, 0]])
+    self.assertEqual([t.label for t in made.across], ['0', '2'])  # of four
 
   def test_many_lines_become_a_picture_and_few_stay_lines(self):
     for intervals, drawn in ((4, False), (400, True)):

@@ -63,17 +63,18 @@ def load_over_time(
 
 
 def chosen_together(
-  lift: np.ndarray, layers: Sequence[int]
+  lift: np.ndarray, layers: Sequence[int], experts: int
 ) -> list[heatmaps.Heatmap]:
-  """Returns a map per layer: lift [L G G], 1 where pairs are as by chance."""
-  groups = heatmaps.cell_ticks(range(lift.shape[-1]), 5)
+  """Returns a map per layer: lift [L G G], 1 where pairs are as by chance.
+
+  The groups are of neighbours among so many experts; a tick names the first.
+  """
+  count = lift.shape[-1]
+  firsts = [-(-n * experts // count) for n in range(count)]
+  groups = heatmaps.cell_ticks(firsts, 5)
   out = []
   for n, layer in enumerate(layers):
     picture, size = heatmaps.of_shares(lift[n])
-    words = ''
-    if np.isfinite(lift[n]).any():
-      a, b = np.unravel_index(np.nanargmax(lift[n]), lift[n].shape)
-      words = f'; most for experts {a} and {b}'
     out.append(
       heatmaps.Heatmap(
         f'layer {layer}',
@@ -83,7 +84,7 @@ def chosen_together(
         heatmaps.upright(groups),
         ('expert', 'expert'),
         f'Pairs that are chosen together in layer {layer}, against chance:'
-        f' {_ends(lift[n])}{words}.',
+        f' {_ends(lift[n])}.',
         {'map': 'together', 'layer': n},
       )
     )

@@ -72,8 +72,10 @@ def routing_section(path: Path) -> dict[str, Any] | None:
   result['together'] = None
   if run.coarse and 'together' in run.coarse.arrays:
     lift = _lift(run.coarse.arrays['together'][-1])
+    shapes = [values.shape for values in experts.values()]
+    count = shapes[0][-1] if shapes else lift.shape[-1]
     result['together'] = {
-      'maps': figures.chosen_together(lift, layers),
+      'maps': figures.chosen_together(lift, layers, count),
       'first': int(run.coarse.first[-1]),
       'last': int(run.coarse.last[-1]),
     }

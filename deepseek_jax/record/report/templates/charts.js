@@ -114,6 +114,12 @@ function mapOf({map, layer}) {
   const load = routing.arrays.find((one) => one.name === 'load');
   const {experts, cells, bounds} = routing;
   const even = (count) => Array.from({length: count + 1}, (_, n) => n / count);
+  // Neighbours among many experts stand together.
+  const group = (n) => {
+    const first = (m) => Math.ceil(m * experts / routing.pairs.groups);
+    const [low, high] = [first(n), first(n + 1) - 1];
+    return low === high ? `${low}` : `${low}–${high}`;
+  };
   const kinds = {
     last: {
       across: even(experts), down: even(routing.layers),
@@ -130,7 +136,7 @@ function mapOf({map, layer}) {
     together: routing.pairs && {
       across: even(routing.pairs.groups), down: even(routing.pairs.groups),
       text: ([column, row]) => [
-        `experts ${row} and ${column}`,
+        `experts ${group(row)} and ${group(column)}`,
         `pairs / by chance ${brief(routing.pair(layer, row, column))}`],
     },
   };

@@ -196,7 +196,7 @@ function start(target, vertical, steps, unit = 'step') {
   const dense = devicePixelRatio || 1;
   canvas.width = size.width * dense;
   canvas.height = size.height * dense;
-  target.box = {left: 52, top: 24, width: size.width - 60, height: size.height - 46};
+  target.box = {left: 64, top: 24, width: size.width - 72, height: size.height - 46};
   const {left, top, width, height} = target.box;
   const style = getComputedStyle(document.documentElement);
   const colors = (name) => style.getPropertyValue(name).trim();

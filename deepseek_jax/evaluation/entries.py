@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from deepseek_jax.errors import InputError
 from deepseek_jax.record import results
 
 
@@ -24,6 +25,11 @@ def add(folder: Path, entry: Mapping[str, Any]) -> Path:
   folder.mkdir(parents=True, exist_ok=True)
   there = results.whole(folder)
   known = there.get(results.EVALUATIONS, [])
+  if not isinstance(known, list):
+    raise InputError(
+      f'{folder / results.FILE}: {results.EVALUATIONS} is no list; put the file'
+      ' back as it was written'
+    )
   plain = results.plain(entry)
   if plain not in known:
     known = [*known, plain]

@@ -1,8 +1,9 @@
 """Measures bits per byte of held-out text, as the trainer does."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from deepseek_jax import data as datalib
 from deepseek_jax import say
@@ -11,9 +12,6 @@ from deepseek_jax.run import sources
 from deepseek_jax.run.config import EvaluateConfig
 from deepseek_jax.run.opening import Opened
 from deepseek_jax.train import evaluate
-
-# Below 1 by less than a document's hash can be: all of them are held out.
-_ALL = math.nextafter(1.0, 0.0)
 
 
 def of_run(source: Opened) -> Any:
@@ -31,6 +29,31 @@ def of_run(source: Opened) -> Any:
   return sources.heldout(sources.opened(config, say.warn), config, None)
 
 
+class _Texts:
+  """Holds documents as tokens, as far as a `data.Heldout` reads a store."""
+
+  def __init__(self, path: str, tokenizer: Any):
+    """Reads and encodes all text of a path; InputError if there is none."""
+    self.path, self.pad_id = path, tokenizer.pad_id
+    self.eos_id = tokenizer.eos_id
+    self._documents, parts, offset = [], [], 0
+    for document in datalib.documents(path):
+      ids = [*tokenizer.encode(document.text), self.eos_id]
+      size = len(document.text.encode())
+      self._documents.append(
+        datalib.HeldoutDocument(document.name, offset, len(ids), size)
+      )
+      parts.append(np.array(ids, np.int32))
+      offset += len(ids)
+    if not parts:
+      raise InputError(f'--text={path}: has no text')
+    self.heldout = np.concatenate(parts)
+
+  def heldout_documents(self) -> list[datalib.HeldoutDocument]:
+    """Returns the documents in the order of their tokens."""
+    return self._documents
+
+
 def of_text(source: Opened, path: str, seq_len: int) -> datalib.Heldout:
   """Returns held-out batches of all text of a path.
 
@@ -44,21 +67,8 @@ def of_text(source: Opened, path: str, seq_len: int) -> datalib.Heldout:
   """
   if source.config is not None:
     seq_len = source.config.data.seq_len
-  cfg = datalib.DataConfig(
-    path=path,
-    tokenizer=_tokenizer_of(source),
-    vocab_size=source.model.config.vocab_size,
-    seq_len=seq_len,
-    fim_rate=0.0,
-    heldout_fraction=_ALL,
-  )
-  store = datalib.build(cfg, say=say.warn)
+  store = _Texts(path, source.tokenizer)
   return datalib.Heldout(store, seq_len, EvaluateConfig().batch)
-
-
-def _tokenizer_of(source: Opened) -> str:
-  """Returns what data.tokenizer names the tokenizer of a model by."""
-  return f'{source.folder}/tokenizer.json'
 
 
 def texts(source: Opened, path: str) -> Sequence[str]:

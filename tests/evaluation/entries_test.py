@@ -46,12 +46,20 @@ class EntriesTest(absltest.TestCase):
     self.assertIsNone(results.read(self.folder))
     self.assertEqual(finish._measured(self.folder), {})
 
+  def _made(self, folder):
+    folder.mkdir()
+    return folder
+
   def test_a_damaged_file_is_not_overwritten(self):
     path = self.folder / results.FILE
     path.write_text('{"steps": ')
     with self.assertRaisesRegex(ds.InputError, 'results.json: not valid JSON'):
       entries.add(self.folder, ENTRY)
     self.assertEqual(path.read_text(), '{"steps": ')
+    other = self.folder / 'other'
+    results.write(self._made(other), {results.EVALUATIONS: {'a': 1}})
+    with self.assertRaisesRegex(ds.InputError, 'evaluations is no list'):
+      entries.add(other, ENTRY)
     self.assertEqual(finish._measured(self.folder), {})
     aside = [p for p in self.folder.iterdir() if 'damaged' in p.name]
     self.assertEqual([p.read_text() for p in aside], ['{"steps": '])

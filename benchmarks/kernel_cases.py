@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import kernel_cases_sparse, kernel_torch
+from benchmarks import kernel_cases_model, kernel_cases_sparse, kernel_torch
 from benchmarks.kernel_work import (
   ONE_CODE,
   Work,
@@ -359,4 +359,5 @@ OPS = {
     lambda s: s._replace(tokens=150),
   ),
   **kernel_cases_sparse.OPS,
+  **kernel_cases_model.OPS,
 }

@@ -20,8 +20,10 @@ from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.quantize import dequantize
+from pallas_kernels.sparse_gqa import shapes as gqa_shapes
+from pallas_kernels.sparse_gqa import sparse_gqa
+from pallas_kernels.sparse_mla import ChosenKeys, attend
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
-from pallas_kernels.sparse_mla import sparse_mla
 
 
 def store(shape):
@@ -80,49 +82,85 @@ def select_small(shape):
   return shape._replace(batch=1, queries=9, keys=700, heads=16, top_k=60)
 
 
+def _picked(key, rows, among, count):
+  """Positions [rows count], ascending, no two of a row alike."""
+  one = lambda key: jax.lax.top_k(jax.random.uniform(key, (among,)), count)[1]
+  index = jax.lax.map(one, jax.random.split(key, rows), batch_size=64)
+  return jnp.sort(index, axis=-1).astype(jnp.int32)
+
+
 def _chosen(shape):
-  """Arguments of sparse_mla and of its gradient, and scored pairs."""
-  B, T, S, H = shape.batch, shape.queries, shape.keys, shape.heads
-  k = fresh_keys(6)
-  scores = jax.random.uniform(k[0], (B, T, S))
-  index = jax.lax.map(
-    lambda row: jax.lax.top_k(row, shape.top_k)[1], scores.reshape(B * T, S)
-  )
-  index = jnp.sort(index, axis=-1).reshape(B, T, -1).astype(jnp.int32)
-  args = (
-    bf16(k[1], B, T, H, 512),
-    bf16(k[2], B, T, H, 64),
-    bf16(k[3], B, S, 512),
-    bf16(k[4], B, S, 64),
-  )
-  return args, index, bf16(k[5], B, T, H, 512), B * T * H * shape.top_k
+  """Floats and choices of attend, gradient of the output, scored pairs."""
+  (B, T), H, C, R = shape[:2], shape.heads, shape.width, shape.rope
+  k = iter(fresh_keys(9))
+  rope = lambda *size: bf16(next(k), *size, R) if R else None
+  latents, indices, pairs = [], [], 0
+  for S, K in filter(None, ((shape.keys, shape.top_k), shape.far)):
+    indices.append(_picked(next(k), B * T, S, K).reshape(B, T, K))
+    latents.append((bf16(next(k), B, S, C), rope(B, S)))
+    pairs += B * T * H * K
+  sinks = jax.random.normal(next(k), (H,)) if shape.sinks else None
+  floats = bf16(next(k), B, T, H, C), rope(B, T, H), latents, sinks
+  return floats, indices, bf16(next(k), B, T, H, C), pairs
+
+
+def _attend(floats, indices, impl):
+  q_c, q_r, latents, sinks = floats
+  keys = tuple(ChosenKeys(*a, index) for a, index in zip(latents, indices))
+  how = {'scale': 192**-0.5, 'sinks': sinks, 'impl': impl}
+  return attend(q_c, q_r, keys, **how)[0]
 
 
 def sparse(shape):
-  args, index, _, pairs = _chosen(shape)
-  op = lambda *a, impl: sparse_mla(*a, index, scale=192**-0.5, impl=impl)
-  xla = functools.partial(op, impl='reference')
-  moved = nbytes(*args, args[0], index)
-  return Work(op, args, in_float32(op), 2.0 * pairs * 1088, moved, {'xla': xla})
+  floats, indices, grad, pairs = _chosen(shape)
+  xla = functools.partial(_attend, impl='reference')
+  moved = nbytes(*jax.tree.leaves((floats, indices)), grad)
+  each = 2.0 * (2 * shape.width + shape.rope)
+  args = floats, indices
+  exact = in_float32(_attend)
+  return Work(_attend, args, exact, pairs * each, moved, {'xla': xla})
 
 
 def sparse_bwd(shape):
-  args, index, grad, pairs = _chosen(shape)
+  floats, indices, grad, pairs = _chosen(shape)
 
-  def op(*args, impl):
-    *args, grad = args
-    fn = lambda *a: sparse_mla(*a, index, scale=192**-0.5, impl=impl)
-    return jax.vjp(fn, *args)[1](grad)
+  def op(floats, indices, grad, impl):
+    fn = lambda floats: _attend(floats, indices, impl)
+    return jax.vjp(fn, floats)[1](grad)[0]
 
   xla = functools.partial(op, impl='reference')
-  # Forward 1088; scores again, dp, then dq, and two sums for the latent.
-  flops, moved = 2.0 * pairs * (1088 + 2752), 3 * nbytes(*args, index)
-  args = (*args, grad)
-  return Work(op, args, in_float32(op), flops, moved, {'xla': xla})
+  # Forward; scores again, dp, then dq, and two sums for the latent.
+  each = 2.0 * (7 * shape.width + 4 * shape.rope)
+  moved = 3 * nbytes(*jax.tree.leaves((floats, indices)))
+  args = floats, indices, grad
+  return Work(op, args, in_float32(op), pairs * each, moved, {'xla': xla})
 
 
 def sparse_small(shape):
-  return shape._replace(batch=1, queries=5, keys=300, heads=16, top_k=100)
+  far = shape.far and (70, 66)
+  small = shape._replace(batch=1, queries=5, keys=300, heads=16, top_k=100)
+  return small._replace(far=far)
+
+
+def grouped(shape):
+  """NSA's rows: one choice for the heads of a group."""
+  (B, T, S, G, J, M), k = shape[:6], fresh_keys(4)
+  index = _picked(k[0], B * T * G, S, M).reshape(B, T, G, M)
+  args = (
+    bf16(k[1], B, T, G, J, shape.keys),
+    bf16(k[2], B, S, G, shape.keys),
+    bf16(k[3], B, S, G, shape.values),
+  )
+  op = lambda *a, impl: sparse_gqa(*a, index, scale=192**-0.5, impl=impl)
+  xla = functools.partial(op, impl='reference')
+  wide = shape.keys + shape.values
+  flops = 2.0 * B * T * G * J * M * wide
+  moved = nbytes(*args, index) + B * T * G * J * shape.values * 2
+  return Work(op, args, in_float32(op), flops, moved, {'xla': xla})
+
+
+def grouped_small(shape):
+  return shape._replace(batch=1, queries=5, tokens=300, groups=2, chosen=100)
 
 
 def decode_fp8(shape):
@@ -162,4 +200,5 @@ OPS = {
   'mla_decode_fp8': (decode_shapes.BENCH, decode_fp8, decode_small),
   'sparse_mla': (sparse_shapes.BENCH, sparse, sparse_small),
   'sparse_mla_bwd': (sparse_shapes.BENCH, sparse_bwd, sparse_small),
+  'sparse_gqa': (gqa_shapes.BENCH, grouped, grouped_small),
 }

@@ -151,6 +151,8 @@ def time_case(work, rates, names=None) -> Iterator[dict]:
     'of_floor': floor_us(work, rates) / us,
     'how': how,
   }
+  if work.tokens:
+    row['tokens_per_second'] = work.tokens / us * 1e6
   yield dict(row)
   notes = []
   for name, call in contenders(work):

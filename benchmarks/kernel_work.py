@@ -28,6 +28,7 @@ class Work:
     speedup: of tensor cores over bfloat16 in these operands' dtype: 2 for
       float8.
     tolerance: errors of a right kernel stay below it.
+    tokens: of a model's step; its row tells tokens a second.
   """
 
   op: Callable
@@ -40,6 +41,7 @@ class Work:
   in_place: Callable | None = None
   speedup: float = 1.0
   tolerance: float = 2.0**-6
+  tokens: int = 0
 
 
 def fresh_keys(count):

@@ -25,7 +25,8 @@ from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
-from pallas_kernels.sparse_mla import sparse_mla
+from pallas_kernels.sparse_gqa import sparse_gqa
+from pallas_kernels.sparse_mla import ChosenKeys, attend, sparse_mla
 
 BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 FP8 = jnp.float8_e4m3fn
@@ -255,10 +256,55 @@ def _sparse_mla(queries: int, heads: int, backward: bool) -> KernelCase:
   return KernelCase(grads, (*args, args[0]), True)
 
 
+def _attend(
+  queries: int, keys: tuple[tuple[int, int], ...], backward: bool
+) -> KernelCase:
+  """Builds V4's attention: lists of (entries, chosen) of width 512, sinks."""
+  lists = [(((1, S, 512), BF), ((1, queries, K), I32)) for S, K in keys]
+  q, sinks = ((1, queries, 128, 512), BF), ((128,), F32)
+
+  def fn(q: jax.Array, sinks: jax.Array, *rest: jax.Array) -> jax.Array:
+    given = zip(rest[: len(keys)], rest[len(keys) :])
+    chosen = tuple(ChosenKeys(c, None, index) for c, index in given)
+    how = {'scale': 0.07, 'sinks': sinks, 'impl': 'gpu'}
+    return attend(q, None, chosen, **how)[0]
+
+  args = q, sinks, *(c for c, _ in lists), *(index for _, index in lists)
+  if not backward:
+    return KernelCase(fn, args, True)
+
+  def grads(grad: jax.Array, *args: jax.Array) -> tuple:
+    floats, rest = args[: 2 + len(keys)], args[2 + len(keys) :]
+    return jax.vjp(lambda *a: fn(*a, *rest), *floats)[1](grad)
+
+  return KernelCase(grads, (q, *args), True)
+
+
+def _sparse_gqa(queries: int, backward: bool) -> KernelCase:
+  """Builds NSA's attention to 16 selected blocks of 64 tokens of 4096."""
+  args = (
+    ((1, queries, 4, 16, 192), BF),
+    ((1, 4096, 4, 192), BF),
+    ((1, 4096, 4, 128), BF),
+    ((1, queries, 4, 1024), I32),
+  )
+  fn = functools.partial(sparse_gqa, scale=0.07, impl='gpu')
+  if not backward:
+    return KernelCase(fn, args, True)
+
+  def grads(*args: jax.Array) -> tuple:
+    *floats, index, grad = args
+    return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
+
+  return KernelCase(grads, (*args, ((1, queries, 4, 16, 128), BF)), True)
+
+
 CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
   'mla_decode_h16': _mla_decode(128, 1, 16, 1),
+  # As the engine calls it: pages of 64 tokens, a token and three drafts.
+  'mla_decode_paged_s4': _mla_decode(32, 4, 16, 4),
   **{
     f'grouped_matmul_{kind}_{name}': _grouped(*shape, kind)
     for kind in ('fwd', 'dlhs', 'drhs')
@@ -293,4 +339,9 @@ CASES = {
   'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
   'sparse_mla': _sparse_mla(4096, 128, False),
   'sparse_mla_bwd': _sparse_mla(64, 128, True),
+  # V4: a window of 128 tokens and 512 of the entries, in one softmax.
+  'sparse_mla_v4': _attend(4096, ((4096, 128), (1024, 512)), False),
+  'sparse_mla_v4_bwd': _attend(64, ((4096, 128), (1024, 512)), True),
+  'sparse_gqa': _sparse_gqa(1024, False),
+  'sparse_gqa_bwd': _sparse_gqa(16, True),
 }

@@ -18,9 +18,10 @@ import jax
 
 from pallas_kernels import lowering_guard, target
 
-IMPLS = (None, 'reference', 'gpu')
+IMPLS = (None, 'reference', 'gpu', 'cudnn')
 _log = logging.getLogger('pallas_kernels')
 _forced = contextvars.ContextVar('pallas_kernels_impl', default=None)
+_library = contextvars.ContextVar('pallas_kernels_library', default='')
 _record = contextvars.ContextVar('pallas_kernels_record', default=None)
 
 
@@ -50,16 +51,25 @@ def say_once(level: int, op: str, reason: str) -> None:
 def using(impl: str | None) -> Iterator[None]:
   """Makes operations called inside take impl=None for this one.
 
+  'cudnn' is None with cuDNN before a kernel, where an operation has it.
+
   Raises:
     ValueError: `impl` is none of IMPLS.
   """
   if impl not in IMPLS:
-    raise ValueError(f"impl={impl!r}; use None, 'reference' or 'gpu'")
-  token = _forced.set(impl)
+    raise ValueError(f"impl={impl!r}; use None, 'reference', 'gpu' or 'cudnn'")
+  library = impl if impl == 'cudnn' else ''
+  tokens = _forced.set(None if library else impl), _library.set(library)
   try:
     yield
   finally:
-    _forced.reset(token)
+    _forced.reset(tokens[0])
+    _library.reset(tokens[1])
+
+
+def preferred(impl: str) -> str:
+  """Returns the library that `using` set, where `impl` is the kernel."""
+  return _library.get() or impl if impl == 'gpu' else impl
 
 
 @contextlib.contextmanager

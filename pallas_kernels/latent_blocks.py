@@ -6,7 +6,8 @@ block, the two exchange row maxima and probabilities through shared memory, and
 then w sums columns [256 w, 256 w + 256) of the latents over all keys of the
 block: a 64 x 512 float32 output fits the registers of no single warpgroup (the
 split is FlashMLA's idea). The softmax is online, in base 2 (FlashAttention-2,
-arXiv:2307.08691). Legend: K keys that a warpgroup scores at once.
+arXiv:2307.08691). Latents of sparse_mla may be 256 wide and lack a rotary part.
+Legend: K keys that a warpgroup scores at once, h half of a latent's columns.
 """
 
 import math
@@ -34,7 +35,7 @@ class Running(NamedTuple):
   """Carries the online softmax of 64 rows from one block of keys to the next.
 
   Attributes:
-    acc: [64 256] float32, this warpgroup's columns of the output so far.
+    acc: [64 h] float32, this warpgroup's columns of the output so far.
     top: [64] float32, the largest score, in units of log 2.
     total: [64] float32, the sum of this warpgroup's probabilities.
   """
@@ -65,47 +66,51 @@ def meet(barrier: jax.Ref) -> None:
 
 def load_queries(
   q_c: jax.Ref,
-  q_r: jax.Ref,
+  q_r: jax.Ref | None,
   where: tuple,
   qc: jax.Ref,
-  qr: jax.Ref,
+  qr: jax.Ref | None,
   here: jax.Ref,
 ) -> None:
-  """Starts the three copies of a thread block's queries, from warpgroup 0.
+  """Starts the copies of a thread block's queries, from warpgroup 0.
 
   Args:
-    q_c: [... 512] bfloat16 in global memory.
-    q_r: [... 64] bfloat16 in global memory.
+    q_c: [... 2h] bfloat16 in global memory.
+    q_r: [... 64] bfloat16 in global memory, or None.
     where: index of the 64 rows in both.
-    qc: [2 64 256] in shared memory, the two halves of the columns.
-    qr: [64 64] in shared memory.
-    here: barrier of three arrivals.
+    qc: [2 64 h] in shared memory, the two halves of the columns.
+    qr: [64 64] in shared memory, or None.
+    here: barrier of as many arrivals: three, or two without q_r.
   """
+  half = qc.shape[-1]
 
-  # One warpgroup asks, both wait for all three copies.
+  # One warpgroup asks, both wait for all copies.
   @pl.when(lax.axis_index('wg') == 0)
   def _():
     for i in range(2):
       plgpu.copy_gmem_to_smem(
-        q_c.at[(*where, pl.ds(i * HALF, HALF))], qc.at[i], here
+        q_c.at[(*where, pl.ds(i * half, half))], qc.at[i], here
       )
-    plgpu.copy_gmem_to_smem(q_r.at[where], qr, here)
+    if q_r is not None:
+      plgpu.copy_gmem_to_smem(q_r.at[where], qr, here)
 
 
 def scores(
   qc: jax.Ref,
-  qr: jax.Ref,
+  qr: jax.Ref | None,
   latents: Callable[[jax.Array], jax.Ref],
-  rope: jax.Ref,
+  rope: jax.Ref | None,
   scale: float,
+  keys: int | None = None,
 ) -> jax.Array:
   """Returns scale * (q_c c + q_r k_r) of this warpgroup's keys, [64 K] float32.
 
   Args:
     qc, qr: as in `load_queries`.
-    latents: half i of the columns -> [K 256] in shared memory.
-    rope: [K 64] rotary keys in shared memory.
+    latents: half i of the columns -> [K h] in shared memory.
+    rope: [K 64] rotary keys in shared memory, or None.
     scale: multiplies the scores, LOG2E included.
+    keys: K, which tells where there is no rope.
   """
 
   def products(ref: jax.Ref) -> jax.Array:
@@ -116,10 +121,11 @@ def scores(
 
     lax.fori_loop(0, 2, half, ())
     # The rotary part adds to the same accumulator.
-    compat.wgmma(ref, qr, compat.transposed(rope))
+    if qr is not None:
+      compat.wgmma(ref, qr, compat.transposed(rope))
     return ref[...]
 
-  acc = plgpu.ACC((ROWS, rope.shape[0]), jnp.float32)
+  acc = plgpu.ACC((ROWS, keys or rope.shape[0]), jnp.float32)
   return pl.run_scoped(products, acc) * scale
 
 
@@ -129,13 +135,19 @@ def mask_from(s: jax.Array, left: jax.Array) -> jax.Array:
   return jnp.where(key < wide(left, s.shape), s, -jnp.inf)
 
 
-def start() -> Running:
-  """Returns the softmax of rows that attend to no key yet."""
-  return Running(
-    compat.full((ROWS, HALF), 0.0, WGMMA),
-    compat.full((ROWS,), EMPTY, BY_ROW),
-    compat.full((ROWS,), 0.0, BY_ROW),
-  )
+def start(half: int = HALF, sink: jax.Array | None = None) -> Running:
+  """Returns the softmax of rows that attend to no key yet.
+
+  Args:
+    half: h.
+    sink: [64] float32, in units of log 2: a score without a value.
+  """
+  acc = compat.full((ROWS, half), 0.0, WGMMA)
+  if sink is None:
+    top = compat.full((ROWS,), EMPTY, BY_ROW)
+    return Running(acc, top, compat.full((ROWS,), 0.0, BY_ROW))
+  # Of a sink's probability, 1 until a key is seen, each warpgroup sums half.
+  return Running(acc, sink, compat.full((ROWS,), 0.5, BY_ROW))
 
 
 def publish_max(s: jax.Array, stat: jax.Ref, barrier: jax.Ref) -> jax.Array:
@@ -198,7 +210,7 @@ def weigh(
   Args:
     running, shrink: from `softmax_step`.
     ps: [2 64 K] bfloat16 probabilities in shared memory.
-    latents: part i of the keys -> [K 256] in shared memory, this warpgroup's
+    latents: part i of the keys -> [K h] in shared memory, this warpgroup's
       columns.
   """
   acc = running.acc * wide(shrink, running.acc.shape)
@@ -233,14 +245,14 @@ def finish(
 ) -> None:
   """Divides by the sum of both warpgroups and stores output and log-sum-exp.
 
-  A row that attends to no key gives 0 and EMPTY.
+  A row that attends to no key gives 0 and EMPTY, or its sink.
 
   Args:
     running: after the last block.
-    qc: [2 64 256] in shared memory, overwritten by the output.
+    qc: [2 64 h] in shared memory, overwritten by the output.
     stat: [2 64] float32 in shared memory, overwritten.
     barriers: two, or one twice.
-    out: [64 256] bfloat16 in global memory, this warpgroup's columns.
+    out: [64 h] bfloat16 in global memory, this warpgroup's columns.
     lse: [64] float32 in global memory, base 2.
   """
   w = lax.axis_index('wg')

@@ -141,7 +141,7 @@ class _Measuring:
     self.about = {
       'model': source.sha256,
       'step': source.step,
-      'dtype': source.model.config.compute.dtype,
+      'dtype': source.model.config.compute.products,
     }
     self.form = {'chat': chat.format}
     self.sampled = dataclasses.asdict(cfg)

@@ -50,7 +50,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def laid_out(
-  sequences: Sequence[Mapping[str, np.ndarray]],
+  sequences: Sequence[Mapping[str, np.ndarray]] | Mapping[int, Mapping],
   rows: Sequence[Sequence[int]],
   length: int,
   *,
@@ -60,7 +60,8 @@ def laid_out(
 
   Args:
     sequences: mappings of the same names to arrays [n ...] of one length, with
-      'tokens' among them; one at least.
+      'tokens' among them; one at least. By number, those that `rows` names
+      suffice.
     rows: numbers of sequences, as `best_fit` gives them.
     length: S.
     pad: the token that fills rows up; other arrays are filled with 0.
@@ -69,7 +70,8 @@ def laid_out(
     Arrays [R S ...]: those of the sequences, 'segments' (from 1; 0 is padding)
     and 'positions' (from each sequence's start), int32.
   """
-  first = sequences[0]
+  # A caller may hold those of the rows alone; rows may be padding alone.
+  first = sequences[next((n for row in rows for n in row), 0)]
   out = {
     name: np.zeros((len(rows), length, *a.shape[1:]), a.dtype)
     for name, a in first.items()

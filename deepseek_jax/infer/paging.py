@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer import paged_latents
 from deepseek_jax.model.cache import Cache
 
 # Tokens at which the rows of a cache are counted: more than any layer keeps.
@@ -98,6 +99,11 @@ class Paging:
     return any(not leaf.ratio for leaf in self.leaves)
 
   @property
+  def latents(self) -> frozenset[int]:
+    """Returns which leaves a kernel of decoding can read in pages."""
+    return paged_latents.leaves(self.structure, len(self.leaves))
+
+  @property
   def token_bytes(self) -> float:
     """Returns the bytes that each token adds to the cache."""
     return sum(leaf.row / leaf.ratio for leaf in self.leaves if leaf.ratio)
@@ -126,19 +132,27 @@ class Paging:
         ringed.append(jnp.zeros(shape, like.dtype))
     return Store(tuple(paged), tuple(ringed))
 
-  def view(self, store: Store, rows: Rows) -> Caches:
+  def view(self, store: Store, rows: Rows, in_pages: bool = False) -> Caches:
     """Returns what is held of the rows, in caches of [R, n P] slots.
 
     What lies behind a row's `start` is zero, whatever the pages hold.
+
+    Args:
+      store: what is cached.
+      rows: of the batch.
+      in_pages: leaves latents where they are, as PagedLatent.
     """
-    paged, ringed = iter(store.pages), iter(store.slots)
-    out = [
-      _gathered(next(paged), leaf, rows)
-      if leaf.ratio
-      else _taken(next(ringed), rows)
-      for leaf in self.leaves
-    ]
+    paged, ringed, out = iter(store.pages), iter(store.slots), []
+    stay = self.latents if in_pages else ()
+    for i, leaf in enumerate(self.leaves):
+      if not leaf.ratio:
+        out.append(_taken(next(ringed), rows))
+        continue
+      pool = next(paged)
+      out.append(pool if i in stay else _gathered(pool, leaf, rows))
     layers, recent, mtp, state, ready = jax.tree.unflatten(self.structure, out)
+    if in_pages:
+      layers = paged_latents.in_pages(layers, rows.table)
     slots = rows.table.shape[1] * self.page
     one = lambda a: None if a is None else a[0]
     cache = lambda layers, recent: Cache(
@@ -160,12 +174,18 @@ class Paging:
       rows: as for `view`; `count` tokens were added to each.
       most: no row has had more tokens added.
     """
-    leaves, _ = _leaves(held)
+    layers, stayed = paged_latents.plain(held.cache.layers)
+    cache = dataclasses.replace(held.cache, layers=layers)
+    leaves, _ = _leaves(held._replace(cache=cache))
+    stay = self.latents if stayed else ()
     touched = _touched(rows, self.page, most, self.drafts, store)
     paged, ringed = iter(store.pages), iter(store.slots)
     pages, slots = [], []
-    for leaf, new in zip(self.leaves, leaves):
-      if leaf.ratio:
+    for i, (leaf, new) in enumerate(zip(self.leaves, leaves)):
+      if i in stay:
+        next(paged)
+        pages.append(new)
+      elif leaf.ratio:
         n = rows.table.shape[1]
         pages.append(_put(next(paged), leaf, new, n, *touched))
       else:
@@ -266,10 +286,19 @@ def _gathered(pool: jax.Array, leaf: Leaf, rows: Rows) -> jax.Array:
   pages = pool[:, rows.table]  # [repeat R n P/ratio ...]
   flat = pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
   flat = flat[:, :, leaf.shift :]
+  if leaf.ratio == 1:
+    # A row for every slot: kernels want whole pages.
+    flat = _with_rows(flat, 0, leaf.shift)
   there = rows.start // leaf.ratio - leaf.shift  # complete rows
   seen = jnp.arange(flat.shape[2]) < there[:, None]
   seen = seen.reshape(1, *seen.shape, *(1,) * (flat.ndim - 3))
   return jnp.where(seen, flat, 0)
+
+
+def _with_rows(array: jax.Array, before: int, after: int) -> jax.Array:
+  """Returns array [repeat R S ...] with zeros before and after its rows S."""
+  rest = [(0, 0)] * (array.ndim - 3)
+  return jnp.pad(array, [(0, 0), (0, 0), (before, after), *rest])
 
 
 def _taken(pool: jax.Array, rows: Rows) -> jax.Array:
@@ -320,8 +349,9 @@ def _put(
 
   Pages beyond the pool are not written.
   """
-  rest = [(0, 0)] * (new.ndim - 3)
-  whole = jnp.pad(new, [(0, 0), (0, 0), (leaf.shift, 0), *rest])
+  if leaf.ratio == 1:
+    new = new[:, :, : new.shape[2] - leaf.shift]
+  whole = _with_rows(new, leaf.shift, 0)
   pages = whole.reshape(*whole.shape[:2], n, -1, *whole.shape[3:])
   rows = jnp.arange(place.shape[0])[:, None]
   return pool.at[:, at].set(pages[:, rows, place], mode='drop')

@@ -1,8 +1,9 @@
 """Compiles what an engine runs: prefill of chunks, and loops of decoding.
 
 Both gather the pages of their rows, run the training model's own `apply`, draw
-by each row's settings, and put the touched pages back. Where grammars have to
-read drafts ahead, these are made by a program of their own first. A shape is a
+by each row's settings, and put the touched pages back; where a kernel can,
+decoding reads and fills latents in their pages. Where grammars have to read
+drafts ahead, these are made by a program of their own first. A shape is a
 bucket: the number of rows, of tokens and of pages is static, all else is data.
 Legend: R rows, T tokens of a chunk, N steps of a loop, W tokens of a step at
 most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.infer import checked_drafts, sampler
+from deepseek_jax.infer import checked_drafts, paged_latents, sampler
 from deepseek_jax.infer.checked_drafts import Checked, Foreseen, LoopRows
 from deepseek_jax.infer.paging import Caches, Paging, Rows, Store
 from deepseek_jax.infer.prepared import build_flat
@@ -111,6 +112,21 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
     using: the mesh; what is traced depends on it, which jit does not know. The
       programs are traced with it wherever they are called first.
   """
+  functions = plain(model, shape, using)
+
+  def jitted(run: Callable, program: processor.Program, **how) -> Callable:
+    xla = processor.options(program, model.config.compute.xla)
+    return jax.jit(run, compiler_options=xla, **how)
+
+  return Programs(
+    jitted(functions.prefill, 'prefill', donate_argnums=1),
+    jitted(functions.decode, 'decode', donate_argnums=1),
+    jitted(functions.draft, 'decode'),
+  )
+
+
+def plain(model: Model, shape: Shape, using: Using | None = None) -> Programs:
+  """Returns the functions that `programs` jits."""
   flat = build_flat(model)
   everywhere = NamedSharding(using.mesh, PartitionSpec()) if using else None
 
@@ -131,15 +147,7 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
 
     return inside
 
-  def jitted(run: Callable, program: processor.Program, **how) -> Callable:
-    xla = processor.options(program, model.config.compute.xla)
-    return jax.jit(traced(run), compiler_options=xla, **how)
-
-  return Programs(
-    jitted(_prefill, 'prefill', donate_argnums=1),
-    jitted(_decode, 'decode', donate_argnums=1),
-    jitted(_draft, 'decode'),
-  )
+  return Programs(traced(_prefill), traced(_decode), traced(_draft))
 
 
 def _prefill(
@@ -236,7 +244,9 @@ def _decode(
       kept,
     )
 
-  held, none = shape.paging.view(store, rows), jnp.zeros(R, jnp.int32)
+  in_pages = paged_latents.wanted(model.config.compute, store, shape.paging)
+  held = shape.paging.view(store, rows, in_pages)
+  none = jnp.zeros(R, jnp.int32)
   history = jnp.asarray(draws.history)
   place = LoopRows(rows.start, going.token, rows.count > 0, history)
   steps = jnp.minimum(shape.steps, going.calls)

@@ -1,15 +1,21 @@
 """Takes from the planner what each rung costs: FLOPs, cache, memory."""
 
+import math
 from typing import NamedTuple
+
+import jax
+from flax import nnx
 
 from deepseek_jax.ladder.rungs import RUNGS, shaped
 from deepseek_jax.ladder.sizes import published
+from deepseek_jax.model.transformer import build
 from deepseek_jax.model.transformer_config import TransformerConfig
 from deepseek_jax.plan.device_shares import Mesh
 from deepseek_jax.plan.flops import count_flops, decode_flops
 from deepseek_jax.plan.memory import Training, cache, device_bytes
 from deepseek_jax.plan.parameters import count_parameters
 from deepseek_jax.run.config import RunConfig
+from deepseek_jax.train import muon
 
 LONG = 131072  # tokens of context at which a published shape decodes
 PUBLISHED_WINDOW = 4096  # tokens of a window that it is trained on
@@ -62,6 +68,34 @@ def training_bytes(run: RunConfig) -> int:
   )
   (classes,) = device_bytes(run.model, Mesh(), training)
   return sum(classes.values())
+
+
+def update_flops(run: RunConfig) -> int:
+  """Returns the FLOPs of Muon's iterations in one step; 0 under AdamW.
+
+  No budget has them: they do not grow with the tokens of a step, of which
+  small runs have few. A round takes three products of an n x m matrix, n <= m:
+  4 n^2 m + 2 n^3.
+  """
+  if run.train.optimizer.muon is None:
+    return 0
+  total = 0
+  leaf = lambda v: isinstance(v, nnx.Variable)
+  for variable in jax.tree.leaves(
+    build(run.model).abstract['params'], is_leaf=leaf
+  ):
+    how = muon.split(tuple(variable.get_metadata()['axes']))
+    if how is None:
+      continue
+    shape = jax.tree.leaves(variable)[0].shape
+    stack = len(shape) - sum(map(len, how))
+    n, m = sorted(
+      math.prod(shape[stack + i] for i in group)
+      for group in (how.inputs, how.outputs)
+    )
+    one = len(muon.COEFFICIENTS) * (4 * n * n * m + 2 * n**3)
+    total += math.prod(shape) // (n * m) * one
+  return total
 
 
 def published_costs() -> dict[str, RungCost]:

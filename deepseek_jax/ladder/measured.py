@@ -96,7 +96,11 @@ def _rung(
       for t in tried
       if t.rung == rung and points_of(folder, t)
     },
-    'plan': made._asdict() | {'training_bytes': costs.training_bytes(run)},
+    'plan': made._asdict()
+    | {
+      'training_bytes': costs.training_bytes(run),
+      'update': costs.update_flops(run) / step_flops(run),
+    },
   }
 
 

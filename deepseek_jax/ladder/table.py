@@ -161,6 +161,17 @@ def _plan_table(plans: Mapping[str, Mapping], memory: bool) -> str:
   return _rows(head, rows)
 
 
+def _free(found: Mapping) -> list[str]:
+  """Returns what no budget has paid for: the optimizer's own arithmetic."""
+  shares = {n: t['plan']['update'] for n, t in found['rungs'].items()}
+  return [
+    f"Not in any budget: Muon's iterations in `{name}` take {share:.2g} times"
+    ' the FLOPs of a step of so few tokens; at published batches they are few.'
+    for name, share in shares.items()
+    if share
+  ]
+
+
 def _published(found: Mapping) -> list[str]:
   """Returns the section on published widths; nothing without one."""
   if 'published' not in found:
@@ -248,6 +259,7 @@ def page(found: Mapping[str, Any], name: str) -> str:
     f'A token decoded behind {found["size"]["seq_len"]} tokens, and their cache'
     ' in bfloat16.',
     _plan_table(plans, True),
+    *_free(found),
     *_published(found),
     *_tried(found),
     f'Held-out tokens: SHA-256 {found["data"]["heldout_sha256"][:16]}…; jax'

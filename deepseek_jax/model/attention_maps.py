@@ -192,7 +192,7 @@ def _visited(model: Model, visit: Callable) -> Callable:
   """Returns (variables, tokens) -> what `visit` gives of every block."""
   config = model.config
   make = lambda key: Transformer(config, rngs=nnx.Rngs(key))
-  made = functional(make, jnp.dtype(config.compute.dtype), config.lora)
+  made = functional(make, jnp.dtype(config.compute.products), config.lora)
 
   @jax.jit
   def run(variables: dict, tokens: jax.Array) -> list:

@@ -2,8 +2,9 @@
 
 `compute.kernels` forces the kernels ('gpu') or their references; None takes a
 kernel on a Hopper GPU, wherever it supports the shapes, and the layer's own
-code for the rest, with reason and shapes logged once. On a mesh a kernel runs
-on every device for its shard: the partitioner can't look into one.
+code for the rest, with reason and shapes logged once; 'cudnn' does, too, and
+puts that library before a kernel. On a mesh a kernel runs on every device for
+its shard: the partitioner can't look into one.
 """
 
 import contextlib
@@ -27,11 +28,12 @@ def using(impl: str | None, dtype: str = 'bfloat16') -> Iterator[None]:
   Says once that kernels of tensor cores don't compute in float32.
 
   Args:
-    impl: None, 'reference' or 'gpu'.
+    impl: None, 'reference', 'gpu' or 'cudnn'.
     dtype: of the model's products.
   """
   device = target.current()
-  if dtype == 'float32' and impl is None and device.platform == 'cuda':
+  picks = impl in (None, 'cudnn')
+  if dtype == 'float32' and picks and device.platform == 'cuda':
     dispatch.say_once(
       logging.WARNING,
       'compute.dtype',

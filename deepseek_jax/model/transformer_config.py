@@ -65,7 +65,8 @@ class ComputeConfig:
       outputs, or whole layers.
     kernels: None takes kernels where the device has them, and the layers' own
       code elsewhere; 'gpu' and 'reference' force them or what they are
-      checked against.
+      checked against; 'cudnn' is None with cuDNN for causal attention of rows
+      that are not packed.
     xla: XLA's options for training steps, held-out losses and prefill, as
       pairs (('name', 'value'),); None takes those known to gain on the CPU at
       hand (parallel/processor.py). A run chooses once, as for dtype. They
@@ -75,7 +76,7 @@ class ComputeConfig:
   dtype: Literal['float32', 'bfloat16'] | None = 'float32'
   scan: bool = True
   remat: Literal['none', 'dots', 'full'] = 'none'
-  kernels: Literal['reference', 'gpu'] | None = None
+  kernels: Literal['reference', 'gpu', 'cudnn'] | None = None
   xla: tuple | None = None
 
   def __post_init__(self):
@@ -88,9 +89,10 @@ class ComputeConfig:
         f'compute.xla = {self.xla!r}: write pairs of texts,'
         " (('name', 'value'),)"
       )
-    if self.kernels not in (None, 'reference', 'gpu'):
+    if self.kernels not in (None, 'reference', 'gpu', 'cudnn'):
       raise InputError(
-        f"compute.kernels = {self.kernels!r}: use None, 'reference' or 'gpu'"
+        f"compute.kernels = {self.kernels!r}: use None, 'reference', 'gpu' or"
+        " 'cudnn'"
       )
 
   @property

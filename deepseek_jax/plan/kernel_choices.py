@@ -1,7 +1,8 @@
 """Lists which operations of a model run as kernels on a GPU, or why not.
 
 Traces a training step, prefill and one step of decoding on a mesh of fake
-devices for a named GPU: nothing is compiled or allocated, and no GPU is needed.
+devices for a named GPU, and for one device the engine's loop of decoding:
+nothing is compiled or allocated, and no GPU is needed.
 `python -m deepseek_jax.plan.kernel_choices` reads a question as JSON, in a
 process of its own, as compiled does.
 """
@@ -18,7 +19,14 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import from_dict, to_dict
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.transformer import build
+from deepseek_jax.infer import host_arrays
+from deepseek_jax.infer.engine_config import EngineConfig
+from deepseek_jax.infer.paging import paging
+from deepseek_jax.infer.prepared import build_flat
+from deepseek_jax.infer.programs import Shape, plain
+from deepseek_jax.infer.sampler import words
+from deepseek_jax.model.stacks import unstack
+from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -26,7 +34,8 @@ from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import Program
 from pallas_kernels import dispatch, target
 
-PHASES = 'train', 'prefill', 'decode'
+PHASES = 'train', 'prefill', 'decode', 'engine'
+_SLOTS = 16  # answers that the engine decodes together
 # Compute capabilities of accelerators, by the letters of their names.
 _CAPABILITIES = {'a': '8.0', 'h': '9.0', 'b': '10.0'}
 
@@ -102,6 +111,28 @@ def _phases(program: Program) -> Iterator[str]:
     yield 'prefill'
     jax.eval_shape(cached, variables, tokens(1), out.cache)
     yield 'decode'
+  if grid.devices == 1:
+    _trace_engine(model, variables, slots)
+    yield 'engine'
+
+
+def _trace_engine(model: Model, variables: dict, context: int) -> None:
+  """Traces the engine's loop of decoding, with requests of `context` tokens."""
+  cfg = EngineConfig(slots=_SLOTS, context=context)
+  paged = paging(build_flat(model), cfg.page)
+  pages = -(-context // paged.page)
+  bucket = host_arrays.Bucket(_SLOTS, 1, pages)
+  vocab = model.config.vocab_size
+  ahead = host_arrays.Ahead(cfg.steps, 0, words(vocab))
+  args = (
+    jax.eval_shape(lambda v: unstack(model.config, model.cast(v)), variables),
+    jax.eval_shape(lambda: paged.empty(_SLOTS * pages + 1, _SLOTS)),
+    host_arrays.rows([], bucket, []),
+    host_arrays.going([], bucket, [], ahead),
+    host_arrays.draws([], bucket, paged.page, vocab),
+  )
+  shape = Shape(paged, cfg.steps, 0, False)
+  jax.eval_shape(plain(model, shape).decode, *args)
 
 
 def list_here(program: Program, gpu: str) -> list[Chosen]:
@@ -114,12 +145,13 @@ def list_here(program: Program, gpu: str) -> list[Chosen]:
   chosen = []
   with target.targeting('cuda', gpu):
     phases = _phases(program)
-    for phase in PHASES:
+    while True:
       with dispatch.recorded() as found:
-        next(phases)
+        phase = next(phases, None)
+      if phase is None:
+        return chosen
       for choice, times in sorted(collections.Counter(found).items()):
         chosen.append(Chosen(phase, *choice, times))
-  return chosen
 
 
 def kernel_choices(program: Program, gpu: str) -> list[Chosen]:

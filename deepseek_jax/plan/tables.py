@@ -208,9 +208,10 @@ def render_kernels(name: str, program: Program, chosen: list[Chosen]) -> Group:
   for column in ('phase', 'operation', 'runs as', 'calls', 'arrays'):
     table.add_column(column, justify='right' if column == 'calls' else 'left')
   for c in chosen:
-    how = 'kernel' if c.impl == 'gpu' else f'XLA: {c.reason or "asked for"}'
+    how = {'gpu': 'kernel', 'cudnn': 'cuDNN'}.get(c.impl)
+    how = how or f'XLA: {c.reason or "asked for"}'
     table.add_row(c.phase, c.op, how, str(c.times), c.shapes)
-  without = sorted({c.op for c in chosen if c.impl != 'gpu'})
+  without = sorted({c.op for c in chosen if c.impl == 'reference'})
   note = (
     f'{name}: traced on {program.mesh.spread}, {program.micro_batch} x'
     f' {program.seq_len} tokens per device; '

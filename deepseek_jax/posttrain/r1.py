@@ -186,6 +186,7 @@ class R1Chain:
     ]
 
   def _at(self, name: str) -> Path:
+    """Returns the folder of a stage's run."""
     return self.folder / name
 
   def _trained(

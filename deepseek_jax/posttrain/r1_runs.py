@@ -31,6 +31,7 @@ class R1Runs:
   folder: Path
 
   def _data(self, path: Path, **changes: Any) -> DataConfig:
+    """Returns the data at a path, in bytes."""
     return DataConfig(
       path=str(path),
       tokenizer='bytes',
@@ -46,6 +47,7 @@ class R1Runs:
   def _train(
     self, tokens: float, batch: int, schedule: ScheduleConfig, **changes: Any
   ) -> TrainConfig:
+    """Returns so many tokens of training, in batches of so many rows."""
     return TrainConfig(
       tokens=tokens,
       batch=BatchConfig(size=batch),

@@ -156,7 +156,7 @@ class Study:
     return {**trained, 'reached': made.measured(made.folder / arm)}
 
   def _tuned(self, made: R1Chain, arm: str, say: Callable) -> dict[str, Any]:
-    """Fine-tunes on sampled answers that were right.
+    """Trains on sampled answers that were right.
 
     As many answers are sampled as reinforcement samples, and as many tokens
     trained on.

@@ -83,7 +83,6 @@ def divergence_sum(
     temperature: divides both models' logits.
     chunk: tokens at a time, at most; of each device.
   """
-
   soft = lambda logits: jax.nn.log_softmax(logits / temperature)
 
   def of_chunk(part: tuple, head: jax.Array, heads: jax.Array) -> jax.Array:
@@ -134,8 +133,9 @@ def _shared(
     teacher = jax.lax.stop_gradient(soft(float32_logits(state, head)))
     return total + share * divergence(student, teacher, beta), None
 
-  each_teacher = states.swapaxes(0, 1), heads, jnp.asarray(shares)
-  return jax.lax.scan(one, jnp.zeros(len(student)), each_teacher)[0]
+  parts = jnp.asarray(shares, student.dtype)
+  start = jnp.zeros(len(student), student.dtype)
+  return jax.lax.scan(one, start, (states.swapaxes(0, 1), heads, parts))[0]
 
 
 def _teacher_logits(

@@ -154,6 +154,8 @@ class GRPOConfig:
       mtp=self.mtp == 'trained',
       metrics=METRICS,
       moves_biases=self.router_bias == 'updated',
+      # Around 0, and as large as rewards happen to differ.
+      comparable=False,
     )
 
 

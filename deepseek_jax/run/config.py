@@ -187,6 +187,14 @@ class RunConfig:
       raise InputError(
         f'mesh = {self.mesh}: teachers run on one device; leave the mesh out'
       )
+    plain = RolloutConfig()
+    for name in ('updates', 'epochs', 'top_k', 'drafts', 'reference'):
+      asked = getattr(self.rollouts or plain, name)
+      if asked != getattr(plain, name):
+        raise InputError(
+          f'rollouts.{name} = {asked!r}: distillation learns a round once and'
+          ' draws from the whole vocabulary or by top_p; leave it out'
+        )
 
   def _check_numbers(self) -> None:
     """Raises InputError for a number or a path that no run can have."""

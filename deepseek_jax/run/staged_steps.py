@@ -28,7 +28,12 @@ from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.run.steps import check_mesh, compiling
-from deepseek_jax.train.config import optimizer_of, part_of, recipe_of
+from deepseek_jax.train.config import (
+  judging,
+  optimizer_of,
+  part_of,
+  recipe_of,
+)
 from deepseek_jax.train.gate import GateState
 from deepseek_jax.train.gradient_norms import block_norms, tree_norm
 from deepseek_jax.train.step import TrainState
@@ -123,7 +128,8 @@ class StagedSteps:
     """Returns `judged` from the norms of the stages' updates."""
     length = self._config.data.seq_len
     whole = tree_norm(norms)
-    return judged(self._config.train, state, loss, norm, whole, length)
+    cfg = judging(self._config.train, self._pipeline.objective.comparable)
+    return judged(cfg, state, loss, norm, whole, length)
 
   def _gradients(self, state: StagedState, batch: dict) -> tuple[list, dict]:
     """Returns the stages' gradients and the metrics of a batch."""

@@ -18,6 +18,7 @@ import numpy as np
 from deepseek_jax.data import batches, packing
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
+from deepseek_jax.parallel import processor
 from deepseek_jax.rl import distill
 from deepseek_jax.rl.answering import AnswerConfig, Answering, Asked, Scored
 from deepseek_jax.rl.conversation_store import ConversationStore, PackedBatches
@@ -55,7 +56,7 @@ class Teachers:
     found = []
     for folder in named:
       try:
-        found.append(opening.opened(folder, config.model.compute.dtype))
+        found.append(opening.opened(folder, config.model.compute.products))
       except InputError as error:
         raise InputError(f'objective.teachers: {error}') from None
       check(found[-1], config, tokenizer)
@@ -115,7 +116,8 @@ def _hidden(model: Model) -> Callable[[dict, dict], jax.Array]:
       segment_ids=inputs.segments,
     ).hidden
 
-  return jax.jit(run)
+  how = processor.options('train', model.config.compute.xla)
+  return jax.jit(run, compiler_options=how)
 
 
 class TaughtBatches(PackedBatches):

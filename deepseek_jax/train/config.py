@@ -54,6 +54,13 @@ def recipe_of(cfg: TrainConfig, model: TransformerConfig) -> TrainConfig:
   return dataclasses.replace(cfg, trainable=(lora.KEY,))
 
 
+def judging(cfg: TrainConfig, comparable: bool) -> TrainConfig:
+  """Returns the recipe by which steps are judged, see `Objective`."""
+  if comparable:
+    return cfg
+  return dataclasses.replace(cfg, gate=dataclasses.replace(cfg.gate, sigma=0.0))
+
+
 def part_of(cfg: TrainConfig, abstract: nnx.State) -> frozen.TrainedPart | None:
   """Returns the trained part of a model's parameters; None if all are trained.
 

@@ -21,7 +21,8 @@ class GateConfig:
 
   Attributes:
     sigma: a loss or gradient norm this many deviations above its mean is an
-      explosion; 0 judges finiteness only.
+      explosion; 0 judges finiteness only, as GRPO always does: its loss is
+      about 0, and a round without rewards that differ has no gradient.
     warmup: accepted steps before explosions are judged.
     decay: of the running means.
     patience: skips in a row after which the run stops with status 78.

@@ -100,6 +100,8 @@ class Objective(NamedTuple):
       blocks that predict them keep their values.
     metrics: describes those of `loss`, by name.
     moves_biases: loads move the biases of routers.
+    comparable: a step's loss and gradient norm are like those before, so that
+      one far above them is an explosion; if not, finiteness alone is judged.
     shared: names of a batch's arrays that belong to no row of it: every
       micro-batch gets them whole.
   """
@@ -109,6 +111,7 @@ class Objective(NamedTuple):
   mtp: bool = True
   metrics: Mapping[str, Metric] = {}
   moves_biases: bool = True
+  comparable: bool = True
   shared: tuple[str, ...] = ()
 
   @property

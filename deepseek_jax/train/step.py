@@ -18,6 +18,7 @@ from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
 from deepseek_jax.train.config import (
   TrainConfig,
+  judging,
   optimizer_of,
   part_of,
   recipe_of,
@@ -163,6 +164,7 @@ def train_step(
   """
   cfg = recipe_of(cfg, model.config)
   built = objective.build(model)
+  cfg = judging(cfg, built.comparable)
   optimizer = optimizer_of(cfg, model.abstract['params'], built.frozen)
   part = part_of(cfg, model.abstract['params'])
 

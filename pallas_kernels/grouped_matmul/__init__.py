@@ -133,13 +133,27 @@ def _float8_fwd(
 ) -> tuple:
   """Returns the product, and the operands in float8 for the backward pass."""
   x = quantize(rows, power_of_two=True, floor=ACTIVATION_FLOOR, impl=impl)
+  layout = block_expert, used
+  out, w = float8_product(x, weights, *layout, transpose, rows.dtype, impl)
+  return out, (x, w, *layout, jnp.zeros((), weights.dtype))
+
+
+def float8_product(
+  x: tuple[jax.Array, jax.Array],
+  weights: jax.Array,
+  block_expert: jax.Array,
+  used: jax.Array,
+  transpose: bool,
+  dtype: jax.typing.DTypeLike,
+  impl: str | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns the product of float8 rows [M F] of dtype, and float8 weights."""
   w = _squares(weights, impl)
   right = w if transpose else _transposed(*w)
-  out = _fp8(*x, *right, block_expert, used, rows.dtype, impl)
-  return out, (x, w, block_expert, used, jnp.zeros((), weights.dtype))
+  return _fp8(*x, *right, block_expert, used, dtype, impl), w
 
 
-def _float8_bwd(
+def float8_gradients(
   transpose: bool, impl: str | None, saved: tuple, grad: jax.Array
 ) -> tuple:
   """Returns the gradients of rows and weights by float8 products."""
@@ -164,7 +178,7 @@ def _float8_bwd(
   return drows, dweights.astype(like.dtype), None, None
 
 
-_float8.defvjp(_float8_fwd, _float8_bwd)
+_float8.defvjp(_float8_fwd, float8_gradients)
 
 
 def _squares(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import reference
 
-__all__ = ['mla_decode']
+__all__ = ['mla_decode', 'refused']
 
 
 def mla_decode(
@@ -73,6 +73,22 @@ def mla_decode(
   args = (q_c, q_r, c, k_r, table, lengths, scale, scales)
   functions = {'reference': reference.mla_decode, 'gpu': gpu}
   return dispatch.run('mla_decode', impl, functions, *args)
+
+
+def refused(c: jax.Array, k_r: jax.Array) -> str:
+  """Returns why the kernel can't take bfloat16 pages, or ''.
+
+  Args:
+    c: [... P G C] latents.
+    k_r: [... P G R] rotary keys.
+  """
+  from pallas_kernels.mla_decode import gpu
+
+  try:
+    gpu.check_pages(c, k_r)
+  except NotImplementedError as error:
+    return str(error)
+  return ''
 
 
 def _check(

@@ -52,12 +52,11 @@ def mla_decode(
     NotImplementedError: dtypes, widths or a page that the kernels can't take.
   """
   if scales is None:
-    _check_dtypes(q_c, k_r, c)
+    _check_dtypes(q_c)
+    check_pages(c, k_r)
   else:
     fp8_latents.check_dtypes(q_c, c, scales, k_r)
-  latent_blocks.check_dims(q_c.shape[-1], k_r.shape[-1])
-  if c.shape[1] % BLOCK:
-    raise NotImplementedError(f'{c.shape[1]} tokens a page, not 64 * n')
+    _check_sizes(c, k_r)
   B, T, H, _ = q_c.shape
   # Heads and new tokens are rows alike: all of them share the cached tokens.
   rows = -(-T * H // ROWS) * ROWS
@@ -78,6 +77,19 @@ def mla_decode(
     out, lse = fp8_latents.partial_sums(*queries, *pages, *rest, **how)
   out = out[:, 0] if splits == 1 else _merge(out, lse)
   return out[:, : T * H].reshape(B, T, H, LATENT)
+
+
+def check_pages(c: jax.Array, k_r: jax.Array) -> None:
+  """Raises NotImplementedError for pages [... P G C] that it can't take."""
+  _check_dtypes(k_r, c)
+  _check_sizes(c, k_r)
+
+
+def _check_sizes(c: jax.Array, k_r: jax.Array) -> None:
+  """Raises NotImplementedError for widths or a page that it can't take."""
+  latent_blocks.check_dims(c.shape[-1], k_r.shape[-1])
+  if c.shape[-2] % BLOCK:
+    raise NotImplementedError(f'{c.shape[-2]} tokens a page, not 64 * n')
 
 
 def _check_dtypes(*arrays: jax.Array) -> None:

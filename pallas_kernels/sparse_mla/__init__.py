@@ -3,6 +3,9 @@
 DeepSeek-V3.2 (arXiv:2512.02556, section 2.1): multi-head latent attention in
 its absorbed form, where all heads of a query attend to the same K latents,
 gathered by position; nothing of size [T S] exists, forward or backward.
+DeepSeek-V4 reads so, too: its one key-value head has no rotary part of its own,
+queries choose of two lists (a window's tokens, compressed entries), and sinks
+share the softmax.
 Legend: B batch, T queries, S cached tokens, H heads, C latent, R rope dim,
 K chosen.
 """
@@ -14,15 +17,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import reference
+from pallas_kernels.sparse_mla.keys import ChosenKeys, known
 
-__all__ = ['sparse_mla']
+__all__ = ['ChosenKeys', 'attend', 'sparse_mla']
 
 
 def sparse_mla(
   q_c: jax.Array,
-  q_r: jax.Array,
+  q_r: jax.Array | None,
   c: jax.Array,
-  k_r: jax.Array,
+  k_r: jax.Array | None,
   index: jax.Array,
   *,
   scale: float,
@@ -32,13 +36,13 @@ def sparse_mla(
 
   Args:
     q_c: [B T H C] queries times k_up.
-    q_r: [B T H R] rotary part of the queries.
+    q_r: [B T H R] rotary part of the queries; None as k_r is.
     c: [B S C] latents.
-    k_r: [B S R] shared rotary keys.
+    k_r: [B S R] shared rotary keys, or None: scores are q_c c[i] alone.
     index: [B T K] int32 positions i_j, as `indexer` gives them; one outside
       of 0..S-1 chooses nothing. A query that chose nothing gives 0.
     scale: of the scores.
-    impl: None, 'reference' or 'gpu' (bfloat16, C=512, R=64).
+    impl: None, 'reference' or 'gpu' (bfloat16, C 512 or 256, R 64 or none).
 
   Returns:
     [B T H C] of q_c.dtype, differentiable in all but `index`. Scores, softmax
@@ -50,37 +54,76 @@ def sparse_mla(
     ValueError: shapes that don't fit each other.
     NotImplementedError: impl='gpu' for a shape that the kernel can't take.
   """
-  _check(q_c, q_r, c, k_r, index)
+  return attend(q_c, q_r, (ChosenKeys(c, k_r, index),), scale=scale, impl=impl)[
+    0
+  ]
 
-  def gpu(*args: Any) -> jax.Array:
+
+def attend(
+  q_c: jax.Array,
+  q_r: jax.Array | None,
+  keys: tuple[ChosenKeys, ...],
+  *,
+  scale: float,
+  sinks: jax.Array | None = None,
+  impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes `sparse_mla` over one list of keys or two, with sinks.
+
+  Args:
+    q_c, q_r: see there.
+    keys: one or two; all that a query chooses of either is in one softmax.
+    scale: of the scores.
+    sinks: [H], a score of each head that has no value; differentiable.
+    impl: as there.
+
+  Returns:
+    [B T H C], and the log-sum-exp of the scaled scores and the sink [B T H]
+    float32, -1e30 of none, which has no gradient.
+
+  Raises:
+    ValueError: shapes that don't fit each other, or another number of lists.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  _check(q_c, q_r, keys, sinks)
+
+  def gpu(*args: Any) -> tuple[jax.Array, jax.Array]:
     from pallas_kernels.sparse_mla import gpu
 
     return gpu.sparse_mla(*args)
 
-  # A position past a row's end would be one of the next row.
-  index = jnp.asarray(index)
-  index = jnp.where(index < c.shape[1], index.astype(jnp.int32), -1)
-  args = (q_c, q_r, c, k_r, index, scale)
+  args = (q_c, q_r, tuple(map(known, keys)), sinks, scale)
   functions = {'reference': reference.sparse_mla, 'gpu': gpu}
-  return dispatch.run('sparse_mla', impl, functions, *args)
+  out, log_sum = dispatch.run('sparse_mla', impl, functions, *args)
+  return out, jax.lax.stop_gradient(log_sum)
 
 
 def _check(
-  q_c: jax.Array, q_r: jax.Array, c: jax.Array, k_r: jax.Array, index: jax.Array
+  q_c: jax.Array,
+  q_r: jax.Array | None,
+  keys: tuple[ChosenKeys, ...],
+  sinks: jax.Array | None,
 ) -> None:
   """Raises ValueError for shapes that don't fit each other."""
-  (B, T, H, C), (_, S, R) = q_c.shape, k_r.shape
-  wanted = {
-    'q_r': (q_r, (B, T, H, R)),
-    'c': (c, (B, S, C)),
-    'k_r': (k_r, (B, S, R)),
-    'index': (index, (B, T, index.shape[-1])),
-  }
-  for name, (array, shape) in wanted.items():
-    if array.shape != shape:
-      raise ValueError(
-        f'{name} is {list(array.shape)}, but q_c {list(q_c.shape)} and k_r '
-        f'{list(k_r.shape)} ask for {list(shape)}'
-      )
-  if not jnp.issubdtype(index.dtype, jnp.integer):
-    raise ValueError(f'index is {index.dtype}: give integer positions')
+  if len(keys) not in (1, 2):
+    raise ValueError(f'keys are {len(keys)} lists, not one or two')
+  B, T, H, C = q_c.shape
+  if sinks is not None and sinks.shape != (H,):
+    raise ValueError(f'sinks are {list(sinks.shape)}, not one for {H} heads')
+  for c, k_r, index in keys:
+    if (q_r is None) != (k_r is None):
+      raise ValueError('q_r and k_r are arrays or None together')
+    S = c.shape[1] if k_r is None else k_r.shape[1]
+    wanted = {'c': (c, (B, S, C)), 'index': (index, (B, T, index.shape[-1]))}
+    if k_r is not None:
+      R = k_r.shape[-1]
+      wanted |= {'q_r': (q_r, (B, T, H, R)), 'k_r': (k_r, (B, S, R))}
+    for name, (array, shape) in wanted.items():
+      if array.shape != shape:
+        told = 'no k_r' if k_r is None else f'k_r {list(k_r.shape)}'
+        raise ValueError(
+          f'{name} is {list(array.shape)}, but q_c {list(q_c.shape)} and {told}'
+          f' ask for {list(shape)}'
+        )
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+      raise ValueError(f'index is {index.dtype}: give integer positions')

@@ -2,13 +2,15 @@
 
 A thread block holds 64 heads of one query and walks its latents 64 at a time,
 two blocks in flight. Warpgroup w scores tokens [32 w, 32 w + 32) of a block and
-sums columns [256 w, 256 w + 256) over all 64 (see latent_blocks). Each gathers
-the tiles that it is the last to read, which needs no warpgroup for loading and
-so leaves 255 registers a thread.
-Legend: N queries of all rows, H heads (padded), K chosen (padded).
+sums half w of the columns over all 64 (see latent_blocks). Each gathers the
+tiles that it is the last to read, which needs no warpgroup for loading and so
+leaves 255 registers a thread.
+Legend: N queries of all rows, H heads (padded), K chosen (padded), C latent,
+h = C / 2, R rope dim.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather, latent_blocks
-from pallas_kernels.latent_blocks import BY_COLUMN, HALF, LOG2E, ROPE
+from pallas_kernels.latent_blocks import BY_COLUMN, BY_ROW, LOG2E, ROPE
 from pallas_kernels.sparse_mla.gathered_blocks import (
   BLOCK,
   HEADS,
@@ -28,25 +30,49 @@ from pallas_kernels.sparse_mla.gathered_blocks import (
 )
 
 
+class Latents(NamedTuple):
+  """Holds the latents of all rows in one list, [M C] and [M R] bfloat16."""
+
+  c: jax.Array
+  k_r: jax.Array | None
+
+
 def attend(
   q_c: jax.Array,
-  q_r: jax.Array,
-  c: jax.Array,
-  k_r: jax.Array,
-  at: jax.Array,
+  q_r: jax.Array | None,
+  lists: tuple[Latents, ...],
+  ats: tuple[jax.Array, ...],
+  sinks: jax.Array | None,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the output [N H C] and log-sum-exp [N H] of the scaled scores.
+  """Returns the output [N H C] and log-sum-exp [N H] (base 2) of the scores.
 
   Args:
     q_c, q_r: [N H C] and [N H R] bfloat16 queries.
-    c, k_r: [M C] and [M R] bfloat16, latents and rotary keys of all rows.
-    at: [N K] int32 positions in those; negative for no choice.
+    lists: one or two lists of latents.
+    ats: for each [N K] int32 positions in it; negative for no choice.
+    sinks: [H] float32, scores without a value in units of log 2, or None.
     scale: of the scores.
   """
-  N, H, _ = q_c.shape
+  N, H, C = q_c.shape
+  half, rope = C // 2, q_r is not None
+  at = jnp.concatenate(ats, axis=1)
+  scratch = {
+    'qc': memory(2, HEADS, half),
+    # Stage, tokens, columns.
+    'kc': memory(2, 2, 2, PART, half),
+    'ps': memory(2, HEADS, PART),
+    'stat': plgpu.SMEM((2, HEADS), jnp.float32),
+    'q_here': plgpu.Barrier(num_arrivals=3 if rope else 2),
+    'k_here': plgpu.Barrier(num_arrivals=2),
+    'max_here': plgpu.Barrier(num_arrivals=2),
+    'p_here': plgpu.Barrier(num_arrivals=2),
+  }
+  if rope:
+    scratch |= {'qr': memory(HEADS, ROPE), 'kr': memory(2, 2, PART, ROPE)}
+  near = ats[0].shape[1] // BLOCK if len(lists) > 1 else None
   return compat.kernel(
-    functools.partial(_body, scale=scale * LOG2E),
+    functools.partial(_body, scale=scale * LOG2E, near=near),
     (
       jax.ShapeDtypeStruct(q_c.shape, q_c.dtype),
       jax.ShapeDtypeStruct((N, H), jnp.float32),
@@ -54,52 +80,54 @@ def attend(
     grid={'query': N, 'tile': H // HEADS},
     threads=2,
     across_warps=False,
-    scratch={
-      'qc': memory(2, HEADS, HALF),
-      'qr': memory(HEADS, ROPE),
-      # Stage, tokens, columns.
-      'kc': memory(2, 2, 2, PART, HALF),
-      'kr': memory(2, 2, PART, ROPE),
-      'ps': memory(2, HEADS, PART),
-      'stat': plgpu.SMEM((2, HEADS), jnp.float32),
-      'q_here': plgpu.Barrier(num_arrivals=3),
-      'k_here': plgpu.Barrier(num_arrivals=2),
-      'max_here': plgpu.Barrier(num_arrivals=2),
-      'p_here': plgpu.Barrier(num_arrivals=2),
-    },
-  )(q_c, q_r, c, k_r, at, steps(at, BLOCK))
+    scratch=scratch,
+  )(q_c, q_r, lists, at, steps(at, BLOCK), sinks)
 
 
 def _body(
-  q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, k_r: jax.Ref, at: jax.Ref,
-  steps: jax.Ref, out: jax.Ref, lse: jax.Ref, qc: jax.Ref, qr: jax.Ref,
-  kc: jax.Ref, kr: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref,
-  k_here: jax.Ref, max_here: jax.Ref, p_here: jax.Ref, *, scale: float,
+  q_c: jax.Ref, q_r: jax.Ref | None, lists: tuple, at: jax.Ref,
+  steps: jax.Ref, sinks: jax.Ref | None, out: jax.Ref, lse: jax.Ref,
+  qc: jax.Ref, kc: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref,
+  k_here: jax.Ref, max_here: jax.Ref, p_here: jax.Ref,
+  qr: jax.Ref | None = None, kr: jax.Ref | None = None, *, scale: float,
+  near: int | None,
 ) -> None:  # fmt: skip
-  """Computes 64 heads of one query over all latents chosen for it."""
+  """Computes 64 heads of one query over all latents chosen for it.
+
+  Of two lists the first `near` blocks are in the first one.
+  """
   n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
-  count, heads = steps[n], pl.ds(tile * HEADS, HEADS)
-  columns = pl.ds(w * HALF, HALF)
+  count, heads, half = steps[n], pl.ds(tile * HEADS, HEADS), qc.shape[-1]
+  columns = pl.ds(w * half, half)
 
   def chosen(block: jax.Array, part: int | jax.Array) -> tuple:
     return n, pl.ds(block * BLOCK + part * PART, PART)
 
-  def fetch(block: jax.Array) -> None:
+  def start(latents: Latents, block: jax.Array) -> None:
     stage = lax.rem(block, 2)
+    for part in range(2):
+      rows = at.at[chosen(block, part)]
+      gather.start(latents.c.at[:, columns], rows, kc.at[stage, part, w])
+    if kr is not None:
+      gather.start(latents.k_r, at.at[chosen(block, w)], kr.at[stage, w])
 
+  def fetch(block: jax.Array) -> None:
     @pl.when(block < count)
     def _():
-      for part in range(2):
-        gather.start(
-          c.at[:, columns], at.at[chosen(block, part)], kc.at[stage, part, w]
-        )
-      gather.start(k_r, at.at[chosen(block, w)], kr.at[stage, w])
+      if near is None:
+        start(lists[0], block)
+      else:
+        pl.when(block < near)(lambda: start(lists[0], block))
+        pl.when(block >= near)(lambda: start(lists[1], block))
 
     gather.commit()
 
   # Load: the queries stay, two blocks of latents are on their way.
   latent_blocks.load_queries(q_c, q_r, (n, heads), qc, qr, q_here)
   lax.fori_loop(0, 2, lambda block, _: fetch(block), None)
+  sink = None
+  if sinks is not None:
+    sink = compat.load(sinks, heads, BY_ROW, optimized=False)
   plgpu.barrier_wait(q_here)
 
   def step(
@@ -112,7 +140,8 @@ def _body(
     latent_blocks.meet(k_here)
     # Scores: this warpgroup's 32 tokens, all columns.
     latents = lambda i: kc.at[stage, w, i]
-    s = latent_blocks.scores(qc, qr, latents, kr.at[stage, w], scale)
+    turned = None if kr is None else kr.at[stage, w]
+    s = latent_blocks.scores(qc, qr, latents, turned, scale, PART)
     there = compat.load(at, chosen(block, w), BY_COLUMN, optimized=False)
     s = mask_unchosen(s, there, 1)
     # Softmax: over all 64 tokens, so the maxima cross over.
@@ -128,7 +157,7 @@ def _body(
     fetch(block + 2)
     return running
 
-  running = lax.fori_loop(0, count, step, latent_blocks.start())
+  running = lax.fori_loop(0, count, step, latent_blocks.start(half, sink))
   latent_blocks.finish(
     running,
     qc,

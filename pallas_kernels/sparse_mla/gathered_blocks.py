@@ -2,7 +2,7 @@
 
 All of them gather chosen latents by cp.async, in tiles 64 bytes wide (see
 gather).
-Legend: N queries of all rows, K chosen.
+Legend: N queries of all rows, K chosen, h half of a latent's columns.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.latent_blocks import HALF, ROPE, ROWS, WGMMA, wide
+from pallas_kernels.latent_blocks import ROPE, ROWS, WGMMA, wide
 
 HEADS = ROWS  # of one query, in a thread block
 THIN = ROPE // 2  # rotary columns that a warpgroup sums
@@ -41,15 +41,18 @@ def shared_pair() -> dict[str, pl.MemoryRef | plgpu.Barrier]:
   }
 
 
-def product(*pairs: tuple[jax.Ref, jax.Ref]) -> jax.Array:
+def product(*pairs: tuple[jax.Ref | None, jax.Ref | None]) -> jax.Array:
   """Returns the sum of a @ b.T over both halves of each pair, float32 [64 32].
 
   Args:
-    *pairs: (a [2 64 n], b [2 32 n]) in shared memory.
+    *pairs: (a [2 64 n], b [2 32 n]) in shared memory; pairs of None are none.
   """
 
   def run(ref: jax.Ref) -> jax.Array:
     for a, b in pairs:
+      if a is None:
+        continue
+
       # A loop, not two calls: unrolled, the descriptors spill (measured).
       def half(i: jax.Array, _, a: jax.Ref = a, b: jax.Ref = b) -> tuple:
         compat.wgmma(ref, a.at[i], compat.transposed(b.at[i]))
@@ -66,9 +69,7 @@ def mask_unchosen(s: jax.Array, chosen: jax.Array, axis: int) -> jax.Array:
   return jnp.where(wide(chosen, s.shape, axis) >= 0, s, -jnp.inf)
 
 
-def zeros() -> tuple[jax.Array, jax.Array]:
+def zeros(half: int, rope: bool) -> tuple[jax.Array, jax.Array | None]:
   """Returns zero sums of a warpgroup's latent and rotary columns."""
-  return (
-    compat.full((HEADS, HALF), 0.0, WGMMA),
-    compat.full((HEADS, THIN), 0.0, WGMMA),
-  )
+  zero = lambda columns: compat.full((HEADS, columns), 0.0, WGMMA)
+  return zero(half), zero(THIN) if rope else None

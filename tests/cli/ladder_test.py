@@ -17,15 +17,16 @@ from deepseek_jax.cli import ladder
 from deepseek_jax.ladder import measured
 from deepseek_jax.ladder.sizes import SIZES
 
+_SMOKE = SIZES['smoke']
 _ARM = """import deepseek_jax as ds
 
 def get_config(size='half_hour'):
-  run = ds.ladder.config('gqa', 'smoke')
+  run = ds.ladder.config('gqa', 'half_hour')
   return ds.changed(run, {{
     'model.dim': 16, 'model.vocab_size': 261, 'model.ffn.width': {width},
     'model.layout': ((('dense',), 1),), 'data.path': {path!r},
     'data.tokenizer': 'bytes', 'data.vocab_size': 261, 'data.seq_len': 16,
-    'evaluate.stride': 16,
+    'evaluate.stride': 16, 'train.batch.size': 2, 'train.schedule.warmup': 1,
     'data.heldout_fraction': 0.3, 'data.cache_dir': {cache!r},
   }})
 """
@@ -50,10 +51,8 @@ class LadderTest(parameterized.TestCase):
       (self.arms / f'{name}.py').write_text(code)
     if not flags.FLAGS.is_parsed():
       flags.FLAGS([sys.argv[0]])
-    step = 3 * 2 * 16 * 16 * (8 * 16 + 261)  # of the narrow one, roughly
-    tiny = dataclasses.replace(
-      SIZES['smoke'], budgets=(6.0 * step, 18.0 * step), batch=2, warmup=1
-    )
+    # Eleven steps of the narrow one, ten of the wide one.
+    tiny = dataclasses.replace(_SMOKE, budgets=(2.8e7, 8.4e7))
     self.enter_context(absltest.mock.patch.dict(SIZES, {'smoke': tiny}))
 
   def climb(self, **changes):
@@ -96,8 +95,10 @@ class LadderTest(parameterized.TestCase):
     steps = [row['step'] for row in rows if 'loss' in row]
     self.assertEqual(steps, list(range(1, steps[-1] + 1)))
     # Another ladder may not go on in its folder.
+    arm = self.arms / '1_wide.py'
+    arm.write_text(arm.read_text().replace('48', '32'))
     with self.assertRaisesRegex(ds.InputError, 'holds another ladder'):
-      self.climb(arms=None)
+      self.climb()
 
   def test_a_run_that_gives_up_is_left_out_and_not_started_again(self):
     runs = self.folder / 'runs'
@@ -165,7 +166,8 @@ class LadderTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_every_rung_climbs(self):
-    told = self.climb(arms=None)
+    with absltest.mock.patch.dict(SIZES, {'smoke': _SMOKE}):
+      told = self.climb(arms=None)
     self.assertIn('results: ', told)
     found = json.loads((self.folder / 'runs' / 'ladder.json').read_text())
     self.assertLen(found['rungs'], 14)

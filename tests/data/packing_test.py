@@ -61,6 +61,16 @@ class PackingTest(parameterized.TestCase):
     self.assertEqual((out['segments'] > 0).sum(), found)
     self.assertTrue((out['tokens'][out['segments'] == 0] == 99).all())
 
+  def test_those_of_the_rows_suffice(self):
+    sequences = [{'tokens': np.full(n, n, np.int32)} for n in (3, 4, 5)]
+    held = {1: sequences[1], 2: sequences[2]}
+    for rows in ([[2], [1]], [[], [1]], [[2, 1], []]):
+      out, whole = (packing.laid_out(s, rows, 9) for s in (held, sequences))
+      for name, array in whole.items():
+        np.testing.assert_array_equal(out[name], array)
+    padding = packing.laid_out(sequences, [[], []], 9, pad=7)
+    self.assertTrue((padding['tokens'] == 7).all())
+
 
 if __name__ == '__main__':
   absltest.main()

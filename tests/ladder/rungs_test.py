@@ -83,6 +83,15 @@ class RungsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, "size = 'huge': must be one of"):
       ds.ladder.config('mla', 'huge')
 
+  def test_muons_own_arithmetic_is_counted_by_hand(self):
+    run = rungs.climbed(SIZES['half_hour'])['gqa']
+    self.assertEqual(costs.update_flops(run), 0)
+    run = ds.changed(run, {'train.optimizer.muon': ds.MuonConfig()})
+    one = lambda n, m: 10 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
+    # Queries and output; keys and values; gate, up and down.
+    layer = 2 * one(128, 128) + 2 * one(64, 128) + 3 * one(128, 384)
+    self.assertEqual(costs.update_flops(run), 3 * layer)
+
   def test_published_widths_have_the_published_cache(self):
     context = 1000
     cache = lambda name: (

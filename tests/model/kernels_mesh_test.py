@@ -17,6 +17,7 @@ MESHES = (
   'data=2,expert=2,tensor=2',
 )
 EXPERTS = {'combine', 'grouped_matmul.forward', 'grouped_swiglu', 'permute'}
+PHASES = 'train', 'prefill', 'decode'
 BACKWARD = {'combine_bwd', 'grouped_matmul.outer', 'permute_bwd'}
 KERNELS = {
   'v3': {
@@ -30,6 +31,8 @@ KERNELS = {
     'prefill': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
     'decode': {'indexer', 'sparse_mla', 'router'},
   },
+  'v4': {phase: {'indexer', 'sparse_mla'} for phase in PHASES},
+  'nsa': {phase: {'sparse_gqa'} for phase in PHASES},
 }
 
 
@@ -43,12 +46,18 @@ def kernels(choices: list[dict], impl: str) -> dict:
   return found
 
 
+def wanted(name: str, mesh: str) -> dict:
+  """Returns KERNELS; the engine is traced on one device, and decodes alike."""
+  want = dict(KERNELS[name])
+  return want | {'engine': want['decode']} if mesh == 'data=1' else want
+
+
 class KernelsOnMeshTest(parameterized.TestCase):
   def test_a_step_shaped_as_v3_calls_the_same_kernels_on_every_mesh(self):
     found = fake_devices.run(WORKER, 'choices', 'v3', *MESHES)
     self.assertEqual(set(found), set(MESHES))
     for mesh, choices in found.items():
-      want = dict(KERNELS['v3'])
+      want = wanted('v3', mesh)
       if 'expert' in mesh:  # there tokens travel to their experts
         want['decode'] = want['decode'] | {'combine', 'permute'}
       self.assertEqual(kernels(choices, 'gpu'), want, mesh)
@@ -59,11 +68,13 @@ class KernelsOnMeshTest(parameterized.TestCase):
       for shape in shapes:  # of one device, with all tokens of a sequence
         self.assertStartsWith(shape, f'bfloat16[2,256,{heads},192]')
 
-  def test_so_does_sparse_attention(self):
+  @parameterized.parameters('v32', 'v4', 'nsa')
+  def test_so_does_sparse_attention(self, name):
     meshes = 'data=1', 'fsdp=2', 'tensor=2,context=2'
-    found = fake_devices.run(WORKER, 'choices', 'v32', *meshes)
+    found = fake_devices.run(WORKER, 'choices', name, *meshes)
     for mesh in meshes:
-      self.assertEqual(kernels(found[mesh], 'gpu'), KERNELS['v32'], mesh)
+      want = wanted(name, mesh)
+      self.assertEqual(kernels(found[mesh], 'gpu'), want, mesh)
       self.assertFalse(any(kernels(found[mesh], 'reference').values()), mesh)
 
   def test_what_falls_back_says_why_and_for_which_shapes(self):
@@ -78,7 +89,7 @@ class KernelsOnMeshTest(parameterized.TestCase):
       self.assertIn('bfloat16[', c['shapes'])
     self.assertIn('mla_prefill', kernels(found, 'gpu')['train'])
 
-  @parameterized.parameters('v3', 'v32')
+  @parameterized.parameters('v3', 'v32', 'v4', 'nsa')
   def test_numbers_of_the_shards_are_those_of_the_whole(self, name):
     meshes = ['tensor=2,context=2,fsdp=2']
     found = fake_devices.run(WORKER, 'numbers', name, *meshes)

@@ -1,6 +1,8 @@
 """Lists the kernels of small models shaped as published ones, mesh by mesh.
 
-python -m tests.model.kernels_mesh_worker choices|numbers v3|v32 MESH ...
+python -m tests.model.kernels_mesh_worker choices|numbers NAME MESH ...
+
+NAME is v3, v32, v4 or nsa.
 
 'numbers' compares the references of the operations, called on every device for
 its shard as a kernel would be, with the layers' own code on whole arrays.
@@ -15,26 +17,67 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as ds
+from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
+from deepseek_jax.model.attention.hca import HCAConfig
 from deepseek_jax.model.attention.indexer import IndexerConfig
 from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.nsa import NSAConfig
+from deepseek_jax.model.attention.shared_kv import SharedKVConfig
+from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
-from deepseek_jax.model.transformer_config import ComputeConfig
+from deepseek_jax.model.transformer_config import ComputeConfig, Kind
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.plan import kernel_choices
 from deepseek_jax.plan.compiled import Program, parse_mesh
 from tests import tiny
+from tests.infer import families
 
 # Heads of DeepSeek-V3: C = 512, R = 64, 192 key and 128 value dims.
 LATENT = (8, None, 512, 128, 64, 128)
+# V4's head, and NSA's keys and values.
+SHARED = SharedKVConfig(
+  heads=8,
+  head_dim=512,
+  rope_dim=64,
+  q_rank=64,
+  groups=2,
+  o_rank=64,
+  window=64,
+  csa=CSAConfig(ratio=4, top_k=16, index_heads=16, index_dim=128),
+  hca=HCAConfig(ratio=32),
+)
+NSA = NSAConfig(
+  heads=32, kv_heads=2, qk_dim=192, v_dim=128, select=4, window=64
+)
+
+
+def plain(name: str) -> ds.TransformerConfig:
+  """Returns layers of V4 or NSA, without experts."""
+  kind = lambda far: Kind('ffn', (('attention.compress', far),))
+  more = {'kinds': {far: kind(far) for far in ('none', 'csa', 'hca')}}
+  blocks, attention = ('none', 'csa', 'hca'), SHARED
+  if name == 'nsa':
+    more, blocks, attention = {}, ('dense',), NSA
+  return ds.TransformerConfig(
+    vocab_size=64,
+    dim=512,
+    layout=((blocks, 1),),
+    attention=attention,
+    ffn=FFNConfig(256),
+    compute=ComputeConfig(dtype='bfloat16'),
+    **more,
+  )
 
 
 def config(name: str) -> ds.TransformerConfig:
   """Returns the widths that the kernels take, and few of everything else."""
+  if name in ('v4', 'nsa'):
+    return plain(name)
   attention = MLAConfig(*LATENT)
   if name == 'v32':
     attention = DSAConfig(*LATENT, indexer=IndexerConfig(16, 128), top_k=64)
@@ -89,6 +132,8 @@ def numbers(name: str, grid: MeshConfig, impl: str | None) -> list:
 
 def small(name: str) -> ds.TransformerConfig:
   """Returns a model of a few numbers with the same ideas as `config`."""
+  if name in ('v4', 'nsa'):
+    return families.config(name)
   latent = 4, 12, 16, 8, 4, 6
   attention = MLAConfig(*latent)
   if name == 'v32':

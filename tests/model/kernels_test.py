@@ -202,6 +202,41 @@ class KernelsTest(absltest.TestCase):
       self.assertIn(('mla_decode', impl), seen)
     self.assertLess(tiny.relative(logits['reference'], logits[None]), 1e-5)
 
+  def test_cudnn_is_a_choice_for_rows_that_are_not_packed(self):
+    attention = MLAConfig(2, None, 512, 128, 64, 128)
+    compute = ComputeConfig(dtype='bfloat16', kernels='cudnn')
+    config = dataclasses.replace(CONFIG, attention=attention, compute=compute)
+    model = ds.build(config)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 20), jnp.int32)
+
+    def ran(capability, segments=None):
+      target_gpu = target.targeting('cuda', capability)
+      with target_gpu, self.cudnn(), dispatch.recorded() as found:
+        apply = lambda v, t, s: model.apply(v, t, segment_ids=s)
+        jax.eval_shape(apply, variables, tokens, segments)
+      return [c.impl for c in found if c.op == 'mla_prefill']
+
+    self.assertEqual(ran('9.0'), ['cudnn'])
+    self.assertEqual(ran('8.0'), ['reference'])
+    dispatch.say_once.cache_clear()
+    with self.assertLogs('pallas_kernels', logging.WARNING) as logs:
+      self.assertEqual(ran('9.0', tokens), ['gpu'])
+    self.assertIn('not given packed segments', ' '.join(logs.output))
+    # No other operation knows it.
+    with kernels.using('cudnn'):
+      self.assertIsNone(dispatch.chosen(None))
+
+  def cudnn(self):
+    """Lets a host without a GPU trace what cuDNN would compute."""
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    return mock.patch.multiple(
+      private,
+      check_cudnn_version=lambda: 91200,
+      check_compute_capability=lambda _: True,
+    )
+
   def test_a_wrong_choice_is_named(self):
     with self.assertRaisesRegex(InputError, "compute.kernels = 'fast': use"):
       with_kernels('fast')

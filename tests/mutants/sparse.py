@@ -96,8 +96,8 @@ _NATIVE = (
   Mutant(
     'incomplete_blocks_compressed',
     _BRANCHES,
-    'seen &= end[:, None] <= one.place[..., None]',
-    'seen &= start[:, None] <= one.place[..., None]',
+    'return seen & (end <= one.place[..., None])',
+    'return seen & (start <= one.place[..., None])',
     (f'{_NSA_TEST}::equals_loops_in_packed_documents',),
     'NSA section 3.3: complete past blocks only',
   ),
@@ -163,8 +163,8 @@ _SUMS = (
   Mutant(
     'gradients_of_queries_added_in_bfloat16_by_the_reference',
     'pallas_kernels/sparse_mla/reference.py',
-    'keys = jnp.where(here[:, None], c[at], 0)',
-    'keys = jnp.where(here[:, None], wide(c.astype(q_c.dtype)[at]), 0)',
+    'picked = jnp.where(here[:, None], keys.c[at], 0)',
+    'picked = wide(keys.c.astype(q_c.dtype)[at])',
     ('tests/pallas_kernels/sparse_mla_test.py::latent_that_all_queries',),
     'a scatter-add of bfloat16 rows stands still at 256 of them',
   ),

@@ -22,8 +22,8 @@ MUTANTS = (
   Mutant(
     'teachers_states_by_the_head_of_another',
     _DISTILL,
-    'states.swapaxes(0, 1), heads, jnp.asarray(shares)',
-    'states.swapaxes(0, 1), heads[::-1], jnp.asarray(shares)',
+    '(states.swapaxes(0, 1), heads, parts)',
+    '(states.swapaxes(0, 1), heads[::-1], parts)',
     (f'{_DISTILL_TEST}::several_teachers_add_up',),
     'V4: each teacher has its own head',
   ),

@@ -185,9 +185,9 @@ MUTANTS = (
   ),
   Mutant(
     'teacher_without_sinks',
-    _SHARED,
-    'rest = jnp.logaddexp(near.log_sum, sinks) if learn else None',
-    'rest = near.log_sum if learn else None',
+    'deepseek_jax/model/attention/shared_reading.py',
+    'rest=jnp.logaddexp(parts[0].log_sum, sinks)',
+    'rest=parts[0].log_sum',
     (f'{_SHARED_TEST}::a_head_teaches_by_what_it_spends',),
     'the softmax of the layer runs over window, entries and sink',
   ),

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from benchmarks import kernel_cases, kernel_timing, kernel_torch
@@ -16,9 +17,9 @@ from tests import tiny
 RATES = {'flops': 1e12, 'bytes': 1e12}
 
 
-def small_case(op) -> Work:
+def small_case(op, shape='') -> Work:
   shapes, make, small = kernel_cases.OPS[op]
-  return make(small(next(iter(shapes.values()))))
+  return make(small(shapes[shape or next(iter(shapes))]))
 
 
 def reference_error(work) -> float:
@@ -58,6 +59,32 @@ class BenchmarkTest(parameterized.TestCase):
     work = small_case(op)
     self.assertLess(reference_error(work), 2**-7)
     self.assertGreater(work.moved, 0)
+
+  @parameterized.parameters(
+    ('sparse_mla', 'v4_csa_s8192'),
+    ('sparse_mla_bwd', 'v4_hca_s8192'),
+    ('sparse_gqa', ''),
+    ('engine_decode', ''),
+    ('train_step', ''),
+  )
+  @pytest.mark.slow
+  def test_so_does_a_case_of_newer_models_and_of_whole_ones(self, op, shape):
+    work = small_case(op, shape)
+    run = jax.jit(lambda *a: work.op(*a, impl='reference'))
+    got, want = run(*work.args), jax.jit(work.exact)(*work.args)
+    error = kernel_timing.worst_error(got, want)
+    self.assertLess(error, work.tolerance)
+    self.assertGreater(work.flops, 0)
+    if not work.tokens:
+      return
+    # As it is timed: what it changes is donated, and tokens are told.
+    step = lambda *a: work.in_place(*a, impl='reference')
+    call = kernel_timing.InPlace(step, work.args)
+    for _ in range(2):
+      call()
+    with mock.patch.object(kernel_timing, 'device_us', five_us):
+      row = next(kernel_timing.time_case(work, RATES))
+    self.assertEqual(row['tokens_per_second'], work.tokens / 5e-6)
 
   def test_a_cache_is_donated_call_after_call(self):
     work = small_case('latent_kv')

@@ -22,6 +22,8 @@ FAST = (
   'permute_fp8',
   'mla_decode_fp8_h128',
   'sparse_mla',
+  'sparse_mla_v4',
+  'sparse_gqa',
 )
 TARGET = 'mosaic_gpu_v2'
 
@@ -66,7 +68,7 @@ class HazardTest(parameterized.TestCase):
       reduces = eqn.primitive.name.startswith('reduce_')
       if threads > 1 and reduces and eqn.invars[0].aval.ndim == 2:
         self.assertEqual(eqn.params['axes'], (1,), name)
-    if name.startswith(('indexer', 'grouped', 'mla_decode', 'sparse_mla')):
+    if name.startswith(('indexer', 'grouped', 'mla_decode', 'sparse_')):
       self.assertEqual(several, 2)  # the walk saw inside the kernels
 
   def test_a_grid_goes_no_further_than_it_can(self):

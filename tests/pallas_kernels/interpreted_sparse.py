@@ -20,7 +20,9 @@ from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
-from pallas_kernels.sparse_mla import latent_gradient, sparse_mla
+from pallas_kernels.sparse_gqa import shapes as gqa_shapes
+from pallas_kernels.sparse_gqa import sparse_gqa
+from pallas_kernels.sparse_mla import ChosenKeys, attend, latent_gradient
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 BF16 = interpreted.BF16
@@ -132,37 +134,63 @@ def check_indexer():
 
 
 def draw_sparse_mla(shape):
-  """Queries, latents, gradient of the output, and choices."""
+  """Queries, latents and sinks; choices; gradient of the output."""
   rng = np.random.default_rng(0)
-  size, S = (shape.batch, shape.queries), shape.keys
+  size, H = (shape.batch, shape.queries), shape.heads
   bf = lambda *s: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
-  rows = [rng.permutation(S)[: shape.top_k] for _ in range(np.prod(size))]
-  index = np.stack(rows).reshape(*size, -1)
-  index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
-  return (
-    bf(*size, shape.heads, 512),
-    bf(*size, shape.heads, 64),
-    bf(shape.batch, S, 512),
-    bf(shape.batch, S, 64),
-    bf(*size, shape.heads, 512),
-    jnp.asarray(index, jnp.int32),
-  )
+  rope = lambda *s: bf(*s, shape.rope) if shape.rope else None
+  latents, indices = [], []
+  for S, K in filter(None, ((shape.keys, shape.top_k), shape.far)):
+    rows = [rng.permutation(S)[:K] for _ in range(np.prod(size))]
+    index = np.stack(rows).reshape(*size, -1)
+    index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
+    if shape.far and not indices:
+      index[:, 0] = -1  # all that the first query reads is of the second list
+    latents.append((bf(shape.batch, S, shape.width), rope(shape.batch, S)))
+    indices.append(jnp.asarray(index, jnp.int32))
+  sinks = jnp.asarray(rng.normal(size=H), jnp.float32) if shape.sinks else None
+  queries = bf(*size, H, shape.width), rope(*size, H)
+  return (queries, latents, sinks), indices, bf(*size, H, shape.width)
 
 
 def check_sparse_mla():
-  def both(q_c, q_r, c, k_r, grad, index, impl):
-    fn = functools.partial(sparse_mla, index=index, scale=0.05, impl=impl)
-    out, pull = jax.vjp(fn, q_c, q_r, c, k_r)
+  def both(floats, indices, grad, impl):
+    def fn(queries, latents, sinks):
+      keys = tuple(ChosenKeys(*a, i) for a, i in zip(latents, indices))
+      return attend(*queries, keys, scale=0.05, sinks=sinks, impl=impl)
+
+    (out, log_sum), pull = jax.vjp(fn, *floats)
+    grads = pull((grad, jnp.zeros_like(log_sum)))
     # With one choice the gradients of its score are rounding errors.
-    only = slice(2, 3) if index.shape[-1] == 1 else slice(None)
-    return out, pull(grad)[only]
+    only = [grads[1][0][0]] if indices[0].shape[-1] == 1 else grads
+    # Choices alone decide where there is no sum.
+    return out, jnp.maximum(log_sum, -1e9), only
 
   for name, shape in sparse_shapes.TEST_GPU.items():
     # A chunk holds the parts of two queries.
-    parts = 2 * 576 * -(-shape.top_k // 64) * 64
+    counts = shape.top_k, *(shape.far or ())[1:]
+    padded = sum(-(-K // 64) * 64 for K in counts)
+    parts = 2 * (shape.width + shape.rope) * padded
     with mock.patch.object(latent_gradient, '_PARTS', parts):
       # Probabilities, their gradients and a latent's parts are rounded.
       interpreted.compare(name, both, draw_sparse_mla(shape), 2 * BF16)
+
+
+def check_sparse_gqa():
+  def both(q, k, v, index, grad, impl):
+    fn = functools.partial(sparse_gqa, index=index, scale=0.05, impl=impl)
+    out, pull = jax.vjp(fn, q, k, v)
+    return out, pull(grad)
+
+  for name, shape in gqa_shapes.TEST_GPU.items():
+    rng = np.random.default_rng(0)
+    B, T, S, G, J, M, nothing, K, V = shape
+    bf = lambda *s, rng=rng: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
+    index = rng.integers(0, S, (B, T, G, M))
+    index = np.where(rng.random(index.shape) < nothing, -1, index)
+    floats = bf(B, T, G, J, K), bf(B, S, G, K), bf(B, S, G, V)
+    args = *floats, jnp.asarray(index, jnp.int32), bf(B, T, G, J, V)
+    interpreted.compare(name, both, args, 2 * BF16)
 
 
 def check_sparse_mla_parts():

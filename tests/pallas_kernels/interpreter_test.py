@@ -28,6 +28,7 @@ SCRIPTS = {
   'indexer': 'interpreted_sparse.py',
   'mla_decode_fp8': 'interpreted_sparse.py',
   'sparse_mla': 'interpreted_sparse.py',
+  'sparse_gqa': 'interpreted_sparse.py',
   'sparse_mla_parts': 'interpreted_sparse.py',
 }
 RACES = ('race', 'overwritten')

@@ -9,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.sparse_mla import latent_gradient, sparse_mla
-from pallas_kernels.sparse_mla.shapes import TEST
+from pallas_kernels.sparse_mla import (
+  ChosenKeys,
+  attend,
+  latent_gradient,
+  sparse_mla,
+)
+from pallas_kernels.sparse_mla.shapes import TEST, TEST_LISTS
 
 C, R, SCALE = 12, 4, 0.4
 
@@ -42,6 +47,111 @@ def loop(q_c, q_r, c, k_r, index):
 
 
 jitted = jax.jit(functools.partial(sparse_mla, scale=SCALE, impl='reference'))
+
+
+def draw_lists(shape, seed=0):
+  """Queries, one or two lists of keys, and sinks, in float64."""
+  rng = np.random.default_rng(seed)
+  B, T, H, C, R = *shape[:2], shape.heads, shape.width, shape.rope
+  normal = lambda *size: rng.normal(size=size)
+  rope = lambda *size: normal(*size, R) if R else None
+  keys = []
+  for S, K in filter(None, ((shape.keys, shape.top_k), shape.far)):
+    index = rng.integers(0, S, (B, T, K))
+    index = np.where(rng.random(index.shape) < shape.nothing, -1, index)
+    keys.append(ChosenKeys(normal(B, S, C), rope(B, S), index.astype(np.int32)))
+  sinks = normal(H) if shape.sinks else None
+  return normal(B, T, H, C), rope(B, T, H), tuple(keys), sinks
+
+
+def loop_lists(q_c, q_r, keys, sinks):
+  """The output and its log-sum-exp: one score after the other."""
+  out, log_sums = np.zeros(q_c.shape), np.full(q_c.shape[:-1], -1e30)
+  for b, t, h in np.ndindex(q_c.shape[:3]):
+    rows, scores = [], []
+    for c, k_r, index in keys:
+      for i in index[b, t]:
+        if i < 0:
+          continue
+        rows.append(c[b, i])
+        score = c[b, i] @ q_c[b, t, h]
+        if q_r is not None:
+          score += k_r[b, i] @ q_r[b, t, h]
+        scores.append(SCALE * score)
+    if sinks is not None:
+      rows.append(np.zeros(q_c.shape[-1]))
+      scores.append(sinks[h])
+    if scores:
+      log_sums[b, t, h] = np.log(np.exp(scores).sum())
+      out[b, t, h] = np.exp(scores - log_sums[b, t, h]) @ np.stack(rows)
+  return out, log_sums
+
+
+class ListsTest(parameterized.TestCase):
+  @parameterized.named_parameters(TEST_LISTS.items())
+  def test_lists_and_sinks_equal_a_loop_in_float64(self, shape):
+    drawn = draw_lists(shape)
+    floats, tree = jax.tree.flatten(drawn)
+    real = [i for i, a in enumerate(floats) if a.dtype == np.float64]
+
+    def run(f, *moved):
+      new = list(floats)
+      for i, a in zip(real, moved):
+        new[i] = a
+      return f(*jax.tree.unflatten(tree, new))
+
+    op = lambda q_c, q_r, keys, sinks: attend(
+      q_c, q_r, keys, scale=SCALE, sinks=sinks, impl='reference'
+    )
+    narrow = [floats[i].astype(np.float32) for i in real]
+    (got, log_sum), pull = jax.vjp(lambda *a: run(op, *a), *narrow)
+    want, want_log_sum = loop_lists(*drawn)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(log_sum, want_log_sum, rtol=2e-5, atol=2e-5)
+    weight = np.cos(np.arange(got.size)).reshape(got.shape)
+    # The log-sum-exp has no gradient.
+    grads = pull((jnp.asarray(weight, jnp.float32), jnp.ones_like(log_sum)))
+    rng = np.random.default_rng(1)
+    ways = [rng.normal(size=floats[i].shape) for i in real]
+    ahead, behind = (
+      run(loop_lists, *(floats[i] + step * w for i, w in zip(real, ways)))[0]
+      for step in (1e-5, -1e-5)
+    )
+    slope = ((ahead - behind) * weight).sum() / 2e-5
+    along = sum((g * way).sum() for g, way in zip(grads, ways))
+    np.testing.assert_allclose(along, slope, rtol=1e-4, atol=1e-4)
+
+  def test_two_lists_are_one_softmax(self):
+    q_c, q_r, (near, far), _ = draw_lists(TEST_LISTS['two_lists'])
+    got, _ = attend(q_c, q_r, (near, far), scale=SCALE)
+    S = near.c.shape[1]
+    index = np.where(far.index >= 0, far.index + S, -1)
+    c, k_r = (np.concatenate(a, axis=1) for a in zip(near[:2], far[:2]))
+    one = np.concatenate([near.index, index], axis=2)
+    want = sparse_mla(q_c, q_r, c, k_r, one, scale=SCALE)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+  def test_a_sink_of_minus_infinity_is_none_and_one_of_inf_takes_all(self):
+    q_c, q_r, keys, _ = draw_lists(TEST_LISTS['sinks'])
+    plain, plain_sum = attend(q_c, q_r, keys, scale=SCALE)
+    sinks = np.asarray([-np.inf, 1e4], np.float32)
+    got, log_sum = attend(q_c, q_r, keys, scale=SCALE, sinks=sinks)
+    np.testing.assert_allclose(got[:, :, 0], plain[:, :, 0], rtol=1e-6)
+    np.testing.assert_allclose(log_sum[..., 0], plain_sum[..., 0], rtol=1e-6)
+    self.assertFalse(got[:, :, 1].any())
+    np.testing.assert_allclose(log_sum[..., 1], 1e4)
+
+  def test_bad_lists_are_named(self):
+    q_c, q_r, keys, sinks = draw_lists(TEST_LISTS['sinks'])
+    how = {'scale': SCALE}
+    for args, more, message in (
+      ((q_c, q_r, ()), {}, 'keys are 0 lists'),
+      ((q_c, q_r, keys * 3), {}, 'keys are 3 lists'),
+      ((q_c, None, keys), {}, 'q_r and k_r are arrays or None'),
+      ((q_c, q_r, keys), {'sinks': sinks[:1]}, r'sinks are \[1\], not'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        attend(*args, **how, **more)
 
 
 class SparseMlaTest(parameterized.TestCase):

@@ -28,7 +28,7 @@ def reached(share):
   }
   sample = {
     'prompt': '1+2=',
-    'text': f'<b>{share}</b>',
+    'text': f'<u>{share}</u>',
     'right': share > 0.5,
     'kind': 'addition 2',
   }
@@ -72,11 +72,11 @@ class PagesTest(absltest.TestCase):
     text = r1_page.write(self.folder).read_text()
     for words in (
       '25.0 % → 75.0 %', 'held out, 2-cold to 3-reinforced', '15 of 16',
-      '&lt;b&gt;0.75&lt;/b&gt;', '✗', '✓', '5:05', 'Response length', 'Entropy',
+      '&lt;u&gt;0.75&lt;/u&gt;', '✗', '✓', '5:05', 'Response length', 'Entropy',
       '3-reinforced, first', '3 steps, 300 tokens', '&#34;seed&#34;: 7',
     ):  # fmt: skip
       self.assertIn(words, text)
-    self.assertNotIn('<b>', text)  # what a model wrote is text alone
+    self.assertNotIn('<u>', text)  # what a model wrote is text alone
     self.assertNotIn('http:', text)
     self.assertNotIn('https', text)
     lines = r1_page.summary(self.folder).splitlines()

@@ -180,6 +180,23 @@ class FrozenTest(parameterized.TestCase):
     self.assertEqual(all(jax.tree.leaves(kept)), not biases)
     self.assertEqual('mtp_loss' in told, blocks)
 
+  def test_a_rare_reward_is_no_explosion(self):
+    model, variables = tiny.model('llama'), tiny.variables('llama')
+    gate = ds.changed(
+      ds.TrainConfig(1e6, ds.BatchConfig(4)),
+      {'gate.warmup': 2, 'schedule': ds.ScheduleConfig('constant', warmup=0)},
+    )
+    step = jax.jit(train_step(model, gate, grpo.GRPOConfig()))
+    batch = llama_batch()
+    names = ('tokens', 'segments', 'positions', 'trained', 'advantages')
+    batch = {k: batch[k] for k in names}
+    state, applied = initial_state(model, gate, variables), []
+    for scale in (1e-3, 1e-3, 0, 1e-3, 1, 30, np.nan):
+      scaled = batch | {'advantages': np.float32(batch['advantages'] * scale)}
+      state, told = step(state, scaled)
+      applied.append(bool(told['applied']))
+    self.assertEqual(applied, [True] * 6 + [False])
+
 
 class LogProbsTest(parameterized.TestCase):
   def drawn(self, V):

@@ -171,6 +171,7 @@ class DistillRunTest(parameterized.TestCase):
     for changes, message in (
       ({'chat': None}, 'objective = distill: learns the answers'),
       ({'mesh.data': 2}, 'teachers run on one device'),
+      ({'rollouts': ds.RolloutConfig(updates=2)}, 'rollouts.updates = 2'),
     ):
       with self.assertRaisesRegex(ds.InputError, message):
         self.config(**changes)

@@ -29,7 +29,6 @@ from deepseek_jax.model.attention.compressor import (
 )
 from deepseek_jax.model.attention.csa_entries import EntryAttention
 from deepseek_jax.model.attention.indexer import IndexQuery
-from deepseek_jax.model.attention.partial_softmax import PartialSoftmax
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sequence import Along
@@ -162,8 +161,8 @@ class CSA(nnx.Module):
     past: CSACache,
     *,
     scale: float,
-  ) -> tuple[PartialSoftmax, CSACache]:
-    """Reads the cache and x [B T D] by rotated queries q [B T H C].
+  ) -> tuple[EntryAttention, CSACache]:
+    """Gives the entries of the cache and x [B T D] to queries q [B T H C].
 
     Args:
       q, x: see above.
@@ -173,7 +172,7 @@ class CSA(nnx.Module):
       scale: multiplies the scores.
 
     Returns:
-      Attention to the entries, and the cache with these tokens.
+      What is read of the entries, and the cache with these tokens.
     """
     # Entries [B S C] and, from the smaller compressor, keys [B S I].
     entries, kept = self.compressor(x, ctx, past.entries)
@@ -181,8 +180,8 @@ class CSA(nnx.Module):
     query = self.indexer.query(x, latent, ctx.positions)
     view = compressor.view(ctx, self.cfg.ratio, ctx.fresh)
     # The indexer picks, and each query attends to its own picks.
-    attention = EntryAttention(self.cfg, q, query, view, entries, keys, scale)
-    return attention.part()[0], CSACache(kept, kept_keys)
+    far = EntryAttention(self.cfg, q, query, view, entries, keys, scale)
+    return far, CSACache(kept, kept_keys)
 
   def inputs(
     self, x: jax.Array, latent: jax.Array, ctx: Context
@@ -215,9 +214,9 @@ def fresh(
   weights: tuple,
   *,
   scale: float,
-  rest: jax.Array | None,
-) -> tuple[PartialSoftmax, dict]:
-  """Computes attention of the local queries to the entries of all.
+  learn: bool,
+) -> EntryAttention:
+  """Gives the entries of all to the local queries.
 
   Args:
     cfg: what is read; compress: how entries and index keys are made.
@@ -225,12 +224,7 @@ def fresh(
     q: [B T H C].
     tokens, query, weights: see CSA.inputs.
     scale: multiplies the scores.
-    rest: [B T H] float32, log-sum-exp of window and sink; None if the indexer's
-      loss is not wanted.
-
-  Returns:
-    The part, and with `rest` the indexer's 'loss' and, if measured, 'recall',
-    [B] each.
+    learn: whether the indexer's loss is wanted.
   """
   # Each device compresses its tokens; entries and keys are gathered.
   entries, keys = (
@@ -239,8 +233,4 @@ def fresh(
   )
   where = tokens[0].positions, tokens[0].segments
   view = compressor.fresh_view(*where, cfg.ratio, along)
-  learn = rest is not None
-  attention = EntryAttention(
-    cfg, q, query, view, entries, keys, scale, learn, along, rest
-  )
-  return attention.part()
+  return EntryAttention(cfg, q, query, view, entries, keys, scale, learn, along)

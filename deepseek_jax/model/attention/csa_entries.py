@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention.compressor import View
 from deepseek_jax.model.attention.indexer import IndexQuery
@@ -45,6 +46,8 @@ class EntryAttention(NamedTuple):
     along: the local shard of sequences and heads.
     rest: [B T H] float32, log-sum-exp of what else is in the softmax: window
       and sink. Read if `learn`.
+    whole: whether `rest` is of all of the softmax, entries too.
+    read: whether attention is wanted, or what the indexer learns alone.
   """
 
   cfg: EntryChoice
@@ -57,21 +60,50 @@ class EntryAttention(NamedTuple):
   learn: bool = False
   along: Along = WHOLE
   rest: jax.Array | None = None
+  whole: bool = False
+  read: bool = True
 
-  def part(self) -> tuple[PartialSoftmax, dict[str, jax.Array]]:
-    """Computes attention to the entries, and what the indexer learns from.
-
-    Returns:
-      The part, and if `learn` the indexer's 'loss' and, if measured, 'recall':
-      the share of the attention to all entries that lies on the `top_k`. Each
-      is [B], a mean over the queries that attend to an entry.
-    """
+  def seen(self) -> jax.Array | View:
+    """Returns what is read: the picked entries [B T K], or all in view."""
     # With no more entries than that, all would be picked.
     dense = self.cfg.stage == 'dense' or self.entries.shape[1] <= self.cfg.top_k
-    part, stats = self._all() if dense else self._chosen(self.choose())
+    return self.view if dense else self.choose()
+
+  def part(
+    self, seen: jax.Array | View
+  ) -> tuple[PartialSoftmax | None, dict[str, jax.Array]]:
+    """Computes attention to the entries, and what the indexer learns from.
+
+    Args:
+      seen: from `seen`.
+
+    Returns:
+      The part if `read`, and if `learn` the indexer's 'loss' and, if measured,
+      'recall': the share of the attention to all entries that lies on the
+      `top_k`. Each is [B], a mean over the queries that attend to an entry.
+    """
+    dense = isinstance(seen, View)
+    part, stats = self._all() if dense else self._chosen(seen)
     if not self.cfg.measures_recall:
       stats.pop('recall', None)
     return part, stats
+
+  def learned(
+    self, total: jax.Array, seen: jax.Array | View
+  ) -> dict[str, jax.Array]:
+    """Returns the statistics of `part` for entries that a kernel has read.
+
+    Args:
+      total: [B T H] float32, log-sum-exp of all of the softmax.
+      seen: from `seen`.
+    """
+    if not self.learn:
+      return {}
+    q, entries = jax.lax.stop_gradient((self.q, self.entries))
+    alone = self._replace(
+      q=q, entries=entries, rest=total, whole=True, read=False
+    )
+    return alone.part(seen)[1]
 
   def choose(self) -> jax.Array:
     """Picks the entries that each query reads: [B T K] int32, -1 for none.
@@ -79,6 +111,21 @@ class EntryAttention(NamedTuple):
     Of equal scores the lowest entry wins, in prefill and decoding alike.
     """
     query, keys = jax.lax.stop_gradient((self.query, self.keys))
+    view, top_k = self.view, min(self.cfg.top_k, keys.shape[1])
+    row = ('batch',)
+    return kernels.pick(
+      'indexer',
+      lambda impl, query, keys, first, count: index.choose_within(
+        impl, query, keys, (first, first + count), top_k, self.along
+      ),
+      lambda: self._choose(query, keys),
+      (query, keys, view.first, view.count),
+      (row, row, row, row),
+      row,
+    )
+
+  def _choose(self, query: IndexQuery, keys: jax.Array) -> jax.Array:
+    """Computes `choose` for a block of queries at a time."""
     S = keys.shape[1]
 
     def block(one: tuple[IndexQuery, View], keys: jax.Array) -> jax.Array:
@@ -104,7 +151,11 @@ class EntryAttention(NamedTuple):
       [B T S] float32: the joint softmax, added up over heads, L1-normalised.
     """
     log_sum, weights, rest = jax.lax.stop_gradient((log_sum, weights, rest))
-    mass = -jax.nn.softplus(rest - log_sum)  # log of what entries get of 1
+    # The log of what entries get of 1.
+    if self.whole:
+      mass = jnp.minimum(log_sum - rest, 0)
+    else:
+      mass = -jax.nn.softplus(rest - log_sum)
     # Relative to the head that spends most: all may spend next to nothing.
     most = self.along.max_of_heads(mass.max(axis=-1, keepdims=True))
     total = jnp.einsum('BTHS,BTH->BTS', weights, jnp.exp(mass - most))
@@ -127,12 +178,12 @@ class EntryAttention(NamedTuple):
 
   def _chosen(
     self, chosen: jax.Array
-  ) -> tuple[PartialSoftmax, dict[str, jax.Array]]:
+  ) -> tuple[PartialSoftmax | None, dict[str, jax.Array]]:
     """Reads each query's own entries, gathered: (part, statistics)."""
 
     def block(
       one: tuple, entries: jax.Array, keys: jax.Array
-    ) -> tuple[PartialSoftmax, jax.Array | None]:
+    ) -> tuple[PartialSoftmax | None, jax.Array | None]:
       q, query, at, rest = one
       seen = at >= 0
       part, weights = attend(q, rows(entries, at), seen, self.scale)
@@ -141,7 +192,8 @@ class EntryAttention(NamedTuple):
       # The loss compares both over the picked entries alone.
       scores = index.index_scores(query, rows(keys, at), self.along)
       shares = self._shares(part.log_sum, weights, rest)
-      return part, index.divergence(shares, scores, seen)
+      loss = index.divergence(shares, scores, seen)
+      return part if self.read else None, loss
 
     numbers = chosen.shape[-1] * (self.entries.shape[-1] + self.q.shape[2])
     queries = self.q, self.query, chosen, self.rest
@@ -173,14 +225,14 @@ class EntryAttention(NamedTuple):
     caught = index.caught(shares, chosen)
     return self._mean(caught, view, counts)
 
-  def _all(self) -> tuple[PartialSoftmax, dict[str, jax.Array]]:
+  def _all(self) -> tuple[PartialSoftmax | None, dict[str, jax.Array]]:
     """Reads all entries that there are: (part, statistics)."""
     S = self.entries.shape[1]
     k = min(self.cfg.top_k, S)
 
     def block(
       one: tuple, entries: jax.Array, keys: jax.Array
-    ) -> tuple[PartialSoftmax, tuple | None]:
+    ) -> tuple[PartialSoftmax | None, tuple | None]:
       q, query, view, rest = one
       seen = view.mask(S)
       part, weights = attend(q, entries, seen, self.scale)
@@ -191,7 +243,8 @@ class EntryAttention(NamedTuple):
       # What the indexer would pick, for the recall alone.
       chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
       caught = index.caught(shares, chosen)
-      return part, (index.divergence(shares, scores, seen), caught)
+      found = index.divergence(shares, scores, seen), caught
+      return part if self.read else None, found
 
     numbers = S * max(self.q.shape[2], self.query.q.shape[2])
     queries = self.q, self.query, self.view, self.rest

@@ -45,7 +45,6 @@ from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import Sequence
 from deepseek_jax.parallel.sequence import WHOLE, Along
-from pallas_kernels.indexer import indexer
 from pallas_kernels.mla_prefill import segment_starts
 
 
@@ -128,24 +127,16 @@ def choose_by_kernel(
   """Computes `index.choose`, ascending, without its scores in memory.
 
   Args:
-    impl: 'reference' or 'gpu'.
-    query: of the local tokens and index heads.
-    keys: [B S I] of all tokens.
+    impl, query, keys, top_k, along: as of `index.choose_within`.
     places: [B T] of the queries among the keys.
     segments: [B S] documents of the keys; None for one.
-    top_k: how many a query chooses.
-    along: the local shard; all index heads score together, so what devices
-      with other heads hold is gathered.
   """
   first = jnp.zeros_like(places)
   if segments is not None:
     first = jnp.take_along_axis(segment_starts(segments), places, axis=1)
-  if along.heads:
-    whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
-    query = IndexQuery(*map(whole, query))
   # A query attends to keys first..own place of its document.
   span = first, places + 1
-  return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
+  return index.choose_within(impl, query, keys, span, top_k, along)
 
 
 class DSA(MLA):

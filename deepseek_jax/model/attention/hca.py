@@ -6,6 +6,7 @@ Legend: B batch, T queries, S entries, D model, H heads, C head dim.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -58,19 +59,19 @@ class HCA(nnx.Module):
     past: Compressed,
     *,
     scale: float,
-  ) -> tuple[PartialSoftmax, Compressed]:
-    """Reads the cache and x [B T D] by rotated queries q [B T H C].
+  ) -> tuple['AllEntries', Compressed]:
+    """Gives the entries of the cache and x [B T D] to queries q [B T H C].
 
     The queries' latent is not used.
 
     Returns:
-      Attention to the entries, and the cache with these tokens.
+      What is read of the entries, and the cache with these tokens.
     """
     del latent
     # Entries so far, with those that these tokens complete: [B S C].
     entries, past = self.compressor(x, ctx, past)
     view = compressor.view(ctx, self.cfg.ratio, fresh=ctx.fresh)
-    return read(q, entries, view, scale), past
+    return AllEntries(q, entries, view, scale), past
 
   def inputs(
     self, x: jax.Array, latent: jax.Array, ctx: Context
@@ -91,12 +92,35 @@ def fresh(
   tokens: compressor.Tokens,
   weights: tuple,
   scale: float,
-) -> PartialSoftmax:
-  """Computes attention of local queries to the entries of all (HCA.inputs)."""
+) -> 'AllEntries':
+  """Gives the entries of all to local queries (HCA.inputs)."""
   entries = compressor.fresh_entries(cfg, weights, tokens, q.dtype, along)
   where = tokens.positions, tokens.segments
   view = compressor.fresh_view(*where, cfg.ratio, along)
-  return read(q, entries, view, scale)
+  return AllEntries(q, entries, view, scale)
+
+
+class AllEntries(NamedTuple):
+  """Holds queries and the entries of which they read all in their view."""
+
+  q: jax.Array  # [B T H C]
+  entries: jax.Array  # [B S C]
+  view: View
+  scale: float  # multiplies the scores
+  learn: bool = False  # nothing is learned from it
+
+  def seen(self) -> View:
+    """Returns what is read."""
+    return self.view
+
+  def part(self, seen: View) -> tuple[PartialSoftmax, dict]:
+    """Computes attention to the entries."""
+    return read(self.q, self.entries, seen, self.scale), {}
+
+  def learned(self, total: jax.Array, seen: View) -> dict:
+    """Returns no statistics."""
+    del total, seen
+    return {}
 
 
 def read(

@@ -27,6 +27,7 @@ from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along
 from deepseek_jax.parallel.sharding import param
+from pallas_kernels.indexer import indexer
 
 _FEW = 16  # queries that read all keys at once, as decoding does
 
@@ -243,6 +244,34 @@ def choose(
   chunks = query.q.shape[1] >= _FEW and S > candidates.CHUNK
   run = either if chunks and not along.heads else block
   return over_blocks(run, (query, visibility), most, numbers, shared)
+
+
+def choose_within(
+  impl: str,
+  query: IndexQuery,
+  keys: jax.Array,
+  span: tuple[jax.Array, jax.Array],
+  top_k: int,
+  along: Along = WHOLE,
+) -> jax.Array:
+  """Chooses keys in a range of each query, without its scores in memory.
+
+  Args:
+    impl: 'reference' or 'gpu', of the kernel.
+    query: of the local tokens and index heads.
+    keys: [B S I] of all tokens.
+    span: first and end of the keys that a query may choose, [B T] each.
+    top_k: how many a query chooses.
+    along: the local shard; all index heads score together, so what devices
+      with other heads hold is gathered.
+
+  Returns:
+    [B T top_k] int32, ascending, then -1.
+  """
+  if along.heads:
+    whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
+    query = IndexQuery(*map(whole, query))
+  return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
 
 
 def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:

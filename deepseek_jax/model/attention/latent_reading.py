@@ -16,6 +16,7 @@ from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import Sequence, expand_latents
 from deepseek_jax.parallel.sequence import Along
+from pallas_kernels import dispatch
 from pallas_kernels.mla_prefill import mla_prefill
 
 
@@ -63,7 +64,9 @@ def read_latents(
   segments, heads = seen.queries, ('batch', None, 'heads')
   return kernels.pick(
     'mla_prefill',
-    lambda impl, *args: mla_prefill(*args, scale=scale, impl=impl),
+    lambda impl, *args: mla_prefill(
+      *args, scale=scale, impl=dispatch.preferred(impl)
+    ),
     lambda: causal_attention(q, k, v, scale=scale, segments=segments),
     (q, k, v, segments),
     (heads, heads, heads, ('batch',)),

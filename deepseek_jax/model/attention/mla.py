@@ -20,6 +20,10 @@ from deepseek_jax.model.attention.latent_reading import (
   Latent,
   latent_attention,
 )
+from deepseek_jax.model.attention.paged_latent import (
+  PagedLatent,
+  last_first,
+)
 from deepseek_jax.model.attention.rope import (
   RopeConfig,
   frequencies,
@@ -150,8 +154,12 @@ class MLA(nnx.Module):
     return Latent(self.kv_norm(c), rope(kr, positions, self.cfg.rope))
 
   def write(
-    self, x: jax.Array, ctx: Context, latent: Latent | None, past: Latent
-  ) -> Latent:
+    self,
+    x: jax.Array,
+    ctx: Context,
+    latent: Latent | None,
+    past: Latent | PagedLatent,
+  ) -> Latent | PagedLatent:
     """Returns the cache with x [B T D] written.
 
     Args:
@@ -161,8 +169,10 @@ class MLA(nnx.Module):
       past: the cache.
     """
 
-    def own() -> Latent:
+    def own() -> Latent | PagedLatent:
       new = self.latent(x, ctx.positions) if latent is None else latent
+      if isinstance(past, PagedLatent):
+        return past.written(new, ctx.positions, ctx.valid)
       put = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
       return Latent(*map(put, past, new))
 
@@ -186,16 +196,19 @@ class MLA(nnx.Module):
     x: jax.Array,
     positions: jax.Array,
     valid: jax.Array | None,
-    past: Latent,
+    past: Latent | PagedLatent,
     down: jax.Array,
     gain: jax.Array,
-  ) -> Latent:
+  ) -> Latent | PagedLatent:
     """Computes `write` by the kernel that projects and stores in one."""
     S, at = past.c.shape[1], positions
-    inside = at < S if valid is None else (at < S) & valid
     # The cache as one list of slots, row after row; -1 is not written.
-    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
-    slots = jnp.where(inside, row + at, -1)
+    if isinstance(past, PagedLatent):
+      slots = past.slots(at, valid)
+    else:
+      inside = at < S if valid is None else (at < S) & valid
+      row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
+      slots = jnp.where(inside, row + at, -1)
     angles = at[..., None] * jnp.asarray(
       frequencies(self.cfg.rope, self.cfg.rope_dim), jnp.float32
     )
@@ -210,12 +223,12 @@ class MLA(nnx.Module):
       cos,
       sin,
       slots.reshape(-1),
-      Pages(*past),
+      Pages(*past[:2]),
       eps=self.cfg.norm_eps,
       interleaved=self.cfg.rope.interleaved,
       impl=impl,
     )
-    return Latent(*cache)
+    return past._replace(c=cache[0], kr=cache[1])
 
   def ups(self) -> tuple[jax.Array, jax.Array]:
     """Returns the up-projections of keys [C H N] and of values [C H V]."""
@@ -275,6 +288,61 @@ class MLA(nnx.Module):
     )
     return products.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
 
+  def read_pages(
+    self,
+    qn: jax.Array,
+    qr: jax.Array,
+    past: PagedLatent,
+    ctx: Context,
+  ) -> jax.Array:
+    """Attends to the tokens of a request's pages: [B T H V].
+
+    Args:
+      qn, qr: [B T H N] and [B T H R], of tokens that follow one another.
+      past: the cache with these tokens.
+      ctx: of these tokens.
+    """
+    B, T = ctx.positions.shape
+    count = jnp.full(B, T) if ctx.valid is None else ctx.valid.sum(axis=1)
+    length = jnp.where(count > 0, ctx.positions[:, 0] + count, 0)
+    row, heads = ('batch',), ('batch', None, 'heads')
+    return kernels.pick(
+      'mla_decode',
+      self.decoded_pages,
+      lambda: self.absorbed(qn, qr, past.gathered(length), ctx.positions),
+      (qn, qr, past[:2], past.table, length, count, *self.ups()),
+      (heads, heads, (), row, row, row, (None, 'heads'), (None, 'heads')),
+      heads,
+    )
+
+  def decoded_pages(
+    self,
+    impl: str,
+    qn: jax.Array,
+    qr: jax.Array,
+    pages: tuple[jax.Array, jax.Array],
+    table: jax.Array,
+    length: jax.Array,
+    count: jax.Array,
+    k_up: jax.Array,
+    v_up: jax.Array,
+  ) -> jax.Array:
+    """Computes `read_pages` by the kernel, all tokens of a row at once."""
+    qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
+    # Its queries are the row's last tokens; behind those that count may be
+    # others, which go before them.
+    mixed = mla_decode(
+      last_first(qc, count),
+      last_first(qr, count),
+      *pages,
+      table,
+      length.astype(jnp.int32),
+      scale=self.cfg.scale,
+      impl=impl,
+    )
+    mixed = last_first(mixed, -count)
+    return products.einsum('BTHC,CHV->BTHV', mixed, v_up)
+
   def absorbing_pays(self, queries: int) -> bool:
     """Returns whether the absorbed form costs less than expanding cached keys.
 
@@ -289,7 +357,7 @@ class MLA(nnx.Module):
     qn: jax.Array,
     qr: jax.Array,
     latent: Latent | None,
-    past: Latent | None,
+    past: Latent | PagedLatent | None,
     ctx: Context,
   ) -> jax.Array:
     """Attends densely to `latent`, these tokens, or to the cache `past`.
@@ -308,6 +376,8 @@ class MLA(nnx.Module):
       q = jnp.concatenate([qn, qr], axis=-1)
       how = {'scale': self.cfg.scale, 'segments': ctx.segments}
       return latent_attention(q, latent, self.kv_up[...], **how)
+    if isinstance(past, PagedLatent):
+      return self.read_pages(qn, qr, past, ctx)
     # Few new tokens: the cache is read as it is stored.
     if self.absorbing_pays(qn.shape[1]):
       row, heads = ('batch',), ('batch', None, 'heads')
@@ -330,8 +400,11 @@ class MLA(nnx.Module):
     return products.einsum('BTHV,HVD->BTD', y, self.out[...])
 
   def __call__(
-    self, x: jax.Array, ctx: Context, past: Latent | None = None
-  ) -> tuple[jax.Array, Latent | None, dict]:
+    self,
+    x: jax.Array,
+    ctx: Context,
+    past: Latent | PagedLatent | None = None,
+  ) -> tuple[jax.Array, Latent | PagedLatent | None, dict]:
     """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     qn, qr = self.query(x, ctx.positions)  # [B T H N], [B T H R]
     # Later calls attend to the cache alone: a kernel may store right into it.

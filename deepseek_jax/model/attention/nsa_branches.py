@@ -5,17 +5,19 @@ Legend: B batch, T queries, S keys, H heads, G groups, J = H / G, K query/key
 dim, V value dim, E compressed entries, N selected blocks, M gathered tokens.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.model import lookup
+from deepseek_jax.model import kernels, lookup
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import best
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
+from pallas_kernels.sparse_gqa import sparse_gqa
 
 CMP, SLC, WIN = range(3)  # the branches, in this order in all weights
 
@@ -94,15 +96,19 @@ def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
   return jnp.where(seen, p, 0)
 
 
+def seen_entries(one: Queries, entries: Entries, cfg: Any) -> jax.Array:
+  """Returns which entries each query attends to, [B T E] bool."""
+  start, end = entries.start[:, None], entries.start[:, None] + cfg.block - 1
+  # Entries of the query's document that end at or before its place.
+  seen = (start >= 0) & (start >= one.first[..., None])
+  return seen & (end <= one.place[..., None])
+
+
 def compressed_branch(
   one: Queries, entries: Entries, cfg: Any
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output [B T G J V] and attention [B T G J E] float32."""
-  seen = entries.start >= 0
-  start, end = entries.start, entries.start + cfg.block - 1
-  # Entries of the query's document that end at or before its place.
-  seen = seen[:, None] & (start[:, None] >= one.first[..., None])
-  seen &= end[:, None] <= one.place[..., None]
+  seen = seen_entries(one, entries, cfg)
   scores = jnp.einsum(
     'BTGJK,BEGK->BTGJE', one.q, entries.k, preferred_element_type=jnp.float32
   )
@@ -227,6 +233,17 @@ def attend(
   Returns:
     [B T G J V].
   """
+  row, heads = ('batch',), ('batch', None, 'heads')
+  found = kernels.pick(
+    'sparse_gqa',
+    functools.partial(_by_kernel, cfg=cfg, begin=window.begin),
+    lambda: None,
+    (*queries, *selected[:2], *window[:2], *entries),
+    (heads, row, row, heads, *(heads,) * 6, row),
+    heads,
+  )
+  if found is not None:
+    return found
   S, G = selected.k.shape[1:3]
 
   def block(
@@ -240,14 +257,60 @@ def attend(
     chosen = select(one, p, entries, S, cfg)
     near = read(selected, selected_rows(one, chosen, cfg))
     last = read(window, window_rows(one, G, cfg))
-    # Gates are float32, and so is the sum of what they let through.
-    branches = enumerate((far, near, last))
-    return sum(y * one.gates[..., i, None] for i, y in branches).astype(
-      far.dtype
-    )
+    return _gated(one, far, near, last)
 
   gathered = cfg.select * cfg.select_block + cfg.window
   numbers = G * gathered * (cfg.qk_dim + cfg.v_dim)
   numbers += cfg.heads * entries.k.shape[1]
   shared = selected, window, entries
   return query_blocks.over_blocks(block, queries, cfg.queries, numbers, shared)
+
+
+def _gated(one: Queries, *branches: jax.Array) -> jax.Array:
+  """Returns the branches [B T G J V] under their gates, added."""
+  # Gates are float32, and so is the sum of what they let through.
+  total = sum(y * one.gates[..., i, None] for i, y in enumerate(branches))
+  return total.astype(branches[0].dtype)
+
+
+def _by_kernel(
+  impl: str, *arrays: jax.Array, cfg: Any, begin: jax.Array | int
+) -> jax.Array:
+  """Computes `attend` by the kernel that gathers each query's rows.
+
+  Args:
+    impl: 'reference' or 'gpu'.
+    *arrays: of queries, selected, window and entries.
+    cfg: sizes.
+    begin: place of the window's first key.
+  """
+  queries = Queries(*arrays[:4])
+  selected, window = Keys(*arrays[4:6]), Keys(*arrays[6:8], begin)
+  entries = Entries(*arrays[8:])
+  (S, G), E = selected.k.shape[1:3], entries.k.shape[1]
+
+  def block(
+    one: Queries, selected: Keys, window: Keys, entries: Entries
+  ) -> jax.Array:
+    def read(k: jax.Array, v: jax.Array, at: jax.Array) -> jax.Array:
+      return sparse_gqa(one.q, k, v, at, scale=cfg.scale, impl=impl)
+
+    # What selects blocks is scored by XLA, without gradient.
+    _, p = compressed_branch(jax.lax.stop_gradient(one), entries, cfg)
+    rows = selected_rows(one, select(one, p, entries, S, cfg), cfg)
+    seen = seen_entries(one, entries, cfg)
+    all_seen = jnp.where(seen, jnp.arange(E), -1)[:, :, None]
+    all_seen = jnp.broadcast_to(all_seen, (*seen.shape[:2], G, E))
+    last = window_rows(one, G, cfg)
+    last = jnp.where(last >= 0, last - window.begin, -1)
+    return _gated(
+      one,
+      read(entries.k, entries.v, all_seen),
+      read(selected.k, selected.v, rows),
+      read(window.k, window.v, last),
+    )
+
+  numbers = G * (cfg.select * cfg.select_block + cfg.window + E)
+  shared = selected, window, entries
+  most = queries.q.shape[1]
+  return query_blocks.over_blocks(block, queries, most, numbers, shared)

@@ -29,12 +29,8 @@ from deepseek_jax.model.attention.compressor import (
 )
 from deepseek_jax.model.attention.csa import CSA, CSACache, CSAConfig
 from deepseek_jax.model.attention.hca import HCA, HCAConfig
-from deepseek_jax.model.attention.partial_softmax import (
-  PartialSoftmax,
-  join,
-  window_attention,
-)
 from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
+from deepseek_jax.model.attention.shared_reading import Window, read
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import products
@@ -232,14 +228,13 @@ class SharedKV(nnx.Module):
     # One vector a token, key and value of all heads: [B T C].
     kv = self.kv_norm(products.matmul(x, self.kv[...]))
     kv = tail_rope(kv, ctx.positions, cfg.layer_rope, cfg.rope_dim)
+    # One softmax over window, entries and sink: [B T H C].
     if past is None:
-      parts, stats = self._fresh(q, kv, x, latent, ctx)
+      y, stats = self._fresh(q, kv, x, latent, ctx)
     else:
-      parts, past = self._cached(q, kv, x, latent, ctx, past)
+      y, past = self._cached(q, kv, x, latent, ctx, past)
       stats = {}
-    # One softmax over window, entries and sink: [B T H C] -> [B T D].
-    y = self.output(join(parts, self.sinks[...]), ctx.positions)
-    return y, past, stats
+    return self.output(y, ctx.positions), past, stats
 
   def _fresh(
     self,
@@ -248,8 +243,8 @@ class SharedKV(nnx.Module):
     x: jax.Array,
     latent: jax.Array,
     ctx: Context,
-  ) -> tuple[list[PartialSoftmax], dict]:
-    """Computes a batch that attends only to itself: (parts, statistics).
+  ) -> tuple[jax.Array, dict]:
+    """Computes a batch that attends only to itself: (y, statistics).
 
     Args:
       q: [B T H C].
@@ -264,21 +259,20 @@ class SharedKV(nnx.Module):
       segments = jnp.ones_like(ctx.positions)
     tokens = query = weights = None
     rows, heads = ('batch', 'seq'), ('batch', 'seq', 'heads')
-    out, index_heads = [PartialSoftmax(heads, heads)], H
+    index_heads = H
     if cfg.compress != 'none':
       tokens, query, weights = self.far.inputs(x, latent, ctx)
-      out *= 2
     learn = ctx.train and cfg.compress == 'csa'
     if query is not None:
       index_heads = query.q.shape[2]
     names = ('loss', 'recall') if cfg.measures_recall else ('loss',)
     # Each device computes its queries and heads; index heads are sharded as
     # well, so both must divide.
-    parts, stats = context.split(
+    y, stats = context.split(
       functools.partial(_fresh, cfg, learn),
       (q, kv, self.sinks[...], segments, tokens, query, weights),
       (heads, rows, ('heads',), rows, rows, heads, ()),
-      (out, {name: ('batch',) for name in names if learn}),
+      (heads, {name: ('batch',) for name in names if learn}),
       batch=B,
       seq=T,
       heads=math.gcd(H, index_heads),
@@ -286,7 +280,7 @@ class SharedKV(nnx.Module):
     stats = {name: values.mean() for name, values in stats.items()}
     if learn:
       stats['loss'] *= cfg.csa.loss
-    return parts, stats
+    return y, stats
 
   def _cached(
     self,
@@ -296,9 +290,9 @@ class SharedKV(nnx.Module):
     latent: jax.Array,
     ctx: Context,
     past: SharedKVCache,
-  ) -> tuple[list[PartialSoftmax], SharedKVCache]:
-    """Computes tokens that follow a cache: (parts, the cache with them)."""
-    cfg, history = self.cfg, None
+  ) -> tuple[jax.Array, SharedKVCache]:
+    """Computes tokens that follow a cache: (y, the cache with them)."""
+    cfg, history, far, kept = self.cfg, None, None, None
     segments = ctx.segments
     if segments is None:
       segments = jnp.ones_like(ctx.positions)
@@ -312,18 +306,13 @@ class SharedKV(nnx.Module):
       )
       # A row is one document: 1, and 0 for padding.
       segments = (segments > 0).astype(segments.dtype)
-    parts, far = [], None
-    parts.append(
-      window_attention(
-        q, kv, segments, cfg.window, scale=cfg.scale, history=history
-      )
-    )
     if cfg.compress != 'none':
       # Entries that the cache and these tokens make.
-      part, far = self.far(q, x, latent, ctx, past.far, scale=cfg.scale)
-      parts.append(part)
+      far, kept = self.far(q, x, latent, ctx, past.far, scale=cfg.scale)
+    near = Window(kv, segments, cfg.window, history)
+    y, _ = read(q, near, far, self.sinks[...], cfg.scale)
     window = ring.write(past.window, kv, ctx.positions, ctx.valid)
-    return parts, SharedKVCache(window, far)
+    return y, SharedKVCache(window, kept)
 
 
 def _fresh(
@@ -337,25 +326,19 @@ def _fresh(
   tokens: Any,
   query: Any,
   weights: Any,
-) -> tuple[list[PartialSoftmax], dict]:
-  """Computes parts of the local queries, and the indexer's statistics.
+) -> tuple[jax.Array, dict]:
+  """Computes y of the local queries, and the indexer's statistics.
 
   A window reaches into the devices before.
   """
-  history, W = None, cfg.window
+  history, far, W = None, None, cfg.window
   if along.axis:
     history = along.before(kv, W - 1), along.before(segments, W - 1, -1)
-  near = window_attention(q, kv, segments, W, scale=cfg.scale, history=history)
-  if cfg.compress == 'none':
-    return [near], {}
   make, scale = cfg.compressor(), cfg.scale
   if cfg.compress == 'hca':
-    return [near, hca.fresh(make, along, q, tokens, weights, scale)], {}
-  makes = make, dataclasses.replace(make, dim=cfg.csa.index_dim)
-  # What else shares the softmax with the entries, for the loss.
-  rest = jnp.logaddexp(near.log_sum, sinks) if learn else None
-  how = {'scale': scale, 'rest': rest}
-  part, stats = csa.fresh(
-    cfg.csa, makes, along, q, tokens, query, weights, **how
-  )
-  return [near, part], stats
+    far = hca.fresh(make, along, q, tokens, weights, scale)
+  elif cfg.compress == 'csa':
+    makes = make, dataclasses.replace(make, dim=cfg.csa.index_dim)
+    given = cfg.csa, makes, along, q, tokens, query, weights
+    far = csa.fresh(*given, scale=scale, learn=learn)
+  return read(q, Window(kv, segments, W, history), far, sinks, scale)

@@ -28,6 +28,7 @@ from deepseek_jax.parallel import exchange
 from deepseek_jax.parallel.sharding import Buffer, current, param
 from pallas_kernels import grouped_matmul as gmm
 from pallas_kernels import permute
+from pallas_kernels.grouped_matmul.from_tokens import product_of_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +119,12 @@ def apply_experts(
     return _apply_all(x, experts, weights, gate_up, down, limit)
   # Rows sorted by expert, each expert's filled up to whole blocks: [M D].
   plan = permute.plan(experts, E)
-  rows = permute.permute(x, plan)
   gate_up = gate_up.reshape(E, D, 2 * F)
   # Gate, up and activation: [M D] -> [M F].
-  h = _hidden(rows, gate_up, plan, limit, float8)
+  if float8:
+    h = swiglu(product_of_tokens(x, gate_up, plan), limit)
+  else:
+    h = _hidden(permute.permute(x, plan), gate_up, plan, limit)
   layout = {'block_expert': plan.block_expert, 'used': plan.used}
   # Down, [M F] -> [M D]; then rows return to their tokens, weighted.
   y = gmm.grouped_matmul(h, down, **layout, float8=float8)
@@ -133,13 +136,10 @@ def _hidden(
   gate_up: jax.Array,
   plan: permute.Plan,
   limit: float | None,
-  float8: bool,
 ) -> jax.Array:
   """Computes gate, up and activation of sorted rows [M D]: [M F]."""
   layout = {'block_expert': plan.block_expert, 'used': plan.used}
   args = rows, gate_up
-  if float8:
-    return swiglu(gmm.grouped_matmul(*args, **layout, float8=True), limit)
   return kernels.pick_local(
     'grouped_swiglu',
     lambda impl: gmm.grouped_swiglu(*args, **layout, limit=limit, impl=impl),

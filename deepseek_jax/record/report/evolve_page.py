@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax import files
-from deepseek_jax.record.report import curves as figures
-from deepseek_jax.record.report import page, r1_page
+from deepseek_jax.record.report import curves, page, r1_page
 
 
 def rounds(folder: Path) -> list[dict[str, Any]]:
@@ -40,28 +39,16 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-@figures.drawn
-def picture(made: Sequence[Mapping[str, Any]], bar: float) -> Any:
-  """Draws the held-out accuracy of every level over the rounds."""
-  figure, cells = figures.grid([3.0], 1)
-  axes = figure.add_subplot(cells[0])
-  places = np.arange(len(made))
-  for level, color in zip(made[0]['accuracy'], figures.COLORS * len(made)):
-    values = [record['accuracy'][level] for record in made]
-    low, high = zip(*(record['interval'][level] for record in made))
-    axes.plot(
-      places, values, color=color, marker='o', markersize=3.5, linewidth=1.3,
-      label=f'level {level}  {100 * values[-1]:.0f} %',
-    )  # fmt: skip
-    axes.fill_between(places, low, high, color=color, alpha=0.1, linewidth=0)
-  axes.axhline(bar, color='#9aa0a8', linewidth=0.8, linestyle=':')
-  axes.set_title('Held-out accuracy by level')
-  axes.set_ylim(-0.02, 1.02)
-  axes.grid(axis='y')
-  figures.step_axis(axes, bins=12)
-  axes.set_xlabel('round')
-  axes.legend(frameon=False, handlelength=1.2, fontsize=8)
-  return figure
+def picture(made: Sequence[Mapping[str, Any]]) -> curves.Chart:
+  """Returns a chart: the held-out accuracy of every level over the rounds."""
+  places, lines = np.arange(len(made), dtype=float), []
+  for level in made[0]['accuracy']:
+    values = np.array([record['accuracy'][level] for record in made])
+    low, high = np.array([record['interval'][level] for record in made]).T
+    last = f'{100 * values[-1]:.0f} %'
+    label = f'level {level}'
+    lines.append(curves.Curve(label, places, values, low, high, last))
+  return curves.chart('Share solved', lines, most=curves.WIDE)
 
 
 def write(folder: Path) -> Path:
@@ -73,23 +60,21 @@ def write(folder: Path) -> Path:
   made = rounds(folder)
   recipe = json.loads((folder / 'recipe.json').read_text('utf-8'))
   rows = table(made)
-  text = (
-    page.environment()
-    .get_template('evolve.html.jinja')
-    .render(
-      title=f'Self-improvement: {folder.resolve().name}',
-      verified=recipe['verify'],
-      bar=f'{100 * recipe["bar"]:.0f} %',
-      rows=rows,
-      figure=picture(made, recipe['bar']),
-      samples=made[-1]['samples'],
-      last=made[-1]['name'],
-      minutes=f'{sum(r["seconds"] for r in r1_page.records(folder)) / 60:.1f}',
-    )
-  )
   with files.whole(folder / 'evolve.md') as scratch:
     scratch.write_text(markdown(rows), 'utf-8')
-  path = folder / 'evolve.html'
-  with files.whole(path) as scratch:
-    scratch.write_bytes(text.encode('utf-8', 'backslashreplace'))
-  return path
+  return page.write(
+    folder / 'evolve.html',
+    'evolve.html.jinja',
+    title=f'Self-improvement: {folder.resolve().name}',
+    verified=recipe['verify'],
+    bar=f'{100 * recipe["bar"]:.0f} %',
+    names=list(rows[0]),
+    rows=[list(row.values()) for row in rows],
+    figure=picture(made),
+    samples=[
+      (one['prompt'], one['text'], '✓' if one['right'] else '✗')
+      for one in made[-1]['samples']
+    ],
+    last=made[-1]['name'],
+    minutes=f'{sum(r["seconds"] for r in r1_page.records(folder)) / 60:.1f}',
+  )

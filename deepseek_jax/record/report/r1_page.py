@@ -13,8 +13,7 @@ import numpy as np
 from deepseek_jax import files
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import flight, load_balance, metrics
-from deepseek_jax.record.report import curves as figures
-from deepseek_jax.record.report import expert_figures, page
+from deepseek_jax.record.report import curves, expert_figures, page
 
 _MEASURED = '-measured'
 # Metric -> title and unit; drawn where a run has it, in this order.
@@ -63,31 +62,25 @@ def write(folder: Path) -> Path:
     for name, some in rows.items()
     if any('reward' in r for r in some)
   }
-  text = (
-    page.environment()
-    .get_template('r1.html.jinja')
-    .render(
-      title=f'R1 in small: {folder.resolve().name}',
-      facts=_facts(made, scored, reinforced),
-      stages=[_stage_row(record) for record in made],
-      total=_clock(sum(record['seconds'] for record in made)),
-      kinds=_kinds(scored),
-      ladder=_ladder(scored),
-      curves=_curves(reinforced),
-      experts=[
-        found
-        for name in reinforced
-        if (found := _experts(name, folder / name / 'routing.npz'))
-      ],
-      samples=_samples(scored, reinforced),
-      exports=_exports(made),
-      recipe=(folder / 'recipe.json').read_text('utf-8'),
-    )
+  return page.write(
+    folder / 'r1.html',
+    'r1.html.jinja',
+    title=f'R1 in small: {folder.resolve().name}',
+    facts=_facts(made, scored, reinforced),
+    stages=[_stage_row(record) for record in made],
+    total=_clock(sum(record['seconds'] for record in made)),
+    kinds=_kinds(scored),
+    ladder=_ladder(scored),
+    curves=_curves(reinforced),
+    experts=[
+      found
+      for name in reinforced
+      if (found := _experts(name, folder / name / 'routing.npz'))
+    ],
+    samples=_samples(scored, reinforced),
+    exports=_exports(made),
+    recipe=(folder / 'recipe.json').read_text('utf-8'),
   )
-  path = folder / 'r1.html'
-  with files.whole(path) as scratch:
-    scratch.write_bytes(text.encode('utf-8', 'backslashreplace'))
-  return path
 
 
 def _clock(seconds: float) -> str:
@@ -139,7 +132,7 @@ def _before(names: Sequence[str], name: str | None) -> str | None:
   return names[at - 1] if at else None
 
 
-def _stage_row(record: Mapping[str, Any]) -> dict[str, str]:
+def _stage_row(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
   """Returns a row of the table of stages."""
   told = {
     'run': lambda r: f'{r["steps"]:,} steps, {r["tokens"]:,} tokens',
@@ -148,12 +141,8 @@ def _stage_row(record: Mapping[str, Any]) -> dict[str, str]:
     ),
     'file': _file_words,
   }
-  return {
-    'name': record['name'],
-    'what': record['what'],
-    'made': told[record['kind']](record),
-    'time': _clock(record['seconds']),
-  }
+  did = told.get(record['kind'], _file_words)(record)
+  return record['name'], record['what'], did, _clock(record['seconds'])
 
 
 def _file_words(record: Mapping[str, Any]) -> str:
@@ -170,20 +159,19 @@ def _file_words(record: Mapping[str, Any]) -> str:
   return ''
 
 
-def _kinds(scored: Mapping[str, Mapping]) -> list[tuple[str, list]]:
-  """Returns (kind, rows) of the table of held-out accuracies."""
-  kinds = dict.fromkeys(k for r in scored.values() for k in r['kinds'])
-  return [
-    (
-      kind,
-      [
-        _score_row(name, record['kinds'][kind])
-        for name, record in scored.items()
-        if kind in record['kinds']
-      ],
-    )
-    for kind in kinds
-  ]
+def _kinds(
+  scored: Mapping[str, Mapping],
+) -> list[tuple[str, list[str], list[list[str]]]]:
+  """Returns (kind, heads, rows) of the tables of held-out accuracies."""
+  out = []
+  for kind in dict.fromkeys(k for r in scored.values() for k in r['kinds']):
+    rows = [
+      _score_row(name, record['kinds'][kind])
+      for name, record in scored.items()
+      if kind in record['kinds']
+    ]
+    out.append((kind, list(rows[0]), [list(row.values()) for row in rows]))
+  return out
 
 
 def _score_row(name: str, one: Mapping[str, Any]) -> dict[str, str]:
@@ -202,44 +190,38 @@ def _score_row(name: str, one: Mapping[str, Any]) -> dict[str, str]:
   }
 
 
-@figures.drawn
-def _ladder_figure(scored: Mapping[str, Mapping], kinds: Sequence[str]) -> Any:
-  """Draws the held-out accuracy after every stage, a panel for each kind."""
-  figure, cells = figures.grid([2.1], len(kinds), gaps=(0.9, 0.74))
-  for cell, kind in zip(cells, kinds):
-    axes = figure.add_subplot(cell)
-    names = [name for name in scored if kind in scored[name]['kinds']]
+def _ladder(scored: Mapping[str, Mapping]) -> list[curves.Chart]:
+  """Returns a chart for each kind: held-out accuracy after every stage."""
+  out = []
+  for kind in dict.fromkeys(k for r in scored.values() for k in r['kinds']):
+    names = [name for name, r in scored.items() if kind in r['kinds']]
     some = [scored[name]['kinds'][kind] for name in names]
-    lines = {'greedy': [one['greedy'] for one in some]}
+    steps = np.array([int(name.partition('-')[0]) for name in names], float)
+    low, high = np.array([one['greedy_interval'] for one in some]).T
+    greedy = np.array([one['greedy'] for one in some])
+    lines = [_line('greedy', steps, greedy, low, high)]
     for k in ('1', '16'):
       if all(k in one['pass'] for one in some):
-        lines[f'pass@{k}'] = [one['pass'][k] for one in some]
-    for (label, values), color in zip(lines.items(), figures.COLORS):
-      axes.plot(
-        range(len(names)), values, color=color, label=label, marker='o',
-        markersize=3.5, linewidth=1.3,
-      )  # fmt: skip
-    low, high = zip(*(one['greedy_interval'] for one in some))
-    axes.fill_between(
-      range(len(names)), low, high, color=figures.COLORS[0], alpha=0.14,
-      linewidth=0,
-    )  # fmt: skip
-    axes.set_title(kind)
-    axes.set_ylim(-0.02, 1.02)
-    axes.grid(axis='y')
-    axes.set_xticks(range(len(names)), [name.split('-')[0] for name in names])
-    axes.set_xlabel('stage')
-    axes.legend(frameon=False, handlelength=1.2, fontsize=8)
-  return figure
+        share = np.array([one['pass'][k] for one in some])
+        lines.append(_line(f'pass@{k}', steps, share, share, share))
+    out.append(curves.chart(f'{kind}, share solved', lines))
+  return out
 
 
-def _ladder(scored: Mapping[str, Mapping]) -> str | None:
-  """Returns the figure of accuracies; None where nothing is measured."""
-  kinds = list(dict.fromkeys(k for r in scored.values() for k in r['kinds']))
-  return _ladder_figure(scored, kinds) if kinds else None
+def _line(
+  label: str,
+  steps: np.ndarray,
+  mean: np.ndarray,
+  low: np.ndarray,
+  high: np.ndarray,
+) -> curves.Curve:
+  """Returns a curve of shares, the last in percent."""
+  return curves.Curve(label, steps, mean, low, high, _percent(mean[-1]))
 
 
-def _curves(reinforced: Mapping[str, Sequence[Mapping]]) -> str | None:
+def _curves(
+  reinforced: Mapping[str, Sequence[Mapping]],
+) -> list[curves.Chart]:
   """Returns the curves of all reinforcement over each other."""
   panels = []
   for name, (title, unit) in _CURVES.items():
@@ -248,10 +230,10 @@ def _curves(reinforced: Mapping[str, Sequence[Mapping]]) -> str | None:
       points = [(r['step'], r[name]) for r in rows if name in r]
       if points:
         steps, values = map(np.array, zip(*points))
-        series.append(figures.Series(run, steps, values.astype(float)))
+        series.append(curves.Series(run, steps, values.astype(float)))
     if series:
-      panels.append(figures.Panel(title, unit, series))
-  return figures.curves(panels) if panels else None
+      panels.append(curves.Panel(title, unit, series))
+  return curves.charts(panels)
 
 
 def _experts(name: str, path: Path) -> dict[str, Any] | None:
@@ -270,7 +252,8 @@ def _experts(name: str, path: Path) -> dict[str, Any] | None:
     worst = float(np.nanmax(load_balance.max_violation(total)))
     figure = expert_figures.load_by_layer(share, run.layers.tolist())
     halves.append({'part': part, 'figure': figure, 'worst': f'{worst:.2f}'})
-  return {'name': name, 'rounds': int(some * run.records[0]), 'parts': halves}
+  updates = int(some * run.records[0])
+  return {'name': name, 'updates': updates, 'parts': halves}
 
 
 def _samples(

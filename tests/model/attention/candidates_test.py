@@ -17,6 +17,10 @@ def scores(kind, rows, count, seed=0):
   rng = np.random.default_rng(seed)
   if kind == 'ties':  # few values: most comparisons are ties
     return rng.integers(0, 3, (rows, count)).astype(np.float32)
+  if kind == 'rare':  # one group is best, and equals lie before and in it
+    out = np.zeros((rows, count), np.float32)
+    out[:, -3] = 1
+    return out
   out = rng.normal(size=(rows, count)).astype(np.float32)
   if kind == 'masked':  # some rows see fewer than k
     seen = rng.integers(1, count, (rows, 1))
@@ -30,7 +34,7 @@ def scores(kind, rows, count, seed=0):
 
 class TopTest(parameterized.TestCase):
   @parameterized.product(
-    kind=('normal', 'ties', 'masked', 'sorted', 'infinite'),
+    kind=('normal', 'ties', 'rare', 'masked', 'sorted', 'infinite'),
     size=((1, 130), (2, 256), (2, 263), (3, 400), (3, 16)),
   )
   def test_equals_one_level(self, kind, size):
@@ -52,7 +56,7 @@ class TopTest(parameterized.TestCase):
       self.assertLess(seen, 2.2 * (count * 64) ** 0.5)
     self.assertEqual(lib.group_size(127 * 64, 64), 1)
 
-  @parameterized.parameters('normal', 'ties')
+  @parameterized.parameters('normal', 'ties', 'rare')
   def test_groups_of_any_size_are_exact(self, kind):
     flat = jnp.asarray(scores(kind, 4, 96))
     want = jax.lax.top_k(flat, 6)

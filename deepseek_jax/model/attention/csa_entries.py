@@ -22,6 +22,8 @@ from deepseek_jax.model.attention.partial_softmax import PartialSoftmax, attend
 from deepseek_jax.model.attention.query_blocks import over_blocks, rows
 from deepseek_jax.parallel.sequence import WHOLE, Along
 
+_ALMOST_ALL = -1e-6  # log of the largest share that entries are taken to have
+
 
 class EntryChoice(Protocol):
   """Describes what attention to entries takes of a CSAConfig."""
@@ -221,7 +223,12 @@ class EntryAttention(NamedTuple):
     seen = view.mask(entries.shape[1])
     # These few attend to all entries, as in the dense stage.
     part, weights = attend(q, entries, seen, self.scale)
-    shares = self._shares(part.log_sum, weights, rest)
+    if self.whole:
+      # What was read has the chosen entries in it; here all of them stand.
+      read, _ = attend(q, rows(entries, chosen), chosen >= 0, self.scale)
+      share = jnp.exp(jnp.minimum(read.log_sum - rest, _ALMOST_ALL))
+      rest = jax.lax.stop_gradient(rest + jnp.log1p(-share))
+    shares = self._replace(whole=False)._shares(part.log_sum, weights, rest)
     caught = index.caught(shares, chosen)
     return self._mean(caught, view, counts)
 

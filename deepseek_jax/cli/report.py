@@ -8,15 +8,9 @@ others the curves are shown. A folder that holds runs stands for all of them.
 Nothing is computed: headline and samples are those that the run ended with.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from absl import flags
 
-from deepseek_jax.cli import common, finish
-from deepseek_jax.errors import InputError
-from deepseek_jax.record import comparison, results
-from deepseek_jax.record.report import page
+from deepseek_jax.cli import common, redraw
 
 _OUT = flags.DEFINE_string(
   'out', None, 'Where the page goes; by default RUN/report.html.'
@@ -25,60 +19,8 @@ _OUT = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
   """Draws the report of the run that the first argument names."""
-  written = redrawn(argv[1:], _OUT.value)
+  written = redraw.redrawn(argv[1:], _OUT.value)
   print(f'report: {written.absolute()}')
-
-
-def redrawn(given: Sequence[str], out: str | None = None) -> Path:
-  """Writes the page of a run; returns its path.
-
-  Args:
-    given: the run's folder, then those of runs beside it, or that hold some.
-    out: where the page goes; None is the run's report.html.
-
-  Raises:
-    InputError: a folder holds no run, or a file in it is damaged.
-  """
-  if not given:
-    raise InputError('give the folder of a run, then those of runs beside it')
-  workdir = Path(given[0])
-  if not (workdir / 'config.json').exists():
-    raise InputError(f'{workdir}: holds no run (no config.json); name a run')
-  if out and not Path(out).parent.is_dir():
-    raise InputError(f'--out={out}: there is no folder {Path(out).parent}')
-  others = [
-    path
-    for path in comparison.folders(given[1:])
-    if path.resolve() != workdir.resolve()
-  ]
-  return page.draw(
-    workdir,
-    page.read_told(workdir) or unreported(workdir),
-    beside=named(others),
-    out=out,
-  )
-
-
-def unreported(workdir: Path) -> page.Told:
-  """Returns the headline of a run that has no report yet."""
-  title = f'Run {workdir.resolve().name}'
-  reached = results.read(workdir)
-  if not reached:
-    return page.Told(title, notes=['This run has not ended.'])
-  return page.told(title, finish.facts_of(reached))
-
-
-def named(folders: Sequence[Path]) -> dict[str, Path]:
-  """Returns folders by the ends of their paths that tell them apart."""
-  whole = {path.resolve(): path for path in folders}
-  out = {}
-  for path, given in whole.items():
-    same = [other for other in whole if other.name == path.name]
-    length = 1
-    while len({other.parts[-length:] for other in same}) < len(same):
-      length += 1
-    out['/'.join(path.parts[-length:])] = given
-  return out
 
 
 def run() -> None:

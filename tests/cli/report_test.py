@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.cli import report
+from deepseek_jax.cli import redraw
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import results
 from tests.record import fake_run
@@ -28,13 +28,13 @@ class ReportTest(parameterized.TestCase):
     run = self._run('a')
     first = fake_run.write_report(Path(run)).read_bytes()
     Path(run, 'report.html').unlink()
-    self.assertEqual(report.redrawn([run]).read_bytes(), first)
+    self.assertEqual(redraw.redrawn([run]).read_bytes(), first)
 
   def test_curves_of_others_lie_over_those_of_the_run(self):
     run, other = self._run('a'), self._run('b', 2.0)
     alone = fake_run.write_report(Path(run)).read_bytes()
     out = self.folder / 'out.html'
-    made = report.redrawn([run, other], str(out)).read_text()
+    made = redraw.redrawn([run, other], str(out)).read_text()
     self.assertEqual(Path(run, 'report.html').read_bytes(), alone)
     for words in (
       'a <b>0.4167</b>', 'b <b>0.8333</b>', 'b, validation <b>0.9167</b>',
@@ -45,17 +45,17 @@ class ReportTest(parameterized.TestCase):
   def test_a_folder_of_runs_stands_for_them_but_not_for_the_run_itself(self):
     run = self._run('sweep/a')
     self._run('sweep/b')
-    made = report.redrawn([run, str(self.folder / 'sweep')]).read_text()
+    made = redraw.redrawn([run, str(self.folder / 'sweep')]).read_text()
     self.assertIn('Beside this run: b.', made)
 
   def test_runs_of_one_name_are_told_apart(self):
     folders = [Path(self._run(name)) for name in ('x/a', 'y/a', 'b')]
-    made = report.named([*folders, self.folder / 'x' / '..' / 'b'])
+    made = redraw.named([*folders, self.folder / 'x' / '..' / 'b'])
     self.assertEqual(list(made), ['x/a', 'y/a', 'b'])
 
   def test_a_run_that_has_not_ended_is_drawn(self):
     run = self._run('a')
-    page = report.redrawn([run]).read_text()
+    page = redraw.redrawn([run]).read_text()
     self.assertIn('This run has not ended.', page)
     self.assertIn('Loss, nats per token', page)
 
@@ -63,7 +63,7 @@ class ReportTest(parameterized.TestCase):
     run = self._run('a')
     held = {'bits_per_byte': 1.25, 'baselines': {'xz': 2.5}, 'documents': 3}
     results.write(Path(run), {'heldout': held})
-    page = report.redrawn([run]).read_text()
+    page = redraw.redrawn([run]).read_text()
     for words in ('held-out bits per byte', '1.25', 'xz -9 bits per byte'):
       self.assertIn(words, page)
 
@@ -77,7 +77,7 @@ class ReportTest(parameterized.TestCase):
     run = self._run('a')
     given = [run if name == 'a' else name for name in given]
     with self.assertRaisesRegex(InputError, message):
-      report.redrawn(given, out)
+      redraw.redrawn(given, out)
 
   @parameterized.parameters(
     '[]', '{}', '{"title": 1, "facts": [1]}', '{"title": "x", "color": "y"}',
@@ -88,7 +88,7 @@ class ReportTest(parameterized.TestCase):
     run = self._run('a')
     Path(run, 'report.json').write_text(text)
     with self.assertRaisesRegex(InputError, r'report\.json'):
-      report.redrawn([run])
+      redraw.redrawn([run])
 
   def test_what_a_report_keeps_is_text(self):
     run = self._run('a')
@@ -99,7 +99,7 @@ class ReportTest(parameterized.TestCase):
       'notes': [fake_run.HOSTILE],
     }
     Path(run, 'report.json').write_text(json.dumps(told))
-    page = report.redrawn([run]).read_text()
+    page = redraw.redrawn([run]).read_text()
     self.assertNotIn('<img', page)
     self.assertGreater(page.count('&lt;img'), 5)
 

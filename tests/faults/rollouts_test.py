@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from tests.faults import damage_test, launches, ledger, rollouts_worker, runs
+from tests.faults import damage_test, launches, ledger, rollouts_task, runs
 
 _ROUNDS = 20
 _STEPS = 24  # of the worker's run
@@ -35,8 +35,8 @@ class KilledRolloutsTest(runs.RunTest):
     return sorted(int(n) for n in names if n.isdigit())
 
   def test_killed_at_random_moments_it_ends_as_ever(self):
-    folder = rollouts_worker.folder_of(runs.home())
-    rollouts_worker.write_task(folder)
+    folder = rollouts_task.folder_of(runs.home())
+    rollouts_task.write_task(folder)
     want, rng = self.finish('straight'), random.Random(0)
     metrics, within = self.metrics('straight'), 0
     with ledger.fault('SIGKILL in a round of rollouts', _ROUNDS):
@@ -71,7 +71,7 @@ class KilledRolloutsTest(runs.RunTest):
       self.assertEqual(self.steps('killed'), [_STEPS])
 
   def test_two_processes_are_one_run(self):
-    rollouts_worker.write_task(rollouts_worker.folder_of(runs.home()))
+    rollouts_task.write_task(rollouts_task.folder_of(runs.home()))
     self.finish('straight')
     workers = launches.start(self.folder / 'two', count=2, module=_MODULE)
     codes = launches.end(workers, 400)

@@ -18,28 +18,7 @@ from deepseek_jax.cli import common, process_flags
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import rl
-from tests.faults import worker
-
-
-def folder_of(home: Path) -> Path:
-  """Returns the folder of the task."""
-  return home / 'rollouts'
-
-
-def write_task(folder: Path) -> None:
-  """Writes problems whose answers should begin with a small byte."""
-  folder.mkdir(exist_ok=True)
-  own = folder / 'own.py'
-  own.write_text(
-    'def score(text, problem):\n'
-    '  if text[:1] == "q": raise ValueError("q")\n'
-    '  return float(text[:1] < "P")\n'
-  )
-  lines = [json.dumps({'prompt': f'p{n}'}) for n in range(30)]
-  (folder / 'problems.jsonl').write_text('\n'.join(lines))
-  rewards = [{'kind': 'own', 'file': str(own)}]
-  spec = {'problems': 'problems.jsonl', 'rewards': rewards, 'heldout': 0.1}
-  (folder / 'task.json').write_text(json.dumps(spec))
+from tests.faults.rollouts_task import fingerprint, folder_of
 
 
 def config(folder: Path) -> ds.RunConfig:
@@ -122,7 +101,7 @@ def main(argv) -> None:
   state = placement.to_first(run.state)
   done = {}
   if distributed.first():
-    done['state'] = worker.fingerprint(state)
+    done['state'] = fingerprint(state)
   print(json.dumps(done), flush=True)
 
 

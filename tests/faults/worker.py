@@ -7,13 +7,11 @@ row of every batch that this process read.
 """
 
 import contextlib
-import hashlib
 import json
 import time
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 from absl import flags
 
 import deepseek_jax as ds
@@ -25,8 +23,8 @@ from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record import last_steps
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import steps as step
-from deepseek_jax.run.checkpoint import flatten
 from tests.faults import runs
+from tests.faults.rollouts_task import fingerprint
 
 _HOME = flags.DEFINE_string('home', None, 'Corpus and compiled programs.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -41,14 +39,6 @@ _SLOW = flags.DEFINE_string('slow', None, 'Stops for long in this function.')
 _DEFECT = flags.DEFINE_integer('defect', None, 'The step that raises.')
 _LATE = flags.DEFINE_bool('late', False, 'Finds a fault after the end.')
 _ALL = flags.DEFINE_bool('all_devices', False, 'One process uses all, too.')
-
-
-def fingerprint(state) -> str:
-  """SHA-256 of all names and bits of a state."""
-  digest = hashlib.sha256()
-  for name, leaf in flatten(state).items():
-    digest.update(name.encode() + np.asarray(leaf).tobytes())
-  return digest.hexdigest()
 
 
 def stuck_in_a_collective():

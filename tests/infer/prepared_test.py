@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -90,8 +91,16 @@ class PrepareTest(parameterized.TestCase):
     for leaf in jax.tree.leaves(variables):
       self.assertFalse(leaf.is_deleted())
 
-  @parameterized.parameters('v3', 'v3 bfloat16', 'mixed')
+  @parameterized.parameters(['v3'])
   def test_at_no_time_are_there_two_copies(self, name):
+    self.check(name)
+
+  @parameterized.parameters('v3 bfloat16', 'mixed')
+  @pytest.mark.slow
+  def test_nor_of_other_dtypes(self, name):
+    self.check(name)
+
+  def check(self, name):
     model, host = case(name)
     variables = on_device(host)
     whole = size(variables)

@@ -66,7 +66,7 @@ MUTANTS = (
     'deepseek_jax/infer/checked_drafts.py',
     '[draws.allowed[:, None], foreseen.allowed], axis=1',
     '[draws.allowed[:, None]] * (1 + drafts), axis=1',
-    (f'{_GRAMMAR}0',),
+    (_GRAMMAR,),
     'a grammar goes on with each token',
   ),
   Mutant(
@@ -74,7 +74,7 @@ MUTANTS = (
     'deepseek_jax/infer/host_arrays.py',
     'matcher = one.matcher.copy()',
     'matcher = one.matcher',
-    (f'{_GRAMMAR}0',),
+    (_GRAMMAR,),
     'what is read ahead may be rejected',
   ),
 )

@@ -76,7 +76,7 @@ class LadderTest(parameterized.TestCase):
     done = {
       path: path.stat().st_mtime_ns for path in runs.rglob('results.json')
     }
-    self.assertLen(done, 3)
+    self.assertLen(done, 2)
     told = self.climb()
     for path, then in done.items():
       self.assertEqual(path.stat().st_mtime_ns, then, path)
@@ -159,9 +159,7 @@ class LadderTest(parameterized.TestCase):
       self.climb()
 
   def test_nothing_measured_is_no_report(self):
-    with self.assertRaisesRegex(
-      ds.InputError, 'gqa: no run with a learning rate'
-    ):
+    with self.assertRaisesRegex(ds.InputError, "'gqa', .* has not yet stopped"):
       self.climb(report=True)
 
   @pytest.mark.slow

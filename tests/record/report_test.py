@@ -155,8 +155,8 @@ class PageTest(parameterized.TestCase):
   def test_every_scalar_is_named(self):
     for title in ('Loss, nats', 'Gradient norm', 'Tokens per second'):
       self.assertIn(title, self.html)
-    self.assertIn('validation <b>0.07857</b>', self.html)
-    self.assertIn('training <b>0.07143</b>', self.html)
+    self.assertIn('validation</bdi> <b>0.07857</b>', self.html)
+    self.assertIn('training</bdi> <b>0.07143</b>', self.html)
 
   def test_headline_numbers_are_short_and_exact(self):
     for text in ('1.235', '26.14 M', '26,141,184'):
@@ -264,12 +264,14 @@ class RunsTest(parameterized.TestCase):
   def test_a_dollar_in_a_name_is_no_formula(self):
     with metrics.MetricsWriter(self.workdir, console=False) as writer:
       writer.write(1, {'cost_$^$': 3.0})
-    self.assertIn('>Cost $^$ <b>3<', _report(self.workdir))
+    self.assertIn('>Cost $^$</bdi> <b>3<', _report(self.workdir))
 
   def test_a_scalar_of_validation_alone_says_so(self):
     with metrics.MetricsWriter(self.workdir, console=False) as writer:
       writer.write(1, {'loss': 3.0, 'validation_bits_per_byte': 2.0})
-    self.assertIn('>Validation bits per byte <b>2<', _report(self.workdir))
+    self.assertIn(
+      '>Validation bits per byte</bdi> <b>2<', _report(self.workdir)
+    )
 
   def test_an_empty_run(self):
     text = page.write_report(self.workdir, title='x', facts={}).read_text()

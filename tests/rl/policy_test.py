@@ -309,7 +309,9 @@ class ConfigTest(parameterized.TestCase):
       grpo.v32()
 
   def test_r1_never_clips_from_below(self):
-    cfg = dataclasses.replace(grpo.r1(), kl='none', kl_weight=0.0)
+    cfg = dataclasses.replace(
+      grpo.r1(), kl='none', kl_weight=0.0, reference_every=0
+    )
     new = golden.NEW + 0
     with jax.enable_x64(True):
       batch = tokens(jnp.asarray(new), old=new + 9.0)

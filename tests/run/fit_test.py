@@ -48,6 +48,7 @@ def _config(folder: Path, **changes) -> loop.RunConfig:
       'moe.width': 16,
       'moe.experts': 8,
       'moe.top_k': 2,
+      'compute.xla': (),  # no choice is left to the machine
     },
   )
   config = loop.RunConfig(

@@ -42,7 +42,11 @@ class OwnClassesTest(parameterized.TestCase):
     main.Notebook.__module__ = '__main__'
     cls.main = main
     cls.config = ds.changed(
-      own_window.get_config(), {'data.path': str(cls.home / 'text')}
+      own_window.get_config(),
+      {
+        'data.path': str(cls.home / 'text'),
+        'model.compute.xla': (),  # no choice is left to the machine
+      },
     )
     ds.fit(cls.config, cls.home / 'begun', console=False)
 

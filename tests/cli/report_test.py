@@ -37,7 +37,8 @@ class ReportTest(parameterized.TestCase):
     made = redraw.redrawn([run, other], str(out)).read_text()
     self.assertEqual(Path(run, 'report.html').read_bytes(), alone)
     for words in (
-      'a</bdi> <b>0.4167</b>', 'b <b>0.8333</b>', 'b, validation <b>0.9167</b>',
+      'a</bdi> <b>0.4167</b>', 'b</bdi> <b>0.8333</b>',
+      'b, validation</bdi> <b>0.9167</b>',
       'Beside this run: b.', 'A run &lt;/pre&gt;',
     ):  # fmt: skip
       self.assertIn(words, made)

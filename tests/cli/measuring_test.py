@@ -20,6 +20,8 @@ from tests.rl import taught
 ROOT = Path(__file__).parents[2]
 TEXT = 'def f(a):\n  b = a\n  return b\n'
 
+pytestmark = pytest.mark.slow
+
 
 class Launched(absltest.TestCase):
   def setUp(self):

@@ -383,6 +383,7 @@ class ConfigTest(absltest.TestCase):
 
 class MeshTest(parameterized.TestCase):
   @parameterized.parameters(['v3'])
+  @pytest.mark.slow
   def test_a_mesh_of_devices_answers_as_one_does(self, name):
     found = fake_devices.run('tests.infer.engine_worker', name, devices=4)
     self.assertLen(found, 3)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 
@@ -111,6 +112,9 @@ def from_tokens(layer, shares):
     v = np.einsum('BSC,CHV->BSHV', c, v_up)
   y = np.einsum('BHTS,BSHV->BTHV', p, v)
   return np.einsum('BTHV,HVD->BTD', y, w['out'])
+
+
+pytestmark = pytest.mark.slow
 
 
 class MapsTest(parameterized.TestCase):

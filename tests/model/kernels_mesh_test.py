@@ -1,5 +1,6 @@
 """On a mesh the kernels of one device run, and give the same numbers."""
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from tests import fake_devices
@@ -69,6 +70,7 @@ class KernelsOnMeshTest(parameterized.TestCase):
         self.assertStartsWith(shape, f'bfloat16[2,256,{heads},192]')
 
   @parameterized.parameters('v32', 'v4', 'nsa')
+  @pytest.mark.slow
   def test_so_does_sparse_attention(self, name):
     meshes = 'data=1', 'fsdp=2', 'tensor=2,context=2'
     found = fake_devices.run(WORKER, 'choices', name, *meshes)

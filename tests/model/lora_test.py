@@ -232,6 +232,7 @@ class TrainingTest(parameterized.TestCase):
         for name, value in found[axis].items():
           self.assertLess(value, 1e-5, name)
 
+  @pytest.mark.slow
   def test_two_devices_and_two_stages_equal_one(self):
     self.check_spread('gqa', 'fsdp', 'stage')
 

@@ -70,6 +70,7 @@ class SplitCase(parameterized.TestCase):
 
 
 class SplitTest(SplitCase):
+  @pytest.mark.slow
   def test_sparse_layers_equal_one_device(self):
     self.check(FAST)
 

@@ -9,6 +9,7 @@ import tempfile
 import jax
 import numpy as np
 import parity_harness as ph
+import pytest
 from absl.testing import absltest
 
 from deepseek_jax import hf
@@ -71,6 +72,7 @@ class CertificateTest(absltest.TestCase):
     self.assertEqual(done.returncode, 2, done.stderr)
     self.assertIn('numbers above 0', done.stderr)
 
+  @pytest.mark.slow
   def test_difference_past_the_threshold_is_status_1(self):
     done, out = self.run_verify(
       f'--hf={self.llama}', '--lengths=7', '--max_logit=1e-12'

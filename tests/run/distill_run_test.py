@@ -34,6 +34,8 @@ STUDENT = ds.TransformerConfig(
   init_std=0.02,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class DistillRunTest(parameterized.TestCase):
   def setUp(self):

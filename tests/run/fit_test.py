@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -150,6 +151,7 @@ class FinishedRunTest(parameterized.TestCase):
       self._fit(config=other)
     self.assertEqual((self.folder / 'run' / 'config.json').read_bytes(), before)
 
+  @pytest.mark.slow
   def test_what_changes_no_trained_number_may_differ(self):
     self._interrupted('other', 6)
     moved = self.folder / 'moved' / 'corpus'
@@ -284,6 +286,7 @@ class LoopTest(parameterized.TestCase):
   def _fit(self, name='run', config=None):
     return loop.fit(config or self.config, self.folder / name, console=False)
 
+  @pytest.mark.slow
   def test_batch_ramp_is_part_of_the_step_count(self):
     ramp = dataclasses.replace(
       self.config.train,
@@ -324,6 +327,7 @@ class LoopTest(parameterized.TestCase):
     with busy, self.assertRaisesRegex(InputError, 'under way'):
       loop.claim(folder, self.config)
 
+  @pytest.mark.slow
   def test_a_run_below_its_own_text_goes_on(self):
     config = ds.changed(
       self.config,

@@ -48,6 +48,7 @@ class StepTest(parameterized.TestCase):
       self.assertLess(found[part], 1e-4 if name == 'muon' else limit, part)
     self.assertEqual(found['skipped'], 2 if name == 'skipped' else 0)
 
+  @pytest.mark.slow
   def test_steps_on_two_stages_are_those_of_one_program(self):
     self.check(['stage=2'], 2)
 

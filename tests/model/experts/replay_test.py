@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -90,6 +91,7 @@ class ReplayTest(parameterized.TestCase):
     routes[0, 4, 1] = chosen[0, 4, 1]
     np.testing.assert_array_equal(chosen[0], routes[0])
 
+  @pytest.mark.slow
   def test_the_router_learns_from_live_scores(self):
     routes = jnp.asarray(other_routes())
 

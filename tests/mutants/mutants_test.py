@@ -16,7 +16,8 @@ class CatalogTest(parameterized.TestCase):
     for mutant in MUTANTS:
       with self.subTest(mutant.name):
         text = mutated(mutant, (ROOT / mutant.path).read_text())
-        compile(text, mutant.path, 'exec')
+        if mutant.path.endswith('.py'):  # others are pages and templates
+          compile(text, mutant.path, 'exec')
 
   def test_every_mutant_names_tests_that_exist(self):
     for mutant in MUTANTS:

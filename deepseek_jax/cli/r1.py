@@ -36,9 +36,8 @@ flags.mark_flags_as_required(['workdir'])
 
 def recipe() -> R1Recipe:
   """Returns the recipe that the flags ask for; InputError names a field."""
-  return changed(
-    R1Recipe(), {**changes.parsed(_CHANGE.value), 'seed': _SEED.value}
-  )
+  own = {'seed': _SEED.value}
+  return changed(R1Recipe(), changes.parsed(_CHANGE.value, own))
 
 
 def main(argv: list[str]) -> None:

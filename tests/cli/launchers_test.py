@@ -175,6 +175,27 @@ class MistakesTest(parameterized.TestCase):
     self.assertFalse((self.folder / 'runs' / name).exists())
 
 
+class OtherMistakesTest(parameterized.TestCase):
+  """Launchers without --config come as far as their own checks."""
+
+  @parameterized.parameters(
+    ('r1', ('--change=no_such=1',), 'no_such'),
+    ('evolve', ('--change=no_such=1',), 'no_such'),
+    ('r1_study', ('--change=no_such=1',), 'no_such'),
+    ('evaluate', (), 'no config.json'),
+    ('distill', (), 'a student needs both'),
+  )
+  def test_is_one_clear_line_and_status_2(self, verb, flags, words):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    run = _start(folder, verb, f'--workdir={folder / "run"}', *flags)
+    _, err = run.communicate(timeout=300)
+    self.assertEqual(run.returncode, 2, msg=err)
+    lines = [l for l in err.splitlines() if l.startswith('error: ')]
+    self.assertLen(lines, 1, msg=err)
+    self.assertIn(words, lines[0])
+    self.assertFalse((folder / 'run').exists())
+
+
 class ConfigFileTest(parameterized.TestCase):
   @parameterized.parameters(*_CONFIG_FILES)
   def test_without_other_flags_is_one_clear_line(self, name):

@@ -302,8 +302,8 @@ class MLA(nnx.Module):
       past: the cache with these tokens.
       ctx: of these tokens.
     """
-    B, T = ctx.positions.shape
-    count = jnp.full(B, T) if ctx.valid is None else ctx.valid.sum(axis=1)
+    # Drafts past a request's pages have no place; they are not read, either.
+    count = (past.slots(ctx.positions, ctx.valid) >= 0).sum(axis=1)
     length = jnp.where(count > 0, ctx.positions[:, 0] + count, 0)
     row, heads = ('batch',), ('batch', None, 'heads')
     return kernels.pick(

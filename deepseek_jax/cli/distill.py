@@ -22,14 +22,12 @@ import os
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from deepseek_jax import say
 from deepseek_jax.cli import common, process_flags
-from deepseek_jax.cli.finish import size_facts
+from deepseek_jax.cli.finish import conclude, size_facts
 from deepseek_jax.errors import InputError
 from deepseek_jax.record.metrics import read
-from deepseek_jax.record.report.page import write_report
 from deepseek_jax.rl import harvest, tasks
 from deepseek_jax.rl.answering import AnswerConfig, Asked
 from deepseek_jax.rl.chats import ChatConfig
@@ -203,13 +201,7 @@ def finish(run: loop.Run, workdir: Path) -> None:
       'held-out answers': len(run.store.heldout),
     }
   facts |= size_facts(run)
-  console = Console()
-  console.rule('results')
-  for name, value in facts.items():
-    shown = f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
-    console.print(f'{name}: {shown}', markup=False, highlight=False)
-  report = write_report(workdir, title=f'Run {workdir.name}', facts=facts)
-  console.print(f'report: {report.absolute()}', soft_wrap=True)
+  conclude(workdir, facts)
 
 
 def run() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,37 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
   balance = _balance_table(workdir)
   if balance:
     console.print(balance)
-  for name, value in facts.items():
-    shown = f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
-    console.print(f'{name}: {shown}', markup=False, highlight=False)
-  report = write_report(
-    workdir, title=f'Run {workdir.name}', facts=facts, samples=samples
-  )
+  report = _shown(console, workdir, facts, samples)
   console.quiet = False
   if quiet:
     for name in list(facts)[:1]:
       console.print(f'{name}: {facts[name]:.3f}', highlight=False)
   console.print(f'report: {report.absolute()}', soft_wrap=True)
+
+
+def conclude(
+  workdir: Path, facts: Mapping[str, Any], samples: Sequence[Sample] = ()
+) -> None:
+  """Prints what a run reached and writes workdir/report.html."""
+  console = Console()
+  console.rule('results')
+  report = _shown(console, workdir, facts, samples)
+  console.print(f'report: {report.absolute()}', soft_wrap=True)
+
+
+def _shown(
+  console: Console,
+  workdir: Path,
+  facts: Mapping[str, Any],
+  samples: Sequence[Sample],
+) -> Path:
+  """Prints facts and writes the report; returns its path."""
+  for name, value in facts.items():
+    shown = f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
+    console.print(f'{name}: {shown}', markup=False, highlight=False)
+  return write_report(
+    workdir, title=f'Run {workdir.name}', facts=facts, samples=samples
+  )
 
 
 def _measured(workdir: Path) -> dict[str, list]:

@@ -11,14 +11,12 @@ run that was ended goes on from its last checkpoint, to the same weights.
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from deepseek_jax.cli import common, process_flags
-from deepseek_jax.cli.finish import size_facts
+from deepseek_jax.cli.finish import conclude, size_facts
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import read
-from deepseek_jax.record.report.page import write_report
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import sources
 
@@ -59,13 +57,7 @@ def finish(run: loop.Run, workdir: Path) -> None:
     'rounds': len(rewards),
   }
   facts |= size_facts(run)
-  console = Console()
-  console.rule('results')
-  for name, value in facts.items():
-    shown = f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
-    console.print(f'{name}: {shown}', markup=False, highlight=False)
-  report = write_report(workdir, title=f'Run {workdir.name}', facts=facts)
-  console.print(f'report: {report.absolute()}', soft_wrap=True)
+  conclude(workdir, facts)
 
 
 def _heldout(run: loop.Run) -> dict[str, float]:

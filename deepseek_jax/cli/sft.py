@@ -14,11 +14,11 @@ from absl import flags
 from rich.console import Console
 
 from deepseek_jax.cli import common, process_flags
-from deepseek_jax.cli.finish import size_facts
+from deepseek_jax.cli.finish import conclude, size_facts
 from deepseek_jax.errors import InputError
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.record.report.page import Sample, write_report
+from deepseek_jax.record.report.page import Sample
 from deepseek_jax.rl import conversation_store, examples
 from deepseek_jax.run import fit as loop
 from deepseek_jax.run import sources
@@ -81,19 +81,11 @@ def finish(
       'held-out bits per byte of answers': bits,
       'held-out answers': len(run.store.heldout),
     } | facts
-  console = Console()
-  console.rule('results')
-  for name, value in facts.items():
-    shown = f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
-    console.print(f'{name}: {shown}', markup=False, highlight=False)
   samples = [
     Sample(where, f'{text}\n{marks}', 'what is learnt')
     for where, text, marks in drawn
   ]
-  report = write_report(
-    workdir, title=f'Run {workdir.name}', facts=facts, samples=samples
-  )
-  console.print(f'report: {report.absolute()}', soft_wrap=True)
+  conclude(workdir, facts, samples)
 
 
 def run() -> None:

@@ -5,31 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.hf import identity, saving
 from deepseek_jax.posttrain.measure import Sampler
+from deepseek_jax.run import export
 from deepseek_jax.run.folder import Loaded
-
-
-def write_folder(folder: Path, loaded: Loaded) -> None:
-  """Writes a run as a Hugging Face folder, in float32."""
-  tokenizer = loaded.tokenizer
-  saving.save(
-    str(folder),
-    loaded.config.model,
-    loaded.variables,
-    dtype='float32',
-    extra={
-      'eos_token_id': tokenizer.eos_id,
-      'bos_token_id': None,  # documents only end
-      'pad_token_id': tokenizer.pad_id,
-      'max_position_embeddings': loaded.config.data.seq_len + 1,
-    },
-    source={
-      'step': loaded.step,
-      'variables': identity.of_variables(loaded.variables),
-    },
-  )
-  tokenizer.save(str(folder))
 
 
 def handed_over(
@@ -53,7 +31,7 @@ def handed_over(
     'compared' and 'equal', numbers of answers, and 'examples'; where
     transformers or torch are not installed 0 compared and a 'note'.
   """
-  write_folder(folder, loaded)
+  export.write(loaded, str(folder), 'float32', None)
   missing = [
     name
     for name in ('torch', 'transformers')

@@ -29,7 +29,13 @@ def export_run(
   """
   if not isinstance(target, str | os.PathLike):
     raise InputError(f'target: is {told(target)}; give the folder to write')
-  run, target = folder.load(workdir), os.fspath(target)
+  write(folder.load(workdir), os.fspath(target), dtype, quantize)
+
+
+def write(
+  run: folder.Loaded, target: str, dtype: str | None, quantize: str | None
+) -> None:
+  """Writes a loaded run; arguments as of `export_run`."""
   tokenizer = run.tokenizer
   extra = {
     'eos_token_id': tokenizer.eos_id,

@@ -111,21 +111,20 @@ def _check_ends(config: RunConfig, chat: ChatWriter) -> None:
     )
 
 
-class RolloutBatches(batches.Batches):
-  """Draws rounds of rollouts; its place is the number of the update."""
+class PromptBatches(batches.Batches):
+  """Is the base of batches whose answers the run's own weights give.
+
+  Problems come in an order that `data.seed` decides.
+  """
 
   def __init__(self, store: TaskStore, config: RunConfig):
-    """Makes what samples, scores and compares; samples nothing."""
+    """Takes the problems and the run; samples nothing."""
     self._store, self._run_config = store, config
     self._config = config.data
     self._recut, self.drawn = False, []
-    model = build(config.model)
-    where = placement.choose(config.mesh, model.abstract)
     problems = store.task.train
-    order = batches.shuffled(len(problems), str(config.data.seed))
-    self._problem = lambda place: problems[order[place]]
-    rounds = -(-len(problems) // config.rollouts.prompts)
-    self.windows = rounds * config.rollouts.steps
+    self._order = batches.shuffled(len(problems), str(config.data.seed))
+    self.rounds = -(-len(problems) // config.rollouts.prompts)  # in an epoch
     self._stream = {
       'train_sha256': store.train_sha256,
       'heldout_sha256': store.heldout_sha256,
@@ -133,17 +132,8 @@ class RolloutBatches(batches.Batches):
       'seed': config.data.seed,
     }
     self._tokenizer = store.index['tokenizer']['sha256']
-    self._next, self._place = 0, 0
-    self.ngrams = None
+    self._next, self.ngrams = 0, None
     self.told: dict[str, float] = {}
-    tell = say.warn if distributed.first() else lambda line: None
-    self._tell, self._equal = tell, 0
-    self._answerer = Answerer(config, model, where, store, tell)
-    self._reference = ReferencePolicy(config, model, where)
-    self._where = where
-    self._score = scoring.scorer(model, config.objective, where.copied)
-    self._route = scoring.router(model, where.copied)
-    self._round: dict[str, np.ndarray] | None = None
     self._variables: Callable[[], dict] | None = None
 
   def _open(self, *, recut: bool) -> None:
@@ -152,6 +142,26 @@ class RolloutBatches(batches.Batches):
   def see(self, variables: Callable[[], dict]) -> None:
     """Takes a way to the weights that the next round is drawn by."""
     self._variables = variables
+
+
+class RolloutBatches(PromptBatches):
+  """Draws rounds of rollouts; its place is the number of the update."""
+
+  def __init__(self, store: TaskStore, config: RunConfig):
+    """Makes what samples, scores and compares; samples nothing."""
+    super().__init__(store, config)
+    model = build(config.model)
+    where = placement.choose(config.mesh, model.abstract)
+    self.windows = self.rounds * config.rollouts.steps
+    self._place = 0
+    tell = say.warn if distributed.first() else lambda line: None
+    self._tell, self._equal = tell, 0
+    self._answerer = Answerer(config, model, where, store, tell)
+    self._reference = ReferencePolicy(config, model, where)
+    self._where = where
+    self._score = scoring.scorer(model, config.objective, where.copied)
+    self._route = scoring.router(model, where.copied)
+    self._round: dict[str, np.ndarray] | None = None
 
   def next(
     self, batch_size: int, process_index: int = 0, process_count: int = 1
@@ -220,7 +230,8 @@ class RolloutBatches(batches.Batches):
     before = self._answerer.drafted
     for _ in range(1 + cfg.redraws * objective.dynamic_sampling):
       places = range(self._place, self._place + lack)
-      problems = [self._problem(place) for place in places]
+      own = self._store.task.train
+      problems = [own[self._order[place]] for place in places]
       more = self._answerer.groups(variables, problems, seed, len(groups))
       found, wrong = self._answerer.rewards(more, problems)
       self._place, errors = self._place + lack, errors + wrong

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.data import batches, packing
+from deepseek_jax.data import packing
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processor
@@ -151,7 +151,7 @@ class TaughtBatches(PackedBatches):
     super().set_state(state)
 
 
-class StudentBatches(batches.Batches):
+class StudentBatches(rl.PromptBatches):
   """Draws answers of the student, with what the teachers say of them.
 
   Its place is the number of the round, which alone decides the seeds: a round
@@ -161,25 +161,11 @@ class StudentBatches(batches.Batches):
 
   def __init__(self, store: rl.TaskStore, config: RunConfig):
     """Reads the teachers; samples nothing yet."""
-    self._store, self._run_config = store, config
-    self._config = config.data
-    self._recut, self.drawn = False, []
+    super().__init__(store, config)
     self._teachers = Teachers(config, store.tokenizer())
-    problems = store.task.train
-    self._order = batches.shuffled(len(problems), str(config.data.seed))
-    self.windows = -(-len(problems) // config.rollouts.prompts)
-    self._stream = {
-      'train_sha256': store.train_sha256,
-      'heldout_sha256': store.heldout_sha256,
-      'seq_len': config.data.seq_len,
-      'seed': config.data.seed,
-      _STREAM: self._teachers.sha256,
-    }
-    self._tokenizer = store.index['tokenizer']['sha256']
-    self._next, self.ngrams = 0, None
-    self.told: dict[str, float] = {}
+    self.windows = self.rounds
+    self._stream[_STREAM] = self._teachers.sha256
     self._answering: Answering | None = None
-    self._variables: Callable[[], dict] | None = None
     asked = config.rollouts
     self._sampled = AnswerConfig(
       n=asked.group,
@@ -190,13 +176,6 @@ class StudentBatches(batches.Batches):
       seconds=asked.seconds,
       processes=asked.processes,
     )
-
-  def _open(self, *, recut: bool) -> None:
-    """Does nothing: problems are in memory."""
-
-  def see(self, variables: Callable[[], dict]) -> None:
-    """Takes a way to the weights that the next round is drawn by."""
-    self._variables = variables
 
   def next(
     self, batch_size: int, process_index: int = 0, process_count: int = 1

@@ -18,7 +18,10 @@ from deepseek_jax.cli import common, process_flags
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import rl
+from tests.faults import worker
 from tests.faults.rollouts_task import fingerprint, folder_of
+
+flags.adopt_module_key_flags(worker)
 
 
 def config(folder: Path) -> ds.RunConfig:

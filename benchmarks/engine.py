@@ -172,7 +172,7 @@ def plot(records: list[dict], path: pathlib.Path) -> None:
 
 
 def drafts(workdir: str, rounds: int) -> dict:
-  """What drafts give on a run's held-out text."""
+  """Measures what drafts give on a run's held-out text."""
   run = ds.load(workdir)
   store = data.build(run.config.data)
   ids = [

@@ -1,4 +1,4 @@
-"""What `benchmarks.growth` measures: a program for each point of a study.
+"""Makes what `benchmarks.growth` measures: a program for each point.
 
 A point is named study/what/pass/size, as in tokens/DSA/step/4096.
 """

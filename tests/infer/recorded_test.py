@@ -1,4 +1,4 @@
-"""What an engine records for training: experts of tokens, kept tokens."""
+"""Records of an engine for training: experts of tokens, kept tokens."""
 
 import functools
 
@@ -44,7 +44,7 @@ def live(tokens):
 
 
 def kept_by(logits, top_k, top_p):
-  """Which tokens a draw may take, [V] bool."""
+  """Returns the tokens that a draw may take, [V] bool."""
   order = np.argsort(-logits, kind='stable')
   probs = np.exp(logits - logits.max())
   if top_k:

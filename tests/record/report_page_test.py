@@ -96,14 +96,7 @@ class ReportPageTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    from playwright.sync_api import sync_playwright
-
-    path = page_run.browser()
-    playwright = cls.enterClassContext(sync_playwright())
-    cls.browser = playwright.chromium.launch(
-      executable_path=path, args=['--no-sandbox']
-    )
-    cls.addClassCleanup(cls.browser.close)
+    cls.browser = page_run.launched(cls)
     folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     cls.run_, other = folder / 'run', folder / 'other'
     for path, scale in ((cls.run_, 1.0), (other, 1.3)):

@@ -1,4 +1,4 @@
-"""What a run leaves to the machine is chosen once, and kept."""
+"""Checks that what a run leaves to the machine is chosen once, and kept."""
 
 import json
 import pathlib

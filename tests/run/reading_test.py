@@ -1,4 +1,4 @@
-"""What is read of finished runs: arms, held-out text, exports, a talk."""
+"""Reads finished runs: arms, held-out text, exports, a talk."""
 
 import dataclasses
 import json

@@ -37,6 +37,19 @@ def browser():
   )
 
 
+def launched(case):
+  """Returns a browser for a class of tests, which closes it in the end."""
+  from playwright.sync_api import sync_playwright
+
+  path = browser()
+  playwright = case.enterClassContext(sync_playwright())
+  found = playwright.chromium.launch(
+    executable_path=path, args=['--no-sandbox']
+  )
+  case.addClassCleanup(found.close)
+  return found
+
+
 def main():
   try:
     browser()

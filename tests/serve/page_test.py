@@ -21,14 +21,7 @@ class PageTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    from playwright.sync_api import sync_playwright
-
-    path = page_run.browser()
-    playwright = cls.enterClassContext(sync_playwright())
-    cls.browser = playwright.chromium.launch(
-      executable_path=path, args=['--no-sandbox']
-    )
-    cls.addClassCleanup(cls.browser.close)
+    cls.browser = page_run.launched(cls)
     cls.tokenizer = servers.deepseek_tokenizer()
 
   def says(self, engine, text):

@@ -101,7 +101,7 @@ class R1Recipe:
   distill: float = 5e5
   pretrain_rate: float = 3e-3
   cold_rate: float = 1.5e-3
-  rl_rate: float = 7e-4
+  rl_rate: float = 1e-4
   batch: int = 32
   prompts: int = 32
   group: int = 8

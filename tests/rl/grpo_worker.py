@@ -1,9 +1,10 @@
 """A step of GRPO on several devices and in micro-batches, against one of each.
 
-python -m tests.rl.grpo_worker
+    python -m tests.rl.grpo_worker [CASE...]
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def step(mesh, micro_batches, batch):
   return jax.device_get(steps.whole(state)), jax.device_get(metrics)
 
 
-def main():
+def main(names):
   model, variables = tiny.model('llama'), tiny.variables('llama')
   batch = rollouts.batch(model, variables, B, T + 1)
   want, told = step(ds.MeshConfig(), 1, batch)
@@ -73,7 +74,8 @@ def main():
   padded['tokens'][:, T + 1 :] = 7
   changed = {'another order': shuffled, 'more padding': padded}
   cases = CASES | dict.fromkeys(changed, (ds.MeshConfig(), 1))
-  for name, (mesh, micro_batches) in cases.items():
+  for name in names or cases:
+    mesh, micro_batches = cases[name]
     given = changed.get(name, batch)
     state, metrics = step(mesh, micro_batches, given)
     norms = lambda m: {
@@ -87,4 +89,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -134,8 +135,17 @@ class GRPOTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, f"batch has no '{name}'"):
       found(*self.model(), batch, grpo.GRPOConfig(**fields))
 
+  def test_two_devices_and_padding_change_nothing(self):
+    self.check_steps('2 devices', 'more padding')
+
+  @pytest.mark.slow
   def test_devices_micro_batches_and_order_change_nothing(self):
-    for name, gaps in fake_devices.run('tests.rl.grpo_worker').items():
+    self.check_steps()
+
+  def check_steps(self, *cases):
+    found = fake_devices.run('tests.rl.grpo_worker', *cases)
+    self.assertContainsSubset(cases, found)
+    for name, gaps in found.items():
       with self.subTest(name):
         self.assertLess(gaps['params'], 1e-6)
         self.assertLess(gaps['metrics'], 2e-6)

@@ -149,9 +149,12 @@ class Evolve:
     rng = random.Random(f'first level {recipe.base.seed}')
     asked = [first[n % len(first)] for n in range(recipe.base.first)]
     rng.shuffle(asked)
-    said = synthetic.first_answers(asked, recipe.base.seed, 0.0, 0.0)
-    chain.write_lines(data / 'first.jsonl', list(said))
-    return {**told, 'conversations': len(asked)}
+    said = list(synthetic.first_answers(asked, recipe.base.seed, 0.0, 0.0))
+    # How columns of longer numbers are gone through, without a sum.
+    said += synthetic.larger_digits(recipe.base.seed, len(said))
+    rng.shuffle(said)
+    chain.write_lines(data / 'first.jsonl', said)
+    return {**told, 'conversations': len(said)}
 
   def _open(self) -> None:
     """Reads the task and makes what samples.

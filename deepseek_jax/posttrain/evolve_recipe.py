@@ -9,7 +9,7 @@ from deepseek_jax.posttrain.r1_recipe import R1Recipe
 
 def _base() -> R1Recipe:
   """Returns the recipe of the model that begins: it knows the first level."""
-  return R1Recipe(seq_len=103, most=90, cold=3e5, slots=64)
+  return R1Recipe(seq_len=103, most=90, cold=1.2e6, slots=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,11 @@ class EvolveRecipe:
   problems: int = 1500
   bar: float = 0.8
   rounds: int = 16
-  asked: int = 256
-  drawn: int = 8
+  asked: int = 1024
+  drawn: int = 4
   replayed: int = 128
   tokens: float = 1.2e5
-  rate: float = 7e-4
+  rate: float = 4e-4
   measured: int = 50
   verify: bool = True
 

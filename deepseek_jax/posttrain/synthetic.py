@@ -163,6 +163,24 @@ def first_sum(problem: dict, rng: random.Random, wrong: float) -> str:
   return answered(*thought_of_sum(left, right, carries=rng.random() >= wrong))
 
 
+def larger_digits(seed: int, count: int) -> Iterator[dict]:
+  """Yields conversations about the larger digit of each column: 18#32=38.
+
+  They have the form of sums, of up to LONGEST digits, and nothing is carried:
+  whoever knows them has seen how columns of any number are gone through.
+  """
+  rng = random.Random(f'larger digits {seed}')
+  for _ in range(count):
+    digits = rng.randint(1, LONGEST)
+    left, right = _digits(rng, digits), _digits(rng, digits)
+    most = [max(pair) for pair in zip(left, right)]
+    said = [
+      f'{a}#{b}={c}' for a, b, c in zip(left[::-1], right[::-1], most[::-1])
+    ]
+    whole = answered(' '.join(said), ''.join(most))
+    yield {'prompt': f'{left}#{right}=', 'completion': whole}
+
+
 def _steps(numbers: list[int], signs: tuple[str, str]) -> tuple[str, int, str]:
   """Returns the steps of an expression, its value and itself."""
   a, b, c = numbers

@@ -68,6 +68,20 @@ class CountdownTest(absltest.TestCase):
         self.assertEqual(made, int(value))
 
 
+class LargerDigitsTest(absltest.TestCase):
+  def test_they_are_right_in_form_and_no_sums(self):
+    rows = list(synthetic.larger_digits(0, 200))
+    self.assertEqual(rows, list(synthetic.larger_digits(0, 200)))
+    for row in rows:
+      left, right = row['prompt'].rstrip('=').split('#')
+      want = ''.join(map(max, left, right))
+      self.assertEqual(extract.answer(row['completion'], 'answer'), want)
+      self.assertTrue(extract.is_in_form(row['completion']))
+      self.assertNotIn('+', row['completion'])
+    lengths = {row['prompt'].index('#') for row in rows}
+    self.assertLen(lengths, synthetic.LONGEST)
+
+
 class TextTest(absltest.TestCase):
   def test_no_line_asks_for_a_sum_of_several_columns(self):
     text = synthetic.text(0, 4000)

@@ -212,7 +212,7 @@ class Evolve:
       return {**counts, **self._measured(before), 'stuck': True}
     self._answer_earlier(level, name, before)
     lesson = self.folder / 'kept' / f'{name}-lesson.jsonl'
-    counts['replayed'] = self._write_lesson(lesson, kept, name)
+    counts['replayed'] = self._write_lesson(lesson, name)
     trained = self._fit(self._training(lesson, before), self.folder / name)
     found = self._measured(self.folder / name)
     return {**counts, **trained, **found, 'stuck': False}
@@ -258,17 +258,27 @@ class Evolve:
       if number < level and number not in known and not counts.exists():
         chain.write(counts, self._collected(path, number, before))
 
-  def _write_lesson(self, path: Path, kept: Path, name: str) -> int:
+  def _write_lesson(self, path: Path, name: str) -> int:
     """Writes what a round trains on; returns how much of it is of before."""
-    rows = kept.read_text().splitlines()
+    kept = self.folder / 'kept'
     rng = random.Random(f'lesson {name} {self.recipe.base.seed}')
-    level = json.loads(kept.with_suffix('.json').read_text())['level']
+    level = json.loads((kept / f'{name}.json').read_text())['level']
+    # All rounds of this level: the newest answer to each problem.
+    rows: dict[str, dict] = {}
+    for counts in sorted(kept.glob('round-??.json')):
+      if counts.stem > name or json.loads(counts.read_text())['level'] != level:
+        continue
+      for line in counts.with_suffix('.jsonl').read_text().splitlines():
+        row = json.loads(line)
+        rows[row['prompt']] = row
     before = []
-    for number, newest in sorted(self._kept_before(name).items()):
-      if number < level:
-        some = newest.read_text().splitlines()
-        before += rng.sample(some, min(self.recipe.replayed, len(some)))
-    chain.write_lines(path, [json.loads(row) for row in (*rows, *before)])
+    earlier = [
+      p for n, p in sorted(self._kept_before(name).items()) if n < level
+    ]
+    for newest in (self.folder / 'data' / 'first.jsonl', *earlier):
+      some = newest.read_text().splitlines() if newest.exists() else []
+      before += rng.sample(some, min(self.recipe.replayed, len(some)))
+    chain.write_lines(path, [*rows.values(), *map(json.loads, before)])
     return len(before)
 
   def _training(self, path: Path, before: Path) -> RunConfig:

@@ -29,8 +29,9 @@ class EvolveRecipe:
     bar: held-out greedy accuracy at which a level is passed.
     rounds: at most.
     asked, drawn: problems of a round, and answers of each.
-    replayed: conversations of each earlier level that a round trains on, too:
-      the newest that were kept, or the model's answers to it at that time.
+    replayed: conversations of the first lesson, and of each earlier level,
+      that a round trains on beside all that was kept of its own level: the
+      newest that were kept, or the model's answers to it at that time.
     tokens: that a round trains on.
     rate: highest learning rate of a round.
     measured: held-out problems of each level.
@@ -42,9 +43,9 @@ class EvolveRecipe:
   start: str = ''
   task: str = ''
   levels: tuple[int, ...] = (2, 3, 4, 5)
-  problems: int = 1500
+  problems: int = 6000
   bar: float = 0.8
-  rounds: int = 16
+  rounds: int = 24
   asked: int = 1024
   drawn: int = 4
   replayed: int = 128

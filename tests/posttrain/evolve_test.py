@@ -83,31 +83,38 @@ class EvolveTest(parameterized.TestCase):
     made._answer_earlier(4, 'round-02', self.folder)
     self.assertLen(asked, 1)
 
-  def test_a_lesson_has_some_of_every_earlier_level(self):
+  def test_a_lesson_has_its_level_and_some_of_what_came_before(self):
     made = Evolve(EvolveRecipe(replayed=3), self.folder)
     made._levels = [2, 3, 4, 5]
     kept = self.folder / 'kept'
     row = lambda text: {'prompt': text, 'completion': 'x'}
+    rows = lambda name: [row(f'{name} {n}') for n in range(5)]
+    chain.write_lines(self.folder / 'data' / 'first.jsonl', rows('first'))
     for name, level in (
       ('level-2', 2), ('round-01', 3), ('round-02', 3), ('round-03', 4),
-      ('round-04', 3),
+      ('round-04', 4), ('round-05', 4),
     ):  # fmt: skip
-      rows = [row(f'{name} {n}') for n in range(5)]
-      chain.write_lines(kept / f'{name}.jsonl', rows)
-      chain.write(kept / f'{name}.json', {'level': level, 'kept': 5})
-    path = kept / 'round-03-lesson.jsonl'
-    count = made._write_lesson(path, kept / 'round-03.jsonl', 'round-03')
-    told = [json.loads(row)['prompt'] for row in path.read_text().splitlines()]
-    begins = [text.rpartition(' ')[0] for text in told]
-    self.assertEqual(count, 6)
-    # All of this round, some of a level that had none, of level 3 the newest.
+      # One problem is asked in every round.
+      again = {'prompt': 'again', 'completion': name}
+      chain.write_lines(kept / f'{name}.jsonl', [*rows(name), again])
+      chain.write(kept / f'{name}.json', {'level': level, 'kept': 6})
+    path = kept / 'round-04-lesson.jsonl'
+    count = made._write_lesson(path, 'round-04')
+    told = [json.loads(row) for row in path.read_text().splitlines()]
+    begins = [row['prompt'].rpartition(' ')[0] for row in told[:11]]
+    self.assertEqual(count, 9)
+    self.assertLen(told, 11 + 9)
+    # All of its level so far, each problem by its newest answer.
     self.assertEqual(begins.count('round-03'), 5)
-    self.assertEqual(begins.count('level-2'), 3)
-    self.assertEqual(begins.count('round-02'), 3)
-    again = made._write_lesson(path, kept / 'round-03.jsonl', 'round-03')
-    self.assertEqual(again, 6)
-    rows = path.read_text().splitlines()
-    self.assertEqual(told, [json.loads(row)['prompt'] for row in rows])
+    self.assertEqual(begins.count('round-04'), 5)
+    self.assertIn({'prompt': 'again', 'completion': 'round-04'}, told[:11])
+    # The first lesson, a level that had no round, and the newest of level 3.
+    for place, name in enumerate(('first', 'level-2', 'round-02')):
+      for row in told[11 + 3 * place : 14 + 3 * place]:
+        self.assertIn(name, row['prompt'] + row['completion'])
+    made._write_lesson(path, 'round-04')
+    lines = path.read_text().splitlines()
+    self.assertEqual(told, [json.loads(line) for line in lines])
 
 
 if __name__ == '__main__':

@@ -131,19 +131,24 @@ class Evolve:
     """Writes text, problems of all levels, and answers to the first level."""
     recipe, data = self.recipe, self.folder / 'data'
     told = r1.write_text(recipe.base, data / 'text')
-    problems = [
+    sums = [
       problem
       for level in recipe.levels
       for problem in synthetic.sums(
         recipe.base.seed, level, recipe.problems, carry=False
       )
     ]
+    problems = list(map(synthetic.sign_last, sums))
     chain.write_lines(data / 'problems.jsonl', problems)
     rewards = [{'kind': 'exact'}, {'kind': 'format', 'weight': 0.2}]
     task = {'problems': 'problems.jsonl', 'rewards': rewards, 'heldout': 0.1}
     chain.write(data / 'task.json', task)
-    train = tasks.read(str(data / 'task.json')).train
-    first = [p for p in train if p['level'] == recipe.levels[0]]
+    trained = {p['prompt'] for p in tasks.read(str(data / 'task.json')).train}
+    first = [
+      written
+      for written, problem in zip(sums, problems)
+      if problem['prompt'] in trained and problem['level'] == recipe.levels[0]
+    ]
     # Sums of another length, too: that they end has to be seen.
     first += 3 * synthetic.sums(recipe.base.seed, 1, 81)
     rng = random.Random(f'first level {recipe.base.seed}')
@@ -153,8 +158,9 @@ class Evolve:
     # How columns of longer numbers are gone through, without a sum.
     said += synthetic.larger_digits(recipe.base.seed, len(said))
     rng.shuffle(said)
-    chain.write_lines(data / 'first.jsonl', said)
-    return {**told, 'conversations': len(said)}
+    lesson = list(map(synthetic.sign_last, said))
+    chain.write_lines(data / 'first.jsonl', lesson)
+    return {**told, 'conversations': len(lesson)}
 
   def _open(self) -> None:
     """Reads the task and makes what samples.

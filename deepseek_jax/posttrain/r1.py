@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import build
@@ -19,7 +20,7 @@ from deepseek_jax.posttrain import chain, collect, handover, measure, synthetic
 from deepseek_jax.posttrain.chain import ChainStage
 from deepseek_jax.posttrain.measure import Sampler
 from deepseek_jax.posttrain.r1_recipe import R1Recipe
-from deepseek_jax.posttrain.r1_runs import R1Runs
+from deepseek_jax.posttrain.r1_runs import HELD_OUT, R1Runs
 from deepseek_jax.rl import tasks
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.run import fit as loop
@@ -30,7 +31,7 @@ BASE, COLD, REINFORCED = '1-base', '2-cold-start', '3-reinforced'
 TUNED, AGAIN = '4-fine-tuned', '5-reinforced'
 STUDENT_BASE, STUDENT = '6-student-base', '7-student'
 MODELS = (BASE, COLD, REINFORCED, TUNED, AGAIN, STUDENT_BASE, STUDENT)
-_FILES = 32  # of the text
+_DOCUMENTS = 32  # of the text, at least
 
 
 def rewards(recipe: R1Recipe) -> list[dict]:
@@ -43,11 +44,15 @@ def rewards(recipe: R1Recipe) -> list[dict]:
 
 
 def write_text(recipe: R1Recipe, folder: Path) -> dict[str, Any]:
-  """Writes the synthetic text, as some documents."""
+  """Writes the synthetic text as documents, of which some are held out."""
   lines = synthetic.text(recipe.seed, recipe.lines).splitlines(keepends=True)
   folder.mkdir(parents=True, exist_ok=True)
-  for n in range(_FILES):
-    part = ''.join(lines[n::_FILES])
+  # A hash of the text decides; of a few documents it may choose none.
+  for count in range(_DOCUMENTS, 10 * _DOCUMENTS):
+    parts = [''.join(lines[n::count]) for n in range(count)]
+    if any(corpus.is_held_out(part, HELD_OUT) for part in parts):
+      break
+  for n, part in enumerate(parts):
     (folder / f'{n:02}.txt').write_text(part)
   return {'bytes': sum(map(len, lines))}
 

@@ -19,7 +19,7 @@ from deepseek_jax.train.schedules import (
   SwitchConfig,
 )
 
-_HELD_OUT = 0.03  # of text and conversations
+HELD_OUT = 0.03  # of text and conversations
 _SAVES = 4  # checkpoints of a stage, beside the last
 
 
@@ -38,7 +38,7 @@ class R1Runs:
       vocab_size=self.recipe.model.vocab_size,
       seq_len=self.recipe.seq_len,
       fim_rate=0.0,
-      heldout_fraction=_HELD_OUT,
+      heldout_fraction=HELD_OUT,
       seed=self.recipe.seed,
       cache_dir=str(self.folder / 'cache'),
       **changes,

@@ -9,6 +9,7 @@ rewards. Everything follows from a seed.
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator
 
 LONGEST = 6  # digits of the numbers in the text
@@ -163,8 +164,22 @@ def first_sum(problem: dict, rng: random.Random, wrong: float) -> str:
   return answered(*thought_of_sum(left, right, carries=rng.random() >= wrong))
 
 
+def sign_last(row: dict) -> dict:
+  """Returns a problem, or a conversation, whose sign is only in the prompt.
+
+  18+35= becomes 18 35+, and a thought's 8+5=13 1+3+1=5 becomes 8 5=13 1 3+1=5:
+  columns are gone through alike, whatever is done with them.
+  """
+  prompt = re.sub(r'(\d+)([+#])(\d+)=', r'\1 \3\2', row['prompt'])
+  out = row | {'prompt': prompt}
+  if 'completion' in row:
+    column = r'(?<![\d+])(\d)[+#](\d)'
+    out['completion'] = re.sub(column, r'\1 \2', row['completion'])
+  return out
+
+
 def larger_digits(seed: int, count: int) -> Iterator[dict]:
-  """Yields conversations about the larger digit of each column: 18#32=38.
+  """Yields conversations about the larger digit of each column: 18#35=38.
 
   They have the form of sums, of up to LONGEST digits, and nothing is carried:
   whoever knows them has seen how columns of any number are gone through.

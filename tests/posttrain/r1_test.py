@@ -16,12 +16,13 @@ import pytest
 from absl.testing import absltest
 
 import deepseek_jax as ds
+from deepseek_jax.data import corpus
 from deepseek_jax.posttrain import chain, collect, r1, synthetic
 from deepseek_jax.posttrain.evolve import Evolve
 from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
 from deepseek_jax.posttrain.r1 import R1Chain
 from deepseek_jax.posttrain.r1_recipe import R1Recipe, llama, teacher
-from deepseek_jax.posttrain.r1_runs import R1Runs
+from deepseek_jax.posttrain.r1_runs import HELD_OUT, R1Runs
 from deepseek_jax.posttrain.study import Study, StudyRecipe
 from deepseek_jax.record.report import evolve_page, r1_page
 
@@ -89,6 +90,16 @@ class RecipeTest(absltest.TestCase):
       self.assertLess(len(row['completion']), evolve.base.most)
       room = evolve.base.seq_len + 1 - evolve.base.most
       self.assertLessEqual(len(row['prompt']), room)
+
+  def test_some_text_is_held_out_of_every_seed(self):
+    counts = []
+    for seed in range(6):
+      folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+      r1.write_text(R1Recipe(seed=seed, lines=400), folder)
+      texts = [path.read_text() for path in folder.iterdir()]
+      counts.append(len(texts))
+      self.assertTrue(any(corpus.is_held_out(t, HELD_OUT) for t in texts))
+    self.assertGreater(len(set(counts)), 1)  # 32 are not always enough
 
   def test_reinforcement_has_as_many_steps_as_rounds(self):
     made = R1Runs(R1Recipe(rounds=7), Path('x')).reinforcement(

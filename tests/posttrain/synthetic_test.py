@@ -82,6 +82,29 @@ class LargerDigitsTest(absltest.TestCase):
     self.assertLen(lengths, synthetic.LONGEST)
 
 
+class SignLastTest(absltest.TestCase):
+  def test_a_thought_keeps_its_numbers_and_no_sign_of_a_column(self):
+    for problem in synthetic.sums(0, 4, 100, carry=False):
+      said = synthetic.first_sum(problem, random.Random(0), 0.0)
+      row = synthetic.sign_last({**problem, 'completion': said})
+      self.assertRegex(row['prompt'], r'^\d{4} \d{4}\+$')
+      self.assertEqual(re.findall(r'\d+', row['prompt']),
+                       re.findall(r'\d+', problem['prompt']))  # fmt: skip
+      self.assertEqual(extract.answer(row['completion'], 'answer'),
+                       problem['answer'])  # fmt: skip
+      thought = extract.reasoning(row['completion'])
+      steps = re.findall(r'(\d) (\d)(\+1)?=(\d+)', thought)
+      self.assertLen(steps, 4)
+      for a, b, carry, total in steps:
+        self.assertEqual(int(a) + int(b) + bool(carry), int(total))
+
+  def test_larger_digits_look_alike(self):
+    row = {'prompt': '18#35=', 'completion': '<think>8#5=8 1#3=3</think>'}
+    told = synthetic.sign_last(row)
+    self.assertEqual(told['prompt'], '18 35#')
+    self.assertEqual(told['completion'], '<think>8 5=8 1 3=3</think>')
+
+
 class TextTest(absltest.TestCase):
   def test_no_line_asks_for_a_sum_of_several_columns(self):
     text = synthetic.text(0, 4000)

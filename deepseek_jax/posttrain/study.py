@@ -31,16 +31,17 @@ ARMS = {
   'evolve': 'self-improvement with verification',
   'unverified': 'control: self-improvement without',
 }
-# Seconds of an arm of the default recipe on two cores that do nothing else,
-# from the processor time of its parts; what has run is known better.
+# Seconds of an arm of the default recipe on two cores, measured beside another
+# run, those of self-improvement by the time of a round; what has run is known
+# better.
 SECONDS = {
-  'start': 165.0,
-  'grpo': 270.0,
-  'permuted': 270.0,
-  'sft': 170.0,
-  'floor': 30.0,
-  'evolve': 200.0,
-  'unverified': 270.0,
+  'start': 290.0,
+  'grpo': 390.0,
+  'permuted': 410.0,
+  'sft': 330.0,
+  'floor': 40.0,
+  'evolve': 1200.0,
+  'unverified': 1200.0,
 }
 
 
@@ -309,7 +310,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     '',
     'Written by `python -m experiments.r1_study`. Shares of held-out problems'
     f' that were solved, over {results["seeds"]} seeds: mean ± 95 % interval of'
-    " Student's t; one seed has none.",
+    " Student's t; one seed has none. In brackets: every seed.",
     '',
   ]
   for group in (
@@ -335,10 +336,14 @@ def _table(arms: Mapping[str, Mapping]) -> list[str]:
   head = ['arm', *names]
   lines = [f'| {" | ".join(head)} |', f'|{"---|" * len(head)}']
   for name, arm in arms.items():
-    cells = [
-      str(comparison.Interval(**arm['means'][n])) if n in arm['means'] else '—'
-      for n in names
-    ]
+    cells = [_cell(arm, n) if n in arm['means'] else '—' for n in names]
     said = f'{name} ({arm["what"]})' if arm['what'] else name
     lines.append(f'| {" | ".join([said, *cells])} |')
   return lines
+
+
+def _cell(arm: Mapping[str, Mapping], name: str) -> str:
+  """Returns mean and interval of a number, and what it is of every seed."""
+  told = str(comparison.Interval(**arm['means'][name]))
+  values = [f'{one[name]:.2f}' for one in arm['seeds'].values() if name in one]
+  return f'{told} ({", ".join(values)})' if len(values) > 1 else told

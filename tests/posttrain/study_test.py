@@ -64,7 +64,7 @@ class StudyTest(absltest.TestCase):
     self.assertEqual(less['floor'], {})
     text = study.markdown(found)
     self.assertIn('| evolve (self-improvement with verification) | 0.9 |', text)
-    self.assertIn('0.85 ± 0.64', text)
+    self.assertIn('0.85 ± 0.64 (0.90, 0.80)', text)
     self.assertIn('permuted (control: rewards dealt out at random)', text)
 
   def test_nothing_run_is_said(self):

@@ -208,7 +208,7 @@ MUTANTS = (
     'deepseek_jax/posttrain/evolve.py',
     'some = newest.read_text().splitlines()',
     'some = []',
-    ('tests/posttrain/evolve_test.py::lesson_has_some_of_every',),
+    ('tests/posttrain/evolve_test.py::lesson_has_its_level',),
     'a model that climbs forgets the levels below',
   ),
   Mutant(

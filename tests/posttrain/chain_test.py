@@ -65,7 +65,8 @@ class ChainTest(absltest.TestCase):
     chain.claim(inside, R1Recipe())
     chain.claim(inside, R1Recipe())
     other = dataclasses.replace(R1Recipe(), rounds=7)
-    with self.assertRaisesRegex(InputError, 'rounds = 60 there, 7 here'):
+    told = f'rounds = {R1Recipe().rounds} there, 7 here'
+    with self.assertRaisesRegex(InputError, told):
       chain.claim(inside, other)
     (self.folder / 'mine.txt').write_text('mine')
     with self.assertRaisesRegex(InputError, 'is not empty and holds no chain'):

@@ -1,6 +1,6 @@
 """A step of GRPO on several devices and in micro-batches, against one of each.
 
-    python -m tests.rl.grpo_worker [CASE...]
+python -m tests.rl.grpo_worker [CASE...]
 """
 
 import json

@@ -154,8 +154,6 @@ class Evolve:
     rng = random.Random(f'first level {recipe.base.seed}')
     asked = [first[n % len(first)] for n in range(recipe.base.first)]
     rng.shuffle(asked)
-    wide = asked[::2]
-    asked[::2] = [synthetic.in_wide_columns(problem, rng) for problem in wide]
     said = list(synthetic.first_answers(asked, recipe.base.seed, 0.0, 0.0))
     # How columns of longer numbers are gone through, without a sum.
     said += synthetic.larger_digits(recipe.base.seed, len(said))

@@ -178,13 +178,6 @@ def sign_last(row: dict) -> dict:
   return out
 
 
-def in_wide_columns(problem: dict, rng: random.Random) -> dict:
-  """Returns a sum with zeros before its numbers, up to LONGEST columns."""
-  numbers = problem['prompt'].rstrip('=').split('+')
-  width = rng.randint(len(numbers[0]), LONGEST)
-  return problem | {'prompt': f'{"+".join(n.zfill(width) for n in numbers)}='}
-
-
 def larger_digits(seed: int, count: int) -> Iterator[dict]:
   """Yields conversations about the larger digit of each column: 18#35=38.
 

@@ -153,7 +153,7 @@ def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
 
   Then the weights' bytes are the cost, and all of them would be read anyway.
   """
-  return tokens <= 16 and 2 * tokens * top_k >= experts
+  return tokens <= 32 and 2 * tokens * top_k >= experts
 
 
 def _apply_all(

@@ -135,7 +135,7 @@ class MoETest(parameterized.TestCase):
     np.testing.assert_array_equal(jitted('v3')(broken, x, segments)[0], y)
 
   def test_reading_all_experts_gives_the_gradients_of_sorted_rows(self):
-    """32 tokens read all experts, 33 are sorted; the last one weighs nothing."""
+    """32 tokens read all experts, 33 are sorted; the last has no weight."""
     rng = np.random.default_rng(5)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     experts = np.stack([rng.permutation(8)[:2] for _ in range(33)])

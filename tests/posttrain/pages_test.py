@@ -69,6 +69,7 @@ class PagesTest(absltest.TestCase):
     self.stage('3-reinforced-measured', 'measure', **reached(0.75))
     folders = {'hf': {'compared': 16, 'equal': 15, 'examples': []}}
     self.stage('exported', 'file', folders=folders)
+    self.stage('arm-permuted', 'arm')  # a study's, and no stage of this
     text = r1_page.write(self.folder).read_text()
     for words in (
       '25.0 % → 75.0 %', 'held out, 2-cold to 3-reinforced', '15 of 16',
@@ -76,6 +77,7 @@ class PagesTest(absltest.TestCase):
       '3-reinforced, first', '3 steps, 300 tokens', '&#34;seed&#34;: 7',
     ):  # fmt: skip
       self.assertIn(words, text)
+    self.assertNotIn('arm-permuted', text)
     self.assertNotIn('<u>', text)  # what a model wrote is text alone
     self.assertNotIn('http:', text)
     self.assertNotIn('https', text)

@@ -39,9 +39,11 @@ def records(folder: Path) -> list[dict[str, Any]]:
   Raises:
     InputError: none has.
   """
-  made = [
+  found = [
     files.load_json(str(p)) for p in sorted((folder / 'stages').glob('*.json'))
   ]
+  # A study keeps its arms beside the stages that they begin with.
+  made = [record for record in found if record['kind'] != 'arm']
   if not made:
     raise InputError(f'{folder}: no stage has ended; there is nothing to show')
   return sorted(made, key=lambda record: record['number'])

@@ -20,7 +20,7 @@ from deepseek_jax.record.metrics import NoMetrics
 from deepseek_jax.run import sources
 from deepseek_jax.run.steps import Steps
 from tests.faults import rollouts_task, rollouts_worker
-from tests.run.staged_worker import SMOOTH, gap
+from tests.run.staged_worker import RECIPE, SMOOTH, gap
 
 STEPS, ROWS = 4, 8  # two rounds of two updates
 CASES = {
@@ -44,6 +44,7 @@ def run(folder: Path, mesh: ds.MeshConfig):
     {
       'mesh': mesh,
       'train.optimizer': SMOOTH,
+      'train.schedule': RECIPE.schedule,
       'objective.router_bias': 'updated',
     },
   )

@@ -63,7 +63,9 @@ def _over_chunks(
   block: int,
 ) -> Any:
   """Folds step(carry, first row, static rows), largest chunks first."""
-  top = max(min(_CHUNK, rows) // block, 1)
+  # Half of the rows at most: a product of all of them is the same in every
+  # turn, so XLA would move it out of the loop and do it for each run.
+  top = max(min(_CHUNK, rows // 2) // block, 1)
   top = 1 << (top.bit_length() - 1)  # then each smaller size comes 0 or 1 times
   levels = [top >> i for i in range(top.bit_length())]
   for level in levels:

@@ -17,6 +17,22 @@ MUTANTS = (
     fast=True,
   ),
   Mutant(
+    'gates_rounded',
+    'pallas_kernels/permute/reference.py',
+    'w = weights.astype(jnp.float32).T[..., None]',
+    'w = weights.astype(rows.dtype).T[..., None]',
+    (f'{_TESTS}/permute_test.py::bfloat16_sums_in_float32',),
+    'float32 weights are weights: rounded they are off by 0.4 %',
+  ),
+  Mutant(
+    'a_product_of_all_rows_for_each_run',
+    'pallas_kernels/grouped_matmul/reference.py',
+    'top = max(min(_CHUNK, rows // 2) // block, 1)',
+    'top = max(min(_CHUNK, rows) // block, 1)',
+    (f'{_TESTS}/grouped_matmul_test.py::no_product_takes_all_rows',),
+    'XLA moves it out of the loop: 4 to 11 times as slow',
+  ),
+  Mutant(
     'speculative_tokens_attend_to_later_ones',
     'pallas_kernels/mla_decode/reference.py',
     'seen = lengths[:, None] - (T - 1) + jnp.arange(T)',

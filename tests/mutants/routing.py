@@ -142,14 +142,6 @@ MUTANTS = (
     'what a call holds decides what is dropped: accumulation changes the loss',
   ),
   Mutant(
-    'gates_rounded_in_decoding',
-    _MOE,
-    'share = (weights[..., None] * hit).sum(axis=1)  # [N E] float32',
-    'share = (weights[..., None] * hit).sum(axis=1).astype(x.dtype)',
-    (f'{_MOE_TEST}::decoding_in_bfloat16_is_the_training_forward',),
-    'the sampler and the trainer then differ by more than summation order',
-  ),
-  Mutant(
     'sequence_loss_0',
     _BALANCE,
     '  if cfg.sequence:\n',

@@ -1,11 +1,18 @@
 """grouped_matmul against a loop over experts in float64."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.grouped_matmul import grouped_matmul, shapes
+from pallas_kernels.grouped_matmul import (
+  grouped_matmul,
+  reference,
+  shapes,
+)
 
 CASES = [(name, shape) for name, shape in shapes.TEST.items()]
 
@@ -120,6 +127,20 @@ class GroupedMatmulTest(parameterized.TestCase):
       grouped_matmul(rows, weights, jnp.zeros(2, jnp.int32))
     with self.assertRaisesRegex(ValueError, '8 rows are no multiple of the 3'):
       grouped_matmul(rows, weights[:, :4], jnp.zeros(3, jnp.int32))
+
+
+class RunsTest(parameterized.TestCase):
+  @parameterized.parameters(32, 64, 128, 192, 512)
+  def test_no_product_takes_all_rows(self, total):
+    """It would not change from turn to turn, and XLA do it for each run."""
+    rows, weights = jnp.ones((total, 8)), jnp.ones((4, 8, 8))
+    expert = jnp.arange(total) * 4 // total
+    run = functools.partial(reference.by_runs, transpose=False)
+    lines = str(jax.make_jaxpr(run)(rows, weights, expert, total)).splitlines()
+    products = [line for line in lines if ' = dot_general[' in line]
+    self.assertNotEmpty(products)
+    shapes_ = [re.search(r':f32\[(\d+),', line) for line in products]
+    self.assertLess(max(int(found[1]) for found in shapes_), total)
 
 
 if __name__ == '__main__':

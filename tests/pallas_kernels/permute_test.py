@@ -121,6 +121,10 @@ class PermuteTest(parameterized.TestCase):
     weights = jnp.asarray([[256.0] + [0.5] * 7])  # bf16 would stay at 256
     y = op.combine(rows, weights, plan)
     np.testing.assert_array_equal(y, jnp.full((1, 4), 260, jnp.bfloat16))
+    # Weights that bfloat16 would round to 1 and to -1, and their sum to 0.
+    weights = jnp.asarray([[1 + 2.0**-9, -1.0] + [0.0] * 6])
+    y = op.combine(rows, weights, plan)
+    np.testing.assert_array_equal(y, jnp.full((1, 4), 2.0**-9, jnp.bfloat16))
 
   @parameterized.product(choices=(1, 7, 64), experts=(1, 3, 70), block=(1, 8))
   def test_block_bound_is_reached_and_never_passed(

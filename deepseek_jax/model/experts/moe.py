@@ -115,8 +115,6 @@ def apply_experts(
       f"moe.float8: a device has {F} of each expert's width and dim = {D};"
       ' both must be multiples of 128, or set moe.float8=False'
     )
-  if not float8 and _most_experts_chosen(*experts.shape, E):
-    return _apply_all(x, experts, weights, gate_up, down, limit)
   # Rows sorted by expert, each expert's filled up to whole blocks: [M D].
   plan = permute.plan(experts, E)
   gate_up = gate_up.reshape(E, D, 2 * F)
@@ -146,44 +144,6 @@ def _hidden(
     lambda: swiglu(gmm.grouped_matmul(*args, **layout), limit),
     args,
   )
-
-
-def _most_experts_chosen(tokens: int, top_k: int, experts: int) -> bool:
-  """Returns whether few tokens choose so many experts that reading all pays.
-
-  Then the weights' bytes are the cost, and all of them would be read anyway.
-  """
-  return tokens <= 32 and 2 * tokens * top_k >= experts
-
-
-def _apply_all(
-  x: jax.Array,
-  experts: jax.Array,
-  weights: jax.Array,
-  gate_up: jax.Array,
-  down: jax.Array,
-  limit: float | None,
-) -> jax.Array:
-  """Computes `apply_experts` with every expert on every token: for decoding.
-
-  It rounds where the other way rounds: what an expert makes of a token, and
-  the float32 sum of those times the float32 weights.
-  """
-  E, D, _, F = gate_up.shape
-  f32 = {'preferred_element_type': jnp.float32}
-  hit = experts[..., None] == jnp.arange(E)  # [N K E]
-  share = (weights[..., None] * hit).sum(axis=1)  # [N E] float32
-  # Batched over experts: as one wide product it would transpose the weights.
-  # In parts of D: XLA:CPU takes twice as long for longer sums (measured).
-  parts = next(n for n in range(-(-D // 256), D + 1) if D % n == 0)
-  rows = jnp.broadcast_to(x, (E, *x.shape)).reshape(E, -1, parts, D // parts)
-  w = gate_up.reshape(E, parts, D // parts, 2 * F)
-  h = jnp.einsum('ENJD,EJDF->EJNF', rows, w, **f32).sum(axis=1)
-  h = swiglu(h.astype(x.dtype), limit)
-  y = jnp.einsum('ENF,EFD->END', h, down, **f32).astype(x.dtype)
-  # Nothing of an expert that is not chosen, whatever its weights are.
-  y = jnp.where(hit.any(axis=1).T[..., None], y, 0)
-  return jnp.einsum('NE,END->ND', share, y, precision='highest').astype(x.dtype)
 
 
 class MoE(nnx.Module):

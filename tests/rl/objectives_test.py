@@ -135,8 +135,10 @@ class GRPOTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, f"batch has no '{name}'"):
       found(*self.model(), batch, grpo.GRPOConfig(**fields))
 
-  def test_two_devices_and_padding_change_nothing(self):
-    self.check_steps('2 devices', 'more padding')
+  def test_a_split_in_two_order_and_padding_change_nothing(self):
+    self.check_steps(
+      '2 devices', '2 micro-batches', 'another order', 'more padding'
+    )
 
   @pytest.mark.slow
   def test_devices_micro_batches_and_order_change_nothing(self):

@@ -6,8 +6,8 @@
       --start=runs/sft
 
 Rounds of sampling, verifying, keeping the best, training; when the held-out
-accuracy of a level passes a bar, the next one begins. Without --task sums of 2
-to 5 digits are climbed, by a model that is trained on those of 2 digits first.
+accuracy of a level passes a bar, the next one begins. Without --task the levels
+are sums of 2 to 5 digits, for a model that is trained on those of 2 first.
 The problems of a task of one's own need a whole number 'level'; --start is a
 run that knows the first. The same command goes on with what has not ended.
 """

@@ -138,7 +138,8 @@ class Evolve:
         recipe.base.seed, level, recipe.problems, carry=False
       )
     ]
-    problems = list(map(synthetic.sign_last, sums))
+    rng = random.Random(f'first level {recipe.base.seed}')
+    problems = [synthetic.with_places(problem, rng) for problem in sums]
     chain.write_lines(data / 'problems.jsonl', problems)
     rewards = [{'kind': 'exact'}, {'kind': 'format', 'weight': 0.2}]
     task = {'problems': 'problems.jsonl', 'rewards': rewards, 'heldout': 0.1}
@@ -151,14 +152,13 @@ class Evolve:
     ]
     # Sums of another length, too: that they end has to be seen.
     first += 3 * synthetic.sums(recipe.base.seed, 1, 81)
-    rng = random.Random(f'first level {recipe.base.seed}')
     asked = [first[n % len(first)] for n in range(recipe.base.first)]
     rng.shuffle(asked)
     said = list(synthetic.first_answers(asked, recipe.base.seed, 0.0, 0.0))
     # How columns of longer numbers are gone through, without a sum.
-    said += synthetic.larger_digits(recipe.base.seed, len(said))
+    said += synthetic.other_columns(recipe.base.seed, 3 * len(said) // 2)
     rng.shuffle(said)
-    lesson = list(map(synthetic.sign_last, said))
+    lesson = [synthetic.with_places(row, rng) for row in said]
     chain.write_lines(data / 'first.jsonl', lesson)
     return {**told, 'conversations': len(lesson)}
 

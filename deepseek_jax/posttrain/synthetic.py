@@ -10,9 +10,18 @@ rewards. Everything follows from a seed.
 import itertools
 import random
 import re
+import string
 from collections.abc import Callable, Iterator
 
 LONGEST = 6  # digits of the numbers in the text
+_LETTERS = string.ascii_lowercase
+# What else may be asked of the digits of a column.
+_OF_COLUMNS: dict[str, Callable[[str, str], str]] = {
+  '#': max,
+  '%': min,
+  '&': lambda upper, lower: upper,
+  '-': lambda upper, lower: str(abs(int(upper) - int(lower))),
+}
 _NOUNS = ('cat', 'dog', 'bird', 'tree', 'boat', 'stone', 'lamp', 'house')
 _VERBS = ('sees', 'finds', 'likes', 'has', 'wants', 'draws')
 _KINDS = ('red', 'small', 'big', 'blue', 'quiet', 'tall')
@@ -164,36 +173,59 @@ def first_sum(problem: dict, rng: random.Random, wrong: float) -> str:
   return answered(*thought_of_sum(left, right, carries=rng.random() >= wrong))
 
 
-def sign_last(row: dict) -> dict:
-  """Returns a problem, or a conversation, whose sign is only in the prompt.
+def with_places(row: dict, rng: random.Random) -> dict:
+  """Returns a problem, or a conversation, whose digits have letters as places.
 
-  18+35= becomes 18 35+, and a thought's 8+5=13 1+3+1=5 becomes 8 5=13 1 3+1=5:
-  columns are gone through alike, whatever is done with them.
+  18+35= becomes d1c8 D3C5+, and a thought's 8+5=13 1+3+1=5 becomes c8+C5=13
+  d1+D3=05: a column is found by its letter (the index hints of Zhou et al.,
+  arXiv:2310.16028), and all columns have one width and are gone through and
+  read off alike, whatever the sign says to do.
+
+  Args:
+    row: one of `sums` or `other_columns`, or with an answer to one.
+    rng: draws the lowest place's letter, so that all of them are met.
   """
-  prompt = re.sub(r'(\d+)([+#])(\d+)=', r'\1 \3\2', row['prompt'])
+  first = rng.randrange(len(_LETTERS) - LONGEST + 1)
+  lower = _LETTERS[first : first + LONGEST]
+  left, sign, right = re.fullmatch(r'(\d+)(\D)(\d+)=', row['prompt']).groups()
+
+  def told(number: str, letters: str) -> str:
+    return ''.join(map(str.__add__, letters[: len(number)][::-1], number))
+
+  prompt = f'{told(left, lower)} {told(right, lower.upper())}{sign}'
   out = row | {'prompt': prompt}
   if 'completion' in row:
-    column = r'(?<![\d+])(\d)[+#](\d)'
-    out['completion'] = re.sub(column, r'\1 \2', row['completion'])
+    letters = iter(lower)
+
+    def column(found: re.Match) -> str:
+      a, b, tens, ones = found.groups()
+      letter = next(letters)
+      return f'{letter}{a}{sign}{letter.upper()}{b}={tens or 0}{ones}'
+
+    of_column = rf'(\d){re.escape(sign)}(\d)(?:\+1)?=(1?)(\d)'
+    out['completion'] = re.sub(of_column, column, row['completion'])
   return out
 
 
-def larger_digits(seed: int, count: int) -> Iterator[dict]:
-  """Yields conversations about the larger digit of each column: 18#35=38.
+def other_columns(seed: int, count: int) -> Iterator[dict]:
+  """Yields conversations about columns that are not added: 18#35=38.
 
-  They have the form of sums, of up to LONGEST digits, and nothing is carried:
-  whoever knows them has seen how columns of any number are gone through.
+  They have the form of sums, of up to LONGEST digits: # asks for the larger
+  digit of each column, % for the smaller one, & for the upper one, - for how
+  far they are apart. Whoever knows them goes through columns of any number and
+  has to read the sign at each; nothing is ever carried.
   """
-  rng = random.Random(f'larger digits {seed}')
+  rng = random.Random(f'other columns {seed}')
   for _ in range(count):
-    digits = rng.randint(1, LONGEST)
+    sign, digits = rng.choice([*_OF_COLUMNS]), rng.randint(1, LONGEST)
     left, right = _digits(rng, digits), _digits(rng, digits)
-    most = [max(pair) for pair in zip(left, right)]
+    found = list(map(_OF_COLUMNS[sign], left, right))
     said = [
-      f'{a}#{b}={c}' for a, b, c in zip(left[::-1], right[::-1], most[::-1])
+      f'{a}{sign}{b}={c}'
+      for a, b, c in zip(left[::-1], right[::-1], found[::-1])
     ]
-    whole = answered(' '.join(said), ''.join(most))
-    yield {'prompt': f'{left}#{right}=', 'completion': whole}
+    whole = answered(' '.join(said), ''.join(found))
+    yield {'prompt': f'{left}{sign}{right}=', 'completion': whole}
 
 
 def _steps(numbers: list[int], signs: tuple[str, str]) -> tuple[str, int, str]:

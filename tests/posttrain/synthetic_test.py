@@ -1,5 +1,6 @@
 """Problems, the teacher's answers and the text of a small R1."""
 
+import collections
 import random
 import re
 
@@ -68,41 +69,69 @@ class CountdownTest(absltest.TestCase):
         self.assertEqual(made, int(value))
 
 
-class LargerDigitsTest(absltest.TestCase):
+class OtherColumnsTest(absltest.TestCase):
   def test_they_are_right_in_form_and_no_sums(self):
-    rows = list(synthetic.larger_digits(0, 200))
-    self.assertEqual(rows, list(synthetic.larger_digits(0, 200)))
+    rows = list(synthetic.other_columns(0, 400))
+    self.assertEqual(rows, list(synthetic.other_columns(0, 400)))
+    asked = collections.defaultdict(set)
     for row in rows:
-      left, right = row['prompt'].rstrip('=').split('#')
-      want = ''.join(map(max, left, right))
-      self.assertEqual(extract.answer(row['completion'], 'answer'), want)
+      left, sign, right = re.split(r'([^\d=])', row['prompt'].rstrip('='))
+      pairs = [(int(a), int(b)) for a, b in zip(left, right)]
+      want = {
+        '#': [a if a > b else b for a, b in pairs],
+        '%': [b if a > b else a for a, b in pairs],
+        '&': [a for a, _ in pairs],
+        '-': [a - b if a > b else b - a for a, b in pairs],
+      }[sign]
+      self.assertEqual(extract.answer(row['completion'], 'answer'),
+                       ''.join(map(str, want)))  # fmt: skip
       self.assertTrue(extract.is_in_form(row['completion']))
       self.assertNotIn('+', row['completion'])
-    lengths = {row['prompt'].index('#') for row in rows}
-    self.assertLen(lengths, synthetic.LONGEST)
+      thought = extract.reasoning(row['completion']).split()
+      told = [f'{a}{sign}{b}={c}' for (a, b), c in zip(pairs, want)]
+      self.assertEqual(thought, told[::-1])
+      asked[sign].add(len(left))
+    self.assertLen(asked, 4)
+    self.assertEqual({len(n) for n in asked.values()}, {synthetic.LONGEST})
 
 
-class SignLastTest(absltest.TestCase):
-  def test_a_thought_keeps_its_numbers_and_no_sign_of_a_column(self):
+class PlacesTest(absltest.TestCase):
+  def test_a_thought_finds_the_digits_of_each_place(self):
+    rng, lowest = random.Random(0), set()
     for problem in synthetic.sums(0, 4, 100, carry=False):
       said = synthetic.first_sum(problem, random.Random(0), 0.0)
-      row = synthetic.sign_last({**problem, 'completion': said})
-      self.assertRegex(row['prompt'], r'^\d{4} \d{4}\+$')
-      self.assertEqual(re.findall(r'\d+', row['prompt']),
-                       re.findall(r'\d+', problem['prompt']))  # fmt: skip
+      row = synthetic.with_places({**problem, 'completion': said}, rng)
+      self.assertRegex(row['prompt'], r'^([a-z]\d){4} ([A-Z]\d){4}\+$')
+      self.assertEqual('+'.join(re.sub('[^0-9 ]', '', row['prompt']).split()),
+                       problem['prompt'].rstrip('='))  # fmt: skip
+      digits = dict(re.findall(r'([a-zA-Z])(\d)', row['prompt']))
       self.assertEqual(extract.answer(row['completion'], 'answer'),
                        problem['answer'])  # fmt: skip
       thought = extract.reasoning(row['completion'])
-      steps = re.findall(r'(\d) (\d)(\+1)?=(\d+)', thought)
-      self.assertLen(steps, 4)
-      for a, b, carry, total in steps:
-        self.assertEqual(int(a) + int(b) + bool(carry), int(total))
+      steps = re.findall(r'([a-z])(\d)\+([A-Z])(\d)=([01])(\d)', thought)
+      # From the lowest place, which is the number's last.
+      self.assertEqual([s[0] for s in steps], list(digits)[3::-1])
+      lowest.add(steps[0][0])
+      carried = 0
+      for low, a, high, b, carry, one in steps:
+        self.assertEqual(low.upper(), high)
+        self.assertEqual((a, b), (digits[low], digits[high]))
+        total = int(a) + int(b) + carried
+        carried = int(carry)
+        self.assertEqual(total, 10 * carried + int(one))
+    self.assertGreater(len(lowest), 15)
 
-  def test_larger_digits_look_alike(self):
+  def test_other_columns_look_alike(self):
     row = {'prompt': '18#35=', 'completion': '<think>8#5=8 1#3=3</think>'}
-    told = synthetic.sign_last(row)
-    self.assertEqual(told['prompt'], '18 35#')
-    self.assertEqual(told['completion'], '<think>8 5=8 1 3=3</think>')
+    told = synthetic.with_places(row, random.Random(0))
+    low = told['prompt'][2]
+    high = chr(ord(low) + 1)
+    want = f'{high}1{low}8 {high.upper()}3{low.upper()}5#'
+    self.assertEqual(told['prompt'], want)
+    self.assertEqual(
+      told['completion'],
+      f'<think>{low}8#{low.upper()}5=08 {high}1#{high.upper()}3=03</think>',
+    )
 
 
 class TextTest(absltest.TestCase):

@@ -186,6 +186,7 @@ class Evolve:
     self._start = Path(recipe.start) if recipe.start else self.folder / FIRST
     begun = folders.load(self._start)
     self._config, tokenizer = begun.config, begun.tokenizer
+    self._taught = _conversations(begun.config)
     self._chat = begun.config.chat or ChatConfig('plain')
     if self._chat.format not in ('plain', 'r1_zero'):
       raise InputError(
@@ -281,8 +282,8 @@ class Evolve:
     earlier = [
       p for n, p in sorted(self._kept_before(name).items()) if n < level
     ]
-    for newest in (self.folder / 'data' / 'first.jsonl', *earlier):
-      some = newest.read_text().splitlines() if newest.exists() else []
+    for newest in (self._taught, *earlier):
+      some = newest.read_text().splitlines() if newest else []
       before += rng.sample(some, min(self.recipe.replayed, len(some)))
     chain.write_lines(path, [*rows.values(), *map(json.loads, before)])
     return len(before)
@@ -353,3 +354,10 @@ class Evolve:
         if n == 0 or levels[n] != levels[n - 1]
       ],
     }
+
+
+def _conversations(config: RunConfig) -> Path | None:
+  """Returns the file of conversations that a run was trained on, if it was."""
+  path = Path(config.data.path)
+  is_file = path.suffix == '.jsonl' and path.is_file()
+  return path if is_file and isinstance(config.objective, SFTConfig) else None

@@ -29,9 +29,10 @@ class EvolveRecipe:
     bar: held-out greedy accuracy at which a level is passed.
     rounds: at most.
     asked, drawn: problems of a round, and answers of each.
-    replayed: conversations of the first lesson, and of each earlier level,
-      that a round trains on beside all that was kept of its own level: the
-      newest that were kept, or the model's answers to it at that time.
+    replayed: conversations of what the run that begins was fine-tuned on (a
+      .jsonl file), and of each earlier level, that a round trains on beside all
+      that was kept of its own level: the newest that were kept, or the model's
+      answers to it at that time.
     tokens: that a round trains on.
     rate: highest learning rate of a round.
     measured: held-out problems of each level.
@@ -45,7 +46,7 @@ class EvolveRecipe:
   levels: tuple[int, ...] = (2, 3, 4, 5)
   problems: int = 6000
   bar: float = 0.8
-  rounds: int = 24
+  rounds: int = 20
   asked: int = 1024
   drawn: int = 4
   replayed: int = 128

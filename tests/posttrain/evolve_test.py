@@ -3,13 +3,18 @@
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from absl.testing import absltest, parameterized
 
+from deepseek_jax.data.config import DataConfig
 from deepseek_jax.errors import InputError
-from deepseek_jax.posttrain import chain
+from deepseek_jax.posttrain import chain, evolve
 from deepseek_jax.posttrain.evolve import Evolve
 from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
+from deepseek_jax.rl.sft import SFTConfig
+
+_SFT = SFTConfig()
 
 
 class EvolveTest(parameterized.TestCase):
@@ -89,7 +94,8 @@ class EvolveTest(parameterized.TestCase):
     kept = self.folder / 'kept'
     row = lambda text: {'prompt': text, 'completion': 'x'}
     rows = lambda name: [row(f'{name} {n}') for n in range(5)]
-    chain.write_lines(self.folder / 'data' / 'first.jsonl', rows('first'))
+    made._taught = self.folder / 'first.jsonl'
+    chain.write_lines(made._taught, rows('first'))
     for name, level in (
       ('level-2', 2), ('round-01', 3), ('round-02', 3), ('round-03', 4),
       ('round-04', 4), ('round-05', 4),
@@ -115,6 +121,17 @@ class EvolveTest(parameterized.TestCase):
     made._write_lesson(path, 'round-04')
     lines = path.read_text().splitlines()
     self.assertEqual(told, [json.loads(line) for line in lines])
+
+  def test_a_start_was_taught_conversations_or_nothing_that_is_replayed(self):
+    lines = self.folder / 'first.jsonl'
+    lines.touch()
+    taught = lambda path, objective=_SFT: evolve._conversations(
+      SimpleNamespace(data=DataConfig(path=str(path)), objective=objective)
+    )
+    self.assertEqual(taught(lines), lines)
+    self.assertIsNone(taught(self.folder))
+    self.assertIsNone(taught(self.folder / 'lost.jsonl'))
+    self.assertIsNone(taught(lines, objective=None))
 
 
 if __name__ == '__main__':

@@ -57,11 +57,13 @@ class BlockConfig:
     dim: int,
     dtype: jax.typing.DTypeLike,
     spare: int = 0,
+    held: jax.typing.DTypeLike | None = None,
   ) -> Any:
     """Returns an empty cache of `dtype` for `batch` rows of `slots` tokens.
 
-    It is the attention's cache; with an Engram, the pair (attention, Engram).
-    Rows may be rewound by up to `spare` tokens.
+    It is the attention's cache, of dtype `held` if that is given; with an
+    Engram, the pair (attention, Engram). Rows may be rewound by up to `spare`
+    tokens.
 
     Raises:
       InputError: an attention of one's own that can't be rewound.
@@ -74,7 +76,7 @@ class BlockConfig:
           ' `spare: int = 0`; add it, and make rings that much longer'
         )
       more = {'spare': spare}
-    attention = make(batch, slots, dtype, **more)
+    attention = make(batch, slots, dtype if held is None else held, **more)
     if self.engram is None:
       return attention
     memory = self.engram.cache(batch, self.streams, dim, dtype, spare)

@@ -143,14 +143,14 @@ class Block(nnx.Module):
       with jax.named_scope('engram'):
         stream, kept = self.engram(stream, ctx, kept)
     # Attention on one stream [B T D], read from n and written back to n.
-    x, how = self.attention_residual.read(stream)
+    x, how = self.attention_residual.read_normed(stream, self.attention_norm)
     with jax.named_scope('attention'):
-      y, past, seen = self.attention(self.attention_norm(x), ctx, past)
+      y, past, seen = self.attention(x, ctx, past)
     stream = self.attention_residual.write(stream, y, how)
     # The FFN reads what the attention has added.
-    x, how = self.ffn_residual.read(stream)
+    x, how = self.ffn_residual.read_normed(stream, self.ffn_norm)
     with jax.named_scope('ffn'):
-      y, stats = self.ffn(self.ffn_norm(x), ctx)
+      y, stats = self.ffn(x, ctx)
     stream = self.ffn_residual.write(stream, y, how)
     if self.has_engram:
       past = past, kept

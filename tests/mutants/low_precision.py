@@ -8,6 +8,8 @@ _SCHEDULE = 'deepseek_jax/plan/schedule.py'
 _CACHE_TEST = 'tests/infer/float8_cache_test.py'
 _PAGED_TEST = 'tests/infer/paged_latents_test.py'
 _SCHEDULE_TEST = 'tests/plan/schedule_test.py'
+_SWIGLU_TEST = 'tests/pallas_kernels/swiglu_quantize_test.py'
+_TOKENS_TEST = 'tests/pallas_kernels/from_tokens_test.py'
 
 MUTANTS = (
   Mutant(
@@ -73,5 +75,56 @@ MUTANTS = (
     'added = jax.lax.cond(more > 0, jax.checkpoint(again), none)',
     ('tests/parallel/exchange_test.py::further_rounds_keep_the_experts',),
     "what a branch reads is stacked over a scan: V3's experts thrice a layer",
+  ),
+  Mutant(
+    'activation_gradient_without_the_slope_of_silu',
+    'pallas_kernels/swiglu_quantize/reference.py',
+    '  (found,) = pull(grad.astype(jnp.float32))\n',
+    '  (found,) = pull(grad.astype(jnp.float32))\n'
+    '  found = found * jax.nn.sigmoid(wide)\n',
+    (f'{_SWIGLU_TEST}::the_gradient_is_that_of_float64',),
+    'a forward pass that is right says nothing of its gradient',
+  ),
+  Mutant(
+    'activation_in_float8_without_its_limit',
+    'pallas_kernels/swiglu_quantize/reference.py',
+    '  values = activate(gate_up, limit)\n',
+    '  values = activate(gate_up, None)\n',
+    (f'{_SWIGLU_TEST}::it_is_the_nearest_float8_of_the_activation',),
+    'V4 limits gate and up before they meet',
+  ),
+  Mutant(
+    'experts_gradient_without_the_limit',
+    'pallas_kernels/grouped_matmul/from_tokens.py',
+    "  how = {'limit': limit, 'power_of_two': True, 'impl': impl}\n",
+    "  how = {'power_of_two': True, 'impl': impl}\n",
+    (f'{_TOKENS_TEST}::value_and_gradients_are_those_of_rows',),
+    'the gradient of an activation that was not computed',
+  ),
+  Mutant(
+    'streams_normed_one_by_one',
+    'pallas_kernels/collapse_norm/reference.py',
+    "  x = jnp.einsum('NnD,Nn->ND', streams.astype(jnp.float32), pre)\n",
+    '  x = streams.astype(jnp.float32)\n'
+    '  x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)\n'
+    "  x = jnp.einsum('NnD,Nn->ND', x, pre)\n",
+    ('tests/pallas_kernels/collapse_norm_test.py::value_and_gradients',),
+    'V4 section 2: the norm is of the weighted sum',
+  ),
+  Mutant(
+    'sublayer_reads_streams_without_its_norms_scale',
+    'deepseek_jax/model/hyper_connections.py',
+    '    (stream, pre, norm.scale[...]),\n',
+    '    (stream, pre, jnp.ones_like(norm.scale[...])),\n',
+    ('tests/model/hyper_connections_test.py::reading_and_norm_in_one',),
+    'a kernel that has no norm of its own to test',
+  ),
+  Mutant(
+    'streams_mixed_by_the_transposed_matrix',
+    'pallas_kernels/write_streams/reference.py',
+    "'NjD,Njk->NkD'",
+    "'NjD,Nkj->NkD'",
+    ('tests/pallas_kernels/write_streams_test.py::value_and_gradients',),
+    'comb[j, k] is how much of stream j goes to stream k',
   ),
 )

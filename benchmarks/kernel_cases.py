@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import kernel_cases_model, kernel_cases_sparse, kernel_torch
+from benchmarks import (
+  kernel_cases_model,
+  kernel_cases_sparse,
+  kernel_cases_streams,
+  kernel_torch,
+)
 from benchmarks.kernel_work import (
   ONE_CODE,
   Work,
@@ -33,6 +38,8 @@ from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import shapes as sinkhorn_shapes
 from pallas_kernels.sinkhorn import sinkhorn
+from pallas_kernels.swiglu_quantize import shapes as swiglu_shapes
+from pallas_kernels.swiglu_quantize import swiglu_gradient, swiglu_quantize
 
 
 def _triton_decode(q_c, q_r, c, k_r, table, lengths):
@@ -303,6 +310,32 @@ def scale_to_fp8(shape):
   return Work(op, (x,), xla, 0, moved, naive, tolerance=ONE_CODE)
 
 
+def _activated(shape):
+  k = fresh_keys(2)
+  wide = bf16(k[0], shape.rows, 2 * shape.columns)
+  return wide, bf16(k[1], shape.rows, shape.columns)
+
+
+def activate_to_fp8(shape):
+  h, _ = _activated(shape)
+  how = {'limit': shape.limit, 'power_of_two': shape.power_of_two}
+  op = functools.partial(swiglu_quantize, **how)
+  xla = functools.partial(op, impl='reference')
+  # Two halves in, half as many bytes of one out.
+  moved, naive = nbytes(h) * 1.25, {'xla': xla}
+  return Work(op, (h,), xla, 0, moved, naive, tolerance=ONE_CODE)
+
+
+def activate_bwd(shape):
+  args = _activated(shape)
+  how = {'limit': shape.limit, 'power_of_two': shape.power_of_two}
+  op = functools.partial(swiglu_gradient, **how)
+  xla = functools.partial(op, impl='reference')
+  # In: both halves and the gradient; out: the halves in both formats.
+  moved = nbytes(args[0]) * 3
+  return Work(op, args, xla, 0, moved, {'xla': xla}, tolerance=ONE_CODE)
+
+
 def mix(shape):
   size = (shape.tokens, shape.streams, shape.streams)
   logits = jax.random.normal(fresh_keys(1)[0], size)
@@ -327,6 +360,8 @@ def mix_bwd(shape):
 # The gradient of float8 weights takes blocks of 128 rows.
 _WIDE = {n: s for n, s in grouped_shapes.BENCH.items() if s.block == 128}
 
+swiglu_small = lambda s: s._replace(rows=150, columns=256)
+
 # op: (shapes, work on a shape, a shape small enough to check).
 OPS = {
   'mla_decode': (decode_shapes.BENCH, decode, decode_small),
@@ -348,6 +383,8 @@ OPS = {
     scale_to_fp8,
     lambda s: s._replace(rows=256, columns=256),
   ),
+  'swiglu_quantize': (swiglu_shapes.BENCH, activate_to_fp8, swiglu_small),
+  'swiglu_gradient': (swiglu_shapes.BENCH, activate_bwd, swiglu_small),
   'sinkhorn': (
     sinkhorn_shapes.BENCH,
     mix,
@@ -359,5 +396,6 @@ OPS = {
     lambda s: s._replace(tokens=150),
   ),
   **kernel_cases_sparse.OPS,
+  **kernel_cases_streams.OPS,
   **kernel_cases_model.OPS,
 }

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import latent_kv, permute
+from pallas_kernels.collapse_norm import collapse_norm
+from pallas_kernels.collapse_norm import shapes as collapse_shapes
 from pallas_kernels.grouped_matmul import fp8 as grouped_fp8
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import (
@@ -27,6 +29,10 @@ from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
 from pallas_kernels.sparse_gqa import sparse_gqa
 from pallas_kernels.sparse_mla import ChosenKeys, attend, sparse_mla
+from pallas_kernels.swiglu_quantize import shapes as swiglu_shapes
+from pallas_kernels.swiglu_quantize import swiglu_gradient, swiglu_quantize
+from pallas_kernels.write_streams import shapes as write_shapes
+from pallas_kernels.write_streams import write_streams
 
 BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 FP8 = jnp.float8_e4m3fn
@@ -159,6 +165,41 @@ def _quantize(name: str) -> KernelCase:
     impl='gpu',
   )
   return KernelCase(fn, (((shape.rows, shape.columns), BF),), False)
+
+
+def _swiglu_quantize(name: str, backward: bool) -> KernelCase:
+  """Builds the activation of one of the benchmark shapes, or its gradient."""
+  shape = swiglu_shapes.BENCH[name]
+  wide = ((shape.rows, 2 * shape.columns), BF)
+  how = {'limit': shape.limit, 'power_of_two': shape.power_of_two}
+  if not backward:
+    fn = functools.partial(swiglu_quantize, floor=1e-4, impl='gpu', **how)
+    return KernelCase(fn, (wide,), False)
+  fn = functools.partial(swiglu_gradient, impl='gpu', **how)
+  return KernelCase(fn, (wide, ((shape.rows, shape.columns), BF)), False)
+
+
+def _collapse_norm(name: str, backward: bool) -> KernelCase:
+  """Builds the normed sum of one of the benchmark shapes, or its gradients."""
+  N, n, D = collapse_shapes.BENCH[name]
+  args = ((N, n, D), BF), ((N, n), F32), ((D,), F32)
+  fn = functools.partial(collapse_norm, impl='gpu')
+  if not backward:
+    return KernelCase(fn, args, False)
+  grads = lambda grad, *args: jax.vjp(fn, *args)[1](grad)
+  return KernelCase(grads, (((N, D), BF), *args), False)
+
+
+def _write_streams(name: str, backward: bool) -> KernelCase:
+  """Builds the new streams of one of the benchmark shapes, or gradients."""
+  N, n, D = write_shapes.BENCH[name]
+  streams = ((N, n, D), BF)
+  args = streams, ((N, D), BF), ((N, n), F32), ((N, n, n), F32)
+  fn = functools.partial(write_streams, impl='gpu')
+  if not backward:
+    return KernelCase(fn, args, False)
+  grads = lambda grad, *args: jax.vjp(fn, *args)[1](grad)
+  return KernelCase(grads, (streams, *args), False)
 
 
 def _sinkhorn(tokens: int, backward: bool) -> KernelCase:
@@ -322,8 +363,17 @@ CASES = {
     (1024,) * 32, 7168, 4096, 128, 'drhs'
   ),
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
+  **{
+    f'swiglu_{what}_{name}': _swiglu_quantize(name, what == 'gradient')
+    for what in ('quantize', 'gradient')
+    for name in swiglu_shapes.BENCH
+  },
   'mla_prefill': _mla_prefill(4096, False),
   'mla_prefill_bwd': _mla_prefill(4096, True),
+  'collapse_norm': _collapse_norm('v4_t8192', False),
+  'collapse_norm_bwd': _collapse_norm('v4_t8192', True),
+  'write_streams': _write_streams('v4_t8192', False),
+  'write_streams_bwd': _write_streams('v4_t8192', True),
   'sinkhorn': _sinkhorn(8192, False),
   'sinkhorn_bwd': _sinkhorn(8192, True),
   **{f'router_{n}': _router(n) for n in router_shapes.BENCH},

@@ -111,7 +111,7 @@ class Engine:
         ' may (engine.queue): try again later'
       )
     number, self._count = self._count, self._count + 1
-    vocab = self.model.config.vocab_size
+    vocab, compute = self.model.config.vocab_size, self.model.config.compute
     made = []
     for index in range(request.n):
       seed = int(request.sampling.seed) + index
@@ -125,7 +125,7 @@ class Engine:
           sampler.settings(request, seed, vocab),
           buffer,
           len(request.prompt),
-          f'{self._epoch} {self.model.config.compute.products} {request.salt}',
+          f'{self._epoch} {compute.products} {compute.cache} {request.salt}',
           text=following(self.text, request),
           matcher=self._matcher(request),
           scores=[None] if request.echo else [],

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.infer.pages import SCRATCH
-from deepseek_jax.model.attention.latent_reading import Latent
+from deepseek_jax.model.attention.latent_reading import FP8Latent, Latent
 from deepseek_jax.model.attention.paged_latent import PagedLatent
 from deepseek_jax.model.transformer_config import ComputeConfig
 from deepseek_jax.parallel import sharding
 from pallas_kernels import dispatch, mla_decode
 
-_is_latent = lambda node: type(node) is Latent
+_is_latent = lambda node: type(node) in (Latent, FP8Latent)
 _is_paged = lambda node: type(node) is PagedLatent
 
 
@@ -38,7 +38,7 @@ def in_pages(layers: Any, table: jax.Array) -> Any:
   """Returns the layers' caches with all latents in pages.
 
   Args:
-    layers: in which a Latent holds pages, each [repeat M P ...].
+    layers: in which latents hold pages, each [repeat M P ...].
     table: [R n] int32, SCRATCH where there is none.
   """
   table = jnp.where(table == SCRATCH, -1, table)
@@ -47,7 +47,7 @@ def in_pages(layers: Any, table: jax.Array) -> Any:
     if not _is_latent(node):
       return node
     tables = jnp.broadcast_to(table, (node.c.shape[0], *table.shape))
-    return PagedLatent(*node, tables)
+    return PagedLatent(node, tables)
 
   return jax.tree.map(one, layers, is_leaf=_is_latent)
 
@@ -55,7 +55,7 @@ def in_pages(layers: Any, table: jax.Array) -> Any:
 def plain(layers: Any) -> tuple[Any, bool]:
   """Returns the layers without tables, and whether there were any."""
   nodes = jax.tree.leaves(layers, is_leaf=_is_paged)
-  one = lambda node: Latent(*node[:2]) if _is_paged(node) else node
+  one = lambda node: node.pages if _is_paged(node) else node
   layers = jax.tree.map(one, layers, is_leaf=_is_paged)
   return layers, any(map(_is_paged, nodes))
 
@@ -79,7 +79,9 @@ def wanted(compute: ComputeConfig, store: Any, paging: Any) -> bool:
     pools = iter(store.pages)
     paged = [i for i, leaf in enumerate(paging.leaves) if leaf.ratio]
     own = [pool for i, pool in zip(paged, pools) if i in paging.latents]
-    reason = mla_decode.refused(own[0], own[1])
+    # The first layer's: latents, rotary keys and, in float8, scales.
+    held = FP8Latent if compute.cache == 'float8' else Latent
+    reason = mla_decode.refused(compute.products, *own[: len(held._fields)])
   if reason:
     text = f'each call of decoding gathers its pages: {reason}'
     dispatch.say_once(logging.WARNING, 'mla_decode', text)

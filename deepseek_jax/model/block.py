@@ -57,11 +57,13 @@ class BlockConfig:
     dim: int,
     dtype: jax.typing.DTypeLike,
     spare: int = 0,
+    held: jax.typing.DTypeLike | None = None,
   ) -> Any:
     """Returns an empty cache of `dtype` for `batch` rows of `slots` tokens.
 
-    It is the attention's cache; with an Engram, the pair (attention, Engram).
-    Rows may be rewound by up to `spare` tokens.
+    It is the attention's cache, of dtype `held` if that is given; with an
+    Engram, the pair (attention, Engram). Rows may be rewound by up to `spare`
+    tokens.
 
     Raises:
       InputError: an attention of one's own that can't be rewound.
@@ -74,7 +76,7 @@ class BlockConfig:
           ' `spare: int = 0`; add it, and make rings that much longer'
         )
       more = {'spare': spare}
-    attention = make(batch, slots, dtype, **more)
+    attention = make(batch, slots, dtype if held is None else held, **more)
     if self.engram is None:
       return attention
     memory = self.engram.cache(batch, self.streams, dim, dtype, spare)
@@ -141,14 +143,14 @@ class Block(nnx.Module):
       with jax.named_scope('engram'):
         stream, kept = self.engram(stream, ctx, kept)
     # Attention on one stream [B T D], read from n and written back to n.
-    x, how = self.attention_residual.read(stream)
+    x, how = self.attention_residual.read_normed(stream, self.attention_norm)
     with jax.named_scope('attention'):
-      y, past, seen = self.attention(self.attention_norm(x), ctx, past)
+      y, past, seen = self.attention(x, ctx, past)
     stream = self.attention_residual.write(stream, y, how)
     # The FFN reads what the attention has added.
-    x, how = self.ffn_residual.read(stream)
+    x, how = self.ffn_residual.read_normed(stream, self.ffn_norm)
     with jax.named_scope('ffn'):
-      y, stats = self.ffn(self.ffn_norm(x), ctx)
+      y, stats = self.ffn(x, ctx)
     stream = self.ffn_residual.write(stream, y, how)
     if self.has_engram:
       past = past, kept

@@ -17,9 +17,12 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least, finite
 from deepseek_jax.model import kernels
+from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.residual import Residual
 from deepseek_jax.parallel.sharding import param
+from pallas_kernels.collapse_norm import collapse_norm
 from pallas_kernels.sinkhorn import sinkhorn
+from pallas_kernels.write_streams import write_streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,29 @@ def _collapse(stream: jax.Array, pre: jax.Array) -> jax.Array:
   """Returns the sum of streams [B T n D] weighted by pre [B T n]: [B T D]."""
   x = jnp.einsum('BTnD,BTn->BTD', stream.astype(jnp.float32), pre)
   return x.astype(stream.dtype)
+
+
+def _collapse_normed(
+  stream: jax.Array, pre: jax.Array, norm: RMSNorm
+) -> jax.Array:
+  """Returns norm of the weighted sum of streams, [B T D]."""
+
+  def fused(
+    impl: str, stream: jax.Array, pre: jax.Array, gain: jax.Array
+  ) -> jax.Array:
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    y = collapse_norm(flat(stream), flat(pre), gain, eps=norm.eps, impl=impl)
+    return y.reshape(*stream.shape[:2], -1)
+
+  token = ('batch', 'seq')
+  return kernels.pick(
+    'collapse_norm',
+    fused,
+    lambda: norm(_collapse(stream, pre)),
+    (stream, pre, norm.scale[...]),
+    (token, token, ()),
+    token,
+  )
 
 
 def _fn(
@@ -169,20 +195,42 @@ class HyperConnection(Residual):
     Args:
       stream: [B T n D].
     """
+    pre, *how = self._maps(stream)
+    return _collapse(stream, pre), tuple(how)
+
+  def read_normed(
+    self, stream: jax.Array, norm: RMSNorm
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns norm of what `read` returns, and (post, comb)."""
+    pre, *how = self._maps(stream)
+    return _collapse_normed(stream, pre, norm), tuple(how)
+
+  def _maps(self, stream: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns pre, post and comb of the tokens' streams [B T n D]."""
     mix = _mixes(stream, self.fn[...], self.cfg.norm_eps)  # [B T M]
-    pre, post, comb = maps(mix, self.scale[...], self.base[...], self.cfg)
-    return _collapse(stream, pre), (post, comb)
+    return maps(mix, self.scale[...], self.base[...], self.cfg)
 
   def write(
     self, stream: jax.Array, y: jax.Array, how: tuple[jax.Array, jax.Array]
   ) -> jax.Array:
     """Mixes the streams [B T n D] and adds y [B T D] to each by its weight."""
     post, comb = how
-    # float32: a sum over n streams, rounded once.
-    f32 = jnp.float32
-    mixed = jnp.einsum('BTjD,BTjk->BTkD', stream.astype(f32), comb)
-    added = post[..., None] * y[:, :, None].astype(f32)
-    return (mixed + added).astype(stream.dtype)
+
+    def own() -> jax.Array:
+      # float32: a sum over n streams, rounded once.
+      f32 = jnp.float32
+      mixed = jnp.einsum('BTjD,BTjk->BTkD', stream.astype(f32), comb)
+      added = post[..., None] * y[:, :, None].astype(f32)
+      return (mixed + added).astype(stream.dtype)
+
+    def fused(impl: str, *args: jax.Array) -> jax.Array:
+      flat = lambda a: a.reshape(-1, *a.shape[2:])
+      new = write_streams(*map(flat, args), impl=impl)
+      return new.reshape(args[0].shape)
+
+    token = ('batch', 'seq')
+    args = stream, y.astype(stream.dtype), post, comb
+    return kernels.pick('write_streams', fused, own, args, (token,) * 4, token)
 
 
 class HyperHead(Residual):
@@ -199,6 +247,14 @@ class HyperHead(Residual):
 
   def collapse(self, stream: jax.Array) -> jax.Array:
     """Returns the weighted sum of the streams [B T n D]: [B T D]."""
+    return _collapse(stream, self._pre(stream))
+
+  def collapse_normed(self, stream: jax.Array, norm: RMSNorm) -> jax.Array:
+    """Returns norm of what `collapse` returns."""
+    return _collapse_normed(stream, self._pre(stream), norm)
+
+  def _pre(self, stream: jax.Array) -> jax.Array:
+    """Returns the weights [B T n] of the tokens' streams."""
     mix = _mixes(stream, self.fn[...], self.cfg.norm_eps)  # [B T n]
     pre = jax.nn.sigmoid(mix * self.scale[...] + self.base[...])
-    return _collapse(stream, pre + self.cfg.eps)
+    return pre + self.cfg.eps

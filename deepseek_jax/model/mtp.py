@@ -86,7 +86,7 @@ class MTP(nnx.Module):
     x = [self.embed_norm(embedded), self.hidden_norm(hidden)]
     x = products.matmul(jnp.concatenate(x, axis=-1), self.merge[...])
     x, past, stats = self.block(self.cfg.residual.expand(x), ctx, past)
-    return self.norm(self.residual.collapse(x)), past, stats
+    return self.residual.collapse_normed(x, self.norm), past, stats
 
   def readout(self, state: jax.Array) -> jax.Array:
     """Returns what the head reads [B T D]: the state itself."""
@@ -131,7 +131,7 @@ class StreamMTP(nnx.Module):
 
   def readout(self, stream: jax.Array) -> jax.Array:
     """Returns what the head reads [B T D] of the streams [B T n D]."""
-    return self.norm(self.residual.collapse(stream))
+    return self.residual.collapse_normed(stream, self.norm)
 
 
 def shifted(ctx: Context, depth: int) -> Context:

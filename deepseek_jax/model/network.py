@@ -241,7 +241,7 @@ class Transformer(nnx.Module):
     Returns:
       hidden [B T D], and of `Output.aux` what begins with 'mtp'.
     """
-    hidden, aux = self.norm(self.residual.collapse(stream)), {}
+    hidden, aux = self.residual.collapse_normed(stream, self.norm), {}
     # V4 goes on from the streams, V3 from the normed state.
     state = stream if self.cfg.mtp.streams else hidden
     if mtp and self.cfg.mtp.depth:

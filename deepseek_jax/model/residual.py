@@ -6,6 +6,7 @@ Legend: B batch, T tokens, D model.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,13 @@ class Residual(nnx.Module):
     """Returns the sublayer's input [B T D], and what `write` needs."""
     return stream, None
 
+  def read_normed(
+    self, stream: jax.Array, norm: Callable
+  ) -> tuple[jax.Array, Any]:
+    """Returns norm of the sublayer's input [B T D], and what `write` needs."""
+    x, how = self.read(stream)
+    return norm(x), how
+
   def write(self, stream: jax.Array, y: jax.Array, how: Any) -> jax.Array:
     """Returns the stream after the sublayer's output y [B T D]."""
     del how
@@ -45,3 +53,7 @@ class Residual(nnx.Module):
   def collapse(self, stream: jax.Array) -> jax.Array:
     """Returns the stream after the last block as [B T D]."""
     return stream
+
+  def collapse_normed(self, stream: jax.Array, norm: Callable) -> jax.Array:
+    """Returns norm of what `collapse` returns."""
+    return norm(self.collapse(stream))

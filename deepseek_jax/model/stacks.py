@@ -24,9 +24,10 @@ def empty_cache(
   """Returns a cache that holds no token yet, for rows of `slots` tokens."""
   if spare < 0:
     raise InputError(f'spare = {spare}: must be at least 0')
+  held = jnp.float8_e4m3fn if config.compute.cache == 'float8' else dtype
   layers = []
   for segment in config.segments():
-    one = lambda b: b.cache(batch, slots, config.dim, dtype, spare)
+    one = lambda b: b.cache(batch, slots, config.dim, dtype, spare, held)
     empty = [one(b) for b in segment.blocks]
     # As the weights: every array of a segment is stacked [repeat ...].
     stack = lambda a, n=segment.repeat: jnp.zeros((n, *a.shape), a.dtype)

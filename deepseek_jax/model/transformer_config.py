@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 from deepseek_jax.config import above, at_least, check_choices, name_dtypes
 from deepseek_jax.config_changes import changed_by
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.attention.latent_reading import GROUP
+from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.block import AttentionConfig, BlockConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
@@ -71,6 +73,10 @@ class ComputeConfig:
       pairs (('name', 'value'),); None takes those known to gain on the CPU at
       hand (parallel/processor.py). A run chooses once, as for dtype. They
       change results by rounding alone, so they may change as a run goes on.
+    cache: format of the latents that decoding keeps. 'float8' stores them as
+      e4m3 with a float32 scale per 128 numbers and their rotary keys as
+      bfloat16: 656 bytes a token and layer in place of V3's 1,152, for MLA
+      alone. Training keeps no cache; what is sampled departs a little.
   """
 
   dtype: Literal['float32', 'bfloat16'] | None = 'float32'
@@ -78,9 +84,10 @@ class ComputeConfig:
   remat: Literal['none', 'dots', 'full'] = 'none'
   kernels: Literal['reference', 'gpu', 'cudnn'] | None = None
   xla: tuple | None = None
+  cache: Literal['compute', 'float8'] = 'compute'
 
   def __post_init__(self):
-    """Raises InputError for an unknown choice of kernels, or no pairs."""
+    """Raises InputError for an unknown choice, or no pairs."""
     name_dtypes(self, 'dtype')
     pair = lambda p: isinstance(p, tuple | list) and len(p) == 2
     texts = lambda p: pair(p) and all(type(part) is str for part in p)
@@ -93,6 +100,10 @@ class ComputeConfig:
       raise InputError(
         f"compute.kernels = {self.kernels!r}: use None, 'reference', 'gpu' or"
         " 'cudnn'"
+      )
+    if self.cache not in ('compute', 'float8'):
+      raise InputError(
+        f"compute.cache = {self.cache!r}: use 'compute' or 'float8'"
       )
 
   @property
@@ -207,6 +218,22 @@ class TransformerConfig:
         raise InputError(
           f'router.hash_vocab = {hashed}: must be vocab_size ='
           f' {self.vocab_size}, or 0'
+        )
+    self._check_cache()
+
+  def _check_cache(self) -> None:
+    """Raises InputError unless all attentions have the format of the cache."""
+    if self.compute.cache == 'compute':
+      return
+    names = {name for names, _ in self.layout for name in names}
+    names |= {self.mtp.block} if self.mtp.depth else set()
+    for name in sorted(names):
+      attention = self.block(name).attention
+      if type(attention) is not MLAConfig or attention.kv_rank % GROUP:
+        raise InputError(
+          f"compute.cache = 'float8': {name!r} has a"
+          f' {type(attention).__name__}; it takes MLA with kv_rank a multiple'
+          f" of {GROUP}; use 'compute'"
         )
 
   @property

@@ -127,7 +127,9 @@ def hop(
     # Empty rows arrive as 0: shifted by one they read as -1, filler.
     move = lambda a: wires.move(a + 1, lane.offsets, wire) - 1
     keep = lambda a: wires.there(a, lane.offsets, wire.plain())
-    work_on = jax.tree.map(move, integers), jax.tree.map(keep, floats)
+    with jax.named_scope('dispatch'):
+      integers = jax.tree.map(move, integers)
+    work_on = integers, jax.tree.map(keep, floats)
     y, missed = work(rows, *work_on)
     # Combine: results [R D] -> [M D] in the order they were sent, then [N D].
     y = wires.back(y, lane.offsets, wire)
@@ -143,10 +145,12 @@ def hop(
     more = queues.waiting(q, wire, turn, counts)
     # A round has collectives: all devices must take the same branch.
     more = jax.lax.pmax(more.astype(jnp.int32), group.everyone)
-    # Recomputed, or the scan keeps rows of every round, those not begun too.
-    again = jax.checkpoint(lambda: one(turn, x, weights)[:2])
+    # Recomputed with its condition, or the scan keeps what a round reads once
+    # for every round, those not begun too: rows and the experts' weights.
+    again = lambda: one(turn, x, weights)[:2]
     none = lambda: (jnp.zeros_like(y), jnp.zeros_like(missed))
-    added = jax.lax.cond(more > 0, again, none)
+    perhaps = lambda more: jax.lax.cond(more > 0, again, none)
+    added = jax.checkpoint(perhaps)(more)
     # y adds up in float32, however many rounds there are.
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, added), None
 

@@ -110,7 +110,8 @@ def there(x: jax.Array, offsets: Offsets | tuple, wire: Wire) -> jax.Array:
 
   Rows travel in the format of dispatch, their gradients in that of combine.
   """
-  return _carried(x, offsets, wire, wire.dispatch, False, wire.floor)
+  with jax.named_scope('dispatch'):
+    return _carried(x, offsets, wire, wire.dispatch, False, wire.floor)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -119,16 +120,31 @@ def back(x: jax.Array, offsets: Offsets | tuple, wire: Wire) -> jax.Array:
 
   They travel in the format of combine, their gradients in that of dispatch.
   """
-  return _carried(x, offsets, wire, wire.combine, True, wire.floor)
+  with jax.named_scope('combine'):
+    return _carried(x, offsets, wire, wire.combine, True, wire.floor)
+
+
+def _there_gradient(
+  wire: Wire, offsets: Offsets | tuple, grad: jax.Array
+) -> tuple[jax.Array, None]:
+  """Returns the gradients of rows to those who dispatched them."""
+  with jax.named_scope('dispatch_gradient'):
+    return _carried(grad, offsets, wire, wire.combine, True), None
+
+
+def _back_gradient(
+  wire: Wire, offsets: Offsets | tuple, grad: jax.Array
+) -> tuple[jax.Array, None]:
+  """Returns the gradients of results to those who computed them."""
+  with jax.named_scope('combine_gradient'):
+    return _carried(grad, offsets, wire, wire.dispatch, False), None
 
 
 there.defvjp(
-  lambda x, offsets, wire: (there(x, offsets, wire), offsets),
-  lambda wire, o, g: (_carried(g, o, wire, wire.combine, True), None),
+  lambda x, offsets, wire: (there(x, offsets, wire), offsets), _there_gradient
 )
 back.defvjp(
-  lambda x, offsets, wire: (back(x, offsets, wire), offsets),
-  lambda wire, o, g: (_carried(g, o, wire, wire.dispatch, False), None),
+  lambda x, offsets, wire: (back(x, offsets, wire), offsets), _back_gradient
 )
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -146,17 +147,17 @@ def check(program: Program) -> None:
 
 
 def trace(
-  program: Program,
+  program: Program, devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.stages.Traced, Any, dict[str, jax.ShapeDtypeStruct]]:
   """Returns the traced step, its abstract state and its abstract batch.
 
-  The process must see as many devices as the mesh has.
+  The process must see as many devices as the mesh has, or be given them.
   """
   check(program)
   model, config = build(program.model), program.mesh
   batch = BatchConfig(program.rows, accumulate=program.accumulate)
   cfg = TrainConfig(1e12, batch, program.optimizer)
-  mesh = meshes.make(config)
+  mesh = meshes.make(config, devices)
   state = jax.eval_shape(
     lambda key: initial_state(model, cfg, model.init(key)), jax.random.key(0)
   )
@@ -181,10 +182,10 @@ def trace(
 
 
 def lower(
-  program: Program,
+  program: Program, devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.stages.Lowered, Any, dict[str, jax.ShapeDtypeStruct]]:
   """Returns what `trace` does, the step lowered."""
-  traced, state, batch = trace(program)
+  traced, state, batch = trace(program, devices)
   return traced.lower(), state, batch
 
 

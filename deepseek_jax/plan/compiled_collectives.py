@@ -25,7 +25,7 @@ _KIND = '|'.join(KINDS)
 _OP = re.compile(
   rf'= (?P<type>\(.*?\)|\S+) (?P<kind>{_KIND})(?P<start>-start)?\('
 )
-_SHAPE = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
+SHAPE = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _TRIPS = re.compile(r'known_trip_count.{0,8}?"n":"(\d+)"')
 _CALLED = re.compile(
@@ -107,14 +107,14 @@ def _group(line: str, devices: int) -> int:
   return len(found.group(1).split(',')) if found else devices
 
 
-def _collective(line: str, devices: int) -> Collective | None:
+def one_collective(line: str, devices: int) -> Collective | None:
   """Returns the collective of a line of HLO, or None."""
   found = _OP.search(line)
   if not found:
     return None
   arrays = [
     Array(dtype, tuple(int(d) for d in dims.split(',') if d))
-    for dtype, dims in _SHAPE.findall(found['type'])
+    for dtype, dims in SHAPE.findall(found['type'])
   ]
   if found['start'] and found['type'].startswith('('):
     # An asynchronous start returns (inputs, outputs, ...): keep the outputs.
@@ -129,7 +129,7 @@ def _collective(line: str, devices: int) -> Collective | None:
   )
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+def computations(text: str) -> tuple[dict[str, list[str]], str | None]:
   """Returns the lines of each computation by name, and the entry's name."""
   bodies, entry, lines = {}, None, []
   for line in text.splitlines():
@@ -142,7 +142,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
   return bodies, entry
 
 
-def _calls(line: str) -> Iterator[tuple[str, int | None]]:
+def calls(line: str) -> Iterator[tuple[str, int | None]]:
   """Yields (computation, times; None if unknown) of all that a line runs."""
   # A while loop runs its body known_trip_count times, if XLA knows it.
   times = 1
@@ -163,18 +163,18 @@ def collectives(text: str, devices: int) -> tuple[Collective, ...]:
     text: `compiled.as_text()`.
     devices: over which it is compiled.
   """
-  bodies, entry = _computations(text)
+  bodies, entry = computations(text)
   out = []
 
   def walk(name: str, times: int, loop: bool, maybe: bool) -> None:
     for line in bodies.get(name, ()):
-      one = _collective(line, devices)
+      one = one_collective(line, devices)
       if one:
         # A reduction's own computation holds no collective.
         out.append(one._replace(times=times, loop=loop, maybe=maybe))
         continue
       unsure = maybe or ' conditional(' in line
-      for called, often in _calls(line):
+      for called, often in calls(line):
         walk(called, times * (often or 1), loop or often is None, unsure)
 
   walk(entry, 1, False, False)

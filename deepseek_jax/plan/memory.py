@@ -264,12 +264,14 @@ class CacheMemory:
     elements: numbers in all layers.
     bf16: their bytes as bfloat16.
     fp8: bytes of 8-bit records; None if a layer has no such record.
+    configured: bytes in the format that compute.cache says.
   """
 
   length: int
   elements: int
   bf16: int
   fp8: int | None
+  configured: int
 
   def quantized(self, bits: int) -> float:
     """Returns the bytes at so many bits per number, scales not counted."""
@@ -285,7 +287,8 @@ def cache(config: TransformerConfig, length: int = 1) -> CacheMemory:
     elements += repeat * cache_elements(block.attention, length)
     record = cache_bytes_fp8(block.attention, length)
     fp8 = None if fp8 is None or record is None else fp8 + repeat * record
-  return CacheMemory(length, elements, 2 * elements, fp8)
+  held = fp8 if config.compute.cache == 'float8' else 2 * elements
+  return CacheMemory(length, elements, 2 * elements, fp8, held)
 
 
 def checkpoint_bytes(

@@ -189,7 +189,7 @@ def _head(report: Report, name: str) -> tuple[str, str]:
   first = f'{name} on {devices}' + (f' ({sizes})' if sizes else '')
   second = (
     f'{p.total / 1e9:.1f} B parameters, {p.active / 1e9:.1f} B active;'
-    f' KV cache {report.cache.bf16:,} bytes per token;'
+    f' KV cache {report.cache.configured:,} bytes per token;'
     f' {report.recipe.tokens / 1e12:g} T tokens in {cost.days:.1f} days,'
     f' {cost.device_hours / 1e6:.2f} M device-hours,'
     f' ${cost.dollars / 1e6:.2f} M'

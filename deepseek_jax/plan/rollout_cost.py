@@ -77,7 +77,7 @@ class RolloutCost:
   Attributes:
     round: what was asked.
     tokens: that a round samples.
-    cache_bytes: KV caches of the answers decoded together, bfloat16, of a
+    cache_bytes: KV caches of the answers decoded together, as configured, of a
       device's share.
     decode_step: a token for each of these answers.
     decode, prefill: of all answers.
@@ -119,7 +119,7 @@ def rollout_cost(made: Report, asked: RoundPlan) -> RolloutCost:
   together = min(asked.together, asked.answers)
   # Half of an answer is cached while it is decoded, on average.
   length = asked.prompt + math.ceil(asked.answer / 2)
-  held = memory.cache(config, length).bf16 * together / devices
+  held = memory.cache(config, length).configured * together / devices
   weights = made.memory[made.policy]['weights']
   reading = (weights + held) / device.memory_bandwidth.value
   work = min(flops.decode_flops(config, length).values()) * together
@@ -135,7 +135,7 @@ def rollout_cost(made: Report, asked: RoundPlan) -> RolloutCost:
   update = asked.updates * made.time.costed
   total = decode + prefill + scoring + update
   hours = total * devices / cost.HOUR
-  full = memory.cache(config, whole).bf16 * together / devices
+  full = memory.cache(config, whole).configured * together / devices
   return RolloutCost(
     asked,
     asked.answers * asked.answer,

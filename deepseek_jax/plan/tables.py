@@ -64,6 +64,10 @@ def _model() -> list[Row]:
     ('KV cache per token: bytes, bfloat16', lambda r: f'{r.cache.bf16:,}'),
     ('KV cache per token: bytes, 8-bit records', fp8),
     (
+      'KV cache per token: bytes, as configured',
+      lambda r: f'{r.cache.configured:,}',
+    ),
+    (
       'KV cache of a long sequence, bfloat16',
       lambda r: (
         f'{r.cache_at_length.length:,} tokens: '

@@ -154,11 +154,23 @@ def float8_product(
 
 
 def float8_gradients(
-  transpose: bool, impl: str | None, saved: tuple, grad: jax.Array
+  transpose: bool,
+  impl: str | None,
+  saved: tuple,
+  grad: jax.Array,
+  quantized: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple:
-  """Returns the gradients of rows and weights by float8 products."""
+  """Returns the gradients of rows and weights by float8 products.
+
+  Args:
+    transpose, impl: of the product.
+    saved: rows and weights in float8, the layout, and a scalar of the dtype
+      that the gradient of the weights has.
+    grad: [M F] of the result.
+    quantized: the same in float8 with a scale per 1 x 128, where it is so.
+  """
   x, w, expert, used, like = saved
-  g = quantize(grad, power_of_two=True, impl=impl)
+  g = quantized or quantize(grad, power_of_two=True, impl=impl)
   right = _transposed(*w) if transpose else w
   drows = _fp8(*g, *right, expert, used, grad.dtype, impl)
 

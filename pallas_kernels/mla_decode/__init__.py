@@ -75,17 +75,24 @@ def mla_decode(
   return dispatch.run('mla_decode', impl, functions, *args)
 
 
-def refused(c: jax.Array, k_r: jax.Array) -> str:
-  """Returns why the kernel can't take bfloat16 pages, or ''.
+def refused(
+  queries: jax.typing.DTypeLike,
+  c: jax.Array,
+  k_r: jax.Array,
+  scales: jax.Array | None = None,
+) -> str:
+  """Returns why the kernel can't take pages, or ''.
 
   Args:
+    queries: their dtype.
     c: [... P G C] latents.
     k_r: [... P G R] rotary keys.
+    scales: [... P G C/128] where c is float8.
   """
   from pallas_kernels.mla_decode import gpu
 
   try:
-    gpu.check_pages(c, k_r)
+    gpu.check_pages(jnp.dtype(queries), c, k_r, scales)
   except NotImplementedError as error:
     return str(error)
   return ''

@@ -33,7 +33,7 @@ _RAW = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(128))
 
 
 def check_dtypes(
-  q_c: jax.Array, c: jax.Array, scales: jax.Array, k_r: jax.Array
+  queries: jnp.dtype, c: jax.Array, scales: jax.Array, k_r: jax.Array
 ) -> None:
   """Raises NotImplementedError for dtypes that the kernel can't take."""
   if c.dtype != FP8 or scales.dtype != jnp.float32:
@@ -41,8 +41,8 @@ def check_dtypes(
       f'latents {c.dtype} with scales {scales.dtype}, not float8_e4m3fn and '
       'float32'
     )
-  if q_c.dtype != jnp.bfloat16 or k_r.dtype != jnp.bfloat16:
-    raise NotImplementedError(f'dtype {q_c.dtype}/{k_r.dtype}, not bfloat16')
+  if queries != jnp.bfloat16 or k_r.dtype != jnp.bfloat16:
+    raise NotImplementedError(f'dtype {queries}/{k_r.dtype}, not bfloat16')
 
 
 def partial_sums(

@@ -51,12 +51,7 @@ def mla_decode(
   Raises:
     NotImplementedError: dtypes, widths or a page that the kernels can't take.
   """
-  if scales is None:
-    _check_dtypes(q_c)
-    check_pages(c, k_r)
-  else:
-    fp8_latents.check_dtypes(q_c, c, scales, k_r)
-    _check_sizes(c, k_r)
+  check_pages(q_c.dtype, c, k_r, scales)
   B, T, H, _ = q_c.shape
   # Heads and new tokens are rows alike: all of them share the cached tokens.
   rows = -(-T * H // ROWS) * ROWS
@@ -79,9 +74,19 @@ def mla_decode(
   return out[:, : T * H].reshape(B, T, H, LATENT)
 
 
-def check_pages(c: jax.Array, k_r: jax.Array) -> None:
-  """Raises NotImplementedError for pages [... P G C] that it can't take."""
-  _check_dtypes(k_r, c)
+def check_pages(
+  queries: jnp.dtype, c: jax.Array, k_r: jax.Array, scales: jax.Array | None
+) -> None:
+  """Raises NotImplementedError for pages [... P G C] that it can't take.
+
+  Args:
+    queries: their dtype.
+    c, k_r, scales: as in mla_decode.
+  """
+  if scales is not None:
+    fp8_latents.check_dtypes(queries, c, scales, k_r)
+  else:
+    _check_dtypes(queries, k_r.dtype, c.dtype)
   _check_sizes(c, k_r)
 
 
@@ -92,11 +97,11 @@ def _check_sizes(c: jax.Array, k_r: jax.Array) -> None:
     raise NotImplementedError(f'{c.shape[-2]} tokens a page, not 64 * n')
 
 
-def _check_dtypes(*arrays: jax.Array) -> None:
-  """Raises NotImplementedError unless all arrays are bfloat16."""
-  if any(a.dtype != jnp.bfloat16 for a in arrays):
+def _check_dtypes(*dtypes: jnp.dtype) -> None:
+  """Raises NotImplementedError unless all dtypes are bfloat16."""
+  if any(dtype != jnp.bfloat16 for dtype in dtypes):
     raise NotImplementedError(
-      f'dtype {arrays[0].dtype}/{arrays[-1].dtype}, not bfloat16'
+      f'dtype {"/".join(dict.fromkeys(map(str, dtypes)))}, not bfloat16'
     )
 
 

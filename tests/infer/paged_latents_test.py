@@ -20,6 +20,7 @@ from deepseek_jax.infer.paging import paging
 from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.programs import Shape, plain
 from deepseek_jax.infer.request import Request, Sampling
+from deepseek_jax.model.attention.latent_reading import Latent
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.attention.paged_latent import PagedLatent, last_first
 from deepseek_jax.model.experts.ffn import FFNConfig
@@ -62,7 +63,9 @@ def answers(config, variables, impl, drafts=0, spoil=False):
   return found, {(c.op, c.shapes) for c in choices}, run
 
 
-def traced(drafts, rows=4, page=64, dtype='bfloat16', latent=LATENT, **mtp):
+def traced(
+  drafts, rows=4, page=64, dtype='bfloat16', latent=LATENT, cache='compute'
+):
   """The choices of the loop of decoding for a Hopper GPU."""
   config = ds.TransformerConfig(
     vocab_size=64,
@@ -71,7 +74,7 @@ def traced(drafts, rows=4, page=64, dtype='bfloat16', latent=LATENT, **mtp):
     attention=latent,
     ffn=FFNConfig(256),
     mtp=MTPConfig(1 if drafts else 0, 'dense'),
-    compute=ComputeConfig(dtype=dtype),
+    compute=ComputeConfig(dtype=dtype, cache=cache),
   )
   model = ds.build(config)
   paged = paging(build_flat(model), page, drafts)
@@ -138,8 +141,23 @@ class TracedTest(parameterized.TestCase):
     self.assertTrue(any('bfloat16[13,64,512]' in c.shapes for c in stored))
     self.assertEqual({c.impl for c in choices}, {'gpu'})
 
+  def test_pages_in_float8_go_to_the_kernel_with_their_scales(self):
+    choices = traced(1, cache='float8')
+    pools = 'float8_e4m3fn[13,64,512] bfloat16[13,64,64]'
+    shapes = {
+      op: [c.shapes for c in choices if c.op == op]
+      for op in ('mla_decode', 'latent_kv')
+    }
+    decoded = [s for s in shapes['mla_decode'] if pools in s]
+    self.assertLen(set(decoded), 1)
+    self.assertIn('float32[13,64,4]', decoded[0])
+    stored = [s for s in shapes['latent_kv'] if 'float8_e4m3fn[13,64' in s]
+    self.assertNotEmpty(stored)
+    self.assertEqual({c.impl for c in choices}, {'gpu'})
+
   @parameterized.parameters(
     ({'page': 32}, '32 tokens a page, not 64'),
+    ({'dtype': 'float32', 'cache': 'float8'}, 'dtype float32/bfloat16, not'),
     ({'dtype': 'float32'}, 'not bfloat16'),
     (
       {'latent': dataclasses.replace(LATENT, kv_rank=256)},
@@ -158,7 +176,8 @@ class TracedTest(parameterized.TestCase):
 class PagedLatentTest(parameterized.TestCase):
   def test_tokens_outside_of_their_pages_are_written_nowhere(self):
     table = jnp.asarray([[2, 0], [1, -1]])
-    held = PagedLatent(jnp.zeros((3, 4, 2)), jnp.zeros((3, 4, 1)), table)
+    pages = Latent(jnp.zeros((3, 4, 2)), jnp.zeros((3, 4, 1)))
+    held = PagedLatent(pages, table)
     at = jnp.asarray([[3, 4, 8], [2, 4, 5]])
     valid = jnp.asarray([[True, True, True], [False, True, True]])
     want = [[11, 0, -1], [-1, -1, -1]]

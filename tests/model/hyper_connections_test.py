@@ -11,9 +11,12 @@ from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax.model import hyper_connections as hc
+from deepseek_jax.model import kernels
 from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.mtp import MTPConfig
+from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.residual import ResidualConfig
+from pallas_kernels import dispatch, target
 from tests import tiny
 
 DIM = 6
@@ -96,6 +99,15 @@ class ConnectionTest(parameterized.TestCase):
       np.testing.assert_allclose(got[0][0, t], x, atol=1e-5)
       np.testing.assert_allclose(got[1][0, t], new, atol=1e-5)
 
+  def test_writing_by_the_kernels_reference_gives_the_same(self):
+    merge, weights, _ = built(CFG)
+    stream, y = (jnp.asarray(a, jnp.float32) for a in inputs(CFG))
+    want = run(merge, weights, stream, y)
+    with kernels.using('reference'), dispatch.recorded() as found:
+      got = run(merge, weights, stream, y)
+    self.assertIn('write_streams', {c.op for c in found})
+    np.testing.assert_allclose(got[1], want[1], atol=1e-6)
+
   def test_head_equals_float64(self):
     module = CFG.head(DIM, std=1.0, rngs=nnx.Rngs(0))
     module.base[...] = jnp.array([0.3, -1, 0.5, 2])
@@ -108,6 +120,30 @@ class ConnectionTest(parameterized.TestCase):
       mix = f / np.sqrt((f * f).mean() + 1e-6) @ fn
       pre = sigmoid(mix * 0.7 + [0.3, -1, 0.5, 2]) + 1e-6
       np.testing.assert_allclose(got[0, t], pre @ stream[0, t], atol=1e-5)
+
+  @parameterized.parameters('connection', 'head')
+  def test_reading_and_norm_in_one_give_the_norm_of_what_is_read(self, which):
+    make = CFG.build if which == 'connection' else CFG.head
+    module = make(DIM, std=1.0, rngs=nnx.Rngs(0))
+    norm = RMSNorm(DIM, eps=1e-3, rngs=nnx.Rngs(0))
+    norm.scale[...] = jnp.arange(1.0, DIM + 1)
+    stream = jnp.asarray(inputs(CFG)[0], jnp.float32)
+    if which == 'head':
+      read, fused = module.collapse, module.collapse_normed
+    else:
+      read = lambda stream: module.read(stream)[0]
+      fused = lambda stream, norm: module.read_normed(stream, norm)[0]
+    want = norm(read(stream))
+    for impl in (None, 'reference'):
+      with kernels.using(impl):
+        np.testing.assert_allclose(fused(stream, norm), want, atol=2e-5)
+    wide = make(1024, std=1.0, rngs=nnx.Rngs(0))
+    fused = wide.collapse_normed if which == 'head' else wide.read_normed
+    norm = RMSNorm(1024, rngs=nnx.Rngs(0))
+    stream = jax.ShapeDtypeStruct((2, 3, 4, 1024), jnp.bfloat16)
+    with target.targeting('cuda', '9.0'), dispatch.recorded() as found:
+      jax.eval_shape(lambda stream: fused(stream, norm), stream)
+    self.assertIn(('collapse_norm', 'gpu'), {(c.op, c.impl) for c in found})
 
   def test_gradients_equal_central_differences_in_float64(self):
     merge, weights, p = built(CFG)

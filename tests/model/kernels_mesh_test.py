@@ -19,22 +19,25 @@ MESHES = (
 )
 EXPERTS = {'combine', 'grouped_matmul.forward', 'grouped_swiglu', 'permute'}
 PHASES = 'train', 'prefill', 'decode'
+STREAMS = {'collapse_norm', 'write_streams'}
 BACKWARD = {'combine_bwd', 'grouped_matmul.outer', 'permute_bwd'}
 KERNELS = {
   'v3': {
     'train': {'mla_prefill', 'router'} | EXPERTS | BACKWARD,
     'prefill': {'mla_prefill', 'router'} | EXPERTS,
-    # Few tokens choose most experts: all are applied, without a kernel.
-    'decode': {'latent_kv', 'mla_decode', 'router'},
+    'decode': {'latent_kv', 'mla_decode', 'router'} | EXPERTS,
   },
   'v32': {
     'train': {'indexer', 'sparse_mla', 'router'} | EXPERTS | BACKWARD,
     'prefill': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
-    'decode': {'indexer', 'sparse_mla', 'router'},
+    'decode': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
   },
-  'v4': {phase: {'indexer', 'sparse_mla'} for phase in PHASES},
+  'v4': {
+    phase: {'indexer', 'sparse_mla', 'sinkhorn'} | STREAMS for phase in PHASES
+  },
   'nsa': {phase: {'sparse_gqa'} for phase in PHASES},
 }
+KERNELS['v4']['train'] |= {f'{op}_bwd' for op in STREAMS | {'sinkhorn'}}
 
 
 def kernels(choices: list[dict], impl: str) -> dict:
@@ -59,8 +62,6 @@ class KernelsOnMeshTest(parameterized.TestCase):
     self.assertEqual(set(found), set(MESHES))
     for mesh, choices in found.items():
       want = wanted('v3', mesh)
-      if 'expert' in mesh:  # there tokens travel to their experts
-        want['decode'] = want['decode'] | {'combine', 'permute'}
       self.assertEqual(kernels(choices, 'gpu'), want, mesh)
       self.assertFalse(any(kernels(choices, 'reference').values()), mesh)
       heads = 8 // (2 if 'tensor' in mesh else 1)

@@ -27,6 +27,7 @@ from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
+from deepseek_jax.model.hyper_connections import HyperConnectionsConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer_config import ComputeConfig, Kind
 from deepseek_jax.parallel import mesh as meshes
@@ -59,13 +60,14 @@ NSA = NSAConfig(
 def plain(name: str) -> ds.TransformerConfig:
   """Returns layers of V4 or NSA, without experts."""
   kind = lambda far: Kind('ffn', (('attention.compress', far),))
-  more = {'kinds': {far: kind(far) for far in ('none', 'csa', 'hca')}}
+  kinds = {far: kind(far) for far in ('none', 'csa', 'hca')}
+  more = {'kinds': kinds, 'residual': HyperConnectionsConfig()}
   blocks, attention = ('none', 'csa', 'hca'), SHARED
   if name == 'nsa':
     more, blocks, attention = {}, ('dense',), NSA
   return ds.TransformerConfig(
     vocab_size=64,
-    dim=512,
+    dim=1024,
     layout=((blocks, 1),),
     attention=attention,
     ffn=FFNConfig(256),

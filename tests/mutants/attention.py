@@ -74,7 +74,7 @@ MUTANTS = (
   Mutant(
     'latent_cached_before_its_norm_and_rope',
     _MLA,
-    'return Latent(*map(put, past, new))',
+    'return type(new)(*map(put, past, new))',
     'raw = jnp.split(x @ self.kv_down[...], [16], axis=-1)\n'
     '      return Latent(*map(put, past, raw))',
     (f'{_MLA_TEST}::either_form_reads_the_cache_alike',),

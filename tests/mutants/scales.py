@@ -11,7 +11,7 @@ MUTANTS = (
   Mutant(
     'gradients_of_rows_meet_the_floor_of_activations',
     _MATMUL,
-    'g = quantize(grad, power_of_two=True, impl=impl)',
+    'g = quantized or quantize(grad, power_of_two=True, impl=impl)',
     'g = quantize(grad, power_of_two=True, floor=ACTIVATION_FLOOR, impl=impl)',
     (_LINEAR,),
     'slime 2256: float8 gradients vanish in large batches',
@@ -27,8 +27,8 @@ MUTANTS = (
   Mutant(
     'gradients_on_a_wire_meet_the_floor_of_activations',
     'deepseek_jax/parallel/wires.py',
-    '(_carried(g, o, wire, wire.dispatch, False), None)',
-    '(_carried(g, o, wire, wire.dispatch, False, wire.floor), None)',
+    'return _carried(grad, offsets, wire, wire.dispatch, False), None',
+    'return _carried(grad, offsets, wire, wire.dispatch, False, 1e-4), None',
     ('tests/parallel/exchange_test.py::float8_wires_floor_tokens',),
     'the gradient of a combine is a dispatch, but no activation',
   ),

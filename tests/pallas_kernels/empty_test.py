@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from pallas_kernels import dispatch, latent_kv, permute
+from pallas_kernels.collapse_norm import collapse_norm
 from pallas_kernels.grouped_matmul import (
   grouped_matmul,
   grouped_matmul_fp8,
@@ -22,6 +23,8 @@ from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
 from pallas_kernels.sparse_mla import sparse_mla
+from pallas_kernels.swiglu_quantize import swiglu_gradient, swiglu_quantize
+from pallas_kernels.write_streams import write_streams
 
 BF, F8, I32 = jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32
 RULE = router_shapes.Rule('sigmoid', 8, 4, 'top2')
@@ -148,6 +151,30 @@ CASES = {
     [(0, 256), (0, 2)],
   ),
   'sinkhorn': (sinkhorn, (0, 4, 4), [(0, 4, 4)]),
+  'write_streams': (
+    lambda x, impl: write_streams(
+      x,
+      zeros(0, 512),
+      zeros(0, 4, dtype=jnp.float32),
+      zeros(0, 4, 4, dtype=jnp.float32),
+      impl=impl,
+    ),
+    (0, 4, 512),
+    [(0, 4, 512)],
+  ),
+  'collapse_norm': (
+    lambda x, impl: collapse_norm(
+      x, zeros(0, 4, dtype=jnp.float32), jnp.ones(1024), impl=impl
+    ),
+    (0, 4, 1024),
+    [(0, 1024)],
+  ),
+  'swiglu_quantize': (swiglu_quantize, (0, 256), [(0, 128), (0, 1)]),
+  'swiglu_gradient': (
+    lambda h, impl: swiglu_gradient(h, zeros(0, 128), impl=impl),
+    (0, 256),
+    [(0, 256), (0, 256), (0, 2)],
+  ),
 }
 NO_GRADIENT = (
   'grouped_matmul_fp8',
@@ -158,6 +185,8 @@ NO_GRADIENT = (
   'permute_fp8',
   'quantize',
   'quantize_squares',
+  'swiglu_gradient',
+  'swiglu_quantize',
 )
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import compat, permute
+from pallas_kernels.collapse_norm import collapse_norm
+from pallas_kernels.collapse_norm import shapes as collapse_shapes
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.mla_decode import mla_decode
@@ -29,6 +31,8 @@ from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import shapes as sinkhorn_shapes
 from pallas_kernels.sinkhorn import sinkhorn
+from pallas_kernels.write_streams import shapes as write_shapes
+from pallas_kernels.write_streams import write_streams
 
 BF16 = 2.0**-8  # half a step of bfloat16 either side, twice: input and output
 
@@ -226,6 +230,45 @@ def check_quantize():
         )
         label = f'{name} {dtype.__name__} floor {floor:g}'
         compare(label, op, (jnp.asarray(x, dtype),), 1e-6)
+
+
+def check_collapse_norm():
+  def both(streams, pre, gain, grad, impl):
+    op = functools.partial(collapse_norm, impl=impl)
+    out, pull = jax.vjp(op, streams, pre, gain)
+    return out, pull(grad)
+
+  for name, shape in collapse_shapes.TEST.items():
+    rng = np.random.default_rng(0)
+    normal = lambda *size, rng=rng: rng.normal(size=size)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, BF16)):
+      args = (
+        jnp.asarray(normal(*shape), dtype),
+        jnp.asarray(normal(*shape[:2]), jnp.float32),
+        jnp.asarray(normal(shape.dim), jnp.float32),
+        jnp.asarray(normal(shape.tokens, shape.dim), dtype),
+      )
+      compare(f'{name} {dtype.__name__}', both, args, tolerance)
+
+
+def check_write_streams():
+  def both(streams, y, post, comb, grad, impl):
+    op = functools.partial(write_streams, impl=impl)
+    out, pull = jax.vjp(op, streams, y, post, comb)
+    return out, pull(grad)
+
+  for name, (N, n, D) in write_shapes.TEST.items():
+    rng = np.random.default_rng(0)
+    normal = lambda *size, rng=rng: rng.normal(size=size)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, BF16)):
+      args = (
+        jnp.asarray(normal(N, n, D), dtype),
+        jnp.asarray(normal(N, D), dtype),
+        jnp.asarray(normal(N, n), jnp.float32),
+        jnp.asarray(normal(N, n, n), jnp.float32),
+        jnp.asarray(normal(N, n, D), dtype),
+      )
+      compare(f'{name} {dtype.__name__}', both, args, tolerance)
 
 
 def check_sinkhorn():

@@ -18,6 +18,8 @@ from pallas_kernels.grouped_matmul import (
 )
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.permute import shapes as permute_shapes
+from pallas_kernels.swiglu_quantize import shapes as swiglu_shapes
+from pallas_kernels.swiglu_quantize import swiglu_gradient, swiglu_quantize
 
 BF16 = interpreted.BF16
 
@@ -69,6 +71,26 @@ def check_grouped_matmul_float8():
   shape = grouped_shapes.Shape((700, 0, 5), 128, 256, 128)
   drawn = interpreted.draw_grouped_matmul(shape)
   interpreted.compare_grouped_matmul('ring', drawn, float8=True)
+
+
+def check_swiglu_quantize():
+  for name, shape in swiglu_shapes.TEST.items():
+    how = {'limit': shape.limit, 'power_of_two': shape.power_of_two}
+    for dtype in (jnp.float32, jnp.bfloat16):
+      rng = np.random.default_rng(0)
+      h = rng.normal(size=(shape.rows, 2 * shape.columns))
+      h[1:][-1:] = 0
+      h[0, :3] = h[0, -3:] = shape.limit or 0  # on the border of a limit
+      h = jnp.asarray(h, dtype)
+      grad = jnp.asarray(rng.normal(size=(shape.rows, shape.columns)), dtype)
+      label = f'{name} {dtype.__name__}'
+      # Where exp differs by a bit a number goes to the next one of float8.
+      op = functools.partial(swiglu_quantize, **how)
+      interpreted.compare(label, op, (h,), 2.0**-3)
+      back = functools.partial(swiglu_gradient, **how)
+      interpreted.compare(f'{label} gradient', back, (h, grad), 2.0**-3)
+      exact = lambda *args, back=back, **impl: back(*args, **impl)[0]
+      interpreted.compare(f'{label} exact', exact, (h, grad), BF16)
 
 
 def check_permute_fp8():

@@ -14,7 +14,7 @@ from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.transformer_config import ComputeConfig
-from deepseek_jax.parallel import exchange, formats, queues, wires
+from deepseek_jax.parallel import exchange, formats, queues, rounds, wires
 from deepseek_jax.parallel.exchange import ExchangeConfig
 from deepseek_jax.plan.wire import expert_wire as traffic
 from deepseek_jax.plan.wire import traffic as wire
@@ -219,6 +219,40 @@ class TrafficTest(parameterized.TestCase):
     self.assertEqual(flat, (0, 4))
     hops = traffic.crossing(choices, E, 8, node=4, two_hop=True)
     self.assertEqual(hops, (2, 1))  # lands on device 4
+
+
+class RoundsTest(absltest.TestCase):
+  def test_further_rounds_keep_the_experts_weights_once(self):
+    # Eight devices and 4 copies a token: 3 rounds after the first.
+    E, N, D, K = 8, 16, 5, 4
+    kinds = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh((E,), ('e',), axis_types=kinds)
+    group = rounds.Group(ExchangeConfig(), lambda *_: None, 'e', E, ('e',))
+
+    def step(x, w):
+      def local(x, w):
+        to = jnp.zeros((N, K), jnp.int32)
+        copies = rounds.Copies(to, jnp.ones((N, K)), to + 1, N * K, N * K)
+        load = lambda source: (source, ())
+        work = lambda rows, *_: (rows @ w[0], jnp.int32(0))
+        return rounds.hop(group, x, copies, load, work)[0]
+
+      rows = jax.P('e')
+      return jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False
+      )(x, w).sum()
+
+    place = jax.sharding.NamedSharding(mesh, jax.P('e'))
+    array = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=place)
+    with jax.sharding.use_abstract_mesh(mesh):
+      made = jax.make_jaxpr(jax.grad(step, (0, 1)))(
+        array(E * N, D), array(E, D, D)
+      )
+    text = str(made)
+    self.assertIn('length=3', text)  # the scan over further rounds
+    self.assertIn(f'f32[1,{D},{D}]', text)
+    self.assertNotIn(f'f32[3,1,{D},{D}]', text)
+    self.assertNotIn(f'f32[3,{D},{D}]', text)
 
 
 class RulesTest(absltest.TestCase):

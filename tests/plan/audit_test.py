@@ -102,11 +102,6 @@ def lowered(name, length, batch=1, **flags):
   return on_one_device(apply, cast, tokens)
 
 
-def every_expert(cfg) -> ds.TransformerConfig:
-  """The same model, each token sent to all experts."""
-  return ds.changed(cfg, {'moe.top_k': cfg.moe.experts})
-
-
 class AuditTest(parameterized.TestCase):
   @parameterized.parameters(*CONFIGS)
   def test_parameters_equal_init(self, name):
@@ -137,10 +132,10 @@ class AuditTest(parameterized.TestCase):
 
   @parameterized.parameters(*CONFIGS)
   def test_forward_flops_of_the_lowered_program(self, name):
-    cfg, length = CONFIGS[name], 16
+    # So few that each row is multiplied by itself: XLA counts no loop's turns.
+    cfg, length = CONFIGS[name], 2
     got = lowered(name, length, mtp=True).cost_analysis()['flops']
-    all_seen = every_expert(cfg)
-    want = plan.count_flops(all_seen, length, seen='full', mtp=True)
+    want = plan.count_flops(cfg, length, seen='full', mtp=True)
     # Every MTP depth runs its block; the head is the loss's, not the model's.
     heads = cfg.mtp.depth * want.forward[flops.HEAD]
     want = sum(want.forward.values()) - heads

@@ -9,6 +9,7 @@ R rope dim, V value dim.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention.softmax import causal_attention
@@ -18,6 +19,9 @@ from deepseek_jax.parallel.gathered_attention import Sequence, expand_latents
 from deepseek_jax.parallel.sequence import Along
 from pallas_kernels import dispatch
 from pallas_kernels.mla_prefill import mla_prefill
+from pallas_kernels.quantize import ACTIVATION_FLOOR, dequantize, quantize
+
+GROUP = 128  # numbers of a latent that one scale covers
 
 
 class Latent(NamedTuple):
@@ -25,6 +29,36 @@ class Latent(NamedTuple):
 
   c: jax.Array  # [B S C], normed
   kr: jax.Array  # [B S R], rotated
+
+
+class FP8Latent(NamedTuple):
+  """Holds the same in float8: a latent is c times the scale of each GROUP."""
+
+  c: jax.Array  # [B S C] float8_e4m3fn
+  kr: jax.Array  # [B S R] bfloat16
+  scales: jax.Array  # [B S C/GROUP] float32
+
+
+def encoded(latent: Latent) -> FP8Latent:
+  """Returns latents [B S .] as they are cached in float8."""
+  c, kr = latent
+  q, scales = quantize(
+    c.reshape(-1, c.shape[-1]),
+    block=(1, GROUP),
+    floor=ACTIVATION_FLOOR,
+    impl='reference',
+  )
+  rows = lambda a: a.reshape(*c.shape[:-1], -1)
+  return FP8Latent(rows(q), kr.astype(jnp.bfloat16), rows(scales))
+
+
+def decoded(held: Latent | FP8Latent, dtype: jax.typing.DTypeLike) -> Latent:
+  """Returns cached latents [B S .] in `dtype`; those of no format as is."""
+  if isinstance(held, Latent):
+    return held
+  flat = lambda a: a.reshape(-1, a.shape[-1])
+  c = dequantize(flat(held.c), flat(held.scales), dtype)
+  return Latent(c.reshape(held.c.shape), held.kr.astype(dtype))
 
 
 def read_latents(

@@ -17,7 +17,11 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention.latent_reading import (
+  GROUP,
+  FP8Latent,
   Latent,
+  decoded,
+  encoded,
   latent_attention,
 )
 from deepseek_jax.model.attention.paged_latent import (
@@ -39,8 +43,11 @@ from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.gathered_attention import expand_latents
 from deepseek_jax.parallel.sharding import param, shard
-from pallas_kernels.latent_kv import Pages, latent_kv
+from pallas_kernels.latent_kv import FP8Pages, Pages, latent_kv
 from pallas_kernels.mla_decode import mla_decode
+
+FP8 = jnp.float8_e4m3fn
+Past = Latent | FP8Latent | PagedLatent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +95,19 @@ class MLAConfig:
     slots: int,
     dtype: jax.typing.DTypeLike,
     spare: int = 0,
-  ) -> 'Latent':
-    """Returns an empty cache: C + R numbers per slot.
+  ) -> 'Latent | FP8Latent':
+    """Returns an empty cache: C + R numbers per slot, in float8 their scales.
 
     A slot is a position, which a rewound row overwrites: `spare` adds none.
     """
     del spare
-    return Latent(
-      jnp.zeros((batch, slots, self.kv_rank), dtype),
-      jnp.zeros((batch, slots, self.rope_dim), dtype),
+    empty = lambda width, dtype: jnp.zeros((batch, slots, width), dtype)
+    if dtype != FP8:
+      return Latent(empty(self.kv_rank, dtype), empty(self.rope_dim, dtype))
+    return FP8Latent(
+      empty(self.kv_rank, FP8),
+      empty(self.rope_dim, jnp.bfloat16),
+      empty(self.kv_rank // GROUP, jnp.float32),
     )
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'MLA':
@@ -158,8 +169,8 @@ class MLA(nnx.Module):
     x: jax.Array,
     ctx: Context,
     latent: Latent | None,
-    past: Latent | PagedLatent,
-  ) -> Latent | PagedLatent:
+    past: Past,
+  ) -> Past:
     """Returns the cache with x [B T D] written.
 
     Args:
@@ -169,12 +180,16 @@ class MLA(nnx.Module):
       past: the cache.
     """
 
-    def own() -> Latent | PagedLatent:
+    held = past.pages if isinstance(past, PagedLatent) else past
+
+    def own() -> Past:
       new = self.latent(x, ctx.positions) if latent is None else latent
+      if isinstance(held, FP8Latent):
+        new = encoded(new)
       if isinstance(past, PagedLatent):
         return past.written(new, ctx.positions, ctx.valid)
       put = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
-      return Latent(*map(put, past, new))
+      return type(new)(*map(put, past, new))
 
     if latent is not None:
       return own()
@@ -187,7 +202,7 @@ class MLA(nnx.Module):
       own,
       (*arrays, *weights),
       (row, row, row, row, (), ()),
-      Latent(row, row),
+      type(past)(*(row for _ in past)),
     )
 
   def stored(
@@ -196,16 +211,18 @@ class MLA(nnx.Module):
     x: jax.Array,
     positions: jax.Array,
     valid: jax.Array | None,
-    past: Latent | PagedLatent,
+    past: Past,
     down: jax.Array,
     gain: jax.Array,
-  ) -> Latent | PagedLatent:
+  ) -> Past:
     """Computes `write` by the kernel that projects and stores in one."""
-    S, at = past.c.shape[1], positions
+    at, paged = positions, isinstance(past, PagedLatent)
+    held = past.pages if paged else past
     # The cache as one list of slots, row after row; -1 is not written.
-    if isinstance(past, PagedLatent):
+    if paged:
       slots = past.slots(at, valid)
     else:
+      S = past.c.shape[1]
       inside = at < S if valid is None else (at < S) & valid
       row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * S
       slots = jnp.where(inside, row + at, -1)
@@ -216,6 +233,10 @@ class MLA(nnx.Module):
     # YaRN may scale cos and sin, too.
     turn = table_multiplier(self.cfg.rope)
     cos, sin = (turn * f(flat(angles)) for f in (jnp.cos, jnp.sin))
+    if isinstance(held, FP8Latent):
+      cache = FP8Pages(held.c, held.scales, held.kr)
+    else:
+      cache = Pages(*held)
     cache = latent_kv(
       flat(x),
       down,
@@ -223,12 +244,17 @@ class MLA(nnx.Module):
       cos,
       sin,
       slots.reshape(-1),
-      Pages(*past[:2]),
+      cache,
       eps=self.cfg.norm_eps,
       interleaved=self.cfg.rope.interleaved,
       impl=impl,
     )
-    return past._replace(c=cache[0], kr=cache[1])
+    held = held._replace(
+      c=cache.c,
+      kr=cache.k_r,
+      **({'scales': cache.scales} if isinstance(cache, FP8Pages) else {}),
+    )
+    return past._replace(pages=held) if paged else held
 
   def ups(self) -> tuple[jax.Array, jax.Array]:
     """Returns the up-projections of keys [C H N] and of values [C H V]."""
@@ -265,7 +291,7 @@ class MLA(nnx.Module):
     impl: str,
     qn: jax.Array,
     qr: jax.Array,
-    latent: Latent,
+    held: Latent | FP8Latent,
     positions: jax.Array,
     k_up: jax.Array,
     v_up: jax.Array,
@@ -280,10 +306,11 @@ class MLA(nnx.Module):
     mixed = mla_decode(
       alone(qc),
       alone(qr),
-      *latent,
+      *held[:2],
       table,
       positions.reshape(-1).astype(jnp.int32) + 1,
       scale=self.cfg.scale,
+      scales=getattr(held, 'scales', None),
       impl=impl,
     )
     return products.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
@@ -309,8 +336,10 @@ class MLA(nnx.Module):
     return kernels.pick(
       'mla_decode',
       self.decoded_pages,
-      lambda: self.absorbed(qn, qr, past.gathered(length), ctx.positions),
-      (qn, qr, past[:2], past.table, length, count, *self.ups()),
+      lambda: self.absorbed(
+        qn, qr, decoded(past.gathered(length), qn.dtype), ctx.positions
+      ),
+      (qn, qr, past.pages, past.table, length, count, *self.ups()),
       (heads, heads, (), row, row, row, (None, 'heads'), (None, 'heads')),
       heads,
     )
@@ -320,7 +349,7 @@ class MLA(nnx.Module):
     impl: str,
     qn: jax.Array,
     qr: jax.Array,
-    pages: tuple[jax.Array, jax.Array],
+    pages: Latent | FP8Latent,
     table: jax.Array,
     length: jax.Array,
     count: jax.Array,
@@ -334,10 +363,11 @@ class MLA(nnx.Module):
     mixed = mla_decode(
       last_first(qc, count),
       last_first(qr, count),
-      *pages,
+      *pages[:2],
       table,
       length.astype(jnp.int32),
       scale=self.cfg.scale,
+      scales=getattr(pages, 'scales', None),
       impl=impl,
     )
     mixed = last_first(mixed, -count)
@@ -357,7 +387,7 @@ class MLA(nnx.Module):
     qn: jax.Array,
     qr: jax.Array,
     latent: Latent | None,
-    past: Latent | PagedLatent | None,
+    past: Past | None,
     ctx: Context,
   ) -> jax.Array:
     """Attends densely to `latent`, these tokens, or to the cache `past`.
@@ -384,14 +414,15 @@ class MLA(nnx.Module):
       return kernels.pick(
         'mla_decode',
         self.decoded,
-        lambda: self.absorbed(qn, qr, past, ctx.positions),
+        lambda: self.absorbed(qn, qr, decoded(past, qn.dtype), ctx.positions),
         (qn, qr, past, ctx.positions, *self.ups()),
         (heads, heads, row, row, (None, 'heads'), (None, 'heads')),
         heads,
       )
     # Many new tokens: expanding the cached keys costs less.
     q = jnp.concatenate([qn, qr], axis=-1)
-    k, v = expand_latents(q.shape[2:], past, self.kv_up[...])
+    latent = decoded(past, q.dtype)
+    k, v = expand_latents(q.shape[2:], latent, self.kv_up[...])
     return cached_attention(q, k, v, ctx.positions, scale=self.cfg.scale)
 
   def project(self, y: jax.Array) -> jax.Array:
@@ -403,8 +434,8 @@ class MLA(nnx.Module):
     self,
     x: jax.Array,
     ctx: Context,
-    past: Latent | PagedLatent | None = None,
-  ) -> tuple[jax.Array, Latent | PagedLatent | None, dict]:
+    past: Past | None = None,
+  ) -> tuple[jax.Array, Past | None, dict]:
     """Returns y [B T D], the cache with the tokens of x [B T D], and {}."""
     qn, qr = self.query(x, ctx.positions)  # [B T H N], [B T H R]
     # Later calls attend to the cache alone: a kernel may store right into it.

@@ -11,19 +11,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.attention.latent_reading import Latent
+from deepseek_jax.model.attention.latent_reading import FP8Latent, Latent
 
 
 class PagedLatent(NamedTuple):
   """Holds the latents of rows; a call's tokens of a row follow one another."""
 
-  c: jax.Array  # [M P C], normed
-  kr: jax.Array  # [M P R], rotated
+  pages: Latent | FP8Latent  # each [M P ...]
   table: jax.Array  # [B n] int32, a row's pages in order; -1: none
 
   def slots(self, positions: jax.Array, valid: jax.Array | None) -> jax.Array:
     """Returns where tokens at positions [B T] lie among all, -1: nowhere."""
-    size, n = self.c.shape[1], self.table.shape[1]
+    size, n = self.pages.c.shape[1], self.table.shape[1]
     place = jnp.clip(positions // size, 0, n - 1)
     page = jnp.take_along_axis(self.table, place, axis=1)
     there = (positions < n * size) & (page >= 0)
@@ -32,12 +31,16 @@ class PagedLatent(NamedTuple):
     return jnp.where(there, page * size + positions % size, -1)
 
   def written(
-    self, new: Latent, positions: jax.Array, valid: jax.Array | None
+    self,
+    new: Latent | FP8Latent,
+    positions: jax.Array,
+    valid: jax.Array | None,
   ) -> 'PagedLatent':
-    """Returns the pages with new [B T .] at positions [B T]."""
+    """Returns the pages with new [B T .], in their format, at [B T]."""
     slots = self.slots(positions, valid).reshape(-1)
     # One slot beyond the last, where mode='drop' writes nothing.
-    slots = jnp.where(slots < 0, self.c.shape[0] * self.c.shape[1], slots)
+    count, size = self.pages.c.shape[:2]
+    slots = jnp.where(slots < 0, count * size, slots)
 
     def put(pages: jax.Array, new: jax.Array) -> jax.Array:
       width = pages.shape[-1]
@@ -45,9 +48,9 @@ class PagedLatent(NamedTuple):
       flat = flat.at[slots].set(new.astype(pages.dtype), mode='drop')
       return flat.reshape(pages.shape)
 
-    return self._replace(c=put(self.c, new.c), kr=put(self.kr, new.kr))
+    return self._replace(pages=type(new)(*map(put, self.pages, new)))
 
-  def gathered(self, lengths: jax.Array) -> Latent:
+  def gathered(self, lengths: jax.Array) -> Latent | FP8Latent:
     """Returns the latents of the rows, [B n P .]; zero behind lengths [B]."""
 
     def take(pages: jax.Array) -> jax.Array:
@@ -56,7 +59,7 @@ class PagedLatent(NamedTuple):
       seen = jnp.arange(rows.shape[1]) < lengths[:, None]
       return jnp.where(seen[..., None], rows, 0)
 
-    return Latent(take(self.c), take(self.kr))
+    return jax.tree.map(take, self.pages)
 
 
 def last_first(queries: jax.Array, count: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from deepseek_jax.parallel import exchange
 from deepseek_jax.parallel.sharding import Buffer, current, param
 from pallas_kernels import grouped_matmul as gmm
 from pallas_kernels import permute
-from pallas_kernels.grouped_matmul.from_tokens import product_of_tokens
+from pallas_kernels.grouped_matmul.from_tokens import experts_of_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +118,14 @@ def apply_experts(
   # Rows sorted by expert, each expert's filled up to whole blocks: [M D].
   plan = permute.plan(experts, E)
   gate_up = gate_up.reshape(E, D, 2 * F)
-  # Gate, up and activation: [M D] -> [M F].
   if float8:
-    h = swiglu(product_of_tokens(x, gate_up, plan), limit)
-  else:
-    h = _hidden(permute.permute(x, plan), gate_up, plan, limit)
+    y = experts_of_tokens(x, gate_up, down, plan, limit=limit)
+    return permute.combine(y, weights, plan)
+  # Gate, up and activation: [M D] -> [M F].
+  h = _hidden(permute.permute(x, plan), gate_up, plan, limit)
   layout = {'block_expert': plan.block_expert, 'used': plan.used}
   # Down, [M F] -> [M D]; then rows return to their tokens, weighted.
-  y = gmm.grouped_matmul(h, down, **layout, float8=float8)
+  y = gmm.grouped_matmul(h, down, **layout)
   return permute.combine(y, weights, plan)
 
 

@@ -9,7 +9,7 @@ from deepseek_jax.posttrain.r1_recipe import R1Recipe
 
 def _base() -> R1Recipe:
   """Returns the recipe of the model that begins: it knows the first level."""
-  return R1Recipe(seq_len=135, most=110, cold=3e6, slots=64)
+  return R1Recipe(seq_len=135, most=110, cold=5e6, slots=64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,14 @@ Fields that depend on each other may change together: only the result is
 checked.
 """
 
+import copy
 import dataclasses
+import json
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deepseek_jax.config import field_types, typed, unknown_field
+from deepseek_jax.config import field_types, to_dict, typed, unknown_field
 from deepseek_jax.errors import InputError, told
 
 
@@ -29,6 +31,42 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
       "as {'moe.router.scoring': 'softmax'}"
     )
   return changed_by(config, changes.items())
+
+
+def with_defaults(written: Any, like: Any) -> Any:
+  """Returns JSON values of an earlier version with the fields that came since.
+
+  A field that `written` lacks has its default, which is what it meant then; so
+  what was begun goes on with a version that has more fields.
+
+  Args:
+    written: JSON values.
+    like: what they are compared with: dataclasses, also in dicts and lists.
+  """
+  if isinstance(written, dict) and dataclasses.is_dataclass(like):
+    out = dict(written)
+    for field in dataclasses.fields(like):
+      if field.name in written:
+        part = getattr(like, field.name)
+        out[field.name] = with_defaults(written[field.name], part)
+      elif field.default is not dataclasses.MISSING:
+        out[field.name] = _written(like, field.name, field.default)
+      elif field.default_factory is not dataclasses.MISSING:
+        out[field.name] = _written(like, field.name, field.default_factory())
+    return out
+  if isinstance(written, dict) and isinstance(like, Mapping):
+    return {k: with_defaults(v, like.get(k)) for k, v in written.items()}
+  both = isinstance(written, list) and isinstance(like, list | tuple)
+  if both and len(written) == len(like):
+    return [with_defaults(*pair) for pair in zip(written, like)]
+  return written
+
+
+def _written(like: Any, name: str, value: Any) -> Any:
+  """Returns the JSON value of a field of a dataclass that holds `value`."""
+  other = copy.copy(like)  # not checked: fields may not fit one another
+  object.__setattr__(other, name, value)
+  return json.loads(json.dumps(to_dict(other)[name]))
 
 
 def changed_by(config: Any, changes: Iterable[tuple[str, Any]]) -> Any:

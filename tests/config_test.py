@@ -13,6 +13,8 @@ from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax import config as configs
+from deepseek_jax import recipes
+from deepseek_jax.config_changes import with_defaults
 from deepseek_jax.data import DataConfig
 from deepseek_jax.infer.sampling import SampleConfig
 from deepseek_jax.model.attention.gqa import GQAConfig
@@ -319,6 +321,41 @@ class MistakesTest(parameterized.TestCase):
   def test_none_is_taken_where_it_means_something(self):
     config = ds.from_dict(TransformerConfig, edited('attention.q_rank', None))
     self.assertIsNone(config.attention.q_rank)
+
+
+class EarlierTest(parameterized.TestCase):
+  """What was written before a field existed goes on."""
+
+  @parameterized.parameters(
+    ('model', 'compute', 'cache'),
+    ('model', 'compute'),
+    ('model', 'residual'),  # a kind
+    ('model', 'moe', 'router', 'scoring'),
+    ('mesh',),
+    ('rollouts',),
+  )
+  def test_a_field_that_is_absent_has_its_default(self, *path):
+    run = recipes.v3_tiny()
+    now = json.loads(json.dumps(configs.to_dict(run)))
+    then = json.loads(json.dumps(now))
+    *above, last = path
+    functools.reduce(dict.__getitem__, above, then).pop(last)
+    self.assertNotEqual(then, now)
+    # Also where dataclasses lie in dicts and lists.
+    found = with_defaults({'runs': [then]}, {'runs': [run]})
+    self.assertEqual(found, {'runs': [now]})
+
+  def test_nothing_else_becomes_equal(self):
+    run = recipes.v3_tiny()
+    other = ds.changed(run, {'model.compute.cache': 'compute', 'seed': 3})
+    then = json.loads(json.dumps(configs.to_dict(run)))
+    del then['model']['compute']['cache']
+    now = json.loads(json.dumps(configs.to_dict(other)))
+    found = with_defaults(then, other)
+    self.assertEqual(found['model']['compute']['cache'], 'compute')
+    self.assertNotEqual(found, now)
+    odd = {'runs': [1, 2], 'x': None}
+    self.assertEqual(with_defaults(odd, {'runs': [run]}), odd)
 
 
 class ChangedTest(parameterized.TestCase):

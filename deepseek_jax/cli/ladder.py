@@ -29,6 +29,7 @@ from absl import flags
 from deepseek_jax import config as configs
 from deepseek_jax import files
 from deepseek_jax.cli import common, experiment_file, finish
+from deepseek_jax.config_changes import with_defaults
 from deepseek_jax.errors import InputError, RunAborted
 from deepseek_jax.ladder import costs, figure, measured, rungs, table, trials
 from deepseek_jax.ladder.sizes import SIZES
@@ -113,14 +114,16 @@ def claim(folder: Path, arms: Mapping[str, loop.RunConfig]) -> None:
   Raises:
     InputError: it is another ladder's.
   """
+  size = SIZES[_SIZE.value]
   plain = {
-    'size': configs.to_dict(SIZES[_SIZE.value]),
+    'size': configs.to_dict(size),
     'arms': {name: as_json(run) for name, run in arms.items()},
   }
   plain = json.loads(json.dumps(plain))
   path = folder / FILE
   if path.exists():
-    if files.load_json(str(path)) != plain:
+    there = files.load_json(str(path))
+    if with_defaults(there, {'size': size, 'arms': arms}) != plain:
       raise InputError(
         f'--folder={folder}: holds another ladder; choose another, or the same'
         ' --size and --arms'

@@ -25,6 +25,7 @@ from absl import flags
 from deepseek_jax import config as configs
 from deepseek_jax import files
 from deepseek_jax.cli import arms, common, compare, experiment_file, training
+from deepseek_jax.config_changes import with_defaults
 from deepseek_jax.errors import START_AGAIN, InputError, Preempted
 from deepseek_jax.plan import match as matching
 from deepseek_jax.record import results
@@ -94,11 +95,15 @@ def planned(folder: Path) -> list[arms.ArmRun]:
     raise InputError(f'--axis: {twice[0]} is given twice')
   made = arms.runs(_CONFIG.value, axes, _SEEDS.value, _MATCH.value, _BY.value)
   text = json.dumps(as_plain(made), indent=2) + '\n'
-  if path.exists() and json.loads(path.read_text()) != json.loads(text):
-    raise InputError(
-      f'--folder={folder}: holds another sweep; choose another, or leave out'
-      ' all flags but --folder to go on with it'
+  if path.exists():
+    there = with_defaults(
+      files.load_json(str(path)), {'runs': [run._asdict() for run in made]}
     )
+    if there != json.loads(text):
+      raise InputError(
+        f'--folder={folder}: holds another sweep; choose another, or leave out'
+        ' all flags but --folder to go on with it'
+      )
   if not _DRY.value:
     folder.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as scratch:

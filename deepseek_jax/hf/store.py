@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax import files, trees
 from deepseek_jax.config import from_dict, to_dict
+from deepseek_jax.config_changes import with_defaults
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf import identity, loading, names
 from deepseek_jax.hf import store_manifest as manifest
@@ -73,6 +74,7 @@ def create(
   if not os.path.exists(os.path.join(folder, MODEL)):
     _create(folder, config, dtype, share, about)
   there = files.load_json(os.path.join(folder, MODEL))
+  there = with_defaults(there, {'config': config})
   other = identity.difference(there, about)
   if other:
     raise InputError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax import config as configs
 from deepseek_jax import files
+from deepseek_jax.config_changes import with_defaults
 from deepseek_jax.errors import InputError
 from deepseek_jax.run import lock
 
@@ -50,7 +51,7 @@ def claim(folder: Path, recipe: Any) -> None:
   path = folder / RECIPE
   mine = json.loads(json.dumps(configs.to_dict(recipe)))
   if path.exists():
-    theirs = files.load_json(str(path))
+    theirs = with_defaults(files.load_json(str(path)), recipe)
     if theirs != mine:
       names = [n for n in {**theirs, **mine} if theirs.get(n) != mine.get(n)]
       raise InputError(

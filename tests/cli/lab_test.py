@@ -148,6 +148,13 @@ class LaboratoryTest(absltest.TestCase):
     page = (folder / 'compare.html').read_text()
     self.assertIn('router.scoring=softmax', page)
     self.assertIn('one seed: it may be noise', page)
+    # A version that had a field less may have begun it.
+    plan = json.loads((folder / 'sweep.json').read_text())
+    for run in plan['runs']:
+      del run['config']['model']['compute']['cache']
+    (folder / 'sweep.json').write_text(json.dumps(plan))
+    same = self.run_it('sweep', *given, '--dry')
+    self.assertEqual(same.returncode, 0, msg=same.stderr)
     other = self.run_it('sweep', *given[:-1], f'--folder={folder}', '--seeds=2')
     self.assertEqual(other.returncode, 2)
     self.assertIn('holds another sweep', other.stderr)

@@ -1,4 +1,5 @@
 import filecmp
+import json
 import os
 import signal
 import subprocess
@@ -94,6 +95,14 @@ class StoreTest(parameterized.TestCase):
   def test_store_of_other_work_is_not_touched(self):
     self.filled()
     source = Source(self.hf, mtp=True)
+    # A version that had a field less is no other work.
+    path = Path(self.store, store.MODEL)
+    about = json.loads(path.read_text())
+    del about['config']['compute']['cache']
+    path.write_text(json.dumps(about))
+    store.create(
+      self.store, source.config, about['dtype'], notes=about['notes']
+    )
     with self.assertRaisesRegex(InputError, 'begun with another dtype'):
       store.create(self.store, source.config, 'bfloat16')
     os.makedirs(os.path.join(self.root, 'full', 'things'))

@@ -64,6 +64,11 @@ class ChainTest(absltest.TestCase):
     inside = self.folder / 'new'
     chain.claim(inside, R1Recipe())
     chain.claim(inside, R1Recipe())
+    # A version that had a field less began it.
+    recipe = json.loads((inside / 'recipe.json').read_text())
+    del recipe['model']['compute']['cache']
+    chain.write(inside / 'recipe.json', recipe)
+    chain.claim(inside, R1Recipe())
     other = dataclasses.replace(R1Recipe(), rounds=7)
     told = f'rounds = {R1Recipe().rounds} there, 7 here'
     with self.assertRaisesRegex(InputError, told):

@@ -60,12 +60,12 @@ def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
   keys = jnp.sort(flat * C + jnp.arange(C, dtype=jnp.int32))
   order = keys % C
   bounds = jnp.arange(E + 1, dtype=jnp.int32) * C
-  first = jnp.searchsorted(keys, bounds).astype(jnp.int32)
+  first = _search(keys, bounds, 'left')
   counts = first[1:] - first[:-1]
   ends = jnp.cumsum((counts + block - 1) // block)  # in blocks
   starts = ends - (counts + block - 1) // block
   blocks = jnp.arange(M // block, dtype=jnp.int32)
-  expert = jnp.searchsorted(ends, blocks, side='right').astype(jnp.int32)
+  expert = _search(ends, blocks, 'right')
   expert = jnp.minimum(expert, E - 1)
   row = (blocks - starts[expert])[:, None] * block + jnp.arange(block)
   real = row < counts[expert][:, None]
@@ -74,6 +74,15 @@ def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
   rows = jnp.arange(M, dtype=jnp.int32)
   slot = jnp.full(C, M, jnp.int32).at[source].set(rows, mode='drop')
   return Plan(slot.reshape(N, K), source, expert, counts)
+
+
+def _search(ordered: jax.Array, values: jax.Array, side: str) -> jax.Array:
+  """Returns where values would stand among ordered ones, int32.
+
+  Its steps are few and unrolled: a loop would cost decoding on a GPU more.
+  """
+  found = jnp.searchsorted(ordered, values, side, method='scan_unrolled')
+  return found.astype(jnp.int32)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

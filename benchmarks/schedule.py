@@ -1,4 +1,4 @@
-"""Which dispatch and combine of experts run beside compute, on eight H200.
+"""Tells which dispatch and combine run beside compute, on eight H200.
 
   JAX_PLATFORMS=cpu python -m benchmarks.schedule [--kind=two_hop] [--out=DIR]
 

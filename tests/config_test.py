@@ -324,7 +324,7 @@ class MistakesTest(parameterized.TestCase):
 
 
 class EarlierTest(parameterized.TestCase):
-  """What was written before a field existed goes on."""
+  """Checks that what was written before a field existed goes on."""
 
   @parameterized.parameters(
     ('model', 'compute', 'cache'),

@@ -1,12 +1,12 @@
 """collapse_norm against loops in float64 and their gradients by hand."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from pallas_kernels.collapse_norm import collapse_norm
 from pallas_kernels.collapse_norm.shapes import TEST
+from tests.pallas_kernels import by_hand
 
 EPS = 1e-6
 
@@ -22,7 +22,7 @@ def draw(shape, dtype=jnp.float32):
   )
 
 
-def by_hand(streams, pre, gain, grad):
+def in_float64(streams, pre, gain, grad):
   """The normed sums, and the three gradients, token by token."""
   streams, pre, gain, grad = (
     np.asarray(a, np.float64) for a in (streams, pre, gain, grad)
@@ -46,18 +46,8 @@ class CollapseNormTest(parameterized.TestCase):
   @parameterized.product(name=sorted(TEST), dtype=(jnp.float32, jnp.bfloat16))
   def test_value_and_gradients_are_those_of_float64(self, name, dtype):
     *args, grad = draw(TEST[name], dtype)
-
-    @jax.jit
-    def both(*args):
-      op = lambda *a: collapse_norm(*a, eps=EPS, impl='reference')
-      out, pull = jax.vjp(op, *args)
-      return out, *pull(grad)
-
-    for got, want in zip(both(*args), by_hand(*args, grad), strict=True):
-      rounded = got.dtype == jnp.bfloat16
-      error = abs(np.asarray(got, np.float64) - want).max()
-      self.assertLess(error, (2.0**-8 if rounded else 3e-6) * abs(want).max())
-    self.assertEqual(both(*args)[0].dtype, dtype)
+    op = lambda *a: collapse_norm(*a, eps=EPS, impl='reference')
+    by_hand.check(op, args, grad, in_float64(*args, grad))
 
   def test_bad_input_is_answered_in_a_line(self):
     streams, pre, gain, _ = draw(TEST['four'])

@@ -1,12 +1,12 @@
 """write_streams against loops in float64 and their gradients by hand."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from pallas_kernels.write_streams import write_streams
 from pallas_kernels.write_streams.shapes import TEST
+from tests.pallas_kernels import by_hand
 
 
 def draw(shape, dtype=jnp.float32):
@@ -17,7 +17,7 @@ def draw(shape, dtype=jnp.float32):
   return [jnp.asarray(rng.normal(size=s), d) for s, d in zip(sizes, dtypes)]
 
 
-def by_hand(streams, y, post, comb, grad):
+def in_float64(streams, y, post, comb, grad):
   """The new streams, and the four gradients, pair by pair of streams."""
   streams, y, post, comb, grad = (
     np.asarray(a, np.float64) for a in (streams, y, post, comb, grad)
@@ -41,18 +41,8 @@ class WriteStreamsTest(parameterized.TestCase):
   @parameterized.product(name=sorted(TEST), dtype=(jnp.float32, jnp.bfloat16))
   def test_value_and_gradients_are_those_of_float64(self, name, dtype):
     *args, grad = draw(TEST[name], dtype)
-
-    @jax.jit
-    def both(*args):
-      op = lambda *a: write_streams(*a, impl='reference')
-      out, pull = jax.vjp(op, *args)
-      return out, *pull(grad)
-
-    for got, want in zip(both(*args), by_hand(*args, grad), strict=True):
-      rounded = got.dtype == jnp.bfloat16
-      error = abs(np.asarray(got, np.float64) - want).max()
-      self.assertLess(error, (2.0**-8 if rounded else 3e-6) * abs(want).max())
-    self.assertEqual(both(*args)[0].dtype, dtype)
+    op = lambda *a: write_streams(*a, impl='reference')
+    by_hand.check(op, args, grad, in_float64(*args, grad))
 
   def test_bad_input_is_answered_in_a_line(self):
     streams, y, post, comb, _ = draw(TEST['two'])

@@ -1,4 +1,4 @@
-"""What runs beside compute is read from the order of a scheduled program."""
+"""Reads what runs beside compute from the order of a scheduled program."""
 
 import jax
 import jax.numpy as jnp

@@ -22,7 +22,7 @@ from benchmarks.machine import processor
 
 _PEER = 'benchmarks.worker_peer'
 SIDES = (
-  ('ours', 'benchmarks.worker_ours', 'serve', 16),
+  ('ours', 'benchmarks.worker_ours', 'serve', 24),
   ('transformers, batches of 8', _PEER, 'serve', 8),
   ('transformers, batches of 16', _PEER, 'serve', 16),
   ('transformers, batches of 32', _PEER, 'serve', 32),

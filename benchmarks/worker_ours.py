@@ -21,7 +21,7 @@ from deepseek_jax.parallel import processor
 from deepseek_jax.train import schedules
 from deepseek_jax.train import step as train
 
-SLOTS = 16  # answers that are decoded together
+SLOTS = 24  # answers that are decoded together
 
 
 def config() -> ds.TransformerConfig:
@@ -112,6 +112,8 @@ def _serve(model, variables):
     context=768,
     page=64,
     budget=512,
+    prefills=8,
+    chunks=((1, 64), (4, 128), (1, 256), (2, 256), (1, 512)),
     steps=16,
     rows=(4, SLOTS),
     contexts=(256, 512, 768),

@@ -34,6 +34,9 @@ class EngineConfig:
       alone; None: two for each slot. Only models that need them have them.
     rows, contexts: buckets, ascending; None: one and all slots, a quarter of
       the context and all of it.
+    chunks: (rows, tokens) of chunks of prefill, in place of `budget`; None: one
+      prompt of an eighth of it, four of a quarter, one of the whole. More of
+      them leave less padding and take longer to compile.
     deterministic: one bucket for everything and no shared prefixes, so that an
       answer doesn't depend on what else runs in any bit, as long as there are
       pages for all (`stats['preempted']` counts answers computed again).
@@ -56,6 +59,7 @@ class EngineConfig:
   snapshots: int | None = None
   rows: tuple[int, ...] | None = None
   contexts: tuple[int, ...] | None = None
+  chunks: tuple[tuple[int, int], ...] | None = None
   deterministic: bool = False
   routing: bool = False
   kept: bool = False
@@ -77,6 +81,13 @@ class EngineConfig:
         raise InputError(
           f'engine.{name} = {given!r}: the last must be at least {least}'
         )
+    if self.chunks is not None and not (
+      self.chunks and all(map(_is_pair, self.chunks))
+    ):
+      raise InputError(
+        f'engine.chunks = {self.chunks!r}: must be pairs of whole numbers from'
+        ' 1, rows and tokens of a chunk'
+      )
 
   def row_buckets(self) -> tuple[int, ...]:
     """Returns the numbers of rows that are compiled."""
@@ -97,6 +108,12 @@ class EngineConfig:
     most = min(self.budget, self.context)
     if self.deterministic:
       return ((1, most),)
+    if self.chunks:
+      fits = lambda rows, tokens: (
+        min(rows, self.slots),
+        min(tokens, self.context),
+      )
+      return tuple(dict.fromkeys(fits(*chunk) for chunk in self.chunks))
     # One short prompt, a few, a long one; the last two cost about the same.
     several = min(self.slots, _TOGETHER)
     short, middle = max(1, most // 8), max(1, most // _TOGETHER)
@@ -111,3 +128,9 @@ class EngineConfig:
     if self.draft_rows is None:
       return self.row_buckets()[-1]
     return self.draft_rows
+
+
+def _is_pair(chunk: object) -> bool:
+  """Returns whether it is rows and tokens of a chunk."""
+  whole = lambda one: type(one) is int and one > 0
+  return isinstance(chunk, tuple) and len(chunk) == 2 and all(map(whole, chunk))

@@ -348,6 +348,7 @@ class ContractTest(parameterized.TestCase):
     {'page': 100},
     {'page': 7, 'contexts': (10, CONTEXT)},
     {'rows': (2, 5)},
+    {'chunks': ((2, 7), (1, 3), (9, 1000))},
   )
   def test_odd_sizes_change_no_answer(self, **sizes):
     asked = requests(3, seed=2, new=10, most=50)
@@ -373,6 +374,17 @@ class ConfigTest(absltest.TestCase):
   def test_no_chunk_is_longer_than_the_context(self):
     cfg = EngineConfig(context=40, budget=256)
     self.assertEqual(cfg.chunk_buckets(), ((1, 5), (4, 10), (1, 40)))
+
+  def test_given_chunks_are_cut_to_slots_and_context(self):
+    cfg = EngineConfig(slots=2, context=40, chunks=((1, 8), (4, 64), (2, 99)))
+    self.assertEqual(cfg.chunk_buckets(), ((1, 8), (2, 40)))
+    same = dataclasses.replace(cfg, deterministic=True, budget=16)
+    self.assertEqual(same.chunk_buckets(), ((1, 16),))
+
+  def test_chunks_are_pairs(self):
+    for chunks in ((), (8,), ((1, 0),), ((1, 2, 3),), ((1, 2.0),)):
+      with self.assertRaisesRegex(InputError, 'engine.chunks = .*: must be'):
+        EngineConfig(chunks=chunks)
 
   def test_drafts_are_made_in_a_bucket_of_more_rows_than_slots(self):
     cfg = EngineConfig(slots=3, rows=(8,), drafts=2)

@@ -97,10 +97,7 @@ def _forest(axes: Any, found: Mapping) -> None:
   for row, rung in enumerate(rungs):
     told, reach = found['rungs'][rung], found['reach'].get(rung)
     color = _color(told)
-    text = ratio_text(reach)
-    plan = told['plan']
-    text = f'{text}    {bytes_text(plan["cache"])}'
-    axes.text(1.02, row, text, va='center', transform=_beside(axes), fontsize=8)
+    _row(axes, row, ratio_text(reach), bytes_text(told['plan']['cache']))
     if reach is None:
       continue
     ends = [max(reach['low'], low), min(reach['high'], high)]
@@ -129,11 +126,14 @@ def _forest(axes: Any, found: Mapping) -> None:
     f'compute to the last loss of {found["first"]}, as a share of its own'
   )
   axes.set_title('Compute that each rung needs: less is better')
-  head = 'share (95 % interval)    cache'
-  axes.text(
-    1.02, -0.95, head, va='center', transform=_beside(axes), fontsize=8,
-    weight='bold',
-  )  # fmt: skip
+  _row(axes, -0.95, 'share (95 %)', 'cache', weight='bold')
+
+
+def _row(axes: Any, row: float, share: str, cache: str, **how: Any) -> None:
+  """Writes the two columns beside the intervals."""
+  how |= {'va': 'center', 'transform': _beside(axes), 'fontsize': 8}
+  axes.text(1.02, row, share, **how)
+  axes.text(1.42, row, cache, ha='right', **how)
 
 
 def _beside(axes: Any) -> Any:
@@ -155,7 +155,7 @@ def draw(found: Mapping[str, Any], path: str | os.PathLike) -> None:
     figure = Figure((13, 6.2))
     left, right = figure.subplots(1, 2, gridspec_kw={'width_ratios': [1, 1]})
     figure.subplots_adjust(
-      left=0.055, right=0.845, top=0.85, bottom=0.09, wspace=0.42
+      left=0.05, right=0.84, top=0.85, bottom=0.09, wspace=0.54
     )
     shape = found['size']['shape']
     figure.text(

@@ -21,6 +21,7 @@ _OF_COLUMNS: dict[str, Callable[[str, str], str]] = {
   '%': min,
   '&': lambda upper, lower: upper,
   '-': lambda upper, lower: str(abs(int(upper) - int(lower))),
+  '*': lambda upper, lower: str(2 * int(upper)),
 }
 _NOUNS = ('cat', 'dog', 'bird', 'tree', 'boat', 'stone', 'lamp', 'house')
 _VERBS = ('sees', 'finds', 'likes', 'has', 'wants', 'draws')
@@ -212,8 +213,10 @@ def other_columns(seed: int, count: int) -> Iterator[dict]:
 
   They have the form of sums, of up to LONGEST digits: # asks for the larger
   digit of each column, % for the smaller one, & for the upper one, - for how
-  far they are apart. Whoever knows them goes through columns of any number and
-  has to read the sign at each; nothing is ever carried.
+  far they are apart, * for twice the upper one. Whoever knows them goes through
+  columns of any number and has to read the sign at each; nothing is ever
+  carried. What is read off are the last digits, and the highest column whole:
+  with * it may be longer than the numbers, as a sum may.
   """
   rng = random.Random(f'other columns {seed}')
   for _ in range(count):
@@ -224,7 +227,8 @@ def other_columns(seed: int, count: int) -> Iterator[dict]:
       f'{a}{sign}{b}={c}'
       for a, b, c in zip(left[::-1], right[::-1], found[::-1])
     ]
-    whole = answered(' '.join(said), ''.join(found))
+    read_off = found[0] + ''.join(result[-1] for result in found[1:])
+    whole = answered(' '.join(said), read_off)
     yield {'prompt': f'{left}{sign}{right}=', 'completion': whole}
 
 

@@ -73,7 +73,7 @@ class OtherColumnsTest(absltest.TestCase):
   def test_they_are_right_in_form_and_no_sums(self):
     rows = list(synthetic.other_columns(0, 400))
     self.assertEqual(rows, list(synthetic.other_columns(0, 400)))
-    asked = collections.defaultdict(set)
+    asked, longer = collections.defaultdict(set), 0
     for row in rows:
       left, sign, right = re.split(r'([^\d=])', row['prompt'].rstrip('='))
       pairs = [(int(a), int(b)) for a, b in zip(left, right)]
@@ -82,16 +82,21 @@ class OtherColumnsTest(absltest.TestCase):
         '%': [b if a > b else a for a, b in pairs],
         '&': [a for a, _ in pairs],
         '-': [a - b if a > b else b - a for a, b in pairs],
+        '*': [a + a for a, _ in pairs],
       }[sign]
+      ones = [str(one % 10) for one in want]
+      tens = str(want[0] // 10 or '')
       self.assertEqual(extract.answer(row['completion'], 'answer'),
-                       ''.join(map(str, want)))  # fmt: skip
+                       tens + ''.join(ones))  # fmt: skip
+      longer += len(ones) > 2 and bool(tens)
       self.assertTrue(extract.is_in_form(row['completion']))
       self.assertNotIn('+', row['completion'])
       thought = extract.reasoning(row['completion']).split()
       told = [f'{a}{sign}{b}={c}' for (a, b), c in zip(pairs, want)]
       self.assertEqual(thought, told[::-1])
       asked[sign].add(len(left))
-    self.assertLen(asked, 4)
+    self.assertLen(asked, 5)
+    self.assertGreater(longer, 5)
     self.assertEqual({len(n) for n in asked.values()}, {synthetic.LONGEST})
 
 
@@ -132,6 +137,9 @@ class PlacesTest(absltest.TestCase):
       told['completion'],
       f'<think>{low}8#{low.upper()}5=08 {high}1#{high.upper()}3=03</think>',
     )
+    row = {'prompt': '8*5=', 'completion': '<think>8*5=16</think>'}
+    told = synthetic.with_places(row, random.Random(0))['completion']
+    self.assertRegex(told, r'^<think>([a-z])8\*[A-Z]5=16</think>$')
 
 
 class TextTest(absltest.TestCase):

@@ -301,8 +301,9 @@ class Engine:
       drafts = jax.device_get(self._run.draft(*args)[1])
       ahead, limits = look_ahead(going, drafts, limits, ahead)
       how = host_arrays.going(going, bucket, limits, ahead)
-    decode = self._run.decoding(size, ahead.drafts)
-    self._store, out = decode(self._variables, self._store, where, how, draws)
+    self._store, out = self._run.decode(
+      self._variables, self._store, where, how, draws
+    )
     return jax.device_get(out)
 
   def _masked(self, going: list[Sequence]) -> list[Event]:

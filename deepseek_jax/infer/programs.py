@@ -30,7 +30,6 @@ from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, under
 
 STOPS = 16  # stop tokens of a request at most
-FEW = 8  # tokens of a step with drafts that make a full tile of products
 
 
 class Scores(NamedTuple):
@@ -77,15 +76,8 @@ class Programs(NamedTuple):
   prefill: Callable
   # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
-  # decode, compiled for steps with drafts of less than FEW tokens
-  few: Callable
   # the same -> None, drafts [R k]; the store is not donated
   draft: Callable
-
-  def decoding(self, rows: int, drafts: int) -> Callable:
-    """Returns the one that decodes so many rows with so many drafts each."""
-    few = drafts and rows * (1 + drafts) < FEW
-    return self.few if few else self.decode
 
   def compiled(self) -> int:
     """Returns how many programs have been compiled."""
@@ -129,7 +121,6 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
   return Programs(
     jitted(functions.prefill, 'prefill', donate_argnums=1),
     jitted(functions.decode, 'decode', donate_argnums=1),
-    jitted(functions.few, 'few', donate_argnums=1),
     jitted(functions.draft, 'decode'),
   )
 
@@ -156,7 +147,7 @@ def plain(model: Model, shape: Shape, using: Using | None = None) -> Programs:
 
     return inside
 
-  return Programs(*map(traced, (_prefill, _decode, _decode, _draft)))
+  return Programs(traced(_prefill), traced(_decode), traced(_draft))
 
 
 def _prefill(

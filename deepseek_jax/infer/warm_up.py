@@ -44,10 +44,7 @@ def warm_up(
       ahead = Ahead(cfg.steps, cfg.drafts_of(bucket.rows), words(vocab))
       going = host_arrays.going([], bucket, [], ahead)
       args = going, host_arrays.draws([], bucket, page, vocab)
-    program = getattr(run, what)
-    if what == 'decode':
-      program = run.decoding(bucket.rows, ahead.drafts)
-    out = program(variables, store, where, *args)
+    out = getattr(run, what)(variables, store, where, *args)
     if what != 'draft':
       store, *out = out
     jax.block_until_ready(out)

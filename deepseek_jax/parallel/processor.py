@@ -14,7 +14,7 @@ import jax
 
 from deepseek_jax import say
 
-Program = Literal['init', 'train', 'prefill', 'decode', 'few']
+Program = Literal['init', 'train', 'prefill', 'decode']
 # A vendor's processors by their best unit for matrices, best first.
 _UNITS = {
   'GenuineIntel': (('amx_bf16', 'Intel AMX'), ('avx512f', 'Intel AVX-512')),
@@ -22,9 +22,7 @@ _UNITS = {
 }
 # Without XLA's fusions into YNNPACK a training step took 3.1 s for 3.4 (jax
 # 0.10.2) and 2.65 for 2.9 (0.12), a prefill of 8 x 512 tokens 0.75 for 1.0 and
-# 0.77 for 0.85 on a Sapphire Rapids. Decoding in batches needs them. One answer
-# with one draft took 1.5 ms a call for 3.3 without, with two drafts 2.1 for 5.3
-# (the demo's model, AMD EPYC with AVX-512).
+# 0.77 for 0.85 on a Sapphire Rapids. Decoding in batches needs them.
 _NO_YNN = {'xla_cpu_experimental_ynn_fusion_type': ''}
 # Drawing weights runs once: with fewer of LLVM's passes the program of 33.7M
 # parameters is compiled in 8 s instead of 14 (of an AMD EPYC's core), and draws
@@ -35,7 +33,6 @@ _GAINS: dict[tuple[str, Program], dict[str, str]] = {
   ('Intel AMX', 'prefill'): _NO_YNN,
   ('Intel AVX-512', 'train'): _NO_YNN,
   ('Intel AVX-512', 'prefill'): _NO_YNN,
-  ('AMD AVX-512', 'few'): _NO_YNN,
 }
 
 
@@ -83,7 +80,7 @@ def options(
 
   Args:
     program: what it does; 'init' draws weights, 'train' is a step or a
-      held-out loss, 'few' decodes few tokens a step, drafts among them.
+      held-out loss.
     chosen: pairs of names and values for training and prefill to take instead;
       None: the table's for this CPU.
 

@@ -10,7 +10,6 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer import programs
 from deepseek_jax.infer.engine import Engine, EngineConfig
 from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.model.mtp import MTPConfig
@@ -106,29 +105,6 @@ class Turns:
     self.taken += 1
     self.ended = self.taken == 20
     return True
-
-
-class FewTokensTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (1, 1, 'few'), (2, 2, 'few'), (4, 1, 'all'), (1, 7, 'all'), (1, 0, 'all')
-  )
-  def test_steps_of_few_tokens_have_a_program_of_their_own(
-    self, rows, drafts, want
-  ):
-    run = programs.Programs('prefill', 'all', 'few', 'draft')
-    self.assertEqual(run.decoding(rows, drafts), want)
-
-  def test_a_warm_engine_compiles_neither_again(self):
-    made, variables = model('gqa')
-    cfg = dataclasses.replace(CFG, slots=4, rows=(1, 4), drafts=1)
-    run = Engine(made, variables, cfg)
-    run.warm_up()
-    compiled = run._run.few._cache_size(), run._run.decode._cache_size()
-    self.assertEqual(compiled, (1, 1))
-    for count in (1, 4):
-      run.run(asked(count))
-    self.assertEqual(run._run.few._cache_size(), 1)
-    self.assertEqual(run._run.decode._cache_size(), 1)
 
 
 class GrammarTest(parameterized.TestCase):

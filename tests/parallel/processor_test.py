@@ -69,13 +69,13 @@ class ProcessorTest(parameterized.TestCase):
   @parameterized.parameters(
     ('GenuineIntel', AMX, {'train', 'prefill'}),
     ('GenuineIntel', AVX512, {'train', 'prefill'}),
-    ('AuthenticAMD', AVX512, {'few'}),
+    ('AuthenticAMD', AVX512, set()),
     ('AuthenticAMD', 'avx2', set()),
     ('', '', set()),
   )
   def test_options_are_of_a_program_and_a_kind(self, vendor, flags, gain):
     self.on(vendor, flags)
-    for program in ('train', 'prefill', 'decode', 'few'):
+    for program in ('train', 'prefill', 'decode'):
       want = {YNN: ''} if program in gain else {}
       self.assertEqual(lib.options(program), want)
 

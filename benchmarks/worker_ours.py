@@ -21,8 +21,6 @@ from deepseek_jax.parallel import processor
 from deepseek_jax.train import schedules
 from deepseek_jax.train import step as train
 
-SLOTS = 24  # answers that are decoded together
-
 
 def config() -> ds.TransformerConfig:
   """contest.SHAPES in our words; each layer apart, the fastest on a CPU."""
@@ -71,7 +69,7 @@ def make(task, batch):
     )
     run = lambda: forward(variables, tokens[:, :-1]).block_until_ready()
   elif task == 'serve':
-    run = _serve(model, variables)
+    run = _serve(model, variables, batch)
   else:
     variables = sample.prepare(model, variables, donate=True)
     prompt = draw(batch, contest.PROMPT)
@@ -106,16 +104,15 @@ def _train(model, variables, tokens):
   return run
 
 
-def _serve(model, variables):
+def _serve(model, variables, slots):
   cfg = EngineConfig(
-    slots=SLOTS,
+    slots=slots,
     context=768,
     page=64,
-    budget=512,
     prefills=8,
     chunks=((1, 64), (4, 128), (1, 256), (2, 256), (1, 512)),
     steps=16,
-    rows=(4, SLOTS),
+    rows=(4, slots),
     contexts=(256, 512, 768),
     reuse=False,
   )

@@ -113,11 +113,7 @@ def _forest(axes: Any, found: Mapping) -> None:
   axes.set_yticks(range(len(rungs)), labels)
   axes.set_ylim(len(rungs) - 0.4, -0.6)
   axes.axvline(1, color='#26292e', linewidth=1, linestyle=(0, (4, 3)))
-  ticks = [
-    t
-    for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
-    if low <= t <= high
-  ]
+  ticks = [t for t in _TICKS if low <= t <= high]
   axes.set_xticks(ticks, [f'{t:g}' for t in ticks])
   axes.minorticks_off()
   axes.grid(True, axis='x')

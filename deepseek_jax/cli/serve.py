@@ -9,7 +9,9 @@ environment (DEEPSEEK_JAX_API_KEY). Needs 'deepseek_jax[serve]'; with
 'deepseek_jax[grammar]', answers can be made to fit a JSON schema.
 """
 
+import dataclasses
 import os
+import re
 from pathlib import Path
 
 from absl import flags
@@ -17,6 +19,7 @@ from absl import flags
 from deepseek_jax import say
 from deepseek_jax.cli import common, experiment_file, extras
 from deepseek_jax.cli.opened import Opened, load
+from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineConfig
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
@@ -53,6 +56,12 @@ _PAGES = flags.DEFINE_integer(
   'pages', None, 'Pages of the cache; None: as many as all slots can fill.'
 )
 _BUDGET = flags.DEFINE_integer('budget', 256, 'Tokens of a prefill step.')
+_CHUNKS = flags.DEFINE_list(
+  'chunks',
+  [],
+  'Shapes of prefill in place of those of --budget: rows x tokens, 1x64,4x128.'
+  ' More of them leave less padding and take longer to compile.',
+)
 _STEPS = flags.DEFINE_integer('steps', 8, 'Tokens that a call draws a row.')
 _DETERMINISTIC = flags.DEFINE_bool(
   'deterministic', False, 'One shape for all: no answer depends on others.'
@@ -73,9 +82,23 @@ _NEEDED = {
 }
 
 
-def _engine(source: Opened) -> Engine:
-  """Returns the engine of what was loaded, in the shapes of the flags."""
-  cfg = EngineConfig(
+def _chunks() -> tuple[tuple[int, int], ...] | None:
+  """Returns --chunks as an EngineConfig has them; None without.
+
+  Raises:
+    InputError: one is not rows and tokens.
+  """
+  pairs = [re.fullmatch(r'(\d+)x(\d+)', chunk) for chunk in _CHUNKS.value]
+  if not all(pairs):
+    raise InputError(
+      f'--chunks={",".join(_CHUNKS.value)}: each must be rows x tokens, as 1x64'
+    )
+  return tuple((int(p[1]), int(p[2])) for p in pairs) or None
+
+
+def _engine_config() -> EngineConfig:
+  """Returns the shapes of the flags; routing is the model's."""
+  return EngineConfig(
     slots=_SLOTS.value,
     context=_CONTEXT.value,
     pages=_PAGES.value,
@@ -83,12 +106,17 @@ def _engine(source: Opened) -> Engine:
     steps=_STEPS.value,
     queue=_REQUESTS.value,
     deterministic=_DETERMINISTIC.value,
-    routing=any(b.block.routed for b in source.model.config.in_order()),
+    chunks=_chunks(),
   )
+
+
+def _engine(source: Opened, shapes: EngineConfig) -> Engine:
+  """Returns the engine of what was loaded."""
+  routed = any(b.block.routed for b in source.model.config.in_order())
   return Engine(
     source.model,
     source.variables,
-    cfg,
+    dataclasses.replace(shapes, routing=routed),
     text=source.tokenizer,
     donate=True,  # the server needs them for nothing else
   )
@@ -112,6 +140,7 @@ def main(argv: list[str]) -> None:
       new_tokens=_NEW.value, requests=_REQUESTS.value, seconds=_SECONDS.value
     ),
   )
+  shapes = _engine_config()
   experiment_file.load_flag(_CONFIG)
   source = load(_WORKDIR.value, _HF.value, _DTYPE.value)
   for note in source.boundaries.notes:
@@ -132,7 +161,7 @@ def main(argv: list[str]) -> None:
   )
   server = process.Server(
     served,
-    _engine(source),
+    _engine(source, shapes),
     config,
     log=say.warn if _LOG.value else lambda line: None,
   )

@@ -35,6 +35,12 @@ _MISTAKES = {
   'host': (['--host=0.0.0.0', '--workdir=x'], {}, ['--host=0.0.0.0', 'key']),
   'key': (['--workdir=x'], {KEY_VARIABLE: 'short'}, ['5 characters', '16']),
   'file': (['--api_key_file=/no/file'], {}, ['--api_key_file=/no/file']),
+  'chunks': (
+    ['--workdir=x', '--chunks=1x8,64'],
+    {},
+    ['--chunks=1x8,64', '1x64'],
+  ),
+  'rows': (['--workdir=x', '--chunks=0x8'], {}, ['engine.chunks', '(0, 8)']),
   'run': (['--workdir=/no/run'], {}, ['/no/run', 'no run']),
 }
 

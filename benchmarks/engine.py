@@ -154,7 +154,7 @@ def plot(records: list[dict], path: pathlib.Path) -> None:
   figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
   for axis in dict.fromkeys(r['axis'] for r in records):
     some = [r for r in records if r['axis'] == axis]
-    panels[axis.startswith('context')].plot(
+    panels[int(axis.startswith('context'))].plot(
       [r['size'] for r in some],
       [r['tokens_per_second'] for r in some],
       'o-',
@@ -162,6 +162,7 @@ def plot(records: list[dict], path: pathlib.Path) -> None:
     )
   for panel, label in zip(panels, ('answers at once', 'context, tokens')):
     panel.set_xscale('log', base=2)
+    panel.xaxis.set_major_formatter('{x:,.0f}')
     panel.set_ylim(bottom=0)
     panel.set_xlabel(label)
     panel.set_ylabel('new tokens/s')
@@ -229,7 +230,6 @@ def main() -> None:
     name, made = 'drafts', drafts(args.workdir, args.rounds)
   else:
     name, made = 'engine', growth(args.rounds)
-    plot(made['records'], out / 'engine.png')
   about = {
     'date': datetime.date.today().isoformat(),
     'machine': processor(),
@@ -237,6 +237,8 @@ def main() -> None:
   }
   text = json.dumps({**about, **made}, indent=1) + '\n'
   (out / f'{name}.json').write_text(text)
+  if not args.workdir:
+    plot(made['records'], out / 'engine.png')
 
 
 if __name__ == '__main__':

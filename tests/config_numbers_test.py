@@ -212,6 +212,7 @@ ALLOWED = {
   (OptimizerConfig, 'decay'): ('zero', _NONE),
   (OptimizerConfig, 'clip'): ('infinity', 'it never clips'),
   (plan.Recipe, 'dollars'): ('zero', 'own machines'),
+  (plan.Recipe, 'exposed'): ('zero', 'compute hides all of it'),
   (RolloutConfig, 'redraws'): ('zero', _NONE),
   (RolloutConfig, 'top_k'): ('zero', 'all tokens'),
   (RolloutConfig, 'drafts'): ('zero', _NONE),

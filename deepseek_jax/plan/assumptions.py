@@ -60,6 +60,9 @@ def assumed(
     'gradients are summed over devices in every micro-batch, by pipelines once'
     ' per step',
     'experts are evenly loaded; node-limited traffic is at its limit of nodes',
+    f'at most {recipe.exposed:.0%} of the time of dispatch and combine is'
+    " exposed, by default as XLA schedules V3's layers on H200"
+    ' (benchmarks/results/schedule.md); no bound of a step counts with it',
     'activations are what blocks save for the backward pass before XLA fuses'
     ' anything; the gathered weights of a block under fsdp are left out',
     *_own_assumptions(config),

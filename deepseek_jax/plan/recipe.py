@@ -25,6 +25,9 @@ class Recipe:
     cache_length: tokens at which the KV cache is also given.
     grace: seconds between the notice of a preemption and the end.
     storage: bytes/s that one host writes to storage.
+    exposed: share of the time of dispatch and combine in which nothing is
+      computed; by default the most that XLA's schedule of V3's layers leaves
+      (`python -m benchmarks.schedule`).
   """
 
   tokens: float = 1e12
@@ -37,12 +40,14 @@ class Recipe:
   cache_length: int = 131072
   grace: float = 30.0
   storage: float = 2e9
+  exposed: float = 0.76
 
   def __post_init__(self):
     """Raises InputError where a number is out of its range."""
     above(self, tokens=0, grace=0, storage=0)
     at_least(self, batch=1, cache_length=1, dollars=0)
     within(self, utilization=(0, 1), ends='(]')
+    within(self, exposed=(0, 1))
 
 
 def check(config: TransformerConfig, cluster: Cluster, recipe: Recipe) -> None:

@@ -37,6 +37,9 @@ class StepTime:
     update: optimizer state read and written once.
     fast, slow: bytes over each link at its full rate.
     planned: model FLOPs at the recipe's utilization.
+    exchange: bytes of dispatch and combine over their links, which are part
+      of fast and slow.
+    exposed: what of these no compute hides, at most; no bound counts with it.
   """
 
   compute: float
@@ -45,6 +48,8 @@ class StepTime:
   fast: float
   slow: float
   planned: float
+  exchange: float = 0.0
+  exposed: float = 0.0
 
   @property
   def least(self) -> float:
@@ -226,6 +231,10 @@ def _time(
   method = pipeline.method(run.schedule, grid.stage, times)
   bubble = method.bubble if grid.stage > 1 else 0.0
   state = sum(held[name] for name in memory.CLASSES[:4])
+  exchange = sum(
+    sent.on(link, 'expert ') / getattr(device, link).value
+    for link in ('fast', 'slow')
+  )
   step = StepTime(
     compute=recipe.batch * count.executed / rate,
     bubble=bubble,
@@ -233,6 +242,8 @@ def _time(
     fast=sent.on('fast') / device.fast.value,
     slow=sent.on('slow') / device.slow.value,
     planned=recipe.batch * paper.training / (rate * recipe.utilization),
+    exchange=exchange,
+    exposed=recipe.exposed * exchange,
   )
   return step, method
 

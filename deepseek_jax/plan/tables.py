@@ -116,6 +116,8 @@ def _step() -> list[Row]:
     ('optimizer update', t('update')),
     ('fast links', t('fast')),
     ('slow links', t('slow')),
+    ('  dispatch and combine, on both', t('exchange')),
+    ('  of these exposed, at most', t('exposed')),
     ('least: everything overlaps', t('least')),
     ('most: nothing overlaps', t('most')),
     (

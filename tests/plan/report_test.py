@@ -65,6 +65,32 @@ class ReportTest(parameterized.TestCase):
     slower = dataclasses.replace(t, slow=100.0)
     self.assertEqual(slower.least, 100.0 + t.update)
 
+  def test_a_share_of_dispatch_and_combine_is_exposed(self):
+    report = v3()
+    device = report.cluster.accelerator
+    moved = {
+      (w.purpose, w.link): w.bytes
+      for w in report.traffic.wires
+      if w.purpose in ('expert dispatch', 'expert combine')
+    }
+    self.assertLen(moved, 4)
+    rate = {'fast': device.fast.value, 'slow': device.slow.value}
+    want = sum(sent / rate[link] for (_, link), sent in moved.items())
+    self.assertAlmostEqual(report.time.exchange, want, places=9)
+    self.assertAlmostEqual(report.time.exposed, 0.76 * want, places=9)
+    self.assertLess(report.time.exchange, report.time.fast + report.time.slow)
+    hidden = dataclasses.replace(report.recipe, exposed=0.0)
+    other = plan.estimate(report.config, cluster='h800x2048', recipe=hidden)
+    self.assertEqual(other.time.exposed, 0)
+    self.assertEqual(other.time.most, report.time.most)
+    with self.assertRaisesRegex(ds.InputError, 'exposed = 1.1: must lie in'):
+      plan.Recipe(exposed=1.1)
+
+  def test_the_exposed_share_is_that_of_the_compiled_schedules(self):
+    text = (ROOT / 'benchmarks/results/schedule.json').read_text()
+    most = max(kind['exposed_share'] for kind in json.loads(text).values())
+    self.assertBetween(plan.Recipe().exposed, most, most + 0.01)
+
   def test_compute_is_executed_flops_over_the_clusters_peak(self):
     report = v3()
     count = plan.count_flops(report.config, 4096, mtp=True)

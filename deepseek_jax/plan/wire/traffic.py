@@ -31,9 +31,18 @@ class Traffic:
 
   wires: tuple[LinkTraffic, ...]
 
-  def on(self, link: str) -> int:
-    """Returns the bytes over one kind of link."""
-    return sum(w.bytes for w in self.wires if w.link == link)
+  def on(self, link: str, purpose: str = '') -> int:
+    """Returns the bytes over one kind of link.
+
+    Args:
+      link: 'fast' or 'slow'.
+      purpose: how the names of the purposes begin that count.
+    """
+    return sum(
+      w.bytes
+      for w in self.wires
+      if w.link == link and w.purpose.startswith(purpose)
+    )
 
 
 def rows_sent(

@@ -145,12 +145,30 @@ class DistillRunTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, 'train.batch.size = 1: 8 answe'):
       too_few.next(1)
 
+  def saved(self, config):
+    """Returns a Hugging Face folder of a model, with the run's tokenizer."""
+    folder = os.path.join(self.folder, 'hf')
+    weights = tiny.draw(ds.build(config))
+    hf.save(folder, config, weights, extra={'eos_token_id': 1})
+    shutil.copy(os.path.join(self.teacher, 'tokenizer.json'), folder)
+    return folder
+
+  def check_says(self, batch, teacher, place):
+    """The states of a batch make the very logits of a teacher's folder."""
+    out = jax.jit(teacher.model.apply)(
+      teacher.variables,
+      batch['tokens'][:, :-1],
+      positions=batch['positions'][:, :-1],
+      segment_ids=batch['segments'][:, :-1],
+    )
+    states = batch['teacher_hidden'][:, :-1, place]
+    made = states @ batch['teacher_heads'][place]
+    real = batch['segments'][:, :-1] > 0
+    np.testing.assert_allclose(made[real], out.logits[real], atol=1e-4)
+
   def test_several_teachers_of_other_widths_from_anywhere(self):
     # A run, and a Hugging Face folder of a dense model.
-    folder = os.path.join(self.folder, 'hf')
-    model = ds.build(STUDENT)
-    hf.save(folder, STUDENT, tiny.draw(model), extra={'eos_token_id': 1})
-    shutil.copy(os.path.join(self.teacher, 'tokenizer.json'), folder)
+    folder = self.saved(STUDENT)
     named = {self.teacher: 1.0, folder: 3.0}
     config = self.config(**{'objective.teachers': named})
     store = sources.opened(config, lambda line: None)
@@ -159,15 +177,22 @@ class DistillRunTest(parameterized.TestCase):
     self.assertEqual(batch['teacher_heads'].shape, (2, 16, 261))
     other = opening.opened(folder)
     self.assertIsNone(other.config)
-    out = jax.jit(other.model.apply)(
-      other.variables,
-      batch['tokens'][:, :-1],
-      positions=batch['positions'][:, :-1],
-      segment_ids=batch['segments'][:, :-1],
-    )
-    made = batch['teacher_hidden'][:, :-1, 1] @ batch['teacher_heads'][1]
-    real = batch['segments'][:, :-1] > 0
-    np.testing.assert_allclose(made[real], out.logits[real], atol=1e-4)
+    self.check_says(batch, other, 1)
+
+  def test_experts_of_hugging_face_teach_a_dense_student(self):
+    # V3 with latent attention, a bias that routes, and multi-token prediction.
+    folder = self.saved(ds.changed(tiny.config('v3'), {'vocab_size': 261}))
+    named = {folder: 1.0}
+    config = self.config(**{'objective.teachers': named})
+    store = sources.opened(config, lambda line: None)
+    batch = sources.batches(store, config).next(8)
+    teacher = opening.opened(folder)
+    self.assertTrue(jax.tree.leaves(teacher.variables['buffers']))
+    self.check_says(batch, teacher, 0)
+    workdir = os.path.join(self.folder, 'run')
+    ds.fit(config, workdir, console=False)
+    losses = [r['loss'] for r in ds.read_metrics(workdir) if 'loss' in r]
+    self.assertLess(np.mean(losses[-3:]), 0.9 * losses[0])
 
   def test_what_does_not_fit_is_refused(self):
     for changes, message in (

@@ -76,7 +76,9 @@ def verdict(status: int, output: str) -> str:
   """What a run of pytest says about the mutant it ran on."""
   if status == 0:
     return 'survived'
-  reason = re.search(r'^FAILED \S+(?: - (.*))?$', output, re.MULTILINE)
+  # A part of a test has its name in brackets, or its arguments.
+  failed = r'^(?:FAILED|SUBFAILED.*?) \S+\.py::\S+(?: - (.*))?$'
+  reason = re.search(failed, output, re.MULTILINE)
   if status == 1 and reason:
     said = reason[1] or ''
     # A test that dies of another error has checked no number.

@@ -221,9 +221,12 @@ class LessonTest(parameterized.TestCase):
       length_penalty=LengthPenaltyConfig(8, 4),
     )
     groups = [made([2, 8]), made([2, 8])]
-    lesson = rollout.lesson(groups, [[1.0, 1.0], [0.0, 1.0]], cfg)
+    # The long answer loses 1: equal ones differ then, others no longer.
+    lesson = rollout.lesson(groups, [[1.0, 1.0], [1.0, 0.0]], cfg)
     self.assertLen(lesson.sequences, 2)
     self.assertEqual(lesson.statistics['equal_groups'], 0.5)
+    lesson = rollout.lesson(groups, [[1.0, 1.0], [1.0, 1.0]], cfg)
+    self.assertEqual(lesson.statistics['equal_groups'], 1.0)
 
   def test_mini_batches_part_the_answers(self):
     groups = [made([3, 4, 5, 6]), made([2, 3, 4, 5])]

@@ -45,7 +45,10 @@ class ChosenTest(parameterized.TestCase):
     self, first, then, dtype, xla
   ):
     for machine in (first, then):
-      made, changes = self.claimed(machine)
+      try:
+        made, changes = self.claimed(machine)
+      except ds.InputError as error:
+        self.fail(str(error))
       self.assertEqual(made.model.compute.dtype, dtype)
       self.assertEqual(made.model.compute.xla, xla)
       self.assertEqual(changes, [])

@@ -11,7 +11,7 @@ Legend: B batch, T tokens, D model, n streams.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,11 @@ from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sharding import param
+
+
+# Whether tokens further ahead are predicted. 'alone': what they teach reaches
+# the blocks that predict them, and neither embedding nor layers before.
+Ahead = bool | Literal['alone']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.memory.ngram_hash import NGramHash
-from deepseek_jax.model.mtp import shifted
+from deepseek_jax.model.mtp import Ahead, shifted
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.transformer_config import Segment, TransformerConfig
 from deepseek_jax.parallel.sharding import Buffer, param, shard
@@ -228,14 +228,14 @@ class Transformer(nnx.Module):
     return out
 
   def leave(
-    self, stream: jax.Array, ctx: Context, mtp: bool, mtp_state: bool = False
+    self, stream: jax.Array, ctx: Context, mtp: Ahead, mtp_state: bool = False
   ) -> tuple[jax.Array, dict]:
     """Collapses the stream after the last block.
 
     Args:
       stream: [B T D] or [B T n D].
       ctx: the tokens.
-      mtp: whether to run multi-token prediction.
+      mtp: whether to run multi-token prediction, and whom it teaches.
       mtp_state: whether to return what it starts from.
 
     Returns:
@@ -245,7 +245,7 @@ class Transformer(nnx.Module):
     # V4 goes on from the streams, V3 from the normed state.
     state = stream if self.cfg.mtp.streams else hidden
     if mtp and self.cfg.mtp.depth:
-      aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx)
+      aux['mtp'], aux['mtp_hidden'] = self._mtp(state, ctx, mtp)
     if mtp_state:
       aux['mtp_state'] = state
     return hidden, aux
@@ -254,7 +254,7 @@ class Transformer(nnx.Module):
     self,
     ctx: Context,
     cache: Cache | None,
-    mtp: bool,
+    mtp: Ahead,
     mtp_state: bool = False,
   ) -> Output:
     """Returns logits, hidden states, cache and statistics of a batch.
@@ -262,7 +262,7 @@ class Transformer(nnx.Module):
     Args:
       ctx: the tokens.
       cache: what is cached of earlier tokens, or None.
-      mtp: whether to run multi-token prediction.
+      mtp: whether to run multi-token prediction, and whom it teaches.
       mtp_state: whether to return what it starts from.
     """
     # Rows of Engram tables [B T L K], unless the data pipeline hashed them.
@@ -309,15 +309,18 @@ class Transformer(nnx.Module):
     return Draft(logits, state, cache.after(ctx, tuple(layers), None))
 
   def _mtp(
-    self, state: jax.Array, ctx: Context
+    self, state: jax.Array, ctx: Context, mtp: Ahead
   ) -> tuple[list[dict], list[jax.Array]]:
     """Runs the depths of MTP: (statistics, states for the head [B T D])."""
     statistics, states = [], []
+    alone = jax.lax.stop_gradient if mtp == 'alone' else lambda x: x
+    state = alone(state)
     ctx = ctx._replace(routes=None)  # the sampler's draft is another token's
     for depth, module in enumerate(self.mtp, start=1):
       # Depth k embeds the token k places on, at the place that predicts.
       at = shifted(ctx, depth)
-      state, _, stats = module(state, self.embedded(at.tokens), at)
+      ahead = alone(self.embedded(at.tokens))
+      state, _, stats = module(state, ahead, at)
       statistics.append(stats)
       states.append(module.readout(state))
     return statistics, states

@@ -22,6 +22,7 @@ from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.context import Context, context
 from deepseek_jax.model.drafting import Draft
 from deepseek_jax.model.functional import functional
+from deepseek_jax.model.mtp import Ahead
 from deepseek_jax.model.network import Output, Transformer
 from deepseek_jax.model.stacks import empty_cache
 from deepseek_jax.model.transformer_config import TransformerConfig
@@ -141,7 +142,7 @@ def _apply(
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
     train: bool = False,
-    mtp: bool = False,
+    mtp: Ahead = False,
     mtp_state: bool = False,
     ngrams: jax.Array | None = None,
     before: jax.Array | None = None,

@@ -85,7 +85,9 @@ class GRPOConfig:
       kept (V3.2), read from the batch's 'kept'.
     keep_routing: experts are those that the sampler's routers chose (V3.2),
       read from the batch's 'routes'.
-    mtp: the prediction blocks are 'frozen', or 'trained' on rollouts.
+    mtp: the blocks that predict further ahead are 'frozen', or 'trained' on
+      rollouts to predict what is sampled, right or wrong; that reaches these
+      blocks alone.
     router_bias: is 'frozen', or 'updated' by the loads of what is learnt from,
       at train.bias_rate. With keep_routing these are the sampler's choices.
   """
@@ -151,7 +153,7 @@ class GRPOConfig:
     return Objective(
       loss,
       inputs,
-      mtp=self.mtp == 'trained',
+      mtp='alone' if self.mtp == 'trained' else False,
       metrics=METRICS,
       moves_biases=self.router_bias == 'updated',
       # Around 0, and as large as rewards happen to differ.
@@ -235,7 +237,9 @@ def _loss(
   statistics = made.statistics | {'policy_entropy': entropy}
   metrics = {'loss': loss} | {k: mean(v) for k, v in statistics.items()}
   if 'mtp_hidden' in predictions.aux:
-    extra = mtp_loss(predictions, inputs) / shares.denominator
+    head = jax.lax.stop_gradient(predictions.head)
+    extra = mtp_loss(predictions._replace(head=head), inputs)
+    extra /= shares.denominator
     metrics['mtp_loss'] = extra
     loss += shares.mtp_weight * extra
   return loss, metrics

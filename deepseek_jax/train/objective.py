@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.mtp import Ahead
 from deepseek_jax.parallel import per_device
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train.cross_entropy import linear_cross_entropy
@@ -97,7 +98,8 @@ class Objective(NamedTuple):
       'loss' is the loss unless they say otherwise.
     inputs: batch -> Inputs; pure, as every stage of a pipeline calls it.
     mtp: tokens further ahead are predicted, where the model can; if not, the
-      blocks that predict them keep their values.
+      blocks that predict them keep their values. 'alone': they teach these
+      blocks and nothing before them.
     metrics: describes those of `loss`, by name.
     moves_biases: loads move the biases of routers.
     comparable: a step's loss and gradient norm are like those before, so that
@@ -108,7 +110,7 @@ class Objective(NamedTuple):
 
   loss: Callable[[Predictions, Inputs, Shares], tuple[jax.Array, dict]]
   inputs: Callable[[Mapping[str, jax.Array]], Inputs] = next_token
-  mtp: bool = True
+  mtp: Ahead = True
   metrics: Mapping[str, Metric] = {}
   moves_biases: bool = True
   comparable: bool = True

@@ -135,7 +135,7 @@ def loss_and_metrics(
     positions=inputs.positions,
     segment_ids=inputs.segments,
     train=True,
-    mtp=objective.mtp and model.config.mtp.depth > 0,
+    mtp=objective.mtp if model.config.mtp.depth else False,
     ngrams=None if ngrams is None else ngrams[:, :-1],
     routes=inputs.routes,
   )

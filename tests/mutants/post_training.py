@@ -244,6 +244,22 @@ MUTANTS = (
     'DAPO, equation 11: groups are judged by what is right',
   ),
   Mutant(
+    'samples_teach_the_layers_before_prediction',
+    'deepseek_jax/model/network.py',
+    '    state = alone(state)\n',
+    '',
+    ('tests/rl/objectives_test.py::sampled_teaches_prediction_alone',),
+    'with rollouts this is imitation of every answer, wrong ones too',
+  ),
+  Mutant(
+    'samples_teach_the_head_of_prediction',
+    'deepseek_jax/rl/grpo.py',
+    '    head = jax.lax.stop_gradient(predictions.head)\n',
+    '    head = predictions.head\n',
+    ('tests/rl/objectives_test.py::sampled_teaches_prediction_alone',),
+    'the head is that of the policy',
+  ),
+  Mutant(
     'routes_of_the_token_after',
     'deepseek_jax/infer/outcomes.py',
     'sound, start = drawn.sound[row, :count], one.cached\n',

@@ -192,6 +192,28 @@ class FrozenTest(parameterized.TestCase):
     self.assertEqual(all(jax.tree.leaves(kept)), not biases)
     self.assertEqual('mtp_loss' in told, blocks)
 
+  def test_what_was_sampled_teaches_prediction_alone(self):
+    # Embedding and head are one matrix here: neither use of it learns.
+    model, variables = tiny.model('dense_mtp'), tiny.variables('dense_mtp')
+    batch = rollouts.batch(model, variables, 2, T + 1)
+    batch['advantages'] = np.zeros_like(batch['advantages'])
+    objective = grpo.GRPOConfig(mtp='trained').build(model)
+
+    def loss(params):
+      inputs = objective.inputs(batch)
+      shares = ds.Shares(total_weight(inputs), 1, jnp.float32(0.3))
+      given = {**variables, 'params': params}
+      return loss_and_metrics(model, given, batch, shares, objective)[0]
+
+    grads = jax.jit(jax.grad(loss))(variables['params'])
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+      name = jax.tree_util.keystr(path, simple=True, separator='.')
+      most = float(jnp.abs(grad).max())
+      if name.startswith('mtp.'):
+        self.assertGreater(most, 1e-5, name)
+      else:
+        self.assertEqual(most, 0, name)
+
   def test_a_rare_reward_is_no_explosion(self):
     model, variables = tiny.model('llama'), tiny.variables('llama')
     gate = ds.changed(

@@ -24,7 +24,6 @@ from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.sharding import param
 
-
 # Whether tokens further ahead are predicted. 'alone': what they teach reaches
 # the blocks that predict them, and neither embedding nor layers before.
 Ahead = bool | Literal['alone']

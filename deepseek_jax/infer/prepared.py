@@ -25,7 +25,9 @@ from deepseek_jax.parallel.sharding import Using, current
 def prepare(model: Model, variables: dict, *, donate: bool = False) -> dict:
   """Returns variables as the decode loop wants them: cast once, layers apart.
 
-  `generate` and the others take both forms; prepare once to sample often.
+  `generate` and the others take both forms; prepare once to sample often. What
+  needs neither is shared with `variables`: all of it where layers are single
+  and in the compute dtype.
 
   Args:
     model: whose variables; as it trains.
@@ -38,11 +40,15 @@ def prepare(model: Model, variables: dict, *, donate: bool = False) -> dict:
   given.variables({'params': None, 'buffers': None}, variables)
   if _is_prepared(model, variables):
     return variables
-  if not donate:
+  if donate:
+    if model.config.lora is not None:
+      model, variables = _folded(model, variables)
+    return _apart(model, variables, donate=True)
+  leaves = jax.tree.leaves(variables)
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+  if traced or model.config.lora is not None:
     return _prepare(model, current())(variables)
-  if model.config.lora is not None:
-    model, variables = _folded(model, variables)
-  return _apart(model, variables)
+  return _apart(model, variables, donate=False)
 
 
 def _is_prepared(model: Model, variables: dict) -> bool:
@@ -96,9 +102,11 @@ class _Layers:
     return self._each[at.start]
 
 
-def _apart(model: Model, variables: dict) -> dict:
-  """Returns variables cast and taken apart, each array on its own."""
-  cast = jax.eval_shape(model.cast, variables)
+def _apart(model: Model, variables: dict, *, donate: bool) -> dict:
+  """Returns variables cast and taken apart, each array on its own.
+
+  An array that is as the result wants it is part of the result, not copied.
+  """
   uses = collections.Counter(map(id, jax.tree.leaves(variables)))
   repeats = {
     (layer.segment, layer.place): segment.repeat
@@ -106,22 +114,29 @@ def _apart(model: Model, variables: dict) -> dict:
     for segment in [model.config.segments()[layer.segment]]
   }
 
-  def one(path: tuple, leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+  def one(path: tuple, leaf: Any, dtype: Any) -> Any:
     keys = [entry.key for entry in path]
     stacked = keys[1] == 'segments'
     layers = repeats[keys[2], keys[3]] if stacked else 0
-    same = leaf.dtype == like.dtype
-    if same and layers <= 1:
+    if leaf.dtype == dtype and layers <= 1:
       leaf = jnp.asarray(leaf)
       return _Layers((leaf,)) if stacked else leaf
-    made = jax.block_until_ready(_layers(leaf, like.dtype, layers))
+    made = _layers(leaf, dtype, layers)
     uses[id(leaf)] -= 1
-    if not uses[id(leaf)]:  # the tree may hold an array twice
+    if donate and not uses[id(leaf)]:  # the tree may hold an array twice
+      jax.block_until_ready(made)
       _delete(leaf)
     return _Layers(made) if stacked else made[0]
 
-  parts = jax.tree_util.tree_map_with_path(one, variables, cast)
+  parts = jax.tree_util.tree_map_with_path(one, variables, _dtypes(model))
   return unstack(model.config, parts)
+
+
+@functools.lru_cache(maxsize=32)
+def _dtypes(model: Model) -> dict:
+  """Returns the dtypes of a model's variables as it computes with them."""
+  like = {kind: nnx.to_pure_dict(v) for kind, v in model.abstract.items()}
+  return jax.tree.map(lambda a: a.dtype, jax.eval_shape(model.cast, like))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

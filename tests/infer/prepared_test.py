@@ -158,6 +158,17 @@ class PrepareTest(parameterized.TestCase):
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
       np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
+  def test_a_pattern_that_comes_once_is_not_copied(self):
+    config = ds.changed(
+      tiny.config('v3'), {'layout': ((('dense', 'moe', 'moe'), 1),)}
+    )
+    model = ds.build(config)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    got = lib.prepare(model, variables)
+    held = set(map(id, jax.tree.leaves(variables)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(got):
+      self.assertIn(id(leaf), held, jax.tree_util.keystr(path))
+
   def test_arrays_of_the_host_are_taken(self):
     model, host = case('v3')
     got = lib.prepare(model, host, donate=True)

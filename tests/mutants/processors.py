@@ -13,16 +13,15 @@ MUTANTS = (
   Mutant(
     'donated_weights_stay',
     _PREPARED,
-    '    if not uses[id(leaf)]:  # the tree may hold an array twice\n'
-    '      _delete(leaf)\n',
-    '',
+    '      _delete(leaf)\n    return',
+    '    return',
     (f'{_PREPARED_TEST}::two_copies', f'{_PREPARED_TEST}::one_copy'),
     'a server held its weights twice for life',
   ),
   Mutant(
     'shared_weights_deleted_early',
     _PREPARED,
-    '    if not uses[id(leaf)]:',
+    '    if donate and not uses[id(leaf)]:',
     '    if True:',
     (f'{_PREPARED_TEST}::there_twice',),
     'tied arrays are one array at two places',

@@ -74,7 +74,8 @@ class Advantages(NamedTuple):
     values: [N G] float64; 0 where an answer has no reward.
     scored: [N G] bool; False where no reward is a finite number. Such an
       answer enters no mean, teaches nothing and is counted.
-    varied: [N] bool, whether the group's rewards differ.
+    varied: [N] bool, whether the group's rewards differ: their sum, or with
+      several = 'each' any of them.
   """
 
   values: np.ndarray
@@ -102,15 +103,18 @@ def advantages(rewards: np.ndarray, cfg: AdvantageConfig) -> Advantages:
   scored = ~np.isnan(rewards).all(axis=-1) & ~np.isinf(rewards).any(axis=-1)
   each = np.where(scored[..., None], rewards, np.nan)
   summed = np.where(scored, np.nansum(np.nan_to_num(each), axis=-1), np.nan)
+  varied = _varied(summed)
   if cfg.several == 'sum' or rewards.shape[-1] == 1:
     values = _scaled(summed, cfg)
   else:
+    count = range(rewards.shape[-1])
+    varied = np.any([_varied(each[..., r]) for r in count], axis=0)
     # Each reward by itself, so that none drowns in the spread of another.
-    parts = [_scaled(each[..., r], cfg) for r in range(rewards.shape[-1])]
+    parts = [_scaled(each[..., r], cfg) for r in count]
     values = np.where(scored, sum(parts), np.nan)
     values = _centred(values) / _divisor(values.reshape(1, -1), cfg)
     values = np.where(scored, np.nan_to_num(values), 0.0)
-  return Advantages(values, scored, _varied(summed))
+  return Advantages(values, scored, varied)
 
 
 def _varied(rewards: np.ndarray) -> np.ndarray:

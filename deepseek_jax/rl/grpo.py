@@ -7,7 +7,7 @@ Legend: B rows, T tokens, V vocabulary, W 32-bit words.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -261,11 +261,14 @@ def r1() -> GRPOConfig:
   return r1_zero()
 
 
-def v32(*, off_policy_bound: float, kl_weight: float = 0.001) -> GRPOConfig:
+def v32(
+  *, off_policy_bound: float | None, kl_weight: float = 0.001
+) -> GRPOConfig:
   """Returns V3.2's objective.
 
   Args:
-    off_policy_bound: delta, which is not published: log the share kept.
+    off_policy_bound: delta, which is not published: log the share kept. None
+      leaves the mask out.
     kl_weight: beta, which V3.2 varies by domain, down to 0; this one is R1's.
   """
   return GRPOConfig(
@@ -295,3 +298,15 @@ def dr_grpo(*, length: int) -> GRPOConfig:
     length=length,
     advantage=AdvantageConfig(scale='none'),
   )
+
+
+# By the name that --config.objective.kind takes, of the longest answer. V3.2's
+# delta is left to a flag.
+PRESETS: Mapping[str, Callable[[int], GRPOConfig]] = {
+  'r1_zero': lambda most: r1_zero(),
+  'r1': lambda most: r1(),
+  'v32': lambda most: v32(off_policy_bound=None),
+  # DAPO's penalty begins at four fifths of the longest answer.
+  'dapo': lambda most: dapo(most=most, soft=max(1, most // 5)),
+  'dr_grpo': lambda most: dr_grpo(length=most),
+}

@@ -183,8 +183,8 @@ def _write(
 def _again(path: Path, settings: dict) -> Harvest:
   """Returns the counts of a file that is there; InputError if it is another."""
   try:
-    with path.open(encoding='utf-8') as file:
-      made = json.loads(file.readline())['made']
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    made = json.loads(lines[0])['made']
     counts = Harvest(*made['counts'])
   except (OSError, ValueError, LookupError, TypeError):
     raise InputError(
@@ -193,9 +193,21 @@ def _again(path: Path, settings: dict) -> Harvest:
     ) from None
   there, here = made['settings'], json.loads(json.dumps(settings))
   if there == here:
+    _check_whole(path, lines, counts.kept)
     return counts
   name = next(n for n in (*here, *there) if there.get(n) != here.get(n))
   raise InputError(
     f'answers = {str(path)!r}: holds the answers of another call ({name} is'
     f' {there.get(name)!r} there, {here.get(name)!r} here); name another file'
   )
+
+
+def _check_whole(path: Path, lines: Sequence[str], kept: int) -> None:
+  """Raises InputError for a file that has lost some of its conversations."""
+  whole = sum(line.endswith('\n') for line in lines)
+  if whole != kept:
+    raise InputError(
+      f'answers = {str(path)!r}: holds {whole} whole lines of the {kept}'
+      ' conversations that were written; bring the file back, or remove it and'
+      ' they are sampled again'
+    )

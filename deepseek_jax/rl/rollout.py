@@ -90,19 +90,19 @@ class RolloutConfig:
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range; two answers at least."""
-    at_least(self, 'rollout.', prompts=1, group=2, most=1)
-    at_least(self, 'rollout.', slots=1, processes=1, updates=1, epochs=1)
-    at_least(self, 'rollout.', redraws=0, top_k=0, drafts=0)
-    at_least(self, 'rollout.', compare_every=0, patience=0)
-    above(self, 'rollout.', temperature=0, seconds=0)
-    within(self, 'rollout.', ends='(]', top_p=(0, 1))
+    at_least(self, 'rollouts.', prompts=1, group=2, most=1)
+    at_least(self, 'rollouts.', slots=1, processes=1, updates=1, epochs=1)
+    at_least(self, 'rollouts.', redraws=0, top_k=0, drafts=0)
+    at_least(self, 'rollouts.', compare_every=0, patience=0)
+    above(self, 'rollouts.', temperature=0, seconds=0)
+    within(self, 'rollouts.', ends='(]', top_p=(0, 1))
     if '\0' in self.reference:
       raise InputError(
-        f'rollout.reference = {self.reference!r}: is no path; name a folder'
+        f'rollouts.reference = {self.reference!r}: is no path; name a folder'
       )
     if self.updates > self.prompts * self.group:
       raise InputError(
-        f'rollout.updates = {self.updates}: a round has only'
+        f'rollouts.updates = {self.updates}: a round has only'
         f' {self.prompts * self.group} answers; lower it'
       )
 
@@ -132,14 +132,14 @@ def check(cfg: RolloutConfig, objective: GRPOConfig) -> None:
   """Raises InputError where sampler and trainer mean other distributions."""
   if cfg.temperature != objective.temperature:
     raise InputError(
-      f'rollout.temperature = {cfg.temperature}: objective.temperature ='
+      f'rollouts.temperature = {cfg.temperature}: objective.temperature ='
       f' {objective.temperature}; the ratio compares one distribution: set both'
       ' alike'
     )
   if cfg.cuts and not objective.keep_sampling_mask:
     name = 'top_p' if cfg.top_p != 1 else 'top_k'
     raise InputError(
-      f'rollout.{name} = {getattr(cfg, name)}: objective.keep_sampling_mask ='
+      f'rollouts.{name} = {getattr(cfg, name)}: objective.keep_sampling_mask ='
       ' False; the trainer would compare with the whole vocabulary; set it to'
       ' True, or leave the cut out'
     )
@@ -147,12 +147,12 @@ def check(cfg: RolloutConfig, objective: GRPOConfig) -> None:
   if every % cfg.steps:
     raise InputError(
       f'objective.reference_every = {every}: must be a multiple of'
-      f' rollout.updates * rollout.epochs = {cfg.steps}, as a round has one'
+      f' rollouts.updates * rollouts.epochs = {cfg.steps}, as a round has one'
       ' reference'
     )
   if cfg.reference and (objective.kl == 'none' or every):
     raise InputError(
-      f'rollout.reference = {cfg.reference!r}: needs an objective with a kl'
+      f'rollouts.reference = {cfg.reference!r}: needs an objective with a kl'
       ' and reference_every = 0'
     )
 
@@ -238,7 +238,7 @@ def _rollout(request: Request, answer: Answer, words: int | None) -> Rollout:
 
 
 def varied(rewards: np.ndarray, cfg: GRPOConfig) -> np.ndarray:
-  """Returns whether the rewards [N G] of a group differ, [N] bool."""
+  """Returns whether the rewards of a group differ, [N] bool; see `lesson`."""
   return advantages(rewards, cfg.advantage).varied
 
 
@@ -262,8 +262,9 @@ def lesson(
 
   Args:
     groups: [N][G] answers.
-    rewards: [N G]; NaN where a verifier failed: such answers enter no mean,
-      teach nothing and are counted.
+    rewards: [N G], or [N G R] one by one; NaN where a verifier failed: such
+      answers enter no mean, teach nothing and are counted. A length penalty is
+      added to the sum, or is one more of them.
     cfg: the objective.
 
   Raises:
@@ -271,17 +272,15 @@ def lesson(
   """
   rewards = np.asarray(rewards, np.float64)
   shape = len(groups), len(groups[0]) if groups else 0
-  if rewards.shape != shape or any(len(g) != shape[1] for g in groups):
+  fits = rewards.ndim in (2, 3) and rewards.shape[:2] == shape
+  if not fits or any(len(g) != shape[1] for g in groups):
     raise InputError(
       f'rewards {list(rewards.shape)}: must be {list(shape)}, one for each'
       ' answer of groups of one size'
     )
   lengths = np.array([[len(r.tokens) for r in g] for g in groups])
   whole = np.array([[r.whole for r in g] for g in groups])
-  shaped = rewards
-  if cfg.length_penalty is not None:
-    shaped = rewards + cfg.length_penalty(lengths)
-  made = advantages(shaped, cfg.advantage)
+  made = advantages(_shaped(rewards, lengths, cfg), cfg.advantage)
   learns = made.scored & (whole | (not cfg.mask_truncated))
   differ = varied(rewards, cfg)
   if cfg.dynamic_sampling:
@@ -295,7 +294,8 @@ def lesson(
   if not sequences:  # a round that teaches nothing is a step all the same
     one = _sequence(groups[0][0], 0.0)
     sequences = [one | {'trained': np.zeros_like(one['trained'])}]
-  known = rewards[made.scored]
+  total = rewards if rewards.ndim == 2 else np.nansum(rewards, axis=-1)
+  known = total[made.scored]
   statistics = {
     'reward': known.mean() if known.size else np.nan,
     'reward_std': known.std() if known.size else np.nan,
@@ -305,6 +305,20 @@ def lesson(
     'answer_length': lengths.mean(),
   }
   return Lesson(sequences, {k: float(v) for k, v in statistics.items()})
+
+
+def _shaped(
+  rewards: np.ndarray, lengths: np.ndarray, cfg: GRPOConfig
+) -> np.ndarray:
+  """Returns the rewards with the length penalty, added or as one more."""
+  if cfg.length_penalty is None:
+    return rewards
+  penalty = cfg.length_penalty(lengths)
+  if rewards.ndim == 2:
+    return rewards + penalty
+  # An answer without a score stays without one.
+  penalty = np.where(np.isnan(rewards).all(axis=-1), np.nan, penalty)
+  return np.concatenate([rewards, penalty[..., None]], axis=-1)
 
 
 def _sequence(rollout: Rollout, advantage: float) -> dict[str, np.ndarray]:

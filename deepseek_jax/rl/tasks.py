@@ -3,7 +3,7 @@
 A task is a file of JSON:
 
     {"problems": "sums.jsonl",
-     "rewards": [{"kind": "arithmetic", "place": "all"}],
+     "rewards": [{"kind": "exact", "place": "all"}],
      "heldout": 0.1}
 
 A reward with "only": "numbers" scores the problems alone that have this field:
@@ -161,9 +161,14 @@ def _split(
       f'{path}: heldout = {share!r}: must be a share from 0 to below 1, or a'
       ' file'
     )
+  # Prompts that differ in spaces alone go where the first in order goes.
+  named: dict[str, str] = {}
+  for problem in problems:
+    prompt, key = problem['prompt'], _key(problem)
+    named[key] = min(prompt, named.get(key, prompt))
   sides: tuple[list, list] = [], []
   for problem in problems:
-    digest = hashlib.sha256(problem['prompt'].encode()).digest()
+    digest = hashlib.sha256(named[_key(problem)].encode()).digest()
     sides[int.from_bytes(digest[:7], 'big') < share * 2**56].append(problem)
   return sides
 

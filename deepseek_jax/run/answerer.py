@@ -78,19 +78,24 @@ class Answerer:
     with self._where.use():
       answers = self._ready(variables).run(asked)
     pairs = [(one.tokens, p) for [one], p in zip(answers, problems)]
-    return self._scores(pairs)[0]
+    return self._scores(pairs)[0].sum(axis=-1).tolist()
 
   def rewards(
     self, groups: Sequence[Sequence[Rollout]], problems: Sequence[Mapping]
   ) -> tuple[np.ndarray, int]:
-    """Returns rewards [N G], NaN where a verifier failed, and how many did."""
+    """Returns rewards, NaN where a verifier failed, and how many did.
+
+    They are [N G], or with advantage.several = 'each' one by one [N G R].
+    """
     pairs = [
       (one.tokens, problem)
       for group, problem in zip(groups, problems)
       for one in group
     ]
     found, errors = self._scores(pairs)
-    return np.reshape(found, (len(groups), len(groups[0]))), errors
+    found = found.reshape(len(groups), len(groups[0]), -1)
+    each = self._config.objective.advantage.several == 'each'
+    return found if each else found.sum(axis=-1), errors
 
   @property
   def drafted(self) -> tuple[int, int]:
@@ -100,8 +105,8 @@ class Answerer:
 
   def _scores(
     self, pairs: Sequence[tuple[Sequence[int], Mapping]]
-  ) -> tuple[list[float], int]:
-    """Returns the rewards of (tokens, problem), and how many have none."""
+  ) -> tuple[np.ndarray, int]:
+    """Returns rewards [. R] of pairs (tokens, problem), and how many fail."""
     verdicts: list[Any] = []
     if distributed.first():
       asked = [
@@ -111,12 +116,13 @@ class Answerer:
       verdicts = self._judge(asked)
       self._tell(verdicts)
     # A time limit may be met in one process and missed in another.
+    missing = [float('nan')] * len(self._judge.names)
     told = [
-      [v.reward for v in verdicts],
+      [list(missing if v.scores is None else v.scores) for v in verdicts],
       sum(v.error is not None for v in verdicts),
     ]
     rewards, errors = json.loads(distributed.text_from_first(json.dumps(told)))
-    return rewards, errors
+    return np.reshape(rewards, (len(pairs), len(missing))), errors
 
   def _tell(self, verdicts: Sequence[Any]) -> None:
     """Says once how a verifier fails; how often is a metric."""

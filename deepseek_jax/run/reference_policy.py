@@ -86,7 +86,7 @@ def check(config: RunConfig, model: Model, tokenizer: Any) -> None:
     InputError: it holds no run, or one of another vocabulary or model.
   """
   source = config.rollouts.reference
-  named = f'rollout.reference = {source!r}'
+  named = f'rollouts.reference = {source!r}'
   try:
     theirs = folder.config_of(Path(source), same_code=False)
     other = datalib.from_file(str(Path(source) / 'tokenizer.json'))

@@ -202,7 +202,11 @@ class RolloutBatches(PromptBatches):
     seed = _seed(config.data.seed, number)
     groups, rewards = self._groups(variables, seed)
     if config.rollouts.permuted:
-      rewards = np.random.default_rng(seed).permuted(rewards)
+      # One reward of an answer, or all of them: [N G] or [N G R].
+      dealt = np.random.default_rng(seed).permutation(
+        rewards.shape[0] * rewards.shape[1]
+      )
+      rewards = rewards.reshape(len(dealt), -1)[dealt].reshape(rewards.shape)
     made = rollout.lesson(groups, rewards, config.objective)
     self.told |= made.statistics
     self._note_equal(made.statistics)
@@ -226,7 +230,7 @@ class RolloutBatches(PromptBatches):
     """
     cfg, objective = self._run_config.rollouts, self._run_config.objective
     groups: list[list[Rollout]] = []
-    rewards, errors, lack = np.zeros((0, cfg.group)), 0, cfg.prompts
+    rewards, errors, lack = None, 0, cfg.prompts
     before = self._answerer.drafted
     for _ in range(1 + cfg.redraws * objective.dynamic_sampling):
       places = range(self._place, self._place + lack)
@@ -235,7 +239,8 @@ class RolloutBatches(PromptBatches):
       more = self._answerer.groups(variables, problems, seed, len(groups))
       found, wrong = self._answerer.rewards(more, problems)
       self._place, errors = self._place + lack, errors + wrong
-      groups, rewards = groups + more, np.concatenate([rewards, found])
+      groups += more
+      rewards = found if rewards is None else np.concatenate([rewards, found])
       lack = cfg.prompts - int(rollout.varied(rewards, objective).sum())
       if not lack:
         break

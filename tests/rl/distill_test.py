@@ -206,6 +206,30 @@ class DivergenceTest(parameterized.TestCase):
       got = loss.item(), h.grad.norm().item(), w.grad.norm().item()
       np.testing.assert_allclose(got, want, rtol=1e-12)
 
+  @pytest.mark.slow
+  def test_so_does_trls_chunked_divergence(self):
+    import torch
+    from trl.trainer import distillation_trainer
+
+    student, head, teacher, teacher_head = map(torch.tensor, drawn())
+    for (beta, temperature), want in GKD.items():
+      h, w = (
+        a.float().contiguous().requires_grad_(True) for a in (student, head.T)
+      )
+      loss, _, count = distillation_trainer._chunked_divergence_loss(
+        h,
+        teacher.float(),
+        w,
+        teacher_head.T.float().contiguous(),
+        torch.tensor(MASK),
+        beta,
+        temperature=temperature,
+      )
+      loss.backward()
+      got = loss.item(), h.grad.norm().item(), w.grad.norm().item()
+      np.testing.assert_allclose(got, want, rtol=2e-6)
+      self.assertEqual(int(count), MASK.sum())
+
 
 class DistillationTest(parameterized.TestCase):
   def batch(self, *width, heads=None):

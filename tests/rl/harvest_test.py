@@ -124,6 +124,19 @@ class HarvestTest(parameterized.TestCase):
     with self.assertRaisesRegex(ds.InputError, 'must end in .jsonl'):
       self.harvest('a.txt')
 
+  def test_a_file_that_was_cut_is_not_used(self):
+    path, found = self.harvest()
+    text = Path(path).read_text()
+    self.assertEqual(self.harvest()[1], found)
+    lines = text.splitlines(keepends=True)
+    for cut in (''.join(lines[:-1]), text[:-3], text + lines[-1]):
+      Path(path).write_text(cut)
+      with self.assertRaisesRegex(
+        ds.InputError, f'of the {found.kept} convers'
+      ):
+        self.harvest()
+      self.assertEqual(Path(path).read_text(), cut)
+
   def test_no_right_answer_is_said(self):
     own = os.path.join(self.folder, 'own.py')
     task = taught.task(self.folder, rewards=[{'kind': 'own', 'file': own}])

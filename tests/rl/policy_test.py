@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.rl import grpo, policy
+from deepseek_jax.rl.advantages import AdvantageConfig, LengthPenaltyConfig
 from tests.rl import golden
 
 
@@ -298,13 +299,42 @@ class ConfigTest(parameterized.TestCase):
       grpo.GRPOConfig(**fields)
 
   def test_presets_say_what_the_papers_say(self):
-    self.assertEqual(grpo.r1().clip_low, 10.0)
-    self.assertEqual(grpo.r1_zero().kl, 'k3')
-    v32 = grpo.v32(off_policy_bound=0.1)
-    self.assertEqual((v32.kl, v32.advantage.scale), ('ratio_k3', 'none'))
+    token, group = 'token', AdvantageConfig(scale='group')
+    plain = AdvantageConfig(scale='none')
+    # Every field, so that no default can turn another.
+    r1 = grpo.GRPOConfig(
+      ratio=token, surrogate='clip', clip_low=10.0, clip_high=10.0,
+      kl='k3', kl_weight=0.001, reference_every=400,
+      aggregation='sequence_mean', advantage=group,
+    )  # fmt: skip
+    v32 = grpo.GRPOConfig(
+      ratio=token, surrogate='clip', clip_low=0.2, clip_high=0.2,
+      kl='ratio_k3', kl_weight=0.001, off_policy_bound=0.1,
+      aggregation='sequence_mean', advantage=plain,
+      keep_sampling_mask=True, keep_routing=True,
+    )  # fmt: skip
+    dapo = grpo.GRPOConfig(
+      ratio=token, surrogate='clip', clip_low=0.2, clip_high=0.28,
+      aggregation='token_mean', advantage=group, dynamic_sampling=True,
+      length_penalty=LengthPenaltyConfig(20480, 4096, weight=1.0),
+    )  # fmt: skip
+    dr_grpo = grpo.GRPOConfig(
+      ratio=token, surrogate='clip', clip_low=0.2, clip_high=0.2,
+      aggregation='constant', length=8, advantage=plain,
+    )  # fmt: skip
+    found = {
+      'r1_zero': (grpo.r1_zero(), r1),
+      'r1': (grpo.r1(), r1),
+      'v32': (grpo.v32(off_policy_bound=0.1), v32),
+      'dapo': (grpo.dapo(), dapo),
+      'dr_grpo': (grpo.dr_grpo(length=8), dr_grpo),
+    }
+    for name, (got, want) in found.items():
+      self.assertEqual(got, want, name)
+    self.assertEqual(set(found), set(grpo.PRESETS))
     self.assertEqual(grpo.v32(off_policy_bound=0.1, kl_weight=0.0).kl, 'none')
-    self.assertEqual((grpo.dapo().clip_low, grpo.dapo().clip_high), (0.2, 0.28))
-    self.assertEqual(grpo.dr_grpo(length=8).advantage.scale, 'none')
+    # Longest answer 20,480: DAPO's own penalty.
+    self.assertEqual(grpo.PRESETS['dapo'](20480), dapo)
     with self.assertRaises(TypeError):  # delta is not published
       grpo.v32()
 

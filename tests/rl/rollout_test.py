@@ -72,11 +72,11 @@ class SampleTest(absltest.TestCase):
 
   def test_distributions_that_differ_are_refused(self):
     warm = dataclasses.replace(CFG, temperature=0.7)
-    with self.assertRaisesRegex(ds.InputError, 'rollout.temperature = 0.7'):
+    with self.assertRaisesRegex(ds.InputError, 'rollouts.temperature = 0.7'):
       rollout.check(warm, grpo.GRPOConfig())
     rollout.check(warm, grpo.GRPOConfig(temperature=0.7))
     nucleus = dataclasses.replace(CFG, top_p=0.9)
-    with self.assertRaisesRegex(ds.InputError, 'rollout.top_p = 0.9'):
+    with self.assertRaisesRegex(ds.InputError, 'rollouts.top_p = 0.9'):
       rollout.check(nucleus, grpo.GRPOConfig())
     rollout.check(nucleus, grpo.GRPOConfig(keep_sampling_mask=True))
 

@@ -60,6 +60,25 @@ class TasksTest(parameterized.TestCase):
     self.assertEqual(sides[0] & sides[1], set())
     self.assertLen(sides[0] | sides[1], 50)
 
+  def test_spaces_do_not_tell_prompts_apart(self):
+    forms = '{} + 1 =', '{}  + 1 =', ' {} + 1  ='
+    rows = [
+      {'prompt': form.format(n), 'answer': str(n + 1)}
+      for n in range(100)
+      for form in forms
+    ]
+    spec = {'problems': 'a.jsonl', 'rewards': EXACT, 'heldout': 0.3}
+    kept = []
+    for order in (rows, rows[::-1]):
+      self.write('a.jsonl', order)
+      task = tasks.read(self.write('task.json', spec))
+      key = lambda p: ' '.join(p['prompt'].split())
+      train, heldout = ({key(p) for p in s} for s in (task.train, task.heldout))
+      self.assertEqual(train & heldout, set())
+      self.assertBetween(len(heldout), 15, 45)
+      kept.append(heldout)
+    self.assertEqual(*kept)
+
   def test_files_that_overlap_are_refused(self):
     self.lines(5)
     self.write('b.jsonl', [{'prompt': ' 3+0=', 'answer': '3'}])

@@ -92,9 +92,9 @@ class RLRunTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'objective': ds.PretrainingConfig()}, 'rollouts: are learnt from by a'),
     ({'chat': None}, 'rollouts: are learnt from by a GRPO'),
-    ({'objective.temperature': 0.5}, 'rollout.temperature = 1.0'),
+    ({'objective.temperature': 0.5}, 'rollouts.temperature = 1.0'),
     ({'objective.keep_routing': True}, 'objective.keep_routing'),
-    ({'rollouts.group': 1}, 'rollout.group = 1'),
+    ({'rollouts.group': 1}, 'rollouts.group = 1'),
   )
   def test_what_does_not_fit_is_refused(self, changes, message):
     with self.assertRaisesRegex(ds.InputError, message):

@@ -14,7 +14,8 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.data.tokenizer import ByteTokenizer
-from deepseek_jax.rl import scoring
+from deepseek_jax.rl import rollout, scoring
+from deepseek_jax.rl.advantages import advantages
 from deepseek_jax.rl.rollout import Rollout
 from deepseek_jax.run import folder as folders
 from deepseek_jax.run import replay, rl, sources
@@ -208,6 +209,36 @@ class RoundTest(parameterized.TestCase):
     self.assertLen(said, 1)
     self.assertIn('2 of 4 answers have none, the first as own: Value', said[0])
 
+  def test_rewards_are_added_up_or_come_one_by_one(self):
+    own = os.path.join(self.folder, 'own.py')
+    rewards = [
+      {'kind': 'own', 'file': own},
+      {'kind': 'length', 'most': 4, 'soft': 4, 'weight': 0.5},
+    ]
+    task(self.folder, rewards=rewards)
+    end = ByteTokenizer().eos_id
+    group = [
+      Rollout((5,), (*ByteTokenizer().encode(t), end), (0.0, 0.0), True)
+      for t in ('A', 'b', 'AA', 'bb')
+    ]
+    found = {}
+    for several in ('sum', 'each'):
+      changes = {'objective.advantage.several': several}
+      out, made = self.stream(**changes)
+      found[several], _ = out._answerer.rewards([group], [{'prompt': 'x'}])
+      lesson = rollout.lesson([group], found[several], made.objective)
+      want = advantages(found[several], made.objective.advantage).values
+      got = [s['advantages'][0] for s in lesson.sequences]
+      np.testing.assert_allclose(got, want[0], rtol=1e-6)
+      self.assertAlmostEqual(
+        lesson.statistics['reward'], found['sum'].mean(), places=6
+      )
+    self.assertEqual(found['sum'].shape, (1, 4))
+    self.assertEqual(found['each'].shape, (1, 4, 2))
+    np.testing.assert_allclose(found['each'].sum(axis=-1), found['sum'])
+    np.testing.assert_array_equal(found['each'][0, :, 0], [1, 0, 1, 0])
+    self.assertGreater(np.ptp(found['each'][0, :, 1]), 0)
+
   def test_the_middle_of_a_round_needs_the_round(self):
     out, _ = self.faked(lambda place, n: float(n), **SEVERAL)
     out.set_state({**out.get_state(), 'next_index': 5})
@@ -257,6 +288,56 @@ class ResumedTest(absltest.TestCase):
       self.assertTrue(aside.exists())
 
 
+@pytest.mark.slow
+class DraftedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({},),
+    (
+      {
+        'objective.keep_routing': True,
+        'objective.keep_sampling_mask': True,
+        'objective.mtp': 'trained',
+        'rollouts.top_p': 0.95,
+      },
+    ),
+  )
+  def test_rollouts_with_drafts_are_the_models_own(self, changes):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    task(folder)
+    model = ds.changed(
+      TINY,
+      {
+        'layout': ((('dense', 'moe'), 1),),
+        'mtp.depth': 1,
+        'moe.experts': 4,
+        'moe.width': 8,
+        'moe.top_k': 2,
+        'moe.router.groups': 1,
+        'moe.router.top_groups': 1,
+      },
+    )
+    made = config(
+      folder,
+      **{
+        'model': model,
+        'rollouts.drafts': 1,
+        'rollouts.most': 6,
+        'rollouts.compare_every': 1,
+        'train.tokens': 16 * 32 * 2.0,
+        'train.batch.size': 32,
+        'evaluate.every': 0,
+        **changes,
+      },
+    )
+    workdir = os.path.join(folder, 'run')
+    ds.fit(made, workdir, console=False)
+    told = [r for r in ds.read_metrics(workdir) if 'acceptance' in r]
+    self.assertLen(told, 2)
+    for row in told:
+      self.assertBetween(row['acceptance'], 0.01, 1.0)
+      self.assertLess(row['mismatch_most'], 1e-5)
+
+
 class BadInputTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -265,13 +346,13 @@ class BadInputTest(parameterized.TestCase):
     task(self.folder)
 
   @parameterized.parameters(
-    ({'rollouts.updates': 33}, 'rollout.updates = 33: a round has only 32'),
+    ({'rollouts.updates': 33}, 'rollouts.updates = 33: a round has only 32'),
     (
       {'rollouts.updates': 3, 'objective.reference_every': 4},
       'objective.reference_every = 4: must be a multiple of .* = 3',
     ),
-    ({'rollouts.top_p': 0.9}, 'rollout.top_p = 0.9: objective.keep_sampling'),
-    ({'rollouts.top_k': 5}, 'rollout.top_k = 5: objective.keep_sampling'),
+    ({'rollouts.top_p': 0.9}, 'rollouts.top_p = 0.9: objective.keep_sampling'),
+    ({'rollouts.top_k': 5}, 'rollouts.top_k = 5: objective.keep_sampling'),
     ({'rollouts.drafts': 1}, 'rollouts.drafts = 1: model.mtp.depth = 0'),
     ({'objective.keep_routing': True}, 'keep_routing = True: the model has no'),
     ({'mesh.context': 2}, 'mesh.context = 2: answers are sampled a token'),
@@ -290,7 +371,7 @@ class BadInputTest(parameterized.TestCase):
     ),
     (
       {'rollouts.reference': 'x', 'objective.reference_every': 4},
-      "rollout.reference = 'x': needs an objective with a kl",
+      "rollouts.reference = 'x': needs an objective with a kl",
     ),
   )
   def test_what_does_not_fit_is_refused(self, changes, message):
@@ -327,7 +408,7 @@ class BadInputTest(parameterized.TestCase):
 
   def test_a_reference_that_is_no_run_is_refused(self):
     made = config(self.folder, **{'rollouts.reference': self.folder})
-    with self.assertRaisesRegex(ds.InputError, 'rollout.reference = .*no run'):
+    with self.assertRaisesRegex(ds.InputError, 'rollouts.reference = .*no run'):
       ds.fit(made, Path(self.folder, 'run'), console=False)
 
   def test_a_template_without_a_stop_token_is_refused(self):

@@ -41,6 +41,7 @@ from deepseek_jax.record.metrics import read as read_metrics
 from deepseek_jax.record.report.page import write_report
 from deepseek_jax.record.shown import LiveCurves, show_picture, show_tree
 from deepseek_jax.record.writers import ScalarWriter
+from deepseek_jax.rl import grpo
 from deepseek_jax.rl.advantages import AdvantageConfig
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig

@@ -18,6 +18,7 @@ from absl import flags
 
 from deepseek_jax.cli import changes, common
 from deepseek_jax.config_changes import changed
+from deepseek_jax.errors import InputError
 from deepseek_jax.posttrain import chain
 from deepseek_jax.posttrain.evolve import Evolve
 from deepseek_jax.posttrain.evolve_recipe import EvolveRecipe
@@ -52,6 +53,13 @@ def main(argv: list[str]) -> None:
     'pretrained': _PRETRAINED.value,
   }
   recipe = changed(EvolveRecipe(), changes.parsed(_CHANGE.value, own))
+  for name in ('start', 'pretrained'):
+    run_folder = getattr(recipe, name)
+    if run_folder and not Path(run_folder, 'config.json').is_file():
+      raise InputError(
+        f'{name} = {run_folder!r}: holds no run (config.json); give the folder'
+        ' of one'
+      )
   chain.claim(folder, recipe)
   with shared_programs():  # rounds are one program
     Evolve(recipe, folder, console=not common.quiet()).run()

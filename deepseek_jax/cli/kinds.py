@@ -3,6 +3,7 @@
 The part becomes another class with the defaults of that class. What it has no
 default for is taken from the part before: a field of the same name, or else a
 shape that follows from heads and their width. One line says what came out.
+objective.kind also takes the name of one of GRPO's presets.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from typing import Any
 from deepseek_jax import config as configs
 from deepseek_jax import own_classes
 from deepseek_jax.errors import InputError
+from deepseek_jax.rl.grpo import PRESETS, GRPOConfig
+from deepseek_jax.rl.rollout import RolloutConfig
 from deepseek_jax.run.config import RunConfig
 
 
@@ -67,11 +70,13 @@ def switched(path: str, kind: str, old: Any, dim: int) -> Any:
     InputError: there is no such kind, or its shape can't be derived.
   """
   classes = {configs.kind_name(c): c for c in choices(path)}
+  presets = list(PRESETS) if path == 'objective' else []
   flag = f'--config.{path}.kind={kind}'
   cls = own_classes.find(kind) if ':' in kind else classes.get(kind)
   if cls is None:
     what = 'no such dataclass is imported' if ':' in kind else 'no such kind'
-    raise InputError(f'{flag}: {what}; kinds are {", ".join(classes)}')
+    known = ', '.join([*classes, *presets])
+    raise InputError(f'{flag}: {what}; kinds are {known}')
   needed = [
     f.name
     for f in dataclasses.fields(cls)
@@ -131,6 +136,12 @@ def told(path: str, part: Any) -> str:
   )
 
 
+def _preset(name: str, config: Any) -> GRPOConfig:
+  """Returns GRPO as a paper has it, for the longest answer of a config."""
+  rollouts = config['rollouts']
+  return PRESETS[name]((rollouts or RolloutConfig()).most)
+
+
 def having(path: str, field: str) -> list[str]:
   """Returns the kinds of a part that have a field of this name."""
   return [
@@ -162,7 +173,10 @@ def apply(
     if kind == 'None':
       holder[last] = None
       continue
-    part = switched(path, kind, holder[last], config['model']['dim'])
+    if path == 'objective' and kind in PRESETS:
+      part, kind = _preset(kind, config), 'grpo'
+    else:
+      part = switched(path, kind, holder[last], config['model']['dim'])
     made = editable(part)
     with made.unlocked():
       if len(choices(path)) > 1 or ':' in kind:

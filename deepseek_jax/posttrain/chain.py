@@ -44,15 +44,19 @@ class ChainStage:
 def claim(folder: Path, recipe: Any) -> None:
   """Takes a folder for a chain: writes its recipe, or finds it to be this one.
 
+  Where no stage has ended nothing was made by another recipe: this one takes
+  its place, so a mistake that the first stage found is put right.
+
   Raises:
     InputError: the folder is another chain's, or one is under way there.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / RECIPE
+  path, made = folder / RECIPE, folder / _STAGES
+  begun = made.exists() and any(made.iterdir())
   mine = json.loads(json.dumps(configs.to_dict(recipe)))
   if path.exists():
     theirs = with_defaults(files.load_json(str(path)), recipe)
-    if theirs != mine:
+    if theirs != mine and begun:
       names = [n for n in {**theirs, **mine} if theirs.get(n) != mine.get(n)]
       raise InputError(
         f'{folder}: was begun with another recipe ({names[0]} ='
@@ -66,7 +70,7 @@ def claim(folder: Path, recipe: Any) -> None:
       ' --workdir'
     )
   lock.take(folder)
-  if not path.exists():
+  if not path.exists() or not begun:
     with files.whole(path) as scratch:
       scratch.write_text(json.dumps(mine, indent=2) + '\n')
 

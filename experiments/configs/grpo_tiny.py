@@ -4,7 +4,7 @@
       --workdir=runs/rl --config.data.path=task.json --config.init_from=runs/sft
 
 A task is {"problems": {"maker": "addition", "count": 2000},
-"rewards": [{"kind": "arithmetic", "place": "all"}]}; see deepseek_jax/rl.
+"rewards": [{"kind": "exact", "place": "all"}]}; see deepseek_jax/rl.
 """
 
 import deepseek_jax as ds

@@ -51,6 +51,17 @@ class KindsTest(parameterized.TestCase):
     self.assertEqual(attention, GQAConfig(4, 4, old.v_dim))
     self.assertFalse(attention.rope.interleaved)  # GQA's, not MLA's
 
+  @parameterized.parameters('r1_zero', 'r1', 'v32', 'dapo', 'dr_grpo')
+  def test_an_objective_of_a_paper_has_its_name(self, name):
+    base = ds.recipes.grpo_tiny
+    run = _switched(('objective', name), base=base)
+    most = base().rollouts.most
+    self.assertEqual(run.objective, ds.grpo.PRESETS[name](most))
+    if name == 'dr_grpo':
+      self.assertEqual(run.objective.length, most)
+    if name == 'dapo':
+      self.assertEqual(run.objective.length_penalty.most, most)
+
   def test_a_part_that_is_absent_appears_and_goes(self):
     run = _switched(('model.attention.rope.scaling', 'yarn'))
     self.assertEqual(run.model.attention.rope.scaling, YarnConfig())

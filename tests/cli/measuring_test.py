@@ -13,9 +13,12 @@ import pytest
 from absl.testing import absltest
 
 import deepseek_jax as ds
+from deepseek_jax import hf
 from deepseek_jax.record import results
 from deepseek_jax.run import sources
+from tests import tiny
 from tests.rl import taught
+from tests.run.distill_run_test import STUDENT
 
 ROOT = Path(__file__).parents[2]
 TEXT = 'def f(a):\n  b = a\n  return b\n'
@@ -114,6 +117,29 @@ class EvaluateTest(Launched):
     self.assertNotIn('problems', again.stderr)  # nothing was sampled anew
     # The folder is still a run's.
     self.assertEqual(ds.load(self.run_folder).step, 30)
+
+  @pytest.mark.slow
+  def test_a_hugging_face_folder_is_measured(self):
+    folder = os.path.join(self.folder, 'hf')
+    weights = tiny.draw(ds.build(STUDENT))
+    hf.save(folder, STUDENT, weights, extra={'eos_token_id': 1})
+    shutil.copy(os.path.join(self.run_folder, 'tokenizer.json'), folder)
+    quiz = {'question': '3+3=', 'choices': ['6', 'x'], 'answer': 0}
+    out = os.path.join(self.folder, 'measured')
+    done = self.start(
+      'evaluate',
+      f'--hf={folder}',
+      f'--out={out}',
+      f'--choices={self.file("quiz.jsonl", json.dumps(quiz))}',
+      f'--task={self.task}',
+      f'--infill={self.file("code.py", TEXT)}',
+      '--chat_format=plain',
+      *('--n=1', '--k=1', '--max_new_tokens=4', '--slots=4'),
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    entries = results.whole(Path(out))['evaluations']
+    told = [e['what'] for e in entries]
+    self.assertEqual(told, ['choices', 'pass@k', 'infill'])
 
   def test_wrong_input_is_one_line(self):
     run = {'workdir': 'RUN'}

@@ -69,6 +69,14 @@ class ChainTest(absltest.TestCase):
     del recipe['model']['compute']['cache']
     chain.write(inside / 'recipe.json', recipe)
     chain.claim(inside, R1Recipe())
+    # As long as no stage has ended a wrong recipe can be put right.
+    wrong = dataclasses.replace(R1Recipe(), rounds=9)
+    chain.claim(inside, wrong)
+    self.assertEqual(
+      json.loads((inside / 'recipe.json').read_text())['rounds'], 9
+    )
+    chain.claim(inside, R1Recipe())
+    chain.write(inside / 'stages' / 'data.json', {'name': 'data'})
     other = dataclasses.replace(R1Recipe(), rounds=7)
     told = f'rounds = {R1Recipe().rounds} there, 7 here'
     with self.assertRaisesRegex(InputError, told):

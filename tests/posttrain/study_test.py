@@ -49,14 +49,19 @@ class StudyTest(absltest.TestCase):
       self.ended(number, 'grpo', reached=reached(grpo))
       self.ended(number, 'permuted', reached=reached(permuted))
     self.ended(1, 'sft', reached=reached(0.5))
-    levels = {'accuracy': {'2': 0.9, '3': 0.8}, 'levels': 2, 'rounds': 3}
+    levels = {
+      'start': {'2': 0.9, '3': 0.1},
+      'accuracy': {'2': 0.9, '3': 0.8},
+      'levels': 2,
+      'rounds': 3,
+    }
     self.ended(0, 'evolve', **levels)
     found = self.study.results()
     mean = found['arms']['grpo']['means']['sums, greedy']
     self.assertAlmostEqual(mean['mean'], 0.85)
     # Student's t of two values: 12.706 standard errors.
     self.assertAlmostEqual(mean['half'], 12.7062 * 0.05, places=4)
-    less = found['less_than_grpo']
+    less = found['from_grpo']
     self.assertAlmostEqual(less['permuted']['sums, greedy']['mean'], -0.7)
     # The second seed alone has both.
     self.assertAlmostEqual(less['sft']['sums, greedy']['mean'], -0.3)

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import naming
-from deepseek_jax.ladder.table import budget_means, bytes_text, ratio_text
+from deepseek_jax.ladder.table import (
+  budget_means,
+  bytes_text,
+  counted,
+  ratio_text,
+)
 
 _STYLE = {
   'font.size': 9,
@@ -85,6 +90,8 @@ def _limits(found: Mapping) -> tuple[float, float]:
   reached = [r for r in found['reach'].values() if r]
   low = min(min(r['ratio'], max(r['low'], r['ratio'] / 3)) for r in reached)
   high = max(max(r['ratio'], min(r['high'], r['ratio'] * 3)) for r in reached)
+  whole = [counted(found, rung) for rung in found['rungs']]
+  high = max([high, *filter(None, whole)])
   return low / 1.2, high * 1.2
 
 
@@ -109,6 +116,8 @@ def _forest(axes: Any, found: Mapping) -> None:
       [reach['ratio']], [row], 'o', color=color, markerfacecolor=face,
       markersize=6,
     )  # fmt: skip
+    if whole := counted(found, rung):
+      axes.plot([whole], [row], 'x', color=color, markersize=7)
   labels = [f'{n}  ({found["rungs"][n]["generation"] or "own"})' for n in rungs]
   axes.set_yticks(range(len(rungs)), labels)
   axes.set_ylim(len(rungs) - 0.4, -0.6)
@@ -162,7 +171,8 @@ def draw(found: Mapping[str, Any], path: str | os.PathLike) -> None:
       0.015,
       0.915,
       f'width {shape["dim"]}, {shape["layers"]} layers; on the right, filled:'
-      ' measured on both sides, open: the curve extended; cache of'
+      ' measured on both sides, open: the curve extended, cross: with the'
+      " optimizer's own products; cache of"
       f' {found["size"]["seq_len"]} tokens in bfloat16',
       color='#565c66',
       va='center',

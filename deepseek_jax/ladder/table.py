@@ -39,6 +39,15 @@ def ratio_text(reach: Mapping | None) -> str:
   )
 
 
+def counted(found: Mapping, rung: str) -> float | None:
+  """Returns a rung's compute to the goal with its optimizer's own products.
+
+  None where the optimizer has none, or the goal was not reached.
+  """
+  reach, share = found['reach'].get(rung), found['rungs'][rung]['plan']['update']
+  return reach['ratio'] * (1 + share) if reach and share else None
+
+
 def verdict(found: Mapping, below: str, rung: str) -> str:
   """Returns whether a rung pays over the one below, at the smallest budget."""
   each = found['differences'].get(rung)
@@ -69,11 +78,17 @@ def reach_table(found: Mapping[str, Any]) -> str:
         told['generation'],
         f'{told["rate"]:g}',
         *cells,
-        ratio_text(found['reach'].get(rung)),
+        _with_optimizer(found, rung),
         count_text(told['plan']['training']),
       ]
     )
   return _rows(head, rows)
+
+
+def _with_optimizer(found: Mapping, rung: str) -> str:
+  """Returns the text of a rung's compute, and of what it is in all."""
+  text, whole = ratio_text(found['reach'].get(rung)), counted(found, rung)
+  return text if whole is None else f'{text}; {whole:.2f} with the optimizer'
 
 
 def budget_means(found: Mapping, rung: str) -> list[float | None]:
@@ -165,8 +180,10 @@ def _free(found: Mapping) -> list[str]:
   """Returns what no budget has paid for: the optimizer's own arithmetic."""
   shares = {n: t['plan']['update'] for n, t in found['rungs'].items()}
   return [
-    f"Not in any budget: Muon's iterations in `{name}` take {share:.2g} times"
-    ' the FLOPs of a step of so few tokens; at published batches they are few.'
+    f"Not in any budget: Muon's iterations in `{name}` take {share:.2f} times"
+    ' the FLOPs of a step of so few tokens, and with them it does not pay here;'
+    ' their number does not grow with the batch, so at published ones they are'
+    ' few.'
     for name, share in shares.items()
     if share
   ]

@@ -44,7 +44,10 @@ def counted(found: Mapping, rung: str) -> float | None:
 
   None where the optimizer has none, or the goal was not reached.
   """
-  reach, share = found['reach'].get(rung), found['rungs'][rung]['plan']['update']
+  reach, share = (
+    found['reach'].get(rung),
+    found['rungs'][rung]['plan']['update'],
+  )
   return reach['ratio'] * (1 + share) if reach and share else None
 
 

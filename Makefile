@@ -73,7 +73,7 @@ parity: $(VENV)/.test
 # The whole proof of every kernel: references, CUDA export, and the interpreter
 # with its race detector, which takes a newer jax than Python 3.11 gets.
 NEWER_PYTHON ?= python3.12
-need = command -v $(1) >/dev/null || { echo 'error: $(1): no such\
+need = $(1) -c '' >/dev/null 2>&1 || { echo 'error: $(1): no such\
   interpreter; give one, as in make $@ $(2)=PATH' >&2; exit 2; }
 .venv-interpreter/.ready:
 	@$(call need,$(NEWER_PYTHON),NEWER_PYTHON)

@@ -36,6 +36,12 @@ def told(value: object) -> str:
   return text if len(text) <= 60 else f'a {type(value).__name__}'
 
 
+def check_type(name: str, value: object, cls: type, fix: str) -> None:
+  """Raises InputError unless `value` is a `cls`; `fix` says what to give."""
+  if not isinstance(value, cls):
+    raise InputError(f'{name}: is {told(value)}, no {cls.__name__}; {fix}')
+
+
 class InputError(ValueError):
   """Reports wrong input of the user: names the field, the value and the fix."""
 

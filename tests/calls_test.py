@@ -1,6 +1,9 @@
 """Wrong calls of the face: each is one line that names what to give instead."""
 
 import inspect
+import json
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +118,37 @@ _CALLS = {
   'fit a model': (lambda: ds.fit(_CONFIG, 'runs/x'), 'no RunConfig'),
   'fit nowhere': (lambda: ds.fit(ds.recipes.v3_tiny(), None), 'is None; give'),
   'load nothing': (lambda: ds.load(''), "workdir: is ''"),
+  'an engine of a configuration': (
+    lambda: ds.Engine(_CONFIG, _VARIABLES), 'no Model; ds.build(config)'
+  ),
+  'an engine of a number': (
+    lambda: ds.Engine(_MODEL, _VARIABLES, 8), 'cfg: is 8, no EngineConfig'
+  ),
+  'a step of a configuration': (
+    lambda: ds.train_step(_CONFIG, ds.recipes.v3_tiny().train), 'no Model; ds.b'
+  ),
+  'a step of a run': (
+    lambda: ds.train_step(_MODEL, ds.recipes.v3_tiny()), 'no TrainConfig'
+  ),
+  'held out text': (
+    lambda: ds.bits_per_byte(_MODEL, _VARIABLES, 'abc'), "heldout: is 'abc'"
+  ),
+  'the cache of a function': (
+    lambda: ds.plan.cache(ds.presets.v3), 'config: is the function v3'
+  ),
+  'decoding by a function': (
+    lambda: ds.plan.decode_flops(ds.presets.v3, 9), 'as in ds.presets.v3()'
+  ),
+  'saved in another order': (
+    lambda: ds.hf.save(_CONFIG, _VARIABLES, 'x'), 'give a folder, then'
+  ),
+  'writers by name': (
+    lambda: ds.fit(ds.recipes.v3_tiny(), 'runs/x', writers='tb'),
+    "writers: holds 'tb'",
+  ),
+  'talk to the hub': (
+    lambda: ds.talk('deepseek-ai/DeepSeek-V2-Lite', ['a']), 'hf download'
+  ),
   'no metrics': (lambda: ds.read_metrics('/nowhere'), 'is no folder'),
 }  # fmt: skip
 
@@ -166,6 +200,15 @@ class CallsTest(parameterized.TestCase):
     self.assertEqual(ds.plan.Training(dispatch=dtype).dispatch, name)
     if name == 'bfloat16':
       self.assertEqual(ds.ExchangeConfig(combine=dtype).combine, name)
+
+  def test_a_checkpoint_is_saved_in_a_dtype_or_its_name(self):
+    model, variables = tiny.model('llama'), tiny.variables('llama')
+    for dtype in (jnp.bfloat16, 'bfloat16', np.dtype('float32'), None):
+      with tempfile.TemporaryDirectory() as folder:
+        ds.hf.save(folder, model.config, variables, dtype=dtype)
+        told = json.loads(Path(folder, 'config.json').read_text())
+      want = 'float32' if dtype is None else np.dtype(dtype).name
+      self.assertEqual(told['torch_dtype'], want)
 
   @parameterized.parameters(jnp.float16, int, np.int32, 'float31')
   def test_another_dtype_is_refused(self, dtype):

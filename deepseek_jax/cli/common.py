@@ -49,6 +49,7 @@ from deepseek_jax.cli import (  # noqa: E402
   help,
   kinds,
   named,
+  pipes,
 )
 from deepseek_jax.errors import (  # noqa: E402
   InputError,
@@ -170,6 +171,11 @@ def quiet() -> bool:
   return _QUIET.value
 
 
+def verbose() -> bool:
+  """Returns whether the user wants logs and tracebacks."""
+  return _VERBOSE.value
+
+
 def _fail(message: object, status: int) -> None:
   """Ends the program with one line on stderr."""
   endings.leave(status, f'error: {" ".join(str(message).split())}')
@@ -205,7 +211,8 @@ def _show_flags(module: str) -> None:
 
 def _help(argv: list[str], section: str) -> None:
   """Prints the launcher's flags, or with --config its fields, and ends."""
-  given = [a for a in argv[1:] if a.startswith(('--config', '-config'))]
+  given = kinds.joined(argv[1:])
+  given = [a for a in given if a.startswith(('--config', '-config'))]
   config = None
   if given:
     # Required flags may be missing; fields are shown as other flags set them.
@@ -224,6 +231,7 @@ def _help(argv: list[str], section: str) -> None:
     cls = named.PlanConfig if 'recipe' in config else RunConfig
     print('' if section else '\nfields:\n', end='' if section else '\n')
     print(help.of_config(frozen(cls, config), section))
+  sys.stdout.flush()  # a reader that has left is noticed here
   sys.exit(0)
 
 
@@ -255,6 +263,8 @@ def _parse(argv: list[str]) -> list[str]:
   except (TypeError, ValueError) as error:
     plain = error.args[0] if error.args else error
     _fail(config_faults.inside_none(argv) or config_faults.cause(plain), 2)
+  except BrokenPipeError:
+    pipes.end_quietly()
   except (OSError, ImportError) as error:
     path = config_faults.config_path(argv)
     if path and not os.path.exists(path):
@@ -345,6 +355,11 @@ def launch(
       _keep_compiled_programs()
       main(argv)
       distributed.wait_for_all()  # one of them may still find a fault
+      sys.stdout.flush()
+    except BrokenPipeError as error:
+      if not pipes.output_is_closed():
+        _fail(f'{_place_of(error)}: {error.strerror}', InputError.status)
+      pipes.end_quietly()
     except InputError as error:
       if _VERBOSE.value:
         traceback.print_exc()

@@ -20,5 +20,6 @@ def check(extra: str, needed: Mapping[str, str]) -> None:
   ]
   if missing:
     raise InputError(
-      f'this needs {", ".join(missing)}: pip install "deepseek_jax[{extra}]"'
+      f'this needs {", ".join(missing)}, the extra {extra!r}: pip install'
+      f' ".[{extra}]" in the checkout, or "WHEEL[{extra}]"'
     )

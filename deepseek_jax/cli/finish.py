@@ -39,9 +39,11 @@ def finish(run: Run, workdir: Path, *, quiet: bool = False) -> None:
     quiet: prints the held-out bits per byte and the report's path alone.
   """
   console = Console()
-  reached = results_of(run, workdir)
+  before = _written(workdir)
+  reached = _with_earlier(results_of(run, workdir), before)
   # What was measured of it before stays: each entry names its step.
-  measured = _measured(workdir)
+  name = results.EVALUATIONS
+  measured = {name: before[name]} if name in before else {}
   results.write(workdir, reached | measured)
   keep_in_metrics(run, workdir, reached)
   facts = facts_of(reached) | size_facts(run)
@@ -89,15 +91,32 @@ def _shown(
   )
 
 
-def _measured(workdir: Path) -> dict[str, list]:
-  """Returns the evaluations of a results.json; a damaged one is set aside."""
+def _written(workdir: Path) -> dict[str, Any]:
+  """Returns what a results.json holds; a damaged one is set aside."""
   try:
-    found = results.whole(workdir)
+    return results.whole(workdir) or {}
   except InputError as error:
     say.warn(f'{error}; it is now {metrics.set_aside(workdir / results.FILE)}')
     return {}
-  name = results.EVALUATIONS
-  return {name: found[name]} if name in found else {}
+
+
+def _with_earlier(
+  reached: dict[str, Any], before: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns results with speed and memory of earlier launches.
+
+  A launch that finds all done, or compiles for one step more, has no speed of
+  its own and needs less memory than the run did.
+  """
+  if before.get('machine') != reached['machine']:
+    return reached
+  speed, memory = 'tokens_per_second', 'peak_memory_bytes'
+  peaks = filter(None, (reached[memory], before.get(memory)))
+  return {
+    **reached,
+    speed: reached[speed] or before.get(speed),
+    memory: max(peaks, default=None),
+  }
 
 
 def results_of(run: Run, workdir: Path) -> dict[str, Any]:

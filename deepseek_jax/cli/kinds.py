@@ -45,16 +45,32 @@ def taken(argv: list[str]) -> tuple[list[str], dict[str, list]]:
     The other arguments, and flag -> pairs (path, kind), in order.
   """
   rest, found = [], {}
-  for arg in argv:
+  for arg in joined(argv):
     key, equals, kind = arg.partition('=')
     flag, _, path = key.lstrip('-').partition('.')
-    if equals and key.startswith('-') and path.endswith('.kind'):
+    kind = kind.strip('\'"')
+    # --config.model.attention=gqa means the kind, too; a dict is a value.
+    named = path.endswith('.kind') or (kind.isidentifier() and kind != 'None')
+    if equals and key.startswith('-') and path and named:
       path = path.removesuffix('.kind')
       if flag in ('config', 'versus') and choices(path):
-        found.setdefault(flag, []).append((path, kind.strip('\'"')))
+        found.setdefault(flag, []).append((path, kind))
         continue
     rest.append(arg)
   return rest, found
+
+
+def joined(argv: list[str]) -> list[str]:
+  """Returns flags with --config.FIELD VALUE as one argument, with a =."""
+  out, rest = [], list(argv)
+  while rest:
+    arg = rest.pop(0)
+    field = arg.lstrip('-').startswith(('config.', 'versus.'))
+    alone = field and arg[:1] == '-' and '=' not in arg
+    if alone and rest and rest[0][:2] != '--':
+      arg = f'{arg}={rest.pop(0)}'
+    out.append(arg)
+  return out
 
 
 def switched(path: str, kind: str, old: Any, dim: int) -> Any:

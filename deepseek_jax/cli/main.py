@@ -14,6 +14,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from deepseek_jax.cli import pipes
 from deepseek_jax.version import __version__
 
 _HELP = ('help', '--help', '-h', '-help', '--helpfull', '--helpshort')
@@ -65,7 +66,10 @@ def run() -> None:
   """Runs the launcher that the first argument names."""
   verb, *rest = sys.argv[1:] or ['help']
   if verb in _HELP:
-    print(usage())
+    try:
+      print(usage(), flush=True)
+    except BrokenPipeError:
+      pipes.end_quietly()
     return
   if verb in _VERSION:
     print(f'deepseek-jax {__version__}')

@@ -5,8 +5,8 @@ python -m experiments.serve --hf=DIR --port=8080 --context=8192 --slots=8
 python -m experiments.serve --hf=DIR --host=0.0.0.0 --api_key_file=keys
 
 Listens on 127.0.0.1; another --host needs a key, from the file or from the
-environment (DEEPSEEK_JAX_API_KEY). Needs 'deepseek_jax[serve]'; with
-'deepseek_jax[grammar]', answers can be made to fit a JSON schema.
+environment (DEEPSEEK_JAX_API_KEY). Needs the extra 'serve'; with the extra
+'grammar' answers can be made to fit a JSON schema.
 """
 
 import dataclasses

@@ -73,6 +73,7 @@ def planned(folder: Path) -> list[arms.ArmRun]:
   """
   path = folder / FILE
   if _CONFIG.value is None:
+    _check_going_on()
     if not path.exists():
       raise InputError(
         f'--folder={folder}: holds no sweep; give --config and --axis'
@@ -111,6 +112,16 @@ def planned(folder: Path) -> list[arms.ArmRun]:
   return made
 
 
+def _check_going_on() -> None:
+  """Raises InputError for flags that a sweep under way can't heed."""
+  for flag in (_AXIS, _SEEDS, _MATCH):
+    if flag.present:
+      raise InputError(
+        f'--{flag.name}: needs --config, too; without it the sweep of --folder'
+        ' goes on as it was begun'
+      )
+
+
 def as_plain(made: list[arms.ArmRun]) -> dict:
   """Returns the runs of a sweep as JSON values."""
   return {
@@ -127,6 +138,9 @@ def itself(folder: Path) -> list[str]:
   # A user's classes are in the file; fields are those of sweep.json.
   files_ = [a for a in own if a.partition('=')[2].endswith('.py')]
   given = [f'--own={a.partition("=")[2]}' for a in files_]
+  steps = training.profiled()
+  given += [f'--profile={steps}'] if steps else []
+  given += ['--verbose'] if common.verbose() else []
   program = [sys.executable, '-m', 'deepseek_jax.cli.main', 'sweep']
   return [*program, f'--folder={folder}', *given]
 
@@ -191,8 +205,11 @@ def main(argv: list[str]) -> None:
     run = made[_ONLY.value]
     training.train(run.config, folder / run.name)
     return
-  for note in dict.fromkeys(run.note for run in made if run.note):
-    print(f'matched: {note}')
+  # Seeds of an arm share its note.
+  notes = {run.name.rpartition('-seed=')[0]: run.note for run in made}
+  for arm, note in notes.items():
+    if note:
+      print(f'matched: {arm}: {note}')
   if _DRY.value:
     print('\n'.join(run.name for run in made))
     return

@@ -16,6 +16,11 @@ _PROFILE = flags.DEFINE_string(
 )
 
 
+def profiled() -> str | None:
+  """Returns the steps of which the user wants a trace, as the flag has them."""
+  return _PROFILE.value
+
+
 def train(config: loop.RunConfig, workdir: Path) -> None:
   """Trains a run to its end; the first process samples and reports."""
   console = not common.quiet()

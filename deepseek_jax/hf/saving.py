@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.config import dtype_name
+from deepseek_jax.errors import InputError, told
 from deepseek_jax.hf import (
   config_render,
   families,
@@ -103,9 +104,11 @@ def save(
     InputError: the family of the model can't express it, or an array has
       another shape than the configuration says.
   """
+  if not isinstance(path, str | os.PathLike):
+    raise InputError(f'path: is {told(path)}; give a folder, then the config')
   config, variables = merged(config, variables)
   arrays = {leaf.path: _array(variables, leaf) for leaf in names.leaves(config)}
-  dtype = dtype or str(arrays['params', 'embed'].dtype)
+  dtype = dtype_name(dtype or arrays['params', 'embed'].dtype)
   target = Format(dtype, quantize)
   write(
     path,

@@ -220,7 +220,8 @@ class Theirs:
       import transformers
     except ImportError:
       raise InputError(
-        'torch and transformers are missing: pip install deepseek_jax[hf]'
+        "torch and transformers are missing, the extra 'hf': pip install"
+        ' ".[hf]" in the checkout, or "WHEEL[hf]"'
       ) from None
     self._torch = torch
     self.model = transformers.AutoModelForCausalLM.from_pretrained(

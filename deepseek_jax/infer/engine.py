@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, check_type
 from deepseek_jax.infer import checks, host_arrays, outcomes, sampler, warm_up
 from deepseek_jax.infer.detokenize import following
 from deepseek_jax.infer.engine_config import EngineConfig
@@ -65,6 +65,8 @@ class Engine:
       InputError: a model without head, or a tokenizer with more tokens than
         the model.
     """
+    check_type('model', model, Model, 'ds.build(config) makes one')
+    check_type('cfg', cfg, EngineConfig, 'as in ds.EngineConfig(slots=8)')
     self.model, self.cfg, self.text = model, cfg, text
     checks.check_text(text, model)
     flat = build_flat(model)
@@ -169,6 +171,8 @@ class Engine:
 
     More of them than the queue takes wait here.
     """
+    if isinstance(requests, Request):
+      raise InputError('requests: is one Request; give a list of them')
     left = collections.deque(requests)
     for request in left:  # before any of them runs
       checks.check_request(request, self._bounds)

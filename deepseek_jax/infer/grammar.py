@@ -129,7 +129,8 @@ def _library() -> Any:
     import llguidance
   except ImportError:
     raise InputError(
-      'grammar needs llguidance: pip install deepseek_jax[grammar]'
+      "grammar needs llguidance, the extra 'grammar': pip install"
+      ' ".[grammar]" in the checkout, or "WHEEL[grammar]"'
     ) from None
   return llguidance
 

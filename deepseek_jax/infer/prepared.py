@@ -44,6 +44,8 @@ def prepare(model: Model, variables: dict, *, donate: bool = False) -> dict:
     if model.config.lora is not None:
       model, variables = _folded(model, variables)
     return _apart(model, variables, donate=True)
+  like = {kind: nnx.to_pure_dict(v) for kind, v in model.abstract.items()}
+  given.variables(like, variables)
   leaves = jax.tree.leaves(variables)
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
   if traced or model.config.lora is not None:

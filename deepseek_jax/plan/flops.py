@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, check_type
 from deepseek_jax.model.block import BlockConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.experts.moe import MoEConfig
@@ -82,6 +82,8 @@ class Flops:
 
 def blocks(config: TransformerConfig) -> Iterator[tuple[BlockConfig, int]]:
   """Yields every block with its repeats, segment by segment, in order."""
+  fix = 'as in ds.presets.v3()'
+  check_type('config', config, TransformerConfig, fix)
   for segment in config.segments():
     for block in segment.blocks:
       yield block, segment.repeat

@@ -91,11 +91,14 @@ def _check_columns(prefix: str, settings: dict, columns: dict) -> None:
 
 
 def load(path: str | os.PathLike) -> Flight:
-  """Reads a recorded file; means are float64, sums of counts int64.
+  """Reads routing.npz, or that of a run's folder.
+
+  Means are float64, sums of counts int64.
 
   Raises:
     DamagedFile: it cannot be read.
   """
+  path = os.path.join(path, 'routing.npz') if os.path.isdir(path) else path
   settings, columns = load_columns(path)
   fine = _part('_', settings, columns)
   if COARSE[1:] + 'reduce' not in settings:

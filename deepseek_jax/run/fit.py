@@ -73,14 +73,19 @@ class Run:
     return {'params': self.state.params, 'buffers': self.state.buffers}
 
 
-def _check(config: object) -> None:
-  """Raises InputError for what is no RunConfig, with what to give."""
-  if isinstance(config, RunConfig):
-    return
-  fix = 'ds.recipes.v3_tiny() makes one, of a model, data and training'
-  if callable(config) and hasattr(config, '__name__'):
-    fix = f'call it: {config.__name__}()'
-  raise InputError(f'config: is {told(config)}, no RunConfig; {fix}')
+def _check(config: object, writers: object) -> None:
+  """Raises InputError for what is no RunConfig, or takes no scalars."""
+  if not isinstance(config, RunConfig):
+    fix = 'ds.recipes.v3_tiny() makes one, of a model, data and training'
+    if callable(config) and hasattr(config, '__name__'):
+      fix = f'call it: {config.__name__}()'
+    raise InputError(f'config: is {told(config)}, no RunConfig; {fix}')
+  for one in writers if isinstance(writers, list | tuple) else [writers]:
+    if not hasattr(one, 'write') or not hasattr(one, 'close'):
+      raise InputError(
+        f'writers: holds {told(one)}; give a list of ScalarWriters, or set'
+        ' config.tensorboard'
+      )
 
 
 def _opened(
@@ -143,7 +148,7 @@ def fit(
     Terminated: it came before the first step; nothing new is saved.
   """
   workdir = path_of(workdir)
-  _check(config)
+  _check(config, writers)
   config = chosen(config, workdir)
   with Preemption() as preemption:
     first = distributed.first()

@@ -202,11 +202,11 @@ class RolloutBatches(PromptBatches):
     seed = _seed(config.data.seed, number)
     groups, rewards = self._groups(variables, seed)
     if config.rollouts.permuted:
-      # One reward of an answer, or all of them: [N G] or [N G R].
-      dealt = np.random.default_rng(seed).permutation(
-        rewards.shape[0] * rewards.shape[1]
-      )
-      rewards = rewards.reshape(len(dealt), -1)[dealt].reshape(rewards.shape)
+      # Places of the answers, [N G]; rewards may be several of each.
+      places = np.arange(len(rewards) * rewards.shape[1])
+      places = places.reshape(rewards.shape[:2])
+      dealt = np.random.default_rng(seed).permuted(places)
+      rewards = rewards[np.divmod(dealt, rewards.shape[1])]
     made = rollout.lesson(groups, rewards, config.objective)
     self.told |= made.statistics
     self._note_equal(made.statistics)

@@ -91,8 +91,8 @@ class StepRecord:
 
   @property
   def tokens_per_second(self) -> float | None:
-    """Returns the median over steps, without the first, which compiles."""
-    speeds = self._speeds[1:] or self._speeds
+    """Returns the median over steps but the first, which compiles, or None."""
+    speeds = self._speeds[1:]
     return float(np.median(speeds)) if speeds else None
 
   def step(

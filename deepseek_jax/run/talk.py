@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from deepseek_jax.data import boundaries, from_file
 from deepseek_jax.errors import InputError, told
 from deepseek_jax.hf import load
+from deepseek_jax.hf.source import absent
 from deepseek_jax.infer import chat
 from deepseek_jax.infer.engine import Engine
 from deepseek_jax.infer.engine_config import EngineConfig
@@ -74,6 +75,8 @@ def talk(
     raise InputError(
       f"questions: is {told(questions)}; give a list of texts, as in ['Hi']"
     )
+  if not os.path.isdir(folder):
+    raise InputError(f'folder = {folder!r}: {absent(folder)}')
   config = chat.template_config(folder)
   model_config, variables = load(folder)
   tokenizer = from_file(folder)

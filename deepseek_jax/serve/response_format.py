@@ -60,8 +60,8 @@ def read(fields: Fields, served: Served, limits: Limits) -> AnswerForm | None:
   if served.grammar is None:
     raise refusals.wrong(
       _FIELD,
-      f'is {kind}, but this server constrains no answers: install'
-      " 'deepseek_jax[grammar]'",
+      f'is {kind}, but this server constrains no answers: it needs the extra'
+      " 'grammar' (llguidance)",
     )
   return AnswerForm(kind, value)
 

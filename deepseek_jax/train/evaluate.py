@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import InputError, check_type, told
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.sharding import Using, current
@@ -58,6 +59,12 @@ def bits_per_byte(model: Model, variables: dict, heldout: Any) -> float:
     model, variables: the model.
     heldout: a data.Heldout.
   """
+  check_type('model', model, Model, 'ds.build(config) makes one')
+  if not hasattr(heldout, 'bits_per_byte'):
+    raise InputError(
+      f'heldout: is {told(heldout)}; give the held-out windows of a store, or'
+      ' use ds.held_out(run)'
+    )
   nll = _nll(model, current())
   return bits_per_byte_by(lambda batch: nll(variables, batch), heldout)
 

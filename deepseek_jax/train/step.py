@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, check_type
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.record.metric import Metric
 from deepseek_jax.train import layer_losses
@@ -162,6 +162,8 @@ def train_step(
   batch), 'dropped' [L] and the routing statistics [L ...]; 'block_norms' of the
   gradient and 'update_norms', by block. Jit it with the state donated.
   """
+  check_type('model', model, Model, 'ds.build(config) makes one')
+  check_type('cfg', cfg, TrainConfig, 'as in ds.recipes.v3_tiny().train')
   cfg = recipe_of(cfg, model.config)
   built = objective.build(model)
   cfg = judging(cfg, built.comparable)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+import sys
 import tempfile
 import typing
 from pathlib import Path
@@ -61,6 +62,31 @@ class KindsTest(parameterized.TestCase):
       self.assertEqual(run.objective.length, most)
     if name == 'dapo':
       self.assertEqual(run.objective.length_penalty.most, most)
+
+  def test_a_kind_may_follow_a_space_and_leave_out_its_name(self):
+    for flags in (
+      ['--config.model.attention.kind', 'gqa'],
+      ['--config.model.attention', 'gqa'],
+      ['--config.model.attention=gqa'],
+      ['--config.model.attention.kind=gqa'],
+    ):
+      rest, found = kinds.taken([*flags, '--config.model.dim', '64', '--quiet'])
+      self.assertEqual(found, {'config': [('model.attention', 'gqa')]}, flags)
+      self.assertEqual(rest, ['--config.model.dim=64', '--quiet'])
+    whole = ["--config.model.attention={'kind': 'gqa'}", '--config.seed=1']
+    self.assertEqual(kinds.taken(whole), (whole, {}))
+
+  @parameterized.parameters(
+    'deepseek_jax.cli.main help', 'experiments.pretrain --config=v3_tiny --help'
+  )
+  def test_a_reader_may_leave(self, command):
+    line = f'{sys.executable} -m {command} | head -1'
+    done = subprocess.run(
+      ['bash', '-c', line], capture_output=True, text=True, timeout=120,
+      cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    self.assertEqual(done.stderr, '')
+    self.assertLen(done.stdout.splitlines(), 1)
 
   def test_a_part_that_is_absent_appears_and_goes(self):
     run = _switched(('model.attention.rope.scaling', 'yarn'))

@@ -7,9 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 from absl.testing import absltest
 
+import deepseek_jax as ds
 from deepseek_jax.record import metrics
 
 _ROOT = Path(__file__).parents[2]
@@ -92,6 +94,13 @@ class LaboratoryTest(absltest.TestCase):
     self.assertGreater(found['seconds'], 0)
     self.assertGreater(found['peak_memory_bytes'], 2**20)
     self.assertLen(found['data']['heldout_sha256'], 64)
+    self.assertEqual(found['seed'], 0)
+    self.assertEqual(found['versions']['jax'], jax.__version__)
+    self.assertTrue(found['machine'])
+    self.assertIn('git', found)
+    self.assertGreater(found['tokens_per_second'], 0)
+    recorded = ds.read_routing(self.run_folder)
+    self.assertEqual(recorded.arrays['load'].ndim, 3)
     base = held['baselines']
     # Eight bits a byte is more than a unigram guess, that more than xz primed.
     self.assertGreater(base['uniform'], base['unigram'])
@@ -108,10 +117,17 @@ class LaboratoryTest(absltest.TestCase):
 
   @pytest.mark.slow
   def test_3_a_longer_run_goes_on_where_its_schedule_allows_it(self):
+    before = self.results()
     done = self.run_it(
       'resume', str(self.run_folder), '--tokens=1024', '--quiet'
     )
     self.assertEqual(done.returncode, 0, msg=done.stderr)
+    # One step more is compiled and says nothing of the speed.
+    after = self.results()
+    self.assertEqual(after['tokens_per_second'], before['tokens_per_second'])
+    self.assertGreaterEqual(
+      after['peak_memory_bytes'], before['peak_memory_bytes']
+    )
     self.assertEqual(
       (self.results()['steps'], self.results()['tokens']), (4, 1024)
     )

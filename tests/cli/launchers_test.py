@@ -196,6 +196,16 @@ class OtherMistakesTest(parameterized.TestCase):
     self.assertFalse((folder / 'run').exists())
 
 
+class SweepTest(absltest.TestCase):
+  def test_flags_of_a_new_sweep_need_a_config(self):
+    folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+    (folder / 'sweep.json').write_text('{"runs": []}')
+    run = _start(folder, 'sweep', f'--folder={folder}', '--seeds=5', '--dry')
+    _, err = run.communicate(timeout=300)
+    self.assertEqual(run.returncode, 2, msg=err)
+    self.assertIn('error: --seeds: needs --config, too', err)
+
+
 class ConfigFileTest(parameterized.TestCase):
   @parameterized.parameters(*_CONFIG_FILES)
   def test_without_other_flags_is_one_clear_line(self, name):

@@ -280,6 +280,8 @@ class ContractTest(parameterized.TestCase):
     old = run.run([request])
     new = tiny.draw(families.model('gqa'), seed=5)
     run.load(new)
+    # Neither known nor found: the weights' number is in the hash, too.
+    self.assertEmpty(run._scheduler.pages._known)
     got = run.run([request])
     self.assertNotEqual(got[0][0].tokens, old[0][0].tokens)
     self.assertEqual(got[0][0].usage.cached_tokens, 0)

@@ -214,8 +214,8 @@ MUTANTS = (
   Mutant(
     'permuted_rewards_stay_in_their_group',
     'deepseek_jax/run/rl.py',
-    '.permuted(rewards)',
-    '.permuted(rewards, axis=1)',
+    '.permuted(places)',
+    '.permuted(places, axis=1)',
     ('tests/posttrain/permuted_test.py::dealt_over_all_groups',),
     'within a group the mean reward of a prompt would still teach',
   ),

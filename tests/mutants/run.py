@@ -24,6 +24,7 @@ from tests.mutants.mutant import ROOT, Mutant, mutated, selection
 
 COPIED = ('deepseek_jax', 'pallas_kernels', 'experiments', 'tests')
 SECONDS = 240  # for the tests of one mutant
+SOUND_SECONDS = 1200  # for all that mutants name of a file
 OUTPUT = 'output.txt'
 
 # Each run is a process of its own, forked from a server that has imported
@@ -58,15 +59,17 @@ def _child(folder: str, tests: tuple[str, ...]) -> None:
   sys.exit(pytest.main([*options, *selection(tests)]))
 
 
-def pytest_on(folder: str, tests: tuple[str, ...]) -> tuple[int, str]:
+def pytest_on(
+  folder: str, tests: tuple[str, ...], seconds: float = SECONDS
+) -> tuple[int, str]:
   """Status of pytest on the copy in `folder`, and what it printed."""
   process = _PROCESSES.Process(target=_child, args=(folder, tests))
   process.start()
-  process.join(SECONDS)
+  process.join(seconds)
   if process.exitcode is None:
     process.kill()
     process.join()
-    return -1, f'no end after {SECONDS} s'
+    return -1, f'no end after {seconds} s'
   output = Path(folder, OUTPUT)
   text = output.read_text(errors='replace') if output.exists() else ''
   return process.exitcode, text
@@ -105,7 +108,7 @@ def sound(tests: tuple[str, ...]) -> str:
   """Whether tests pass without a bug."""
   with tempfile.TemporaryDirectory() as folder:
     copy(folder)
-    status, output = pytest_on(folder, tests)
+    status, output = pytest_on(folder, tests, SOUND_SECONDS)
   return 'sound' if status == 0 else f'unsound: {verdict(status, output)}'
 
 

@@ -48,7 +48,7 @@ MUTANTS = (
     _HARVEST,
     'right = [one for one in scored if one.right and one.whole]',
     'right = [one for one in scored if one.right]',
-    ('tests/rl/harvest_test.py::right_answers_are_kept',),
+    ('tests/rl/harvest_test.py::without_an_end_is_counted',),
     'an answer that was cut teaches an end that it did not have',
   ),
   Mutant(

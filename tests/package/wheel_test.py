@@ -77,7 +77,10 @@ class DocumentsTest(absltest.TestCase):
     self.assertIn('(LICENSE)', (_ROOT / 'CONTRIBUTING.md').read_text())
 
   def test_docs_install_the_checkout_or_the_wheel_never_a_bare_name(self):
-    for path in [*_ROOT.glob('*.md'), *(_ROOT / 'docs').rglob('*.md')]:
+    texts = [*_ROOT.glob('*.md'), *(_ROOT / 'docs').rglob('*.md')]
+    texts += [*(_ROOT / 'deepseek_jax').rglob('*.py')]
+    for path in texts:
+      self.assertNotRegex(path.read_text(), r'deepseek[_-]jax\[\w+\]', path)
       bare = re.findall(
         r'pip install [^`#\n]*\bdeepseek[_-]jax', path.read_text()
       )

@@ -68,6 +68,18 @@ class HarvestTest(parameterized.TestCase):
     turn = chat.turns(said[0].messages)[0]
     self.assertEqual(turn.answer[-1], ByteTokenizer.eos_id)
 
+  def test_an_answer_without_an_end_is_counted_and_not_kept(self):
+    encode, end = ByteTokenizer().encode, ByteTokenizer.eos_id
+    scored = [
+      answering.Scored((*encode('12'), end), '12', True, 1.0, True),
+      answering.Scored(tuple(encode('3456')), '3456', False, 1.0, True),
+    ]
+    row = harvest._kept(taught.asked(), '5+7=', scored, 'all')
+    said = [message['content'] for [_, message] in row['messages']]
+    self.assertEqual(said, ['12'])
+    counts = harvest.Harvest(*row['counts'])
+    self.assertEqual((counts.right, counts.kept, counts.unfinished), (2, 1, 1))
+
   def test_one_of_a_problem_may_be_kept(self):
     _, all_of_them = self.harvest()
     shortest, one = self.harvest('b.jsonl', keep='shortest')

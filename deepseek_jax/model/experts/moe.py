@@ -48,7 +48,7 @@ class MoEConfig:
       and backward (V3, arXiv:2412.19437, section 3.3). What rows share a
       scale in the weights' gradient depends on the batch and the mesh.
     redundant: further copies of busy experts, to serve with (see
-      parallel/redundant.py); a model with them can't be trained.
+      infer/redundant_experts.py); a model with them can't be trained.
   """
 
   experts: int

@@ -1,7 +1,6 @@
 """Adapts verifiers of other libraries: math-verify, reasoning_gym, a user's.
 
-The libraries are optional (pip install 'deepseek_jax[verifiers]'), and are
-imported when first used.
+The libraries are optional, the extra 'verifiers', and imported when first used.
 """
 
 import dataclasses
@@ -16,7 +15,8 @@ from deepseek_jax.errors import InputError
 def _missing(error: ImportError) -> InputError:
   """Returns the InputError for a library that is not installed."""
   return InputError(
-    f'{error.name}: is not installed; pip install "deepseek_jax[verifiers]"'
+    f"{error.name}: is not installed, the extra 'verifiers': pip install"
+    ' ".[verifiers]" in the checkout, or "WHEEL[verifiers]"'
   )
 
 

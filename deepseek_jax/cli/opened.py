@@ -4,9 +4,28 @@ import os
 
 from deepseek_jax.errors import InputError
 from deepseek_jax.hf.source import absent
+from deepseek_jax.infer import format_dialect
+from deepseek_jax.infer.dialect import Dialect
 from deepseek_jax.run.opening import Opened, of_folder, of_run
 
-__all__ = ['Opened', 'load']
+__all__ = ['Opened', 'choose_dialect', 'load']
+
+
+def choose_dialect(
+  name: str, source: Opened, *, published: bool
+) -> Dialect | None:
+  """Returns how a model's conversations are written; see `choose`.
+
+  A run that was trained on conversations speaks as these were written.
+  """
+  chat = source.config.chat if source.config is not None else None
+  return format_dialect.choose(
+    name,
+    source.folder,
+    source.tokenizer,
+    published=published,
+    trained=(chat.format, chat.folder) if chat else None,
+  )
 
 
 def load(workdir: str | None, folder: str | None, dtype: str) -> Opened:

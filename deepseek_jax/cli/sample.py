@@ -2,6 +2,7 @@
 
 python -m experiments.sample --workdir=runs/demo --prompt='def main('
 python -m experiments.sample --hf=DIR --chat
+python -m experiments.sample --workdir=runs/sft --chat
 python -m experiments.sample --workdir=runs/demo --prompt='x = ' --after='+ 1'
 python -m experiments.sample --workdir=runs/demo --prompt='a=' --prompt='b=' \\
   --stop='#'
@@ -17,11 +18,12 @@ from absl import flags
 
 import deepseek_jax as ds
 from deepseek_jax.cli import common, experiment_file
-from deepseek_jax.cli.opened import Opened, load
+from deepseek_jax.cli.opened import Opened, choose_dialect, load
 from deepseek_jax.data import boundaries
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer import chat
+from deepseek_jax.infer import chat, format_dialect
 from deepseek_jax.infer import sampling as sample
+from deepseek_jax.infer.text import decode_stream
 from deepseek_jax.run.talk import answers
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run.')
@@ -43,7 +45,7 @@ _BOS = flags.DEFINE_enum(
   ['folder', 'yes', 'no'],
   'Token of the beginning before a prompt; folder: as its files say.',
 )
-_CHAT = flags.DEFINE_bool('chat', False, 'Hold a conversation (with --hf).')
+_CHAT = flags.DEFINE_bool('chat', False, 'Hold a conversation.')
 _NEW = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens at most.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.7, '0: the likeliest.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many tokens; 0: all.')
@@ -153,6 +155,8 @@ def _texts(
 
 def _converse(source: Opened) -> None:
   """Runs a chat on the terminal; a turn goes on from what is cached."""
+  found = choose_dialect('auto', source, published=bool(_HF.value))
+  dialect = format_dialect.known(found, source.folder)
   context = _CONTEXT.value
   cfg = ds.EngineConfig(slots=1, context=context, steps=4, contexts=(context,))
   engine = ds.Engine(source.model, source.variables, cfg)
@@ -167,8 +171,7 @@ def _converse(source: Opened) -> None:
   say('/help lists commands')
   chat.converse(
     answers(engine, sampling, _NEW.value, _SEED.value),
-    source.tokenizer,
-    chat.template_config(source.folder),
+    dialect,
     ends=source.boundaries.ends,
     context=engine.context,
     note=say,
@@ -185,7 +188,7 @@ def _check_flags() -> None:
   if _CONTEXT.value < 2:
     raise InputError(f'--context={_CONTEXT.value}: must be at least 2')
   if not _CHAT.value and not _PROMPT.value:
-    raise InputError("give a --prompt='...', or --chat with --hf")
+    raise InputError("give a --prompt='...', or --chat")
   if _CHAT.value and _STOP.value:
     raise InputError('--stop: ends texts of --prompt; leave it out with --chat')
   if '' in _STOP.value:
@@ -224,7 +227,7 @@ def main(argv: list[str]) -> None:
     for prompt, text in zip(_PROMPT.value, drawn):
       print(f'{prompt}{text}{after}')
     return
-  pieces = chat.decode_stream(
+  pieces = decode_stream(
     source.tokenizer, _stream(source, prompts[0], key), prompts[0]
   )
   pieces = chat.until(pieces, _STOP.value)

@@ -18,7 +18,7 @@ from absl import flags
 
 from deepseek_jax import say
 from deepseek_jax.cli import common, experiment_file, extras
-from deepseek_jax.cli.opened import Opened, load
+from deepseek_jax.cli.opened import Opened, choose_dialect, load
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineConfig
 
@@ -46,7 +46,8 @@ _NAME = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string(
   'chat_format',
   'auto',
-  'auto (as the folder tells), none, template, or one of v3, r1, v32, v4, v41.',
+  'auto (as the run was trained, or the folder tells), none, template, or one'
+  ' of v3, r1, v32, v4, v41.',
 )
 _CONTEXT = flags.DEFINE_integer(
   'context', 2048, 'Tokens of a prompt and its answer together.'
@@ -63,6 +64,12 @@ _CHUNKS = flags.DEFINE_list(
   ' More of them leave less padding and take longer to compile.',
 )
 _STEPS = flags.DEFINE_integer('steps', 8, 'Tokens that a call draws a row.')
+_DRAFTS = flags.DEFINE_integer(
+  'drafts', 0, 'Tokens that the MTP blocks guess ahead of each call; 0: none.'
+)
+_DRAFT_ROWS = flags.DEFINE_integer(
+  'draft_rows', None, 'Answers at once up to which they guess; None: any.'
+)
 _DETERMINISTIC = flags.DEFINE_bool(
   'deterministic', False, 'One shape for all: no answer depends on others.'
 )
@@ -107,6 +114,8 @@ def _engine_config() -> EngineConfig:
     queue=_REQUESTS.value,
     deterministic=_DETERMINISTIC.value,
     chunks=_chunks(),
+    drafts=_DRAFTS.value,
+    draft_rows=_DRAFT_ROWS.value,
   )
 
 
@@ -127,7 +136,7 @@ def main(argv: list[str]) -> None:
   del argv
   extras.check('serve', _NEEDED)
   from deepseek_jax.serve import config as configs
-  from deepseek_jax.serve import format_dialect, grammars, process
+  from deepseek_jax.serve import grammars, process
   from deepseek_jax.serve.served import Served, fingerprint
 
   config = configs.ServeConfig(
@@ -146,9 +155,7 @@ def main(argv: list[str]) -> None:
   for note in source.boundaries.notes:
     say.warn(note)
   vocab = source.model.config.vocab_size
-  dialect = format_dialect.choose(
-    _FORMAT.value, source.folder, source.tokenizer, published=bool(_HF.value)
-  )
+  dialect = choose_dialect(_FORMAT.value, source, published=bool(_HF.value))
   served = Served(
     name=_NAME.value or Path(os.path.abspath(source.folder)).name,
     tokenizer=source.tokenizer,

@@ -13,12 +13,11 @@ from typing import Any
 
 from deepseek_jax import files
 from deepseek_jax.data import special_tokens
-from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import template
 from deepseek_jax.infer.detokenize import Stops
+from deepseek_jax.infer.dialect import AnswerParser, Chat, Delta, Dialect
 from deepseek_jax.infer.formats.message import REASONING
-from deepseek_jax.infer.text import decode_stream
 
 MAX_TEMPLATE = 1 << 20  # characters of a template
 
@@ -156,8 +155,7 @@ HELP = """/help           this list
 
 def converse(
   generate_stream: GenerateStream,
-  tokenizer: Tokenizer | ByteTokenizer,
-  config: Mapping[str, Any],
+  dialect: Dialect,
   *,
   ends: Sequence[int],
   system: str | None = None,
@@ -165,7 +163,6 @@ def converse(
   ask: Callable[[], str] = lambda: input('> '),
   show: Callable[[str], None] = lambda text: print(text, end='', flush=True),
   note: Callable[[str], None] = lambda text: None,
-  **variables: Any,
 ) -> list[dict[str, str]]:
   """Holds a conversation until the input ends; returns its messages.
 
@@ -173,8 +170,8 @@ def converse(
 
   Args:
     generate_stream: token ids of the prompt -> new token ids as they are made.
-    tokenizer: with encode(text, special=True) and decoder(after).
-    config: see `render`, which also gets **variables.
+    dialect: how the model's conversations are written; what a user says never
+      becomes a special token.
     ends: tokens that end an answer and aren't shown (see
       `deepseek_jax.data.boundaries`).
     system: a first system message.
@@ -197,18 +194,18 @@ def converse(
       continue
     asked = [*messages, {'role': 'user', 'content': said}]
     try:
-      # The whole conversation is rendered again: templates look at all of it.
-      prompt = tokenizer.encode(
-        render(config, asked, **variables), special=True
-      )
+      # The whole conversation is written again: formats look at all of it.
+      talk = Chat(tuple(asked))
+      prompt = dialect.encode(talk)
       counted, begun = _Counted(generate_stream(prompt)), time.monotonic()
-      answer = _answered(tokenizer, _until(counted, ends), show)
+      parser = dialect.parser(talk, prompt, ())
+      answer = _answered(parser, _until(counted, ends), show)
     except InputError as error:
       note(f'{error}; /reset begins anew')
       continue
     seconds = time.monotonic() - begun
     note(_about(counted.count, seconds, len(prompt), context))
-    messages = [*asked, {'role': 'assistant', 'content': answer}]
+    messages = [*asked, answer]
   return messages
 
 
@@ -227,23 +224,34 @@ class _Counted:
 
 
 def _answered(
-  tokenizer: Tokenizer | ByteTokenizer,
-  ids: Iterable[int],
-  show: Callable[[str], None],
-) -> str:
-  """Shows an answer as it is made; returns all of it.
+  parser: AnswerParser, ids: Iterable[int], show: Callable[[str], None]
+) -> dict[str, str]:
+  """Shows an answer as it is made; returns it as a message.
 
-  An interrupt (Ctrl-C) ends the answer alone.
+  Reasoning ends with a line of its own. An interrupt (Ctrl-C) ends the answer
+  alone.
   """
-  answer = []
-  try:
-    for text in decode_stream(tokenizer, ids):
-      answer.append(text)
+  thought, said = [], []
+
+  def take(delta: Delta) -> None:
+    if delta.content and thought and not said:
+      show('\n\n')
+    thought.extend([delta.reasoning] if delta.reasoning else [])
+    said.extend([delta.content] if delta.content else [])
+    if text := delta.reasoning + delta.content:
       show(text)
+
+  try:
+    for token in ids:
+      take(parser.feed(token))
   except KeyboardInterrupt:
     pass
+  take(parser.finish())
   show('\n')
-  return ''.join(answer)
+  message = {'role': 'assistant', 'content': ''.join(said)}
+  if thought:
+    message['reasoning_content'] = ''.join(thought)
+  return message
 
 
 def _begun(system: str | None) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Holds conversations with a model, by the template of its folder."""
+"""Holds conversations with a model, in the format of its folder."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from deepseek_jax.data import boundaries, from_file
 from deepseek_jax.errors import InputError, told
 from deepseek_jax.hf import load
 from deepseek_jax.hf.source import absent
-from deepseek_jax.infer import chat
+from deepseek_jax.infer import chat, format_dialect
 from deepseek_jax.infer.engine import Engine
 from deepseek_jax.infer.engine_config import EngineConfig
 from deepseek_jax.infer.request import Request, Sampling
@@ -53,7 +53,8 @@ def talk(
   """Holds a conversation with the model of a Hugging Face folder; prints it.
 
   Args:
-    folder: with the weights, a tokenizer and a chat template.
+    folder: with the weights, a tokenizer, and a chat template or the marks of
+      one of DeepSeek's formats.
     questions: what the user says, in turn; without any the terminal is asked.
     temperature: 0 takes the likeliest tokens.
     max_new_tokens: of an answer.
@@ -65,7 +66,7 @@ def talk(
     The messages.
 
   Raises:
-    InputError: the folder lacks a template or is not understood.
+    InputError: the folder has no chat format or is not understood.
   """
   if not isinstance(folder, str | os.PathLike):
     raise InputError(f'folder: is {told(folder)}; give a Hugging Face folder')
@@ -77,9 +78,11 @@ def talk(
     )
   if not os.path.isdir(folder):
     raise InputError(f'folder = {folder!r}: {absent(folder)}')
-  config = chat.template_config(folder)
-  model_config, variables = load(folder)
   tokenizer = from_file(folder)
+  dialect = format_dialect.known(
+    format_dialect.choose('auto', folder, tokenizer, published=True), folder
+  )
+  model_config, variables = load(folder)
   ends = boundaries.boundaries(folder, tokenizer).ends
   held = EngineConfig(slots=1, context=context, steps=4, contexts=(context,))
   engine = Engine(build(model_config), variables, held)
@@ -89,8 +92,7 @@ def talk(
     more['ask'] = _asking(questions)
   return chat.converse(
     answers(engine, sampling, max_new_tokens, seed),
-    tokenizer,
-    config,
+    dialect,
     ends=ends,
     system=system,
     context=engine.context,

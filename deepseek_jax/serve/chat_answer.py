@@ -7,10 +7,10 @@ from typing import Any
 
 from starlette.responses import Response
 
+from deepseek_jax.infer.dialect import Delta
 from deepseek_jax.infer.request import Event, LogProb
 from deepseek_jax.serve import heat, logprobs, refusals, wire
 from deepseek_jax.serve.chat_request import ChatRequest
-from deepseek_jax.serve.dialect import Delta
 from deepseek_jax.serve.generation import Generation
 from deepseek_jax.serve.served import Served
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer.dialect import Chat
 from deepseek_jax.infer.request import Request
 from deepseek_jax.serve import (
   messages,
@@ -13,7 +14,6 @@ from deepseek_jax.serve import (
   response_format,
 )
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.dialect import Chat
 from deepseek_jax.serve.json_fields import Fields
 from deepseek_jax.serve.requests import Common
 from deepseek_jax.serve.served import Served

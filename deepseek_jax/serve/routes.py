@@ -1,4 +1,4 @@
-"""ChatAnswers at each address."""
+"""Answers at each address."""
 
 import asyncio
 import traceback
@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer.dialect import Chat
 from deepseek_jax.serve import (
   chat_request,
   completion_request,
@@ -20,7 +21,6 @@ from deepseek_jax.serve import (
 from deepseek_jax.serve.chat_answer import ChatAnswers
 from deepseek_jax.serve.completion_answer import Completions
 from deepseek_jax.serve.config import Limits
-from deepseek_jax.serve.dialect import Chat
 from deepseek_jax.serve.generation import Desk, Generation
 from deepseek_jax.serve.guard import SALT
 from deepseek_jax.serve.json_fields import Fields
@@ -69,25 +69,25 @@ class Api(NamedTuple):
     return out + [Route(path, _file(*file)) for path, file in _FILES.items()]
 
   async def health(self, _) -> Response:
-    """ChatAnswers whether the process works; an engine that broke does not."""
+    """Answers whether the process works; an engine that broke does not."""
     state = self.desk.loop.state
     return wire.answer({'status': state}, 500 if state == 'broken' else 200)
 
   async def ready(self, _) -> Response:
-    """ChatAnswers whether requests are answered now."""
+    """Answers whether requests are answered now."""
     state = self.desk.loop.state
     return wire.answer({'status': state}, 200 if state == 'ready' else 503)
 
   async def metrics(self, _) -> Response:
-    """ChatAnswers the numbers of the server and of its engine."""
+    """Answers the numbers of the server and of its engine."""
     return Response(self.meters.text(), headers={'content-type': CONTENT_TYPE})
 
   async def models(self, _) -> Response:
-    """ChatAnswers the list of models, which has one."""
+    """Answers the list of models, which has one."""
     return wire.answer({'object': 'list', 'data': [self._model()]})
 
   async def model(self, request: Request) -> Response:
-    """ChatAnswers about the one model."""
+    """Answers about the one model."""
     check_model(request.path_params['name'], self.served)
     return wire.answer(self._model())
 
@@ -113,7 +113,7 @@ class Api(NamedTuple):
     }
 
   async def chat(self, request: Request) -> Response:
-    """ChatAnswers in a conversation."""
+    """Answers in a conversation."""
     asked = await self._read(request, chat_request.read)
     got = await self.desk.open([asked.request], load=asked.common.load)
     writer = ChatAnswers(asked, self.served, got)
@@ -152,7 +152,7 @@ class Api(NamedTuple):
       got.close()
 
   async def tokenize(self, request: Request) -> Response:
-    """ChatAnswers the tokens of a text or of a conversation."""
+    """Answers the tokens of a text or of a conversation."""
     body = await wire.read_json(request, self.limits)
     tokens = await asyncio.to_thread(self._tokens, body)
     return wire.answer(
@@ -188,7 +188,7 @@ class Api(NamedTuple):
     return self.served.boundaries.around(ids) if around else ids
 
   async def detokenize(self, request: Request) -> Response:
-    """ChatAnswers the text of tokens."""
+    """Answers the text of tokens."""
     fields = Fields(await wire.read_json(request, self.limits))
     check_model(fields.text('model'), self.served)
     tokens = fields.items('tokens', self.limits.body)

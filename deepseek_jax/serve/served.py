@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.data.boundaries import Boundaries
-from deepseek_jax.serve.dialect import Dialect
+from deepseek_jax.infer.dialect import Dialect
 
 _SAMPLE = 64  # numbers of each array in the fingerprint
 

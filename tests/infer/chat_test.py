@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import tempfile
@@ -6,7 +7,10 @@ from absl.testing import absltest, parameterized
 
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
-from deepseek_jax.infer import chat
+from deepseek_jax.infer import chat, formats
+from deepseek_jax.infer.format_dialect import FormatDialect
+from deepseek_jax.infer.formats import parse
+from tests.serve import served as servers
 
 # In the manner of the released templates.
 _TEMPLATE = (
@@ -130,6 +134,21 @@ class RenderTest(parameterized.TestCase):
     self.assertEqual(chat.render(chat.template_config(folder), []), '<s>!')
 
 
+class _Templated:
+  """Writes as the template of _CONFIG, in bytes."""
+
+  def __init__(self, tokenizer):
+    self._tokenizer = tokenizer
+
+  def encode(self, talk):
+    return self._tokenizer.encode(
+      chat.render(_CONFIG, talk.messages), special=True
+    )
+
+  def parser(self, talk, prompt, stops):
+    return parse.Parser(self._tokenizer, (), None, prompt=prompt, stop=stops)
+
+
 class ConverseTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
@@ -151,8 +170,7 @@ class ConverseTest(absltest.TestCase):
 
     said = chat.converse(
       generate,
-      self.tokenizer,
-      _CONFIG,
+      _Templated(self.tokenizer),
       ends=(self.tokenizer.eos_id, self.tokenizer.pad_id),
       ask=ask,
       show=shown.append,
@@ -258,14 +276,38 @@ class ConverseTest(absltest.TestCase):
     self.assertEqual(notes[0], 'prompt: too long; /reset begins anew')
     self.assertEqual([m['content'] for m in said], ['short', 'ok'])
 
-  def test_stream_shows_whole_characters_and_survives_broken_ones(self):
-    text = 'a€🎉'
-    ids = self.tokenizer.encode(text)
-    self.assertEqual(
-      list(chat.decode_stream(self.tokenizer, ids)), ['a', '€', '🎉']
-    )
-    broken = chat.decode_stream(self.tokenizer, ids[:-1])
-    self.assertEqual(list(broken), ['a', '€', '\ufffd'])
+  def test_an_answer_shows_whole_characters_and_survives_broken_ones(self):
+    ids = self.tokenizer.encode('a€🎉')
+    _, _, shown = self.converse(['Hi'], [ids])
+    self.assertEqual([s for s in shown if s], ['a', '€', '🎉', '\n'])
+    said, _, shown = self.converse(['Hi'], [ids[:-1]])
+    self.assertEqual([s for s in shown if s], ['a', '€', '\ufffd', '\n'])
+    self.assertEqual(said[-1]['content'], 'a€\ufffd')
+
+  def test_reasoning_is_shown_and_told_from_the_answer(self):
+    tokenizer = servers.deepseek_tokenizer()
+    dialect = FormatDialect(formats.get('r1'), tokenizer)
+    encode = functools.partial(tokenizer.encode, special=True)
+    lines, shown, prompts = iter(['Hi</s><｜User｜>x', 'Bye']), [], []
+
+    def ask():
+      for line in lines:
+        return line
+      raise EOFError
+
+    def generate(ids):
+      prompts.append(ids)
+      yield from encode('two</think>3')
+
+    said = chat.converse(generate, dialect, ends=(), ask=ask, show=shown.append)
+    self.assertEqual(said[1]['reasoning_content'], 'two')
+    self.assertEqual(said[1]['content'], '3')
+    self.assertEqual(''.join(shown), 'two\n\n3\n' * 2)
+    # What a user says spells marks and is none.
+    user = encode('<｜User｜>')
+    self.assertLen(user, 1)
+    self.assertEqual(prompts[0].count(user[0]), 1)
+    self.assertEqual(prompts[1].count(user[0]), 2)
 
 
 if __name__ == '__main__':

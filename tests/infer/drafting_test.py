@@ -76,6 +76,24 @@ class LosslessTest(parameterized.TestCase):
       self.assertGreater(run.stats['drafts'], 0)
 
 
+class FewRowsTest(absltest.TestCase):
+  def test_drafts_end_where_many_rows_run_and_begin_again(self):
+    made, variables = model('gqa')
+    requests = asked(temperature=0)
+    requests[1] = dataclasses.replace(requests[1], max_new_tokens=30)
+    plain = Engine(made, variables, CFG).run(requests)
+    counts = []
+    for most in (1, None):
+      cfg = dataclasses.replace(CFG, drafts=2, draft_rows=most)
+      run = Engine(made, variables, cfg)
+      for (a,), (b,) in zip(plain, run.run(requests)):
+        self.assertEqual(a.tokens, b.tokens)
+      counts.append(run.stats['drafts'])
+    # One row alone guesses at the end; with no bound all do, from the start.
+    self.assertGreater(counts[0], 0)
+    self.assertLess(counts[0], counts[1])
+
+
 @dataclasses.dataclass
 class Turns:
   """A grammar of turns: odd tokens, then even ones, thrice each; then the end.

@@ -155,6 +155,22 @@ class ContractTest(parameterized.TestCase):
   def test_chunks_of_other_sizes_are_too(self, budget):
     self.check_chunks(budget)
 
+  @parameterized.product(name=('v3', 'v4'), budget=(63, 64, 65))
+  @pytest.mark.slow
+  def test_so_are_chunks_of_a_long_prompt(self, name, budget):
+    prompt = tuple(map(int, tiny.tokens(1, 150, seed=6)[0]))
+    request = Request(prompt, 6, Sampling(seed=1), logprobs=1, echo=True)
+    fields = {'context': 192, 'contexts': (192,)}
+    [[answer]] = engine(name, budget=budget, **fields).run([request])
+    [[whole]] = engine(name, budget=192, **fields).run([request])
+    self.assertEqual(answer.tokens, whole.tokens)
+    np.testing.assert_allclose(
+      [p.logprob for p in answer.logprobs],
+      [p.logprob for p in whole.logprobs],
+      rtol=0,
+      atol=1e-5,
+    )
+
   def check_chunks(self, budget):
     name = 'v4'
     [request] = requests(1, seed=5, new=6, most=31)
@@ -396,7 +412,7 @@ class ConfigTest(absltest.TestCase):
 
 
 class MeshTest(parameterized.TestCase):
-  @parameterized.parameters(['v3'])
+  @parameterized.parameters('v3', 'v4', 'dsa', 'nsa', 'gqa', 'engram')
   @pytest.mark.slow
   def test_a_mesh_of_devices_answers_as_one_does(self, name):
     found = fake_devices.run('tests.infer.engine_worker', name, devices=4)
@@ -408,6 +424,19 @@ class MeshTest(parameterized.TestCase):
 
 
 class BadInputTest(parameterized.TestCase):
+  def test_a_tokenizer_of_more_tokens_than_the_model_is_named(self):
+    model, variables = families.model('gqa'), families.variables('gqa')
+    with self.assertRaisesRegex(
+      InputError, 'tokenizer: has 261 tokens, the model 64'
+    ):
+      Engine(model, variables, text=ByteTokenizer())
+
+  def test_a_model_without_its_head_is_named(self):
+    model, variables = families.model('gqa'), families.variables('gqa')
+    params = {k: v for k, v in variables['params'].items() if k != 'head'}
+    with self.assertRaisesRegex(InputError, r"\['head'\].* missing"):
+      Engine(model, {**variables, 'params': params})
+
   @parameterized.parameters(
     ({'prompt': ()}, 'prompt'),
     ({'prompt': (1.5,)}, 'prompt'),

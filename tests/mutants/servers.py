@@ -85,10 +85,10 @@ MUTANTS = (
   ),
   Mutant(
     'template_reads_users_marks',
-    'deepseek_jax/serve/format_dialect.py',
+    'deepseek_jax/infer/format_dialect.py',
     "  names |= {token['content'] for token in _added(tokenizer)}\n",
     '',
-    ('tests/serve/dialect_test.py::never_becomes_a_special_token',),
+    ('tests/infer/dialect_test.py::never_becomes_a_special_token',),
     'a user who spells <|assistant|> speaks for the model',
   ),
 )

@@ -147,7 +147,7 @@ class TalkTest(absltest.TestCase):
     names = json.loads(path.read_text())
     del names['chat_template']
     path.write_text(json.dumps(names))
-    with self.assertRaisesRegex(ds.InputError, 'chat_template: missing'):
+    with self.assertRaisesRegex(ds.InputError, 'this model has no chat format'):
       ds.talk(self.folder, ['hello'])
 
 

@@ -8,9 +8,9 @@ import threading
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.boundaries import Boundaries
 from deepseek_jax.infer import formats
+from deepseek_jax.infer.format_dialect import FormatDialect
 from deepseek_jax.serve.config import Limits, ServeConfig
 from deepseek_jax.serve.engine_loop import wait_until_ready
-from deepseek_jax.serve.format_dialect import FormatDialect
 from deepseek_jax.serve.process import Server
 from deepseek_jax.serve.served import Served
 from tests import tokenizer_folders

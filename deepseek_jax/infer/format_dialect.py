@@ -11,8 +11,8 @@ from deepseek_jax.data.tokenizer import SPECIAL, ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import chat as templates
 from deepseek_jax.infer import formats
+from deepseek_jax.infer.dialect import Chat
 from deepseek_jax.infer.formats import message, parse, pieces
-from deepseek_jax.serve.dialect import Chat
 
 _THINKING = (pieces.THINK, pieces.END_THINK)
 _READ = (*_THINKING, pieces.EOS)
@@ -164,21 +164,43 @@ def _without(value: Any, hidden: Mapping[str, str]) -> Any:
   return value
 
 
+def known(
+  found: FormatDialect | TemplateDialect | None, folder: str
+) -> FormatDialect | TemplateDialect:
+  """Returns a dialect; InputError for a model that has none."""
+  if found is None:
+    raise InputError(
+      f'{folder}: this model has no chat format: no template, no marks of one'
+      ' in its tokenizer; sample from it without a chat'
+    )
+  return found
+
+
 def choose(
-  name: str, folder: str, tokenizer: Any, *, published: bool
+  name: str,
+  folder: str,
+  tokenizer: Any,
+  *,
+  published: bool,
+  trained: tuple[str, str] | None = None,
 ) -> FormatDialect | TemplateDialect | None:
   """Returns how conversations are written, or None for completions only.
 
   Args:
-    name: a format, 'template', 'none', or 'auto': what the folder tells.
+    name: a format, 'template', 'none', or 'auto': what the run was trained on,
+      or else what the folder tells.
     folder: of the model.
     tokenizer: of the model.
     published: whether it is a Hugging Face folder.
+    trained: format and folder of the conversations that a run was trained on;
+      None: it was on none. Plain ones have no marks: completions only.
 
   Raises:
     InputError: the name is unknown, or the tokenizer lacks the format's marks.
   """
-  if name == 'none':
+  if name == 'auto' and trained:
+    name, folder = trained[0], trained[1] or folder
+  if name in ('none', 'plain', 'r1_zero'):
     return None
   if name == 'template':
     return TemplateDialect(folder, tokenizer)

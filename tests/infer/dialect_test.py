@@ -9,8 +9,8 @@ from absl.testing import absltest, parameterized
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import formats
-from deepseek_jax.serve.dialect import Chat
-from deepseek_jax.serve.format_dialect import (
+from deepseek_jax.infer.dialect import Chat
+from deepseek_jax.infer.format_dialect import (
   FormatDialect,
   TemplateDialect,
   choose,
@@ -161,6 +161,27 @@ class ChooseTest(parameterized.TestCase):
     self.assertEqual(found.name, 'v41')
     self.assertIsNone(choose('auto', '/no', servers.BYTES, published=False))
     self.assertIsNone(choose('none', '/no', tokenizer, published=False))
+
+  @parameterized.parameters('v3', 'r1', 'v32', 'v4', 'v41')
+  def test_a_run_speaks_as_it_was_trained(self, name):
+    tokenizer = servers.deepseek_tokenizer()  # with the marks of all
+    trained = choose(
+      'auto', '/no', tokenizer, published=False, trained=(name, '')
+    )
+    self.assertEqual(trained.name, name)
+    other = choose('v3', '/no', tokenizer, published=False, trained=(name, ''))
+    self.assertEqual(other.name, 'v3')  # what is asked for comes first
+
+  def test_a_run_of_a_template_or_of_plain_text(self):
+    folder, tokenizer = self.folder('other', tokenizer_folders.TEMPLATE)
+    found = choose(
+      'auto', '/no', tokenizer, published=False, trained=('template', folder)
+    )
+    self.assertEqual(found.name, 'template')
+    for plain in ('plain', 'r1_zero'):
+      self.assertIsNone(
+        choose('auto', '/no', tokenizer, published=False, trained=(plain, ''))
+      )
 
   def test_what_was_chosen_and_cannot_be_is_one_line(self):
     folder, tokenizer = self.folder('x', deepseek=False)

@@ -1,7 +1,7 @@
-"""Says what a server needs to know of a chat format.
+"""Says what a server and the terminal need to know of a chat format.
 
 The formats themselves are in `deepseek_jax.infer.formats`; this is all that is
-asked of them here.
+asked of them.
 """
 
 import dataclasses

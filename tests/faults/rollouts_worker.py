@@ -56,7 +56,7 @@ def config(folder: Path) -> ds.RunConfig:
     ds.TrainConfig(
       16 * 8 * 24,
       ds.BatchConfig(8),
-      schedule=ds.ScheduleConfig('constant', peak=0.03, warmup=0),
+      schedule=ds.ScheduleConfig('constant', peak=0.01, warmup=0),
     ),
     objective=ds.GRPOConfig(
       kl='ratio_k3',

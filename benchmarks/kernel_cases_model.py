@@ -98,15 +98,15 @@ def training(shape):
   state = train.initial_state(model, cfg, variables)
 
   def step(tokens, state, impl, dtype='bfloat16'):
-    batch = dict.fromkeys(('tokens', 'segments', 'positions'), tokens)
-    one = train.train_step(_with(model, impl, dtype), cfg, padding=False)
-    return one(state, batch)
+    # Without segments: each row is one document, and none of it padding.
+    one = train.train_step(_with(model, impl, dtype), cfg)
+    return one(state, {'tokens': tokens})
 
   def op(tokens, state, impl, dtype='bfloat16'):
     metrics = step(tokens, state, impl, dtype)[1]
     return metrics['loss'], metrics['grad_norm']
 
-  flops = count_flops(model.config, shape.length, 'triangle')
+  flops = count_flops(model.config, shape.length, seen='triangle')
   return Work(
     op,
     (tokens, state),

@@ -17,6 +17,11 @@ $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/pip install --quiet --editable '.[dev,grammar,hf,serve,tensorboard,verifiers]'
 	touch $@
 
+# With transformers, which reads what `r1` exports.
+$(VENV)/.hf: pyproject.toml $(VENV)/.run
+	$(BIN)/pip install --quiet --editable '.[hf]'
+	touch $@
+
 # Trains a V3-style model on the source of Python's standard library,
 # reports and samples. A second call goes on from where the first ended.
 demo: $(VENV)/.run
@@ -26,7 +31,7 @@ demo: $(VENV)/.run
 # DeepSeek-R1's pipeline in small, from text to a student in a Hugging Face
 # folder; writes runs/r1/r1.html. A second call goes on from where it ended.
 .PHONY: r1 r1-study
-r1: $(VENV)/.run
+r1: $(VENV)/.hf
 	$(BIN)/python -m experiments.r1 --workdir=runs/r1
 
 # Reinforcement and self-improvement with their controls, over two seeds; hours.

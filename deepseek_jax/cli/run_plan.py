@@ -92,6 +92,7 @@ def round_of(run: loop.RunConfig) -> plan.RoundPlan | None:
     updates=cfg.steps,
     passes=(cfg.steps > 1) + (run.objective.kl != 'none'),
     rounds=-(-run.steps // cfg.steps),
+    reference=run.objective.kl != 'none',
   )
 
 

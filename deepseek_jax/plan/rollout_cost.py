@@ -54,6 +54,7 @@ class RoundPlan:
     passes: forward passes of the trainer over a round, beside the updates: for
       the old policy and the reference.
     rounds: of the run.
+    reference: whether weights of a reference are held.
   """
 
   answers: int
@@ -63,6 +64,7 @@ class RoundPlan:
   updates: int
   passes: int
   rounds: int
+  reference: bool = False
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range."""
@@ -79,6 +81,10 @@ class RolloutCost:
     tokens: that a round samples.
     cache_bytes: KV caches of the answers decoded together, as configured, of a
       device's share.
+    held_bytes: of a device while it trains, with the reference, a copy of the
+      weights that is sampled from, and these caches; the copy is at most that,
+      see `infer.prepared.prepare`.
+    fits: whether the device's memory is large enough for that.
     decode_step: a token for each of these answers.
     decode, prefill: of all answers.
     scoring: forward passes of the trainer.
@@ -91,6 +97,8 @@ class RolloutCost:
   round: RoundPlan
   tokens: int
   cache_bytes: float
+  held_bytes: float
+  fits: bool
   decode_step: float
   decode: float
   prefill: float
@@ -136,10 +144,15 @@ def rollout_cost(made: Report, asked: RoundPlan) -> RolloutCost:
   total = decode + prefill + scoring + update
   hours = total * devices / cost.HOUR
   full = memory.cache(config, whole).configured * together / devices
+  # A copy as it computes, and the reference as the parameters are, float32.
+  wide = memory.BYTES['float32'] // memory.BYTES[config.compute.products]
+  held = made.device_bytes + full + weights * (1 + wide * asked.reference)
   return RolloutCost(
     asked,
     asked.answers * asked.answer,
     full,
+    held,
+    held <= device.memory.value,
     step,
     decode,
     prefill,

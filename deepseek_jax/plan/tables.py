@@ -159,6 +159,12 @@ def _rollouts() -> list[Row]:
     ('tokens that they have', lambda c: f'{c.tokens:,}'),
     ('  decoded together', lambda c: f'{c.round.together:,}'),
     ('KV caches of these, of a device', lambda c: gigabytes(c.cache_bytes)),
+    (
+      'memory with these, the reference, the weights sampled from',
+      lambda c: (
+        gigabytes(c.held_bytes) + (' (fits)' if c.fits else ' (too small)')
+      ),
+    ),
     ('a token for each of these', time('decode_step')),
     ('decoding', time('decode')),
     ('prefill', time('prefill')),

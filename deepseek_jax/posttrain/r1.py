@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax import say
 from deepseek_jax.data import corpus
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
@@ -292,4 +293,10 @@ class R1Chain:
         prompts[:: max(1, len(prompts) // 16)],
         most=self.recipe.most,
       )
+      told = out[folder]
+      if told['equal'] != told['compared'] or not told['compared']:
+        say.warn(
+          f'{folder}: transformers gives {told["equal"]} of {told["compared"]}'
+          f' answers that are ours {told.get("note", "")}'.strip()
+        )
     return {'folders': out}

@@ -170,6 +170,13 @@ class RunConfig:
         f'rollouts.slots = {self.rollouts.slots}: must be a multiple of the'
         f' {mesh.ways("batch")} shards of a batch (mesh: {mesh.spread})'
       )
+    rate = self.train.bias_rate
+    moves = self.objective.router_bias == 'updated'
+    if moves and not rate.first and not rate.last:
+      raise InputError(
+        "objective.router_bias = 'updated': train.bias_rate is 0, so none would"
+        " move; set train.bias_rate.first, or router_bias to 'frozen'"
+      )
     if self.rollouts.drafts and not self.model.mtp.depth:
       raise InputError(
         f'rollouts.drafts = {self.rollouts.drafts}: model.mtp.depth = 0, so'

@@ -314,6 +314,8 @@ class RolloutBatches(PromptBatches):
     self, variables: dict, limit: int | None = None
   ) -> dict[str, float]:
     """Returns the mean reward of the likeliest answers to held-out prompts."""
+    if not self._store.task.heldout:
+      return {}
     found = self._answerer.greedy(variables, self._store.task.heldout[:limit])
     known = [reward for reward in found if np.isfinite(reward)]
     return {'heldout_reward': float(np.mean(known)) if known else float('nan')}

@@ -248,6 +248,8 @@ class StudentBatches(rl.PromptBatches):
   ) -> dict[str, float]:
     """Returns the mean reward of the likeliest answers to held-out prompts."""
     task = self._store.task
+    if not task.heldout:
+      return {}
     count = len(task.heldout[:limit])
     places = range(len(task.train), len(task.train) + count)
     greedy = dataclasses.replace(self._sampled, n=1, temperature=0.0)

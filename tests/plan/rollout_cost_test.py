@@ -57,6 +57,22 @@ class RolloutCostTest(absltest.TestCase):
     self.assertEqual(cost.tokens, 32 * 8 * 32)
     self.assertEqual(cost.round.rounds, 50)  # 200 updates, 4 a round
     self.assertEqual(cost.round.passes, 2)
+    # What is sampled from and the reference, both float32 here.
+    weights = made.memory[made.policy]['weights']
+    want = made.device_bytes + 2 * weights + cost.cache_bytes
+    self.assertEqual(cost.held_bytes, want)
+    self.assertTrue(cost.fits)
+    alone = ds.changed(
+      run, {'objective.kl': 'none', 'objective.kl_weight': 0.0}
+    )
+    other = planned('h100', alone).rollouts
+    self.assertEqual(cost.held_bytes - other.held_bytes, weights)
+    narrow = {'model.compute.dtype': 'bfloat16'}
+    with_, without = (
+      planned('h100', ds.changed(one, narrow)).rollouts.held_bytes
+      for one in (run, alone)
+    )
+    self.assertAlmostEqual((with_ - without) / weights, 1, places=1)
     device = made.cluster.accelerator
     # 64 answers at a time, of 97 tokens before the 32, which all are written.
     whole = memory.cache(run.model, 129).bf16

@@ -239,6 +239,11 @@ class RoundTest(parameterized.TestCase):
     np.testing.assert_array_equal(found['each'][0, :, 0], [1, 0, 1, 0])
     self.assertGreater(np.ptp(found['each'][0, :, 1]), 0)
 
+  def test_without_heldout_problems_nothing_is_said_of_them(self):
+    task(self.folder, heldout=0)
+    out, _ = self.faked(lambda place, n: 1.0)
+    self.assertEqual(out.answered({}), {})
+
   def test_the_middle_of_a_round_needs_the_round(self):
     out, _ = self.faked(lambda place, n: float(n), **SEVERAL)
     out.set_state({**out.get_state(), 'next_index': 5})
@@ -350,6 +355,13 @@ class BadInputTest(parameterized.TestCase):
     (
       {'rollouts.updates': 3, 'objective.reference_every': 4},
       'objective.reference_every = 4: must be a multiple of .* = 3',
+    ),
+    (
+      {
+        'objective.router_bias': 'updated',
+        'train.bias_rate': ds.SwitchConfig(0.0, 0.0, 0.5),
+      },
+      "objective.router_bias = 'updated': train.bias_rate is 0",
     ),
     ({'rollouts.top_p': 0.9}, 'rollouts.top_p = 0.9: objective.keep_sampling'),
     ({'rollouts.top_k': 5}, 'rollouts.top_k = 5: objective.keep_sampling'),

@@ -121,6 +121,9 @@ def script(shell: str) -> str:
 
 def run() -> None:
   """Prints the script for the shell that the first argument names."""
+  if sys.argv[1:2] in (['--help'], ['-h'], ['help']):
+    print(__doc__, end='')
+    return
   try:
     print(script(sys.argv[1] if len(sys.argv) > 1 else ''), end='')
   except InputError as error:

@@ -149,6 +149,7 @@ def spent_by(run: Run, workdir: Path) -> dict[str, Any]:
     'versions': results.versions(),
     'machine': results.machine(),
     'git': results.git_state(Path(__file__).parent),
+    'git_of_working_folder': results.git_state(Path.cwd()),
   }
 
 

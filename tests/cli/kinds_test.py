@@ -77,7 +77,9 @@ class KindsTest(parameterized.TestCase):
     self.assertEqual(kinds.taken(whole), (whole, {}))
 
   @parameterized.parameters(
-    'deepseek_jax.cli.main help', 'experiments.pretrain --config=v3_tiny --help'
+    'deepseek_jax.cli.main completion --help',
+    'deepseek_jax.cli.main help',
+    'experiments.pretrain --config=v3_tiny --help',
   )
   def test_a_reader_may_leave(self, command):
     line = f'{sys.executable} -m {command} | head -1'

@@ -98,6 +98,7 @@ class LaboratoryTest(absltest.TestCase):
     self.assertEqual(found['versions']['jax'], jax.__version__)
     self.assertTrue(found['machine'])
     self.assertIn('git', found)
+    self.assertIn('git_of_working_folder', found)
     self.assertGreater(found['tokens_per_second'], 0)
     recorded = ds.read_routing(self.run_folder)
     self.assertEqual(recorded.arrays['load'].ndim, 3)

@@ -1,12 +1,14 @@
 """A tiny model behind the server: what a client gets is the engine's own."""
 
 import concurrent.futures
+import functools
 import json
 
 import httpx2 as httpx
 import jax
 import numpy as np
 import openai
+import pytest
 from absl.testing import absltest
 
 import deepseek_jax as ds
@@ -170,6 +172,76 @@ class EngineTest(absltest.TestCase):
     self.assertEqual(
       self.ask(max_tokens=1).system_fingerprint, fingerprint(self.variables)
     )
+
+
+@pytest.mark.slow
+class ChatTest(absltest.TestCase):
+  """A conversation in V4's format with a real, tiny model."""
+
+  def test_thinking_a_schema_a_stop_text_and_a_stream(self):
+    tokenizer = servers.deepseek_tokenizer()
+    config = ds.changed(
+      tiny.config('gqa'), {'vocab_size': tokenizer.vocab_size}
+    )
+    model = ds.build(config)
+    variables = tiny.draw(model)
+    ends = (tokenizer.eos_id,)
+    cfg = EngineConfig(
+      slots=4, context=768, page=16, budget=64, steps=3, contexts=(768,)
+    )
+    engine = Engine(model, variables, cfg, text=tokenizer)
+    vocab = tokenizer.vocab_size
+    served = servers.served_chat(
+      tokenizer,
+      context=768,
+      grammar=grammars.reader(tokenizer, vocab, ends),
+      fingerprint=fingerprint(variables),
+    )
+    server, _ = self.enterContext(servers.running(served, engine, seconds=600))
+    client = self.enterContext(
+      openai.OpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=0)
+    )
+    ask = functools.partial(
+      client.chat.completions.create,
+      model='tiny-chat',
+      messages=[{'role': 'user', 'content': 'hello'}],
+      seed=3,
+      max_tokens=40,
+    )
+    schema = {
+      'type': 'object',
+      'properties': {'a': {'enum': [1, 2]}},
+      'required': ['a'],
+      'additionalProperties': False,
+    }
+    form = {
+      'type': 'json_schema',
+      'json_schema': {'name': 'x', 'schema': schema},
+    }
+    off = {'thinking': {'type': 'disabled'}}
+    said = ask(response_format=form, extra_body=off).choices[0].message
+    self.assertIn(json.loads(said.content), ({'a': 1}, {'a': 2}))
+    # A random model never ends its reasoning: all it says is part of that.
+    on = {'thinking': {'type': 'enabled'}}
+    whole = ask(extra_body=on)
+    self.assertTrue(whole.choices[0].message.reasoning_content)
+    self.assertEqual(whole.choices[0].finish_reason, 'length')
+    # The pieces of a stream are the whole answer, of each of two.
+    plain = ask(n=2, extra_body=off)
+    texts = {0: '', 1: ''}
+    for chunk in ask(n=2, extra_body=off, stream=True):
+      for choice in chunk.choices:
+        texts[choice.index] += choice.delta.content or ''
+    want = {c.index: c.message.content for c in plain.choices}
+    self.assertEqual(texts, want)
+    # A text that stands within the answer ends it.
+    text = want[0]
+    stop = text[len(text) // 2 :][:2]
+    cut = ask(n=2, stop=[stop], extra_body=off).choices[0]
+    self.assertEqual(cut.message.content, text[: text.index(stop)])
+    self.assertEqual(cut.finish_reason, 'stop')
+    stats = engine.stats
+    self.assertEqual(stats['pages_free'], stats['pages'])
 
 
 if __name__ == '__main__':

@@ -24,7 +24,14 @@ from absl import flags
 
 from deepseek_jax import config as configs
 from deepseek_jax import files
-from deepseek_jax.cli import arms, common, compare, experiment_file, training
+from deepseek_jax.cli import (
+  arms,
+  common,
+  compare,
+  experiment_file,
+  side_by_side,
+  training,
+)
 from deepseek_jax.config_changes import with_defaults
 from deepseek_jax.errors import START_AGAIN, InputError, Preempted
 from deepseek_jax.plan import match as matching
@@ -225,7 +232,7 @@ def main(argv: list[str]) -> None:
     metric = compare.METRIC
     if not made[0].config.data.heldout_fraction:
       metric = 'loss'
-    compare.compare(given, metric, page, f'Sweep {folder.name}', None)
+    side_by_side.compare(given, metric, page, f'Sweep {folder.name}', None)
   for line in wrong:
     print(f'error: {line}', file=sys.stderr)
   if wrong:

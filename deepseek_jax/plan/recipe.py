@@ -40,7 +40,7 @@ class Recipe:
   cache_length: int = 131072
   grace: float = 30.0
   storage: float = 2e9
-  exposed: float = 0.76
+  exposed: float = 0.77
 
   def __post_init__(self):
     """Raises InputError where a number is out of its range."""

@@ -165,7 +165,7 @@ class WholeTest(absltest.TestCase):
     end = time.monotonic() + 600
     while not any(inside.glob('[1-9]')) and time.monotonic() < end:
       self.assertIsNone(process.poll(), 'it ended before it was killed')
-      time.sleep(0.02)
+      time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     self.assertIsNone(chain.found(killed, r1.REINFORCED))

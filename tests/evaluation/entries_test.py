@@ -38,13 +38,24 @@ class EntriesTest(absltest.TestCase):
     self.assertLen(found['evaluations'], 2)
     self.assertEqual(found['evaluations'][0]['reward'], 'nan')
     # Trained on, it keeps them.
-    self.assertLen(finish._measured(self.folder)['evaluations'], 2)
+    self.assertLen(finish._written(self.folder)['evaluations'], 2)
+
+  def test_a_launch_without_a_step_keeps_speed_and_memory(self):
+    now = {'machine': 'm', 'tokens_per_second': None, 'peak_memory_bytes': 5}
+    before = {'machine': 'm', 'tokens_per_second': 9.0, 'peak_memory_bytes': 7}
+    kept = finish._with_earlier(now, before)
+    self.assertEqual(kept, before)
+    faster = finish._with_earlier({**now, 'tokens_per_second': 8.0}, before)
+    self.assertEqual(faster['tokens_per_second'], 8.0)
+    other = {**before, 'machine': 'another'}
+    self.assertEqual(finish._with_earlier(now, other), now)
+    self.assertEqual(finish._with_earlier(now, {}), now)
 
   def test_evaluations_alone_are_no_end_of_a_run(self):
     entries.add(self.folder / 'new', ENTRY)
     self.assertIsNone(results.read(self.folder / 'new'))
     self.assertIsNone(results.read(self.folder))
-    self.assertEqual(finish._measured(self.folder), {})
+    self.assertEqual(finish._written(self.folder), {})
 
   def _made(self, folder):
     folder.mkdir()
@@ -60,7 +71,7 @@ class EntriesTest(absltest.TestCase):
     results.write(self._made(other), {results.EVALUATIONS: {'a': 1}})
     with self.assertRaisesRegex(ds.InputError, 'evaluations is no list'):
       entries.add(other, ENTRY)
-    self.assertEqual(finish._measured(self.folder), {})
+    self.assertEqual(finish._written(self.folder), {})
     aside = [p for p in self.folder.iterdir() if 'damaged' in p.name]
     self.assertEqual([p.read_text() for p in aside], ['{"steps": '])
 

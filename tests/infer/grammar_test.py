@@ -406,7 +406,7 @@ class GrammarTest(parameterized.TestCase):
   def test_a_missing_package_names_the_extra(self):
     with (
       mock.patch.dict(sys.modules, {'llguidance': None}),
-      self.assertRaisesRegex(InputError, r'deepseek_jax\[grammar\]'),
+      self.assertRaisesRegex(InputError, "the extra 'grammar': pip install"),
     ):
       Matchers(make('bytes'))
 

@@ -108,7 +108,8 @@ def _with_earlier(
   A launch that finds all done, or compiles for one step more, has no speed of
   its own and needs less memory than the run did.
   """
-  if before.get('machine') != reached['machine']:
+  devices = lambda one: {**one.get('machine', {}), 'ended': None}
+  if not before or devices(before) != devices(reached):
     return reached
   speed, memory = 'tokens_per_second', 'peak_memory_bytes'
   peaks = filter(None, (reached[memory], before.get(memory)))

@@ -41,13 +41,22 @@ class EntriesTest(absltest.TestCase):
     self.assertLen(finish._written(self.folder)['evaluations'], 2)
 
   def test_a_launch_without_a_step_keeps_speed_and_memory(self):
-    now = {'machine': 'm', 'tokens_per_second': None, 'peak_memory_bytes': 5}
-    before = {'machine': 'm', 'tokens_per_second': 9.0, 'peak_memory_bytes': 7}
+    on = lambda device, ended: {'device': device, 'ended': ended}
+    now = {
+      'machine': on('cpu', 'today'),
+      'tokens_per_second': None,
+      'peak_memory_bytes': 5,
+    }
+    before = {
+      'machine': on('cpu', 'yesterday'),
+      'tokens_per_second': 9.0,
+      'peak_memory_bytes': 7,
+    }
     kept = finish._with_earlier(now, before)
-    self.assertEqual(kept, before)
+    self.assertEqual(kept, {**before, 'machine': now['machine']})
     faster = finish._with_earlier({**now, 'tokens_per_second': 8.0}, before)
     self.assertEqual(faster['tokens_per_second'], 8.0)
-    other = {**before, 'machine': 'another'}
+    other = {**before, 'machine': on('gpu', 'yesterday')}
     self.assertEqual(finish._with_earlier(now, other), now)
     self.assertEqual(finish._with_earlier(now, {}), now)
 

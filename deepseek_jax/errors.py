@@ -36,6 +36,14 @@ def told(value: object) -> str:
   return text if len(text) <= 60 else f'a {type(value).__name__}'
 
 
+def install(extra: str) -> str:
+  """Returns how the packages of an extra are installed."""
+  return (
+    f'the extra {extra!r}: pip install ".[{extra}]" in the checkout, or'
+    f' "WHEEL[{extra}]"'
+  )
+
+
 def check_type(name: str, value: object, cls: type, fix: str) -> None:
   """Raises InputError unless `value` is a `cls`; `fix` says what to give."""
   if not isinstance(value, cls):

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, install
 
 
 def check(extra: str, needed: Mapping[str, str]) -> None:
@@ -19,7 +19,4 @@ def check(extra: str, needed: Mapping[str, str]) -> None:
     if importlib.util.find_spec(module) is None
   ]
   if missing:
-    raise InputError(
-      f'this needs {", ".join(missing)}, the extra {extra!r}: pip install'
-      f' ".[{extra}]" in the checkout, or "WHEEL[{extra}]"'
-    )
+    raise InputError(f'this needs {", ".join(missing)}, {install(extra)}')

@@ -22,7 +22,7 @@ from flax import nnx
 
 from deepseek_jax.data import boundaries
 from deepseek_jax.data import tokenizer as tokenizers
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, install
 from deepseek_jax.hf import loading, saving, ties, verify_text
 from deepseek_jax.hf.source import Source
 from deepseek_jax.model.block import Block, BlockConfig
@@ -220,8 +220,7 @@ class Theirs:
       import transformers
     except ImportError:
       raise InputError(
-        "torch and transformers are missing, the extra 'hf': pip install"
-        ' ".[hf]" in the checkout, or "WHEEL[hf]"'
+        f'torch and transformers are missing, {install("hf")}'
       ) from None
     self._torch = torch
     self.model = transformers.AutoModelForCausalLM.from_pretrained(

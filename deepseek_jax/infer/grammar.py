@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, install
 from deepseek_jax.infer.formats.message import check_json, shown
 
 MAX_SIZE = 1 << 16  # characters of a grammar
@@ -129,8 +129,7 @@ def _library() -> Any:
     import llguidance
   except ImportError:
     raise InputError(
-      "grammar needs llguidance, the extra 'grammar': pip install"
-      ' ".[grammar]" in the checkout, or "WHEEL[grammar]"'
+      f'grammar needs llguidance, {install("grammar")}'
     ) from None
   return llguidance
 

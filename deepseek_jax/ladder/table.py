@@ -184,9 +184,9 @@ def _free(found: Mapping) -> list[str]:
   shares = {n: t['plan']['update'] for n, t in found['rungs'].items()}
   return [
     f"Not in any budget: Muon's iterations in `{name}` take {share:.2f} times"
-    ' the FLOPs of a step of so few tokens, and with them it does not pay here;'
-    ' their number does not grow with the batch, so at published ones they are'
-    ' few.'
+    ' the FLOPs of a step of so few tokens (see its row for the compute with'
+    ' them); their number does not grow with the batch, so at published ones'
+    ' they are few.'
     for name, share in shares.items()
     if share
   ]

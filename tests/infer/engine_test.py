@@ -117,13 +117,7 @@ class FamilyTest(parameterized.TestCase):
       (turn, three, 8),
     ):
       [[want]] = cold.run([Request(prompt, new, GREEDY, logprobs=0)])
-      self.assertEqual(got.tokens, want.tokens)
-      np.testing.assert_allclose(
-        [p.logprob for p in got.logprobs],
-        [p.logprob for p in want.logprobs],
-        rtol=0,
-        atol=1e-5,
-      )
+      families.check_same(got, want)
 
   @parameterized.parameters(*families.NAMES)
   def test_a_token_takes_the_bytes_that_the_planner_says(self, name):
@@ -163,13 +157,7 @@ class ContractTest(parameterized.TestCase):
     fields = {'context': 192, 'contexts': (192,)}
     [[answer]] = engine(name, budget=budget, **fields).run([request])
     [[whole]] = engine(name, budget=192, **fields).run([request])
-    self.assertEqual(answer.tokens, whole.tokens)
-    np.testing.assert_allclose(
-      [p.logprob for p in answer.logprobs],
-      [p.logprob for p in whole.logprobs],
-      rtol=0,
-      atol=1e-5,
-    )
+    families.check_same(answer, whole)
 
   def check_chunks(self, budget):
     name = 'v4'
@@ -186,9 +174,7 @@ class ContractTest(parameterized.TestCase):
     self.assertEqual(rich.stats['preempted'], 0)
     self.assertGreater(poor.stats['preempted'], 0)
     for (a,), (b,) in zip(want, got):
-      self.assertEqual(a.tokens, b.tokens)
-      check = [p.logprob for p in a.logprobs], [p.logprob for p in b.logprobs]
-      np.testing.assert_allclose(*check, rtol=0, atol=1e-5)
+      families.check_same(a, b)
     self.assertEqual(poor.stats['pages_free'], 9)
 
   def test_cancelled_streams_leave_every_page_free(self):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import numpy as np
+
 import deepseek_jax as ds
 from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
@@ -100,3 +102,10 @@ def _engram() -> dict:
   drawn = tiny.draw(model('engram'))
   own = model('engram').init(jax.random.key(0))
   return {**drawn, 'buffers': own['buffers']}
+
+
+def check_same(got, want):
+  """Checks that two answers have the same tokens, and log-probs to 1e-5."""
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  logs = lambda answer: [p.logprob for p in answer.logprobs]
+  np.testing.assert_allclose(logs(got), logs(want), rtol=0, atol=1e-5)

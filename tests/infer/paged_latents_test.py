@@ -104,13 +104,7 @@ class AnswersTest(parameterized.TestCase):
     own, _, _ = answers(config, variables, None, drafts)
     pages, seen, run = answers(config, variables, 'reference', drafts)
     for a, b in zip(own, pages, strict=True):
-      self.assertEqual(a.tokens, b.tokens)
-      np.testing.assert_allclose(
-        [p.logprob for p in a.logprobs],
-        [p.logprob for p in b.logprobs],
-        rtol=0,
-        atol=1e-5,
-      )
+      families.check_same(a, b)
     # Pools of the store's pages, not gathered rows; W tokens a request.
     pool = f'float32[{run._store.pages[0].shape[1]},8,'
     decoded = [shapes for op, shapes in seen if op == 'mla_decode']

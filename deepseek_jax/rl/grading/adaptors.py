@@ -9,15 +9,12 @@ import runpy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, install
 
 
 def _missing(error: ImportError) -> InputError:
   """Returns the InputError for a library that is not installed."""
-  return InputError(
-    f"{error.name}: is not installed, the extra 'verifiers': pip install"
-    ' ".[verifiers]" in the checkout, or "WHEEL[verifiers]"'
-  )
+  return InputError(f'{error.name}: is not installed, {install("verifiers")}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,6 +102,24 @@ class Placement:
       how = processor.options('init')
       return jax.jit(make, out_shardings=where, compiler_options=how)()
 
+  def put(self, tree: Any, variables: dict[str, nnx.State]) -> Any:
+    """Returns a model's variables where the rules lay them.
+
+    Every process must have all of them, and ask.
+
+    Args:
+      tree: arrays.
+      variables: `Model.abstract`.
+    """
+    where = self.shardings(tree, variables)
+    if where is None:
+      return jax.tree.map(jax.numpy.asarray, tree)
+    if distributed.several():
+      # What lies on a device of one process can't be sent to the others.
+      here = lambda a: not isinstance(a, jax.Array) or a.is_fully_addressable
+      tree = jax.tree.map(lambda a: np.asarray(a) if here(a) else a, tree)
+    return jax.device_put(tree, where)
+
   def block(self, size: int) -> tuple[int, int]:
     """Returns the rows of a global batch that this process reads: block i of n.
 

@@ -146,7 +146,7 @@ class RunConfig:
         ' by a chat; set objective and chat, or rollouts = None'
       )
     check_rollouts(self.rollouts, self.objective)
-    batch, mesh = self.train.batch, self.mesh
+    batch = self.train.batch
     if self.rollouts.updates > 1 and batch.at(0) != batch.size:
       raise InputError(
         f'train.batch.size = {batch.size}: begins with {batch.at(0)}, but'
@@ -159,17 +159,7 @@ class RunConfig:
         'objective.keep_routing = True: the model has no experts; set it to'
         ' False'
       )
-    for axis in ('stage', 'context'):
-      if getattr(mesh, axis) > 1:
-        raise InputError(
-          f'mesh.{axis} = {getattr(mesh, axis)}: answers are sampled a token at'
-          f' a time by whole layers; set mesh.{axis} to 1'
-        )
-    if self.rollouts.slots % mesh.ways('batch'):
-      raise InputError(
-        f'rollouts.slots = {self.rollouts.slots}: must be a multiple of the'
-        f' {mesh.ways("batch")} shards of a batch (mesh: {mesh.spread})'
-      )
+    self._check_sampling()
     rate = self.train.bias_rate
     moves = self.objective.router_bias == 'updated'
     if moves and not rate.first and not rate.last:
@@ -183,6 +173,21 @@ class RunConfig:
         ' nothing guesses tokens; set it to 0'
       )
 
+  def _check_sampling(self) -> None:
+    """Raises InputError where answers can't be sampled on the mesh."""
+    mesh = self.mesh
+    for axis in ('stage', 'context'):
+      if getattr(mesh, axis) > 1:
+        raise InputError(
+          f'mesh.{axis} = {getattr(mesh, axis)}: answers are sampled a token at'
+          f' a time by whole layers; set mesh.{axis} to 1'
+        )
+    if self.rollouts.slots % mesh.ways('batch'):
+      raise InputError(
+        f'rollouts.slots = {self.rollouts.slots}: must be a multiple of the'
+        f' {mesh.ways("batch")} shards of a batch (mesh: {mesh.spread})'
+      )
+
   def _check_distillation(self) -> None:
     """Raises InputError where distillation does not fit chat or mesh."""
     if self.chat is None:
@@ -190,10 +195,13 @@ class RunConfig:
         'objective = distill: learns the answers of conversations, or those to'
         " a task with rollouts; set chat, as in chat = ChatConfig('plain')"
       )
-    if self.mesh != MeshConfig():
+    if self.mesh.stage > 1:
       raise InputError(
-        f'mesh = {self.mesh}: teachers run on one device; leave the mesh out'
+        f'mesh.stage = {self.mesh.stage}: teachers have no stages; set'
+        ' mesh.stage to 1'
       )
+    if self.rollouts is not None:
+      self._check_sampling()
     plain = RolloutConfig()
     for name in ('updates', 'epochs', 'top_k', 'drafts', 'reference'):
       asked = getattr(self.rollouts or plain, name)

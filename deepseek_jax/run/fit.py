@@ -103,7 +103,9 @@ def _opened(
     if first and console:
       print(f'reading {", ".join(config.data.paths)}', flush=True)
     store = sources.opened(config, told)
-    batches = sources.batches(store, config)
+  # All together: a teacher's checkpoint is read by all processes at once.
+  batches = sources.batches(store, config)
+  with distributed.first_goes_first():
     # A begun run has its weights, whatever became of their source.
     begun = (workdir / 'config.json').exists()
     if first and config.init_from and not begun:

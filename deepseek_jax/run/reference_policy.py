@@ -50,7 +50,8 @@ class ReferencePolicy:
     """Returns the reference that a run begins with."""
     source = self._config.rollouts.reference
     if source:
-      return self._placed(folder.load(source, same_code=False).variables)
+      held = folder.load(source, same_code=False).variables
+      return self._where.put(held, self._model.abstract)
     # A checkpoint of an earlier version holds none.
     return _copied(policy) if updates == 0 else self.first()
 
@@ -64,14 +65,7 @@ class ReferencePolicy:
     if source:
       theirs = folder.load(source, same_code=False).variables
       fresh, _ = warm_start.variables(fresh, theirs, source)
-    return self._placed(fresh)
-
-  def _placed(self, variables: dict) -> dict:
-    """Returns variables where the policy's lie."""
-    where = self._where.shardings(variables, self._model.abstract)
-    if where is None:
-      return jax.tree.map(jnp.asarray, variables)
-    return jax.device_put(variables, where)
+    return self._where.put(fresh, self._model.abstract)
 
 
 def _copied(variables: dict) -> dict:

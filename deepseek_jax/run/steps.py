@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import config as configs
@@ -37,6 +38,7 @@ class Steps:
     self._model = model
     self._fresh = functools.partial(folder.fresh_state, config, model)
     step = train_step(model, config.train, config.objective)
+    self._shared = config.objective.build(model).shared
     state = jax.eval_shape(self._fresh)
     where = self._where
     # Named, so that the donated state keeps its place from step to step.
@@ -95,9 +97,9 @@ class Steps:
 
   def with_variables(self, state: TrainState, variables: dict) -> TrainState:
     """Returns the state with other parameters and buffers."""
-    places = self._where.shardings(variables, self._model.abstract)
-    variables = jax.jit(lambda v: v, out_shardings=places)(variables)
-    return state._replace(**variables)
+    # A copy, as the step is given its state away.
+    placed = self._where.put(variables, self._model.abstract)
+    return state._replace(**jax.tree.map(jnp.copy, placed))
 
   def block(self, size: int) -> tuple[int, int]:
     """Returns (block, blocks) of a batch's rows that this process reads."""
@@ -105,7 +107,9 @@ class Steps:
 
   def batch(self, rows: dict[str, np.ndarray], size: int) -> dict:
     """Returns a global batch from the rows of this process."""
-    return self._where.batch(rows, size)
+    whole = {name: rows[name] for name in self._shared if name in rows}
+    cut = {name: rows[name] for name in rows.keys() - whole.keys()}
+    return self._where.batch(cut, size) | whole
 
   def bits_per_byte(self, state: TrainState, heldout: datalib.Heldout) -> float:
     """Returns the bits per byte of held-out documents."""

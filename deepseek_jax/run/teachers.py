@@ -1,7 +1,8 @@
 """Adds to batches what teachers say of their tokens, for distillation.
 
 On a file of conversations, or on answers that the student samples itself.
-Teachers are read once and stay in memory; of their logits none is kept: the
+Teachers are read once and stay in memory, laid on the student's mesh by its
+rules; all processes ask of the whole batch. Of their logits none is kept: the
 objective makes them of hidden states, a chunk at a time.
 Legend: B rows, T tokens, K teachers, E width of the widest, V vocabulary.
 """
@@ -14,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from deepseek_jax.data import packing
 from deepseek_jax.errors import InputError
 from deepseek_jax.model.transformer import Model, build
-from deepseek_jax.parallel import processor
+from deepseek_jax.parallel import placement, processor
 from deepseek_jax.rl import distill
 from deepseek_jax.rl.answering import AnswerConfig, Answering, Asked, Scored
 from deepseek_jax.rl.conversation_store import ConversationStore, PackedBatches
@@ -33,7 +35,7 @@ class Teachers:
   """Holds the teachers of a run.
 
   Attributes:
-    heads: [K E V] on the device; narrower ones have rows of zeros.
+    heads: [K E V], whole on every device; narrower ones have rows of zeros.
     sha256: of all weights.
   """
 
@@ -53,22 +55,46 @@ class Teachers:
         'objective.teachers: names none; set it to their folders and weights,'
         " as {'runs/teacher': 1.0}"
       )
-    found = []
+    found, self._where = [], []
     for folder in named:
       try:
         found.append(opening.opened(folder, config.model.compute.products))
       except InputError as error:
         raise InputError(f'objective.teachers: {error}') from None
       check(found[-1], config, tokenizer)
-    self._run = [_hidden(one.model) for one in found]
+      self._where.append(_laid(found[-1], config))
+    self._models = [one.model for one in found]
+    self._run = [
+      _hidden(model, where.copied)
+      for model, where in zip(self._models, self._where)
+    ]
     self._variables = [one.variables for one in found]
+    self._placed = False
     heads = [np.asarray(t.model.head(t.variables), np.float32) for t in found]
     self.heads = jnp.asarray(distill.stacked(heads))
     digest = hashlib.sha256(''.join(one.sha256 for one in found).encode())
     self.sha256 = digest.hexdigest()
 
+  def _place(self) -> None:
+    """Lays weights and heads on the mesh, once, in all processes together."""
+    if self._placed:
+      return
+    self._variables = [
+      where.put(variables, model.abstract)
+      for where, variables, model in zip(
+        self._where, self._variables, self._models
+      )
+    ]
+    if self._where[0].copied is not None:
+      self.heads = jax.device_put(self.heads, self._where[0].copied)
+    self._placed = True
+
   def say(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns a batch with 'teacher_hidden' [B T+1 K E] and 'teacher_heads'."""
+    """Returns a batch with 'teacher_hidden' [B T+1 K E] and 'teacher_heads'.
+
+    Every process must ask, with the same rows.
+    """
+    self._place()
     read = {
       name: batch[name]
       for name in ('tokens', 'segments', 'positions', 'ngrams')
@@ -76,13 +102,26 @@ class Teachers:
     }
     width = self.heads.shape[1]
     states = []
-    for run, variables in zip(self._run, self._variables):
-      state = np.asarray(run(variables, read), np.float32)
+    for where, run, variables in zip(self._where, self._run, self._variables):
+      with where.use():
+        state = np.asarray(run(variables, read), np.float32)
       # One token and some width more: neither changes a logit.
       more = (0, 0), (0, 1), (0, width - state.shape[2])
       states.append(np.pad(state, more))
     hidden = np.stack(states, axis=2)
     return {**batch, 'teacher_hidden': hidden, distill.HEADS: self.heads}
+
+
+def _laid(teacher: opening.Opened, config: RunConfig) -> placement.Placement:
+  """Returns where a teacher lies: on the student's mesh, by its rules.
+
+  Raises:
+    InputError: it does not fit.
+  """
+  try:
+    return placement.choose(config.mesh, teacher.model.abstract)
+  except InputError as error:
+    raise InputError(f'objective.teachers: {teacher.folder}: {error}') from None
 
 
 def check(teacher: opening.Opened, config: RunConfig, tokenizer: Any) -> None:
@@ -104,8 +143,15 @@ def check(teacher: opening.Opened, config: RunConfig, tokenizer: Any) -> None:
     )
 
 
-def _hidden(model: Model) -> Callable[[dict, dict], jax.Array]:
-  """Returns (variables, batch) -> last hidden states [B T E]."""
+def _hidden(
+  model: Model, place: NamedSharding | None
+) -> Callable[[dict, dict], jax.Array]:
+  """Returns (variables, batch) -> last hidden states [B T E].
+
+  Args:
+    model: a teacher.
+    place: sharding of what it returns, on a mesh.
+  """
 
   def run(variables: dict, batch: dict) -> jax.Array:
     inputs = next_token(batch)
@@ -117,7 +163,14 @@ def _hidden(model: Model) -> Callable[[dict, dict], jax.Array]:
     ).hidden
 
   how = processor.options('train', model.config.compute.xla)
-  return jax.jit(run, compiler_options=how)
+  return jax.jit(run, out_shardings=place, compiler_options=how)
+
+
+def _block(batch: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+  """Returns the rows of block `index` of `count`; heads are of no row."""
+  rows = len(batch['tokens']) // count
+  own = lambda a: a[index * rows : (index + 1) * rows]
+  return {n: a if n == distill.HEADS else own(a) for n, a in batch.items()}
 
 
 class TaughtBatches(PackedBatches):
@@ -135,15 +188,11 @@ class TaughtBatches(PackedBatches):
     """Returns the next rows, with what the teachers say of them.
 
     Args:
-      batch_size: how many.
-      process_index, process_count: must be 0 of 1.
-
-    Raises:
-      InputError: there are several processes.
+      batch_size: how many, in all processes together.
+      process_index, process_count: which block of them, and of how many.
     """
-    if process_count != 1:
-      raise InputError('teachers: run in one process; start one')
-    return self._teachers.say(super().next(batch_size))
+    said = self._teachers.say(super().next(batch_size))
+    return _block(said, process_index, process_count)
 
   def set_state(self, state: dict) -> None:
     """Continues after `get_state`; InputError if it is of another stream."""
@@ -165,6 +214,8 @@ class StudentBatches(rl.PromptBatches):
     self._teachers = Teachers(config, store.tokenizer())
     self.windows = self.rounds
     self._stream[_STREAM] = self._teachers.sha256
+    self._model = build(config.model)
+    self._where = placement.choose(config.mesh, self._model.abstract)
     self._answering: Answering | None = None
     asked = config.rollouts
     self._sampled = AnswerConfig(
@@ -184,23 +235,22 @@ class StudentBatches(rl.PromptBatches):
 
     Args:
       batch_size: rows, at most; what is left of them is padding.
-      process_index, process_count: must be 0 of 1.
+      process_index, process_count: which block of them, and of how many.
 
     Raises:
       InputError: the answers do not fit so many rows.
     """
-    if process_count != 1:
-      raise InputError('rollouts: run in one process; start one')
     count = self._run_config.rollouts.prompts
     first = self._next * count
     places = [int(self._order[i]) for i in range(first, first + count)]
-    answering = self._ready(self._variables())
     seed = _seed(self._config.seed, self._next)
-    groups = answering.ask(places, self._sampled, seed)
+    with self._where.use():
+      answering = self._ready(self._variables())
+      groups = answering.ask(places, self._sampled, seed)
     rows = self._packed(answering, places, groups, batch_size)
     self.told = _statistics([one for group in groups for one in group])
     self._next += 1
-    return self._teachers.say(rows)
+    return _block(self._teachers.say(rows), process_index, process_count)
 
   def _packed(
     self,
@@ -230,12 +280,10 @@ class StudentBatches(rl.PromptBatches):
     return packing.laid_out(sequences, rows, length, pad=pad)
 
   def _ready(self, variables: dict) -> Answering:
-    """Returns what samples answers, with these weights."""
+    """Returns what samples answers, with these weights; call it on the mesh."""
     if self._answering is None:
       store = self._store
-      asked = Asked(
-        build(self._run_config.model), variables, store.tokenizer(), store.chat
-      )
+      asked = Asked(self._model, variables, store.tokenizer(), store.chat)
       # Held-out problems behind the others: they have the same shapes.
       problems = (*store.task.train, *store.task.heldout)
       self._answering = Answering(asked, store.task, problems, self._sampled)
@@ -253,7 +301,8 @@ class StudentBatches(rl.PromptBatches):
     count = len(task.heldout[:limit])
     places = range(len(task.train), len(task.train) + count)
     greedy = dataclasses.replace(self._sampled, n=1, temperature=0.0)
-    groups = self._ready(variables).ask(places, greedy, 0)
+    with self._where.use():
+      groups = self._ready(variables).ask(places, greedy, 0)
     told = _statistics([one for [one] in groups]) if groups else {}
     return {'heldout_reward': told.get('reward', float('nan'))}
 

@@ -197,7 +197,7 @@ class DistillRunTest(parameterized.TestCase):
   def test_what_does_not_fit_is_refused(self):
     for changes, message in (
       ({'chat': None}, 'objective = distill: learns the answers'),
-      ({'mesh.data': 2}, 'teachers run on one device'),
+      ({'mesh.stage': 2}, 'mesh.stage = 2: teachers have no stages'),
       ({'rollouts': ds.RolloutConfig(updates=2)}, 'rollouts.updates = 2'),
     ):
       with self.assertRaisesRegex(ds.InputError, message):
@@ -218,6 +218,8 @@ class DistillRunTest(parameterized.TestCase):
     class Other:
       sha256 = 'other'
 
+    with self.assertRaisesRegex(ds.InputError, 'mesh.context = 2: answers'):
+      self.on_policy(**{'mesh.context': 2})
     with self.assertRaisesRegex(ds.InputError, 'has another tokenizer than'):
       Teachers(self.config(), Other())
 

@@ -84,13 +84,32 @@ def named(resamples: int, share: float = 0.95) -> str:
   """Returns what `bootstrap` computes, in words."""
   return (
     f'{100 * share:g} % by bootstrap over problems, percentiles of'
-    f' {resamples} resamples'
+    f' {resamples} resamples; where all are equal, the exact binomial bounds'
   )
 
 
 def estimate(
   values: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, object]:
-  """Returns {'value': mean, 'interval': [low, high]} of a problem's values."""
-  interval = bootstrap(values, resamples=resamples, seed=seed)
-  return {'value': float(np.mean(values)), 'interval': list(interval)}
+  """Returns {'value': mean, 'interval': [low, high]} of problems' values.
+
+  Equal values resample to themselves and would seem certain. Of N of them a
+  share p of other problems goes unseen with the probability (1 - p)^N, so the
+  mean may lie nearer 0 or 1 by that share: of N wrong or right ones that is
+  the exact binomial (Clopper-Pearson) bound.
+
+  Args:
+    values: [N] in 0..1, one of each problem.
+    resamples, seed: see `bootstrap`.
+  """
+  if len(set(values)) == 1:
+    low, high = _of_equal(float(values[0]), len(values))
+  else:
+    low, high = bootstrap(values, resamples=resamples, seed=seed)
+  return {'value': float(np.mean(values)), 'interval': [low, high]}
+
+
+def _of_equal(value: float, N: int, share: float = 0.95) -> tuple[float, float]:
+  """Returns the interval of the mean where all N values in 0..1 are equal."""
+  unseen = 1 - ((1 - share) / 2) ** (1 / N)
+  return value * (1 - unseen), value + (1 - value) * unseen

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 from absl.testing import absltest, parameterized
+from scipy import stats
 
 import deepseek_jax as ds
 from deepseek_jax.evaluation import estimates
@@ -71,11 +72,35 @@ class BootstrapTest(parameterized.TestCase):
     np.testing.assert_allclose([low, high], 0.5, atol=0.01)
 
   @parameterized.parameters(
-    ([], {}), ([1.0], {'resamples': 0}), ([1.0], {'share': 1.0})
+    ([], {}), ([0.0, 1.0], {'resamples': 0}), ([0.0, 1.0], {'share': 1.0})
   )
   def test_what_can_not_be_is_refused(self, values, fields):
     with self.assertRaisesRegex(ds.InputError, 'bootstrap: '):
       estimates.bootstrap(values, **fields)
+
+
+class EstimateTest(parameterized.TestCase):
+  @parameterized.parameters((0.0, 1), (0.0, 64), (1.0, 20), (1.0, 1000))
+  def test_of_equal_values_it_is_the_exact_binomial_interval(self, value, N):
+    made = estimates.estimate([value] * N)
+    exact = stats.binomtest(int(value) * N, N).proportion_ci(0.95)
+    self.assertEqual(made['value'], value)
+    np.testing.assert_allclose(made['interval'], [*exact], rtol=1e-9)
+
+  def test_equal_values_between_are_no_point(self):
+    low, high = estimates.estimate([0.25] * 16)['interval']
+    self.assertLess(low, 0.25)
+    self.assertGreater(high, 0.25)
+    # Ever surer, and never outside of 0..1.
+    more = estimates.estimate([0.25] * 160)['interval']
+    self.assertLess(more[1] - more[0], high - low)
+    self.assertLessEqual(estimates.estimate([0.99])['interval'][1], 1.0)
+
+  def test_of_others_it_is_the_bootstrap(self):
+    values = [0.0, 0.5, 1.0, 1.0]
+    made = estimates.estimate(values, resamples=100, seed=2)
+    want = estimates.bootstrap(values, resamples=100, seed=2)
+    self.assertEqual(made, {'value': 0.625, 'interval': [*want]})
 
 
 if __name__ == '__main__':

@@ -309,6 +309,44 @@ class DistillationTest(parameterized.TestCase):
     sizes = sorted(math.prod(a.shape) for a in arrays(used))
     self.assertEqual(sizes[-1], 1024 * V)  # a chunk's, of 4096 tokens
 
+  @parameterized.parameters(0.0, 1.0)
+  def test_a_student_learns_the_distribution_of_a_markov_source(self, beta):
+    # The teacher's state is its token, its head the source's log-probs.
+    V, rng = 8, np.random.default_rng(3)
+    source = rng.dirichlet(np.ones(V), size=V)
+    tokens = np.zeros((8, 17), np.int32)
+    tokens[:, 0] = rng.integers(V, size=8)
+    for place in range(16):
+      odds = source[tokens[:, place]]
+      tokens[:, place + 1] = [rng.choice(V, p=p) for p in odds]
+    batch = {
+      'tokens': tokens,
+      'trained': np.ones(tokens.shape, np.float32),
+      'teacher_hidden': np.eye(V, dtype=np.float32)[tokens],
+      'teacher_heads': np.float32(np.log(source))[None],
+    }
+    model = ds.build(
+      ds.changed(
+        tiny.config('llama'), {'layout': ((('dense',), 1),), 'vocab_size': V}
+      )
+    )
+    train = ds.TrainConfig(
+      8 * 16 * 400.0,
+      ds.BatchConfig(8),
+      schedule=ds.ScheduleConfig('cosine', peak=2e-2, warmup=10, end=1e-3),
+    )
+    state = ds.initial_state(model, train, tiny.draw(model))
+    step = jax.jit(ds.train_step(model, train, distill.DistillConfig(beta)))
+    for _ in range(400):
+      state, _ = step(state, batch)
+    variables = {'params': state.params, 'buffers': state.buffers}
+    out = jax.jit(model.apply)(variables, tokens[:, :-1])
+    student = numpy_soft(np.float64(out.logits))
+    teacher = np.log(source)[tokens[:, :-1]]
+    # Both ways, against the source itself.
+    self.assertLess(numpy_kl(teacher, student).mean(), 1e-4)
+    self.assertLess(numpy_kl(student, teacher).mean(), 1e-4)
+
   def test_its_own_teacher_teaches_nothing(self):
     model, variables = tiny.model('llama'), tiny.variables('llama')
     batch = self.batch(5)

@@ -192,7 +192,11 @@ def typed(annotation: Any, value: Any, path: str) -> Any:
   Raises:
     InputError: it does not fit the annotation.
   """
-  if value is None and type(None) in alternatives(annotation):
+  among = alternatives(annotation)
+  if value is None and type(None) in among:
+    return None
+  # A flag of a text that may be absent gives no other None.
+  if value == 'None' and set(among) == {str, type(None)}:
     return None
   classes = classes_of(annotation)
   if classes and isinstance(value, Mapping):

@@ -25,12 +25,14 @@ class FieldRow(NamedTuple):
     kind: what it may hold, as text.
     value: what it holds.
     text: of the docstring; '' if it has none.
+    optional: may be None.
   """
 
   path: str
   kind: str
   value: Any
   text: str
+  optional: bool = False
 
 
 class Section(NamedTuple):
@@ -101,7 +103,8 @@ def sections(config: Any, path: str = '', annotation: Any = None) -> Iterator:
       inside.append((value, where, hint))
       continue
     text = about.get(field.name, '')
-    rows.append(FieldRow(where, kind_of(hint), value, text))
+    optional = type(None) in configs.alternatives(hint)
+    rows.append(FieldRow(where, kind_of(hint), value, text, optional))
     if isinstance(value, dict):
       parts = {k: v for k, v in value.items() if dataclasses.is_dataclass(v)}
       inside += [(v, f'{where}.{k}', None) for k, v in parts.items()]

@@ -109,8 +109,10 @@ def _editable(config: Any, plain: dict) -> config_dict.ConfigDict:
       name in optional and not dataclasses.is_dataclass(held[name])
     ):
       value = _editable(held[name], value)
-    # A reference keeps the type of a field whose value may be None.
-    if value is None or name in optional:
+    # A reference keeps the type of a field whose value may be None, as may an
+    # entry of a mapping (an axis of the mesh's rules) that is no part itself.
+    entry = isinstance(config, Mapping) and isinstance(value, str | tuple)
+    if value is None or name in optional or entry:
       kind = optional.get(name, object)
       value = config_dict.FieldReference(value, field_type=kind)
     fields[name] = value

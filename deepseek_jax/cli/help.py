@@ -1,5 +1,6 @@
 """Shows what a launcher takes: its flags and every field of a configuration."""
 
+import dataclasses
 import difflib
 import shlex
 import shutil
@@ -95,16 +96,33 @@ def of_config(config: Any, section: str = '') -> str:
 
 
 def _row(row: fields.FieldRow) -> list[str]:
-  """Returns a field as a flag with its value, its type and its meaning."""
+  """Returns a field as flags with its value, its type and its meaning.
+
+  Each flag may be given as it stands. A mapping has one of each entry, or where
+  entries are sections their names.
+  """
   width = max(shutil.get_terminal_size((100, 24)).columns, 60)
-  value = row.value if isinstance(row.value, str) else repr(row.value)
-  quoted = f'"{value}"' if "'" in value else shlex.quote(value)
-  flag = f'  --config.{row.path}={quoted}'
-  if len(flag) > 2 * width:  # a layout of many layers
-    flag = f'{flag[: 2 * width]}…'
+  if isinstance(row.value, dict) and not row.optional:
+    entries = {f'{row.path}.{key}': v for key, v in row.value.items()}
+  else:
+    entries = {row.path: row.value}
+  lines = [
+    f'  --config.{path}.…'
+    if dataclasses.is_dataclass(value)
+    else f'  --config.{path}={_quoted(value)}'
+    for path, value in entries.items()
+  ]
+  lines = lines or [f'  --config.{row.path}.NAME=…']
+  lines[-1] += f'  ({row.kind})'
   return [
-    f'{flag}  ({row.kind})',
+    *lines,
     *textwrap.wrap(
       row.text, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6
     ),
   ]
+
+
+def _quoted(value: Any) -> str:
+  """Returns a value as a shell takes it."""
+  text = value if isinstance(value, str) else repr(value)
+  return f'"{text}"' if "'" in text else shlex.quote(text)

@@ -1,13 +1,17 @@
 """Kinds by flag, the field list of --help, and completion."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 import tempfile
 import typing
 from pathlib import Path
+from unittest import mock
 
+from absl import flags
 from absl.testing import absltest, parameterized
+from ml_collections import config_flags
 
 import deepseek_jax as ds
 from deepseek_jax import config as configs
@@ -26,6 +30,17 @@ def _switched(*pairs: tuple[str, str], base=ds.recipes.v3_tiny) -> RunConfig:
   config = common.editable(base())
   kinds.apply(config, pairs, common.editable, lambda line: None)
   return common.frozen(RunConfig, config)
+
+
+def _given(base: RunConfig, given: list[str]) -> RunConfig:
+  """Returns a configuration that flags have changed."""
+  values, argv = flags.FlagValues(), ['program', *given]
+  with mock.patch.object(sys, 'argv', argv):
+    config_flags.DEFINE_config_dict(
+      'config', common.editable(base), flag_values=values
+    )
+    values(argv)
+  return common.frozen(RunConfig, values['config'].value)
 
 
 def _all_classes(cls: type, seen: set) -> set:
@@ -64,14 +79,14 @@ class KindsTest(parameterized.TestCase):
       self.assertEqual(run.objective.length_penalty.most, most)
 
   def test_a_kind_may_follow_a_space_and_leave_out_its_name(self):
-    for flags in (
+    for given in (
       ['--config.model.attention.kind', 'gqa'],
       ['--config.model.attention', 'gqa'],
       ['--config.model.attention=gqa'],
       ['--config.model.attention.kind=gqa'],
     ):
-      rest, found = kinds.taken([*flags, '--config.model.dim', '64', '--quiet'])
-      self.assertEqual(found, {'config': [('model.attention', 'gqa')]}, flags)
+      rest, found = kinds.taken([*given, '--config.model.dim', '64', '--quiet'])
+      self.assertEqual(found, {'config': [('model.attention', 'gqa')]}, given)
       self.assertEqual(rest, ['--config.model.dim=64', '--quiet'])
     whole = ["--config.model.attention={'kind': 'gqa'}", '--config.seed=1']
     self.assertEqual(kinds.taken(whole), (whole, {}))
@@ -154,7 +169,7 @@ class HelpTest(parameterized.TestCase):
         value, name = getattr(part, field.name), f'{path}.{field.name}'
         if dataclasses.is_dataclass(value):
           check(value, name)
-        elif f'--{name}=' not in text:
+        elif f'--{name}=' not in text and f'--{name}.' not in text:
           self.fail(name)
 
     check(config, 'config')
@@ -163,6 +178,33 @@ class HelpTest(parameterized.TestCase):
     self.assertIn("('softmax' or 'sigmoid'", text)
     for line in text.splitlines():
       self.assertLess(len(line), 300)
+
+  @parameterized.parameters('v3_tiny', 'v4_tiny', 'engram_tiny', 'grpo_tiny')
+  def test_what_is_listed_may_be_given(self, name):
+    config = getattr(ds.recipes, name)()
+    listed = [
+      shlex.split(line.rpartition('  (')[0] or line)
+      for line in help.of_config(config).splitlines()
+      if line.startswith('  --config.') and '…' not in line
+    ]
+    self.assertGreater(len(listed), 100)
+    self.assertEqual({len(words) for words in listed}, {1})
+    given = [word for [word] in listed]
+    self.assertEqual(_given(config, given), config)
+
+  @parameterized.parameters(
+    ('data.cache_dir', '/tmp/None', '/tmp/None'),
+    ('data.cache_dir', 'None', None),
+    ('mesh.rules.vocab', 'None', None),
+    ('mesh.rules.vocab', "('fsdp','tensor')", ('fsdp', 'tensor')),
+    ('mesh.rules.batch', 'data', 'data'),
+    ('evaluate.stride', 'None', None),
+  )
+  def test_none_is_no_text(self, field, text, value):
+    made = _given(ds.recipes.v3_tiny(), [f'--config.{field}={text}'])
+    for part in field.split('.'):
+      made = made[part] if isinstance(made, dict) else getattr(made, part)
+    self.assertEqual(made, value)
 
   def test_a_section_is_listed_by_itself(self):
     config = ds.recipes.v3_tiny()

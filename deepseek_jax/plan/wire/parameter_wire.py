@@ -17,7 +17,7 @@ from deepseek_jax.plan.wire.rings import LinkTraffic, StepInputs, link_of, ring
 
 # Summed inside shard_map, over all devices at once.
 _AT_ONCE = re.compile(
-  r'(\.kv_up|\.compressor\.(bias|norm\.scale)|\.compress_[kv]\.\w+)$'
+  r'(\.kv_up|\.sinks|\.compressor\.(bias|norm\.scale)|\.compress_[kv]\.\w+)$'
 )
 
 

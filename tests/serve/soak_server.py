@@ -1,23 +1,26 @@
-"""A server of a tiny model, for the soak: python -m tests.serve.soak_server."""
+"""A server of a tiny model that chats, for the soak.
+
+python -m tests.serve.soak_server
+"""
 
 import jax
 
 import deepseek_jax as ds
-from deepseek_jax.data.boundaries import Boundaries
 from deepseek_jax.infer.engine import Engine, EngineConfig
 from deepseek_jax.serve import grammars
 from deepseek_jax.serve.config import Limits, ServeConfig
 from deepseek_jax.serve.process import Server
-from deepseek_jax.serve.served import Served
 from tests import tiny
-from tests.serve.served import BYTES
+from tests.serve import served as servers
 
-CONTEXT, VOCAB = 128, 272
+CONTEXT = 128
 LIMITS = Limits(body=100_000, requests=150, held=64, seconds=120.0)
 
 
 def main():
-  model = ds.build(ds.changed(tiny.config('step'), {'vocab_size': VOCAB}))
+  tokenizer = servers.deepseek_tokenizer()
+  vocab = tokenizer.vocab_size
+  model = ds.build(ds.changed(tiny.config('step'), {'vocab_size': vocab}))
   cfg = EngineConfig(
     slots=32,
     context=CONTEXT,
@@ -29,16 +32,13 @@ def main():
     deterministic=True,
   )
   variables = jax.device_put(tiny.draw(model), jax.devices()[0])
-  ends = (BYTES.eos_id,)
-  served = Served(
-    name='tiny',
-    tokenizer=BYTES,
-    boundaries=Boundaries((), (), ends),
+  served = servers.served_chat(
+    tokenizer,
+    'v3',  # its prompts are short
     context=CONTEXT,
-    vocab_size=VOCAB,
-    grammar=grammars.reader(BYTES, VOCAB, ends),
+    grammar=grammars.reader(tokenizer, vocab, (tokenizer.eos_id,)),
   )
-  engine = Engine(model, variables, cfg, text=BYTES)
+  engine = Engine(model, variables, cfg, text=tokenizer)
   server = Server(served, engine, ServeConfig(port=0, limits=LIMITS))
   print(server.url, flush=True)
   server.run()

@@ -26,33 +26,32 @@ _ROOT = Path(__file__).parents[2]
 _CLIENTS, _REQUESTS = 200, 2000
 _JSON = {'content-type': 'application/json'}
 _REGEX = {'type': 'regex', 'regex': '[a-z]{3,9}'}
-_WRONG = [body for _, body in malformed_test._BODIES] + [
-  json.dumps({**base, field: value}).encode()
+_CHAT = '/v1/chat/completions'
+_WRONG = [('/v1/completions', body) for _, body in malformed_test._BODIES] + [
+  (path, json.dumps({**base, field: value}).encode())
   for path, base, field, value in malformed_test._CASES
-  if path == '/v1/completions' and field != 'response_format'
   # This model has more tokens, and constrains its answers.
-  if value != [261]
+  if value not in ([261], {'type': 'json_object'})
 ]
-
-
 _KINDS = {
   'whole': 20,
   'stream': 30,
   'cut': 15,
   'slow': 5,
   'left': 5,
-  'wrong': 12,
+  'wrong': 36,
   'large': 5,
   'form': 4,
-  'chat': 4,
+  'chat': 15,
 }
 
 
 class _Told:
   """Holds what the clients saw."""
 
-  def __init__(self):
+  def __init__(self, rng):
     self.kinds = collections.Counter()
+    self.left_wrong = rng.sample(_WRONG, len(_WRONG))
     self.first, self.gaps, self.wrong = [], [], []
 
   def expect(self, kind, response, statuses):
@@ -92,20 +91,7 @@ async def _stream(client, told, rng, kind):
 
 
 async def _one(client, told, rng):
-  kind = rng.choices(
-    (
-      'whole',
-      'stream',
-      'cut',
-      'slow',
-      'left',
-      'wrong',
-      'large',
-      'form',
-      'chat',
-    ),
-    (20, 30, 15, 5, 5, 12, 5, 4, 4),
-  )[0]
+  (kind,) = rng.choices([*_KINDS], [*_KINDS.values()])
   post = lambda **more: client.post('/v1/completions', **more)
   if kind in ('stream', 'cut', 'slow'):
     await _stream(client, told, rng, kind)
@@ -115,8 +101,12 @@ async def _one(client, told, rng):
     except httpx.TimeoutException:
       told.kinds['left'] += 1
   elif kind == 'wrong':
-    response = await post(content=rng.choice(_WRONG), headers=_JSON)
-    told.expect(kind, response, (400, 404, 429))
+    # Each once, then any again.
+    path, body = (told.left_wrong or [rng.choice(_WRONG)]).pop()
+    response = await client.post(path, content=body, headers=_JSON)
+    told.expect(kind, response, (400, 404, 413, 429))
+    if response.status_code == 429:
+      told.left_wrong.append((path, body))
   elif kind == 'large':
     response = await post(content=b' ' * 200_000, headers=_JSON)
     told.expect(kind, response, (413, 429))
@@ -125,15 +115,19 @@ async def _one(client, told, rng):
     response = await post(json=body)
     told.expect(kind, response, (200, 429))
   elif kind == 'chat':
-    body = {'messages': [{'role': 'user', 'content': 'x'}]}
-    response = await client.post('/v1/chat/completions', json=body)
-    told.expect(kind, response, (400, 429))
+    said = ''.join(rng.choices('abcdef ', k=rng.randint(1, 30)))
+    body = {
+      'messages': [{'role': 'user', 'content': said}],
+      'max_tokens': rng.randint(1, 40),
+      'temperature': rng.choice([0, 1]),
+    }
+    told.expect(kind, await client.post(_CHAT, json=body), (200, 429))
   else:
     told.expect(kind, await post(json=_body(rng)), (200, 429))
 
 
 async def _soak(url, requests, seed):
-  told, left = _Told(), iter(range(requests))
+  told, left = _Told(random.Random(seed)), iter(range(requests))
 
   async def client_of(number):
     rng = random.Random(f'{seed} {number}')
@@ -188,6 +182,8 @@ class SoakTest(absltest.TestCase):
     after = _resident(run.pid)
     self.report(told, numbers, seconds, before, after)
     self.assertEmpty(told.wrong)
+    self.assertGreater(len(_WRONG), 200)
+    self.assertEmpty(told.left_wrong)
     self.assertEqual(numbers['requests_under_way'], 0)
     self.assertEqual(numbers['engine_running'], 0)
     self.assertEqual(numbers['engine_waiting'], 0)
@@ -206,6 +202,7 @@ class SoakTest(absltest.TestCase):
     print(f'first token: {spread(told.first)}')
     print(f'gaps:        {spread(told.gaps)}')
     print(f'memory: {before:.0f} MiB before, {after:.0f} MiB after')
+    print(f'{len(_WRONG)} wrong bodies, {len(told.left_wrong)} not sent')
     print(f'tokens: {numbers["completion_tokens_total"]:.0f}')
     for kind, count in sorted(told.kinds.items()):
       print(f'{kind:>12}: {count}')

@@ -68,7 +68,8 @@ def caught_up(
   made, ready = output.aux['mtp_state'], held.ready[:, None]
   # States that waited come first, then those of the chunk but its last one,
   # whose next token isn't known.
-  place = jnp.arange(T + K)
+  # A cache has room for all that are real, whatever the chunk's padding.
+  place = jnp.arange(min(T + K, held.mtp.slots))
   joined = jnp.concatenate([held.state, made], axis=1)
   at = jnp.where(place < ready, place, 1 + K + place - ready)
   state = _rows(joined, jnp.minimum(at, joined.shape[1] - 1))

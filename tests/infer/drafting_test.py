@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from scipy import stats
 
 import deepseek_jax as ds
 from deepseek_jax.errors import InputError
@@ -71,6 +73,31 @@ class LosslessTest(parameterized.TestCase):
 
 
 class FewRowsTest(absltest.TestCase):
+  def test_a_chunk_may_fill_the_whole_context(self):
+    made, variables = model('gqa')
+    cfg = EngineConfig(slots=2, context=24, page=24, budget=24, steps=3)
+    prompts = [tuple(range(1, n + 1)) for n in (23, 22, 9)]
+    requests = [
+      Request(p, 24 - len(p), Sampling(seed=1), logprobs=0) for p in prompts
+    ]
+    plain = Engine(made, variables, cfg).run(requests)
+    run = Engine(made, variables, dataclasses.replace(cfg, drafts=2))
+    run.warm_up()
+    for (a,), (b,) in zip(plain, run.run(requests)):
+      families.check_same(a, b)
+
+  @pytest.mark.slow
+  def test_a_mixed_trace_compiles_nothing_more(self):
+    made, variables = model('v4')
+    shapes = {'contexts': (16, CONTEXT), 'rows': (1, 3), 'steps': 2}
+    cfg = dataclasses.replace(CFG, **shapes, drafts=2, draft_rows=1)
+    run = Engine(made, variables, cfg)
+    run.warm_up()
+    before = run.stats['compilations']
+    self.assertLen(run.run(engine_test.mixed()), 300)
+    self.assertEqual(run.stats['compilations'], before)
+    self.assertGreater(run.stats['drafts'], 0)
+
   def test_drafts_end_where_many_rows_run_and_begin_again(self):
     made, variables = model('gqa')
     requests = asked(temperature=0)
@@ -154,6 +181,92 @@ class GrammarTest(parameterized.TestCase):
     self.assertEqual(run.stats['pages_free'], run.stats['pages'])
 
 
+def of_four_tokens(name):
+  """Returns a family's model of four tokens, whose drafts are often right."""
+  block = {'v4': 'window', 'v3': 'moe'}.get(name, 'dense')
+  mtp = MTPConfig(1, block, name == 'v4')
+  made = ds.build(
+    dataclasses.replace(families.config(name), vocab_size=4, mtp=mtp)
+  )
+  return made, tiny.draw(made)
+
+
+class ChanceTest(parameterized.TestCase):
+  """What many seeds draw follows the model, and so do the drafts that stay."""
+
+  PROMPT, HEAT, SEEDS = (1, 3, 0, 2, 2), 0.7, 64 * 64
+
+  def drawn(self, model, new, drafts):
+    """Returns the tokens of all seeds [N new], and how many drafts stayed."""
+    made, variables = model
+    slots = 64
+    cfg = dataclasses.replace(
+      CFG, slots=slots, rows=(slots,), drafts=drafts, queue=self.SEEDS
+    )
+    requests = [
+      Request(self.PROMPT, new, Sampling(self.HEAT, seed=seed), n=64)
+      for seed in range(0, self.SEEDS, 64)
+    ]
+    groups = Engine(made, variables, cfg).run(requests)
+    answers = [answer for group in groups for answer in group]
+    kept = sum(a.usage.accepted_drafts for a in answers)
+    return np.array([a.tokens for a in answers]), kept
+
+  def soft(self, logits):
+    scaled = np.exp(np.float64(logits) / self.HEAT)
+    return scaled / scaled.sum(-1, keepdims=True)
+
+  def test_sequences_are_as_likely_as_the_model_says(self):
+    self.check_sequences('gqa', 2)
+
+  @parameterized.parameters(('gqa', 0), ('v3', 2), ('v4', 2))
+  @pytest.mark.slow
+  def test_so_are_those_of_others(self, name, drafts):
+    self.check_sequences(name, drafts)
+
+  def check_sequences(self, name, drafts):
+    model = of_four_tokens(name)
+    tokens, _ = self.drawn(model, 3, drafts)
+    every = np.array(list(itertools.product(range(4), repeat=3)))
+    rows = np.concatenate(
+      [np.tile(np.int32(self.PROMPT), (64, 1)), every], axis=1
+    )
+    out = jax.jit(model[0].apply)(model[1], rows[:, :-1].astype(np.int32))
+    odds = self.soft(out.logits[:, -3:])
+    odds = np.take_along_axis(odds, every[..., None], -1)[..., 0].prod(-1)
+    self.assertAlmostEqual(odds.sum(), 1, places=5)
+    seen = np.bincount(tokens @ [16, 4, 1], minlength=64)
+    found = stats.chisquare(seen, odds / odds.sum() * len(tokens))
+    self.assertGreater(found.pvalue, 1e-4)
+
+  def test_a_draft_stays_as_often_as_noise_that_both_share_says(self):
+    self.check_share('gqa')
+
+  @parameterized.parameters('v3', 'v4')
+  @pytest.mark.slow
+  def test_so_does_one_of_others(self, name):
+    self.check_share(name)
+
+  def check_share(self, name):
+    made, variables = model = of_four_tokens(name)
+    _, kept = self.drawn(model, 2, 1)
+    prompt = np.array([self.PROMPT], np.int32)
+    out = jax.jit(functools.partial(made.apply, mtp=True))(variables, prompt)
+    # The state before the last token, with that token, guesses the next one.
+    guess = out.aux['mtp_hidden'][0][0, -2] @ made.head(variables)
+    p, q = self.soft(out.logits[0, -1]), self.soft(guess)
+    # Both take x where x wins with Gumbel noise against every y, twice.
+    ratios = np.maximum(p[:, None] / p, q[:, None] / q)
+    share = (1 / ratios.sum(0)).sum()
+    self.assertBetween(share, 0.1, 0.95)
+    found = stats.binomtest(kept, self.SEEDS, share)
+    self.assertGreater(found.pvalue, 1e-4)
+    # Less than the best rule, and no less than what `match` promises.
+    apart = np.abs(p - q).sum() / 2
+    self.assertLess(share, 1 - apart + 1e-9)
+    self.assertGreater(share, (1 - apart) / (1 + apart) - 1e-9)
+
+
 class AcceptanceTest(parameterized.TestCase):
   @parameterized.parameters(['gqa'])
   def test_drafts_stay_as_often_as_training_says(self, name):
@@ -165,15 +278,7 @@ class AcceptanceTest(parameterized.TestCase):
     self.check(name)
 
   def check(self, name):
-    # Four tokens: random drafts are often right.
-    block = {'v4': 'window', 'v3': 'moe'}.get(name, 'dense')
-    config = dataclasses.replace(
-      families.config(name),
-      vocab_size=4,
-      mtp=MTPConfig(1, block, name == 'v4'),
-    )
-    made = ds.build(config)
-    variables = tiny.draw(made)
+    made, variables = of_four_tokens(name)
     rng = np.random.default_rng(0)
     greedy = Sampling(temperature=0)
     requests = [

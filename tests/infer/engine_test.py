@@ -51,6 +51,30 @@ def requests(count, seed=0, new=12, most=30, **fields):
   ]
 
 
+def mixed():
+  """Returns 300 requests of all lengths and settings."""
+  rng = np.random.default_rng(0)
+  asked = []
+  for i in range(300):
+    settings = Sampling(
+      temperature=float(rng.choice([0, 1, 0.3])),
+      top_k=int(rng.choice([0, 5])),
+      top_p=float(rng.choice([1, 0.5])),
+      frequency_penalty=float(rng.choice([0, 0.4])),
+      logit_bias=((3, 1.0),) if i % 7 == 0 else (),
+      seed=i,
+      stop=(2,) if i % 3 == 0 else (),
+    )
+    size = int(rng.integers(1, 50))
+    prompt = tuple(map(int, rng.integers(1, tiny.VOCAB, size)))
+    new = int(rng.integers(1, 14))
+    wanted = int(rng.choice([0, 3])) if i % 2 else None
+    asked.append(
+      Request(prompt, new, settings, logprobs=wanted, echo=i % 11 == 0)
+    )
+  return asked
+
+
 @functools.cache
 def forward(name):
   return jax.jit(families.model(name).apply)
@@ -192,31 +216,20 @@ class ContractTest(parameterized.TestCase):
     self.assertEqual((run.stats['running'], run.stats['waiting']), (0, 0))
 
   def test_no_program_is_compiled_after_the_warm_up(self):
+    self.check_compiles_nothing('gqa')
+
+  @parameterized.parameters([n for n in families.NAMES if n != 'gqa'])
+  @pytest.mark.slow
+  def test_nor_with_other_caches(self, name):
+    self.check_compiles_nothing(name)
+
+  def check_compiles_nothing(self, name):
     lines = []
-    run = engine(contexts=(16, CONTEXT), rows=(1, 3), steps=2)
+    run = engine(name, contexts=(16, CONTEXT), rows=(1, 3), steps=2)
     run.warm_up(lines.append)
     before = run.stats['compilations']
     self.assertLen(lines, before)
-    rng = np.random.default_rng(0)
-    asked = []
-    for i in range(300):
-      settings = Sampling(
-        temperature=float(rng.choice([0, 1, 0.3])),
-        top_k=int(rng.choice([0, 5])),
-        top_p=float(rng.choice([1, 0.5])),
-        frequency_penalty=float(rng.choice([0, 0.4])),
-        logit_bias=((3, 1.0),) if i % 7 == 0 else (),
-        seed=i,
-        stop=(2,) if i % 3 == 0 else (),
-      )
-      size = int(rng.integers(1, 50))
-      prompt = tuple(map(int, rng.integers(1, tiny.VOCAB, size)))
-      new = int(rng.integers(1, 14))
-      wanted = int(rng.choice([0, 3])) if i % 2 else None
-      asked.append(
-        Request(prompt, new, settings, logprobs=wanted, echo=i % 11 == 0)
-      )
-    answers = run.run(asked)
+    answers = run.run(mixed())
     self.assertLen(answers, 300)
     self.assertEqual(run.stats['compilations'], before)
 

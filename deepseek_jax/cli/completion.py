@@ -78,7 +78,10 @@ _BASH = """_deepseek_jax() {{
   esac
   case "$word" in
     --config.*) all='{fields}';;
-    --config=*) all='{configs}';;
+    --config=* | --versus=*)
+      all='{configs}'
+      [[ $verb == plan ]] && all+=' {presets}'
+      all=${{all//--config=/${{word%%=*}}=}};;
   esac
   COMPREPLY=($(compgen -W "$all" -- "$word"))
   # Bash breaks words at =: what stands before it is there already.
@@ -107,12 +110,13 @@ def script(shell: str) -> str:
   for verb in program.verbs():
     listed = ' '.join(f'--{name}=' for name in flags_of(verb))
     cases.append(f"    {verb}) all='{listed}';;")
-  recipes = dict.fromkeys([*named.RECIPES, *named.PRESETS])
+  models = [name for name in named.PRESETS if name not in named.RECIPES]
   text = _BASH.format(
     verbs=' '.join(program.verbs()),
     cases='\n'.join(cases),
     fields=' '.join(dict.fromkeys(words())),
-    configs=' '.join(f'--config={name}' for name in recipes),
+    configs=' '.join(f'--config={name}' for name in named.RECIPES),
+    presets=' '.join(f'--config={name}' for name in models),
   )
   if shell == 'zsh':
     text = f'autoload -U +X bashcompinit && bashcompinit\n{text}'

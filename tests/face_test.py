@@ -4,6 +4,8 @@ import ast
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 from absl.testing import absltest, parameterized
 
@@ -57,6 +59,39 @@ def _users():
 
 
 class FaceTest(parameterized.TestCase):
+  def test_what_the_stub_names_is_there(self):
+    stub = ast.parse((ROOT / 'deepseek_jax' / '__init__.pyi').read_text())
+    (named,) = [
+      ast.literal_eval(node.value)
+      for node in stub.body
+      if isinstance(node, ast.Assign)
+    ]
+    self.assertEqual(ds.__all__, sorted(named))
+    self.assertContainsSubset(named, dir(ds))
+    for name in named:
+      self.assertIsNotNone(getattr(ds, name), name)
+    self.assertContainsSubset(ds.__all__, vars(ds))  # looked up once
+    with self.assertRaisesRegex(AttributeError, "no attribute 'bulid'"):
+      _ = ds.bulid
+
+  @parameterized.parameters(
+    ('deepseek_jax', ('jax', 'numpy')),
+    ('deepseek_jax.config', ('jax',)),
+    (
+      'deepseek_jax.model.attention.mla',
+      ('deepseek_jax.run', 'deepseek_jax.train'),
+    ),
+    ('deepseek_jax.data.packing', ('deepseek_jax.model',)),
+    ('pallas_kernels.indexer', ('deepseek_jax', 'flax')),
+  )
+  def test_one_module_imports_what_it_needs(self, module, others):
+    seen = f'[o for o in {others} if o in sys.modules]'
+    code = f'import sys, {module}; print({seen})'
+    done = subprocess.run(
+      [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+    )
+    self.assertEqual(done.stdout.strip(), '[]', done.stderr)
+
   def test_what_users_read_exists(self):
     seen = 0
     for path, code in _users():

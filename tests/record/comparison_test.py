@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax.cli import side_by_side
-from deepseek_jax.record import comparison, results
+from deepseek_jax.record import comparison, metrics, results
 from deepseek_jax.record.report import bands, compared
 
 _METRIC = 'heldout_bits_per_byte'
@@ -46,7 +46,7 @@ def _run(
     'keep': seed,  # changes no number: no arm differs by it
   }
   (path / 'config.json').write_text(json.dumps(config))
-  with ds.record.metrics.MetricsWriter(path, console=False) as writer:
+  with metrics.MetricsWriter(path, console=False) as writer:
     for step in range(1, 6):
       writer.write(step, {'loss': 5.0 / step + seed})
   if bits is not None:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernel_work import (
-  ONE_CODE,
   Work,
   bf16,
   fresh_keys,
@@ -19,7 +18,6 @@ from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
-from pallas_kernels.quantize import dequantize
 from pallas_kernels.sparse_gqa import shapes as gqa_shapes
 from pallas_kernels.sparse_gqa import sparse_gqa
 from pallas_kernels.sparse_mla import ChosenKeys, attend
@@ -27,7 +25,7 @@ from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 
 def store(shape):
-  """Latents of tokens into a cache of zeros, read back as numbers."""
+  """Latents of tokens into a cache of zeros."""
   N, D, pages = shape.tokens, shape.dim, (shape.pages, shape.page)
   k = fresh_keys(6)
   x, w = bf16(k[0], N, D), bf16(k[1], D, 576)
@@ -41,20 +39,14 @@ def store(shape):
     c = zeros(512, jnp.float8_e4m3fn)
     cache = latent_kv.FP8Pages(c, zeros(4, jnp.float32), zeros(64))
 
-  def op(x, w, gain, cos, sin, slots, cache, impl):
-    new = write(x, w, gain, cos, sin, slots, cache, impl=impl)
-    if not shape.fp8:
-      return new
-    flat = lambda a: a.reshape(-1, a.shape[-1])
-    return dequantize(flat(new.c), flat(new.scales)), new.k_r
-
   args = (x, w, gain, jnp.cos(angles), jnp.sin(angles), slots, cache)
-  xla = functools.partial(op, impl='reference')
+  xla = functools.partial(write, impl='reference')
   moved = nbytes(x, w) + N * (656 if shape.fp8 else 1152)
   flops = 2.0 * N * D * 576
-  tolerance = ONE_CODE if shape.fp8 else 2.0**-6
+  # The product is summed in another order, so a few codes go a step further.
+  tolerance = 2.0**-5 if shape.fp8 else 2.0**-6
   return Work(
-    op, args, xla, flops, moved, {}, in_place=write, tolerance=tolerance
+    write, args, xla, flops, moved, {}, in_place=write, tolerance=tolerance
   )
 
 
@@ -75,7 +67,8 @@ def select(shape):
   xla = functools.partial(op, impl='reference')
   pairs = B * (T * (S - T) + T * (T + 1) // 2)
   moved = nbytes(q, keys, w) + B * T * shape.top_k * 4
-  return Work(op, args, xla, 2.0 * pairs * H * 128, moved, {'xla': xla})
+  flops = 2.0 * pairs * H * 128
+  return Work(op, args, xla, flops, moved, {'xla': xla}, tolerance=0.0)
 
 
 def select_small(shape):

@@ -18,6 +18,8 @@ _COLUMNS = (
   ('tflops', 'TFLOP/s'),
   ('tbytes', 'TB/s'),
   ('of_floor', 'floor/time'),
+  ('target', 'target'),
+  ('tokens_per_second', 'tokens/s'),
   ('over_xla', 'XLA/time'),
   ('over_cudnn', 'cuDNN/time'),
   ('over_torch', 'torch/time'),
@@ -102,8 +104,22 @@ def _cell(row: dict, key: str) -> str:
     how = row.get('how', 'cupti')
     notes.append('' if how == 'cupti' else how)
     return '; '.join(filter(None, notes)).replace('|', '/')
+  if key == 'target':
+    return _target(row)
   value = row.get(key, '')
   return f'{value:.3g}' if isinstance(value, float) else str(value)
+
+
+def _target(row: dict) -> str:
+  """What a row should reach, and whether it does."""
+  target = Case(row['op'], row['shape']).target
+  if target is None:
+    return ''
+  name, least = target
+  said = f'{dict(_COLUMNS)[name]} >= {least:g}'
+  if name not in row:
+    return said
+  return f'{said}: {"met" if row[name] >= least else "missed"}'
 
 
 def table(report: Report) -> str:

@@ -93,7 +93,8 @@ def check(window: Window, cases: list[Case]) -> dict[str, dict]:
 
   def one(case: Case) -> tuple[Case, dict | None]:
     # Compiling takes most of it, and is a CPU's work: several side by side.
-    limit = min(1.5 * flags.limit, stop - time.monotonic())
+    limit = 1.5 * flags.limit * case.patience
+    limit = min(limit, stop - time.monotonic())
     if limit <= 0:
       return case, None
     return case, kernel_processes.last_row(child('check', case), limit)
@@ -126,7 +127,7 @@ def time_rows(
       continue
     known = (case.op, case.shape) in checked
     argv = child('time', case, checked=known, rates=window.report.floors)
-    limit = min(flags.limit, window.left - 5)
+    limit = min(flags.limit * case.patience, window.left - 5)
     row = kernel_processes.last_row(argv, limit)
     before = found[case.op] if known else {}
     window.keep(case, before | row)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, target
 from pallas_kernels.permute import reference
 from pallas_kernels.permute.reference import Plan
 from pallas_kernels.quantize import ACTIVATION_FLOOR, check_floor
@@ -30,8 +30,8 @@ def plan(
     experts: [N K] int32. `num_experts` (or anything outside 0..E-1) means
       that the choice goes nowhere: padding, or a dropped token.
     num_experts: E.
-    block: rows per block; None picks by size and device: on Hopper 64 or
-      128, elsewhere 32 down to 1 for decoding.
+    block: rows per block; None picks by size and device: on a CPU 32 down to
+      1 for decoding, elsewhere 64 or 128.
 
   Returns:
     Plan of int32 arrays: `slot` [N K], `source` [M], `block_expert`
@@ -51,9 +51,9 @@ def plan(
       'their product must stay under 2**31; split the batch'
     )
   if block is None:
-    impl = dispatch.chosen(None)
-    hopper = dispatch.on_hopper() if impl is None else impl == 'gpu'
-    block = reference.pick_block(experts.size, num_experts, hopper)
+    kernel = dispatch.chosen(None) == 'gpu'
+    wide = kernel or target.current().platform != 'cpu'
+    block = reference.pick_block(experts.size, num_experts, wide)
   return reference.plan(experts, num_experts, block)
 
 

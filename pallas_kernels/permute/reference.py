@@ -34,14 +34,14 @@ def num_blocks(choices: int, num_experts: int, block: int) -> int:
   return max((choices + active * (block - 1)) // block, 1)
 
 
-def pick_block(choices: int, num_experts: int, on_hopper: bool) -> int:
+def pick_block(choices: int, num_experts: int, wide: bool) -> int:
   """Returns rows per block: an eighth of an expert's share, to waste little.
 
-  XLA merges adjoining blocks, so small ones cost it nothing; the GPU multiplies
-  tiles of 64 or 128 rows.
+  A CPU joins adjoining blocks, so small ones cost it nothing. Others read an
+  expert's weights once per block, and multiply tiles of 64 or 128 rows.
   """
   share = choices // num_experts
-  if on_hopper:
+  if wide:
     return 64 if share < 256 else 128
   return min(1 << max(share // 8, 1).bit_length() - 1, 32)
 

@@ -61,7 +61,8 @@ class PlatformsTest(parameterized.TestCase):
       self.assertLessEqual(count, most, platform)
 
   @parameterized.product(
-    phase=('prefill', 'decode'), capability=('', '8.0', '9.0', '10.0')
+    phase=('train', 'prefill', 'decode'),
+    capability=('', '8.0', '9.0', '10.0'),
   )
   def test_kernels_are_for_the_capability_that_is_named(
     self, phase, capability

@@ -1,5 +1,6 @@
 """The benchmark's cases and contenders, as far as a CPU can tell."""
 
+import functools
 import importlib
 import warnings
 from unittest import mock
@@ -12,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from benchmarks import kernel_cases, kernel_timing, kernel_torch
 from benchmarks.kernel_work import Work, bf16, fresh_keys
+from pallas_kernels import dispatch, target
 from tests import tiny
 
 RATES = {'flops': 1e12, 'bytes': 1e12}
@@ -82,10 +84,34 @@ class BenchmarkTest(parameterized.TestCase):
     call = kernel_timing.InPlace(step, work.args)
     for _ in range(2):
       call()
-    with mock.patch.object(kernel_timing, 'device_us', five_us):
+    with (
+      mock.patch.object(kernel_timing, 'device_us', five_us),
+      mock.patch.object(kernel_timing, 'wall_us', lambda *_: 5.0),
+    ):
       row = next(kernel_timing.time_case(work, RATES))
     rate = row['tokens_per_second']
     self.assertAlmostEqual(rate * 5e-6 / work.tokens, 1)
+
+  @parameterized.parameters(*kernel_cases.OPS)
+  def test_the_kernel_of_every_case_is_reached(self, op):
+    """Traced for Hopper, where it must be a kernel, small and as it is timed.
+
+    Nothing is allocated: arrays are drawn when their shapes are known.
+    """
+    shapes, make, small = kernel_cases.OPS[op]
+    for shape in shapes.values():
+      self.check_traced(functools.partial(make, small(shape)))
+      self.check_traced(functools.partial(make, shape))
+
+  def check_traced(self, make):
+    def traced():
+      work = make()
+      call = work.in_place or work.op
+      return call(*work.args, impl='gpu')
+
+    with target.targeting('cuda', '9.0'), dispatch.recorded() as choices:
+      jax.eval_shape(traced)
+    self.assertIn('gpu', {choice.impl for choice in choices})
 
   def test_a_cache_is_donated_call_after_call(self):
     work = small_case('latent_kv')

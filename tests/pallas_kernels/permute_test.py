@@ -1,11 +1,14 @@
 """permute and combine against loops over (token, choice) in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from pallas_kernels import permute as op
+from pallas_kernels import target
 from pallas_kernels.permute import shapes
 from pallas_kernels.permute.reference import num_blocks
 from pallas_kernels.quantize import ACTIVATION_FLOOR, quantize
@@ -137,6 +140,23 @@ class PermuteTest(parameterized.TestCase):
     bound = num_blocks(choices, experts, block)
     self.assertBetween(worst, 1, bound)
     self.assertLessEqual(bound - worst, 1)
+
+  @parameterized.parameters(
+    ('cpu', '', 2288, 1024),
+    ('cuda', '8.0', 764, 268),
+    ('cuda', '9.0', 764, 268),
+    ('rocm', '', 764, 268),
+    ('tpu', '', 764, 268),
+  )
+  def test_only_a_cpu_gets_small_blocks(self, platform, capability, many, few):
+    # Elsewhere each block reads its expert's weights.
+    for tokens, want in ((4096, many), (128, few)):
+      experts = jax.ShapeDtypeStruct((tokens, 8), jnp.int32)
+      with target.targeting(platform, capability):
+        made = jax.eval_shape(
+          functools.partial(op.plan, num_experts=256), experts
+        )
+      self.assertEqual(made.block_expert.shape, (want,))
 
   def test_compiled_backward_has_no_scatter(self):
     experts, x, weights = draw(shapes.TEST['plain'])

@@ -24,6 +24,7 @@ from benchmarks import (
   kernels,
 )
 from benchmarks.kernel_work import Work
+from pallas_kernels.quantize import quantize
 
 FAKE = str(pathlib.Path(__file__).with_name('fake_stage.py'))
 ROOT = pathlib.Path(__file__).parents[2]
@@ -272,6 +273,42 @@ class ErrorTest(parameterized.TestCase):
       (right, np.asarray(got), right), (right, np.asarray(want), right)
     )
     np.testing.assert_allclose(made, error, rtol=1e-6)
+
+  def test_of_names_the_share_that_differs_counts(self):
+    want = np.arange(4000, 4100, dtype=np.int32)
+    other = want.copy()
+    other[7] += 1
+    found = [
+      kernel_timing.worst_error(a, want) for a in (other, want + 1, want)
+    ]
+    self.assertEqual(found, [0.01, 1.0, 0.0])
+    shapes, make, small = kernel_cases.OPS['indexer']
+    self.assertEqual(make(small(next(iter(shapes.values())))).tolerance, 0)
+
+  def test_float8_may_round_otherwise_and_no_more(self):
+    x = np.random.default_rng(0).normal(size=(256, 256))
+    codes, scales = quantize(jnp.asarray(x, jnp.bfloat16), impl='reference')
+    codes = np.asarray(codes)
+    tolerance = Work(None, (), None, 0, 0, {}).tolerance
+    error = lambda c, s=scales: kernel_timing.worst_error(
+      (c, s), (codes, scales)
+    )
+    self.assertEqual(error(codes), 0)
+    stepped = codes.view(np.uint8).copy()
+    stepped[0, :3] ^= 1  # to a neighbour
+    self.assertLess(error(stepped.view(codes.dtype)), tolerance)
+    wide = codes.astype(np.float32)
+    none = np.where(np.abs(wide) < 30, 0, wide).astype(codes.dtype)
+    self.assertEqual(error(none), np.inf)
+    self.assertGreater(error((wide * 1.05).astype(codes.dtype)), tolerance)
+    self.assertGreater(error(codes, 0.92 * scales), tolerance)
+    # Either zero is zero.
+    self.assertEqual(
+      kernel_timing.worst_error(
+        np.zeros(2, codes.dtype), -np.zeros(2, codes.dtype)
+      ),
+      0,
+    )
 
   def test_a_kernel_of_nan_fails_its_stage(self):
     for broken in (jnp.nan, jnp.inf, 1.5):

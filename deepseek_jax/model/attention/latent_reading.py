@@ -135,7 +135,8 @@ def _exchanging_heads(
   size = H // ways
   up = jax.lax.dynamic_slice_in_dim(up, along.index * size, size, axis=1)
   k, v = expand_latents(q.shape[2:], latents, up)
-  y = mla_prefill(q, k, v, seen.keys, scale=scale, impl=impl)
+  own = dispatch.preferred(impl)
+  y = mla_prefill(q, k, v, seen.keys, scale=scale, impl=own)
   return jax.lax.all_to_all(y, along.axis, 1, 2, tiled=True)
 
 

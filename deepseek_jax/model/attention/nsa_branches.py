@@ -311,6 +311,7 @@ def _by_kernel(
     )
 
   numbers = G * (cfg.select * cfg.select_block + cfg.window + E)
+  numbers += cfg.heads * E  # scores of entries, which select blocks
   shared = selected, window, entries
   most = queries.q.shape[1]
   return query_blocks.over_blocks(block, queries, most, numbers, shared)

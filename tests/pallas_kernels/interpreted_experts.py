@@ -86,11 +86,9 @@ def check_swiglu_quantize():
       label = f'{name} {dtype.__name__}'
       # Where exp differs by a bit a number goes to the next one of float8.
       op = functools.partial(swiglu_quantize, **how)
-      interpreted.compare(label, op, (h,), 2.0**-3)
+      interpreted.compare(label, op, (h,), BF16)
       back = functools.partial(swiglu_gradient, **how)
-      interpreted.compare(f'{label} gradient', back, (h, grad), 2.0**-3)
-      exact = lambda *args, back=back, **impl: back(*args, **impl)[0]
-      interpreted.compare(f'{label} exact', exact, (h, grad), BF16)
+      interpreted.compare(f'{label} gradient', back, (h, grad), BF16)
 
 
 def check_permute_fp8():

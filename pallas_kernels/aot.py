@@ -8,6 +8,7 @@ spills registers, drew a warning that costs speed, or lost its wgmma.
 """
 
 import argparse
+import datetime
 import json
 import os
 import pathlib
@@ -120,7 +121,7 @@ def faults(case: aot_cases.KernelCase, records: list[dict]) -> list[str]:
 def table(results: dict[str, dict]) -> str:
   """Renders {jax version: {case: {'kernels', 'faults'}}} as Markdown."""
   columns = ('registers', 'spill_bytes', 'smem', 'wgmma', 'tma')
-  head = ('kernel', 'jax', *columns, 'faults')
+  head = ('kernel', 'jax', *columns, 'faults', 'date')
   lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
   names = dict.fromkeys(n for cases in results.values() for n in cases)
   for name in names:
@@ -130,7 +131,8 @@ def table(results: dict[str, dict]) -> str:
       case = cases[name]
       cells = [' + '.join(str(k[c]) for k in case['kernels']) for c in columns]
       bad = ', '.join(case['faults']) or 'none'
-      lines.append(f'| {" | ".join([name, version, *cells, bad])} |')
+      date = case.get('date', '')
+      lines.append(f'| {" | ".join([name, version, *cells, bad, date])} |')
   return '\n'.join(lines) + '\n'
 
 
@@ -140,7 +142,8 @@ Written by `python -m pallas_kernels.aot` on a machine without a GPU: compiled
 to machine code, not run and not timed. Several kernels in one call are joined
 by + (one that an earlier case compiled is left out); smem is in bytes of
 232448, None where that jax version doesn't say; wgmma and tma count
-instructions.
+instructions. Rows without a date are older than 2026-11-29, and may be of
+sources that have changed since.
 
 """
 
@@ -164,7 +167,11 @@ def main(argv: list[str]) -> int:
       folder = pathlib.Path(flags.dump or scratch) / name
       folder.mkdir(parents=True, exist_ok=True)
       records = compile_case(case, folder)
-    done[name] = {'kernels': records, 'faults': faults(case, records)}
+    done[name] = {
+      'kernels': records,
+      'faults': faults(case, records),
+      'date': datetime.date.today().isoformat(),
+    }
     bad += bool(done[name]['faults'])
     print(name, done[name], flush=True)
   store.write_text(json.dumps(done, indent=1) + '\n')

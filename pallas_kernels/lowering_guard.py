@@ -30,9 +30,9 @@ def _lower(ctx: Any, x: Any, *, op: str) -> list:
   if wrong:
     raise ValueError(
       f'{op}: its kernel is made for NVIDIA GPUs, but the program is lowered'
-      f' for {wrong[0]}; take None (compute.kernels of a model) with that target'
-      " (pallas_kernels.target.targeting), or impl='reference', which scores all"
-      ' keys at once'
+      f' for {wrong[0]}; take None (compute.kernels of a model) with that'
+      " target (pallas_kernels.target.targeting), or impl='reference', which"
+      ' scores all keys at once'
     )
   return [x]
 

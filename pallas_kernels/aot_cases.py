@@ -344,7 +344,9 @@ CASES = {
   'mla_decode_h128': _mla_decode(128, 1, 128, 1),
   'mla_decode_h128_s2_split4': _mla_decode(4, 2, 128, 4),
   'mla_decode_h16': _mla_decode(128, 1, 16, 1),
-  # As the engine calls it: pages of 64 tokens, a token and three drafts.
+  # As the engine calls it: pages of 64 tokens, a token and its drafts.
+  'mla_decode_paged_s2': _mla_decode(32, 2, 16, 4),
+  'mla_decode_paged_s3': _mla_decode(32, 3, 16, 4),
   'mla_decode_paged_s4': _mla_decode(32, 4, 16, 4),
   **{
     f'grouped_matmul_{kind}_{name}': _grouped(*shape, kind)

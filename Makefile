@@ -76,19 +76,22 @@ parity: $(VENV)/.test
 	$(PYTEST) tests/hf tests/parity -n 2 --dist loadfile
 
 # The whole proof of every kernel: references, CUDA export, and the interpreter
-# with its race detector, which takes a newer jax than Python 3.11 gets.
+# with its race detector, which takes a newer jax than Python 3.11 gets; there a
+# whole model's logits, too.
 NEWER_PYTHON ?= python3.12
 need = $(1) -c '' >/dev/null 2>&1 || { echo 'error: $(1): no such\
   interpreter; give one, as in make $@ $(2)=PATH' >&2; exit 2; }
 .venv-interpreter/.ready:
 	@$(call need,$(NEWER_PYTHON),NEWER_PYTHON)
 	$(NEWER_PYTHON) -m venv .venv-interpreter
-	.venv-interpreter/bin/pip install --quiet 'jax>=0.11.2' absl-py pytest \
+	.venv-interpreter/bin/pip install --quiet 'jax>=0.11.2' flax absl-py pytest \
 	  pytest-timeout
 	touch $@
 kernels: $(VENV)/.test .venv-interpreter/.ready
 	$(PYTEST) tests/pallas_kernels --ignore=tests/pallas_kernels/interpreter_test.py
 	.venv-interpreter/bin/python -m pytest tests/pallas_kernels/interpreter_test.py
+	.venv-interpreter/bin/python -m pytest tests/model/kernels_test.py \
+	  -k interpreter
 
 # The server under load: 200 clients, cut and slow streams, wrong bodies.
 serve: $(VENV)/.test

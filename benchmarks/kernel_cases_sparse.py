@@ -20,7 +20,7 @@ from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.sparse_gqa import shapes as gqa_shapes
 from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import ChosenKeys, attend
+from pallas_kernels.sparse_mla import ChosenKeys, attend, shares
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 
@@ -129,6 +129,24 @@ def sparse_bwd(shape):
   return Work(op, args, in_float32(op), pairs * each, moved, {'xla': xla})
 
 
+def teach(shape):
+  """The indexer's target: how all heads share out what they attend to."""
+  (*queries, latents, sinks), indices, _, pairs = _chosen(shape)
+  keys = tuple(ChosenKeys(*a, i) for a, i in zip(latents, indices))
+  how = {'scale': 192**-0.5, 'sinks': sinks, 'impl': 'reference'}
+  _, log_sum = jax.jit(lambda q, keys: attend(*q, keys, **how))(queries, keys)
+
+  def op(queries, keys, log_sum, impl):
+    return shares(*queries, keys, log_sum, scale=192**-0.5, impl=impl)
+
+  args = queries, keys[-1], log_sum
+  xla = functools.partial(op, impl='reference')
+  each = 2.0 * (shape.width + shape.rope)
+  moved = nbytes(*jax.tree.leaves(args)) + 4 * indices[-1].size
+  own = pairs * indices[-1].shape[-1] / sum(i.shape[-1] for i in indices)
+  return Work(op, args, in_float32(op), own * each, moved, {'xla': xla})
+
+
 def sparse_small(shape):
   far = shape.far and (70, 66)
   small = shape._replace(batch=1, queries=5, keys=300, heads=16, top_k=100)
@@ -187,11 +205,15 @@ def decode_small(shape):
   return shape._replace(lengths=tuple(n % 1000 + 1 for n in shape.lengths[:3]))
 
 
+# Where an indexer learns; V4's is of the entries.
+_LEARNT = {n: sparse_shapes.BENCH[n] for n in ('prefill_s4096', 'v4_csa_s8192')}
+
 OPS = {
   'latent_kv': (latent_shapes.BENCH, store, store_small),
   'indexer': (indexer_shapes.BENCH, select, select_small),
   'mla_decode_fp8': (decode_shapes.BENCH, decode_fp8, decode_small),
   'sparse_mla': (sparse_shapes.BENCH, sparse, sparse_small),
   'sparse_mla_bwd': (sparse_shapes.BENCH, sparse_bwd, sparse_small),
+  'attention_shares': (_LEARNT, teach, sparse_small),
   'sparse_gqa': (gqa_shapes.BENCH, grouped, grouped_small),
 }

@@ -61,6 +61,7 @@ _FIRST = (
   ('grouped_matmul_fp8', 'g8_m4096_up', ''),
   ('sparse_mla', 'prefill_s4096', ''),
   ('sparse_mla', 'v4_csa_s8192', ''),
+  ('attention_shares', 'prefill_s4096', 'xla'),
   ('sparse_gqa', 'nsa_selected_s8192', ''),
   ('indexer', 's8192_h64', ''),
   ('permute', 'v3_t4096', 'xla'),

@@ -28,7 +28,7 @@ from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
 from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import ChosenKeys, attend, sparse_mla
+from pallas_kernels.sparse_mla import ChosenKeys, attend, shares, sparse_mla
 from pallas_kernels.swiglu_quantize import shapes as swiglu_shapes
 from pallas_kernels.swiglu_quantize import swiglu_gradient, swiglu_quantize
 from pallas_kernels.write_streams import shapes as write_shapes
@@ -297,6 +297,19 @@ def _sparse_mla(queries: int, heads: int, backward: bool) -> KernelCase:
   return KernelCase(grads, (*args, args[0]), True)
 
 
+def _shares(queries: int, heads: int) -> KernelCase:
+  """Builds the shares of 2048 of 4096 latents in all heads' attention."""
+  *floats, index = _sparse_mla(queries, heads, False).args
+
+  def fn(q_c: jax.Array, q_r: jax.Array, *rest: jax.Array) -> jax.Array:
+    *keys, log_sum = rest
+    how = {'scale': 0.07, 'impl': 'gpu'}
+    return shares(q_c, q_r, ChosenKeys(*keys), log_sum, **how)
+
+  log_sum = (1, queries, heads), F32
+  return KernelCase(fn, (*floats, index, log_sum), True)
+
+
 def _attend(
   queries: int, keys: tuple[tuple[int, int], ...], backward: bool
 ) -> KernelCase:
@@ -391,6 +404,7 @@ CASES = {
   'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
   'sparse_mla': _sparse_mla(4096, 128, False),
   'sparse_mla_bwd': _sparse_mla(64, 128, True),
+  'attention_shares': _shares(4096, 128),
   # V4: a window of 128 tokens and 512 of the entries, in one softmax.
   'sparse_mla_v4': _attend(4096, ((4096, 128), (1024, 512)), False),
   'sparse_mla_v4_bwd': _attend(64, ((4096, 128), (1024, 512)), True),

@@ -19,7 +19,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import reference
 from pallas_kernels.sparse_mla.keys import ChosenKeys, known
 
-__all__ = ['ChosenKeys', 'attend', 'sparse_mla']
+__all__ = ['ChosenKeys', 'attend', 'shares', 'sparse_mla']
 
 
 def sparse_mla(
@@ -96,6 +96,48 @@ def attend(
   functions = {'reference': reference.sparse_mla, 'gpu': gpu}
   out, log_sum = dispatch.run('sparse_mla', impl, functions, *args)
   return out, jax.lax.stop_gradient(log_sum)
+
+
+def shares(
+  q_c: jax.Array,
+  q_r: jax.Array | None,
+  keys: ChosenKeys,
+  log_sum: jax.Array,
+  *,
+  scale: float,
+  impl: str | None = None,
+) -> jax.Array:
+  """Returns the mean over heads of the attention to each choice, [B T K].
+
+  What the indexer learns to foresee (arXiv:2512.02556, section 2.1.1), float32
+  and without gradient; 0 of no choice.
+
+  Args:
+    q_c, q_r: as of `attend`.
+    keys: one of its lists.
+    log_sum: [B T H], that it returned.
+    scale: of the scores.
+    impl: as there.
+
+  Raises:
+    ValueError: shapes that don't fit each other.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+  """
+  _check(q_c, q_r, (keys,), None)
+  if log_sum.shape != q_c.shape[:-1]:
+    raise ValueError(
+      f'log_sum is {list(log_sum.shape)}, but q_c {list(q_c.shape)} asks for'
+      f' {list(q_c.shape[:-1])}'
+    )
+
+  def gpu(*args: Any) -> jax.Array:
+    from pallas_kernels.sparse_mla import gpu
+
+    return gpu.shares(*args)
+
+  args = jax.lax.stop_gradient((q_c, q_r, known(keys), log_sum))
+  functions = {'reference': reference.shares, 'gpu': gpu}
+  return dispatch.run('attention_shares', impl, functions, *args, scale)
 
 
 def _check(

@@ -15,7 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.latent_blocks import EMPTY, LATENT, LOG2E, ROPE
-from pallas_kernels.sparse_mla import forward, latent_gradient, query_gradient
+from pallas_kernels.sparse_mla import (
+  forward,
+  latent_gradient,
+  query_gradient,
+  query_shares,
+)
 from pallas_kernels.sparse_mla.forward import Latents
 from pallas_kernels.sparse_mla.gathered_blocks import BLOCK, HEADS
 from pallas_kernels.sparse_mla.keys import ChosenKeys
@@ -49,6 +54,30 @@ def sparse_mla(
   log_sum = jnp.where(lse > EMPTY / 2, lse * math.log(2), NONE)
   shaped = lambda a: a[:, :H].reshape(B, T, H, *a.shape[2:])
   return shaped(out), shaped(log_sum)
+
+
+def shares(
+  q_c: jax.Array,
+  q_r: jax.Array | None,
+  keys: ChosenKeys,
+  log_sum: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Returns the mean over heads of the attention to each choice, [B T K]."""
+  _check(q_c, q_r, (keys,))
+  B, T, H, _ = q_c.shape
+  flat = lambda a, value=0: jnp.pad(
+    a.reshape(B * T, H, *a.shape[3:]),
+    ((0, 0), (0, -H % HEADS), *((0, 0),) * (a.ndim - 3)),
+    constant_values=value,
+  )
+  # Of padded heads no probability is above 0.
+  lse = flat(log_sum.astype(jnp.float32) * LOG2E, -EMPTY)
+  at, latents = _places(keys), _in_one_list(keys[:2])
+  run = lambda *own: query_shares.shares(*own, *latents, scale)
+  found = _in_parts(run, (*jax.tree.map(flat, (q_c, q_r)), lse, at))
+  found = jnp.where(at >= 0, found, 0.0) / H
+  return found[:, : keys.index.shape[2]].reshape(keys.index.shape)
 
 
 def _check(

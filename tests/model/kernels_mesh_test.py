@@ -28,7 +28,9 @@ KERNELS = {
     'decode': {'latent_kv', 'mla_decode', 'router'} | EXPERTS,
   },
   'v32': {
-    'train': {'indexer', 'sparse_mla', 'router'} | EXPERTS | BACKWARD,
+    'train': {'indexer', 'sparse_mla', 'attention_shares', 'router'}
+    | EXPERTS
+    | BACKWARD,
     'prefill': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
     'decode': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
   },

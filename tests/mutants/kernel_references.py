@@ -114,6 +114,14 @@ MUTANTS = (
     'sequences shared by exchange of heads: each device has its own',
   ),
   Mutant(
+    'shares_of_another_list_and_the_sink_left_out',
+    'pallas_kernels/sparse_mla/reference.py',
+    'weights = jnp.exp(scores - log_sum[:, None])',
+    'weights = jax.nn.softmax(scores, axis=-1)',
+    (f'{_TESTS}/sparse_mla_test.py::they_equal_a_loop_in_float64',),
+    'V3.2, section 2.1.1: the target is the attention as it was, of all keys',
+  ),
+  Mutant(
     'sinks_take_no_share',
     'pallas_kernels/sparse_mla/reference.py',
     '    total = total + jnp.exp(wide(sinks) - top)\n',

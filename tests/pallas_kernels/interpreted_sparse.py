@@ -22,7 +22,12 @@ from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.sparse_gqa import shapes as gqa_shapes
 from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import ChosenKeys, attend, latent_gradient
+from pallas_kernels.sparse_mla import (
+  ChosenKeys,
+  attend,
+  latent_gradient,
+  shares,
+)
 from pallas_kernels.sparse_mla import shapes as sparse_shapes
 
 BF16 = interpreted.BF16
@@ -174,6 +179,20 @@ def check_sparse_mla():
     with mock.patch.object(latent_gradient, '_PARTS', parts):
       # Probabilities, their gradients and a latent's parts are rounded.
       interpreted.compare(name, both, draw_sparse_mla(shape), 2 * BF16)
+
+
+def check_attention_shares():
+  def run(queries, keys, log_sum, impl):
+    return shares(*queries, keys, log_sum, scale=0.05, impl=impl)
+
+  for name, shape in sparse_shapes.TEST_GPU.items():
+    (queries, latents, sinks), indices, _ = draw_sparse_mla(shape)
+    lists = tuple(ChosenKeys(*a, i) for a, i in zip(latents, indices))
+    how = {'scale': 0.05, 'sinks': sinks, 'impl': 'reference'}
+    _, log_sum = attend(*queries, lists, **how)
+    for number, keys in enumerate(lists):
+      label, args = f'{name} {number}', (queries, keys, log_sum)
+      interpreted.compare(label, run, args, 2.0**-18)
 
 
 def check_sparse_gqa():

@@ -32,6 +32,7 @@ SCRIPTS = {
   'mla_decode_fp8': 'interpreted_sparse.py',
   'sparse_mla': 'interpreted_sparse.py',
   'sparse_gqa': 'interpreted_sparse.py',
+  'attention_shares': 'interpreted_sparse.py',
   'sparse_mla_parts': 'interpreted_sparse.py',
 }
 RACES = ('race', 'overwritten')

@@ -13,6 +13,7 @@ from pallas_kernels.sparse_mla import (
   ChosenKeys,
   attend,
   latent_gradient,
+  shares,
   sparse_mla,
 )
 from pallas_kernels.sparse_mla.shapes import TEST, TEST_LISTS
@@ -85,6 +86,44 @@ def loop_lists(q_c, q_r, keys, sinks):
       log_sums[b, t, h] = np.log(np.exp(scores).sum())
       out[b, t, h] = np.exp(scores - log_sums[b, t, h]) @ np.stack(rows)
   return out, log_sums
+
+
+class SharesTest(parameterized.TestCase):
+  @parameterized.named_parameters(TEST_LISTS.items())
+  def test_they_equal_a_loop_in_float64(self, shape):
+    q_c, q_r, keys, sinks = draw_lists(shape)
+    _, log_sum = loop_lists(q_c, q_r, keys, sinks)
+    narrow = lambda tree: jax.tree.map(
+      lambda a: a.astype(np.float32) if a.dtype == np.float64 else a, tree
+    )
+    total = np.zeros(q_c.shape[:2])
+    for c, k_r, index in keys:
+      want = np.zeros(index.shape)
+      for b, t, k in np.ndindex(index.shape):
+        i = index[b, t, k]
+        if i < 0:
+          continue
+        scores = q_c[b, t] @ c[b, i]
+        if q_r is not None:
+          scores += q_r[b, t] @ k_r[b, i]
+        want[b, t, k] = np.exp(SCALE * scores - log_sum[b, t]).mean()
+      one = narrow(ChosenKeys(c, k_r, index))
+      got = shares(*narrow((q_c, q_r)), one, np.float32(log_sum), scale=SCALE)
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+      total += want.sum(-1)
+    # Both lists and the sink share 1, where anything is chosen.
+    self.assertTrue((total < 1 + 1e-9).all())
+    if not shape.sinks:
+      some = sum((k.index >= 0).any(-1) for k in keys) > 0
+      np.testing.assert_allclose(total[some], 1)
+
+  def test_they_have_no_gradient_and_check_their_sums(self):
+    q_c, q_r, (keys,), _ = draw_lists(TEST_LISTS['sinks'])
+    log_sum = np.zeros(q_c.shape[:-1])
+    run = lambda q: shares(q, q_r, keys, log_sum, scale=SCALE).sum()
+    np.testing.assert_array_equal(jax.grad(run)(q_c), 0)
+    with self.assertRaisesRegex(ValueError, r'log_sum is \[1, 3\]'):
+      shares(q_c, q_r, keys, log_sum[..., 0], scale=SCALE)
 
 
 class ListsTest(parameterized.TestCase):

@@ -29,7 +29,6 @@ from deepseek_jax.model.attention.dsa_reading import (
   Read,
   read_by_kernel,
   read_chosen,
-  shares_of,
 )
 from deepseek_jax.model.attention.indexer import (
   Indexer,
@@ -289,19 +288,16 @@ def read(
   own = lambda: read_chosen(*args, scale=cfg.scale, most=most)
   found = kernels.pick(
     'sparse_mla',
-    functools.partial(read_by_kernel, scale=cfg.scale),
+    functools.partial(read_by_kernel, scale=cfg.scale, shares=shares),
     own,
     args,
     (heads, row, (None, 'heads'), row),
-    heads,
+    (heads, ('batch', None, None, 'heads'))[: 1 + shares],
   )
   if isinstance(found, Read):
     return found
-  if not shares:
-    return Read(found, None)
-  # The kernel returns no shares: they are scored once more, without gradient.
-  how = {'scale': cfg.scale, 'most': most}
-  return Read(found, shares_of(q, keys[:2], ups[0], chosen, **how))
+  # Each device's shares are the mean over its heads.
+  return Read(found[0], found[1].mean(-1) if shares else None)
 
 
 def _loss_inputs(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
-from pallas_kernels.sparse_mla import sparse_mla
+from pallas_kernels import sparse_mla
 
 
 class Read(NamedTuple):
@@ -53,27 +53,6 @@ def read_chosen(
     return Read(y, weights.mean(axis=2))
 
   return _over_blocks(block, queries, chosen, most, (keys, ups))
-
-
-def shares_of(
-  queries: tuple[jax.Array, jax.Array],
-  keys: tuple[jax.Array, jax.Array],
-  k_up: jax.Array,
-  chosen: jax.Array,
-  *,
-  scale: float,
-  most: int = 128,
-) -> jax.Array:
-  """Computes the shares of `read_chosen` alone [B T K]; they have no gradient.
-
-  The indexer's target, where a kernel computes what is read.
-
-  Args: as of `read_chosen`.
-  """
-  args = jax.lax.stop_gradient((queries, keys, k_up))
-  queries, keys, k_up = args
-  block = lambda one, keys, k_up: _weights(one, keys, k_up, scale)[0].mean(2)
-  return _over_blocks(block, queries, chosen, most, (keys, k_up))
 
 
 def _weights(
@@ -116,8 +95,15 @@ def read_by_kernel(
   chosen: jax.Array,
   *,
   scale: float,
-) -> jax.Array:
-  """Computes y of `read_chosen`."""
+  shares: bool,
+) -> tuple[jax.Array, ...]:
+  """Computes y of `read_chosen`; then its shares [B T K 1], of these heads."""
   qc = products.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
-  mixed = sparse_mla(qc, queries[1], *keys, chosen, scale=scale, impl=impl)
-  return products.einsum('BTHC,CHV->BTHV', mixed, ups[1])
+  given, how = (qc, queries[1]), {'scale': scale, 'impl': impl}
+  own = sparse_mla.ChosenKeys(*keys, chosen)
+  mixed, log_sum = sparse_mla.attend(*given, (own,), **how)
+  y = products.einsum('BTHC,CHV->BTHV', mixed, ups[1])
+  if not shares:
+    return (y,)
+  # The indexer's target: scored once more, from the log-sum-exp.
+  return y, sparse_mla.shares(*given, own, log_sum, **how)[..., None]

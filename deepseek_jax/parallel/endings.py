@@ -72,8 +72,12 @@ def _watch(over: threading.Event) -> None:
   while not over.wait(_EVERY):
     ending = announced()
     if ending is not None:
-      line = f'{ending.line} (told by process {ending.process})'
-      leave(ending.status, line if ending.line else '')
+      leave(ending.status, _told(ending))
+
+
+def _told(ending: Ending) -> str:
+  """Returns the line of another process's ending."""
+  return ending.line and f'{ending.line} (told by process {ending.process})'
 
 
 def leave(status: int, line: str = '') -> None:
@@ -96,8 +100,10 @@ def leave(status: int, line: str = '') -> None:
   with _one_at_a_time:
     ending = Ending(jax.process_index(), status, line)
     first = _within(_REACH, lambda: _announce(ending)) or ending
-    if first.status != status:
-      status, line = first.status, first.line
+    # What this one met, as a collective that broke off, is a consequence.
+    other = first.status != status or first.line not in line
+    if first.process != ending.process and other:
+      status, line = first.status, _told(first)
     if line:
       print(line, file=sys.stderr)
     sys.stdout.flush()

@@ -45,7 +45,7 @@ def stuck_in_a_collective():
   time.sleep(300)
 
 
-def slow(*args):
+def slow(*args, **more):
   print('stuck', flush=True)
   time.sleep(300)
 

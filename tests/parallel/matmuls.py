@@ -20,7 +20,7 @@ def _numbers(text: str) -> list[int]:
 
 def matmuls(text: str) -> int:
   """Of one device, for `compiled.as_text()`."""
-  bodies, entry = collectives._computations(text)
+  bodies, entry = collectives.computations(text)
 
   def walk(name: str) -> int:
     total, shapes = 0, {}
@@ -34,7 +34,7 @@ def matmuls(text: str) -> int:
         over = math.prod(left[i] for i in _numbers(_OVER.search(line)[1]))
         total += over * math.prod(shapes[defined.group(1)])
         continue
-      for called, often in collectives._calls(line):
+      for called, often in collectives.calls(line):
         total += (often or 1) * walk(called)
     return total
 

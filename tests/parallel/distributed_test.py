@@ -181,10 +181,15 @@ class TogetherTest(parameterized.TestCase):
     self.assertEqual(endings.announced(), (0, 2, 'error: mine'))
     self.assertEqual('deepseek_jax/left/0' in kept, not first)
 
-  def test_the_first_cause_is_the_cause_of_all(self):
+  @parameterized.parameters(79, 2)
+  def test_the_first_cause_is_the_cause_of_all(self, status):
     self.store()['deepseek_jax/end'] = '[3, 2, "error: no such file"]'
-    got = self.left(first=False, status=79)
-    self.assertEqual(got, (2, 'error: no such file\n'))
+    got = self.left(first=False, status=status)
+    self.assertEqual(got, (2, 'error: no such file (told by process 3)\n'))
+
+  def test_what_two_find_alike_each_says_by_itself(self):
+    self.store()['deepseek_jax/end'] = '[3, 2, "error: mine"]'
+    self.assertEqual(self.left(first=False, status=2), (2, 'error: mine\n'))
 
   def test_a_coordinator_that_is_gone_keeps_nobody(self):
     gone = mock.Mock(side_effect=jax.errors.JaxRuntimeError('UNAVAILABLE'))

@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+import deepseek_jax as ds
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer.engine import Engine, EngineBusy, EngineConfig
 from deepseek_jax.infer.paging import paging
 from deepseek_jax.infer.prepared import build_flat
 from deepseek_jax.infer.request import Request, Sampling
+from deepseek_jax.model.attention import dsa
 from deepseek_jax.plan import memory
 from tests import fake_devices, tiny
 from tests.infer import families
@@ -189,6 +192,37 @@ class ContractTest(parameterized.TestCase):
     run = engine(name, budget=budget)
     [[answer]] = run.run([request])
     check_trained(self, name, request, answer)
+
+  @pytest.mark.slow
+  def test_index_sets_are_those_of_the_trainers_forward(self):
+    one = {'layout': ((('dense',), 1),)}
+    made = ds.build(ds.changed(families.config('dsa'), one))
+    variables, seen, choose = tiny.draw(made), {}, dsa.choose
+
+    def note(places, chosen):
+      for place, some in zip(np.ravel(places), chosen.reshape(-1, 6)):
+        if (some >= 0).any():
+          seen[int(place)] = set(some[some >= 0].tolist())
+
+    def noted(cfg, query, keys, visibility, *more):
+      chosen = choose(cfg, query, keys, visibility, *more)
+      jax.debug.callback(note, visibility.places, chosen)
+      return chosen
+
+    (request,) = requests(1, seed=3, new=30, most=31)
+    with mock.patch.object(dsa, 'choose', noted):
+      run = Engine(made, variables, dataclasses.replace(SMALL, slots=1))
+      ((answer,),) = run.run([request])
+      jax.effects_barrier()
+      engines = dict(seen)
+      seen.clear()
+      tokens = [*request.prompt, *answer.tokens[:-1]]
+      made.apply(variables, np.array([tokens], np.int32))
+      jax.effects_barrier()
+    self.assertLen(seen, len(tokens))
+    differ = [place for place in seen if engines[place] != seen[place]]
+    print(f'{len(differ)} of {len(seen)} index sets differ')
+    self.assertEmpty(differ)
 
   @parameterized.parameters('mla', 'v4')
   def test_a_preempted_answer_is_the_undisturbed_one(self, name):

@@ -181,6 +181,41 @@ class GrammarTest(parameterized.TestCase):
     self.assertEqual(run.stats['pages_free'], run.stats['pages'])
 
 
+class CacheTest(parameterized.TestCase):
+  @parameterized.parameters('gqa', 'v3', 'v4')
+  @pytest.mark.slow
+  def test_it_holds_of_what_stays_what_plain_decoding_writes(self, name):
+    plain, after = self.rows(name, 0), self.rows(name, 2)
+    self.assertNotEmpty(plain)
+    for want, got in zip(plain, after):
+      # The last token may be cached or not yet.
+      size = min(len(want), len(got))
+      self.assertGreater(size, 3)
+      self.assertLess(abs(len(want) - len(got)), 3)
+      np.testing.assert_allclose(got[:size], want[:size], rtol=1e-5, atol=1e-5)
+
+  def rows(self, name, drafts):
+    """Of each array in pages the rows [n ...] of one answer's tokens."""
+    made, variables = model(name)
+    shape = {'slots': 1, 'rows': (1,), 'reuse': False, 'drafts': drafts}
+    run = Engine(made, variables, dataclasses.replace(CFG, **shape))
+    (request,) = asked(1, new=25, temperature=0)
+    (one,) = run._live[run.submit(request)]
+    pages, n = [], 0
+    while run.busy():
+      run.step()
+      pages, n = list(one.pages) or pages, max(n, one.cached)
+    self.assertGreater(n, len(request.prompt) + 10)
+    leaves = [leaf for leaf in run._paging.leaves if leaf.ratio]
+    return [
+      # [repeat M P/ratio ...] -> [P/ratio of all pages, repeat ...]
+      np.concatenate(np.asarray(a)[:, pages].swapaxes(0, 1), axis=1)[
+        :, : n // leaf.ratio - leaf.shift
+      ].swapaxes(0, 1)
+      for leaf, a in zip(leaves, run._store.pages)
+    ]
+
+
 def of_four_tokens(name):
   """Returns a family's model of four tokens, whose drafts are often right."""
   block = {'v4': 'window', 'v3': 'moe'}.get(name, 'dense')

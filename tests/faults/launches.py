@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -54,11 +53,6 @@ def identity(found_by: str, count: int, index: int, port: int):
   return [f'--{name}={value}' for name, value in given.items()], {}
 
 
-def _as_from_a_terminal():
-  """SIGHUP ends a process, also where the tests run under nohup."""
-  signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def start(
   workdir: Path,
   *flags: str,
@@ -98,7 +92,6 @@ def start(
         env=environment | variables,
         stdout=log,
         stderr=log,
-        preexec_fn=_as_from_a_terminal,
       )
     workers.append(Worker(process, output))
   return workers

@@ -8,6 +8,7 @@ row of every batch that this process read.
 
 import contextlib
 import json
+import signal
 import time
 from pathlib import Path
 from unittest import mock
@@ -103,4 +104,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  # As from a terminal, also where the tests run under nohup.
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
   common.launch(main, join=process_flags.join)

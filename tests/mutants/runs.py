@@ -41,8 +41,8 @@ MUTANTS = (
   Mutant(
     'the_last_status_of_several_processes_wins',
     'deepseek_jax/parallel/endings.py',
-    'if first.status != status:',
-    'if first.status == status:',
+    'if first.process != ending.process and other:',
+    'if first.process == ending.process and other:',
     ('tests/parallel/distributed_test.py::first_cause_is_the_cause',),
     'bad input in one process is requeued as a lost peer in the others',
     fast=True,

@@ -196,6 +196,7 @@ def run(name, changes, monkeypatch):
     return types.SimpleNamespace(update=show)
 
   monkeypatch.setattr(shown, '_display', lambda: show)
+  _ = ds.build  # with flax, which looks for the real treescope
   tree = types.SimpleNamespace(display=print)
   monkeypatch.setitem(sys.modules, 'treescope', tree)
   for source, tags in cells(name):

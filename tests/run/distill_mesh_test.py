@@ -35,8 +35,8 @@ class MeshTest(parameterized.TestCase):
   def test_four_devices_share_weights_and_tokens(self):
     self.check('context 2', 'fsdp 2 data 2', 'data 2 tensor 2')
 
-  @pytest.mark.slow
   @parameterized.parameters('--nowarm', '--warm')
+  @pytest.mark.slow
   def test_two_processes_are_one_run(self, start):
     home = Path(self.enterContext(tempfile.TemporaryDirectory()))
     rows = {}

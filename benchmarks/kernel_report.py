@@ -111,7 +111,7 @@ def _cell(row: dict, key: str) -> str:
 
 
 def _target(row: dict) -> str:
-  """What a row should reach, and whether it does."""
+  """Returns what a row should reach, and whether it does."""
   target = Case(row['op'], row['shape']).target
   if target is None:
     return ''

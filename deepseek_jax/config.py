@@ -196,7 +196,7 @@ def typed(annotation: Any, value: Any, path: str) -> Any:
   if value is None and type(None) in among:
     return None
   # A flag of a text that may be absent gives no other None.
-  if value == 'None' and set(among) == {str, type(None)}:
+  if set(among) == {str, type(None)} and value == 'None':
     return None
   classes = classes_of(annotation)
   if classes and isinstance(value, Mapping):

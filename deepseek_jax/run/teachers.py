@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -31,11 +30,30 @@ from deepseek_jax.train.objective import next_token
 _STREAM = 'teachers_sha256'
 
 
+class _Teacher:
+  """Holds a teacher, and where it lies."""
+
+  def __init__(self, opened: opening.Opened, where: placement.Placement):
+    """Takes its weights as they were read; `place` lays them out."""
+    self.model, self.variables = opened.model, opened.variables
+    self.sha256, self.where = opened.sha256, where
+    self._run = _hidden(self.model, where.copied)
+
+  def place(self) -> None:
+    """Lays the weights on the mesh; every process must ask."""
+    self.variables = self.where.put(self.variables, self.model.abstract)
+
+  def states(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the last hidden states [B T E] of a batch, float32."""
+    with self.where.use():
+      return np.asarray(self._run(self.variables, batch), np.float32)
+
+
 class Teachers:
   """Holds the teachers of a run.
 
   Attributes:
-    heads: [K E V], whole on every device; narrower ones have rows of zeros.
+    heads: [K E V]; narrower ones have rows of zeros.
     sha256: of all weights.
   """
 
@@ -55,38 +73,30 @@ class Teachers:
         'objective.teachers: names none; set it to their folders and weights,'
         " as {'runs/teacher': 1.0}"
       )
-    found, self._where = [], []
+    self._teachers = []
     for folder in named:
       try:
-        found.append(opening.opened(folder, config.model.compute.products))
+        one = opening.opened(folder, config.model.compute.products)
       except InputError as error:
         raise InputError(f'objective.teachers: {error}') from None
-      check(found[-1], config, tokenizer)
-      self._where.append(_laid(found[-1], config))
-    self._models = [one.model for one in found]
-    self._run = [
-      _hidden(model, where.copied)
-      for model, where in zip(self._models, self._where)
-    ]
-    self._variables = [one.variables for one in found]
+      check(one, config, tokenizer)
+      self._teachers.append(_Teacher(one, _laid(one, config)))
+    heads = [t.model.head(t.variables) for t in self._teachers]
+    wide = [np.asarray(head, np.float32) for head in heads]
+    self.heads = distill.stacked(wide)
     self._placed = False
-    heads = [np.asarray(t.model.head(t.variables), np.float32) for t in found]
-    self.heads = jnp.asarray(distill.stacked(heads))
-    digest = hashlib.sha256(''.join(one.sha256 for one in found).encode())
-    self.sha256 = digest.hexdigest()
+    self.sha256 = hashlib.sha256(
+      ''.join(t.sha256 for t in self._teachers).encode()
+    ).hexdigest()
 
   def _place(self) -> None:
     """Lays weights and heads on the mesh, once, in all processes together."""
     if self._placed:
       return
-    self._variables = [
-      where.put(variables, model.abstract)
-      for where, variables, model in zip(
-        self._where, self._variables, self._models
-      )
-    ]
-    if self._where[0].copied is not None:
-      self.heads = jax.device_put(self.heads, self._where[0].copied)
+    for one in self._teachers:
+      one.place()
+    # Of the host, so that every process can give its devices theirs.
+    self.heads = jax.device_put(self.heads, self._teachers[0].where.copied)
     self._placed = True
 
   def say(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -102,9 +112,8 @@ class Teachers:
     }
     width = self.heads.shape[1]
     states = []
-    for where, run, variables in zip(self._where, self._run, self._variables):
-      with where.use():
-        state = np.asarray(run(variables, read), np.float32)
+    for one in self._teachers:
+      state = one.states(read)
       # One token and some width more: neither changes a logit.
       more = (0, 0), (0, 1), (0, width - state.shape[2])
       states.append(np.pad(state, more))

@@ -195,7 +195,7 @@ class CacheTest(parameterized.TestCase):
       np.testing.assert_allclose(got[:size], want[:size], rtol=1e-5, atol=1e-5)
 
   def rows(self, name, drafts):
-    """Of each array in pages the rows [n ...] of one answer's tokens."""
+    """Returns of each array in pages the rows [n ...] of one answer."""
     made, variables = model(name)
     shape = {'slots': 1, 'rows': (1,), 'reuse': False, 'drafts': drafts}
     run = Engine(made, variables, dataclasses.replace(CFG, **shape))
@@ -227,7 +227,7 @@ def of_four_tokens(name):
 
 
 class ChanceTest(parameterized.TestCase):
-  """What many seeds draw follows the model, and so do the drafts that stay."""
+  """Holds what many seeds draw, and the drafts that stay, to the chances."""
 
   PROMPT, HEAT, SEEDS = (1, 3, 0, 2, 2), 0.7, 64 * 64
 

@@ -1,4 +1,4 @@
-"""V4's and NSA's numbers don't depend on which code reads what is chosen."""
+"""Sparse attention's numbers don't depend on which code reads the chosen."""
 
 import dataclasses
 
@@ -14,7 +14,11 @@ from pallas_kernels import dispatch
 from tests import tiny
 from tests.infer import families
 
-OPS = {'v4': {'indexer', 'sparse_mla'}, 'nsa': {'sparse_gqa'}}
+OPS = {
+  'dsa': {'sparse_mla', 'attention_shares'},
+  'v4': {'sparse_mla'},
+  'nsa': {'sparse_gqa'},
+}
 
 
 def config(name: str, stage: str = 'sparse') -> ds.TransformerConfig:
@@ -58,7 +62,7 @@ def numbers(name: str, stage: str, impl: str | None) -> tuple[list, set]:
 
 
 class SparseKernelsTest(parameterized.TestCase):
-  @parameterized.parameters([('v4', 'sparse')])
+  @parameterized.parameters(('dsa', 'sparse'), ('v4', 'sparse'))
   def test_numbers_are_those_of_the_layers_own_code(self, name, stage):
     self.check(name, stage)
 
@@ -70,7 +74,7 @@ class SparseKernelsTest(parameterized.TestCase):
   def check(self, name, stage):
     own, _ = numbers(name, stage, None)
     other, ops = numbers(name, stage, 'reference')
-    self.assertLessEqual(OPS[name] - {'indexer'}, ops)
+    self.assertLessEqual(OPS[name], ops)
     for a, b in zip(other, own, strict=True):
       self.assertLess(tiny.relative(a, b), 1e-4)
 

@@ -18,18 +18,17 @@ from deepseek_jax.record.metrics import NoMetrics
 from deepseek_jax.run import sources
 from deepseek_jax.run.steps import Steps
 from tests.rl import taught
+from tests.run import rollouts_mesh_worker
 from tests.run.staged_worker import RECIPE, SMOOTH, gap
 
 STEPS, ROWS = 3, 8
 CASES = {
-  'data 2': ds.MeshConfig(data=2),
   'context 2': ds.MeshConfig(context=2),
   'fsdp 2 data 2': ds.MeshConfig(fsdp=2, data=2),
-  'data 2 tensor 2': ds.MeshConfig(
-    data=2,
-    tensor=2,
-    rules=ds.MeshConfig().rules | {'vocab': None},  # 261 is odd
-  ),
+  **{
+    name: rollouts_mesh_worker.CASES[name]
+    for name in ('data 2', 'data 2 tensor 2')
+  },
 }
 
 

@@ -1,6 +1,7 @@
 """Learns of a teacher's run as one process of some.
 
-By distillation on own answers, or with --warm from the teacher's weights.
+By distillation on own answers, from the teacher's weights, or by reinforcement
+with the teacher as the reference.
 
 python -m tests.run.distill_process_worker --taught=... --workdir=...
 """
@@ -16,19 +17,23 @@ from tests.rl import taught
 from tests.run import distill_mesh_worker
 
 _TAUGHT = flags.DEFINE_string('taught', None, 'Folder with task and teacher.')
-_WARM = flags.DEFINE_bool('warm', False, 'Go on from the teacher.')
+_WAY = flags.DEFINE_enum(
+  'way', 'distill', ['distill', 'init_from', 'reference'], 'What it learns by.'
+)
 flags.adopt_module_key_flags(worker)
 
 
 def main(argv):
   del argv
   folder = _TAUGHT.value
+  within = lambda name: os.path.join(folder, name)
   made = distill_mesh_worker.config(folder, ds.MeshConfig(), True)
-  if _WARM.value:
-    chats, source = (
-      os.path.join(folder, n) for n in ('chats.jsonl', 'teacher')
-    )
-    made = taught.config(chats, init_from=source)
+  if _WAY.value == 'init_from':
+    made = taught.config(within('chats.jsonl'), init_from=within('teacher'))
+  if _WAY.value == 'reference':
+    objective = ds.GRPOConfig(kl='k3', kl_weight=0.1)
+    reference = {'rollouts.reference': within('teacher')}
+    made = ds.changed(made, {'objective': objective, **reference})
   steps = {'train.tokens': 24 * 8 * 4.0, 'checkpoint_every': 0}
   ds.fit(ds.changed(made, steps), flags.FLAGS.workdir, console=False)
 

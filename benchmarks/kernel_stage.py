@@ -35,10 +35,10 @@ def checked(op: str, shape: str) -> dict:
   return row
 
 
-def timed(op: str, shape: str, names: list, rates: dict) -> Iterator[dict]:
-  """The time of a case, then that of each contender that is named."""
-  shapes, make, _ = kernel_cases.OPS[op]
-  yield from kernel_timing.time_case(make(shapes[shape]), rates, names)
+def turn() -> None:
+  """Says that all is compiled, and waits until the device is free."""
+  print('{"ready": true}', flush=True)
+  sys.stdin.readline()
 
 
 def rows(asked: dict) -> Iterator[dict]:
@@ -54,7 +54,9 @@ def rows(asked: dict) -> Iterator[dict]:
     row = checked(op, shape)
     yield row
   if stage == 'time' and 'failed' not in row:
-    for more in timed(op, shape, asked['contenders'], asked['rates']):
+    work = kernel_cases.OPS[op][1](kernel_cases.OPS[op][0][shape])
+    rates, names = asked['rates'], asked['contenders']
+    for more in kernel_timing.time_case(work, rates, names, turn):
       yield row | more
 
 

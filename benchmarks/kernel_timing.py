@@ -1,5 +1,6 @@
 """Error, device time and share of the floor of one case of one operation."""
 
+import collections
 import functools
 import statistics
 import time
@@ -32,6 +33,11 @@ class InPlace:
     return self.last
 
 
+def _jitted(fn):
+  """The function as one that compiles once."""
+  return fn if hasattr(fn, 'lower') else jax.jit(fn)
+
+
 def cupti_us(fn, args) -> float:
   """Median microseconds of device time, without gaps between kernels."""
   from jax.experimental.mosaic.gpu import profiler
@@ -41,9 +47,19 @@ def cupti_us(fn, args) -> float:
   return 1e3 * statistics.median(times)
 
 
+def parts_us(fn, args, most=16) -> dict[str, float]:
+  """Microseconds of a call by the kernels' names, of those that take most."""
+  from jax.experimental.mosaic.gpu import profiler
+
+  found = collections.Counter()
+  for name, ms in profiler.measure(fn, aggregate=False)(*args)[1]:
+    found[name] += 1e3 * ms
+  return {name: round(us, 1) for name, us in found.most_common(most)}
+
+
 def wall_us(fn, args) -> float:
   """Microseconds of a call by the host's clock, over a batch of calls."""
-  fn = fn if isinstance(fn, InPlace) else jax.jit(fn)
+  fn = _jitted(fn)
   jax.block_until_ready(fn(*args))
   start = time.perf_counter()
   for _ in range(ITERATIONS):
@@ -54,7 +70,7 @@ def wall_us(fn, args) -> float:
 
 def device_us(fn, args) -> tuple[float, str]:
   """Microseconds of a compiled call, and how they were measured."""
-  fn = fn if isinstance(fn, InPlace) else jax.jit(fn)
+  fn = _jitted(fn)
   jax.block_until_ready(fn(*args))
   try:
     return cupti_us(fn, args), 'cupti'
@@ -140,7 +156,9 @@ def _codes(array: np.ndarray) -> np.ndarray:
 def kernel_call(work, impl: str) -> tuple[Callable, tuple]:
   """Holds what to time of an implementation: a function, its arguments."""
   op = functools.partial(work.in_place or work.op, impl=impl)
-  return (InPlace(op, work.args), ()) if work.in_place else (op, work.args)
+  if work.in_place:
+    return InPlace(op, work.args), ()
+  return jax.jit(op), work.args
 
 
 def contenders(work) -> Iterator[tuple[str, Callable[[], float]]]:
@@ -158,15 +176,24 @@ def floor_us(work, rates) -> float:
   return 1e6 * max(work.flops / rate, work.moved / rates['bytes'])
 
 
-def time_case(work, rates, names=None) -> Iterator[dict]:
+def time_case(
+  work, rates, names=None, turn: Callable[[], None] | None = None
+) -> Iterator[dict]:
   """The row of a case so far: with the kernel's time, then each contender's.
 
   Args:
     work: the case.
     rates: of `floors`.
     names: of the contenders that take part; None: all.
+    turn: returns when nothing else runs on the device; None: nothing does. A
+      single kernel compiles before, a model after, for then XLA tries products
+      out on the device.
   """
   call = kernel_call(work, 'gpu')
+  if turn:
+    if not work.tokens:
+      jax.block_until_ready(call[0](*call[1]))
+    turn()
   us, how = device_us(*call)
   row = {
     'us': us,
@@ -180,6 +207,9 @@ def time_case(work, rates, names=None) -> Iterator[dict]:
     row['tokens_per_second'] = work.tokens / wall_us(*call) * 1e6
   yield dict(row)
   notes = []
+  if work.tokens and how == 'cupti':
+    row['parts'] = parts_us(*call)
+    yield dict(row)
   for name, call in contenders(work):
     if names is not None and name not in names:
       continue

@@ -7,7 +7,8 @@ First all ops are checked on fresh random numbers, several at a time, against
 float32 on a smaller shape; a result that is not finite where it should be is
 wrong. Then the right ones are timed, most valuable first (kernel_plan), each
 row in a process of its own with a time limit: a hang, a crash or a poisoned
-CUDA context costs that row alone. The file of results is written after every
+CUDA context costs that row alone. While one is timed, alone on the device, the
+next ones compile. The file of results is written after every
 row, and keeps the rows of earlier runs that this one does not replace.
 
 Times are medians of device time (CUPTI) without gaps between kernels; a library
@@ -30,6 +31,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 from benchmarks import kernel_plan, kernel_processes, kernel_report
@@ -113,24 +115,61 @@ def check(window: Window, cases: list[Case]) -> dict[str, dict]:
   return found
 
 
+class Turns:
+  """Lets those that prepare side by side measure alone, one after another."""
+
+  def __init__(self):
+    self._next, self._moved = 0, threading.Condition()
+
+  def wait(self, place: int) -> None:
+    """Waits until all before this place are done."""
+    with self._moved:
+      self._moved.wait_for(lambda: self._next == place)
+
+  def done(self, place: int) -> None:
+    """Lets the next one go."""
+    with self._moved:
+      self._next = place + 1
+      self._moved.notify_all()
+
+
 def time_rows(
   window: Window, cases: list[Case], found: dict[str, dict]
 ) -> list[str]:
-  """Times the right ones in order; names of those without time left."""
-  flags, late = window.flags, []
+  """Times the right ones in order; names of those without time left.
+
+  While one has the device to itself, the next ones import and compile.
+  """
+  flags, late, turns = window.flags, [], Turns()
   checked = {(op, row['shape']) for op, row in found.items()}
-  for case in cases:
-    if 'failed' in found.get(case.op, {}):
-      continue
-    if window.left < _LEAST:
-      late.append(case.name)
-      continue
+  cases = [c for c in cases if 'failed' not in found.get(c.op, {})]
+
+  def one(place: int, case: Case) -> None:
     known = (case.op, case.shape) in checked
     argv = child('time', case, checked=known, rates=window.report.floors)
-    limit = min(flags.limit * case.patience, window.left - 5)
-    row = kernel_processes.last_row(argv, limit)
-    before = found[case.op] if known else {}
-    window.keep(case, before | row)
+    limit = flags.limit * case.patience
+
+    def ready() -> float:
+      turns.wait(place)
+      return min(limit, window.left - 5)
+
+    try:
+      row = {'late': True}
+      if window.left >= _LEAST:
+        limits = limit, window.left - 5
+        row = kernel_processes.last_row(argv, min(limits), ready)
+      turns.wait(place)
+      if row == {'late': True}:
+        late.append(case.name)
+      else:
+        window.keep(case, (found[case.op] if known else {}) | row)
+    finally:
+      turns.wait(place)
+      turns.done(place)
+
+  with concurrent.futures.ThreadPoolExecutor(1 + flags.ahead) as pool:
+    for job in [pool.submit(one, *a) for a in enumerate(cases)]:
+      job.result()
   return late
 
 
@@ -197,6 +236,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--check', default=150, type=float, help='for checks')
   parser.add_argument('--limit', default=60, type=float, help='for a row')
   parser.add_argument('--jobs', default=6, type=int, help='checks at a time')
+  parser.add_argument('--ahead', default=4, type=int, help='rows that compile')
   parser.add_argument('--interpret', action='store_true')
   flags = parser.parse_args(argv)
   for name in ('seconds', 'check', 'limit', 'jobs'):

@@ -207,7 +207,7 @@ def time_case(
     row['tokens_per_second'] = work.tokens / wall_us(*call) * 1e6
   yield dict(row)
   notes = []
-  if work.tokens and how == 'cupti':
+  if how == 'cupti':
     row['parts'] = parts_us(*call)
     yield dict(row)
   for name, call in contenders(work):

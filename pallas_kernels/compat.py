@@ -67,6 +67,22 @@ def _guarded(call: Callable) -> Callable:
   return lambda *args: call(*lowering_guard.guarded(args))
 
 
+def _named(body: Callable) -> Callable:
+  """Returns the body under the name that profilers show: quantize_rows."""
+  inner = body
+  while isinstance(inner, functools.partial):
+    inner = inner.func
+  where = inner.__module__.removeprefix('pallas_kernels.').split('.')
+  what = inner.__qualname__.partition('.')[0].strip('_').removesuffix('body')
+  parts = [part for part in where if part != 'gpu'] + [what.strip('_')]
+
+  def run(*refs: jax.Ref, **scratch: jax.Ref) -> None:
+    body(*refs, **scratch)
+
+  run.__name__ = run.__qualname__ = '_'.join(filter(None, parts))
+  return run
+
+
 def kernel(
   body: Callable,
   out: Any,
@@ -85,7 +101,7 @@ def kernel(
   # 2 KiB per thread block, which kernels at the limit don't have.
   room = {} if across_warps else {'reduction_scratch_bytes': 0}
   call = plgpu.kernel(
-    body,
+    _named(body),
     out_type=out,
     scratch_types=scratch,
     grid=tuple(grid.values()),
@@ -113,6 +129,7 @@ def kernel_in_place(
     fn = functools.partial(body, *refs)
     pl.run_scoped(fn, *scratch, collective_axes=axes)
 
+  scoped.__name__ = scoped.__qualname__ = _named(body).__name__
   call = pl.kernel(
     scoped,
     out_type=(),

@@ -120,8 +120,10 @@ def dtype() -> str:
 
 
 def described(options: Mapping[str, str], compute: str) -> str:
-  """Returns a line: the CPU, the dtype of products, and XLA's options."""
-  kind = this().kind or 'of no known kind'
+  """Returns a line: what computes, the dtype of products, XLA's options."""
+  device = jax.local_devices()[0]
+  of_cpu = this().kind or 'of no known kind'
+  kind = of_cpu if device.platform == 'cpu' else device.device_kind
   pairs = [f'{name}={value}' for name, value in options.items()]
   return (
     f'{kind}; products in {compute}; XLA options {", ".join(pairs) or "none"}'

@@ -1,5 +1,7 @@
 """quantize against a search over all float8 values in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -28,6 +30,27 @@ def spread(scales, shape):
 
 
 class QuantizeTest(parameterized.TestCase):
+  def test_rounding_is_no_matter_of_xlas_precision(self):
+    """XLA for GPUs drops a conversion there and back, were it not barred.
+
+    On an H200 products in float8 were then those of unrounded numbers.
+    `python -m pallas_kernels.aot --only=xla_rounds` asks the compiler itself.
+    """
+
+    def there_and_back(x):
+      return dequantize(*quantize(x, impl='reference'))
+
+    x = jax.ShapeDtypeStruct((4, 128), jnp.float32)
+    text = (
+      jax.jit(there_and_back)
+      .trace(x)
+      .lower(lowering_platforms=('cuda',))
+      .as_text()
+    )
+    narrow = re.search(r'(%\w+) = stablehlo.convert .*-> tensor<.*f8E4M3', text)
+    barred = re.findall(r'optimization_barrier (%\w+)', text)
+    self.assertIn(narrow.group(1), barred)
+
   @parameterized.product(name=sorted(TEST), floor=(0.0, ACTIVATION_FLOOR))
   def test_values_are_the_nearest_float8_and_scales_follow_the_maximum(
     self, name, floor

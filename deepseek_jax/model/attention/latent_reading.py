@@ -49,7 +49,9 @@ def encoded(latent: Latent) -> FP8Latent:
     impl='reference',
   )
   rows = lambda a: a.reshape(*c.shape[:-1], -1)
-  return FP8Latent(rows(q), kr.astype(jnp.bfloat16), rows(scales))
+  # As in quantize: what reads them back at once must not get more precision.
+  kr = jax.lax.optimization_barrier(kr.astype(jnp.bfloat16))
+  return FP8Latent(rows(q), kr, rows(scales))
 
 
 def decoded(held: Latent | FP8Latent, dtype: jax.typing.DTypeLike) -> Latent:

@@ -18,6 +18,9 @@ from pallas_kernels import lowering_guard, target
 
 BEFORE_0_11 = jax.__version_info__ < (0, 11)
 BEFORE_0_12 = jax.__version_info__ < (0, 12)
+# Since 0.12 kernels are compiled to be linked, for which ptxas ignores
+# setmaxnreg (C7504).
+REGISTERS_MOVE = BEFORE_0_12
 
 SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
 # Layout of wgmma operands in shared memory: 8 rows by 128 bytes, swizzled.
@@ -204,6 +207,40 @@ def accumulate(acc: jax.Array, fn: Callable[[jax.Ref], None]) -> jax.Array:
     return ref[...]
 
   return acc + pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def add_product(
+  acc: jax.Array,
+  a: jax.Array,
+  b: jax.Ref,
+  meanwhile: Callable[[], None] = lambda: None,
+) -> jax.Array:
+  """Returns acc + a @ b of an array in registers and a ref.
+
+  `meanwhile` is called when the product has started.
+  """
+  if is_interpreted():
+    meanwhile()
+    # Its wgmma takes refs alone.
+    right = b[...]
+    plgpu.commit_smem()  # as in `wgmma`
+    return acc + jnp.dot(a, right, preferred_element_type=jnp.float32)
+
+  def run(ref: jax.Ref) -> None:
+    plgpu.wgmma(ref, a, b)
+    meanwhile()
+    plgpu.wgmma_wait(0)
+
+  return accumulate(acc, run)
+
+
+def set_registers(count: int, action: str) -> None:
+  """Changes how many registers a thread of this warpgroup may use.
+
+  Where they don't move, each of 384 threads has 168.
+  """
+  if REGISTERS_MOVE and not is_interpreted():
+    plgpu.set_max_registers(count, action=action)
 
 
 def num_sms() -> int:

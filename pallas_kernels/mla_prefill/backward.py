@@ -16,17 +16,17 @@ from jax import lax
 from pallas_kernels import compat
 from pallas_kernels.mla_prefill import causal_blocks
 from pallas_kernels.mla_prefill.causal_blocks import (
-  BLOCK,
   BY_COLUMN,
   BY_ROW,
   LOG2E,
   ROWS,
-  STAGES,
   TILE,
   VALUE,
-  WGMMA,
   WIDE,
 )
+
+BLOCK, STAGES = 64, 3
+FEWER = 2  # stages where a third would spill registers
 
 
 def queries(
@@ -50,58 +50,75 @@ def queries(
       'gs': causal_blocks.memory(2, ROWS, VALUE),
       'ks': causal_blocks.memory(STAGES, BLOCK, WIDE),
       'vs': causal_blocks.memory(STAGES, BLOCK, VALUE),
-      'ds': causal_blocks.memory(2, ROWS, BLOCK),
-      'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      'here': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-      'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+      **_barriers(STAGES, copies=2, own=2),
     },
+    across_warps=False,
   )(q, k, v, grad, lse, delta, starts)
+
+
+def _barriers(stages: int, copies: int, own: int) -> dict[str, plgpu.Barrier]:
+  """Returns the barriers of both kernels.
+
+  Args:
+    stages: of the ring.
+    copies: that fill one.
+    own: copies of what stays.
+  """
+  return {
+    'own_here': plgpu.Barrier(num_arrivals=own, num_barriers=2),
+    'here': plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+    'free': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+  }
 
 
 def _queries_body(
   q: jax.Ref, k: jax.Ref, v: jax.Ref, grad: jax.Ref, lse: jax.Ref,
   delta: jax.Ref, starts: jax.Ref, out: jax.Ref, qs: jax.Ref, gs: jax.Ref,
-  ks: jax.Ref, vs: jax.Ref, ds: jax.Ref, own_here: jax.Ref, here: jax.Ref,
-  free: jax.Ref, *, scale: float,
+  ks: jax.Ref, vs: jax.Ref, own_here: jax.Ref, here: jax.Ref, free: jax.Ref, *,
+  scale: float,
 ) -> None:  # fmt: skip
   """Computes the gradient of 128 queries, walking their keys."""
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
+  walk = causal_blocks.past_keys(starts, b, m, BLOCK)
+  # Load: queries and their gradients stay, keys and values stream.
   top_row = m * TILE + w * ROWS
   rows = pl.ds(top_row, ROWS)
-  # Load: queries and their gradients stay, keys and values stream.
   plgpu.copy_gmem_to_smem(q.at[b, rows, h], qs.at[w], own_here.at[w])
   plgpu.copy_gmem_to_smem(grad.at[b, rows, h], gs.at[w], own_here.at[w])
-  first = lax.div(starts[b, m * TILE], BLOCK)
-  steps = (m + 1) * (TILE // BLOCK) - first
   by_row = lambda ref, *at: compat.load(ref, at, BY_ROW, optimized=False)
   begin = by_row(starts, b, rows)
   norm, shift = by_row(lse, b, h, rows), by_row(delta, b, h, rows)
 
   def load(i: jax.Array, stage: jax.Array) -> None:
-    where = pl.ds((first + i) * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(k.at[b, where, h], ks.at[stage], here.at[stage])
-    plgpu.copy_gmem_to_smem(v.at[b, where, h], vs.at[stage], here.at[stage])
+    where = pl.ds(i * BLOCK, BLOCK)
+    for source, to in ((k, ks), (v, vs)):
+      plgpu.copy_gmem_to_smem(
+        source.at[b, where, h], to.at[stage], here.at[stage]
+      )
 
   def use(i: jax.Array, stage: jax.Array, acc: jax.Array) -> jax.Array:
-    # Probabilities: recomputed, from the stored log-sum-exp at once.
+    def products(s: jax.Ref, dp: jax.Ref) -> tuple[jax.Array, jax.Array]:
+      for to, a, b in ((s, qs, ks), (dp, gs, vs)):
+        own = causal_blocks.parts_of(a.at[w])
+        causal_blocks.add_scores(to, own, b.at[stage])
+      return s[...], dp[...]
+
+    # Scores again, and the gradient of the probabilities.
     plgpu.barrier_wait(here.at[stage])
-    s = causal_blocks.product(qs.at[w], ks.at[stage], BLOCK) * (scale * LOG2E)
-    key = causal_blocks.iota(s.shape, 1, (first + i) * BLOCK)
-    seen = (key <= causal_blocks.iota(s.shape, 0, top_row)) & (
-      key >= causal_blocks.wide(begin, s.shape)
-    )
-    p = jnp.exp2(
-      jnp.where(seen, s, -jnp.inf) - causal_blocks.wide(norm, s.shape)
-    )
+    s, dp = pl.run_scoped(products, *2 * [causal_blocks.accumulator(BLOCK)])
+    # Probabilities: from the stored log-sum-exp at once.
+    mask = lambda s: causal_blocks.masked(s, i * BLOCK, top_row, begin)
+    s = lax.cond(walk.needs_mask(i), mask, lambda s: s, s)
+    p = jnp.exp2(s * (scale * LOG2E) - causal_blocks.wide(norm, s.shape))
     # Gradient of the scores: p (dp - delta).
-    dp = causal_blocks.product(gs.at[w], vs.at[stage], BLOCK)
-    ds[w] = (p * (dp - causal_blocks.wide(shift, p.shape))).astype(ds.dtype)
-    plgpu.commit_smem()
+    d = p * (dp - causal_blocks.wide(shift, p.shape))
     # Sum: what these keys add to the queries' gradient.
-    return causal_blocks.add_product(acc, ds.at[w], ks.at[stage])
+    return compat.add_product(acc, d.astype(jnp.bfloat16), ks.at[stage])
 
   plgpu.barrier_wait(own_here.at[w])
-  acc = causal_blocks.stream(steps, load, use, causal_blocks.zeros(WIDE), free)
+  acc = causal_blocks.stream(
+    walk, STAGES, load, use, causal_blocks.zeros(WIDE), free
+  )
   # Store: by the tile of the queries, which are no longer needed.
   qs[w] = (acc * scale).astype(jnp.bfloat16)
   plgpu.commit_smem()
@@ -131,15 +148,14 @@ def keys(
     scratch={
       'ks': causal_blocks.memory(2, ROWS, WIDE),
       'vs': causal_blocks.memory(2, ROWS, VALUE),
-      'qs': causal_blocks.memory(STAGES, BLOCK, WIDE),
-      'gs': causal_blocks.memory(STAGES, BLOCK, VALUE),
+      'qs': causal_blocks.memory(FEWER, BLOCK, WIDE),
+      'gs': causal_blocks.memory(FEWER, BLOCK, VALUE),
       'ps': causal_blocks.memory(2, ROWS, BLOCK),
-      'norms': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
-      'shifts': plgpu.SMEM((STAGES, BLOCK), jnp.float32),
-      'own_here': plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      'here': plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-      'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+      'norms': plgpu.SMEM((FEWER, BLOCK), jnp.float32),
+      'shifts': plgpu.SMEM((FEWER, BLOCK), jnp.float32),
+      **_barriers(FEWER, copies=4, own=2),
     },
+    across_warps=False,
   )(q, k, v, grad, lse, delta, ends)
 
 
@@ -153,24 +169,17 @@ def _keys_body(
   """Computes the gradients of 128 keys and values, walking queries."""
   b, h, w = (lax.axis_index(a) for a in ('b', 'h', 'wg'))
   m = lax.axis_index('m')  # the first keys have the most queries
-  top_row = m * TILE + w * ROWS
-  rows = pl.ds(top_row, ROWS)
-  # Load: keys and values stay, queries and their gradients stream.
-  plgpu.copy_gmem_to_smem(k.at[b, rows, h], ks.at[w], own_here.at[w])
-  plgpu.copy_gmem_to_smem(v.at[b, rows, h], vs.at[w], own_here.at[w])
-  first = m * (TILE // BLOCK)
-  # Queries behind the last key's segment don't attend to any of these.
-  steps = lax.div(ends[b, m * TILE + TILE - 1], BLOCK) + 1 - first
-  end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
-  start = causal_blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
+  walk = causal_blocks.past_queries(ends, b, m, BLOCK)
 
   def load(i: jax.Array, stage: jax.Array) -> None:
-    where = pl.ds((first + i) * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(q.at[b, where, h], qs.at[stage], here.at[stage])
-    plgpu.copy_gmem_to_smem(grad.at[b, where, h], gs.at[stage], here.at[stage])
-    for vector, copy in ((lse, norms), (delta, shifts)):
+    where = pl.ds(i * BLOCK, BLOCK)
+    for source, to in ((q, qs), (grad, gs)):
       plgpu.copy_gmem_to_smem(
-        vector.at[b, h, where], copy.at[stage], here.at[stage]
+        source.at[b, where, h], to.at[stage], here.at[stage]
+      )
+    for vector, to in ((lse, norms), (delta, shifts)):
+      plgpu.copy_gmem_to_smem(
+        vector.at[b, h, where], to.at[stage], here.at[stage]
       )
 
   def by_query(
@@ -178,34 +187,47 @@ def _keys_body(
   ) -> jax.Array:
     return causal_blocks.wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
 
+  # Load: keys and values stay, queries and their gradients stream.
+  top_row = m * TILE + w * ROWS
+  rows = pl.ds(top_row, ROWS)
+  plgpu.copy_gmem_to_smem(k.at[b, rows, h], ks.at[w], own_here.at[w])
+  plgpu.copy_gmem_to_smem(v.at[b, rows, h], vs.at[w], own_here.at[w])
+
+  end = compat.load(ends, (b, rows), BY_ROW, optimized=False)
+  start = causal_blocks.iota((ROWS, 8), 0, top_row).max(axis=1)
+
+  def mask(s: jax.Array, i: jax.Array) -> jax.Array:
+    # Bounds by row, columns from 0: two positions per entry would spill.
+    base, column = i * BLOCK, causal_blocks.iota(s.shape, 1, 0)
+    seen = (column >= causal_blocks.wide(start - base, s.shape)) & (
+      column <= causal_blocks.wide(end - base, s.shape)
+    )
+    return jnp.where(seen, s, -jnp.inf)
+
   def use(i: jax.Array, stage: jax.Array, carry: tuple) -> tuple:
     acc_k, acc_v = carry
     # Probabilities: recomputed, transposed: a row is a key.
     plgpu.barrier_wait(here.at[stage])
-    s = causal_blocks.product(ks.at[w], qs.at[stage], BLOCK) * (scale * LOG2E)
-    # Bounds by row, columns from 0: two positions per entry would spill.
-    base = (first + i) * BLOCK
-    column = causal_blocks.iota(s.shape, 1, 0)
-    seen = (column >= causal_blocks.wide(start - base, s.shape)) & (
-      column <= causal_blocks.wide(end - base, s.shape)
-    )
-    p = jnp.exp2(jnp.where(seen, s, -jnp.inf) - by_query(norms, stage, s.shape))
+    s = causal_blocks.product(ks.at[w], qs.at[stage], BLOCK)
+    s = lax.cond(walk.needs_mask(i), lambda s: mask(s, i), lambda s: s, s)
+    p = jnp.exp2(s * (scale * LOG2E) - by_query(norms, stage, s.shape))
     ps[w] = p.astype(jnp.bfloat16)
     plgpu.commit_smem()
     # Sum: the values' gradient, p times the output's gradient.
     acc_v = causal_blocks.add_product(acc_v, ps.at[w], gs.at[stage])
     dp = causal_blocks.product(vs.at[w], gs.at[stage], BLOCK)
     # Read back rather than kept: it would spill.
-    p = compat.load(ps, w, WGMMA).astype(jnp.float32)
+    p = compat.load(ps, w, causal_blocks.WGMMA).astype(jnp.float32)
     # Gradient of the scores, and from it that of the keys.
     d = p * (dp - by_query(shifts, stage, p.shape))
     ps[w] = d.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    return causal_blocks.add_product(acc_k, ps.at[w], qs.at[stage]), acc_v
+    acc_k = causal_blocks.add_product(acc_k, ps.at[w], qs.at[stage])
+    return acc_k, acc_v
 
   plgpu.barrier_wait(own_here.at[w])
   carry = (causal_blocks.zeros(WIDE), causal_blocks.zeros(VALUE))
-  acc_k, acc_v = causal_blocks.stream(steps, load, use, carry, free)
+  acc_k, acc_v = causal_blocks.stream(walk, FEWER, load, use, carry, free)
   # Store: by the tiles of keys and values, which are no longer needed.
   ks[w] = (acc_k * scale).astype(jnp.bfloat16)
   vs[w] = acc_v.astype(jnp.bfloat16)

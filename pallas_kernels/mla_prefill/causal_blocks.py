@@ -1,12 +1,15 @@
-"""Tiles, products and the ring of stages that mla_prefill's kernels share.
+"""Tiles, products and rings of stages that mla_prefill's kernels share.
 
-Each has two warpgroups of 64 rows and a ring of blocks that warpgroup 0
-refills.
+Two warpgroups keep 64 rows each, past which blocks stream. What the second
+product of a step takes goes there from registers. Of the blocks those that need
+a mask come first. Forward a third warpgroup fetches, and the two take turns at
+the tensor cores: while one multiplies, the other exponentiates
+(FlashAttention-3, arXiv:2407.08608, section 3.1).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,8 +19,12 @@ from jax import lax
 
 from pallas_kernels import compat
 
-TILE, ROWS, BLOCK, STAGES = 128, 64, 64, 2
+TILE, ROWS = 128, 64
 WIDE, VALUE = 192, 128  # dims of queries and keys, of values
+PART = 64  # columns of a swizzled tile
+THREADS = 3
+# Registers of a thread: two warpgroups and a frugal one share 65,536.
+_OWN, _FETCHING = 240, 24
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -40,38 +47,162 @@ def place(tiles: int) -> tuple[jax.Array, ...]:
   return b, h, tiles - 1 - m, w
 
 
+class Walk(NamedTuple):
+  """Says which blocks pass a tile, and which of them need a mask.
+
+  Attributes:
+    begin: number of the first block.
+    cut: blocks before this one may be cut by a segment's border, and
+    crossed: those from this one on, or by the diagonal.
+    end: behind the last block.
+  """
+
+  begin: jax.Array
+  cut: jax.Array
+  crossed: jax.Array
+  end: jax.Array
+
+  def needs_mask(self, i: jax.Array) -> jax.Array:
+    """Returns whether not every row attends to all of block i."""
+    return (i < self.cut) | (i >= self.crossed)
+
+
+def past_keys(starts: jax.Ref, b: jax.Array, m: jax.Array, size: int) -> Walk:
+  """Returns the walk past blocks of `size` keys of tile m of batch b.
+
+  Keys before the first query's segment are left out.
+  """
+  own = m * (TILE // size)
+  begin = lax.div(starts[b, m * TILE], size)
+  last = starts[b, m * TILE + TILE - 1]
+  return Walk(begin, lax.div(last + size - 1, size), own, own + TILE // size)
+
+
+def past_queries(ends: jax.Ref, b: jax.Array, m: jax.Array, size: int) -> Walk:
+  """Returns the walk past blocks of `size` queries of the keys of tile m.
+
+  Queries behind the last key's segment are left out.
+  """
+  own = m * (TILE // size)
+  whole = lax.div(ends[b, m * TILE] + 1, size)
+  end = lax.div(ends[b, m * TILE + TILE - 1], size) + 1
+  return Walk(own, own + TILE // size, whole, end)
+
+
+def masked(
+  s: jax.Array, keys_from: jax.Array, rows_from: jax.Array, begin: jax.Array
+) -> jax.Array:
+  """Returns scores [64 keys] with -inf where a query doesn't attend to a key.
+
+  Args:
+    s: of queries from rows_from on and keys from keys_from on.
+    keys_from, rows_from: positions in the sequence.
+    begin: [64] where each query's segment begins.
+  """
+  key = iota(s.shape, 1, keys_from)
+  seen = (key <= iota(s.shape, 0, rows_from)) & (key >= wide(begin, s.shape))
+  return jnp.where(seen, s, -jnp.inf)
+
+
+def fetch(
+  walk: Walk, stages: int, streams: list[tuple[Callable, jax.Ref]]
+) -> None:
+  """Fills a ring of stages from the third warpgroup.
+
+  Args:
+    walk: the blocks.
+    stages: of the ring.
+    streams: pairs of load(block, stage), which starts the copies of a block,
+      and the barrier of its stages that are free again.
+  """
+
+  @pl.when(lax.axis_index('wg') == 2)
+  def _():
+    compat.set_registers(_FETCHING, 'decrease')
+
+    def one(i: jax.Array, _) -> tuple:
+      stage = lax.rem(i, stages)
+      for load, free in streams:
+
+        @pl.when(i >= walk.begin + stages)
+        def _(free: jax.Ref = free) -> None:
+          plgpu.barrier_wait(free.at[stage])
+
+        load(i, stage)
+      return ()
+
+    lax.fori_loop(walk.begin, walk.end, one, ())
+
+
+def release(free: jax.Ref, i: jax.Array, walk: Walk, stages: int) -> None:
+  """Says that this warpgroup has read block i, where one takes its stage."""
+
+  @pl.when(i + stages < walk.end)
+  def _():
+    plgpu.barrier_arrive(free.at[lax.rem(i, stages)])
+
+
+def compute(body: Callable[[Callable[[], None]], None], turn: jax.Ref) -> None:
+  """Runs body(next_turn) in the first two warpgroups.
+
+  Between two calls of next_turn a warpgroup either multiplies or does not, by
+  turns, and first it does; both call it as often. The second one begins when
+  the first one has called it once.
+  """
+  w = lax.axis_index('wg')
+
+  def next_turn() -> None:
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+  @pl.when(w < 2)
+  def _():
+    compat.set_registers(_OWN, 'increase')
+    pl.when(w == 1)(next_turn)
+    body(next_turn)
+
+
 def stream(
-  steps: jax.Array, load: Callable, use: Callable, carry: Any, free: jax.Ref
+  walk: Walk,
+  stages: int,
+  load: Callable,
+  use: Callable,
+  carry: Any,
+  free: jax.Ref,
 ) -> Any:
-  """Folds use(step, stage, carry) with the next blocks on their way."""
+  """Folds use(block, stage, carry) where two warpgroups are all there are.
+
+  The first one also starts load(block, stage) of the blocks to come.
+  """
   w = lax.axis_index('wg')
 
   # Load: all stages are on their way before the first step.
   @pl.when(w == 0)
   def _():
-    def fill(step: jax.Array, _) -> tuple:
-      load(step, step)
+    def fill(i: jax.Array, _) -> tuple:
+      load(i, lax.rem(i, stages))
       return ()
 
-    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
+    until = jnp.minimum(walk.end, walk.begin + stages)
+    lax.fori_loop(walk.begin, until, fill, ())
 
   def step(i: jax.Array, carry: Any) -> Any:
-    stage = lax.rem(i, STAGES)
+    stage = lax.rem(i, stages)
     carry = use(i, stage, carry)
 
     # Refill: once both warpgroups have read the stage.
-    @pl.when(i + STAGES < steps)
+    @pl.when(i + stages < walk.end)
     def _():
       plgpu.barrier_arrive(free.at[stage])
 
       @pl.when(w == 0)
       def _():
         plgpu.barrier_wait(free.at[stage])
-        load(i + STAGES, stage)
+        load(i + stages, stage)
 
     return carry
 
-  return lax.fori_loop(0, steps, step, carry)
+  return lax.fori_loop(walk.begin, walk.end, step, carry)
 
 
 def product(a: jax.Ref, b: jax.Ref, columns: int) -> jax.Array:
@@ -79,15 +210,15 @@ def product(a: jax.Ref, b: jax.Ref, columns: int) -> jax.Array:
 
   def run(ref: jax.Ref) -> jax.Array:
     def part(i: jax.Array, _) -> tuple:
-      # 128 bytes a row, the width of a swizzled tile.
-      inner = (slice(None), pl.ds(i * 64, 64))
+      inner = (slice(None), pl.ds(i * PART, PART))
       compat.wgmma(ref, a.at[inner], compat.transposed(b.at[inner]))
       return ()
 
-    lax.fori_loop(0, a.shape[1] // 64, part, ())
+    # In a loop: unrolled, the keys' kernel would spill.
+    lax.fori_loop(0, a.shape[1] // PART, part, ())
     return ref[...]
 
-  return pl.run_scoped(run, plgpu.ACC((ROWS, columns), jnp.float32))
+  return pl.run_scoped(run, accumulator(columns))
 
 
 def add_product(acc: jax.Array, a: jax.Ref, b: jax.Ref) -> jax.Array:
@@ -98,6 +229,35 @@ def add_product(acc: jax.Array, a: jax.Ref, b: jax.Ref) -> jax.Array:
     plgpu.wgmma_wait(0)
 
   return compat.accumulate(acc, run)
+
+
+def add_scores(ref: jax.Ref, a: list[jax.Ref], b: jax.Ref) -> None:
+  """Starts ref += a @ b.T, a in parts of 64 columns."""
+  for i, left in enumerate(a):
+    columns = b.at[:, pl.ds(i * PART, PART)]
+    compat.wgmma(ref, left, compat.transposed(columns))
+
+
+def parts_of(ref: jax.Ref) -> list[jax.Ref]:
+  """Returns a tile [64, 64 n] in parts of 64 columns."""
+  count = ref.shape[1] // PART
+  return [ref.at[:, pl.ds(i * PART, PART)] for i in range(count)]
+
+
+def copy_parts(source: Callable, to: jax.Ref, here: jax.Ref) -> None:
+  """Starts copies of source(columns) into the parts of `to`."""
+  for i in range(to.shape[0]):
+    plgpu.copy_gmem_to_smem(source(pl.ds(i * PART, PART)), to.at[i], here)
+
+
+def store_parts(values: jax.Array, parts: jax.Ref, out: Callable) -> None:
+  """Starts copies of [64, 64 n] values by shared memory to out(columns)."""
+  count = values.shape[1] // PART
+  for i in range(count):
+    parts[i] = values[:, i * PART : (i + 1) * PART].astype(parts.dtype)
+  plgpu.commit_smem()
+  for i in range(count):
+    plgpu.copy_smem_to_gmem(parts.at[i], out(pl.ds(i * PART, PART)))
 
 
 def wide(values: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
@@ -115,3 +275,8 @@ def iota(
 def zeros(columns: int) -> jax.Array:
   """Returns float32 zeros [64, columns]."""
   return compat.full((ROWS, columns), 0.0, WGMMA)
+
+
+def accumulator(columns: int) -> Any:
+  """Returns what run_scoped takes for a float32 sum [64, columns]."""
+  return plgpu.ACC((ROWS, columns), jnp.float32)

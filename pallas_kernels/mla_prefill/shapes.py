@@ -20,6 +20,8 @@ TEST = {
 TEST_GPU = {
   'short': Shape(((5,),), 1),
   'ragged': Shape(((70, 1, 129), (200,)), 1),
+  # More blocks than stages; with and without ones that need no mask.
+  'long': Shape(((640,), (100, 400, 140)), 1),
 }
 
 BENCH = {

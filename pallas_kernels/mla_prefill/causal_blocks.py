@@ -105,7 +105,7 @@ def masked(
 
 
 def fetch(
-  walk: Walk, stages: int, streams: list[tuple[Callable, jax.Ref]]
+  walk: Walk, stages: int, streams: tuple[tuple[Callable, jax.Ref], ...]
 ) -> None:
   """Fills a ring of stages from the third warpgroup.
 

@@ -22,9 +22,7 @@ from pallas_kernels.mla_prefill.causal_blocks import (
   WIDE,
 )
 
-# Keys of a block: what registers allow, see compat.set_registers.
-KEYS = 128 if compat.REGISTERS_MOVE else 64
-STAGES = 256 // KEYS
+KEPT = 256  # keys in shared memory
 
 
 def attend(
@@ -32,8 +30,11 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output [B T H V] and its log-sum-exp [B H T], base 2."""
   B, T, H, _ = q.shape
+  # Keys of a block: what registers allow, see compat.set_registers.
+  keys = 128 if compat.REGISTERS_MOVE else 64
+  stages = KEPT // keys
   return compat.kernel(
-    functools.partial(_body, scale=scale * LOG2E),
+    functools.partial(_body, keys=keys, scale=scale * LOG2E),
     (
       jax.ShapeDtypeStruct(v.shape, v.dtype),
       jax.ShapeDtypeStruct((B, H, T), jnp.float32),
@@ -43,14 +44,14 @@ def attend(
     scratch={
       # In parts, for the output leaves by the first two of them.
       'qs': causal_blocks.memory(2, WIDE // PART, ROWS, PART),
-      'ks': causal_blocks.memory(STAGES, KEYS, WIDE),
-      'vs': causal_blocks.memory(STAGES, KEYS, VALUE),
+      'ks': causal_blocks.memory(stages, keys, WIDE),
+      'vs': causal_blocks.memory(stages, keys, VALUE),
       'stat': plgpu.SMEM((2, ROWS), jnp.float32),
       'q_here': plgpu.Barrier(num_arrivals=WIDE // PART, num_barriers=2),
-      'k_here': plgpu.Barrier(num_barriers=STAGES),
-      'v_here': plgpu.Barrier(num_barriers=STAGES),
-      'k_free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-      'v_free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+      'k_here': plgpu.Barrier(num_barriers=stages),
+      'v_here': plgpu.Barrier(num_barriers=stages),
+      'k_free': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      'v_free': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       'turn': plgpu.Barrier(num_arrivals=2),
     },
     across_warps=False,
@@ -61,21 +62,25 @@ def _body(
   q: jax.Ref, k: jax.Ref, v: jax.Ref, starts: jax.Ref, out: jax.Ref,
   lse: jax.Ref, qs: jax.Ref, ks: jax.Ref, vs: jax.Ref, stat: jax.Ref,
   q_here: jax.Ref, k_here: jax.Ref, v_here: jax.Ref, k_free: jax.Ref,
-  v_free: jax.Ref, turn: jax.Ref, *, scale: float,
+  v_free: jax.Ref, turn: jax.Ref, *, keys: int, scale: float,
 ) -> None:  # fmt: skip
   """Computes the attention of 128 queries of one head."""
   b, h, m, w = causal_blocks.place(q.shape[1] // TILE)
-  walk = causal_blocks.past_keys(starts, b, m, KEYS)
+  stages = KEPT // keys
+  walk = causal_blocks.past_keys(starts, b, m, keys)
 
   def loading(source: jax.Ref, to: jax.Ref, here: jax.Ref) -> Callable:
     def load(i: jax.Array, stage: jax.Array) -> None:
-      where = source.at[b, pl.ds(i * KEYS, KEYS), h]
+      where = source.at[b, pl.ds(i * keys, keys), h]
       plgpu.copy_gmem_to_smem(where, to.at[stage], here.at[stage])
 
     return load
 
-  keys, values = loading(k, ks, k_here), loading(v, vs, v_here)
-  causal_blocks.fetch(walk, STAGES, [(keys, k_free), (values, v_free)])
+  streams = (
+    (loading(k, ks, k_here), k_free),
+    (loading(v, vs, v_here), v_free),
+  )
+  causal_blocks.fetch(walk, stages, streams)
 
   def attend(next_turn: Callable) -> None:
     top_row = m * TILE + w * ROWS
@@ -88,7 +93,7 @@ def _body(
 
     def step(i: jax.Array, carry: tuple) -> tuple:
       acc, top, total = carry
-      stage = lax.rem(i, STAGES)
+      stage = lax.rem(i, stages)
 
       def scores(ref: jax.Ref) -> jax.Array:
         own = [qs.at[w, i] for i in range(WIDE // PART)]
@@ -98,10 +103,10 @@ def _body(
 
       # Scores: of the keys alone; the values may still be on their way.
       plgpu.barrier_wait(k_here.at[stage])
-      s = pl.run_scoped(scores, causal_blocks.accumulator(KEYS))
-      causal_blocks.release(k_free, i, walk, STAGES)
+      s = pl.run_scoped(scores, causal_blocks.accumulator(keys))
+      causal_blocks.release(k_free, i, walk, stages)
       # Softmax: online; a row lies in one warpgroup, nothing is exchanged.
-      mask = lambda s: causal_blocks.masked(s, i * KEYS, top_row, begin)
+      mask = lambda s: causal_blocks.masked(s, i * keys, top_row, begin)
       s = lax.cond(walk.needs_mask(i), mask, lambda s: s, s)
       new_top = jnp.maximum(top, s.max(axis=1) * scale)
       p = jnp.exp2(s * scale - causal_blocks.wide(new_top, s.shape))
@@ -117,7 +122,7 @@ def _body(
       next_turn()
       plgpu.barrier_wait(v_here.at[stage])
       acc = compat.add_product(acc, p, vs.at[stage])
-      causal_blocks.release(v_free, i, walk, STAGES)
+      causal_blocks.release(v_free, i, walk, stages)
       return acc, new_top, total
 
     # A first block may be masked for a query: its maximum must be finite.

@@ -8,6 +8,7 @@ with an error if a value is off, and prints RACE DETECTED (or raises) on a race.
 
 import functools
 import sys
+from unittest import mock
 
 import jax
 import jax.experimental.pallas as pl
@@ -302,8 +303,11 @@ def check_mla_prefill():
       jnp.asarray(rng.normal(size=(*size, heads, dim)), jnp.bfloat16)
     )
     args = (draw(192), draw(192), draw(128), segments, draw(128))
-    # Probabilities and their gradients are rounded to bfloat16.
-    compare(name, both, args, 2 * BF16)
+    # With blocks of 64 keys, and of 128 where registers can be moved.
+    for moved in (False, True):
+      with mock.patch.object(compat, 'REGISTERS_MOVE', moved):
+        # Probabilities and their gradients are rounded to bfloat16.
+        compare(name, both, args, 2 * BF16)
 
 
 def check_race():

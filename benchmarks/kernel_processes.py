@@ -10,10 +10,22 @@ import threading
 from collections.abc import Callable
 
 _running: set[subprocess.Popen] = set()
+_over = threading.Event()
+
+
+def begin() -> None:
+  """Lets stages run, after `end_all`, too."""
+  _over.clear()
+
+
+def is_over() -> bool:
+  """Says whether all stages have been ended."""
+  return _over.is_set()
 
 
 def end_all() -> None:
-  """Ends all stages that still run."""
+  """Ends all stages that still run; none is begun any more."""
+  _over.set()
   for process in list(_running):
     _end(process)
 
@@ -68,8 +80,10 @@ def last_row(
       measured before stands.
     ready: called when the command says {"ready": true}; gives the seconds from
       then on. The command goes on when it reads a line; where no second is left
-      it is ended, and its row is {'late': True}.
+      it is ended, and its row is {'late': True}, as where all are over.
   """
+  if is_over():
+    return {'late': True}
   with tempfile.TemporaryFile('w+') as err:
     # A group of its own, for a compiler may have processes, too.
     process = subprocess.Popen(
@@ -81,6 +95,8 @@ def last_row(
       start_new_session=True,
     )
     _running.add(process)
+    if is_over():  # meanwhile
+      _end(process)
     clock, lines, late = _Clock(process), [], False
     clock.start(limit)
     try:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -24,21 +24,32 @@ def device_row() -> dict:
 
 def checked(op: str, shape: str) -> dict:
   """The error of a case, on fresh random numbers of a smaller shape."""
+  return checker(op, shape)()
+
+
+def checker(op: str, shape: str) -> Callable[[], dict]:
+  """Compiles what gives the row of `checked`."""
   shapes, make, small = kernel_cases.OPS[op]
   work = make(small(shapes[shape]))
-  error = kernel_timing.relative_error(work)
+  error = kernel_timing.checker(work)
+  return lambda: verdict(error(), work.tolerance)
+
+
+def verdict(error: float, tolerance: float) -> dict:
+  """The row of an error."""
   # JSON has no infinity.
   told = error if math.isfinite(error) else 'inf'
-  row = {'error': told, 'tolerance': work.tolerance}
-  if not error <= work.tolerance:
-    row['failed'] = f'wrong: error {error:.3g} of {work.tolerance:.3g} at most'
+  row = {'error': told, 'tolerance': tolerance}
+  if not error <= tolerance:
+    row['failed'] = f'wrong: error {error:.3g} of {tolerance:.3g} at most'
   return row
 
 
 def turn() -> None:
   """Says that all is compiled, and waits until the device is free."""
   print('{"ready": true}', flush=True)
-  sys.stdin.readline()
+  if not sys.stdin.readline():
+    sys.exit('who gives the turns is gone')
 
 
 def rows(asked: dict) -> Iterator[dict]:
@@ -50,13 +61,21 @@ def rows(asked: dict) -> Iterator[dict]:
     yield row | kernel_timing.floors()
     return
   op, shape = asked['op'], asked['shape']
-  if stage == 'check' or not asked['checked']:
-    row = checked(op, shape)
+  if stage == 'check':
+    yield checked(op, shape)
+    return
+  shapes, make, _ = kernel_cases.OPS[op]
+  # What needs no device comes before the turn.
+  check = None if asked['checked'] else checker(op, shape)
+  work = make(shapes[shape])
+  call = kernel_timing.prepared(work)
+  turn()
+  if check:
+    row = check()
     yield row
-  if stage == 'time' and 'failed' not in row:
-    work = kernel_cases.OPS[op][1](kernel_cases.OPS[op][0][shape])
+  if 'failed' not in row:
     rates, names = asked['rates'], asked['contenders']
-    for more in kernel_timing.time_case(work, rates, names, turn):
+    for more in kernel_timing.time_case(work, rates, names, call):
       yield row | more
 
 

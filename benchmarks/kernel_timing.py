@@ -28,6 +28,10 @@ class InPlace:
     for name in ('eval_shape', 'lower', 'trace'):
       setattr(self, name, getattr(self.fn, name))
 
+  def compile(self):
+    """Compiles what is called, and runs nothing."""
+    self.fn = self.fn.lower(*self.args, self.last).compile()
+
   def __call__(self):
     self.last = self.fn(*self.args, self.last)
     return self.last
@@ -35,7 +39,8 @@ class InPlace:
 
 def _jitted(fn):
   """The function as one that compiles once."""
-  return fn if hasattr(fn, 'lower') else jax.jit(fn)
+  once = isinstance(fn, (InPlace, jax.stages.Wrapped, jax.stages.Compiled))
+  return fn if once else jax.jit(fn)
 
 
 def cupti_us(fn, args) -> float:
@@ -101,14 +106,14 @@ def floors() -> dict:
   }
 
 
-def relative_error(work) -> float:
-  """The error of a case's kernel, see `worst_error`."""
+def checker(work) -> Callable[[], float]:
+  """Compiles what gives the error of a case's kernel, see `worst_error`."""
   run = lambda *a: work.op(*a, impl='gpu')
   # The interpreter runs one kernel at a time; jit may start several.
-  run = run if compat.is_interpreted() else jax.jit(run)
-  got = run(*work.args)
-  want = jax.jit(work.exact)(*work.args)
-  return worst_error(got, want)
+  if not compat.is_interpreted():
+    run = jax.jit(run).lower(*work.args).compile()
+  exact = jax.jit(work.exact).lower(*work.args).compile()
+  return lambda: worst_error(run(*work.args), exact(*work.args))
 
 
 def worst_error(got, want) -> float:
@@ -163,6 +168,20 @@ def kernel_call(work, impl: str) -> tuple[Callable, tuple]:
   return jax.jit(op), work.args
 
 
+def prepared(work) -> tuple[Callable, tuple]:
+  """The call of a case's kernel, compiled; nothing runs on the device yet.
+
+  A model's is not compiled, for then XLA tries products out on the device.
+  """
+  fn, args = kernel_call(work, 'gpu')
+  if work.tokens:
+    return fn, args
+  if isinstance(fn, InPlace):
+    fn.compile()
+    return fn, args
+  return fn.lower(*args).compile(), args
+
+
 def contenders(work) -> Iterator[tuple[str, Callable[[], float]]]:
   """Names, and calls that give microseconds."""
   if work.in_place:
@@ -178,24 +197,16 @@ def floor_us(work, rates) -> float:
   return 1e6 * max(work.flops / rate, work.moved / rates['bytes'])
 
 
-def time_case(
-  work, rates, names=None, turn: Callable[[], None] | None = None
-) -> Iterator[dict]:
+def time_case(work, rates, names=None, call=None) -> Iterator[dict]:
   """The row of a case so far: with the kernel's time, then each contender's.
 
   Args:
     work: the case.
     rates: of `floors`.
     names: of the contenders that take part; None: all.
-    turn: returns when nothing else runs on the device; None: nothing does. A
-      single kernel compiles before, a model after, for then XLA tries products
-      out on the device.
+    call: of `prepared`, where it is there already.
   """
-  call = kernel_call(work, 'gpu')
-  if turn:
-    if not work.tokens:
-      jax.block_until_ready(call[0](*call[1]))
-    turn()
+  call = call or kernel_call(work, 'gpu')
   us, how = device_us(*call)
   row = {
     'us': us,

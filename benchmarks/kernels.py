@@ -24,6 +24,7 @@ test itself, and times nothing.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -33,12 +34,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from benchmarks import kernel_plan, kernel_processes, kernel_report
 from benchmarks.kernel_plan import Case
 
 # Of an H200, measured once on random numbers; where this run's fails.
 _ASSUMED = {'flops': 7.9e14, 'bytes': 4.2e12, 'how': 'assumed'}
+_END = 5  # seconds that the last words take
 _LEAST = 20  # seconds that a row takes at least: later none is begun
 
 
@@ -83,6 +86,18 @@ def child(stage: str, case: Case | None = None, **more) -> list[str]:
   return [sys.executable, '-m', 'benchmarks.kernel_stage', json.dumps(asked)]
 
 
+@contextlib.contextmanager
+def several(count: int) -> Iterator[concurrent.futures.Executor]:
+  """A pool of threads for stages; an exception ends all of them."""
+  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    try:
+      yield pool
+    except BaseException:
+      kernel_processes.end_all()
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
 def check(window: Window, cases: list[Case]) -> dict[str, dict]:
   """Checks every op on its first shape: {op: row}.
 
@@ -102,7 +117,7 @@ def check(window: Window, cases: list[Case]) -> dict[str, dict]:
     return case, kernel_processes.last_row(child('check', case), limit)
 
   found = {}
-  with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+  with several(flags.jobs) as pool:
     jobs = [pool.submit(one, case) for case in first.values()]
     for job in concurrent.futures.as_completed(jobs):
       case, row = job.result()
@@ -151,15 +166,20 @@ def time_rows(
 
     def ready() -> float:
       turns.wait(place)
-      return min(limit, window.left - 5)
+      left = window.left - _END
+      return 0 if left < _LEAST / 2 else min(limit, left)
 
     try:
       row = {'late': True}
       if window.left >= _LEAST:
-        limits = limit, window.left - 5
+        limits = limit, window.left - _END
         row = kernel_processes.last_row(argv, min(limits), ready)
       turns.wait(place)
-      if row == {'late': True}:
+      if kernel_processes.is_over():
+        return
+      # Cut short by the window's end it says nothing, unless it has a time.
+      cut = 'stopped' in row and 'us' not in row and window.left < _END + 1
+      if cut or row == {'late': True}:
         late.append(case.name)
       else:
         window.keep(case, (found[case.op] if known else {}) | row)
@@ -167,7 +187,7 @@ def time_rows(
       turns.wait(place)
       turns.done(place)
 
-  with concurrent.futures.ThreadPoolExecutor(1 + flags.ahead) as pool:
+  with several(1 + flags.ahead) as pool:
     for job in [pool.submit(one, *a) for a in enumerate(cases)]:
       job.result()
   return late
@@ -249,6 +269,7 @@ def main(argv: list[str]) -> int:
   if flags.interpret:
     return interpret(cases)
   # `timeout` and the like send this; the stages have groups of their own.
+  kernel_processes.begin()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     return run(flags, cases)

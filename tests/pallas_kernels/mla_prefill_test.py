@@ -73,6 +73,12 @@ class MlaPrefillTest(parameterized.TestCase):
       segment_starts(segments), [[0, 0, 2, 3, 3, 3], [0, 1, 1, 1, 4, 4]]
     )
 
+  def test_the_kernel_takes_no_scale_that_would_turn_maxima_around(self):
+    q = jnp.zeros((1, 8, 1, 192), jnp.bfloat16)
+    for scale in (0.0, -0.1, float('nan')):
+      with self.assertRaisesRegex(NotImplementedError, 'not above 0'):
+        mla_prefill(q, q, q[..., :128], scale=scale, impl='gpu')
+
   def test_without_cudnn_the_reason_is_logged_once(self):
     dispatch.say_once.cache_clear()
     q, k, v, segments = (a.astype(np.float32) for a in draw(TEST['ragged']))

@@ -49,6 +49,7 @@ STEM = 'kernels-NVIDIA-H200-9.9'
 class WindowTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
+    kernel_processes.begin()
     self.folder = pathlib.Path(
       self.enter_context(tempfile.TemporaryDirectory())
     )
@@ -142,6 +143,34 @@ class WindowTest(parameterized.TestCase):
     self.assertEqual(rows['router/v3_t4096']['stopped'], 4)
     self.assertIn('wrong', rows['sinkhorn/v4_t8192']['failed'])
     self.assertEqual(rows['permute/v3_t4096']['us'], 5.0)
+
+  def test_what_interrupts_it_ends_all_stages(self):
+    told = {'time': ['hang'], 'time router': [{'us': 7.0}]}
+    real = kernels.Window.keep
+
+    def keep(window, case, row):
+      if 'us' in row:
+        raise OSError('no space left on device')
+      real(window, case, row)
+
+    start = time.monotonic()
+    with (
+      mock.patch.object(kernels.Window, 'keep', keep),
+      self.assertRaisesRegex(OSError, 'no space'),
+    ):
+      # In order of value, so that others hang when it happens.
+      self.run_with(told, '--only=router,sinkhorn', '--ahead=2')
+    self.assertLess(time.monotonic() - start, 40)
+    self.assertEmpty(kernel_processes._running)
+
+  def test_a_row_that_the_end_cuts_short_is_late_and_not_wrong(self):
+    told = {'time sinkhorn': ['hang']}
+    with mock.patch.object(kernels, '_LEAST', 1):
+      flags = '--only=sinkhorn/v4_t8192', '--seconds=14'
+      status, rows, said, _ = self.run_with(told, *flags)
+    self.assertEqual(status, 0, said)
+    self.assertNotIn('failed', rows['sinkhorn/v4_t8192'])
+    self.assertIn('no time left for 1 rows: sinkhorn/v4_t8192', said)
 
   def test_a_smaller_run_keeps_the_rows_of_others(self):
     self.run_with({}, '--only=sinkhorn/v4_t8192,router/v3_t4096')

@@ -90,7 +90,7 @@ need = $(1) -c '' >/dev/null 2>&1 || { echo 'error: $(1): no such\
 kernels: $(VENV)/.test .venv-interpreter/.ready
 	$(PYTEST) tests/pallas_kernels --ignore=tests/pallas_kernels/interpreter_test.py
 	.venv-interpreter/bin/python -m pytest tests/pallas_kernels/interpreter_test.py
-	.venv-interpreter/bin/python -m pytest tests/model/kernels_test.py \
+	NPROC=8 .venv-interpreter/bin/python -m pytest tests/model/kernels_test.py \
 	  -k interpreter
 
 # The server under load: 200 clients, cut and slow streams, wrong bodies.

@@ -267,6 +267,8 @@ def main(argv: list[str]) -> int:
   except ValueError as error:
     parser.error(str(error))
   if flags.interpret:
+    # A thread for each warpgroup: read when XLA starts.
+    os.environ.setdefault('NPROC', '8')
     return interpret(cases)
   # `timeout` and the like send this; the stages have groups of their own.
   kernel_processes.begin()

@@ -6,6 +6,7 @@ detector) instead of on a GPU: `with compat.interpreted(): ...`.
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,16 @@ def interpreted() -> Iterator[None]:
 def is_interpreted() -> bool:
   """Returns whether kernels run in the interpreter."""
   return target.interpreting() is not None
+
+
+def _check_room(threads: int) -> None:
+  """Raises RuntimeError where warpgroups would wait for each other for ever."""
+  room = int(os.environ.get('NPROC') or os.cpu_count() or 1)
+  if is_interpreted() and threads > room:
+    raise RuntimeError(
+      f'the interpreter runs {threads} warpgroups in as many threads, and XLA'
+      f' has {room}: set NPROC=8 before jax starts'
+    )
 
 
 def _several(threads: int) -> dict[str, Any]:
@@ -101,6 +112,7 @@ def kernel(
   Without `across_warps` it sums and compares along rows of wgmma's layout only,
   which needs none of the 2 KiB that are set aside otherwise.
   """
+  _check_room(threads)
   # 2 KiB per thread block, which kernels at the limit don't have.
   room = {} if across_warps else {'reduction_scratch_bytes': 0}
   call = plgpu.kernel(

@@ -23,6 +23,7 @@ from pallas_kernels.mla_prefill.causal_blocks import (
 )
 
 KEPT = 256  # keys in shared memory
+LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 def attend(
@@ -125,10 +126,11 @@ def _body(
       causal_blocks.release(v_free, i, walk, stages)
       return acc, new_top, total
 
-    # A first block may be masked for a query: its maximum must be finite.
+    # A first block may be masked for a query: its maximum must be finite. No
+    # score is below this one.
     carry = (
       causal_blocks.zeros(VALUE),
-      compat.full((ROWS,), -1e30, BY_ROW),
+      compat.full((ROWS,), LEAST, BY_ROW),
       compat.full((ROWS,), 0.0, BY_ROW),
     )
     acc, top, total = lax.fori_loop(walk.begin, walk.end, step, carry)

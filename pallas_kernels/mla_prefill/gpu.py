@@ -24,6 +24,7 @@ def mla_prefill(
     raise NotImplementedError(
       f'dims {q.shape[-1]} and {v.shape[-1]}, not 192 and 128'
     )
+  # Scores are masked and their maxima taken before they are scaled.
   if not scale > 0:
     raise NotImplementedError(f'scale {scale}, not above 0')
   T = q.shape[1]

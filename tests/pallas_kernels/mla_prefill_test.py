@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from unittest import mock
 
 import jax
@@ -9,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels import dispatch
-from pallas_kernels.mla_prefill import mla_prefill, segment_starts
+from pallas_kernels import compat, dispatch
+from pallas_kernels.mla_prefill import (
+  backward,
+  causal_output,
+  mla_prefill,
+  segment_starts,
+)
 from pallas_kernels.mla_prefill.shapes import TEST
 
 D, V, SCALE = 12, 8, 0.4
@@ -78,6 +84,25 @@ class MlaPrefillTest(parameterized.TestCase):
     for scale in (0.0, -0.1, float('nan')):
       with self.assertRaisesRegex(NotImplementedError, 'not above 0'):
         mla_prefill(q, q, q[..., :128], scale=scale, impl='gpu')
+
+  def test_the_interpreter_needs_a_thread_for_each_warpgroup(self):
+    q = jnp.zeros((1, 8, 1, 192), jnp.bfloat16)
+    with (
+      mock.patch.dict(os.environ, {'NPROC': '2'}),
+      compat.interpreted(),
+      self.assertRaisesRegex(RuntimeError, '3 warpgroups.*set NPROC=8'),
+    ):
+      mla_prefill(q, q, q[..., :128], scale=0.1, impl='gpu')
+
+  def test_profiles_show_a_kernel_by_its_module_and_function(self):
+    names = {
+      causal_output._body: 'mla_prefill_causal_output',
+      functools.partial(backward._keys_body, scale=1.0): (
+        'mla_prefill_backward_keys'
+      ),
+    }
+    for body, name in names.items():
+      self.assertEqual(compat._named(body).__name__, name)
 
   def test_without_cudnn_the_reason_is_logged_once(self):
     dispatch.say_once.cache_clear()

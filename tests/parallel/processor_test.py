@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+import types
 from unittest import mock
 
 import jax
@@ -168,6 +169,15 @@ class ProcessorTest(parameterized.TestCase):
     self.on('AuthenticAMD', AVX512)
     line = lib.described(lib.options('train'), 'float32')
     self.assertEqual(line, 'AMD AVX-512; products in float32; XLA options none')
+
+  def test_a_run_on_a_gpu_names_it_and_not_the_host(self):
+    self.on('GenuineIntel', AMX)
+    gpu = types.SimpleNamespace(platform='gpu', device_kind='NVIDIA H200')
+    with mock.patch.object(lib.jax, 'local_devices', lambda: [gpu]):
+      line = lib.described({}, 'bfloat16')
+    self.assertEqual(
+      line, 'NVIDIA H200; products in bfloat16; XLA options none'
+    )
 
   @parameterized.parameters('text', (('a',),), (('a', 1),), ('ab',), ((1, 2),))
   def test_options_that_are_no_pairs_of_texts_are_refused(self, *xla):

@@ -135,6 +135,26 @@ def mask_from(s: jax.Array, left: jax.Array) -> jax.Array:
   return jnp.where(key < wide(left, s.shape), s, -jnp.inf)
 
 
+def clear_from(latents: jax.Ref, left: jax.Array) -> None:
+  """Zeros latents [64 h] in shared memory from row `left` on.
+
+  Any bits lie there, and a probability of 0 times nan is nan.
+  """
+  keys, half = latents.shape
+
+  def columns(j: jax.Array, _) -> tuple:
+    at = slice(None), pl.ds(j * 64, 64)
+    x = compat.load(latents, at, WGMMA)
+    # By row: a number per entry would spill on jax 0.10.
+    row = plgpu.broadcasted_iota(jnp.int32, (keys, 8), 0, layout=WGMMA)
+    here = wide(left - row.max(axis=1), x.shape) > 0
+    latents[at] = jnp.where(here, x, jnp.zeros_like(x))
+    return ()
+
+  lax.fori_loop(0, half // 64, columns, ())
+  plgpu.commit_smem()
+
+
 def start(half: int = HALF, sink: jax.Array | None = None) -> Running:
   """Returns the softmax of rows that attend to no key yet.
 

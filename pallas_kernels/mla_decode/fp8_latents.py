@@ -53,6 +53,7 @@ def partial_sums(
   k_r: jax.Array,
   table: jax.Array,
   lengths: jax.Array,
+  order: jax.Array,
   row_new: jax.Array,
   *,
   scale: float,
@@ -67,6 +68,7 @@ def partial_sums(
     c, scales, k_r: [blocks 64 C] float8, [blocks 64 C/128] float32 and
       [blocks 64 R] bfloat16, the cache of all requests.
     table, lengths: as in mla_decode.
+    order: [B] int32, the requests in the order in which they start.
     row_new: [N] int32, the new token that each row belongs to.
     scale: of the scores.
     splits: parts of a request's tokens.
@@ -109,7 +111,7 @@ def partial_sums(
       'kr_here': plgpu.Barrier(num_barriers=4),
       'met': plgpu.Barrier(num_arrivals=2),
     },
-  )(q_c, q_r, c, scales, k_r, table, lengths, row_new)
+  )(q_c, q_r, c, scales, k_r, table, lengths, order, row_new)
 
 
 def _load_scales(scales: jax.Ref, block: jax.Array) -> tuple[jax.Array, ...]:
@@ -127,36 +129,31 @@ def _load_scales(scales: jax.Ref, block: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _dequantize(
-  raw: jax.Ref, kc: jax.Ref, factors: tuple[jax.Array, ...], left: jax.Array
+  raw: jax.Ref, kc: jax.Ref, factors: tuple[jax.Array, ...]
 ) -> None:
-  """Writes raw [64 256] float8 times its scales to kc [64 256] bfloat16.
-
-  Tokens from `left` on become zeros: what lies behind a request's length is
-  arbitrary, and 0 * nan is nan.
-  """
+  """Writes raw [64 256] float8 times its scales to kc [64 256] bfloat16."""
   for j, factor in enumerate(factors):
     group = slice(None), pl.ds(j * GROUP, GROUP)
     x = compat.load(raw, group, _BYTES)
     # float16 holds every float8 number, and converts in one instruction.
     x = x.astype(jnp.float16).astype(jnp.float32)
     x = x * latent_blocks.wide(factor, x.shape)
-    at = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_BYTES)
-    x = jnp.where(at < left, x, jnp.zeros_like(x))
     kc[group] = x.astype(jnp.bfloat16)
 
 
 def _body(
   q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, scales: jax.Ref, k_r: jax.Ref,
-  table: jax.Ref, lengths: jax.Ref, row_new: jax.Ref, out: jax.Ref,
-  lse: jax.Ref, qc: jax.Ref, qr: jax.Ref, raw: jax.Ref, kc: jax.Ref,
-  kr: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref, raw_here: jax.Ref,
-  kr_here: jax.Ref, met: jax.Ref, *, scale: float, splits: int, new: int,
-  per_page: int,
+  table: jax.Ref, lengths: jax.Ref, order: jax.Ref, row_new: jax.Ref,
+  out: jax.Ref, lse: jax.Ref, qc: jax.Ref, qr: jax.Ref, raw: jax.Ref,
+  kc: jax.Ref, kr: jax.Ref, ps: jax.Ref, stat: jax.Ref, q_here: jax.Ref,
+  raw_here: jax.Ref, kr_here: jax.Ref, met: jax.Ref, *, scale: float,
+  splits: int, new: int, per_page: int,
 ) -> None:  # fmt: skip
   """Computes 64 query rows over one split of a request's tokens."""
-  b, tile, split, w = (
+  nth, tile, split, w = (
     lax.axis_index(a) for a in ('request', 'tile', 'split', 'wg')
   )
+  b = order[nth]
   length, rows = lengths[b], pl.ds(tile * ROWS, ROWS)
   blocks = lax.div(length + (BLOCK - 1), BLOCK)
   per_split = lax.div(blocks + (splits - 1), splits)
@@ -200,9 +197,12 @@ def _body(
     running, factors = carry
     # Dequantize: this warpgroup's columns; both are read by either's scores.
     plgpu.barrier_wait(raw_here.at[barrier(i)])
-    left = length - (first + i) * BLOCK
-    _dequantize(raw.at[lax.rem(i, 2), w], kc.at[w], factors, left)
+    _dequantize(raw.at[lax.rem(i, 2), w], kc.at[w], factors)
     plgpu.commit_smem()
+    # Behind the length, in a last block alone.
+    left = length - (first + i) * BLOCK
+    clear = lambda: latent_blocks.clear_from(kc.at[w], left)
+    pl.when(left < BLOCK)(clear)
     latent_blocks.meet(met)
     pl.when(i + 2 < count)(lambda: load_raw(i + 2))
     factors = _load_scales(scales, place(jnp.minimum(i + 1, count - 1)))
@@ -211,7 +211,9 @@ def _body(
     tokens = pl.ds(pl.multiple_of(w * PART, PART), PART)
     rope = kr.at[lax.rem(i, 2), w]
     s = latent_blocks.scores(qc, qr, lambda j: kc.at[j, tokens], rope, scale)
-    s = latent_blocks.mask_from(s, seen - ((first + i) * BLOCK + w * PART))
+    key = (first + i) * BLOCK + w * PART
+    mask = lambda s: latent_blocks.mask_from(s, seen - key)
+    s = lax.cond(key + PART > length - (new - 1), mask, lambda s: s, s)
     # Softmax: over all 64 tokens, so the maxima cross over.
     own = latent_blocks.publish_max(s, stat, met)
     pl.when(i + 2 < count)(lambda: load_rope(i + 2))

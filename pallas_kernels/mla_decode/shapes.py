@@ -19,6 +19,7 @@ TEST = {
   'ragged_two_splits': Shape((200, 64, 3), 1, 16, 64, 2),
   'speculative': Shape((130,), 4, 32, 64, 1),
   'more_splits_than_blocks': Shape((70,), 2, 16, 128, 3),
+  'blocks_by_turns': Shape((330, 449), 1, 16, 64, 1),
   'shorter_than_new': Shape((2,), 4, 16, 64, 1),
 }
 

@@ -403,6 +403,7 @@ CASES = {
   'mla_decode_fp8_h128': _decode_fp8(128, 1, 128, 1),
   'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
   'sparse_mla': _sparse_mla(4096, 128, False),
+  'sparse_mla_decode': _sparse_mla(4, 128, False),
   'sparse_mla_bwd': _sparse_mla(64, 128, True),
   'attention_shares': _shares(4096, 128),
   # V4: a window of 128 tokens and 512 of the entries, in one softmax.

@@ -294,3 +294,24 @@ def finish(
   plgpu.copy_smem_to_gmem(qc.at[w], out)
   pl.when(w == 0)(lambda: plgpu.copy_smem_to_gmem(stat.at[0], lse))
   plgpu.wait_smem_to_gmem(0)
+
+
+def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Combines splits by their log-sum-exp (base 2), in float32.
+
+  Args:
+    out: [B splits ... C], each split's attention alone.
+    lse: [B splits ...] float32, EMPTY of a split that attends to nothing.
+
+  Returns:
+    [B ... C] of out.dtype and [B ...].
+  """
+  weights = jax.nn.softmax(lse * math.log(2.0), axis=1)
+  # A split without tokens for a row has no weight, not an equal one.
+  there = lse > EMPTY / 2
+  weights = jnp.where(there, weights, 0)
+  merged = jnp.einsum('bs...c,bs...->b...c', out.astype(jnp.float32), weights)
+  top = lse.max(axis=1)
+  total = jnp.where(there, jnp.exp2(lse - top[:, None]), 0).sum(axis=1)
+  some = jnp.log2(jnp.maximum(total, 1.0))  # the greatest adds 1
+  return merged.astype(out.dtype), top + some

@@ -6,13 +6,11 @@ first, so that none of them begins when the others end. Legend: as in
 mla_decode; N query rows, T H to a multiple of 64.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat, latent_blocks
-from pallas_kernels.latent_blocks import EMPTY, LATENT, ROWS
+from pallas_kernels.latent_blocks import LATENT, ROWS
 from pallas_kernels.mla_decode import bf16_latents, fp8_latents
 from pallas_kernels.mla_decode.bf16_latents import BLOCK
 
@@ -59,7 +57,7 @@ def mla_decode(
   else:
     pages = _in_blocks(c, scales, k_r)
     out, lse = fp8_latents.partial_sums(*queries, *pages, *rest, **how)
-  out = out[:, 0] if splits == 1 else _merge(out, lse)
+  out = out[:, 0] if splits == 1 else latent_blocks.merge(out, lse)[0]
   return out[:, : T * H].reshape(B, T, H, LATENT)
 
 
@@ -100,12 +98,3 @@ def _pick_splits(tiles: int, longest: int, sms: int) -> int:
 def _in_blocks(*pages: jax.Array) -> list[jax.Array]:
   """Returns pages [P G D] as blocks [P*G/64 64 D]."""
   return [p.reshape(-1, BLOCK, p.shape[-1]) for p in pages]
-
-
-def _merge(out: jax.Array, lse: jax.Array) -> jax.Array:
-  """Combines out [B splits N C] by lse [B splits N] (base 2): [B N C]."""
-  weights = jax.nn.softmax(lse * math.log(2.0), axis=1)
-  # A split without tokens for a row has no weight, not an equal one.
-  weights = jnp.where(lse > EMPTY / 2, weights, 0)
-  merged = jnp.einsum('BSNC,BSN->BNC', out.astype(jnp.float32), weights)
-  return merged.astype(out.dtype)

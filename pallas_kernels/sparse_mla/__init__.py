@@ -46,7 +46,8 @@ def sparse_mla(
 
   Returns:
     [B T H C] of q_c.dtype, differentiable in all but `index`. Scores, softmax
-    and sums are float32; the kernel rounds probabilities to bfloat16. Gradients
+    and sums are float32; the kernel rounds probabilities to bfloat16, and for
+    few queries partial sums, too. Gradients
     are the same bits in every run: each chosen latent's part is stored, and
     the parts of a latent are added in order of the queries.
 

@@ -4,7 +4,9 @@ A thread block holds 64 heads of one query and walks its latents 64 at a time,
 two blocks in flight. Warpgroup w scores tokens [32 w, 32 w + 32) of a block and
 sums half w of the columns over all 64 (see latent_blocks). Each gathers the
 tiles that it is the last to read, which needs no warpgroup for loading and so
-leaves 255 registers a thread.
+leaves 255 registers a thread. Few queries, as decoding has, leave most of a
+device idle: then thread blocks share the choices of a query, and their parts
+are merged by log-sum-exp.
 Legend: N queries of all rows, H heads (padded), K chosen (padded), C latent,
 h = C / 2, R rope dim.
 """
@@ -19,7 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather, latent_blocks
-from pallas_kernels.latent_blocks import BY_COLUMN, BY_ROW, LOG2E, ROPE
+from pallas_kernels.latent_blocks import (
+  BY_COLUMN,
+  BY_ROW,
+  EMPTY,
+  LOG2E,
+  ROPE,
+)
 from pallas_kernels.sparse_mla.gathered_blocks import (
   BLOCK,
   HEADS,
@@ -57,6 +65,11 @@ def attend(
   N, H, C = q_c.shape
   half, rope = C // 2, q_r is not None
   at = jnp.concatenate(ats, axis=1)
+  splits = _pick_splits(N * H // HEADS, at.shape[1] // BLOCK)
+  at = jnp.pad(
+    at, ((0, 0), (0, -at.shape[1] % (splits * BLOCK))), constant_values=-1
+  )
+  counts = steps(at.reshape(N * splits, -1), BLOCK).reshape(N, splits)
   scratch = {
     'qc': memory(2, HEADS, half),
     # Stage, tokens, columns.
@@ -71,17 +84,30 @@ def attend(
   if rope:
     scratch |= {'qr': memory(HEADS, ROPE), 'kr': memory(2, 2, PART, ROPE)}
   near = ats[0].shape[1] // BLOCK if len(lists) > 1 else None
-  return compat.kernel(
+  out, lse = compat.kernel(
     functools.partial(_body, scale=scale * LOG2E, near=near),
     (
-      jax.ShapeDtypeStruct(q_c.shape, q_c.dtype),
-      jax.ShapeDtypeStruct((N, H), jnp.float32),
+      jax.ShapeDtypeStruct((N, splits, H, C), q_c.dtype),
+      jax.ShapeDtypeStruct((N, splits, H), jnp.float32),
     ),
-    grid={'query': N, 'tile': H // HEADS},
+    grid={'query': N, 'tile': H // HEADS, 'split': splits},
     threads=2,
     across_warps=False,
     scratch=scratch,
-  )(q_c, q_r, lists, at, steps(at, BLOCK), sinks)
+  )(q_c, q_r, lists, at, counts, sinks)
+  if splits == 1:
+    return out[:, 0], lse[:, 0]
+  return latent_blocks.merge(out, lse)
+
+
+def _pick_splits(tiles: int, blocks: int) -> int:
+  """Returns splits of a query's choices: fill the device once.
+
+  Args:
+    tiles: thread blocks without splits.
+    blocks: of choices, of which a split has two or more.
+  """
+  return max(1, min(compat.num_sms() // tiles, blocks // 2))
 
 
 def _body(
@@ -92,13 +118,17 @@ def _body(
   qr: jax.Ref | None = None, kr: jax.Ref | None = None, *, scale: float,
   near: int | None,
 ) -> None:  # fmt: skip
-  """Computes 64 heads of one query over all latents chosen for it.
+  """Computes 64 heads of one query over one split of its latents.
 
   Of two lists the first `near` blocks are in the first one.
   """
-  n, tile, w = (lax.axis_index(a) for a in ('query', 'tile', 'wg'))
-  count, heads, half = steps[n], pl.ds(tile * HEADS, HEADS), qc.shape[-1]
+  n, tile, split, w = (
+    lax.axis_index(a) for a in ('query', 'tile', 'split', 'wg')
+  )
+  heads, half = pl.ds(tile * HEADS, HEADS), qc.shape[-1]
   columns = pl.ds(w * half, half)
+  first = split * (at.shape[1] // BLOCK // steps.shape[1])
+  last = first + steps[n, split]
 
   def chosen(block: jax.Array, part: int | jax.Array) -> tuple:
     return n, pl.ds(block * BLOCK + part * PART, PART)
@@ -112,7 +142,7 @@ def _body(
       gather.start(latents.k_r, at.at[chosen(block, w)], kr.at[stage, w])
 
   def fetch(block: jax.Array) -> None:
-    @pl.when(block < count)
+    @pl.when(block < last)
     def _():
       if near is None:
         start(lists[0], block)
@@ -124,10 +154,15 @@ def _body(
 
   # Load: the queries stay, two blocks of latents are on their way.
   latent_blocks.load_queries(q_c, q_r, (n, heads), qc, qr, q_here)
-  lax.fori_loop(0, 2, lambda block, _: fetch(block), None)
+  lax.fori_loop(first, first + 2, lambda block, _: fetch(block), None)
   sink = None
   if sinks is not None:
-    sink = compat.load(sinks, heads, BY_ROW, optimized=False)
+    # One split counts it.
+    sink = lax.cond(
+      split == 0,
+      lambda: compat.load(sinks, heads, BY_ROW, optimized=False),
+      lambda: compat.full((HEADS,), EMPTY, BY_ROW),
+    )
   plgpu.barrier_wait(q_here)
 
   def step(
@@ -157,12 +192,12 @@ def _body(
     fetch(block + 2)
     return running
 
-  running = lax.fori_loop(0, count, step, latent_blocks.start(half, sink))
+  running = lax.fori_loop(first, last, step, latent_blocks.start(half, sink))
   latent_blocks.finish(
     running,
     qc,
     stat,
     (max_here, p_here),
-    out.at[n, heads, columns],
-    lse.at[n, heads],
+    out.at[n, split, heads, columns],
+    lse.at[n, split, heads],
   )

@@ -45,6 +45,9 @@ TEST_GPU = {
   'v4': Shape(2, 2, 150, 16, 100, 0.2, 512, 0, (90, 70), True),
   'v4_sinks_alone': Shape(1, 2, 8, 16, 3, 1.0, 512, 0, (5, 2), True),
   'two_lists': Shape(1, 2, 80, 16, 65, 0.5, 512, 64, (70, 64)),
+  # Few queries: thread blocks share what each chooses, one ends in a part.
+  'split': Shape(1, 1, 300, 80, 290, nothing=0.1),
+  'split_none': Shape(1, 1, 300, 16, 290, nothing=1.0),
   # As sparse_gqa packs NSA's keys and values.
   'narrow': Shape(1, 1, 90, 16, 70, 0.2, 256),
   'narrow_no_rope': Shape(1, 1, 90, 16, 70, 0.2, 256, 0),
@@ -55,6 +58,7 @@ TEST_GPU = {
 BENCH = {
   'prefill_s4096': Shape(1, 4096, 4096, 128, 2048),
   'decode_b64_s2_kv32768': Shape(64, 2, 32768, 128, 2048),
+  'decode_b2_s2_kv32768': Shape(2, 2, 32768, 128, 2048),
   'v4_csa_s8192': Shape(1, 8192, 8192, 128, 128, 0, 512, 0, (2048, 512), True),
   'v4_hca_s8192': Shape(1, 8192, 8192, 128, 128, 0, 512, 0, (64, 64), True),
   'v4_decode_b64': Shape(64, 1, 128, 128, 128, 0, 512, 0, (16384, 512), True),

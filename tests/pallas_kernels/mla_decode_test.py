@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from pallas_kernels import latent_blocks
+from pallas_kernels.latent_blocks import EMPTY
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_decode.shapes import TEST, Shape
 
@@ -92,6 +94,31 @@ class MlaDecodeTest(parameterized.TestCase):
     floats = [jnp.asarray(a, change.get('dtype')) for a in args[:4]]
     with self.assertRaisesRegex(NotImplementedError, reason):
       mla_decode(*floats, *args[4:], scale=SCALE, impl='gpu')
+
+  def test_splits_add_up_to_the_whole_whichever_are_empty(self):
+    rng = np.random.default_rng(3)
+    scores = 20 * rng.normal(size=(2, 3, 5, 7))  # row, split, head, key
+    values = rng.normal(size=(2, 3, 7, 4))
+    scores[0, 1], scores[1, :, 2] = -np.inf, -np.inf
+    powers = np.exp2(scores)
+    sums = powers.sum(-1)
+    parts = np.einsum('bshk,bskc->bshc', powers, values)
+    parts /= np.where(sums > 0, sums, 1)[..., None]
+    lse = np.where(sums > 0, np.log2(np.where(sums > 0, sums, 1)), EMPTY)
+    got, whole = latent_blocks.merge(
+      jnp.asarray(parts, jnp.float32), jnp.asarray(lse, jnp.float32)
+    )
+    total = sums.sum(1)
+    want = np.einsum('bshk,bskc->bhc', powers, values)
+    want /= np.where(total > 0, total, 1)[..., None]
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    logs = np.where(total > 0, np.log2(np.where(total > 0, total, 1)), EMPTY)
+    np.testing.assert_allclose(whole, logs, rtol=2e-6)
+
+  def test_a_scale_that_is_not_above_0_is_left_to_the_reference(self):
+    args = draw(TEST['one_token'])
+    with self.assertRaisesRegex(NotImplementedError, 'scale -1.0'):
+      mla_decode(*args, scale=-1.0, impl='gpu')
 
   def test_bad_shapes_name_the_field(self):
     args = draw(TEST['one_token'])

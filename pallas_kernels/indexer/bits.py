@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 
 
-def _place(word: jax.Array, rank: jax.Array) -> jax.Array:
+def place(word: jax.Array, rank: jax.Array) -> jax.Array:
   """Returns where the set bit with `rank` lower ones lies in each word."""
-  place = jnp.zeros_like(rank)
+  found = jnp.zeros_like(rank)
   for width in (16, 8, 4, 2, 1):
     low = jax.lax.population_count(word & jnp.uint32((1 << width) - 1))
     low = low.astype(jnp.int32)
     above = rank >= low
     rank = jnp.where(above, rank - low, rank)
     word = jnp.where(above, word >> width, word)
-    place = jnp.where(above, place + width, place)
-  return place
+    found = jnp.where(above, found + width, found)
+  return found
 
 
 def _take(a: jax.Array, at: jax.Array) -> jax.Array:
@@ -52,5 +52,5 @@ def positions(words: jax.Array, count: int) -> jax.Array:
   wanted = jnp.arange(count, dtype=jnp.int32)[None]
   word = _first_above(upto, wanted)
   rank = wanted - (_take(upto, word) - _take(each, word))
-  place = 32 * word + _place(_take(words, word), rank)
-  return jnp.where(wanted < upto[:, -1:], place, -1)
+  at = 32 * word + place(_take(words, word), rank)
+  return jnp.where(wanted < upto[:, -1:], at, -1)

@@ -8,7 +8,8 @@ further counts find the position up to which they are taken; and what leaves is
 one bit per key, 1/32 of the scores.
 
 Many keys don't fit: then the integers of a thread block lie in global memory,
-which takes no more than [thread blocks, 2, S] and stays in the L2 cache.
+which takes no more than [thread blocks, 2, S] and stays in the L2 cache. Few
+queries share the keys among thread blocks instead (shared_keys).
 Legend: B batch, T queries, S keys, H index heads, I index dim.
 """
 
@@ -19,19 +20,21 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels import compat
-from pallas_kernels.indexer import bits
+from pallas_kernels.indexer import bits, scores, shared_keys
+from pallas_kernels.indexer.scores import (
+  BLOCK,
+  BY_COLUMN,
+  BY_ROW,
+  DIM,
+  NOTHING,
+  TILE,
+)
 
-BLOCK, STAGES, DIM = 64, 3, 128
 CHUNK = 64  # rows of 64 keys that are counted at once
 NEAR = 4 * CHUNK * BLOCK  # keys of two queries that fit shared memory
-NOTHING = np.int32(-(2**31))  # below the integer of every score
-_TILE = plgpu.Layout.WGMMA
-_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
-_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def indexer(
@@ -57,16 +60,19 @@ def indexer(
   even = lambda a: jnp.pad(
     a, ((0, 0), (0, 2 * pairs - T)) + ((0, 0),) * (a.ndim - 2), 'edge'
   )
-  words = _select(
+  args = (
     even(q),
     jnp.pad(k, ((0, 0), (0, rows * BLOCK - S), (0, 0))),
     even(w).astype(jnp.float32),
     even(first),
     even(last),
-    top_k=top_k,
-    near=near,
   )
-  words = lax.bitcast_convert_type(words.swapaxes(2, 3), jnp.uint32)
+  parts = shared_keys.parts(B * pairs, rows)
+  if parts > 1:
+    words = shared_keys.select(*args, top_k=top_k, parts=parts)
+  else:
+    words = _select(*args, top_k=top_k, near=near)
+    words = lax.bitcast_convert_type(words.swapaxes(2, 3), jnp.uint32)
   chosen = bits.positions(words.reshape(B * 2 * pairs, -1), top_k)
   return chosen.reshape(B, 2 * pairs, top_k)[:, :T]
 
@@ -105,17 +111,10 @@ def _select(
   words = jax.ShapeDtypeStruct((B, T, 2, rows), jnp.int32)
   kept = jax.ShapeDtypeStruct((workers, 2, rows, BLOCK), jnp.int32)
   is_near = near >= S
-  tile = lambda *shape: plgpu.SMEM(
-    shape, jnp.bfloat16, transforms=compat.TILED_16BIT
-  )
   scratch = {
-    'qs': tile(2, H, DIM),
-    'ks': tile(STAGES, BLOCK, DIM),
+    **scores.scratch(H),
     'words': plgpu.SMEM((2, 2, CHUNK), jnp.int32),
     'counts': plgpu.SMEM((2, CHUNK), jnp.int32),
-    'q_here': plgpu.Barrier(num_barriers=2),
-    'here': plgpu.Barrier(num_barriers=STAGES),
-    'free': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     'done': plgpu.Barrier(num_arrivals=2),
   }
   if is_near:
@@ -142,7 +141,7 @@ def _body(
   else:
     kept, *rest = rest
     kept = kept.at[worker, g]
-  qs, ks, words, counts, q_here, here, free, done = rest
+  qs, ks, q_here, here, free, words, counts, done = rest
   workers = min(items, compat.num_sms())
   per_row = q.shape[1] // 2
 
@@ -153,15 +152,11 @@ def _body(
     t = 2 * pair + g
     # Load: a query a warpgroup; the keys that either may choose, for both.
     plgpu.copy_gmem_to_smem(q.at[b, t], qs.at[g], q_here.at[g])
-    spans = [(first[b, 2 * pair + j], last[b, 2 * pair + j]) for j in range(2)]
-    start = lax.div(jnp.minimum(spans[0][0], spans[1][0]), BLOCK)
-    end = lax.div(jnp.maximum(spans[0][1], spans[1][1]) + BLOCK - 1, BLOCK)
-    end = jnp.maximum(start, end)
-    span = first[b, t], last[b, t]
+    span, (start, end) = scores.spans(first, last, b, pair)
     # Scores: one pass over the keys, as integers into `kept`.
     plgpu.barrier_wait(q_here.at[g])
-    _scores(
-      k.at[b], compat.load(w, (b, t), _BY_COLUMN, optimized=False),
+    scores.score_keys(
+      k.at[b], compat.load(w, (b, t), BY_COLUMN, optimized=False),
       qs.at[g], ks, kept, here, free, start=start, end=end, span=span,
     )  # fmt: skip
     # The ring is refilled for the next item when both have read it.
@@ -169,8 +164,8 @@ def _body(
     plgpu.barrier_wait(done)
     # Selection reads whole chunks: rows without scores are no keys.
     chunks = lax.div(start, CHUNK), lax.div(end + CHUNK - 1, CHUNK)
-    _fill(kept, chunks[0] * CHUNK, start)
-    _fill(kept, end, chunks[1] * CHUNK)
+    scores.fill(kept, chunks[0] * CHUNK, start)
+    scores.fill(kept, end, chunks[1] * CHUNK)
     plgpu.commit_smem()  # the other threads of the warpgroup read it
     # Select: the limit by counting, then a bit for every key.
     limits = _threshold(kept, counts.at[g], chunks, top_k, k.shape[1])
@@ -181,84 +176,10 @@ def _body(
   lax.fori_loop(0, mine, item, ())
 
 
-def _ordered(score: jax.Array) -> jax.Array:
-  """Returns int32 in the order of the float32 scores."""
-  score = jnp.where(score == 0.0, 0.0, score)
-  word = lax.bitcast_convert_type(score, jnp.int32)
-  return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
-
-
-def _scores(
-  k: jax.Ref, weights: jax.Array, qs: jax.Ref, ks: jax.Ref, kept: jax.Ref,
-  here: jax.Ref, free: jax.Ref, *, start: jax.Array, end: jax.Array,
-  span: tuple[jax.Array, jax.Array],
-) -> None:  # fmt: skip
-  """Stores the integers of all scores: kept[r] for keys [64 r, 64 r + 64)."""
-  g, steps = lax.axis_index('wg'), end - start
-
-  def load(i: jax.Array, stage: jax.Array) -> None:
-    where = pl.ds((start + i) * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(k.at[where], ks.at[stage], here.at[stage])
-
-  # Load: all stages are on their way before the first product.
-  @pl.when(g == 0)
-  def _():
-    def fill(i: jax.Array, _) -> tuple:
-      load(i, i)
-      return ()
-
-    lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
-
-  def products(stage: jax.Array) -> jax.Array:
-    def run(ref: jax.Ref) -> jax.Array:
-      compat.wgmma(ref, ks.at[stage], compat.transposed(qs))
-      return ref[...]
-
-    heads = qs.shape[0]
-    return pl.run_scoped(run, plgpu.ACC((BLOCK, heads), jnp.float32))
-
-  def step(i: jax.Array, _) -> tuple:
-    stage = lax.rem(i, STAGES)
-    # Wait, then matmul: 64 keys by all heads of this query.
-    plgpu.barrier_wait(here.at[stage])
-    s = jnp.maximum(products(stage), 0.0)
-
-    # Refill: once both warpgroups have read the stage.
-    @pl.when(i + STAGES < steps)
-    def _():
-      plgpu.barrier_arrive(free.at[stage])
-
-      @pl.when(g == 0)
-      def _():
-        plgpu.barrier_wait(free.at[stage])
-        load(i + STAGES, stage)
-
-    # Reduce over heads in registers: only one number a key is stored.
-    total = (s * lax.broadcast_in_dim(weights, s.shape, [1])).sum(axis=1)
-    at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=_TILE)
-    at = at.max(axis=1) + (start + i) * BLOCK
-    # A score that is nan is none, as in the reference.
-    seen = (at >= span[0]) & (at < span[1]) & (total > -jnp.inf)
-    kept[start + i] = jnp.where(seen, _ordered(total), NOTHING)
-    return ()
-
-  lax.fori_loop(0, steps, step, ())
-
-
-def _fill(kept: jax.Ref, start: jax.Array, end: jax.Array) -> None:
-  """Marks rows start to end of kept as no keys."""
-
-  def row(r: jax.Array, _) -> tuple:
-    kept[r] = compat.full((BLOCK,), NOTHING, _BY_ROW, jnp.int32)
-    return ()
-
-  lax.fori_loop(start, end, row, ())
-
-
 def _read(kept: jax.Ref, chunk: jax.Array) -> jax.Array:
   """Loads 64 rows of kept, 64 keys each."""
   rows = pl.ds(chunk * CHUNK, CHUNK)
-  return compat.load(kept, rows, _TILE, optimized=False)
+  return compat.load(kept, rows, TILE, optimized=False)
 
 
 def _count(
@@ -273,18 +194,18 @@ def _count(
     hit = holds(_read(kept, chunk), chunk)
     return total + hit.astype(jnp.int32)
 
-  zero = compat.full((CHUNK, BLOCK), 0, _TILE, jnp.int32)
+  zero = compat.full((CHUNK, BLOCK), 0, TILE, jnp.int32)
   # A sum across warps goes through shared memory that Mosaic sets aside once,
   # for both warpgroups. So rows first, and of those every warp sums all.
   counts[...] = lax.fori_loop(*chunks, add, zero).sum(axis=1)
   plgpu.commit_smem()
-  return compat.load(counts, slice(None), _BY_COLUMN).sum()
+  return compat.load(counts, slice(None), BY_COLUMN).sum()
 
 
 def _positions(chunk: jax.Array) -> jax.Array:
   """Returns the positions of a chunk's keys, int32 [64 64]."""
   iota = lambda axis: plgpu.broadcasted_iota(
-    jnp.int32, (CHUNK, BLOCK), axis, layout=_TILE
+    jnp.int32, (CHUNK, BLOCK), axis, layout=TILE
   )
   return (chunk * CHUNK + iota(0)) * BLOCK + iota(1)
 
@@ -350,7 +271,7 @@ def _emit(
       tie = (x == level) & (_positions(c) < place)
       chosen = ((x > level) | tie) & (x != NOTHING)
       # Pack: a sum of different powers of two is the union of their bits.
-      column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_TILE)
+      column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)
       bit = lax.shift_left(jnp.ones_like(x), column & 31)
       for half in range(2):
         own = chosen & ((column >= 32) if half else (column < 32))
@@ -359,7 +280,7 @@ def _emit(
     @pl.when(jnp.logical_not(inside))
     def _():
       for half in range(2):
-        words[half] = compat.full((CHUNK,), 0, _BY_ROW, jnp.int32)
+        words[half] = compat.full((CHUNK,), 0, BY_ROW, jnp.int32)
 
     plgpu.commit_smem()
     # Store: the words of this chunk, both halves of 32 columns.

@@ -1,13 +1,16 @@
 """indexer against loops over queries and keys in float64."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.indexer import bits, indexer, reference
+from pallas_kernels import compat
+from pallas_kernels.indexer import bits, indexer, reference, shared_keys
+from pallas_kernels.indexer.scores import NOTHING
 from pallas_kernels.indexer.shapes import TEST
 
 I = 6
@@ -47,6 +50,33 @@ class IndexerTest(parameterized.TestCase):
       args = draw(shape, whole)
       got = jax.jit(functools.partial(indexer, top_k=shape.top_k))(*args)
       np.testing.assert_array_equal(got, loop(*args, shape.top_k))
+
+  @parameterized.parameters(1, 7, 40, 128)
+  def test_the_best_integers_as_bits_equal_a_stable_sort(self, top_k):
+    rng = np.random.default_rng(top_k)
+    N, S = 6, 128
+    x = rng.integers(-(2**31) + 1, 2**31 - 1, (N, S)).astype(np.int32)
+    x[1] //= 2**29  # many ties
+    x[2] = 5
+    x[3, ::3], x[4] = NOTHING, NOTHING  # fewer than are asked for, none
+    x[4, 9] = -7
+    words = np.asarray(shared_keys.best(jnp.asarray(x), top_k))
+    got = np.unpackbits(words.view(np.uint8), axis=1, bitorder='little')
+    want = np.zeros((N, S), np.uint8)
+    for n in range(N):
+      order = np.argsort(-x[n].astype(np.int64), kind='stable')[:top_k]
+      want[n, [i for i in order if x[n, i] != NOTHING]] = 1
+    np.testing.assert_array_equal(got, want)
+
+  @parameterized.parameters(
+    (1, 2048, 256),  # two for each of 132 multiprocessors, 8 rows each
+    (66, 2048, 4),
+    (67, 2048, 1),  # enough pairs to fill most of the device
+    (1, 8, 1),  # nothing to share
+  )
+  def test_few_queries_share_their_keys(self, pairs, rows, parts):
+    with mock.patch.object(compat, 'num_sms', lambda: 132):
+      self.assertEqual(shared_keys.parts(pairs, rows), parts)
 
   def test_by_default_a_query_sees_itself_and_what_is_before(self):
     shape = TEST['causal']

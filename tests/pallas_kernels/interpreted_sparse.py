@@ -131,9 +131,10 @@ def check_indexer():
     args = draw_indexer(shape)
     near = 0 if shape.far else None
     limit = functools.partial(indexer_gpu.indexer, near=near)
-    # One thread block takes all queries in turn.
-    one = mock.patch.object(compat, 'num_sms', lambda: 1)
-    with mock.patch.object(indexer_gpu, 'indexer', limit), one:
+    # One thread block takes all queries in turn, or four share the keys.
+    blocks = 4 * shape.batch * -(-shape.queries // 2) if shape.shared else 1
+    sms = mock.patch.object(compat, 'num_sms', lambda blocks=blocks: blocks)
+    with mock.patch.object(indexer_gpu, 'indexer', limit), sms:
       op = functools.partial(indexer, top_k=shape.top_k)
       interpreted.compare(name, op, args, 0.0)
 

@@ -10,13 +10,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.indexer.bits import NOTHING, ordered
 
 BLOCK, STAGES, DIM = 64, 3, 128
-NOTHING = np.int32(-(2**31))  # below the integer of every score
 TILE = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -49,13 +48,6 @@ def spans(
   end = lax.div(jnp.maximum(both[0][1], both[1][1]) + BLOCK - 1, BLOCK)
   own = first[b, 2 * pair + g], last[b, 2 * pair + g]
   return own, (start, jnp.maximum(start, end))
-
-
-def _ordered(score: jax.Array) -> jax.Array:
-  """Returns int32 in the order of the float32 scores."""
-  score = jnp.where(score == 0.0, 0.0, score)
-  word = lax.bitcast_convert_type(score, jnp.int32)
-  return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
 
 
 def score_keys(
@@ -109,7 +101,7 @@ def score_keys(
     at = at.max(axis=1) + (start + i) * BLOCK
     # A score that is nan is none, as in the reference.
     seen = (at >= span[0]) & (at < span[1]) & (total > -jnp.inf)
-    kept[start + i] = jnp.where(seen, _ordered(total), NOTHING)
+    kept[start + i] = jnp.where(seen, ordered(total), NOTHING)
     return ()
 
   lax.fori_loop(0, steps, step, ())

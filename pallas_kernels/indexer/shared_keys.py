@@ -2,8 +2,7 @@
 
 A thread block scores a part of the keys for two queries; with one alone per
 pair, as decoding has few, most of a device would idle. Scores lie in global
-memory as integers of the same order, and XLA picks the best: eight counts of
-fifteen limits each find the K-th largest, four bits at a time.
+memory as integers of the same order, and XLA picks the best (bits).
 Legend: B batch, T queries (even), S keys (padded), N queries of all rows, H
 index heads.
 """
@@ -17,10 +16,9 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.indexer import bits, scores
-from pallas_kernels.indexer.scores import BLOCK, BY_COLUMN, NOTHING
+from pallas_kernels.indexer.scores import BLOCK, BY_COLUMN
 
 _LEAST = 8  # rows of 64 keys of a part
-_WORD = 32
 
 
 def parts(pairs: int, rows: int) -> int:
@@ -55,7 +53,7 @@ def select(
     threads=2,
     scratch=scores.scratch(H),
   )(q, k, w, first, last)
-  words = best(ordered.reshape(B * T, S), top_k)
+  words = bits.best(ordered.reshape(B * T, S), top_k)
   return words.reshape(B, T, -1)
 
 
@@ -82,63 +80,3 @@ def _body(
   # What no query of the pair sees is no key.
   scores.fill(kept, low, start)
   scores.fill(kept, end, high)
-
-
-def best(ordered: jax.Array, top_k: int) -> jax.Array:
-  """Returns the top_k greatest of ordered [N S] int32 as bits [N S/32].
-
-  Of equal ones the first are taken, and NOTHING never.
-  """
-  level = _level(ordered, top_k)[:, None]
-  above = _words(ordered > level)
-  equal = _words((ordered == level) & (level != NOTHING))
-  count = lambda words: lax.population_count(words).astype(jnp.int32)
-  # Of the words of equal ones those that come first, and the lowest bits of
-  # the one in which there are enough.
-  wanted = top_k - count(above).sum(axis=1, keepdims=True)
-  each = count(equal)
-  left = wanted - (jnp.cumsum(each, axis=1) - each)
-  return above | _lowest(equal, left)
-
-
-def _level(ordered: jax.Array, top_k: int) -> jax.Array:
-  """Returns the largest integer that top_k of ordered [N S] reach: [N].
-
-  NOTHING where fewer than top_k are more.
-  """
-  sign = jnp.uint32(1 << 31)
-  unsigned = lax.bitcast_convert_type(ordered, jnp.uint32) ^ sign
-  low = jnp.zeros(ordered.shape[0], jnp.uint32)
-  for shift in range(28, -4, -4):
-    limits = [low + jnp.uint32(digit << shift) for digit in range(1, 16)]
-    reached = _counts([unsigned >= limit[:, None] for limit in limits])
-    digits = sum((count >= top_k).astype(jnp.uint32) for count in reached)
-    low += digits << shift
-  return lax.bitcast_convert_type(low ^ sign, jnp.int32)
-
-
-def _counts(hits: list[jax.Array]) -> tuple[jax.Array, ...]:
-  """Returns how many of each of hits [N S] are true, [N] each.
-
-  One sum of many: apart, XLA would add up the parts of each in a program of
-  its own.
-  """
-  ones = tuple(hit.astype(jnp.int32) for hit in hits)
-  add = lambda a, b: tuple(map(lax.add, a, b))
-  return lax.reduce(ones, (jnp.int32(0),) * len(ones), add, (1,))
-
-
-def _words(hit: jax.Array) -> jax.Array:
-  """Returns hit [N S] as bits, uint32 [N S/32]."""
-  place = jnp.arange(_WORD, dtype=jnp.uint32)
-  ones = hit.reshape(hit.shape[0], -1, _WORD).astype(jnp.uint32)
-  return (ones << place).sum(axis=-1, dtype=jnp.uint32)
-
-
-def _lowest(words: jax.Array, count: jax.Array) -> jax.Array:
-  """Returns words with their `count` lowest set bits alone."""
-  count = jnp.maximum(count, 0)
-  place = bits.place(words, count).astype(jnp.uint32)
-  fewer = words & ((jnp.uint32(1) << place) - 1)
-  all_ = count >= lax.population_count(words).astype(jnp.int32)
-  return jnp.where(all_, words, fewer)

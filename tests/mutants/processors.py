@@ -29,8 +29,8 @@ MUTANTS = (
   Mutant(
     'candidate_groups_by_score',
     _CANDIDATES,
-    '  groups = jnp.sort(groups, axis=-1)\n',
-    '',
+    '  groups = _of_all(tops, k)\n',
+    '  groups = jax.lax.top_k(tops, k)[1]\n',
     (f'{_CANDIDATES_TEST}::equals_one_level',),
     'equals then go to whichever group is best, not to the lowest place',
   ),

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from pallas_kernels import compat
 from pallas_kernels.indexer import bits, indexer, reference, shared_keys
-from pallas_kernels.indexer.scores import NOTHING
+from pallas_kernels.indexer.bits import NOTHING
 from pallas_kernels.indexer.shapes import TEST
 
 I = 6
@@ -60,7 +60,7 @@ class IndexerTest(parameterized.TestCase):
     x[2] = 5
     x[3, ::3], x[4] = NOTHING, NOTHING  # fewer than are asked for, none
     x[4, 9] = -7
-    words = np.asarray(shared_keys.best(jnp.asarray(x), top_k))
+    words = np.asarray(bits.best(jnp.asarray(x), top_k))
     got = np.unpackbits(words.view(np.uint8), axis=1, bitorder='little')
     want = np.zeros((N, S), np.uint8)
     for n in range(N):

@@ -1,10 +1,11 @@
-"""Finds the best of many scores in two levels, exactly.
+"""Finds the best of many scores on a CPU, in two levels, exactly.
 
 The k greatest of S scores lie in the k groups whose own greatest are the
 greatest: a group that is not among these has k scores before any of its own.
 So S / g maxima and k g candidates are looked through instead of S scores, about
 2 sqrt(S k) with the best g; each look has a cost of its own, so that this pays
-for S far beyond k. On a CPU scores are made a chunk of keys at a time,
+for S far beyond k. A look counts what reaches a limit, bit by bit of the limit,
+where jax.lax.top_k keeps a heap. Scores are made a chunk of keys at a time,
 which stays in the cache, and only as far as a block's last query sees.
 Legend: N rows, S scores, g of a group, k wanted, B batch, n queries of a block,
 C keys of a chunk.
@@ -18,38 +19,56 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.attention.query_blocks import rows
+from pallas_kernels.indexer import bits
 
-CHUNK = 1024  # keys whose scores of a block of queries stay in a core's cache
+CHUNK = 2048  # keys whose scores of a block of queries stay in a core's cache
+_FEW = 1024  # wanted of all rows, for which a heap is faster than counts
 
 
 def group_size(scores: int, k: int) -> int:
-  """Returns g, a power of two near sqrt(S / k); 1 where one level is best.
-
-  On an AMD EPYC of 256 among 8,192 two levels took 3.8 ms for the 3.0 of one.
-  """
-  if scores < 128 * k:
+  """Returns g, a power of two near sqrt(S / k); 1 where one level is best."""
+  if scores < 16 * k:
     return 1
   return 1 << round(math.log2(scores / k) / 2)
 
 
-def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns jax.lax.top_k of scores [N S], by way of groups.
+def best(scores: jax.Array, k: int) -> jax.Array:
+  """Returns the places of the k greatest of scores [N S] float32: [N k] int32.
 
-  Of equal scores the lowest place comes first, as there.
+  They ascend, with -1 behind the last; -inf and nan are no scores. Of equal
+  ones the lowest places are taken.
   """
   N, S = scores.shape
   size = group_size(S, k)
   if size == 1:
-    return tuple(jax.lax.top_k(scores, k))
+    return _of_all(scores, k)
   scores = jnp.pad(scores, ((0, 0), (0, -S % size)), constant_values=-jnp.inf)
   tops = scores.reshape(N, -1, size).max(axis=-1)
   return of_groups(scores, tops, k)
 
 
-def of_groups(
-  scores: jax.Array, tops: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the k greatest scores and their places [N k], best first.
+def _of_all(scores: jax.Array, k: int) -> jax.Array:
+  """Computes `best` in one level."""
+  if scores.shape[0] * k < _FEW:
+    return by_heap(scores, k)
+  scores = jnp.pad(
+    scores, ((0, 0), (0, -scores.shape[1] % 32)), constant_values=-jnp.inf
+  )
+  there = scores > -jnp.inf
+  ordered = jnp.where(there, bits.ordered(scores), bits.NOTHING)
+  return bits.positions(bits.best(ordered, k), k)
+
+
+def by_heap(scores: jax.Array, k: int) -> jax.Array:
+  """Computes `best` by jax.lax.top_k."""
+  value, at = jax.lax.top_k(scores, k)
+  none = scores.shape[1]
+  at = jnp.sort(jnp.where(value > -jnp.inf, at, none), axis=-1)
+  return jnp.where(at < none, at, -1)
+
+
+def of_groups(scores: jax.Array, tops: jax.Array, k: int) -> jax.Array:
+  """Computes `best` in two levels.
 
   Args:
     scores: [N S].
@@ -58,13 +77,13 @@ def of_groups(
   """
   N, S = scores.shape
   size = S // tops.shape[1]
-  _, groups = jax.lax.top_k(tops, k)
   # In order of places, so that of equal candidates the lowest is the first.
-  groups = jnp.sort(groups, axis=-1)
+  groups = _of_all(tops, k)
   some = rows(scores.reshape(N, -1, size), groups)  # [N k g]
-  value, at = jax.lax.top_k(some.reshape(N, -1), k)
-  group = jnp.take_along_axis(groups, at // size, axis=-1)
-  return value, group * size + at % size
+  some = jnp.where(groups[..., None] >= 0, some, -jnp.inf)
+  at = _of_all(some.reshape(N, -1), k)
+  group = jnp.take_along_axis(groups, jnp.maximum(at, 0) // size, axis=-1)
+  return jnp.where(at >= 0, group * size + at % size, -1)
 
 
 def by_chunks(
@@ -73,8 +92,10 @@ def by_chunks(
   shape: tuple[int, int],
   last: jax.Array,
   k: int,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the k greatest scores of each query and their places [B n k].
+) -> jax.Array:
+  """Returns the places of the k greatest scores of each query: [B n k].
+
+  As `best` returns them.
 
   Args:
     score: (places [C], keys of these [B C ...]) -> scores [B n C], -inf where a
@@ -102,5 +123,5 @@ def by_chunks(
   count = jnp.minimum(last // CHUNK + 1, S // CHUNK)
   scores, tops = jax.lax.fori_loop(0, count, chunk, (scores, tops))
   scores, tops = scores.reshape(-1, S), tops.reshape(-1, S // size)
-  found = jax.lax.top_k(scores, k) if size == 1 else of_groups(scores, tops, k)
-  return tuple(a.reshape(*shape, k) for a in found)
+  found = _of_all(scores, k) if size == 1 else of_groups(scores, tops, k)
+  return found.reshape(*shape, k)

@@ -152,28 +152,29 @@ def index_scores(
 
 
 def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
-  """Returns the places of the k greatest visible scores.
+  """Returns the places of the k greatest visible scores, ascending.
 
-  Of equal scores the lowest place comes first.
+  Of equal scores the lowest places are taken.
 
   Args:
     scores: [B T S] float32; seen: [B T S] bool.
     k: at most S.
 
   Returns:
-    [B T k] int32, best first; -1 where fewer than k are visible.
+    [B T k] int32, and -1 behind them where fewer than k are visible.
   """
   B, T, S = scores.shape
   scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0 below 0
   flat = jnp.where(seen, scores, -jnp.inf).reshape(B * T, S)
+
   # lax.top_k puts the lower index first among equals: prefill and decoding
   # break ties alike, as a slot of the cache is a position.
-  value, at = jax.lax.platform_dependent(
+  at = jax.lax.platform_dependent(
     flat,
-    cpu=lambda a: candidates.top_k(a, k),
-    default=lambda a: tuple(jax.lax.top_k(a, k)),
+    cpu=lambda a: candidates.best(a, k),
+    default=lambda a: candidates.by_heap(a, k),
   )
-  return jnp.where(value > -jnp.inf, at, -1).reshape(B, T, k)
+  return at.reshape(B, T, k)
 
 
 def choose(
@@ -225,14 +226,13 @@ def choose(
 
     more = -S % candidates.CHUNK  # places that no query sees
     longer = lambda a: jnp.pad(a, ((0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)))
-    value, at = candidates.by_chunks(
+    return candidates.by_chunks(
       score,
       jax.tree.map(longer, (keys, key_segments)),
       query.q.shape[:2],
       visibility.places.max(),
       k,
     )
-    return jnp.where(value > -jnp.inf, at, -1)
 
   def either(*args: Any) -> jax.Array:
     return jax.lax.platform_dependent(*args, cpu=on_cpu, default=block)

@@ -31,7 +31,7 @@ from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.mla_prefill import shapes as prefill_shapes
 from pallas_kernels.permute import shapes as permute_shapes
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import quantize, quantize_columns
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
@@ -309,6 +309,13 @@ def scale_to_fp8(shape):
   return Work(op, (x,), xla, 0, moved, naive)
 
 
+def turn_to_fp8(shape):
+  x = bf16(fresh_keys(1)[0], shape.rows, shape.columns)
+  op = functools.partial(quantize_columns, power_of_two=shape.power_of_two)
+  xla = functools.partial(op, impl='reference')
+  return Work(op, (x,), xla, 0, nbytes(x) * 1.5, {'xla': xla})
+
+
 def _activated(shape):
   k = fresh_keys(2)
   wide = bf16(k[0], shape.rows, 2 * shape.columns)
@@ -380,6 +387,11 @@ OPS = {
   'quantize': (
     quantize_shapes.BENCH,
     scale_to_fp8,
+    lambda s: s._replace(rows=256, columns=256),
+  ),
+  'quantize_columns': (
+    quantize_shapes.BENCH_COLUMNS,
+    turn_to_fp8,
     lambda s: s._replace(rows=256, columns=256),
   ),
   'swiglu_quantize': (swiglu_shapes.BENCH, activate_to_fp8, swiglu_small),

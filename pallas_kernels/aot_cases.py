@@ -22,7 +22,7 @@ from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.permute.reference import num_blocks
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import quantize, quantize_columns
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
@@ -165,6 +165,16 @@ def _quantize(name: str) -> KernelCase:
     impl='gpu',
   )
   return KernelCase(fn, (((shape.rows, shape.columns), BF),), False)
+
+
+def _quantize_columns(float8: bool) -> KernelCase:
+  """Builds the transposed quantisation, of bfloat16 or of float8."""
+  fn = functools.partial(quantize_columns, power_of_two=True, impl='gpu')
+  size = 8192, 7168
+  if not float8:
+    return KernelCase(fn, ((size, BF),), False)
+  args = (size, FP8), ((size[0], size[1] // 128), F32)
+  return KernelCase(fn, args, False)
 
 
 def _swiglu_quantize(name: str, backward: bool) -> KernelCase:
@@ -378,6 +388,8 @@ CASES = {
     (1024,) * 32, 7168, 4096, 128, 'drhs'
   ),
   **{f'quantize_{n}': _quantize(n) for n in quantize_shapes.BENCH},
+  'quantize_columns': _quantize_columns(False),
+  'quantize_columns_float8': _quantize_columns(True),
   **{
     f'swiglu_{what}_{name}': _swiglu_quantize(name, what == 'gradient')
     for what in ('quantize', 'gradient')

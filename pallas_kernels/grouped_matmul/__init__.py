@@ -14,7 +14,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.quantize import ACTIVATION_FLOOR, dequantize, quantize
+from pallas_kernels.quantize import (
+  ACTIVATION_FLOOR,
+  quantize,
+  quantize_columns,
+)
 
 __all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 
@@ -180,9 +184,15 @@ def float8_gradients(
     return fp8.outer(*args)
 
   block = grad.shape[0] // max(expert.shape[0], 1)
-  rows = dequantize(*x, grad.dtype)
-  rows = _over_rows(rows, block, ACTIVATION_FLOOR, impl)
-  pair = (rows, _over_rows(grad, block, 0.0, impl))
+  # With a scale per 128 rows of one expert.
+  over_rows = functools.partial(
+    quantize_columns,
+    rows=math.gcd(block, 128),
+    power_of_two=True,
+    dtype=grad.dtype,
+    impl=impl,
+  )
+  pair = (over_rows(*x, floor=ACTIVATION_FLOOR), over_rows(grad))
   left, right = reversed(pair) if transpose else pair
   args = (*left, *right, expert, used, w[0].shape[0], grad.dtype)
   functions = {'reference': reference.outer_fp8, 'gpu': gpu}
@@ -207,14 +217,6 @@ def _transposed(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns weights and scales with the last two axes exchanged."""
   return weights.swapaxes(1, 2), scales.swapaxes(1, 2)
-
-
-def _over_rows(
-  x: jax.Array, block: int, floor: float, impl: str | None
-) -> tuple[jax.Array, jax.Array]:
-  """Returns x.T in float8 with a scale per 128 rows of one expert."""
-  args = {'block': (1, math.gcd(block, 128)), 'floor': floor}
-  return quantize(x.T, **args, power_of_two=True, impl=impl)
 
 
 def grouped_matmul(

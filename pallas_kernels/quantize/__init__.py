@@ -15,7 +15,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import ACTIVATION_FLOOR
 
-__all__ = ['ACTIVATION_FLOOR', 'dequantize', 'quantize']
+__all__ = ['ACTIVATION_FLOOR', 'dequantize', 'quantize', 'quantize_columns']
 
 
 def quantize(
@@ -84,6 +84,72 @@ def _quantize(
   return dispatch.run('quantize', impl, functions, *args)
 
 
+def quantize_columns(
+  x: jax.Array,
+  scales: jax.Array | None = None,
+  *,
+  rows: int = 128,
+  power_of_two: bool = False,
+  floor: float = 0.0,
+  dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns x.T in float8 [D N] and its scales [D N/rows] float32.
+
+  What a product over rows takes, as of the gradient of weights: `quantize` of
+  x.T, or of the transposed `dequantize(x, scales, dtype)`, in one pass. It has
+  no gradient, as there.
+
+  Args:
+    x: [N D] bfloat16 or float32, or float8 with its scales.
+    scales: [N D/128] float32 of a float8 x, else None.
+    rows: that one scale covers; divides N.
+    power_of_two, floor: as in `quantize`.
+    dtype: of the numbers that float8 stands for.
+    impl: None, 'reference' or 'gpu' (rows 128, N and D multiples of 128).
+
+  Raises:
+    ValueError: x is not a matrix of such blocks, scales don't fit it, or floor
+      is negative or not finite.
+    NotImplementedError: impl='gpu' for a shape that the kernel can't take, or
+      differentiation.
+  """
+  if x.ndim != 2 or x.shape[0] % rows:
+    raise ValueError(f'x is {list(x.shape)}: not a matrix of {rows} * n rows')
+  if (scales is None) == (x.dtype == reference.FP8):
+    raise ValueError(f'x is {x.dtype}: float8 has scales, others have none')
+  if scales is not None and scales.shape != (x.shape[0], x.shape[1] // 128):
+    raise ValueError(
+      f'scales are {list(scales.shape)}, but x {list(x.shape)} asks for'
+      f' {[x.shape[0], x.shape[1] // 128]}'
+    )
+  check_floor(floor)
+  how = rows, power_of_two, floor, jnp.dtype(dtype), dispatch.chosen(impl)
+  return _quantize_columns(x, scales, *how)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _quantize_columns(
+  x: jax.Array,
+  scales: jax.Array | None,
+  rows: int,
+  power_of_two: bool,
+  floor: float,
+  dtype: jnp.dtype,
+  impl: str | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns q and scales; they have no gradient."""
+
+  def gpu(*args: Any) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.quantize import columns
+
+    return columns.columns(*args)
+
+  args = (x, scales, rows, power_of_two, floor, dtype)
+  functions = {'reference': reference.columns, 'gpu': gpu}
+  return dispatch.run('quantize_columns', impl, functions, *args)
+
+
 def _no_gradient(*_) -> None:
   """Raises NotImplementedError: rounding has no gradient of its own."""
   raise NotImplementedError(
@@ -92,6 +158,9 @@ def _no_gradient(*_) -> None:
 
 
 _quantize.defvjp(lambda *args: (_quantize(*args), None), _no_gradient)
+_quantize_columns.defvjp(
+  lambda *args: (_quantize_columns(*args), None), _no_gradient
+)
 
 
 def dequantize(

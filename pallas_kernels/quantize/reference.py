@@ -71,3 +71,17 @@ def dequantize(
   block = (q.shape[0] // scales.shape[0], q.shape[1] // scales.shape[1])
   parts = _blocks(q.astype(jnp.float32), block)
   return (parts * scales[:, None, :, None]).reshape(q.shape).astype(dtype)
+
+
+def columns(
+  x: jax.Array,
+  scales: jax.Array | None,
+  rows: int,
+  power_of_two: bool,
+  floor: float,
+  dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns x.T [D N] in float8, and scales [D N/rows]."""
+  if scales is not None:
+    x = dequantize(x, scales, dtype)
+  return quantize(x.T, (1, rows), power_of_two, floor)

@@ -26,3 +26,8 @@ BENCH = {
   'act_t8192_d7168_ue8m0': Shape(8192, 7168, (1, 128), True),
   'weight_7168_18432': Shape(7168, 18432, (128, 128), False),
 }
+
+# Transposed: a scale per 128 of the rows.
+BENCH_COLUMNS = {
+  'act_t8192_d7168': Shape(8192, 7168, (128, 1), True),
+}

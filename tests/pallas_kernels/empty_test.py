@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import (
 from pallas_kernels.indexer import indexer
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import dequantize, quantize, quantize_columns
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
@@ -145,6 +145,7 @@ CASES = {
     [(0, 5, 64, 512)],
   ),
   'quantize': (quantize, (0, 256), [(0, 256), (0, 2)]),
+  'quantize_columns': (quantize_columns, (0, 256), [(256, 0), (256, 0)]),
   'quantize_squares': (
     functools.partial(quantize, block=(128, 128)),
     (0, 256),
@@ -184,6 +185,7 @@ NO_GRADIENT = (
   'mla_decode_fp8',
   'permute_fp8',
   'quantize',
+  'quantize_columns',
   'quantize_squares',
   'swiglu_gradient',
   'swiglu_quantize',

@@ -78,7 +78,9 @@ class FromTokensTest(parameterized.TestCase):
       self.assertEqual(ops[op], 'gpu')
     # Apart are quantised: both weights, the gradient that comes in, and, for
     # the gradients of both weights, two operands each over their rows.
-    self.assertLen([c for c in found if c.op == 'quantize'], 7)
+    for op, times in (('quantize', 3), ('quantize_columns', 4)):
+      own = [c.impl for c in found if c.op == op]
+      self.assertEqual(own, times * ['gpu'])
 
   def test_bad_widths_are_named(self):
     x, gate_up, down, plan, _ = draw()

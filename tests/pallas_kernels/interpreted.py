@@ -27,7 +27,11 @@ from pallas_kernels.mla_decode import shapes as mla_decode_shapes
 from pallas_kernels.mla_prefill import mla_prefill
 from pallas_kernels.mla_prefill import shapes as prefill_shapes
 from pallas_kernels.permute import shapes as permute_shapes
-from pallas_kernels.quantize import ACTIVATION_FLOOR, quantize
+from pallas_kernels.quantize import (
+  ACTIVATION_FLOOR,
+  quantize,
+  quantize_columns,
+)
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
@@ -231,6 +235,24 @@ def check_quantize():
         )
         label = f'{name} {dtype.__name__} floor {floor:g}'
         compare(label, op, (jnp.asarray(x, dtype),), 1e-6)
+
+
+def check_quantize_columns():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(256, 128)) * 10.0 ** rng.integers(-8, 4, (1, 128))
+  x[:, -1] = 0
+  for floor in (0.0, ACTIVATION_FLOOR):
+    for power_of_two in (True, False):
+      op = functools.partial(
+        quantize_columns, power_of_two=power_of_two, floor=floor
+      )
+      for dtype in (jnp.float32, jnp.bfloat16):
+        label = f'{dtype.__name__} floor {floor:g}'
+        compare(label, op, (jnp.asarray(x, dtype),), 1e-6)
+      q, scales = quantize(
+        jnp.asarray(x.T.reshape(256, 128)), power_of_two=True
+      )
+      compare(f'float8 floor {floor:g}', op, (q, scales), 1e-6)
 
 
 def check_collapse_norm():

@@ -16,6 +16,7 @@ SCRIPTS = {
   'permute': 'interpreted.py',
   'grouped_matmul': 'interpreted.py',
   'quantize': 'interpreted.py',
+  'quantize_columns': 'interpreted.py',
   'sinkhorn': 'interpreted.py',
   'collapse_norm': 'interpreted.py',
   'write_streams': 'interpreted.py',

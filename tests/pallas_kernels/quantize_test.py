@@ -8,7 +8,12 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels.quantize import ACTIVATION_FLOOR, dequantize, quantize
+from pallas_kernels.quantize import (
+  ACTIVATION_FLOOR,
+  dequantize,
+  quantize,
+  quantize_columns,
+)
 from pallas_kernels.quantize.shapes import TEST
 
 # Every finite e4m3 value, from its bits.
@@ -50,6 +55,47 @@ class QuantizeTest(parameterized.TestCase):
     narrow = re.search(r'(%\w+) = stablehlo.convert .*-> tensor<.*f8E4M3', text)
     barred = re.findall(r'optimization_barrier (%\w+)', text)
     self.assertIn(narrow.group(1), barred)
+
+  @parameterized.product(
+    rows=(128, 32), power_of_two=(False, True), floor=(0.0, ACTIVATION_FLOOR)
+  )
+  def test_columns_are_rows_of_the_transposed(self, rows, power_of_two, floor):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(128, 256)) * 10.0 ** rng.integers(-8, 5, (1, 256))
+    how = {'power_of_two': power_of_two, 'floor': floor}
+    got = quantize_columns(jnp.asarray(x, jnp.float32), rows=rows, **how)
+    for d in (0, 77, 255):
+      column = jnp.asarray(x[None, :, d], jnp.float32)
+      q, scales = quantize(column, block=(1, rows), **how)
+      np.testing.assert_array_equal(got[0][d], q[0])
+      np.testing.assert_allclose(got[1][d], scales[0], rtol=2e-7)
+    # Of float8, what it stands for in the dtype that the product has.
+    small = quantize(jnp.asarray(x, jnp.float32), power_of_two=True)
+    got = quantize_columns(*small, rows=rows, **how)
+    wide = dequantize(*small, jnp.bfloat16)
+    want = quantize_columns(wide, rows=rows, **how)
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_columns_say_what_does_not_fit(self):
+    x = jnp.zeros((128, 256))
+    for args, how, reason in (
+      ((x[:100],), {}, r'x is \[100, 256\]: not a matrix of 128'),
+      ((x, jnp.zeros((128, 2))), {}, 'float8 has scales'),
+      ((x.astype(jnp.float8_e4m3fn),), {}, 'float8 has scales'),
+      (
+        (x.astype(jnp.float8_e4m3fn), jnp.zeros((128, 1))),
+        {},
+        r'scales are \[128, 1\], but x \[128, 256\] asks for \[128, 2\]',
+      ),
+      ((x,), {'floor': -1.0}, 'floor = -1.0'),
+    ):
+      with self.assertRaisesRegex(ValueError, reason):
+        quantize_columns(*args, **how)
+    with self.assertRaisesRegex(NotImplementedError, '32 rows a scale'):
+      quantize_columns(x, rows=32, impl='gpu')
+    with self.assertRaisesRegex(NotImplementedError, 'no gradient'):
+      jax.grad(lambda x: quantize_columns(x)[1].sum())(x)
 
   @parameterized.product(name=sorted(TEST), floor=(0.0, ACTIVATION_FLOOR))
   def test_values_are_the_nearest_float8_and_scales_follow_the_maximum(

@@ -19,8 +19,8 @@ MUTANTS = (
   Mutant(
     'gradients_of_weights_meet_the_floor_of_activations',
     _MATMUL,
-    '_over_rows(grad, block, 0.0, impl)',
-    '_over_rows(grad, block, ACTIVATION_FLOOR, impl)',
+    'over_rows(grad))',
+    'over_rows(grad, floor=ACTIVATION_FLOOR))',
     (_LINEAR,),
     'slime 2256: float8 gradients vanish in large batches',
   ),

@@ -40,6 +40,7 @@ KERNELS = {
   'nsa': {phase: {'sparse_gqa'} for phase in PHASES},
 }
 KERNELS['v4']['train'] |= {f'{op}_bwd' for op in STREAMS | {'sinkhorn'}}
+KERNELS['v4']['train'] |= {'attention_shares'}
 
 
 def kernels(choices: list[dict], impl: str) -> dict:

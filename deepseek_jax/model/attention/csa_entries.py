@@ -21,6 +21,7 @@ from deepseek_jax.model.attention.indexer_loss import sampled
 from deepseek_jax.model.attention.partial_softmax import PartialSoftmax, attend
 from deepseek_jax.model.attention.query_blocks import over_blocks, rows
 from deepseek_jax.parallel.sequence import WHOLE, Along
+from pallas_kernels import sparse_mla
 
 _ALMOST_ALL = -1e-6  # log of the largest share that entries are taken to have
 
@@ -105,7 +106,13 @@ class EntryAttention(NamedTuple):
     alone = self._replace(
       q=q, entries=entries, rest=total, whole=True, read=False
     )
-    return alone.part(seen)[1]
+    shares = None if isinstance(seen, View) else alone._kernels_shares(seen)
+    if shares is None:
+      return alone.part(seen)[1]
+    stats = alone._learned(alone._loss(shares, seen), seen)
+    if not self.cfg.measures_recall:
+      stats.pop('recall', None)
+    return stats
 
   def choose(self) -> jax.Array:
     """Picks the entries that each query reads: [B T K] int32, -1 for none.
@@ -201,12 +208,61 @@ class EntryAttention(NamedTuple):
     queries = self.q, self.query, chosen, self.rest
     shared = self.entries, self.keys
     part, loss = over_blocks(block, queries, self.cfg.block, numbers, shared)
-    if not self.learn:
-      return part, {}
+    return part, self._learned(loss, chosen) if self.learn else {}
+
+  def _learned(
+    self, loss: jax.Array, chosen: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Returns the statistics of picked entries, given the loss [B T]."""
     stats = {'loss': self._mean(loss, self.view)}
     if self.cfg.recall_queries:
       stats['recall'] = self._recall(chosen)
-    return part, stats
+    return stats
+
+  def _kernels_shares(self, chosen: jax.Array) -> jax.Array | None:
+    """Returns `_shares` of picked entries [B T K] by a kernel, or None.
+
+    It scores once more from the log-sum-exp of all, and gathers nothing.
+    """
+    rows, heads = ('batch',), ('batch', None, 'heads')
+
+    def run(
+      impl: str,
+      q: jax.Array,
+      entries: jax.Array,
+      chosen: jax.Array,
+      log_sum: jax.Array,
+    ) -> jax.Array:
+      keys = sparse_mla.ChosenKeys(entries, None, chosen)
+      how = {'scale': self.scale, 'impl': impl}
+      return sparse_mla.shares(q, None, keys, log_sum, **how)[..., None]
+
+    found = kernels.pick(
+      'attention_shares',
+      run,
+      lambda: None,
+      (self.q, self.entries, chosen, self.rest),
+      (heads, rows, rows, heads),
+      ('batch', None, None, 'heads'),
+    )
+    if found is None:
+      return None
+    total = self.along.sum_of_heads(found.mean(axis=-1))
+    # All heads may spend nothing that float32 holds.
+    mass = total.sum(axis=-1, keepdims=True)
+    return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 0)
+
+  def _loss(self, shares: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Returns the divergence [B T] of the indexer from shares [B T K]."""
+
+    def block(one: tuple, keys: jax.Array) -> jax.Array:
+      query, at, shares = one
+      scores = index.index_scores(query, rows(keys, at), self.along)
+      return index.divergence(shares, scores, at >= 0)
+
+    numbers = chosen.shape[-1] * max(self.query.q.shape[2:])
+    queries = self.query, chosen, shares
+    return over_blocks(block, queries, self.cfg.block, numbers, (self.keys,))
 
   def _recall(self, chosen: jax.Array) -> jax.Array:
     """Measures the recall of some queries, spread over the sequence: [B]."""

@@ -35,8 +35,9 @@ def router(
     bias: [E] float32 or None, added to the scores for the choice alone.
     top_k: K.
     rule: see Rule.
-    impl: None, 'reference' or 'gpu' (float32, E a multiple of 8, up to 16
-      groups of 384 experts in all, E + K up to about 430 by shared memory).
+    impl: None, 'reference' or 'gpu' (float32, E a multiple of 8 up to 512,
+      up to 16 groups of 384 experts in all, K as shared memory allows: 56 of
+      256 experts in groups).
 
   Returns:
     experts [N K] int32, best first; weights [N K] float32; counts [E] int32,

@@ -134,8 +134,8 @@ class RouterTest(parameterized.TestCase):
   def test_unsupported_kernel_shape_says_why(self):
     for experts, top_k, groups, reason in (
       (260, 4, 1, '260 experts'),
-      (512, 4, 1, '4 of 512 experts need 272384 bytes of shared memory'),
-      (256, 256, 1, '256 of 256 experts need 269312 bytes of shared memory'),
+      (520, 4, 1, '520 experts, more than 512'),
+      (256, 256, 1, '256 of 256 experts need [0-9]+ bytes of shared memory'),
       (256, 4, 32, '32 groups'),
       (424, 4, 8, '424 experts in groups'),
     ):

@@ -320,6 +320,19 @@ def _shares(queries: int, heads: int) -> KernelCase:
   return KernelCase(fn, (*floats, index, log_sum), True)
 
 
+def _shares_of_entries(queries: int) -> KernelCase:
+  """Builds the same for V4: 512 of 1024 entries, without a rotary part."""
+
+  def fn(q: jax.Array, *rest: jax.Array) -> jax.Array:
+    c, index, log_sum = rest
+    how = {'scale': 0.07, 'impl': 'gpu'}
+    return shares(q, None, ChosenKeys(c, None, index), log_sum, **how)
+
+  q, entries = ((1, queries, 128, 512), BF), ((1, 1024, 512), BF)
+  rest = ((1, queries, 512), I32), ((1, queries, 128), F32)
+  return KernelCase(fn, (q, entries, *rest), True)
+
+
 def _attend(
   queries: int, keys: tuple[tuple[int, int], ...], backward: bool
 ) -> KernelCase:
@@ -419,6 +432,7 @@ CASES = {
   'sparse_mla_decode': _sparse_mla(4, 128, False),
   'sparse_mla_bwd': _sparse_mla(64, 128, True),
   'attention_shares': _shares(4096, 128),
+  'attention_shares_v4': _shares_of_entries(4096),
   # V4: a window of 128 tokens and 512 of the entries, in one softmax.
   'sparse_mla_v4': _attend(4096, ((4096, 128), (1024, 512)), False),
   'sparse_mla_v4_bwd': _attend(64, ((4096, 128), (1024, 512)), True),

@@ -1,11 +1,12 @@
 """Steps of absorbed latent attention that its Hopper kernels share.
 
 A thread block of mla_decode (bfloat16 or float8 latents) and of sparse_mla
-holds 64 query rows in two warpgroups. Warpgroup w scores its own keys of a
-block, the two exchange row maxima and probabilities through shared memory, and
-then w sums columns [256 w, 256 w + 256) of the latents over all keys of the
-block: a 64 x 512 float32 output fits the registers of no single warpgroup (the
-split is FlashMLA's idea). The softmax is online, in base 2 (FlashAttention-2,
+holds 64 query rows in two warpgroups. Warpgroup w scores its own keys, the two
+exchange row maxima and probabilities through shared memory, and w sums columns
+[256 w, 256 w + 256) of the latents over all keys (bf16_latents: its own are
+every second block; the steps of one block for both are here): a 64 x 512
+float32 output fits the registers of no single warpgroup (the split is
+FlashMLA's idea). The softmax is online, in base 2 (FlashAttention-2,
 arXiv:2307.08691). Latents of sparse_mla may be 256 wide and lack a rotary part.
 Legend: K keys that a warpgroup scores at once, h half of a latent's columns.
 """
@@ -310,7 +311,7 @@ def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
   # A split without tokens for a row has no weight, not an equal one.
   there = lse > EMPTY / 2
   weights = jnp.where(there, weights, 0)
-  merged = jnp.einsum('bs...c,bs...->b...c', out.astype(jnp.float32), weights)
+  merged = (out.astype(jnp.float32) * weights[..., None]).sum(axis=1)
   top = lse.max(axis=1)
   total = jnp.where(there, jnp.exp2(lse - top[:, None]), 0).sum(axis=1)
   some = jnp.log2(jnp.maximum(total, 1.0))  # the greatest adds 1

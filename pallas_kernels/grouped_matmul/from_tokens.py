@@ -2,8 +2,8 @@
 
 A token is quantised once for all experts that it goes to, while its rows are
 laid out, and the activation, and its gradient, by the kernel that computes it:
-no operand of a product is stored in bfloat16 first, but for the transposed ones
-of the gradients of weights.
+no operand of a product is stored in bfloat16 first, but for gradients that come
+in.
 Legend: N tokens, K choices, M rows, E experts, D width, F width of an expert.
 """
 

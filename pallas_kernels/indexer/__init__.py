@@ -2,7 +2,7 @@
 
 score[t, s] = sum over heads of w[t, h] relu(q[t, h] k[s]), and the K best of
 the tokens visible to t (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). The
-scores [T S] are never stored.
+scores [T S] are stored for few queries alone.
 Legend: B batch, T queries, S keys, H index heads, I index dim, K chosen.
 """
 

@@ -3,8 +3,7 @@
 A thread block scores a part of the keys for two queries; with one alone per
 pair, as decoding has few, most of a device would idle. Scores lie in global
 memory as integers of the same order, and XLA picks the best (bits).
-Legend: B batch, T queries (even), S keys (padded), N queries of all rows, H
-index heads.
+Legend: B batch, T queries (even), S keys (padded), H index heads.
 """
 
 import functools

@@ -51,7 +51,7 @@ def mla_decode(
       the end; None picks enough to fill the device.
     impl: None, 'reference' or 'gpu' (bfloat16, c maybe float8_e4m3fn, C=512,
       R=64, G a multiple of 64; partial sums of several splits are rounded to
-      bfloat16 once, and so is a float8 latent times its scale).
+      bfloat16 once, and so is a float8 latent times its scale; scale > 0).
 
   Returns:
     [B T H C] of q_c.dtype. Scores, softmax and sums are float32.

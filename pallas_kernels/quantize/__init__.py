@@ -118,6 +118,8 @@ def quantize_columns(
     raise ValueError(f'x is {list(x.shape)}: not a matrix of {rows} * n rows')
   if (scales is None) == (x.dtype == reference.FP8):
     raise ValueError(f'x is {x.dtype}: float8 has scales, others have none')
+  if scales is not None and x.shape[1] % 128:
+    raise ValueError(f'x is {list(x.shape)}: float8 has columns of 128 * n')
   if scales is not None and scales.shape != (x.shape[0], x.shape[1] // 128):
     raise ValueError(
       f'scales are {list(scales.shape)}, but x {list(x.shape)} asks for'

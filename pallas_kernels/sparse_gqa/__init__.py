@@ -41,7 +41,8 @@ def sparse_gqa(
 
   Returns:
     [B T G J V] of q.dtype, differentiable in all but `index`. Scores, softmax
-    and sums are float32; the kernel rounds probabilities to bfloat16.
+    and sums are float32; the kernel rounds probabilities to bfloat16,
+    and for few queries partial sums, too.
 
   Raises:
     ValueError: shapes that don't fit each other.

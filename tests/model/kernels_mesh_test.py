@@ -97,7 +97,7 @@ class KernelsOnMeshTest(parameterized.TestCase):
 
   @parameterized.parameters('v3', 'v32', 'v4', 'nsa')
   def test_numbers_of_the_shards_are_those_of_the_whole(self, name):
-    meshes = ['tensor=2,context=2,fsdp=2']
+    meshes = ['tensor=2,context=2,fsdp=2', 'tensor=2']
     found = fake_devices.run(WORKER, 'numbers', name, *meshes)
     for mesh, error in found.items():
       self.assertLess(error, 1e-5, mesh)

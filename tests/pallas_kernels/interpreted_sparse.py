@@ -131,7 +131,7 @@ def check_indexer():
     args = draw_indexer(shape)
     near = 0 if shape.far else None
     limit = functools.partial(indexer_gpu.indexer, near=near)
-    # One thread block takes all queries in turn, or four share the keys.
+    # One thread block takes all queries in turn, or eight share the keys.
     blocks = 4 * shape.batch * -(-shape.queries // 2) if shape.shared else 1
     sms = mock.patch.object(compat, 'num_sms', lambda blocks=blocks: blocks)
     with mock.patch.object(indexer_gpu, 'indexer', limit), sms:

@@ -88,6 +88,11 @@ class QuantizeTest(parameterized.TestCase):
         {},
         r'scales are \[128, 1\], but x \[128, 256\] asks for \[128, 2\]',
       ),
+      (
+        (x[:, :200].astype(jnp.float8_e4m3fn), jnp.zeros((128, 1))),
+        {},
+        r'x is \[128, 200\]: float8 has columns of 128',
+      ),
       ((x,), {'floor': -1.0}, 'floor = -1.0'),
     ):
       with self.assertRaisesRegex(ValueError, reason):

@@ -38,6 +38,7 @@ def best(scores: jax.Array, k: int) -> jax.Array:
   They ascend, with -1 behind the last; -inf and nan are no scores. Of equal
   ones the lowest places are taken.
   """
+  scores = _real(scores)
   N, S = scores.shape
   size = group_size(S, k)
   if size == 1:
@@ -45,6 +46,11 @@ def best(scores: jax.Array, k: int) -> jax.Array:
   scores = jnp.pad(scores, ((0, 0), (0, -S % size)), constant_values=-jnp.inf)
   tops = scores.reshape(N, -1, size).max(axis=-1)
   return of_groups(scores, tops, k)
+
+
+def _real(scores: jax.Array) -> jax.Array:
+  """Returns scores with -inf for nan, which would be any maximum."""
+  return jnp.where(scores > -jnp.inf, scores, -jnp.inf)
 
 
 def _of_all(scores: jax.Array, k: int) -> jax.Array:
@@ -61,7 +67,7 @@ def _of_all(scores: jax.Array, k: int) -> jax.Array:
 
 def by_heap(scores: jax.Array, k: int) -> jax.Array:
   """Computes `best` by jax.lax.top_k."""
-  value, at = jax.lax.top_k(scores, k)
+  value, at = jax.lax.top_k(_real(scores), k)
   none = scores.shape[1]
   at = jnp.sort(jnp.where(value > -jnp.inf, at, none), axis=-1)
   return jnp.where(at < none, at, -1)
@@ -115,7 +121,7 @@ def by_chunks(
     scores, tops = made
     at = i * CHUNK
     part = lambda a: jax.lax.dynamic_slice_in_dim(a, at, CHUNK, axis=1)
-    new = score(at + jnp.arange(CHUNK), jax.tree.map(part, keys))
+    new = _real(score(at + jnp.arange(CHUNK), jax.tree.map(part, keys)))
     most = new.reshape(*shape, -1, size).max(axis=-1)
     put = jax.lax.dynamic_update_slice_in_dim
     return put(scores, new, at, 2), put(tops, most, at // size, 2)

@@ -1,7 +1,8 @@
 """Reads compressed entries, and computes what their indexer learns (V4).
 
-Picked entries are gathered, k rows per query, for a block of queries at a time;
-the indexer's scores alone cover all entries (section 2.3.1). The indexer learns
+XLA gathers picked entries, k rows per query, for a block of queries at a time;
+a kernel needs no copy of them. The indexer's scores alone cover all (section
+2.3.1). The indexer learns
 the heads' mean attention to the entries, as the layer computes it: one softmax
 over window, entries and sink. A head that spends 1 % on entries counts 1 %.
 Legend: B batch, T queries, S entries, K picked ones, H heads, C head dim, I
@@ -24,6 +25,7 @@ from deepseek_jax.parallel.sequence import WHOLE, Along
 from pallas_kernels import sparse_mla
 
 _ALMOST_ALL = -1e-6  # log of the largest share that entries are taken to have
+_LIFT = 80.0  # added to logs of shares before float32 holds them: exp(80) fits
 
 
 class EntryChoice(Protocol):
@@ -106,13 +108,11 @@ class EntryAttention(NamedTuple):
     alone = self._replace(
       q=q, entries=entries, rest=total, whole=True, read=False
     )
-    shares = None if isinstance(seen, View) else alone._kernels_shares(seen)
-    if shares is None:
+    found = None if isinstance(seen, View) else alone._kernels_shares(seen)
+    if found is None:
       return alone.part(seen)[1]
-    stats = alone._learned(alone._loss(shares, seen), seen)
-    if not self.cfg.measures_recall:
-      stats.pop('recall', None)
-    return stats
+    shares, known = found
+    return alone._learned(alone._loss(shares, seen), seen, known)
 
   def choose(self) -> jax.Array:
     """Picks the entries that each query reads: [B T K] int32, -1 for none.
@@ -211,18 +211,28 @@ class EntryAttention(NamedTuple):
     return part, self._learned(loss, chosen) if self.learn else {}
 
   def _learned(
-    self, loss: jax.Array, chosen: jax.Array
+    self, loss: jax.Array, chosen: jax.Array, known: jax.Array | float = 1.0
   ) -> dict[str, jax.Array]:
-    """Returns the statistics of picked entries, given the loss [B T]."""
-    stats = {'loss': self._mean(loss, self.view)}
+    """Returns the statistics of picked entries.
+
+    Args:
+      loss: [B T].
+      chosen: [B T K].
+      known: [B T], of which queries the loss counts.
+    """
+    stats = {'loss': self._mean(loss, self.view, known)}
     if self.cfg.recall_queries:
       stats['recall'] = self._recall(chosen)
     return stats
 
-  def _kernels_shares(self, chosen: jax.Array) -> jax.Array | None:
+  def _kernels_shares(
+    self, chosen: jax.Array
+  ) -> tuple[jax.Array, jax.Array] | None:
     """Returns `_shares` of picked entries [B T K] by a kernel, or None.
 
-    It scores once more from the log-sum-exp of all, and gathers nothing.
+    It scores once more from the log-sum-exp of all, and gathers nothing. With
+    them comes which queries have any [B T]: where every head spends less than
+    1e-73 on them, float32 holds nothing of it.
     """
     rows, heads = ('batch',), ('batch', None, 'heads')
 
@@ -241,16 +251,16 @@ class EntryAttention(NamedTuple):
       'attention_shares',
       run,
       lambda: None,
-      (self.q, self.entries, chosen, self.rest),
+      (self.q, self.entries, chosen, self.rest - _LIFT),
       (heads, rows, rows, heads),
       ('batch', None, None, 'heads'),
     )
     if found is None:
       return None
     total = self.along.sum_of_heads(found.mean(axis=-1))
-    # All heads may spend nothing that float32 holds.
     mass = total.sum(axis=-1, keepdims=True)
-    return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 0)
+    none = mass == 0  # of nan there is something
+    return total / jnp.where(none, 1, mass), ~none[..., 0]
 
   def _loss(self, shares: jax.Array, chosen: jax.Array) -> jax.Array:
     """Returns the divergence [B T] of the indexer from shares [B T K]."""

@@ -123,7 +123,7 @@ def choose_by_kernel(
   top_k: int,
   along: Along = WHOLE,
 ) -> jax.Array:
-  """Computes `index.choose`, ascending, without its scores in memory.
+  """Computes `index.choose` by a kernel.
 
   Args:
     impl, query, keys, top_k, along: as of `index.choose_within`.

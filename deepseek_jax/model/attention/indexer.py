@@ -167,8 +167,8 @@ def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
   scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0 below 0
   flat = jnp.where(seen, scores, -jnp.inf).reshape(B * T, S)
 
-  # lax.top_k puts the lower index first among equals: prefill and decoding
-  # break ties alike, as a slot of the cache is a position.
+  # Both take the lower index among equals: prefill and decoding break ties
+  # alike, as a slot of the cache is a position.
   at = jax.lax.platform_dependent(
     flat,
     cpu=lambda a: candidates.best(a, k),
@@ -254,7 +254,7 @@ def choose_within(
   top_k: int,
   along: Along = WHOLE,
 ) -> jax.Array:
-  """Chooses keys in a range of each query, without its scores in memory.
+  """Chooses keys in a range of each query, by a kernel.
 
   Args:
     impl: 'reference' or 'gpu', of the kernel.

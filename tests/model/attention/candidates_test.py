@@ -27,6 +27,8 @@ def scores(kind, rows, count, seed=0):
     out[np.arange(count) >= seen] = -np.inf
   if kind == 'sorted':
     out.sort(axis=-1)
+  if kind == 'nan':
+    out[rng.random(out.shape) < 0.1] = np.nan
   if kind == 'infinite':
     out[rng.random(out.shape) < 0.1] = np.inf
   return out
@@ -37,6 +39,7 @@ def best(flat, k):
   flat = np.asarray(flat)
   out = np.full((len(flat), k), -1)
   for row, values in enumerate(flat):
+    values = np.where(values > -np.inf, values, -np.inf)  # nan too
     at = np.argsort(-values, kind='stable')[:k]
     at = np.sort(at[values[at] > -np.inf])
     out[row, : len(at)] = at
@@ -45,7 +48,7 @@ def best(flat, k):
 
 class TopTest(parameterized.TestCase):
   @parameterized.product(
-    kind=('normal', 'ties', 'rare', 'masked', 'sorted', 'infinite'),
+    kind=('normal', 'ties', 'rare', 'masked', 'sorted', 'infinite', 'nan'),
     size=((1, 130), (2, 256), (2, 263), (3, 400), (3, 16)),
   )
   def test_equals_one_level(self, kind, size):
@@ -87,9 +90,9 @@ class ChunksTest(parameterized.TestCase):
 
     def score(places, some):
       made = jnp.einsum('BCI->BC', some)[:, None] * jnp.ones((2, 5, 1))
-      # What a chunk too many would put in.
-      made = jnp.where(places < (last // 16 + 1) * 16, made, jnp.nan)
-      return jnp.where(places <= last, made, -jnp.inf)
+      # A chunk too many would be the best.
+      beyond = jnp.where(places < (last // 16 + 1) * 16, -jnp.inf, jnp.inf)
+      return jnp.where(places <= last, made, beyond)
 
     got = lib.by_chunks(score, keys, (2, 5), jnp.int32(last), 4)
     want = np.where(np.arange(64) <= last, keys.sum(axis=-1), -np.inf)

@@ -25,6 +25,7 @@ from deepseek_jax.model.attention.hca import HCAConfig
 from deepseek_jax.model.attention.rope import RopeConfig, YarnConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.context import Context
+from pallas_kernels import dispatch
 from tests import reference, tiny
 from tests.model.attention import v4_reference
 
@@ -239,6 +240,28 @@ class LayerTest(parameterized.TestCase):
         )
       losses.append(float(got['loss']))
     self.assertGreater(min(np.abs(np.diff(losses))), 1e-2)
+
+  def test_so_it_does_by_a_kernel_down_to_what_float32_holds(self):
+    merge, weights, p, x = built(CSA)
+
+    def stats(sinks):
+      with dispatch.using('reference'), dispatch.recorded() as found:
+        run = lambda w: merge(w)(
+          x[:1], context(jnp.arange(T)[None], train=True)
+        )
+        got = jit(run)(weights | {'sinks': jnp.float32(sinks)})[2]
+      self.assertIn('attention_shares', {c.op for c in found})
+      return got
+
+    for sinks in ([0, 100, 103, 107], [156, 157, 153, 157]):
+      got, sinks = stats(sinks), np.float64(sinks)
+      want = v4_reference.layer(p | {'sinks': sinks}, CSA, np.float64(x[0]))[1]
+      for name in ('loss', 'recall'):
+        np.testing.assert_allclose(
+          got[name], np.mean(want[name]), rtol=1e-3, err_msg=f'{name} {sinks}'
+        )
+    # Nothing is left of 1e-90: no query has a target.
+    self.assertEqual(float(stats([206, 207, 203, 207])['loss']), 0.0)
 
   def test_positions_and_documents_may_be_numpy_arrays(self):
     merge, weights, _, x = built(CSA)

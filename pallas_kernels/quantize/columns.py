@@ -52,6 +52,10 @@ def columns(
     gpu.check_dtype(x)
   elif x.dtype != reference.FP8 or scales.dtype != jnp.float32:
     raise NotImplementedError(f'dtype {x.dtype} with scales {scales.dtype}')
+  if compat.BEFORE_0_11:
+    # It finds no layout for a tile that is read transposed.
+    wide = x if scales is None else reference.dequantize(x, scales, dtype)
+    return gpu.quantize(wide.T, (1, SIDE), power_of_two, floor)
   how = {'power_of_two': power_of_two, 'floor': floor}
   scratch = {
     'tile': _memory(x.dtype),

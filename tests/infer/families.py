@@ -27,7 +27,7 @@ _SHARED = SharedKVConfig(
   groups=2,
   o_rank=5,
   window=5,
-  csa=CSAConfig(ratio=4, top_k=3, index_heads=4, index_dim=6),
+  csa=CSAConfig(ratio=4, top_k=3, index_heads=3, index_dim=6),
   hca=HCAConfig(ratio=8),
 )
 _NSA = NSAConfig(

@@ -95,12 +95,17 @@ class KernelsOnMeshTest(parameterized.TestCase):
       self.assertIn('bfloat16[', c['shapes'])
     self.assertIn('mla_prefill', kernels(found, 'gpu')['train'])
 
-  @parameterized.parameters('v3', 'v32', 'v4', 'nsa')
-  def test_numbers_of_the_shards_are_those_of_the_whole(self, name):
-    meshes = ['tensor=2,context=2,fsdp=2', 'tensor=2']
-    found = fake_devices.run(WORKER, 'numbers', name, *meshes)
+  @parameterized.parameters(
+    *((name, 'tensor=2,context=2,fsdp=2', 1e-5) for name in KERNELS),
+    # In float32 XLA's own code differs by 3e-5 from mesh to mesh here.
+    ('v4_heads', 'tensor=2,context=2', 1e-4),
+  )
+  def test_numbers_of_the_shards_are_those_of_the_whole(
+    self, name, mesh, tolerance
+  ):
+    found = fake_devices.run(WORKER, 'numbers', name, mesh)
     for mesh, error in found.items():
-      self.assertLess(error, 1e-5, mesh)
+      self.assertLess(error, tolerance, mesh)
 
 
 if __name__ == '__main__':

@@ -136,6 +136,12 @@ def small(name: str) -> ds.TransformerConfig:
   """Returns a model of a few numbers with the same ideas as `config`."""
   if name in ('v4', 'nsa'):
     return families.config(name)
+  if name == 'v4_heads':
+    # As many index heads as heads, so that a tensor axis shards both.
+    made = families.config('v4')
+    csa = dataclasses.replace(made.attention.csa, index_heads=2)
+    attention = dataclasses.replace(made.attention, csa=csa)
+    return dataclasses.replace(made, attention=attention)
   latent = 4, 12, 16, 8, 4, 6
   attention = MLAConfig(*latent)
   if name == 'v32':

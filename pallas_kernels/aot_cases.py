@@ -147,7 +147,7 @@ def _grouped_fp8(
 
 def _router(name: str) -> KernelCase:
   """Builds the routing of one of the benchmark shapes."""
-  shape = router_shapes.BENCH[name]
+  shape = (router_shapes.BENCH | router_shapes.LIMITS)[name]
   args = (((shape.tokens, shape.experts), F32),)
   if shape.bias:
     args += (((shape.experts,), F32),)
@@ -418,7 +418,10 @@ CASES = {
   'write_streams_bwd': _write_streams('v4_t8192', True),
   'sinkhorn': _sinkhorn(8192, False),
   'sinkhorn_bwd': _sinkhorn(8192, True),
-  **{f'router_{n}': _router(n) for n in router_shapes.BENCH},
+  **{
+    f'router_{n}': _router(n)
+    for n in (*router_shapes.BENCH, *router_shapes.LIMITS)
+  },
   'permute': _permute('permute', 4096, 8, 256, 7168),
   'permute_fp8': _permute('permute_fp8', 4096, 8, 256, 7168),
   'permute_bwd': _permute('permute_bwd', 4096, 8, 256, 7168),

@@ -60,7 +60,7 @@ def wide(values: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
 
 
 def meet(barrier: jax.Ref) -> None:
-  """Holds each warpgroup until both have arrived at the barrier."""
+  """Holds each warpgroup until all have arrived at the barrier."""
   plgpu.barrier_arrive(barrier)
   plgpu.barrier_wait(barrier)
 

@@ -97,7 +97,8 @@ def quantize_columns(
   """Returns x.T in float8 [D N] and its scales [D N/rows] float32.
 
   What a product over rows takes, as of the gradient of weights: `quantize` of
-  x.T, or of the transposed `dequantize(x, scales, dtype)`, in one pass. It has
+  x.T, or of the transposed `dequantize(x, scales, dtype)`, by a kernel in one
+  pass (on jax 0.10 XLA makes the transposed first). It has
   no gradient, as there.
 
   Args:

@@ -43,6 +43,7 @@ def route(
     raise NotImplementedError(f'{E} experts, more than 512')
   if rule.groups > 16:
     raise NotImplementedError(f'{rule.groups} groups, more than 16')
+  # With more of them in groups registers spill with jax 0.12.
   if rule.groups > 1 and E > 384:
     raise NotImplementedError(f'{E} experts in groups, more than 384')
   if _bytes(E, top_k, rule) > compat.SHARED_MEMORY:
@@ -95,8 +96,7 @@ def _row(E: int) -> int:
   An odd multiple of 8: then the 8 rows of 32 bytes that a warp reads at once
   are in different banks.
   """
-  every = WARPGROUPS * _width(E)
-  return every + 8 if every % 16 == 0 else every
+  return WARPGROUPS * _width(E) + 8
 
 
 def _arrays(E: int, top_k: int, rule: Rule) -> dict[str, tuple]:
@@ -109,7 +109,6 @@ def _arrays(E: int, top_k: int, rule: Rule) -> dict[str, tuple]:
     'kept': (row, False),
     'picks': (chosen, True),
     'gains': (chosen, False),
-    'parts': ((top_k, WARPGROUPS, TOKENS), False),
     # Of rounds by turns: one is read while the next is written.
     'bests': (exchange, True),
     'founds': (exchange, True),
@@ -167,7 +166,7 @@ def _of_all(
 def _score(
   logits: jax.Ref,
   kept: jax.Ref,
-  parts: list[pl.Slice],
+  slices: list[pl.Slice],
   scoring: str,
   sums: jax.Ref,
   met: jax.Ref,
@@ -179,9 +178,9 @@ def _score(
   top = total = None
   # Softmax needs the maximum over all experts first, then the sum.
   if scoring == 'softmax':
-    own = functools.reduce(jnp.maximum, [fetch(p).max(axis=1) for p in parts])
+    own = functools.reduce(jnp.maximum, [fetch(p).max(axis=1) for p in slices])
     top = _of_all(own, sums, 0, met, jnp.maximum)
-  for part in parts:
+  for part in slices:
     scores = _unnormalised(fetch(part), scoring, top)
     kept[:, part] = scores
     if scoring == 'softmax':
@@ -189,7 +188,7 @@ def _score(
       total = own if total is None else total + own
   if scoring == 'softmax':
     total = _of_all(total, sums, 1, met, jnp.add)
-    for part in parts:
+    for part in slices:
       scores = compat.load(kept, (slice(None), part), _TILE)
       kept[:, part] = scores / wide(total, scores.shape)
 
@@ -252,7 +251,7 @@ def _ahead(ranks: jax.Ref, group: jax.Array, rule: Rule) -> jax.Array:
 
 def _limited(
   choices: list[jax.Array],
-  parts: list[pl.Slice],
+  slices: list[pl.Slice],
   biased: jax.Ref,
   ranks: jax.Ref,
   met: jax.Ref,
@@ -261,7 +260,7 @@ def _limited(
 ) -> list[jax.Array]:
   """Returns the choices with all but the best groups at -inf."""
   w, size = lax.axis_index('wg'), E // rule.groups
-  for part, choice in zip(parts, choices, strict=True):
+  for part, choice in zip(slices, choices, strict=True):
     biased[:, part] = choice
   meet(met)
   # Groups: every fourth one's score is this warpgroup's to find.
@@ -278,7 +277,7 @@ def _limited(
   for i in range(min(some, rule.groups)):
     group = jnp.minimum(lax.div(w * width, size) + i, rule.groups - 1)
     ahead = _ahead(ranks, group, rule)
-    for j, part in enumerate(parts):
+    for j, part in enumerate(slices):
       column = _columns(part)
       inside = (column >= group * size) & (column < (group + 1) * size)
       lost = wide(ahead, column.shape) >= rule.top_groups
@@ -289,8 +288,8 @@ def _limited(
 def _body(
   logits: jax.Ref, bias: jax.Ref, experts: jax.Ref, weights: jax.Ref, *,
   E: int, rule: Rule, kept: jax.Ref, picks: jax.Ref, gains: jax.Ref,
-  parts: jax.Ref, bests: jax.Ref, founds: jax.Ref, sums: jax.Ref,
-  met: jax.Ref, biased: jax.Ref | None = None, ranks: jax.Ref | None = None,
+  bests: jax.Ref, founds: jax.Ref, sums: jax.Ref, met: jax.Ref,
+  biased: jax.Ref | None = None, ranks: jax.Ref | None = None,
 ) -> None:  # fmt: skip
   """Routes 64 tokens."""
   block, w = lax.axis_index('block'), lax.axis_index('wg')
@@ -341,51 +340,43 @@ def _body(
   meet(met)
 
   # Weights: the score of each choice, from the warpgroup that holds it.
-  def part_of(k: jax.Array, _) -> tuple:
+  def gather(k: jax.Array, total: jax.Array) -> jax.Array:
     found = compat.load(picks, k, _BY_TOKEN)
     gain = compat.full((TOKENS,), 0.0, _BY_TOKEN)
     for part in own:
       scores = compat.load(kept, (slice(None), part), _TILE)
       hit = _columns(part) == wide(found, scores.shape)
       gain += jnp.where(hit, scores, 0.0).sum(axis=1)
-    parts[k, w] = gain
-    return ()
+    gain = _of_all(gain, sums, lax.rem(k, 2), met, jnp.add)
 
-  lax.fori_loop(0, top_k, part_of, ())
-  meet(met)
-  pl.when(w == 0)(
-    lambda: _store(
-      picks, gains, parts, experts.at[block], weights.at[block], rule
-    )
-  )
+    @pl.when(w == 0)
+    def _():
+      gains[k] = gain
+
+    return total + gain
+
+  zero = compat.full((TOKENS,), 0.0, _BY_TOKEN)
+  total = lax.fori_loop(0, top_k, gather, zero)
+  out = experts.at[block], weights.at[block]
+  pl.when(w == 0)(lambda: _store(picks, gains, total, *out, rule))
 
 
 def _store(
   picks: jax.Ref,
   gains: jax.Ref,
-  parts: jax.Ref,
+  total: jax.Array,
   experts: jax.Ref,
   weights: jax.Ref,
   rule: Rule,
 ) -> None:
   """Stores choices and weights, without the bias, over the chosen ones' sum."""
-  top_k = picks.shape[0]
-
-  def gather(k: jax.Array, total: jax.Array) -> jax.Array:
-    load = lambda w: compat.load(parts, (k, w), _BY_TOKEN)
-    gain = functools.reduce(jnp.add, map(load, range(WARPGROUPS)))
-    gains[k] = gain
-    return total + gain
-
-  zero = compat.full((TOKENS,), 0.0, _BY_TOKEN)
-  total = lax.fori_loop(0, top_k, gather, zero)
   norm = total + rule.eps if rule.normalize else jnp.ones_like(total)
 
   def rescale(k: jax.Array, _) -> tuple:
     gains[k] = compat.load(gains, k, _BY_TOKEN) / norm * rule.scale
     return ()
 
-  lax.fori_loop(0, top_k, rescale, ())
+  lax.fori_loop(0, picks.shape[0], rescale, ())
   # Choice first, token second, so that a row is one copy.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(picks, experts)

@@ -20,6 +20,7 @@ FAST = (
   'mla_decode_h16',
   'permute',
   'permute_fp8',
+  'router_v2_lite_t8192',
   'mla_decode_fp8_h128',
   'sparse_mla',
   'sparse_mla_v4',
@@ -70,6 +71,8 @@ class HazardTest(parameterized.TestCase):
         self.assertEqual(eqn.params['axes'], (1,), name)
     if name.startswith(('indexer', 'grouped', 'mla_decode', 'sparse_')):
       self.assertEqual(several, 2)  # the walk saw inside the kernels
+    if name.startswith('router'):
+      self.assertEqual(several, 4)
 
   def test_a_grid_goes_no_further_than_it_can(self):
     # All axes but the last end at 65,535.

@@ -135,7 +135,7 @@ class RouterTest(parameterized.TestCase):
     for experts, top_k, groups, reason in (
       (260, 4, 1, '260 experts'),
       (520, 4, 1, '520 experts, more than 512'),
-      (256, 256, 1, '256 of 256 experts need [0-9]+ bytes of shared memory'),
+      (512, 256, 1, '256 of 512 experts need [0-9]+ bytes of shared memory'),
       (256, 4, 32, '32 groups'),
       (424, 4, 8, '424 experts in groups'),
     ):
@@ -149,7 +149,7 @@ class RouterTest(parameterized.TestCase):
 
   def test_too_little_shared_memory_falls_back_while_tracing(self):
     op = functools.partial(router, top_k=256, rule=Rule())
-    logits = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    logits = jax.ShapeDtypeStruct((2, 512), jnp.float32)
     with mock.patch.object(dispatch, 'on_hopper', lambda: True):
       experts, *_ = jax.eval_shape(op, logits)
     self.assertEqual(experts.shape, (2, 256))

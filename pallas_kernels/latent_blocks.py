@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.warpgroups import meet, wide
 
 ROWS, LATENT, ROPE = 64, 512, 64
 HALF = LATENT // 2  # columns that a warpgroup sums
@@ -52,17 +53,6 @@ def check_dims(latent: int, rope: int) -> None:
     raise NotImplementedError(
       f'latent {latent} and rope {rope}, not {LATENT} and {ROPE}'
     )
-
-
-def wide(values: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
-  """Returns a vector broadcast to `shape`, where it lies along `axis`."""
-  return lax.broadcast_in_dim(values, shape, [axis])
-
-
-def meet(barrier: jax.Ref) -> None:
-  """Holds each warpgroup until all have arrived at the barrier."""
-  plgpu.barrier_arrive(barrier)
-  plgpu.barrier_wait(barrier)
 
 
 def load_queries(

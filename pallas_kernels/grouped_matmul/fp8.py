@@ -20,6 +20,7 @@ from jax import lax
 from pallas_kernels import compat
 from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.quantize.reference import FP8
+from pallas_kernels.warpgroups import wide
 
 STEP = 128  # of the contracted dimension, and what a scale covers
 STAGES = 4
@@ -249,7 +250,7 @@ def _body(
     out = []
     for piece, total in enumerate(sums):
       scale = own * weight_scale[first + piece, k]
-      scale = lax.broadcast_in_dim(scale, total.shape, [0])
+      scale = wide(scale, total.shape)
       columns = pl.ds(piece * width, width)
       product = _product(a.at[stage, part_a], b.at[stage, part_b, columns])
       out.append(total + product * scale)
@@ -300,11 +301,12 @@ def _outer_body(
   def add(k: jax.Array, stage: jax.Array, sums: tuple) -> tuple:
     # Matmul of one step, then both scales: here each is a vector.
     (total,) = sums
-    spread = lambda scale, dim: lax.broadcast_in_dim(scale, total.shape, [dim])
     down = compat.load(row_scale, (stage, w), _BY_ROW)
     across = compat.load(grad_scale, (stage,), _BY_COLUMN)
     product = _product(a.at[stage, w], b.at[stage, 0])
-    return (total + product * spread(down, 0) * spread(across, 1),)
+    return (
+      total + product * wide(down, total.shape) * wide(across, total.shape, 1),
+    )
 
   # An expert without rows takes no step, so its gradient is zero.
   (total,) = _sums(steps, load, add, [(64, STEP)], here, free)

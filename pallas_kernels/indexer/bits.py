@@ -8,10 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-NOTHING = np.int32(-(2**31))  # below the integer of every score
+from pallas_kernels.ordered import NOTHING
+
 _WORD = 32
 
 
@@ -62,13 +62,6 @@ def positions(words: jax.Array, count: int) -> jax.Array:
   rank = wanted - (_take(upto, word) - _take(each, word))
   at = 32 * word + place(_take(words, word), rank)
   return jnp.where(wanted < upto[:, -1:], at, -1)
-
-
-def ordered(scores: jax.Array) -> jax.Array:
-  """Returns int32 in the order of the float32 scores, in which -0 is 0."""
-  scores = jnp.where(scores == 0.0, 0.0, scores)
-  word = lax.bitcast_convert_type(scores, jnp.int32)
-  return jnp.where(word < 0, word ^ jnp.int32(2**31 - 1), word)
 
 
 def best(ordered: jax.Array, top_k: int) -> jax.Array:

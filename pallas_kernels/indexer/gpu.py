@@ -24,8 +24,8 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.indexer import bits, scores, shared_keys
-from pallas_kernels.indexer.bits import NOTHING
 from pallas_kernels.indexer.scores import BLOCK, BY_COLUMN, BY_ROW, DIM, TILE
+from pallas_kernels.ordered import NOTHING
 
 CHUNK = 64  # rows of 64 keys that are counted at once
 NEAR = 4 * CHUNK * BLOCK  # keys of two queries that fit shared memory

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
-from pallas_kernels.indexer.bits import NOTHING, ordered
+from pallas_kernels.ordered import NOTHING, ordered
+from pallas_kernels.warpgroups import wide
 
 BLOCK, STAGES, DIM = 64, 3, 128
 TILE = plgpu.Layout.WGMMA
@@ -96,7 +97,7 @@ def score_keys(
         load(i + STAGES, stage)
 
     # Reduce over heads in registers: only one number a key is stored.
-    total = (s * lax.broadcast_in_dim(weights, s.shape, [1])).sum(axis=1)
+    total = (s * wide(weights, s.shape, 1)).sum(axis=1)
     at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=TILE)
     at = at.max(axis=1) + (start + i) * BLOCK
     # A score that is nan is none, as in the reference.

@@ -23,6 +23,7 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.quantize import reference as quantize
+from pallas_kernels.warpgroups import meet, wide
 
 ROWS, STEP, STAGES = 64, 64, 2
 LATENT, HALF, ROPE, GROUP = 512, 256, 64, 128
@@ -276,13 +277,6 @@ def _write(
   return [jax.freeze(ref) for ref in caches]
 
 
-def _wide(
-  values: jax.Array, shape: tuple[int, ...], axis: int = 0
-) -> jax.Array:
-  """Returns a vector broadcast to `shape`, where it lies along `axis`."""
-  return lax.broadcast_in_dim(values, shape, [axis])
-
-
 def _store(
   latent: jax.Array,
   rope: jax.Array,
@@ -301,10 +295,6 @@ def _store(
     store[n] for n in ('stat', 'turned', 'key', 'where')
   )
 
-  def meet() -> None:
-    plgpu.barrier_arrive(store['met'])
-    plgpu.barrier_wait(store['met'])
-
   # Load: the slots, on their way while the sums are exchanged.
   @pl.when(g == 0)
   def _():
@@ -321,7 +311,7 @@ def _store(
     turned[...] = rope
 
   plgpu.barrier_wait(store['where_here'])
-  meet()
+  meet(store['met'])
   # Norm: over both halves of the latent.
   square = own + compat.load(stat, 1 - g, _BY_ROW)
   norm = lax.rsqrt(square / LATENT + eps)
@@ -341,13 +331,13 @@ def _store(
     values = lax.slice(latent, (0, start), (ROWS, start + width))
     columns = pl.ds(pl.multiple_of(g * HALF + start, width), width)
     lift = compat.load(gain, columns, _BY_COLUMN, optimized=False)
-    values = values * _wide(norm, values.shape) * _wide(lift, values.shape, 1)
+    values = values * wide(norm, values.shape) * wide(lift, values.shape, 1)
     if start:
       plgpu.wait_smem_to_gmem(0)  # the last piece has been read
     if len(caches) == 3:
       amax = jnp.abs(values).max(axis=1)
       own, factor = quantize.scales_of(amax, False, floor)
-      values = values * _wide(factor, values.shape)
+      values = values * wide(factor, values.shape)
       store['scale'][g] = own
     staged = store['staged'].at[g]
     staged[...] = values.astype(staged.dtype)

@@ -24,6 +24,7 @@ from pallas_kernels.mla_prefill.causal_blocks import (
   VALUE,
   WIDE,
 )
+from pallas_kernels.warpgroups import wide
 
 BLOCK, STAGES = 64, 3
 FEWER = 2  # stages where a third would spill registers
@@ -109,9 +110,9 @@ def _queries_body(
     # Probabilities: from the stored log-sum-exp at once.
     mask = lambda s: causal_blocks.masked(s, i * BLOCK, top_row, begin)
     s = lax.cond(walk.needs_mask(i), mask, lambda s: s, s)
-    p = jnp.exp2(s * (scale * LOG2E) - causal_blocks.wide(norm, s.shape))
+    p = jnp.exp2(s * (scale * LOG2E) - wide(norm, s.shape))
     # Gradient of the scores: p (dp - delta).
-    d = p * (dp - causal_blocks.wide(shift, p.shape))
+    d = p * (dp - wide(shift, p.shape))
     # Sum: what these keys add to the queries' gradient.
     return compat.add_product(acc, d.astype(jnp.bfloat16), ks.at[stage])
 
@@ -185,7 +186,7 @@ def _keys_body(
   def by_query(
     ref: jax.Ref, stage: jax.Array, shape: tuple[int, ...]
   ) -> jax.Array:
-    return causal_blocks.wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
+    return wide(compat.load(ref, stage, BY_COLUMN), shape, 1)
 
   # Load: keys and values stay, queries and their gradients stream.
   top_row = m * TILE + w * ROWS
@@ -199,8 +200,8 @@ def _keys_body(
   def mask(s: jax.Array, i: jax.Array) -> jax.Array:
     # Bounds by row, columns from 0: two positions per entry would spill.
     base, column = i * BLOCK, causal_blocks.iota(s.shape, 1, 0)
-    seen = (column >= causal_blocks.wide(start - base, s.shape)) & (
-      column <= causal_blocks.wide(end - base, s.shape)
+    seen = (column >= wide(start - base, s.shape)) & (
+      column <= wide(end - base, s.shape)
     )
     return jnp.where(seen, s, -jnp.inf)
 

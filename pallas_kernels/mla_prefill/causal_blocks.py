@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.warpgroups import wide
 
 TILE, ROWS = 128, 64
 WIDE, VALUE = 192, 128  # dims of queries and keys, of values
@@ -258,11 +259,6 @@ def store_parts(values: jax.Array, parts: jax.Ref, out: Callable) -> None:
   plgpu.commit_smem()
   for i in range(count):
     plgpu.copy_smem_to_gmem(parts.at[i], out(pl.ds(i * PART, PART)))
-
-
-def wide(values: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
-  """Returns a vector broadcast to `shape`, where it lies along `axis`."""
-  return lax.broadcast_in_dim(values, shape, [axis])
 
 
 def iota(

@@ -21,6 +21,7 @@ from pallas_kernels.mla_prefill.causal_blocks import (
   VALUE,
   WIDE,
 )
+from pallas_kernels.warpgroups import wide
 
 KEPT = 256  # keys in shared memory
 LEAST = float(jnp.finfo(jnp.float32).min)
@@ -110,11 +111,11 @@ def _body(
       mask = lambda s: causal_blocks.masked(s, i * keys, top_row, begin)
       s = lax.cond(walk.needs_mask(i), mask, lambda s: s, s)
       new_top = jnp.maximum(top, s.max(axis=1) * scale)
-      p = jnp.exp2(s * scale - causal_blocks.wide(new_top, s.shape))
+      p = jnp.exp2(s * scale - wide(new_top, s.shape))
       shrink = jnp.exp2(top - new_top)
       total = total * shrink + p.sum(axis=1)
       # Values: the sum so far shrinks by as much as the maximum rose.
-      acc = acc * causal_blocks.wide(shrink, acc.shape)
+      acc = acc * wide(shrink, acc.shape)
       p = p.astype(jnp.bfloat16)
       # All of this in this turn, none of it in the next.
       acc, p, total, new_top = lax.optimization_barrier(
@@ -136,7 +137,7 @@ def _body(
     acc, top, total = lax.fori_loop(walk.begin, walk.end, step, carry)
     pl.when(w == 0)(next_turn)  # the other one has called it once more
     # Store: the output, and the log-sum-exp for the backward pass.
-    acc = acc / causal_blocks.wide(total, acc.shape)
+    acc = acc / wide(total, acc.shape)
     stat[w] = top + jnp.log2(total)
     causal_blocks.store_parts(
       acc, qs.at[w], lambda columns: out.at[b, rows, h, columns]

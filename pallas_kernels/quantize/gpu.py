@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.quantize import reference
+from pallas_kernels.warpgroups import wide
 
 ROWS, SIDE = 64, 128
 _TILE = plgpu.Layout.WGMMA
@@ -28,7 +29,7 @@ def by_row(
   """Returns values [R 128] in float8 and their scales [R]."""
   amax = jnp.abs(values).max(axis=1)
   own, gain = reference.scales_of(amax, power_of_two, floor)
-  gain = lax.broadcast_in_dim(gain, values.shape, [0])
+  gain = wide(gain, values.shape)
   return (values * gain).astype(reference.FP8), own
 
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
-from pallas_kernels.indexer.bits import NOTHING, ordered
-from pallas_kernels.latent_blocks import meet, wide
+from pallas_kernels.ordered import NOTHING, ordered
 from pallas_kernels.router.reference import Rule
+from pallas_kernels.warpgroups import meet, wide
 
 TOKENS, WARPGROUPS = 64, 4
 _NOWHERE = 2**30  # above every expert

@@ -21,13 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather, latent_blocks
-from pallas_kernels.latent_blocks import (
-  BY_COLUMN,
-  BY_ROW,
-  EMPTY,
-  LOG2E,
-  ROPE,
-)
+from pallas_kernels.latent_blocks import BY_COLUMN, BY_ROW, EMPTY, LOG2E, ROPE
 from pallas_kernels.sparse_mla.gathered_blocks import (
   BLOCK,
   HEADS,
@@ -36,6 +30,7 @@ from pallas_kernels.sparse_mla.gathered_blocks import (
   memory,
   steps,
 )
+from pallas_kernels.warpgroups import meet
 
 
 class Latents(NamedTuple):
@@ -172,7 +167,7 @@ def _body(
     # Wait: this warpgroup's rows are here, then both have theirs.
     gather.wait(1)
     plgpu.commit_smem()
-    latent_blocks.meet(k_here)
+    meet(k_here)
     # Scores: this warpgroup's 32 tokens, all columns.
     latents = lambda i: kc.at[stage, w, i]
     turned = None if kr is None else kr.at[stage, w]

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.latent_blocks import ROPE, ROWS, WGMMA, wide
+from pallas_kernels.latent_blocks import ROPE, ROWS, WGMMA
+from pallas_kernels.warpgroups import wide
 
 HEADS = ROWS  # of one query, in a thread block
 THIN = ROPE // 2  # rotary columns that a warpgroup sums

@@ -26,8 +26,6 @@ from pallas_kernels.latent_blocks import (
   ROPE,
   WGMMA,
   add,
-  meet,
-  wide,
 )
 from pallas_kernels.sparse_mla.gathered_blocks import (
   BLOCK,
@@ -40,6 +38,7 @@ from pallas_kernels.sparse_mla.gathered_blocks import (
   steps,
   zeros,
 )
+from pallas_kernels.warpgroups import meet, wide
 
 _PARTS = 2**28  # most numbers in the stored parts of a chunk of queries
 _ROPE_ROOM = 128  # a part's rotary row, of which a warpgroup reads 128 numbers

@@ -17,15 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.latent_blocks import (
-  BY_COLUMN,
-  BY_ROW,
-  LOG2E,
-  WGMMA,
-  add,
-  meet,
-  wide,
-)
+from pallas_kernels.latent_blocks import BY_COLUMN, BY_ROW, LOG2E, WGMMA, add
 from pallas_kernels.sparse_mla.gathered_blocks import (
   HEADS,
   PART,
@@ -37,6 +29,7 @@ from pallas_kernels.sparse_mla.gathered_blocks import (
   steps,
   zeros,
 )
+from pallas_kernels.warpgroups import meet, wide
 
 
 def queries(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat, gather
-from pallas_kernels.latent_blocks import BY_COLUMN, BY_ROW, LOG2E, meet, wide
+from pallas_kernels.latent_blocks import BY_COLUMN, BY_ROW, LOG2E
 from pallas_kernels.sparse_mla.gathered_blocks import (
   BLOCK,
   PART,
@@ -27,6 +27,7 @@ from pallas_kernels.sparse_mla.gathered_blocks import (
   product,
   steps,
 )
+from pallas_kernels.warpgroups import meet, wide
 
 
 def shares(

@@ -10,8 +10,8 @@ from absl.testing import absltest, parameterized
 
 from pallas_kernels import compat
 from pallas_kernels.indexer import bits, indexer, reference, shared_keys
-from pallas_kernels.indexer.bits import NOTHING
 from pallas_kernels.indexer.shapes import TEST
+from pallas_kernels.ordered import NOTHING
 
 I = 6
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.model.attention.query_blocks import rows
 from pallas_kernels.indexer import bits
+from pallas_kernels.ordered import NOTHING, ordered
 
 CHUNK = 2048  # keys whose scores of a block of queries stay in a core's cache
 _FEW = 1024  # wanted of all rows, for which a heap is faster than counts
@@ -60,9 +61,8 @@ def _of_all(scores: jax.Array, k: int) -> jax.Array:
   scores = jnp.pad(
     scores, ((0, 0), (0, -scores.shape[1] % 32)), constant_values=-jnp.inf
   )
-  there = scores > -jnp.inf
-  ordered = jnp.where(there, bits.ordered(scores), bits.NOTHING)
-  return bits.positions(bits.best(ordered, k), k)
+  integers = jnp.where(scores > -jnp.inf, ordered(scores), NOTHING)
+  return bits.positions(bits.best(integers, k), k)
 
 
 def by_heap(scores: jax.Array, k: int) -> jax.Array:

@@ -26,15 +26,19 @@ from pallas_kernels import compat, latent_blocks
 from pallas_kernels.latent_blocks import (
   BY_ROW,
   HALF,
-  LATENT,
   LOG2E,
   ROPE,
   ROWS,
   Running,
-  wide,
 )
-
-BLOCK = 64
+from pallas_kernels.mla_decode import request_parts
+from pallas_kernels.mla_decode.request_parts import (
+  BLOCK,
+  RequestPart,
+  Requests,
+  RequestSplits,
+)
+from pallas_kernels.warpgroups import wide
 
 
 def check_dtypes(*dtypes: jnp.dtype) -> None:
@@ -46,95 +50,33 @@ def check_dtypes(*dtypes: jnp.dtype) -> None:
 
 
 def partial_sums(
-  q_c: jax.Array,
-  q_r: jax.Array,
-  c: jax.Array,
-  k_r: jax.Array,
-  table: jax.Array,
-  lengths: jax.Array,
-  order: jax.Array,
-  row_new: jax.Array,
-  *,
+  queries: tuple[jax.Array, jax.Array],
+  pages: tuple[jax.Array, jax.Array],
+  requests: Requests,
+  cut: RequestSplits,
   scale: float,
-  splits: int,
-  new: int,
-  page: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the attention of each split alone, to be merged by its lse.
-
-  Args:
-    q_c, q_r: [B N C] and [B N R] queries.
-    c, k_r: [blocks 64 C] and [blocks 64 R], the cache of all requests.
-    table, lengths: as in mla_decode.
-    order: [B] int32, the requests in the order in which they start.
-    row_new: [N] int32, the new token that each row belongs to.
-    scale: of the scores.
-    splits: parts of a request's tokens.
-    new: T.
-    page: G.
-
-  Returns:
-    out [B splits N C] bfloat16 and lse [B splits N] float32, base 2.
-  """
-  B, rows, _ = q_c.shape
+  """Computes `request_parts.run` over pages [blocks 64 C], [blocks 64 R]."""
   tile = lambda *shape: plgpu.SMEM(
     shape, jnp.bfloat16, transforms=compat.TILED_16BIT
   )
   per_row = plgpu.SMEM((2, ROWS), jnp.float32)
-  kernel = compat.kernel(
-    functools.partial(
-      _body,
-      scale=scale * LOG2E,
-      splits=splits,
-      new=new,
-      per_page=page // BLOCK,
-    ),
-    (
-      jax.ShapeDtypeStruct((B, splits, rows, LATENT), jnp.bfloat16),
-      jax.ShapeDtypeStruct((B, splits, rows), jnp.float32),
-    ),
-    grid={'request': B, 'tile': rows // ROWS, 'split': splits},
-    threads=2,
-    across_warps=False,
-    scratch={
-      'qc': tile(2, ROWS, HALF),
-      'qr': tile(ROWS, ROPE),
-      'kc': tile(2, 2, BLOCK, HALF),  # stage, half of the columns
-      'kr': tile(2, BLOCK, ROPE),
-      'ps': tile(ROWS, BLOCK),  # of one block at a time, by turns
-      'tops': per_row,
-      'sums': per_row,
-      'q_here': plgpu.Barrier(num_arrivals=3),
-      'k_here': plgpu.Barrier(num_barriers=4),  # stage and half
-      'r_here': plgpu.Barrier(num_barriers=2),
-      'p_here': plgpu.Barrier(num_barriers=2),
-      'ended': plgpu.Barrier(num_arrivals=2),
-    },
-  )
-  return kernel(q_c, q_r, c, k_r, table, lengths, order, row_new)
-
-
-class _Part(NamedTuple):
-  """Names what a thread block computes: 64 rows, and blocks first..last."""
-
-  b: jax.Array
-  split: jax.Array
-  rows: pl.Slice
-  first: jax.Array
-  last: jax.Array
-  length: jax.Array
-
-
-def _part(lengths: jax.Ref, order: jax.Ref, splits: int) -> _Part:
-  """Returns this thread block's part."""
-  place, tile, split = (lax.axis_index(a) for a in ('request', 'tile', 'split'))
-  b = order[place]
-  length = lengths[b]
-  blocks = lax.div(length + (BLOCK - 1), BLOCK)
-  per_split = lax.div(blocks + (splits - 1), splits)
-  first = split * per_split
-  last = jnp.minimum(first + per_split, blocks)
-  return _Part(b, split, pl.ds(tile * ROWS, ROWS), first, last, length)
+  scratch = {
+    'qc': tile(2, ROWS, HALF),
+    'qr': tile(ROWS, ROPE),
+    'kc': tile(2, 2, BLOCK, HALF),  # stage, half of the columns
+    'kr': tile(2, BLOCK, ROPE),
+    'ps': tile(ROWS, BLOCK),  # of one block at a time, by turns
+    'tops': per_row,
+    'sums': per_row,
+    'q_here': plgpu.Barrier(num_arrivals=3),
+    'k_here': plgpu.Barrier(num_barriers=4),  # stage and half
+    'r_here': plgpu.Barrier(num_barriers=2),
+    'p_here': plgpu.Barrier(num_barriers=2),
+    'ended': plgpu.Barrier(num_arrivals=2),
+  }
+  body = functools.partial(_body, cut=cut, scale=scale * LOG2E)
+  return request_parts.run(body, queries, pages, requests, cut, scratch)
 
 
 class _Blocks(NamedTuple):
@@ -142,25 +84,17 @@ class _Blocks(NamedTuple):
 
   Attributes:
     part: what the thread block computes.
-    pages: pages of latents and rotary keys, and the table, in global memory.
+    pages: of latents and rotary keys, in global memory.
     kc, kr: [2 2 64 h] by stage and half, and [2 64 R].
     k_here, r_here: barriers of what has arrived.
-    per_page: blocks of a page.
   """
 
-  part: _Part
-  pages: tuple[jax.Ref, jax.Ref, jax.Ref]
+  part: RequestPart
+  pages: tuple[jax.Ref, jax.Ref]
   kc: jax.Ref
   kr: jax.Ref
   k_here: jax.Ref
   r_here: jax.Ref
-  per_page: int
-
-  def place(self, block: jax.Array) -> jax.Array:
-    """Returns where a block lies; behind the last one, where that lies."""
-    block = jnp.minimum(block, self.part.last - 1)
-    page = self.pages[2][self.part.b, lax.div(block, self.per_page)]
-    return page * self.per_page + lax.rem(block, self.per_page)
 
   def load_half(self, place: jax.Array, stage: jax.Array) -> None:
     """Starts the copy of columns [256 w, 256 w + 256)."""
@@ -180,11 +114,13 @@ class _Blocks(NamedTuple):
     first, last, w = self.part.first, self.part.last, lax.axis_index('wg')
 
     def half(stage: jax.Array, _) -> tuple:
-      self.load_half(self.place(first + stage), stage)
+      self.load_half(self.part.place(first + stage), stage)
       return ()
 
     lax.fori_loop(0, jnp.minimum(last - first, 2), half, ())
-    pl.when(first + w < last)(lambda: self.load_rope(self.place(first + w)))
+    pl.when(first + w < last)(
+      lambda: self.load_rope(self.part.place(first + w))
+    )
 
   def scores(self, qc: jax.Ref, qr: jax.Ref) -> jax.Array:
     """Returns the products [64 64] of the queries and a block, as it comes."""
@@ -214,29 +150,21 @@ class _Blocks(NamedTuple):
 
 
 def _body(
-  q_c: jax.Ref, q_r: jax.Ref, c: jax.Ref, k_r: jax.Ref, table: jax.Ref,
-  lengths: jax.Ref, order: jax.Ref, row_new: jax.Ref, out: jax.Ref,
-  lse: jax.Ref, qc: jax.Ref, qr: jax.Ref, kc: jax.Ref, kr: jax.Ref,
-  ps: jax.Ref, tops: jax.Ref, sums: jax.Ref, q_here: jax.Ref, k_here: jax.Ref,
-  r_here: jax.Ref, p_here: jax.Ref, ended: jax.Ref, *, scale: float,
-  splits: int, new: int, per_page: int,
+  queries: tuple[jax.Ref, jax.Ref], pages: tuple[jax.Ref, jax.Ref],
+  requests: Requests, out: jax.Ref, lse: jax.Ref, qc: jax.Ref, qr: jax.Ref,
+  kc: jax.Ref, kr: jax.Ref, ps: jax.Ref, tops: jax.Ref, sums: jax.Ref,
+  q_here: jax.Ref, k_here: jax.Ref, r_here: jax.Ref, p_here: jax.Ref,
+  ended: jax.Ref, *, cut: RequestSplits, scale: float,
 ) -> None:  # fmt: skip
   """Computes 64 query rows over one split of a request's tokens."""
   w = lax.axis_index('wg')
-  part = _part(lengths, order, splits)
+  part = request_parts.own_part(requests, cut)
   first, last = part.first, part.last
-  pages = c, k_r, table
-  blocks = _Blocks(part, pages, kc, kr, k_here, r_here, per_page)
+  blocks = _Blocks(part, pages, kc, kr, k_here, r_here)
   # Load: the queries stay, this warpgroup's half of two blocks is on its way.
-  latent_blocks.load_queries(q_c, q_r, (part.b, part.rows), qc, qr, q_here)
+  latent_blocks.load_queries(*queries, (part.b, part.rows), qc, qr, q_here)
   blocks.begin()
   plgpu.barrier_wait(q_here)
-
-  def masked(s: jax.Array, block: jax.Array) -> jax.Array:
-    # New token t attends to all but the T - 1 - t newest tokens.
-    newest = compat.load(row_new, part.rows, BY_ROW, optimized=False)
-    left = newest + (part.length - (new - 1) - block * BLOCK)
-    return latent_blocks.mask_from(s, left)
 
   def weigh_other(running: Running, ends: bool = False) -> Running:
     """Adds what the other warpgroup scored, in this one's columns."""
@@ -256,12 +184,11 @@ def _body(
   def step(i: jax.Array, running: Running) -> Running:
     block = first + 2 * i + w
     # Of the next blocks, early: the table is far away.
-    nearer, farther = blocks.place(block + 1), blocks.place(block + 2)
+    nearer, farther = part.place(block + 1), part.place(block + 2)
     # Scores: of every second block, all columns.
     s = blocks.scores(qc, qr)
     pl.when(block + 2 < last)(lambda: blocks.load_rope(farther))
-    cut = (block + 1) * BLOCK > part.length - (new - 1)
-    s = lax.cond(cut, lambda s: masked(s, block), lambda s: s, s)
+    s = part.masked(s, block * BLOCK)
     # Values of the block before: the maximum comes with its probabilities.
     earlier = block > first
     running = lax.cond(earlier, weigh_other, lambda r: r, running)

@@ -12,7 +12,11 @@ import jax.numpy as jnp
 from pallas_kernels import compat, latent_blocks
 from pallas_kernels.latent_blocks import LATENT, ROWS
 from pallas_kernels.mla_decode import bf16_latents, fp8_latents
-from pallas_kernels.mla_decode.bf16_latents import BLOCK
+from pallas_kernels.mla_decode.request_parts import (
+  BLOCK,
+  Requests,
+  RequestSplits,
+)
 
 
 def mla_decode(
@@ -47,16 +51,18 @@ def mla_decode(
   if splits is None:
     longest = table.shape[1] * c.shape[1]
     splits = _pick_splits(B * rows // ROWS, longest, compat.num_sms())
-  order = jnp.argsort(lengths, descending=True).astype(jnp.int32)
-  queries, rest = (pad(q_c), pad(q_r)), (table, lengths, order, row_new)
-  how = {'scale': scale, 'splits': splits, 'new': T, 'page': c.shape[1]}
+  order = jnp.arange(B, dtype=jnp.int32)
+  # Where all start at once a sort would be for nothing.
+  if B * rows // ROWS * splits > compat.num_sms():
+    order = jnp.argsort(lengths, descending=True).astype(jnp.int32)
+  requests = Requests(table, lengths, order, row_new)
+  cut = RequestSplits(splits, T, c.shape[1] // BLOCK)
   if scales is None:
-    out, lse = bf16_latents.partial_sums(
-      *queries, *_in_blocks(c, k_r), *rest, **how
-    )
+    run, pages = bf16_latents.partial_sums, (c, k_r)
   else:
-    pages = _in_blocks(c, scales, k_r)
-    out, lse = fp8_latents.partial_sums(*queries, *pages, *rest, **how)
+    run, pages = fp8_latents.partial_sums, (c, scales, k_r)
+  queries = pad(q_c), pad(q_r)
+  out, lse = run(queries, _in_blocks(*pages), requests, cut, scale)
   out = out[:, 0] if splits == 1 else latent_blocks.merge(out, lse)[0]
   return out[:, : T * H].reshape(B, T, H, LATENT)
 
@@ -95,6 +101,6 @@ def _pick_splits(tiles: int, longest: int, sms: int) -> int:
   return max(1, min(sms // tiles, longest // (4 * BLOCK), 32))
 
 
-def _in_blocks(*pages: jax.Array) -> list[jax.Array]:
+def _in_blocks(*pages: jax.Array) -> tuple[jax.Array, ...]:
   """Returns pages [P G D] as blocks [P*G/64 64 D]."""
-  return [p.reshape(-1, BLOCK, p.shape[-1]) for p in pages]
+  return tuple(p.reshape(-1, BLOCK, p.shape[-1]) for p in pages)

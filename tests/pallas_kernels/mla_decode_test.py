@@ -1,6 +1,7 @@
 """mla_decode against loops in float64."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels import latent_blocks
+from pallas_kernels import compat, latent_blocks
 from pallas_kernels.latent_blocks import EMPTY
-from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import bf16_latents, gpu, mla_decode
 from pallas_kernels.mla_decode.shapes import TEST, Shape
 
 SMALL = {
@@ -114,6 +115,34 @@ class MlaDecodeTest(parameterized.TestCase):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     logs = np.where(total > 0, np.log2(np.where(total > 0, total, 1)), EMPTY)
     np.testing.assert_allclose(whole, logs, rtol=2e-6)
+
+  @parameterized.parameters((2, [1, 3, 2, 0]), (4, [0, 1, 2, 3]))
+  def test_the_longest_start_first_where_not_all_start_at_once(
+    self, sms, order
+  ):
+    lengths = np.asarray([3, 200, 64, 130], np.int32)
+    args = draw(Shape(tuple(lengths), 1, 16, 64))
+    bf16 = lambda *size: jnp.zeros(size, jnp.bfloat16)
+    pages = args[2].shape[:2]
+    run = mock.Mock(
+      return_value=(bf16(4, 1, 64, 512), jnp.zeros((4, 1, 64), jnp.float32))
+    )
+    device = mock.patch.object(compat, 'num_sms', lambda: sms)
+    with mock.patch.object(bf16_latents, 'partial_sums', run), device:
+      gpu.mla_decode(
+        bf16(4, 1, 16, 512),
+        bf16(4, 1, 16, 64),
+        bf16(*pages, 512),
+        bf16(*pages, 64),
+        jnp.asarray(args[4]),
+        jnp.asarray(lengths),
+        SCALE,
+        None,
+        1,
+      )
+    requests = run.call_args.args[2]
+    np.testing.assert_array_equal(requests.order, order)
+    np.testing.assert_array_equal(requests.lengths, lengths)
 
   def test_a_scale_that_is_not_above_0_is_left_to_the_reference(self):
     args = draw(TEST['one_token'])

@@ -7,7 +7,6 @@ Legend: N rows, D columns of the matrix; both are multiples of 128.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,8 +16,10 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.quantize import gpu, reference
+from pallas_kernels.warpgroups import wide
 
 SIDE, HALF = gpu.SIDE, 64
+_HALVES = pl.ds(0, HALF), pl.ds(HALF, HALF)  # registers hold one
 _TILE = plgpu.Layout.WGMMA
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers a thread, not two
 
@@ -54,30 +55,27 @@ def columns(
     raise NotImplementedError(f'dtype {x.dtype} with scales {scales.dtype}')
   if compat.BEFORE_0_11:
     # It finds no layout for a tile that is read transposed.
-    wide = x if scales is None else reference.dequantize(x, scales, dtype)
-    return gpu.quantize(wide.T, (1, SIDE), power_of_two, floor)
-  how = {'power_of_two': power_of_two, 'floor': floor}
+    x = x if scales is None else reference.dequantize(x, scales, dtype)
+    return gpu.quantize(x.T, (1, SIDE), power_of_two, floor)
   scratch = {
     'tile': _memory(x.dtype),
     'small': plgpu.SMEM((SIDE, SIDE), reference.FP8),
     'scale': plgpu.SMEM((SIDE,), jnp.float32),
     'here': plgpu.Barrier(),
   }
-  if scales is None:
-    body, given = _body, (x,)
-  else:
+  if scales is not None:
     # By column block, so that a tile's scales are one piece.
-    body, given = _scaled_body, (x, scales.T)
-    scratch['wide'] = _memory(dtype)
+    scales = scales.T
+    scratch['wider'] = _memory(dtype)
   q, out_scales = compat.kernel(
-    functools.partial(body, **how),
+    functools.partial(_body, power_of_two=power_of_two, floor=floor),
     (
       jax.ShapeDtypeStruct((D, N), reference.FP8),
       jax.ShapeDtypeStruct((N // SIDE, D), jnp.float32),
     ),
     grid={'row': N // SIDE, 'column': D // SIDE},
     scratch=scratch,
-  )(*given)
+  )(x, scales)
   return q, out_scales.T
 
 
@@ -96,84 +94,22 @@ def _memory(dtype: jax.typing.DTypeLike) -> pl.MemoryRef:
   )
 
 
-def _place() -> tuple[jax.Array, pl.Slice, pl.Slice]:
-  """Returns the row of tiles, and the rows and columns of this tile."""
-  row, column = lax.axis_index('row'), lax.axis_index('column')
-  return row, pl.ds(row * SIDE, SIDE), pl.ds(column * SIDE, SIDE)
-
-
-def _halves() -> range:
-  """Returns where the halves of a tile begin: registers hold one."""
-  return range(0, SIDE, HALF)
-
-
 def _body(
-  x: jax.Ref,
-  q: jax.Ref,
-  out_scales: jax.Ref,
-  tile: jax.Ref,
-  small: jax.Ref,
-  scale: jax.Ref,
-  here: jax.Ref,
-  **how: Any,
-) -> None:
+  x: jax.Ref, scales: jax.Ref | None, q: jax.Ref, out_scales: jax.Ref,
+  tile: jax.Ref, small: jax.Ref, scale: jax.Ref, here: jax.Ref,
+  wider: jax.Ref | None = None, *, power_of_two: bool, floor: float,
+) -> None:  # fmt: skip
   """Quantises and transposes one tile."""
-  _, rows, columns = _place()
+  row, column = lax.axis_index('row'), lax.axis_index('column')
+  rows, columns = pl.ds(row * SIDE, SIDE), pl.ds(column * SIDE, SIDE)
+  # Load: the tile as it lies; float8 becomes wider where it can be turned.
   plgpu.copy_gmem_to_smem(x.at[rows, columns], tile, here)
   plgpu.barrier_wait(here)
-  _turn(tile, q, out_scales, small, scale, **how)
-
-
-def _scaled_body(
-  x: jax.Ref,
-  scales: jax.Ref,
-  q: jax.Ref,
-  out_scales: jax.Ref,
-  tile: jax.Ref,
-  small: jax.Ref,
-  scale: jax.Ref,
-  here: jax.Ref,
-  wide: jax.Ref,
-  **how: Any,
-) -> None:
-  """Computes `_body` of float8 with scales."""
-  _, rows, columns = _place()
-  plgpu.copy_gmem_to_smem(x.at[rows, columns], tile, here)
-  column = lax.axis_index('column')
-  plgpu.barrier_wait(here)
-  # Widen: as dequantize rounds it.
-  for start in _halves():
-    own = pl.ds(start, HALF)
-    factor = compat.load(
-      scales,
-      (column, pl.ds(rows.start + start, HALF)),
-      _BYTES.reduce(1),
-      optimized=False,
-    )
-    values = compat.load(tile, own, _BYTES)
-    # float16 holds every float8 number, and converts in one instruction.
-    values = values.astype(jnp.float16).astype(jnp.float32)
-    values = values * lax.broadcast_in_dim(factor, values.shape, [0])
-    wide[own] = values.astype(wide.dtype)
-  plgpu.commit_smem()
-  _turn(wide, q, out_scales, small, scale, **how)
-
-
-def _turn(
-  tile: jax.Ref,
-  q: jax.Ref,
-  out_scales: jax.Ref,
-  small: jax.Ref,
-  scale: jax.Ref,
-  *,
-  power_of_two: bool,
-  floor: float,
-) -> None:
-  """Quantises the transposed tile and stores it."""
-  row, rows, columns = _place()
+  if scales is not None:
+    _widen(tile, scales.at[column, rows], wider)
+    tile = wider
   # Quantise: a row of the transposed tile has one scale.
-  for start in _halves():
-    own = pl.ds(start, HALF)
+  for own in _HALVES:
     turned = compat.transposed(tile.at[:, own])
     at = slice(None), slice(None)
     values = compat.load(turned, at, _TILE, optimized=False)
@@ -184,3 +120,15 @@ def _turn(
   plgpu.copy_smem_to_gmem(small, q.at[columns, rows])
   plgpu.copy_smem_to_gmem(scale, out_scales.at[row, columns])
   plgpu.wait_smem_to_gmem(0)
+
+
+def _widen(tile: jax.Ref, scales: jax.Ref, wider: jax.Ref) -> None:
+  """Writes float8 times the scales [128] of its rows, as dequantize rounds."""
+  for own in _HALVES:
+    factor = compat.load(scales, own, _BYTES.reduce(1), optimized=False)
+    values = compat.load(tile, own, _BYTES)
+    # float16 holds every float8 number, and converts in one instruction.
+    values = values.astype(jnp.float16).astype(jnp.float32)
+    values = values * wide(factor, values.shape)
+    wider[own] = values.astype(wider.dtype)
+  plgpu.commit_smem()

@@ -3,15 +3,18 @@
 import functools
 import itertools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from pallas_kernels import compat
 from pallas_kernels.sparse_mla import (
   ChosenKeys,
   attend,
+  forward,
   latent_gradient,
   shares,
   sparse_mla,
@@ -249,6 +252,17 @@ class SparseMlaTest(parameterized.TestCase):
     order, starts = latent_gradient._lists(at, 4)
     lists = [list(order[a:b]) for a, b in itertools.pairwise(starts)]
     self.assertEqual(lists, [[1, 3], [8], [0, 4, 5, 7], []])
+
+  @parameterized.parameters(
+    (8, 32, 16),  # 2 x 2 queries of 128 heads fill 128 of 132
+    (40, 32, 3),
+    (1, 32, 16),  # two blocks each, at least
+    (67, 32, 1),  # most of the device is busy
+    (8, 1, 1),  # nothing to share
+  )
+  def test_few_queries_share_their_choices(self, tiles, blocks, splits):
+    with mock.patch.object(compat, 'num_sms', lambda: 132):
+      self.assertEqual(forward._pick_splits(tiles, blocks), splits)
 
   def test_unsupported_kernel_shape_says_why(self):
     *floats, index = draw(TEST['plain'])

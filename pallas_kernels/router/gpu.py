@@ -9,6 +9,7 @@ Legend: N tokens, E experts, K chosen, G groups, W experts of a warpgroup.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -43,9 +44,6 @@ def route(
     raise NotImplementedError(f'{E} experts, more than 512')
   if rule.groups > 16:
     raise NotImplementedError(f'{rule.groups} groups, more than 16')
-  # With more of them in groups registers spill with jax 0.12.
-  if rule.groups > 1 and E > 384:
-    raise NotImplementedError(f'{E} experts in groups, more than 384')
   if _bytes(E, top_k, rule) > compat.SHARED_MEMORY:
     raise NotImplementedError(
       f'{top_k} of {E} experts need {_bytes(E, top_k, rule)} bytes of shared '
@@ -55,9 +53,7 @@ def route(
   # Experts that fill up a last warpgroup come behind all others.
   more = WARPGROUPS * _width(E) - E
   padded = jnp.pad(
-    jnp.pad(logits, ((0, blocks * TOKENS - N), (0, 0))),
-    ((0, 0), (0, more)),
-    constant_values=-jnp.inf,
+    logits, ((0, blocks * TOKENS - N), (0, more)), constant_values=-jnp.inf
   )
   bias = jnp.zeros(E, jnp.float32) if bias is None else bias
   bias = jnp.pad(bias, (0, more), constant_values=-jnp.inf)
@@ -120,7 +116,7 @@ def _arrays(E: int, top_k: int, rule: Rule) -> dict[str, tuple]:
 def _bytes(E: int, top_k: int, rule: Rule) -> int:
   """Returns the shared memory of a block, each array rounded up to 1 KiB."""
   arrays = _arrays(E, top_k, rule).values()
-  size = lambda shape: 4 * functools.reduce(lambda a, b: a * b, shape)
+  size = lambda shape: 4 * math.prod(shape)
   return sum(-(-size(shape) // 1024) * 1024 for shape, _ in arrays) + 1024
 
 

@@ -50,6 +50,6 @@ BENCH = {
 # The most that the kernel takes, by registers or shared memory.
 LIMITS = {
   'most_experts': Shape(256, 512, 8, Rule('softmax'), True),
-  'most_groups': Shape(256, 384, 40, Rule('sigmoid', 16, 4), True),
+  'most_groups': Shape(256, 416, 8, Rule('sigmoid', 16, 4), True),
   'most_chosen': Shape(256, 256, 170, Rule('sigmoid', 8, 8), True),
 }

@@ -112,7 +112,10 @@ class EntryAttention(NamedTuple):
     if found is None:
       return alone.part(seen)[1]
     shares, known = found
-    return alone._learned(alone._loss(shares, seen), seen, known)
+    how = {'most': self.cfg.block, 'along': self.along}
+    given = self.query, self.keys, seen, shares
+    loss = index.divergence_of_chosen(*given, **how)
+    return alone._learned(loss, seen, known)
 
   def choose(self) -> jax.Array:
     """Picks the entries that each query reads: [B T K] int32, -1 for none.
@@ -261,18 +264,6 @@ class EntryAttention(NamedTuple):
     mass = total.sum(axis=-1, keepdims=True)
     none = mass == 0  # of nan there is something
     return total / jnp.where(none, 1, mass), ~none[..., 0]
-
-  def _loss(self, shares: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Returns the divergence [B T] of the indexer from shares [B T K]."""
-
-    def block(one: tuple, keys: jax.Array) -> jax.Array:
-      query, at, shares = one
-      scores = index.index_scores(query, rows(keys, at), self.along)
-      return index.divergence(shares, scores, at >= 0)
-
-    numbers = chosen.shape[-1] * max(self.query.q.shape[2:])
-    queries = self.query, chosen, shares
-    return over_blocks(block, queries, self.cfg.block, numbers, (self.keys,))
 
   def _recall(self, chosen: jax.Array) -> jax.Array:
     """Measures the recall of some queries, spread over the sequence: [B]."""

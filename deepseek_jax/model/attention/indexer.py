@@ -21,7 +21,11 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least
 from deepseek_jax.model.attention import candidates
-from deepseek_jax.model.attention.query_blocks import Visibility, over_blocks
+from deepseek_jax.model.attention.query_blocks import (
+  Visibility,
+  over_blocks,
+  rows,
+)
 from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
@@ -272,6 +276,37 @@ def choose_within(
     whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
     query = IndexQuery(*map(whole, query))
   return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
+
+
+def divergence_of_chosen(
+  query: IndexQuery,
+  keys: jax.Array,
+  chosen: jax.Array,
+  shares: jax.Array,
+  *,
+  most: int,
+  along: Along = WHOLE,
+) -> jax.Array:
+  """Computes the `divergence` of each query over the keys chosen for it.
+
+  Args:
+    query: of T tokens; keys: [B S I].
+    chosen: [B T K], -1 for none; shares: [B T K], as of `divergence`.
+    most: queries at a time.
+    along: which heads these are.
+
+  Returns:
+    [B T] float32, in nats.
+  """
+
+  def block(one: tuple, keys: jax.Array) -> jax.Array:
+    query, at, shares = one
+    # Each query's own index keys [B n K I].
+    scores = index_scores(query, rows(keys, at), along)
+    return divergence(shares, scores, at >= 0)
+
+  numbers = chosen.shape[-1] * max(query.q.shape[2:])
+  return over_blocks(block, (query, chosen, shares), most, numbers, (keys,))
 
 
 def caught(shares: jax.Array, chosen: jax.Array) -> jax.Array:

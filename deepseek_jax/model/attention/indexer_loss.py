@@ -149,17 +149,8 @@ def over_chosen(
   Returns:
     'loss' [B].
   """
-
-  def block(one: tuple, keys: jax.Array) -> jax.Array:
-    query, at, shares = one
-    # Each query's own index keys [B n K I].
-    own = query_blocks.rows(keys, at)
-    scores = index.index_scores(query, own, inputs.along)
-    return index.divergence(shares, scores, at >= 0)
-
-  numbers = chosen.shape[-1] * max(inputs.index.q.shape[2:])
-  loss = query_blocks.over_blocks(
-    block, (inputs.index, chosen, shares), most, numbers, (inputs.keys,)
+  loss = index.divergence_of_chosen(
+    inputs.index, inputs.keys, chosen, shares, most=most, along=inputs.along
   )
   return {'loss': inputs.mean(loss, inputs.visibility.segments)}
 

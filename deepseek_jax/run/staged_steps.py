@@ -88,7 +88,7 @@ class StagedSteps:
     )
     self._reader = Reader(self._pipeline)
     self._judge = jax.jit(self._judged)
-    self._norms = jax.jit(lambda grads: (tree_norm(grads), block_norms(grads)))
+    self._norms = jax.jit(block_norms)
     self._rules = [
       optimizer_of(
         cfg, stage.abstract['params'], self._pipeline.objective.frozen
@@ -145,9 +145,9 @@ class StagedSteps:
     self.compiled(state, batch, writer)
     # Forward and backward through all stages.
     grads, metrics = self._gradients(state, batch)
-    each, norms = jax.device_get(tuple(zip(*map(self._norms, grads))))
+    norms = self._norms_of(grads)
     # The norm of the whole gradient, of which each stage has a part.
-    norm = jax.device_get(tree_norm(each))
+    norm = jax.device_get(tree_norm(norms))
     proposals = self._proposed(state.held, grads, norm)
     each, updates = jax.device_get(
       tuple(zip(*((p.norm, p.norms) for p in proposals)))
@@ -165,6 +165,14 @@ class StagedSteps:
     return StagedState(state.step + 1, state.sequences + rows, held, gate), (
       metrics
     )
+
+  def _norms_of(self, grads: list) -> tuple[dict, ...]:
+    """Returns the norms of each stage's blocks, on the host."""
+    out = []
+    for using, part in zip(self._pipeline.using, grads):
+      with sharding.under(using):
+        out.append(self._norms(part))
+    return tuple(jax.device_get(out))
 
   def _proposed(
     self, held: tuple[Held, ...], grads: list, norm: np.ndarray

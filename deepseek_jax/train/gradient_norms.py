@@ -6,11 +6,15 @@ block they show which layers a bad update came from.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from deepseek_jax.parallel.sharding import in_mesh
+
+_SMALL = 1 << 14  # numbers of an array whose norm is taken with others
 
 
 def gain(top: jax.Array) -> jax.Array:
@@ -26,10 +30,7 @@ def gain(top: jax.Array) -> jax.Array:
   return jnp.where(exponent < least, 0.0, power)
 
 
-def tree_norm(
-  tree: Any,
-  axes: Callable[[jax.Array], tuple[int, ...] | None] = lambda array: None,
-) -> jax.Array:
+def tree_norm(tree: Any, *, stacked: bool = False) -> jax.Array:
   """Returns the Euclidean norm of all numbers of a tree, float32.
 
   f(s x) is s f(x) for every power of two s that keeps the result and the
@@ -37,13 +38,16 @@ def tree_norm(
 
   Args:
     tree: of arrays; none gives 0.
-    axes: array -> those to sum over, all by default. What is left must agree.
+    stacked: one norm for each slice along the arrays' first axis, which agree.
   """
   leaves = [
     a.astype(jnp.float32) for a in map(jnp.asarray, jax.tree.leaves(tree))
   ]
   if not leaves:
     return jnp.float32(0)
+  if not in_mesh():
+    leaves = _small_together(leaves, stacked)
+  axes = lambda a: tuple(range(stacked, a.ndim))
   # One factor for all leaves, by the largest number of the tree.
   tops = [jnp.abs(a).max(axis=axes(a), initial=0.0) for a in leaves]
   factor = gain(functools.reduce(jnp.maximum, tops))
@@ -53,6 +57,21 @@ def tree_norm(
   root = jnp.sqrt(sum(squares))
   # Division by a power of two is exact.
   return jnp.where(factor > 0, root / jnp.where(factor > 0, factor, 1.0), 0.0)
+
+
+def _small_together(leaves: list[jax.Array], stacked: bool) -> list[jax.Array]:
+  """Returns the leaves, small ones as one: each would be programs of its own.
+
+  What they are made of is compiled one by one, so that a model's many vectors
+  took a tenth of the time that a training step takes to compile on a CPU. On a
+  mesh they would have to be gathered.
+  """
+  small = [a for a in leaves if a.size <= _SMALL]
+  if len(small) < 2:
+    return leaves
+  flat = [a.reshape(*a.shape[:stacked], -1) for a in small]
+  large = [a for a in leaves if a.size > _SMALL]
+  return [*large, jnp.concatenate(flat, axis=-1)]
 
 
 def block_norms(tree: Mapping) -> dict[str, jax.Array]:
@@ -70,15 +89,10 @@ def block_norms(tree: Mapping) -> dict[str, jax.Array]:
     if name == 'segments':
       for i, pattern in part.items():
         for j, block in pattern.items():
-          norms[f'{name}.{i}.{j}'] = _of_each(block)
+          norms[f'{name}.{i}.{j}'] = tree_norm(block, stacked=True)
     elif name == 'mtp':
       for k, block in part.items():
         norms[f'{name}.{k}'] = tree_norm(block)
     else:
       norms[name] = tree_norm(part)
   return norms
-
-
-def _of_each(repeats: Any) -> jax.Array:
-  """Returns the norms of the slices along the first axis of a tree's arrays."""
-  return tree_norm(repeats, lambda a: tuple(range(1, a.ndim)))

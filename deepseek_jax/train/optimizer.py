@@ -87,10 +87,12 @@ def clipped(limit: float) -> optax.GradientTransformationExtraArgs:
   ) -> tuple[Any, Any]:
     del params, more
     norm = tree_norm(grads) if norm is None else norm
-    # Near 1 first: XLA multiplies by an inverse, which may underflow.
+    # Near 1 first: limit / norm may underflow. No division by element, which
+    # XLA would store for all that reads it.
     factor = gain(norm)
     near = jnp.where(norm * factor == 0, 1.0, norm * factor)
-    one = lambda g: jnp.where(norm < limit, g, g * factor / near * limit)
+    share = limit / near
+    one = lambda g: jnp.where(norm < limit, g, g * factor * share)
     return jax.tree.map(one, grads), state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

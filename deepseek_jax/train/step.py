@@ -208,7 +208,8 @@ def train_step(
     # Schedules count the tokens before this step.
     mtp_weight = cfg.mtp_weight.at(tokens, cfg.tokens)
     grads, metrics = gradients(state, batch, mtp_weight)
-    norm = tree_norm(grads)
+    norms = block_norms(grads)
+    norm = tree_norm(norms)
     # Propose an update, judge the step by it, then take it or leave it.
     held = Held(state.params, state.buffers, state.moments)
     proposal = proposed(optimizer, held, grads, norm)
@@ -218,9 +219,14 @@ def train_step(
     # The router biases move by the loads, not by a gradient (V3 section 2.1.2).
     loads = moving(metrics.pop('loads'), cfg.trainable)
     loads = loads if built.moves_biases else {}
+    # The moments once more from the gradient: those above would have to be
+    # stored until the verdict. They depend on it, or XLA would see one sum.
+    norm = jnp.where(verdict.applied, norm, 0.0)
+    moments = proposed(optimizer, held, grads, norm).moments
+    proposal = proposal._replace(moments=moments)
     held = updated(held, proposal, loads, verdict)
-    norms = {'block_norms': block_norms(grads), 'update_norms': proposal.norms}
-    metrics |= told | norms
+    metrics |= told
+    metrics |= {'block_norms': norms, 'update_norms': proposal.norms}
     sequences = state.sequences + jnp.uint32(batch['tokens'].shape[0])
     return TrainState(state.step + 1, sequences, *held, gate), metrics
 

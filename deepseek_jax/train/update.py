@@ -89,10 +89,12 @@ def proposed(
     grads, held.moments, held.params, norm=norm
   )
   # Weight decay turns a NaN parameter's update into NaN; such a parameter is
-  # left out of the norm: it is lost already, and maybe no batch reads it.
+  # lost already, whatever is added to it, and maybe no batch reads it: it has
+  # no part in the norm.
   sound = lambda p, u: jnp.where(jnp.isfinite(p), u, 0)
-  sound = jax.tree.map(sound, held.params, updates)
-  return Proposal(updates, moments, tree_norm(sound), block_norms(sound))
+  updates = jax.tree.map(sound, held.params, updates)
+  norms = block_norms(updates)
+  return Proposal(updates, moments, tree_norm(norms), norms)
 
 
 def judged(

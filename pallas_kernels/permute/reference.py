@@ -1,5 +1,6 @@
 """The expert-contiguous layout in XLA: gathers in both directions."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -79,9 +80,15 @@ def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
 def _search(ordered: jax.Array, values: jax.Array, side: str) -> jax.Array:
   """Returns where values would stand among ordered ones, int32.
 
-  Its steps are few and unrolled: a loop would cost decoding on a GPU more.
+  Its steps are few. A loop of them would cost decoding on a GPU more, unrolled
+  they cost a CPU's compiler more.
   """
-  found = jnp.searchsorted(ordered, values, side, method='scan_unrolled')
+  by = lambda method: functools.partial(
+    jnp.searchsorted, side=side, method=method
+  )
+  found = jax.lax.platform_dependent(
+    ordered, values, cpu=by('scan'), default=by('scan_unrolled')
+  )
   return found.astype(jnp.int32)
 
 

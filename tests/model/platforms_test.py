@@ -46,8 +46,8 @@ class PlatformsTest(parameterized.TestCase):
   @parameterized.parameters(
     # Loops that end when the data says so, at most: none but on a CPU. What
     # is left: layers, blocks of rows, and searches of a known depth.
-    ('train', 60, 20),
-    ('prefill', 12, 5),
+    ('train', 30, 20),
+    ('prefill', 8, 5),
     ('decode', 0, 1),
   )
   def test_only_a_cpu_gets_the_loops_of_a_cpu(self, phase, least, most):

@@ -40,6 +40,11 @@ class Document(NamedTuple):
   text: str
 
 
+def exists(path: str) -> bool:
+  """Returns whether there is something to read at `path`."""
+  return path == STDLIB or os.path.exists(os.path.expanduser(path))
+
+
 def documents(path: str, out: LeftOut | None = None) -> Iterator[Document]:
   """Yields the non-empty documents under `path`, in the order of their names.
 

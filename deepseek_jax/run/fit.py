@@ -116,6 +116,21 @@ def _opened(
   return store, batches, changes
 
 
+def _steps(
+  model: Model, config: RunConfig, workdir: Path, preemption: Preemption
+) -> Steps | StagedSteps:
+  """Returns the steps of a run; those of a new one begin to be compiled."""
+  if config.mesh.stage > 1:
+    return StagedSteps(model, config)
+  steps = Steps(model, config)
+  begun = (workdir / 'config.json').exists()
+  like = None if begun else sources.batch_like(config)
+  if like is not None:
+    preemption.settle = steps.settle
+    steps.compile_ahead(like)
+  return steps
+
+
 def _went_on(resumed: int, changes: Iterable[str]) -> list[str]:
   """Returns lines on where a run goes on, and what it changed."""
   lines = [f'resumed from step {resumed}'] if resumed else []
@@ -159,7 +174,7 @@ def fit(
     with timeline.phase('init'):
       model = build(config.model)
       # Whatever does not fit is found here.
-      steps = (StagedSteps if config.mesh.stage > 1 else Steps)(model, config)
+      steps = _steps(model, config, workdir, preemption)
       store, batches, changes = _opened(config, model, workdir, console)
       agreement.check_data(config, store)
     with Checkpoints(

@@ -57,6 +57,8 @@ class Preemption:
 
   def __exit__(self, *error: object) -> None:
     """Puts the handlers back that were there before."""
+    if error[0] is Terminated:
+      self.settle()
     self._over.set()
     if self._pipe:
       signal.set_wakeup_fd(-1)

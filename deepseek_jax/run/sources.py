@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax import data as datalib
+from deepseek_jax.data import corpus
 from deepseek_jax.rl import conversation_store
 from deepseek_jax.rl.conversation_store import ConversationStore
 from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.run import rl, teachers
 from deepseek_jax.run.config import RunConfig
+from deepseek_jax.train.objective import PretrainingConfig
 
 Store = datalib.TokenStore | ConversationStore | rl.TaskStore
 
@@ -34,6 +38,23 @@ def batches(store: Store, config: RunConfig) -> datalib.Batches:
     datalib.Batches if config.chat is None else conversation_store.PackedBatches
   )
   return made(store, config.data)
+
+
+def batch_like(config: RunConfig) -> dict[str, np.ndarray] | None:
+  """Returns arrays like those of a new run's first batch, before it is read.
+
+  None: it can't be told without its data, or there are none.
+  """
+  data, chat = config.data, config.chat
+  text = chat is None and isinstance(config.objective, PretrainingConfig)
+  known = text and config.rollouts is None and not config.model.engram_layers()
+  if not known or not all(map(corpus.exists, data.paths)):
+    return None
+  names = ['tokens']
+  if not data.cross_document:
+    names += ['segments', 'positions']
+  shape = config.train.batch.at(0), data.seq_len + 1
+  return {name: np.zeros(shape, np.int32) for name in names}
 
 
 def heldout(store: Store, config: RunConfig, limit: int | None) -> Any:

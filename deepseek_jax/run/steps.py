@@ -1,10 +1,12 @@
 """Runs the step of a run as one program; places its state and batches."""
 
+import concurrent.futures
 import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import placement, processor
+from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
 from deepseek_jax.run.config import RunConfig
@@ -54,6 +57,7 @@ class Steps:
     self._compiled = _shared_programs().setdefault(
       (*same, configs.key(config.mesh), config.data.seq_len), {}
     )
+    self._ahead: dict[int, CompiledAhead] = {}  # by sequences of a batch
 
   def __call__(
     self, state: TrainState, batch: dict, writer: MetricsWriter | NoMetrics
@@ -67,9 +71,32 @@ class Steps:
     """Returns the step for batches of this size."""
     rows = batch['tokens'].shape[0]
     if rows not in self._compiled:
-      with compiling(rows, writer), self._where.use():
-        self._compiled[rows] = self._step.lower(state, batch).compile()
+      ahead = self._ahead.get(rows)
+      with compiling(rows, writer) as line, self._where.use():
+        if ahead and ahead.takes(batch):
+          self._compiled[rows] = ahead.program(line)
+        else:
+          self._compiled[rows] = self._step.lower(state, batch).compile()
     return self._compiled[rows]
+
+  def compile_ahead(self, like: dict[str, np.ndarray]) -> None:
+    """Begins to compile for batches like one, in a thread beside what follows.
+
+    Tracing comes first, in this thread, whose settings of JAX count. Of several
+    processes, which compile together, none begins.
+    """
+    rows = len(like['tokens'])
+    if rows in self._compiled or distributed.several():
+      return
+    batch = self.batch(like, rows)
+    with self._where.use():
+      lowered = self._step.lower(self.like(), batch)
+    self._ahead[rows] = CompiledAhead(lowered, batch)
+
+  def settle(self) -> None:
+    """Returns when nothing is compiled ahead any more."""
+    for ahead in self._ahead.values():
+      ahead.settle()
 
   def begin(self) -> TrainState:
     """Returns the state of a new run, each part made where it lies."""
@@ -150,19 +177,64 @@ def check_mesh(config: RunConfig) -> None:
   exchange.check(ways, config.model.dim, jax.default_backend())
 
 
+class CompiledAhead:
+  """Compiles a lowered step in a thread of its own."""
+
+  def __init__(self, lowered: jax.stages.Lowered, batch: dict):
+    """Begins."""
+    self._kinds = _kinds(batch)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    self._done = pool.submit(self._compile, lowered)
+    pool.shutdown(wait=False)
+
+  def _compile(
+    self, lowered: jax.stages.Lowered
+  ) -> tuple[jax.stages.Compiled, float, bool]:
+    """Returns the program, its seconds and whether the cache had it."""
+    start, hits = time.perf_counter(), _hits_here()
+    program = lowered.compile()
+    return program, time.perf_counter() - start, _hits_here() > hits
+
+  def takes(self, batch: dict) -> bool:
+    """Returns whether the program is for batches like this one."""
+    return self._kinds == _kinds(batch)
+
+  def program(self, line: 'compiling') -> jax.stages.Compiled:
+    """Waits for the program; `line` is to tell what it cost."""
+    program, *line.ahead = self._done.result()
+    return program
+
+  def settle(self) -> None:
+    """Returns when it has ended, well or not."""
+    concurrent.futures.wait([self._done])
+
+
+def _kinds(batch: dict) -> dict:
+  """Returns shape and dtype of each array."""
+  return {name: (a.shape, a.dtype) for name, a in batch.items()}
+
+
 class compiling:
-  """Logs how long compiling took, and whether it came from the cache."""
+  """Logs how long compiling took, and whether it came from the cache.
+
+  Attributes:
+    ahead: if it was begun before, how long it took and whether it came from the
+      cache.
+  """
+
+  ahead: Sequence[Any] = ()
 
   def __init__(self, rows: int, writer: MetricsWriter | NoMetrics):
     """Takes the sequences of the step, and the writer of the line."""
     self._rows, self._writer = rows, writer
 
-  def __enter__(self) -> None:
+  def __enter__(self) -> 'compiling':
     """Starts the clock."""
-    self._start, self._hits = time.perf_counter(), _cache_hits[0]
+    self._start, self._hits = time.perf_counter(), _hits_here()
     self._done = threading.Event()
     self._writer.log(f'compiling the step for {self._rows} sequences')
     threading.Thread(target=self._tell, daemon=True).start()
+    return self
 
   def _tell(self) -> None:
     """Logs now and then that compiling goes on."""
@@ -174,19 +246,29 @@ class compiling:
     """Logs the line, unless compiling failed."""
     self._done.set()
     if error[0] is None:
-      source = 'from the cache' if _cache_hits[0] > self._hits else 'anew'
+      seconds = time.perf_counter() - self._start
+      hit = _hits_here() > self._hits
+      if self.ahead:
+        seconds, hit = self.ahead
       self._writer.log(
-        f'compiled the step for {self._rows} sequences in'
-        f' {time.perf_counter() - self._start:.1f} s, {source}'
+        f'compiled the step for {self._rows} sequences in {seconds:.1f} s,'
+        f' {"from the cache" if hit else "anew"}'
       )
 
 
-_cache_hits = [0]
+_cache_hits = threading.local()  # each thread's own: two compile at once
+
+
+def _hits_here() -> int:
+  """Returns how many programs this thread had from the compilation cache."""
+  return getattr(_cache_hits, 'number', 0)
 
 
 def _count_hits(event: str, **_: object) -> None:
   """Counts the programs that come from the compilation cache."""
-  _cache_hits[0] += event == '/jax/compilation_cache/cache_hits'
+  _cache_hits.number = _hits_here() + (
+    event == '/jax/compilation_cache/cache_hits'
+  )
 
 
 jax.monitoring.register_event_listener(_count_hits)

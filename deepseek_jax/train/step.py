@@ -37,6 +37,7 @@ from deepseek_jax.train.update import (
   METRICS,
   Held,
   judged,
+  moments_after,
   moving,
   proposed,
   tokens_seen,
@@ -219,14 +220,10 @@ def train_step(
     # The router biases move by the loads, not by a gradient (V3 section 2.1.2).
     loads = moving(metrics.pop('loads'), cfg.trainable)
     loads = loads if built.moves_biases else {}
-    # The moments once more from the gradient: those above would have to be
-    # stored until the verdict. They depend on it, or XLA would see one sum.
-    norm = jnp.where(verdict.applied, norm, 0.0)
-    moments = proposed(optimizer, held, grads, norm).moments
-    proposal = proposal._replace(moments=moments)
-    held = updated(held, proposal, loads, verdict)
-    metrics |= told
-    metrics |= {'block_norms': norms, 'update_norms': proposal.norms}
+    moments = moments_after(verdict, optimizer, held, grads, norm)
+    held = updated(held, proposal._replace(moments=moments), loads, verdict)
+    norms = {'block_norms': norms, 'update_norms': proposal.norms}
+    metrics |= told | norms
     sequences = state.sequences + jnp.uint32(batch['tokens'].shape[0])
     return TrainState(state.step + 1, sequences, *held, gate), metrics
 

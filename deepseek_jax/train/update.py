@@ -97,6 +97,27 @@ def proposed(
   return Proposal(updates, moments, tree_norm(norms), norms)
 
 
+def moments_after(
+  verdict: Verdict,
+  optimizer: optax.GradientTransformationExtraArgs,
+  held: Held,
+  grads: Any,
+  norm: jax.Array,
+) -> Any:
+  """Returns the moments of `proposed` once more, from the gradient.
+
+  Those of the proposal would have to be stored until the verdict. These depend
+  on it, or XLA would see one computation; if the update is refused, they are
+  not to be used.
+
+  Args:
+    verdict: on the proposal.
+    optimizer, held, grads, norm: as of `proposed`.
+  """
+  norm = jnp.where(verdict.applied, norm, 0.0)
+  return optimizer.update(grads, held.moments, held.params, norm=norm)[1]
+
+
 def judged(
   cfg: TrainConfig,
   state: Any,

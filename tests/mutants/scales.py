@@ -51,7 +51,7 @@ MUTANTS = (
   Mutant(
     'clipping_adds_an_eps_to_the_norm',
     'deepseek_jax/train/optimizer.py',
-    'g * factor / near * limit',
+    'g * factor * share',
     'g / (norm + 1e-6) * limit',
     (
       'tests/train/optimizer_test.py::a_clipped_gradient_scales_with_its_limit',

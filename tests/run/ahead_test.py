@@ -75,7 +75,7 @@ class AheadTest(parameterized.TestCase):
     self.assertLen(own, 1)
     self.assertEqual(int(state.step), 1)
     said = [call.args[0] for call in lines.log.call_args_list]
-    self.assertRegex(said[-1], r'compiled the step for 4 .* s, anew')
+    self.assertRegex(said[-1], r'compiled the step for 4 sequences in .* s, ')
     # The numbers of a program that the first step compiled.
     plain, _ = self.steps(config)
     want = plain(plain.begin(), plain.batch(like, len(like)), NoMetrics())[1]

@@ -6,11 +6,13 @@ process alike, so that a scheduler learns the cause, bad input say, and not that
 peers were lost.
 """
 
+import concurrent.futures
 import json
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ _EVERY = 1.0  # seconds between two looks
 _GRACE = 10.0  # seconds that a coordinator waits for the others to leave
 _REACH = 3.0  # seconds to reach a coordinator that may be gone
 _one_at_a_time = threading.Lock()
+_in_threads: weakref.WeakSet = weakref.WeakSet()  # that `leave` leaves behind
 
 
 class Ending(NamedTuple):
@@ -80,6 +83,14 @@ def _told(ending: Ending) -> str:
   return ending.line and f'{ending.line} (told by process {ending.process})'
 
 
+def not_to_wait_for(work: concurrent.futures.Future) -> None:
+  """Notes work in a thread, a compilation say, that is of no use any more then.
+
+  The interpreter waits for threads when it ends, in C++ even for daemons.
+  """
+  _in_threads.add(work)
+
+
 def leave(status: int, line: str = '') -> None:
   """Prints a line on stderr and ends the process, and with it the whole run.
 
@@ -91,11 +102,16 @@ def leave(status: int, line: str = '') -> None:
     line: why; '' for nothing.
 
   Raises:
-    SystemExit: in a process by itself.
+    SystemExit: in a process by itself, unless work is left that an ordinary
+      exit would wait for.
   """
   if not distributed.several():
     if line:
       print(line, file=sys.stderr)
+    if not all(work.done() for work in _in_threads):
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(status)
     sys.exit(status)
   with _one_at_a_time:
     ending = Ending(jax.process_index(), status, line)

@@ -117,7 +117,7 @@ def _opened(
 
 
 def _steps(
-  model: Model, config: RunConfig, workdir: Path, preemption: Preemption
+  model: Model, config: RunConfig, workdir: Path
 ) -> Steps | StagedSteps:
   """Returns the steps of a run; those of a new one begin to be compiled."""
   if config.mesh.stage > 1:
@@ -126,7 +126,6 @@ def _steps(
   begun = (workdir / 'config.json').exists()
   like = None if begun else sources.batch_like(config)
   if like is not None:
-    preemption.settle = steps.settle
     steps.compile_ahead(like)
   return steps
 
@@ -174,7 +173,7 @@ def fit(
     with timeline.phase('init'):
       model = build(config.model)
       # Whatever does not fit is found here.
-      steps = _steps(model, config, workdir, preemption)
+      steps = _steps(model, config, workdir)
       store, batches, changes = _opened(config, model, workdir, console)
       agreement.check_data(config, store)
     with Checkpoints(

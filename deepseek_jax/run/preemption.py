@@ -34,13 +34,7 @@ class Preemption:
   ends what is under way (a compilation may take long), as a second one does.
   Python takes signal handlers in its main thread only; elsewhere signals keep
   their meaning and `asked` stays False.
-
-  Attributes:
-    settle: returns when threads that keep the interpreter from ending are done;
-      before the first step the process waits for it no longer than a moment.
   """
-
-  settle: Callable[[], None] = staticmethod(lambda: None)
 
   def __init__(self):
     """Takes no signal yet; entering does."""
@@ -63,8 +57,6 @@ class Preemption:
 
   def __exit__(self, *error: object) -> None:
     """Puts the handlers back that were there before."""
-    if error[0] is Terminated:
-      self.settle()
     self._over.set()
     if self._pipe:
       signal.set_wakeup_fd(-1)

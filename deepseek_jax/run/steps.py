@@ -15,8 +15,8 @@ import numpy as np
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
+from deepseek_jax.parallel import endings, placement, processor
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import placement, processor
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
@@ -71,7 +71,7 @@ class Steps:
     """Returns the step for batches of this size."""
     rows = batch['tokens'].shape[0]
     if rows not in self._compiled:
-      ahead = self._ahead.get(rows)
+      ahead = self._ahead.pop(rows, None)
       with compiling(rows, writer) as line, self._where.use():
         if ahead and ahead.takes(batch):
           self._compiled[rows] = ahead.program(line)
@@ -83,20 +83,17 @@ class Steps:
     """Begins to compile for batches like one, in a thread beside what follows.
 
     Tracing comes first, in this thread, whose settings of JAX count. Of several
-    processes, which compile together, none begins.
+    processes, which compile together, none begins, and none for a GPU, where
+    the compiler times kernels.
     """
     rows = len(like['tokens'])
-    if rows in self._compiled or distributed.several():
+    alone = not distributed.several() and jax.default_backend() == 'cpu'
+    if rows in self._compiled or not alone:
       return
     batch = self.batch(like, rows)
     with self._where.use():
       lowered = self._step.lower(self.like(), batch)
     self._ahead[rows] = CompiledAhead(lowered, batch)
-
-  def settle(self) -> None:
-    """Returns when nothing is compiled ahead any more."""
-    for ahead in self._ahead.values():
-      ahead.settle()
 
   def begin(self) -> TrainState:
     """Returns the state of a new run, each part made where it lies."""
@@ -186,6 +183,7 @@ class CompiledAhead:
     pool = concurrent.futures.ThreadPoolExecutor(1)
     self._done = pool.submit(self._compile, lowered)
     pool.shutdown(wait=False)
+    endings.not_to_wait_for(self._done)
 
   def _compile(
     self, lowered: jax.stages.Lowered
@@ -203,10 +201,6 @@ class CompiledAhead:
     """Waits for the program; `line` is to tell what it cost."""
     program, *line.ahead = self._done.result()
     return program
-
-  def settle(self) -> None:
-    """Returns when it has ended, well or not."""
-    concurrent.futures.wait([self._done])
 
 
 def _kinds(batch: dict) -> dict:

@@ -36,7 +36,7 @@ def router(
     top_k: K.
     rule: see Rule.
     impl: None, 'reference' or 'gpu' (float32, E a multiple of 8 up to 512,
-      up to 16 groups of 384 experts in all, K as shared memory allows: 170 of
+      up to 16 groups of 416 experts in all, K as shared memory allows: 170 of
       256 experts in groups).
 
   Returns:

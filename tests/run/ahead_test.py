@@ -1,5 +1,7 @@
 """The first step of a run, compiled beside the reading of its text."""
 
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -10,10 +12,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
-from deepseek_jax.errors import Terminated
 from deepseek_jax.record.metrics import NoMetrics
 from deepseek_jax.run import sources
-from deepseek_jax.run.preemption import Preemption
 from deepseek_jax.run.steps import Steps
 from tests.faults import runs
 
@@ -95,18 +95,27 @@ class AheadTest(parameterized.TestCase):
       jax.stages.Lowered, 'compile', side_effect=RuntimeError('no memory')
     ):
       steps.compile_ahead(like)
-      steps.settle()
       with self.assertRaisesRegex(RuntimeError, 'no memory'):
         steps(state, steps.batch(like, 4), NoMetrics())
 
-  def test_the_signals_wait_for_the_thread(self):
-    # Inside, so that a process that would wait for long is ended.
-    for error, times in ((Terminated('now'), 1), (ValueError('no'), 0)):
-      preemption = Preemption()
-      preemption.settle = mock.Mock()
-      with self.assertRaises(type(error)), preemption:
-        raise error
-      self.assertEqual(preemption.settle.call_count, times)
+  def test_an_ending_does_not_wait_for_the_thread(self):
+    script = (
+      'import concurrent.futures as f, time\n'
+      'from deepseek_jax.parallel import endings\n'
+      'pool = f.ThreadPoolExecutor(1)\n'
+      'endings.not_to_wait_for(pool.submit(time.sleep, 300))\n'
+      'print("before")\n'
+      'endings.leave(143, "ended")\n'
+    )
+    done = subprocess.run(
+      [sys.executable, '-c', script],
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 143)
+    self.assertEqual((done.stdout, done.stderr), ('before\n', 'ended\n'))
 
   def test_a_run_begins_one_when_it_is_new(self):
     with mock.patch.object(Steps, 'compile_ahead', autospec=True) as begun:

@@ -49,7 +49,9 @@ def tree_norm(tree: Any, *, stacked: bool = False) -> jax.Array:
     leaves = _small_together(leaves, stacked)
   axes = lambda a: tuple(range(stacked, a.ndim))
   # One factor for all leaves, by the largest number of the tree.
-  tops = [jnp.abs(a).max(axis=axes(a), initial=0.0) for a in leaves]
+  # XLA's maximum of many numbers on a CPU leaves NaN out; their sum does not.
+  size = lambda a: jnp.where(jnp.isnan(a), jnp.inf, jnp.abs(a))
+  tops = [size(a).max(axis=axes(a), initial=0.0) for a in leaves]
   factor = gain(functools.reduce(jnp.maximum, tops))
   wide = lambda a: factor.reshape(factor.shape + (1,) * (a.ndim - factor.ndim))
   # Squares near 1 neither underflow nor overflow.

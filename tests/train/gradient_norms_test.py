@@ -57,6 +57,21 @@ class TreeNormTest(parameterized.TestCase):
     got = jax.jit(tree_norm)([np.float32(a) for a in leaves])
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
+  @parameterized.product(
+    shape=((300,), (1 << 15,), (256, 256), (1, 1 << 15)),
+    where=(slice(None), 0, -1),
+  )
+  def test_no_nan_is_lost_in_a_large_array(self, shape, where):
+    a = np.zeros(shape, np.float32)
+    a.reshape(-1)[where] = np.nan
+    for tree in ({'a': a}, {'a': a, 'b': np.ones((1, 4), np.float32)}):
+      self.assertTrue(np.isnan(jax.jit(tree_norm)(tree)))
+    got = jax.jit(block_norms)(
+      {'embed': a, 'segments': {0: {0: {'w': a[None]}}}}
+    )
+    self.assertTrue(np.isnan(got['embed']))
+    self.assertTrue(np.isnan(got['segments.0.0']).all())
+
   def test_a_gain_is_a_power_of_two_with_a_normal_inverse(self):
     tops = np.float32([2.0**-126, 3e-20, 1.0, 1.9, 7e19, 3.4e38])
     found = np.asarray(jax.jit(gain)(tops))

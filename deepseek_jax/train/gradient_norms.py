@@ -49,16 +49,15 @@ def tree_norm(tree: Any, *, stacked: bool = False) -> jax.Array:
     leaves = _small_together(leaves, stacked)
   axes = lambda a: tuple(range(stacked, a.ndim))
   # One factor for all leaves, by the largest number of the tree.
-  # XLA's maximum of many numbers on a CPU leaves NaN out; their sum does not.
-  size = lambda a: jnp.where(jnp.isnan(a), jnp.inf, jnp.abs(a))
-  tops = [size(a).max(axis=axes(a), initial=0.0) for a in leaves]
+  tops = [jnp.abs(a).max(axis=axes(a), initial=0.0) for a in leaves]
   factor = gain(functools.reduce(jnp.maximum, tops))
   wide = lambda a: factor.reshape(factor.shape + (1,) * (a.ndim - factor.ndim))
   # Squares near 1 neither underflow nor overflow.
   squares = (jnp.square(a * wide(a)).sum(axis=axes(a)) for a in leaves)
   root = jnp.sqrt(sum(squares))
-  # Division by a power of two is exact.
-  return jnp.where(factor > 0, root / jnp.where(factor > 0, factor, 1.0), 0.0)
+  # Division by a power of two is exact. Of a factor of 0 the root is 0 or NaN:
+  # XLA's maximum of many numbers on a CPU leaves NaN out, their sum does not.
+  return root / jnp.where(factor > 0, factor, 1.0)
 
 
 def _small_together(leaves: list[jax.Array], stacked: bool) -> list[jax.Array]:

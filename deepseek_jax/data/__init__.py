@@ -1,7 +1,7 @@
 """Turns text files into documents, stored tokens, seeded resumable batches."""
 
 from deepseek_jax.data.baselines import bits_to_beat
-from deepseek_jax.data.batches import Batches, dataset, segment
+from deepseek_jax.data.batches import Batches, blank, dataset, segment
 from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.corpus import (

@@ -7,6 +7,7 @@ them, whatever the number of processes, and B may change at every step.
 Legend: B batch, T tokens that the model reads, S = T + 1.
 """
 
+import functools
 import hashlib
 import types
 from collections.abc import Callable, Mapping
@@ -136,6 +137,15 @@ def segment(
   first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
   segments = np.cumsum(starts, axis=1)
   return segments.astype(np.int32), (index - first).astype(np.int32)
+
+
+def blank(config: DataConfig, rows: int) -> dict[str, np.ndarray]:
+  """Returns zeros in place of what `Batches.next` returns without n-grams."""
+  names = ['tokens']
+  if not config.cross_document:
+    names += ['segments', 'positions']
+  zeros = functools.partial(np.zeros, (rows, config.seq_len + 1), np.int32)
+  return {name: zeros() for name in names}
 
 
 class Batches:

@@ -43,18 +43,14 @@ def batches(store: Store, config: RunConfig) -> datalib.Batches:
 def batch_like(config: RunConfig) -> dict[str, np.ndarray] | None:
   """Returns arrays like those of a new run's first batch, before it is read.
 
-  None: it can't be told without its data, or there are none.
+  None: only the data tell, or there are none.
   """
-  data, chat = config.data, config.chat
-  text = chat is None and isinstance(config.objective, PretrainingConfig)
-  known = text and config.rollouts is None and not config.model.engram_layers()
-  if not known or not all(map(corpus.exists, data.paths)):
+  text = config.chat is None and config.rollouts is None
+  known = text and isinstance(config.objective, PretrainingConfig)
+  there = all(map(corpus.exists, config.data.paths))
+  if not known or not there or config.model.engram_layers():
     return None
-  names = ['tokens']
-  if not data.cross_document:
-    names += ['segments', 'positions']
-  shape = config.train.batch.at(0), data.seq_len + 1
-  return {name: np.zeros(shape, np.int32) for name in names}
+  return datalib.blank(config.data, config.train.batch.at(0))
 
 
 def heldout(store: Store, config: RunConfig, limit: int | None) -> Any:

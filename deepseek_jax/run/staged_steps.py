@@ -26,8 +26,9 @@ from deepseek_jax.pipeline.pipeline import Pipeline
 from deepseek_jax.pipeline.reading import Reader
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
+from deepseek_jax.run.compilation import compiling
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.steps import check_mesh, compiling
+from deepseek_jax.run.steps import check_mesh
 from deepseek_jax.train.config import (
   judging,
   optimizer_of,
@@ -145,7 +146,7 @@ class StagedSteps:
     self.compiled(state, batch, writer)
     # Forward and backward through all stages.
     grads, metrics = self._gradients(state, batch)
-    norms = self._norms_of(grads)
+    norms = jax.device_get(tuple(map(self._norms, grads)))
     # The norm of the whole gradient, of which each stage has a part.
     norm = jax.device_get(tree_norm(norms))
     proposals = self._proposed(state.held, grads, norm)
@@ -165,14 +166,6 @@ class StagedSteps:
     return StagedState(state.step + 1, state.sequences + rows, held, gate), (
       metrics
     )
-
-  def _norms_of(self, grads: list) -> tuple[dict, ...]:
-    """Returns the norms of each stage's blocks, on the host."""
-    out = []
-    for using, part in zip(self._pipeline.using, grads):
-      with sharding.under(using):
-        out.append(self._norms(part))
-    return tuple(jax.device_get(out))
 
   def _proposed(
     self, held: tuple[Held, ...], grads: list, norm: np.ndarray

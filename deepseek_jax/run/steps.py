@@ -1,12 +1,8 @@
 """Runs the step of a run as one program; places its state and batches."""
 
-import concurrent.futures
 import contextlib
 import functools
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +11,15 @@ import numpy as np
 from deepseek_jax import config as configs
 from deepseek_jax import data as datalib
 from deepseek_jax.model.transformer import Model
-from deepseek_jax.parallel import endings, placement, processor
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import placement, processor
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.metrics import MetricsWriter, NoMetrics
 from deepseek_jax.run import folder
+from deepseek_jax.run.compilation import CompiledAhead, compiling
 from deepseek_jax.run.config import RunConfig
 from deepseek_jax.train import evaluate
 from deepseek_jax.train.step import TrainState, train_step
-
-_SECONDS_BETWEEN_LINES = 15.0  # while the step is compiled
 
 
 class Steps:
@@ -172,97 +167,3 @@ def check_mesh(config: RunConfig) -> None:
     meshes.check_batch(config.mesh, rows, length, batch.accumulate)
   exchange, ways = config.mesh.exchange, config.mesh.ways('experts')
   exchange.check(ways, config.model.dim, jax.default_backend())
-
-
-class CompiledAhead:
-  """Compiles a lowered step in a thread of its own."""
-
-  def __init__(self, lowered: jax.stages.Lowered, batch: dict):
-    """Begins."""
-    self._kinds = _kinds(batch)
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    self._done = pool.submit(self._compile, lowered)
-    pool.shutdown(wait=False)
-    endings.not_to_wait_for(self._done)
-
-  def _compile(
-    self, lowered: jax.stages.Lowered
-  ) -> tuple[jax.stages.Compiled, float, bool]:
-    """Returns the program, its seconds and whether the cache had it."""
-    start, hits = time.perf_counter(), _hits_here()
-    program = lowered.compile()
-    return program, time.perf_counter() - start, _hits_here() > hits
-
-  def takes(self, batch: dict) -> bool:
-    """Returns whether the program is for batches like this one."""
-    return self._kinds == _kinds(batch)
-
-  def program(self, line: 'compiling') -> jax.stages.Compiled:
-    """Waits for the program; `line` is to tell what it cost."""
-    program, *line.ahead = self._done.result()
-    return program
-
-
-def _kinds(batch: dict) -> dict:
-  """Returns shape and dtype of each array."""
-  return {name: (a.shape, a.dtype) for name, a in batch.items()}
-
-
-class compiling:
-  """Logs how long compiling took, and whether it came from the cache.
-
-  Attributes:
-    ahead: if it was begun before, how long it took and whether it came from the
-      cache.
-  """
-
-  ahead: Sequence[Any] = ()
-
-  def __init__(self, rows: int, writer: MetricsWriter | NoMetrics):
-    """Takes the sequences of the step, and the writer of the line."""
-    self._rows, self._writer = rows, writer
-
-  def __enter__(self) -> 'compiling':
-    """Starts the clock."""
-    self._start, self._hits = time.perf_counter(), _hits_here()
-    self._done = threading.Event()
-    self._writer.log(f'compiling the step for {self._rows} sequences')
-    threading.Thread(target=self._tell, daemon=True).start()
-    return self
-
-  def _tell(self) -> None:
-    """Logs now and then that compiling goes on."""
-    while not self._done.wait(_SECONDS_BETWEEN_LINES):
-      seconds = time.perf_counter() - self._start
-      self._writer.log(f'still compiling, {seconds:.0f} s')
-
-  def __exit__(self, *error: object) -> None:
-    """Logs the line, unless compiling failed."""
-    self._done.set()
-    if error[0] is None:
-      seconds = time.perf_counter() - self._start
-      hit = _hits_here() > self._hits
-      if self.ahead:
-        seconds, hit = self.ahead
-      self._writer.log(
-        f'compiled the step for {self._rows} sequences in {seconds:.1f} s,'
-        f' {"from the cache" if hit else "anew"}'
-      )
-
-
-_cache_hits = threading.local()  # each thread's own: two compile at once
-
-
-def _hits_here() -> int:
-  """Returns how many programs this thread had from the compilation cache."""
-  return getattr(_cache_hits, 'number', 0)
-
-
-def _count_hits(event: str, **_: object) -> None:
-  """Counts the programs that come from the compilation cache."""
-  _cache_hits.number = _hits_here() + (
-    event == '/jax/compilation_cache/cache_hits'
-  )
-
-
-jax.monitoring.register_event_listener(_count_hits)

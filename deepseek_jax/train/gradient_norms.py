@@ -12,10 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel.sharding import in_mesh
-
-_SMALL = 1 << 14  # numbers of an array whose norm is taken with others
-
 
 def gain(top: jax.Array) -> jax.Array:
   """Returns the power of two that brings a magnitude to 1..4, float32.
@@ -45,8 +41,6 @@ def tree_norm(tree: Any, *, stacked: bool = False) -> jax.Array:
   ]
   if not leaves:
     return jnp.float32(0)
-  if not in_mesh():
-    leaves = _small_together(leaves, stacked)
   axes = lambda a: tuple(range(stacked, a.ndim))
   # One factor for all leaves, by the largest number of the tree.
   tops = [jnp.abs(a).max(axis=axes(a), initial=0.0) for a in leaves]
@@ -58,21 +52,6 @@ def tree_norm(tree: Any, *, stacked: bool = False) -> jax.Array:
   # Division by a power of two is exact. Of a factor of 0 the root is 0 or NaN:
   # XLA's maximum of many numbers on a CPU leaves NaN out, their sum does not.
   return root / jnp.where(factor > 0, factor, 1.0)
-
-
-def _small_together(leaves: list[jax.Array], stacked: bool) -> list[jax.Array]:
-  """Returns the leaves, small ones as one: each would be programs of its own.
-
-  What they are made of is compiled one by one, so that a model's many vectors
-  took a tenth of the time that a training step takes to compile on a CPU. On a
-  mesh they would have to be gathered.
-  """
-  small = [a for a in leaves if a.size <= _SMALL]
-  if len(small) < 2:
-    return leaves
-  flat = [a.reshape(*a.shape[:stacked], -1) for a in small]
-  large = [a for a in leaves if a.size > _SMALL]
-  return [*large, jnp.concatenate(flat, axis=-1)]
 
 
 def block_norms(tree: Mapping) -> dict[str, jax.Array]:

@@ -20,16 +20,6 @@ from pallas_kernels.grouped_matmul import accelerators
 from pallas_kernels.quantize import reference as quantize
 
 _CHUNK = 512  # rows of the largest product
-# No index here is negative, which else each use would ask.
-_index = functools.partial(
-  lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
-)
-_slice = functools.partial(
-  lax.dynamic_slice_in_dim, allow_negative_indices=False
-)
-_put = functools.partial(
-  lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False
-)
 # Up to here a copy of each row's matrix costs less than a loop (measured).
 _GATHER = 16
 
@@ -52,17 +42,13 @@ def _run_ends(block_expert: jax.Array) -> jax.Array:
 def _over_runs(
   step: Callable, carry: Any, block_expert: jax.Array, used: jax.Array
 ) -> Any:
-  """Folds step(carry, expert, first block, blocks) over all runs.
-
-  The carry of zeros that it begins with is best one that depends on `used`:
-  constants of all loops are one to XLA, of which each loop would get a copy.
-  """
+  """Folds step(carry, expert, first block, blocks) over all runs."""
   ends = jnp.minimum(_run_ends(block_expert), used)
 
   def body(state: tuple) -> Any:
     at, carry = state
-    end = _index(ends, at)
-    return end, step(carry, _index(block_expert, at), at, end - at)
+    carry = step(carry, block_expert[at], at, ends[at] - at)
+    return ends[at], carry
 
   start = (jnp.int32(0), carry)
   return lax.while_loop(lambda state: state[0] < used, body, start)[1]
@@ -81,10 +67,9 @@ def _over_chunks(
   # turn, so XLA would move it out of the loop and do it for each run.
   top = max(min(_CHUNK, rows // 2) // block, 1)
   top = 1 << (top.bit_length() - 1)  # then each smaller size comes 0 or 1 times
-  whole = lax.div(blocks, jnp.int32(top))
   carry = lax.fori_loop(
     0,
-    whole,
+    blocks // top,
     lambda i, carry: step(carry, (at + i * top) * block, top * block),
     carry,
   )
@@ -139,19 +124,16 @@ def by_runs(
   def run(
     out: jax.Array, expert: jax.Array, at: jax.Array, blocks: jax.Array
   ) -> jax.Array:
-    w = _index(weights, expert)
+    w = lax.dynamic_index_in_dim(weights, expert, keepdims=False)
 
     def chunk(out: jax.Array, row: jax.Array, size: int) -> jax.Array:
-      x = _slice(rows, row, size)
+      x = lax.dynamic_slice_in_dim(rows, row, size)
       y = _dot(x, w, ((1,), (1 if transpose else 0,))).astype(out.dtype)
-      return _put(out, y, row)
+      return lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
     return _over_chunks(chunk, out, at, blocks, M, M // len(block_expert))
 
-  # Forward and backward of one layer may have results of one shape.
-  zero = jnp.maximum(-used, 0) if transpose else jnp.minimum(used, 0)
-  out = jnp.full((M, F), zero, rows.dtype)
-  return _over_runs(run, out, block_expert, used)
+  return _over_runs(run, jnp.zeros((M, F), rows.dtype), block_expert, used)
 
 
 def forward_fp8(
@@ -207,15 +189,15 @@ def outer_by_runs(
     total: jax.Array, expert: jax.Array, at: jax.Array, blocks: jax.Array
   ) -> jax.Array:
     def chunk(part: jax.Array, row: jax.Array, size: int) -> jax.Array:
-      x, g = (_slice(a, row, size) for a in (rows, grads))
+      x, g = (lax.dynamic_slice_in_dim(a, row, size) for a in (rows, grads))
       return part + _dot(x, g, ((0,), (0,)))
 
     part = jnp.zeros((D, F), jnp.float32)
     part = _over_chunks(chunk, part, at, blocks, M, M // len(block_expert))
-    return _put(total, (_index(total, expert) + part)[None], expert)
+    return total.at[expert].add(part)
 
-  total = jnp.full((num_experts, D, F), jnp.minimum(used, 0), jnp.float32)
-  return _over_runs(run, total, block_expert, used)
+  zero = jnp.zeros((num_experts, D, F), jnp.float32)
+  return _over_runs(run, zero, block_expert, used)
 
 
 def outer_fp8(

@@ -67,6 +67,14 @@ MUTANTS = (
     'a norm of 0 is never clipped',
   ),
   Mutant(
+    'a_maximum_without_nan_is_a_norm_of_zero',
+    _NORMS,
+    'return root / jnp.where(factor > 0, factor, 1.0)',
+    'return jnp.where(factor > 0, root / factor, 0.0)',
+    ('tests/train/gradient_norms_test.py::no_nan_is_lost',),
+    'XLA on CPUs leaves NaN out of the maximum of many numbers',
+  ),
+  Mutant(
     'quotient_rule_squares_a_sum_of_weights',
     'pallas_kernels/router/reference.py',
     '(change - out * change.sum(axis=-1, keepdims=True)) / total',

@@ -115,6 +115,14 @@ MUTANTS = (
     'optax.apply_if_finite applies what it should skip in the end',
   ),
   Mutant(
+    'moments_of_a_gradient_that_is_not_clipped',
+    'deepseek_jax/train/update.py',
+    'norm = jnp.where(verdict.applied, norm, 0.0)',
+    'norm = jnp.where(verdict.applied, 0.0, norm)',
+    (f'{_TRAIN_TEST}::stored_moments_are_those',),
+    'the update is of the clipped gradient, and so are the moments',
+  ),
+  Mutant(
     'gate_looks_at_the_loss_alone',
     'deepseek_jax/train/gate.py',
     'ok = jnp.isfinite(seen).all()',

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +246,29 @@ class StepTest(parameterized.TestCase):
     before = copied(state.buffers)
     state, _ = jitted()(state, batch())
     same(state.buffers, before)
+
+  def test_stored_moments_are_those_of_the_clipped_gradient(self):
+    clip, free = 1e-3, math.inf
+    moments, norms = {}, {}
+    for limit in (clip, free):
+      optimizer = dataclasses.replace(SMOOTH, clip=limit)
+      cfg = dataclasses.replace(RECIPE, optimizer=optimizer)
+      step = jax.jit(train.train_step(tiny.model('step'), cfg))
+      state, metrics = step(initial(), batch())
+      norms[limit] = float(metrics['grad_norm'])
+      leaves = jax.tree.leaves_with_path(state.moments)
+      moments[limit] = {jax.tree_util.keystr(path): a for path, a in leaves}
+    self.assertGreater(norms[clip], 10 * clip)
+    share = clip / norms[free]
+    for power, name in (1, '.mu'), (2, '.nu'):
+      some = [path for path in moments[clip] if name in path]
+      self.assertNotEmpty(some)
+      for path in some:
+        got = np.float64(moments[clip][path])
+        want = share**power * np.float64(moments[free][path])
+        np.testing.assert_allclose(
+          got, want, rtol=3e-6, atol=1e-6 * np.abs(want).max(), err_msg=path
+        )
 
   def test_a_step_counts_and_reports_its_rate(self):
     state, metrics = jitted()(initial(), batch())

@@ -174,7 +174,10 @@ class TokensTest(parameterized.TestCase):
     segments = np.ones((2, T), np.int32)
     segments[1, 15:] = 0
     want = outputs(name, tokens, segment_ids=segments)
-    model(name).apply(variables(name), tokens, segment_ids=segments)
+    # Tokens at hand are read before anything is computed.
+    apply = functools.partial(model(name).apply, segment_ids=segments)
+    taken = lambda: jax.eval_shape(lambda v: apply(v, tokens), variables(name))
+    taken()
     for filler in (-100, V + 7):
       tokens[1, 15:] = filler
       got = outputs(name, tokens, segment_ids=segments)
@@ -182,7 +185,10 @@ class TokensTest(parameterized.TestCase):
       np.testing.assert_array_equal(got[0][real], want[0][real])
       # The depth reads one token ahead.
       np.testing.assert_array_equal(got[1, 1, :14], want[1, 1, :14])
-      model(name).apply(variables(name), tokens, segment_ids=segments)
+      taken()
+    tokens[1, 14] = V + 7
+    with self.assertRaisesRegex(ds.InputError, str(V + 7)):
+      taken()
 
   def test_a_hash_that_padding_holds_anything_of(self):
     tokens = tiny.tokens(1, T)

@@ -77,7 +77,8 @@ def update_flops(run: RunConfig) -> int:
   small runs have few. A round takes three products of an n x m matrix, n <= m:
   4 n^2 m + 2 n^3.
   """
-  if run.train.optimizer.muon is None:
+  cfg = run.train.optimizer.muon
+  if cfg is None:
     return 0
   total = 0
   leaf = lambda v: isinstance(v, nnx.Variable)
@@ -93,7 +94,7 @@ def update_flops(run: RunConfig) -> int:
       math.prod(shape[stack + i] for i in group)
       for group in (how.inputs, how.outputs)
     )
-    one = len(muon.COEFFICIENTS) * (4 * n * n * m + 2 * n**3)
+    one = len(cfg.coefficients()) * (4 * n * n * m + 2 * n**3)
     total += math.prod(shape) // (n * m) * one
   return total
 

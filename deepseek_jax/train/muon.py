@@ -27,8 +27,9 @@ from deepseek_jax.model import matrices
 from deepseek_jax.model.matrices import Split
 from deepseek_jax.train.gradient_norms import gain
 
-# Eight rounds that drive all singular values near 1, two that settle there.
-COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
+# Of a round that drives all singular values near 1, and of one that settles
+# them there.
+_DRIVE, _SETTLE = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,26 @@ class MuonConfig:
     decay: of the matrices.
     vectors: whether AdamW's decay applies to vectors too, as V4's text has it;
       else only embedding and head decay.
+    rounds, settling: of Newton-Schulz: those that drive singular values near 1,
+      and those that settle them there (V4: 8 and 2; Muon as it was: 5 and 0).
   """
 
   momentum: float = 0.95
   rms: float = 0.18
   decay: float = 0.1
   vectors: bool = True
+  rounds: int = 8
+  settling: int = 2
 
   def __post_init__(self) -> None:
     """Raises InputError for a number out of range."""
     within(self, 'muon.', momentum=(0, 1), ends='[)')
     above(self, 'muon.', rms=0)
-    at_least(self, 'muon.', decay=0)
+    at_least(self, 'muon.', decay=0, rounds=1, settling=0)
+
+  def coefficients(self) -> tuple[tuple[float, float, float], ...]:
+    """Returns (a, b, c) of every round, see `newton_schulz`."""
+    return self.rounds * (_DRIVE,) + self.settling * (_SETTLE,)
 
 
 def split(axes: tuple) -> Split | None:
@@ -60,12 +69,22 @@ def split(axes: tuple) -> Split | None:
   return None if 'vocab' in axes else matrices.split(axes)
 
 
-def newton_schulz(x: jax.Array) -> jax.Array:
+def newton_schulz(
+  x: jax.Array,
+  coefficients: tuple[tuple[float, float, float], ...] = (
+    MuonConfig().coefficients()
+  ),
+) -> jax.Array:
   """Returns the nearly orthogonal matrices closest to x [... n m], float32.
 
-  Their singular values become 1 within 0.0005, unless they are tiny beside the
-  largest. A matrix of zeros stays one, and one without a normal number becomes
-  one: a momentum that decays for long ends there.
+  With V4's ten rounds their singular values become 1 within 0.0005, unless they
+  are tiny beside the largest. A matrix of zeros stays one, and one without a
+  normal number becomes one: a momentum that decays for long ends there.
+
+  Args:
+    x: the matrices.
+    coefficients: (a, b, c) of each round: x <- a x + (b G + c G^2) x, where
+      G = x x^T.
   """
   x = x.astype(jnp.float32)
   tall = x.shape[-2] > x.shape[-1]
@@ -82,11 +101,11 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return a * x + (b * gram + c * gram @ gram) @ x, None
 
   x = x / jnp.where(norm > 0, norm, 1.0)
-  x, _ = jax.lax.scan(once, x, jnp.asarray(COEFFICIENTS, jnp.float32))
+  x, _ = jax.lax.scan(once, x, jnp.asarray(coefficients, jnp.float32))
   return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def orthogonal(x: jax.Array, how: Split) -> jax.Array:
+def orthogonal(x: jax.Array, how: Split, cfg: MuonConfig) -> jax.Array:
   """Returns a parameter with every matrix (stacked layers first) orthogonal.
 
   Each is scaled by sqrt(max(n, m)): its root mean square becomes 1.
@@ -99,7 +118,8 @@ def orthogonal(x: jax.Array, how: Split) -> jax.Array:
   n, m = size(how.inputs), size(how.outputs)
   transposed = x.transpose(order)
   # [matrices n m], all at once.
-  flat = newton_schulz(transposed.reshape(-1, n, m)) * math.sqrt(max(n, m))
+  flat = newton_schulz(transposed.reshape(-1, n, m), cfg.coefficients())
+  flat = flat * math.sqrt(max(n, m))
   return flat.reshape(transposed.shape).transpose(
     sorted(range(x.ndim), key=order.__getitem__)
   )
@@ -156,7 +176,7 @@ def scale_by_muon(
         # Nesterov momentum, then the nearest orthogonal matrix.
         m = cfg.momentum * m + g
         ahead = cfg.momentum * m + g
-        return cfg.rms * orthogonal(ahead, s), m, v
+        return cfg.rms * orthogonal(ahead, s, cfg), m, v
       # Adam, with bias correction.
       m = beta1 * m + (1 - beta1) * g
       v = beta2 * v + (1 - beta2) * g * g

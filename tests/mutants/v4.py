@@ -210,8 +210,8 @@ MUTANTS = (
   Mutant(
     'muon_of_one_coefficient_triple',
     _MUON,
-    '8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)',
-    '10 * ((3.4445, -4.7750, 2.0315),)',
+    'self.rounds * (_DRIVE,) + self.settling * (_SETTLE,)',
+    '(self.rounds + self.settling) * (_DRIVE,)',
     (f'{_MUON_TEST}::equals_float64_and_is_orthogonal',),
     'V4 trap 12: eight rounds of one, two of another',
   ),

@@ -28,6 +28,7 @@ from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
 from deepseek_jax.run.folder import (
   Loaded,
   claim,
+  config_of_source,
   fresh_state,
   keep_tokenizer,
   load,
@@ -88,6 +89,16 @@ def _check(config: object, writers: object) -> None:
       )
 
 
+def _check_sources(config: RunConfig) -> None:
+  """Raises InputError for weights that are nowhere, before text is read."""
+  named = {'init_from': config.init_from}
+  if config.rollouts:
+    named['rollouts.reference'] = config.rollouts.reference
+  for field, source in named.items():
+    if source:
+      config_of_source(field, source)
+
+
 def _opened(
   config: RunConfig, model: Model, workdir: Path, console: bool
 ) -> tuple[sources.Store, Batches, list[str]]:
@@ -98,7 +109,11 @@ def _opened(
     `claim`.
   """
   first = distributed.first()
+  # A begun run has its weights, whatever became of their source.
+  anew = first and not (workdir / 'config.json').exists()
   with distributed.first_goes_first():
+    if anew:
+      _check_sources(config)
     told = say.warn if first else lambda line: None
     if first and console:
       print(f'reading {", ".join(config.data.paths)}', flush=True)
@@ -106,11 +121,9 @@ def _opened(
   # All together: a teacher's checkpoint is read by all processes at once.
   batches = sources.batches(store, config)
   with distributed.first_goes_first():
-    # A begun run has its weights, whatever became of their source.
-    begun = (workdir / 'config.json').exists()
-    if first and config.init_from and not begun:
+    if anew and config.init_from:
       check_source(config, model, store.tokenizer())
-    if first and config.rollouts and config.rollouts.reference and not begun:
+    if anew and config.rollouts and config.rollouts.reference:
       reference_policy.check(config, model, store.tokenizer())
     changes = claim(workdir, config)
   return store, batches, changes

@@ -173,6 +173,24 @@ def has_checkpoint(workdir: Path) -> bool:
   return saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())
 
 
+def config_of_source(field: str, source: str) -> RunConfig:
+  """Returns the configuration of the run whose weights a field asks for.
+
+  Raises:
+    InputError: the folder holds no run, or one without a checkpoint.
+  """
+  try:
+    config = config_of(Path(source), same_code=False)
+  except InputError as error:
+    raise InputError(f'{field} = {source!r}: {error}') from None
+  if not has_checkpoint(Path(source)):
+    raise InputError(
+      f'{field} = {source!r}: the run has saved no checkpoint; name one that'
+      ' has'
+    )
+  return config
+
+
 def _check_empty(workdir: Path) -> None:
   """Raises unless the folder has nothing but files of a run not started."""
   if any(p.name not in (lock.FILE, _SCRATCH) for p in workdir.iterdir()):

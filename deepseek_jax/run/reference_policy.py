@@ -81,13 +81,11 @@ def check(config: RunConfig, model: Model, tokenizer: Any) -> None:
   """
   source = config.rollouts.reference
   named = f'rollouts.reference = {source!r}'
+  theirs = folder.config_of_source('rollouts.reference', source)
   try:
-    theirs = folder.config_of(Path(source), same_code=False)
     other = datalib.from_file(str(Path(source) / 'tokenizer.json'))
   except InputError as error:
     raise InputError(f'{named}: {error}') from None
-  if not folder.has_checkpoint(Path(source)):
-    raise InputError(f'{named}: the run has saved no checkpoint; name another')
   sizes = theirs.model.vocab_size, config.model.vocab_size
   if sizes[0] != sizes[1] or other.sha256 != tokenizer.sha256:
     raise InputError(

@@ -11,14 +11,13 @@ import numpy as np
 from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.data.ngrams import token_classes
-from deepseek_jax.errors import InputError
 from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import soundness
 from deepseek_jax.run.checkpoint import Checkpoints, Restored, flatten
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.folder import config_of, has_checkpoint, load, restore
+from deepseek_jax.run.folder import config_of_source, load, restore
 from deepseek_jax.run.staged_steps import StagedState, StagedSteps
 from deepseek_jax.run.steps import Steps
 from deepseek_jax.train import warm_start
@@ -118,15 +117,7 @@ def check_source(
     InputError: it holds no run with a checkpoint, or one that does not fit.
   """
   source = Path(config.init_from)
-  try:
-    theirs = config_of(source, same_code=False)
-  except InputError as error:
-    raise InputError(f'init_from = {str(source)!r}: {error}') from None
-  if not has_checkpoint(source):
-    raise InputError(
-      f'init_from = {str(source)!r}: the run has saved no checkpoint; name one'
-      ' that has'
-    )
+  theirs = config_of_source('init_from', str(source))
   warm_start.check_tokenizer(tokenizer, source)
   shapes = lambda m: jax.eval_shape(m.init, jax.random.key(0))
   # Shapes alone: raises if a weight has no place in this model.

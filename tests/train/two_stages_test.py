@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from deepseek_jax.model.attention.indexer import IndexerConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.record import metrics
 from deepseek_jax.run import fit as loop
+from deepseek_jax.run import sources
 from deepseek_jax.run.checkpoint import flatten
 from deepseek_jax.train import (
   layer_losses,
@@ -161,15 +163,19 @@ class RunsTest(absltest.TestCase):
     written = (self.folder / 'dense' / 'config.json').read_text()
     (unsaved / 'config.json').write_text(written)
     narrow = ds.changed(model(tiny.MLA), {'ffn.width': 8})
-    for source, changes, message in (
-      ('nope', {}, 'nope.*holds no run'),
-      ('unsaved', {}, 'unsaved.*has saved no checkpoint'),
-      ('dense', {'model': narrow}, r'dense.* is \['),
+    for source, changes, message, reads in (
+      ('nope', {}, 'nope.*holds no run', 0),
+      ('unsaved', {}, 'unsaved.*has saved no checkpoint', 0),
+      ('dense', {'model': narrow}, r'dense.* is \[', 1),
     ):
       config = run_config(self.folder, tiny.MLA, self.folder / source)
       config = dataclasses.replace(config, **changes)
-      with self.assertRaisesRegex(ds.InputError, f'init_from = .*{message}'):
+      opened = mock.patch.object(sources, 'opened', wraps=sources.opened)
+      wrong = self.assertRaisesRegex(ds.InputError, f'init_from = .*{message}')
+      with opened as read, wrong:
         self.fit('free', config)
+      # What needs no tokens is said before the text is read.
+      self.assertEqual(read.call_count, reads)
       self.assertFalse((self.folder / 'free').exists())
 
 

@@ -205,6 +205,7 @@ ALLOWED = {
   (MTPConfig, 'depth'): ('zero', _NONE),
   (MuonConfig, 'momentum'): ('zero', _NONE),
   (MuonConfig, 'decay'): ('zero', _NONE),
+  (MuonConfig, 'settling'): ('zero', _NONE),
   (NSAConfig, 'initial'): ('zero', _NONE),
   (NSAConfig, 'local'): ('zero', _NONE),
   (OptimizerConfig, 'beta1'): ('zero', _NONE),

@@ -419,9 +419,20 @@ class BadInputTest(parameterized.TestCase):
       ds.fit(made, Path(self.folder, 'run'), console=False)
 
   def test_a_reference_that_is_no_run_is_refused(self):
-    made = config(self.folder, **{'rollouts.reference': self.folder})
-    with self.assertRaisesRegex(ds.InputError, 'rollouts.reference = .*no run'):
-      ds.fit(made, Path(self.folder, 'run'), console=False)
+    path = self.reference()
+    shutil.rmtree(path / 'checkpoints')
+    for source, message in (
+      (self.folder, 'holds no run'),
+      (str(path), 'has saved no checkpoint; name one that has'),
+    ):
+      made = config(self.folder, **{'rollouts.reference': source})
+      wrong = self.assertRaisesRegex(
+        ds.InputError, f'rollouts.reference = .*{message}'
+      )
+      # It is said before the text is read.
+      with mock.patch.object(sources, 'opened') as read, wrong:
+        ds.fit(made, Path(self.folder, 'run'), console=False)
+      read.assert_not_called()
 
   def test_a_template_without_a_stop_token_is_refused(self):
     text = tokenizer_folders.TEMPLATE.replace('{{ eos_token }}', '')

@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 
 import deepseek_jax as ds
-from benchmarks.sparse import DIM, LAYERS
+from benchmarks import sparse
+from benchmarks.sparse import DIM
 from deepseek_jax.model.attention import dsa
+from deepseek_jax.model.attention.indexer import IndexBlocksConfig
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.model.context import Context
@@ -42,6 +44,15 @@ class Point(NamedTuple):
 _LENGTHS = tuple(2048 << i for i in range(6))
 _DENSE = 16_384  # longest that MLA reads here: it takes memory as T^1.6
 _INDEXER = 'indexer of DSA'
+# 1,024 candidates for the 256 keys that a query reads, as HISA has 8,192 for
+# 2,048.
+_IN_BLOCKS = dataclasses.replace(
+  sparse.LAYERS['DSA'],
+  indexer=dataclasses.replace(
+    sparse.LAYERS['DSA'].indexer, blocks=IndexBlocksConfig(64, 16)
+  ),
+)
+LAYERS = {**sparse.LAYERS, 'DSA in blocks': _IN_BLOCKS}
 _SIZES = {
   'experts': (8, 16, 32, 64, 128, 256),
   'layers': (4, 8, 16, 32, 48),

@@ -22,19 +22,49 @@ def rotated_first(x, positions, R, cfg):
 
 
 def index_scores(p, cfg, x, latent, positions):
-  """I[t, s] of one sequence x [T D], latent [T Q], for every t and s."""
+  """Scores of one sequence's keys.
+
+  Args:
+    p, cfg: the indexer's weights, and the layer's configuration.
+    x, latent, positions: the sequence [T D], [T Q], [T].
+
+  Returns:
+    I[t, s] for every t and s, a function of (t, keys) that gives I[t] for
+    other keys [n I], and the index keys [T I].
+  """
   ix, R = cfg.indexer, cfg.rope_dim
   how = dataclasses.replace(cfg.rope, interleaved=ix.interleaved)
   q = rotated_first(np.einsum('tq,qji->tji', latent, p['q']), positions, R, how)
   k = layer_norm(x @ p['k'], p['k_norm'], ix.norm_eps)
   k = rotated_first(k, positions, R, how)
   w = x @ p['weights'] / np.sqrt(ix.heads) / np.sqrt(ix.dim)
-  out = np.zeros((len(x), len(x)))
-  for t in range(len(x)):
-    for s in range(len(x)):
+
+  def of(t, keys):
+    out = np.zeros(len(keys))
+    for s in range(len(keys)):
       for j in range(ix.heads):
-        out[t, s] += w[t, j] * max(0.0, q[t, j] @ k[s])
-  return out
+        out[s] += w[t, j] * max(0.0, q[t, j] @ keys[s])
+    return out
+
+  return np.stack([of(t, k) for t in range(len(x))]), of, k
+
+
+def in_blocks(cfg, t, seen, k, of):
+  """Returns what query t may choose from, of the places `seen` (HISA).
+
+  Args:
+    cfg: size and count of blocks.
+    t: the query, the last of `seen`.
+    seen: the places of its document so far.
+    k: index keys [T I].
+    of: (t, keys) -> scores.
+  """
+  blocks = [seen[i : i + cfg.size] for i in range(0, len(seen), cfg.size)]
+  first, own, between = blocks[0], blocks[-1], blocks[1:-1]
+  scores = of(t, [k[block].mean(0) for block in between])
+  order = sorted(range(len(between)), key=lambda b: (-scores[b], b))
+  best = [between[b] for b in order[: cfg.count - 2]]
+  return sorted({s for block in (first, own, *best) for s in block})
 
 
 def ranked(scores, seen):
@@ -74,7 +104,7 @@ def dsa(p, cfg, x, positions, segments, chosen=None):
   kr = rope(a[:, C:], positions, cfg.rope)
   kv = np.einsum('tc,chk->thk', c, p['kv_up'])
   scale = (N + cfg.rope_dim) ** -0.5 * yarn_multiplier(cfg.rope)
-  scores = index_scores(p['indexer'], cfg, x, latent, positions)
+  scores, of, index = index_scores(p['indexer'], cfg, x, latent, positions)
 
   def weights(t, h, keys):
     keys = [np.concatenate([kv[s, h, :N], kr[s]]) @ q[t, h] for s in keys]
@@ -84,7 +114,10 @@ def dsa(p, cfg, x, positions, segments, chosen=None):
   facts = {'dense': [], 'sparse': [], 'recall': []}
   for t in range(T):
     seen = visible(t, segments)
-    best = ranked(scores[t], seen)[: cfg.top_k] if chosen is None else chosen[t]
+    near, blocks = seen, cfg.indexer.blocks
+    if blocks:
+      near = in_blocks(blocks, t, seen, index, of)
+    best = ranked(scores[t], near)[: cfg.top_k] if chosen is None else chosen[t]
     picked.append(best)
     for h in range(H):
       for w, s in zip(weights(t, h, best), best):

@@ -18,7 +18,7 @@ from deepseek_jax.errors import InputError, told
 from deepseek_jax.model import given
 from deepseek_jax.model.attention import compressor
 from deepseek_jax.model.attention.compressor import tail_rope
-from deepseek_jax.model.attention.dsa import DSA
+from deepseek_jax.model.attention.dsa import DSA, choose
 from deepseek_jax.model.attention.gqa import GQA
 from deepseek_jax.model.attention.indexer import (
   IndexQuery,
@@ -26,6 +26,7 @@ from deepseek_jax.model.attention.indexer import (
   index_scores,
 )
 from deepseek_jax.model.attention.mla import MLA
+from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.model.attention.rope import rope
 from deepseek_jax.model.attention.shared_kv import SharedKV
 from deepseek_jax.model.block import AttentionConfig, Block
@@ -237,7 +238,10 @@ def _look(block: Block, x: jax.Array, ctx: Context) -> _Look:
     keys = attention.remember(x, at).index
     seen = jnp.broadcast_to(_causal(x.shape[1]), look.tokens[:, 0].shape)
     query = attention.index_query(x, at)
-    index, chosen = _indexed(query, keys, seen, attention.cfg.top_k)
+    top_k, picked = attention.cfg.top_k, None
+    if attention.cfg.indexer.blocks and x.shape[1] > top_k:
+      picked = choose(attention.cfg, query, keys, Visibility(at))
+    index, chosen = _indexed(query, keys, seen, top_k, picked)
     look = look._replace(index=index, chosen=chosen)
   return look
 
@@ -279,11 +283,23 @@ def _gqa(attention: GQA, x: jax.Array, ctx: Context) -> jax.Array:
 
 
 def _indexed(
-  query: IndexQuery, keys: jax.Array, seen: jax.Array, top_k: int
+  query: IndexQuery,
+  keys: jax.Array,
+  seen: jax.Array,
+  top_k: int,
+  picked: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the indexer's softmax and what it picks, both [B T S]."""
+  """Returns the indexer's softmax and what it picks, both [B T S].
+
+  Args:
+    query, keys: of the indexer.
+    seen: [B T S], what it picks from.
+    top_k: how many.
+    picked: [B T K] places, where they are not the best of all.
+  """
   scores = index_scores(query, keys)
-  picked = best(scores, seen, min(top_k, seen.shape[-1]))
+  if picked is None:
+    picked = best(scores, seen, min(top_k, seen.shape[-1]))
   slots = jnp.arange(seen.shape[-1])
   chosen = (picked[..., None] == slots).any(axis=-2)
   return _softmax(scores, seen), chosen

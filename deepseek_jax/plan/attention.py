@@ -160,13 +160,18 @@ def _dsa(attention: DSAConfig, dim: int) -> AttentionCost:
   dense = _mla(a, dim)
   weights = dense.weights + (a.q_rank or dim) * J * I + dim * (I + J)
   # The indexer scores every token; the core attends to the best top_k.
-  index = Term(J * I, index=True)
+  flat = Term(J * I, index=True)
+  index = (flat,)
+  if blocks := a.indexer.blocks:
+    # It scores the means of blocks, and then the tokens of some.
+    some = dataclasses.replace(flat, most=blocks.size * blocks.count)
+    index = dataclasses.replace(flat, stride=blocks.size), some
   chosen = Term(a.heads * (2 * C + R), a.heads * (C + R), most=a.top_k)
-  form = Form(weights, 0, (chosen, index))
+  form = Form(weights, 0, (chosen, *index))
   # Warm-up (V3.2): the core attends to all, the indexer scores as well.
   if a.stage == 'dense':
     return AttentionCost(
-      weights, Form(weights, 0, (*dense.fresh.pairs, index)), {'absorbed': form}
+      weights, Form(weights, 0, (*dense.fresh.pairs, flat)), {'absorbed': form}
     )
   return AttentionCost(weights, form, {'absorbed': form})
 
@@ -241,7 +246,10 @@ def cache_bytes_fp8(attention: Any, length: int) -> int | None:
   C, R = attention.kv_rank, attention.rope_dim
   record = C + 4 * -(-C // 128) + 2 * R
   if isinstance(attention, DSAConfig):
-    record += attention.indexer.dim + 4 * -(-attention.indexer.dim // 128)
+    key = attention.indexer.dim + 4 * -(-attention.indexer.dim // 128)
+    blocks = attention.indexer.blocks
+    means = length // blocks.size if blocks else 0
+    return length * (record + key) + means * key
   return length * record
 
 

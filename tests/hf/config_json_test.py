@@ -242,6 +242,12 @@ class RefusedTest(parameterized.TestCase):
     ('bias', 'v3', {'moe.router.bias': False}, 'moe.router.bias = False'),
     ('softmax_mtp', 'v3', {'moe.router.scoring': 'softmax'}, 'moe.router.bias'),
     ('latent_eps', 'v3', {'attention.norm_eps': 1e-5}, 'attention.norm_eps'),
+    (
+      'blocks',
+      'v32',
+      {'attention.indexer.blocks': {}},
+      'attention.indexer.blocks',
+    ),
     ('v2_half', 'v2', {'attention.rope.interleaved': False}, 'interleaved'),
     (
       'llama_rope',

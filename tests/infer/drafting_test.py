@@ -53,7 +53,12 @@ class LosslessTest(parameterized.TestCase):
     self.check(name, drafts, depth)
 
   @parameterized.parameters(
-    ('v3', 1, 1), ('v3', 3, 2), ('dsa', 2, 1), ('nsa', 2, 1), ('engram', 3, 1)
+    ('v3', 1, 1),
+    ('v3', 3, 2),
+    ('dsa', 2, 1),
+    ('in_blocks', 2, 1),
+    ('nsa', 2, 1),
+    ('engram', 3, 1),
   )
   @pytest.mark.slow
   def test_tokens_of_other_families_are_too(self, name, drafts, depth):

@@ -121,7 +121,7 @@ class FamilyTest(parameterized.TestCase):
   def test_a_shared_prefix_changes_no_token(self, name):
     self.check_prefix(name)
 
-  @parameterized.parameters('mla', 'v3', 'dsa', 'engram')
+  @parameterized.parameters('mla', 'v3', 'dsa', 'in_blocks', 'engram')
   @pytest.mark.slow
   def test_a_shared_prefix_of_other_families_does_neither(self, name):
     self.check_prefix(name)

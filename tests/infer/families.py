@@ -9,7 +9,10 @@ import deepseek_jax as ds
 from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.hca import HCAConfig
-from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.experts.ffn import FFNConfig
@@ -47,7 +50,7 @@ _V4 = {
   'csa': Kind('ffn', (('attention.compress', 'csa'),)),
   'hca': Kind('ffn', (('attention.compress', 'hca'),)),
 }
-NAMES = ('gqa', 'mla', 'v3', 'dsa', 'nsa', 'v4', 'engram')
+NAMES = ('gqa', 'mla', 'v3', 'dsa', 'in_blocks', 'nsa', 'v4', 'engram')
 
 
 @functools.cache
@@ -64,6 +67,10 @@ def config(name: str) -> ds.TransformerConfig:
   if name == 'dsa':
     sparse = DSAConfig(**_MLA, indexer=IndexerConfig(3, 6), top_k=6, block=8)
     return base(plain, sparse)
+  if name == 'in_blocks':
+    blocks = IndexBlocksConfig(4, 2)
+    indexer = IndexerConfig(3, 6, blocks=blocks)
+    return base(plain, DSAConfig(**_MLA, indexer=indexer, top_k=6, block=8))
   if name == 'nsa':
     return base(plain, _NSA)
   if name == 'v4':

@@ -13,7 +13,10 @@ from flax import nnx
 import deepseek_jax as ds
 from deepseek_jax.model.attention.compressor import tail_rope
 from deepseek_jax.model.attention.dsa import DSAConfig
-from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.context import context
 from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.functional import functional
@@ -66,6 +69,11 @@ CONFIGS = {
   'mla': mla,
   'qk_norm': lambda: tiny.config('qk_norm'),
   'dsa': lambda: mla(DSA),
+  'in_blocks': lambda: mla(
+    dataclasses.replace(
+      DSA, indexer=IndexerConfig(3, 6, blocks=IndexBlocksConfig(3, 3))
+    )
+  ),
   'dsa_dense': lambda: mla(dataclasses.replace(DSA, stage='dense')),
   'v4': v4,
   'v4_all': lambda: ds.changed(v4(), {'attention.csa.top_k': 99}),
@@ -125,8 +133,9 @@ class MapsTest(parameterized.TestCase):
       made = from_tokens(layer, one.tokens)
       self.assertLess(tiny.relative(made, layer.y), 1e-5)
 
-  def test_over_the_chosen_tokens_they_are_the_sparse_layers_output(self):
-    _, _, _, layers, maps = looked('dsa')
+  @parameterized.parameters('dsa', 'in_blocks')
+  def test_over_the_chosen_tokens_they_are_the_sparse_layers_output(self, name):
+    _, _, _, layers, maps = looked(name)
     for layer, one in zip(layers, maps, strict=True):
       kept = np.where(one.chosen[:, None], one.tokens, 0)
       made = from_tokens(layer, kept / kept.sum(axis=-1, keepdims=True))

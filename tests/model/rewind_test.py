@@ -11,8 +11,13 @@ from absl.testing import absltest, parameterized
 import deepseek_jax as ds
 from deepseek_jax.model.attention import ring
 from deepseek_jax.model.attention.csa import CSACache, CSAConfig
+from deepseek_jax.model.attention.dsa import SparseLatent
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.attention.hca import HCAConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.attention.nsa import NSACache
 from deepseek_jax.model.attention.shared_kv import SharedKVCache
 from deepseek_jax.model.experts.ffn import FFNConfig
@@ -29,6 +34,10 @@ WINDOW = dataclasses.replace(
 )
 ATTENTIONS = {
   **{k: composition_test.ATTENTIONS[k] for k in ('gqa', 'mla', 'dsa', 'nsa')},
+  'in_blocks': dataclasses.replace(
+    composition_test.ATTENTIONS['dsa'],
+    indexer=IndexerConfig(2, 6, blocks=IndexBlocksConfig(4, 2)),
+  ),
   'window': WINDOW,
   'csa': dataclasses.replace(
     WINDOW, compress='csa', csa=CSAConfig(4, 3, index_heads=2, index_dim=4)
@@ -98,8 +107,12 @@ def visible(cache, length, cfg):
       blocks = (length - cfg.block) // cfg.stride + 1
       for part, count in zip(a, (length, length, blocks, blocks)):
         slots(part, count)
+    elif isinstance(a, SparseLatent) and a.means is not None:
+      blocks = length // cfg.indexer.blocks.size
+      for part, count in zip(a, (length, length, length, blocks)):
+        slots(part, count)
     else:
-      for part in a:
+      for part in jax.tree.leaves(a):
         slots(part, length)
 
   for block in cache.layers[0]:

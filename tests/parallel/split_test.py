@@ -26,6 +26,7 @@ WIDEST = {
   'qk_norm': 2 * 6,
   'dsa': worker.DSA.kv_rank,
   'dsa_dense': worker.DSA.kv_rank,
+  'in_blocks': worker.DSA.kv_rank,
   'nsa': 2 * 6,
 }
 # Matmuls of the last device over its share of one device's. Above 1 is what

@@ -18,7 +18,10 @@ from flax import nnx
 from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.hca import HCAConfig
-from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
 from deepseek_jax.model.context import Context
@@ -73,6 +76,9 @@ LAYERS = {
   'qk_norm': tiny.ATTENTIONS['qk_norm'],
   'dsa_dense': dataclasses.replace(DSA, stage='dense'),
   'dsa': DSA,
+  'in_blocks': dataclasses.replace(
+    DSA, indexer=IndexerConfig(4, 6, blocks=IndexBlocksConfig(3, 3))
+  ),
   'window': WINDOW,
   'wide_window': dataclasses.replace(WINDOW, window=15),
   'csa': CSA,
@@ -202,7 +208,16 @@ CASES = {
       {'context': 2, 'tensor': 2},
       True,
     )
-    for name in ('gqa', 'qk_norm', 'dsa_dense', 'dsa', 'csa', 'hca', 'nsa')
+    for name in (
+      'gqa',
+      'qk_norm',
+      'dsa_dense',
+      'dsa',
+      'in_blocks',
+      'csa',
+      'hca',
+      'nsa',
+    )
   },
   'dsa data=2 context=2': (equality, 'dsa', {'data': 2, 'context': 2}, True),
   'csa data=2 context=2': (equality, 'csa', {'data': 2, 'context': 2}, True),

@@ -6,6 +6,7 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import plan
+from deepseek_jax.model.attention.indexer import IndexBlocksConfig
 from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.plan import device_shares as mesh
 from deepseek_jax.plan import flops
@@ -91,6 +92,14 @@ class PublishedTest(parameterized.TestCase):
     got = eight_bit(config, 0.5) / eight_bit(V32, 1)
     self.assertAlmostEqual(got, share, delta=1e-4)
     self.assertAlmostEqual(got, claim, delta=0.006)
+
+  def test_in_blocks_the_index_is_of_means_and_candidates(self):
+    blocks = IndexBlocksConfig(128, 64)
+    config = ds.changed(V32, {'attention.indexer.blocks': blocks})
+    share = giga(config)[flops.INDEX] / giga(V32)[flops.INDEX]
+    self.assertAlmostEqual(share, 1 / 128 + 64 * 128 / MILLION, delta=1e-6)
+    # A mean and its scale for every 128 tokens.
+    self.assertEqual(growth(config), growth(V32) + 61 * 132 / 128)
 
   @parameterized.parameters(
     (8192, 2048, 4.0),

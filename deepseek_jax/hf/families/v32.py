@@ -74,6 +74,7 @@ def _check(attention: DSAConfig) -> None:
     'stage': 'sparse',
     'indexer.interleaved': False,
     'indexer.norm_eps': 1e-6,
+    'indexer.blocks': None,
     'rope.interleaved': True,
   }
   for path, wanted in fixed.items():

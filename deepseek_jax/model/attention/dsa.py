@@ -13,6 +13,7 @@ N no-rope dim, R rope dim, V value dim, I index dim.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,13 +24,18 @@ from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
+from deepseek_jax.model.attention import (
+  index_blocks,
+  indexer_loss,
+  query_blocks,
+)
 from deepseek_jax.model.attention import indexer as index
-from deepseek_jax.model.attention import indexer_loss, query_blocks
 from deepseek_jax.model.attention.dsa_reading import (
   Read,
   read_by_kernel,
   read_chosen,
 )
+from deepseek_jax.model.attention.index_blocks import Blocks
 from deepseek_jax.model.attention.indexer import (
   Indexer,
   IndexerConfig,
@@ -79,6 +85,12 @@ class DSAConfig(MLAConfig):
         f'indexer.dim = {self.indexer.dim}: must be at least rope_dim ='
         f' {self.rope_dim}'
       )
+    blocks = self.indexer.blocks
+    if blocks and blocks.size * blocks.count < self.top_k:
+      raise InputError(
+        f'indexer.blocks.count = {blocks.count}: blocks of {blocks.size} must'
+        f' hold at least top_k = {self.top_k} tokens'
+      )
 
   @property
   def measures_recall(self) -> bool:
@@ -94,11 +106,15 @@ class DSAConfig(MLAConfig):
   ) -> 'SparseLatent':
     """Returns an empty cache: C + R numbers and an index key of I per slot.
 
+    And the mean of index keys per block, where keys are looked for in blocks.
     A slot is a position, which a rewound row overwrites: `spare` adds none.
     """
     latent = super().cache(batch, slots, dtype, spare)
-    shape = (batch, slots, self.indexer.dim)
-    return SparseLatent(*latent, jnp.zeros(shape, dtype))
+    index = jnp.zeros((batch, slots, self.indexer.dim), dtype)
+    means = None
+    if self.indexer.blocks:
+      means = index_blocks.empty(self.indexer.blocks, index)
+    return SparseLatent(*latent, index, means)
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'DSA':
     """Returns the attention of a model of width `dim`."""
@@ -111,6 +127,8 @@ class SparseLatent(NamedTuple):
   c: jax.Array  # [B S C], normed
   kr: jax.Array  # [B S R], rotated
   index: jax.Array  # [B S I], normed and rotated
+  # [B E I] of a cache, where keys are looked for in blocks
+  means: jax.Array | None = None
 
 
 def choose_by_kernel(
@@ -176,14 +194,26 @@ class DSA(MLA):
     new = self.remember(x, ctx.positions)  # [B T C], [B T R], [B T I]
     fresh = past is None or ctx.fresh
     if past is not None:
-      write = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
-      past = SparseLatent(*map(write, past, new))
+      past = self.extended(past, new, ctx)
     query = self.index_query(x, ctx.positions)
     # Later calls attend to the cache; a first one to its tokens alone.
     if not fresh:
       return self.project(self.cached(q, query, past, ctx)), past, {}
     y, stats = self.fresh(q, query, new, ctx)
     return self.project(y), past, stats
+
+  def extended(
+    self, past: SparseLatent, new: SparseLatent, ctx: Context
+  ) -> SparseLatent:
+    """Returns the cache with what is cached of new tokens."""
+    write = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
+    past = SparseLatent(*map(write, past[:3], new[:3]), past.means)
+    if past.means is None:
+      return past
+    means = index_blocks.remember(
+      self.cfg.indexer.blocks, past.means, past.index, ctx
+    )
+    return past._replace(means=means)
 
   def dense(self, keys: int) -> bool:
     """Returns whether queries read all, as they would choose all of so few."""
@@ -203,7 +233,12 @@ class DSA(MLA):
       ctx.positions, ctx.segments, fresh=False
     )
     documents = visibility.segments
-    chosen = choose(self.cfg, query, past.index, visibility, documents)
+    blocks = self.cfg.indexer.blocks
+    if blocks:
+      blocks = index_blocks.cached(blocks, past.means)
+    chosen = choose(
+      self.cfg, query, past.index, visibility, documents, blocks=blocks
+    )
     return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
 
   def fresh(
@@ -251,17 +286,29 @@ def choose(
   visibility: Visibility,
   key_segments: jax.Array | None = None,
   along: Along = WHOLE,
+  blocks: Blocks | None = None,
 ) -> jax.Array:
-  """Chooses the `top_k` keys [B S I] that each query reads: [B T K] int32."""
-  own = lambda: index.choose(
-    query,
-    keys,
-    visibility,
-    cfg.top_k,
-    key_segments=key_segments,
-    most=cfg.block,
-    along=along,
-  )
+  """Chooses the `top_k` keys [B S I] that each query reads: [B T K] int32.
+
+  Args:
+    cfg: see there.
+    query, keys, visibility, key_segments, along: as of `index.choose`.
+    blocks: of the keys, where they are looked for in blocks and a cache has
+      them.
+  """
+  levels = cfg.indexer.blocks
+  how = {'key_segments': key_segments, 'most': cfg.block, 'along': along}
+  # In few keys all blocks would be chosen.
+  if levels and keys.shape[1] > levels.size * levels.count:
+    if blocks is None:
+      blocks = index_blocks.fresh(levels, keys, key_segments)
+    return _chosen_in_blocks(
+      lambda: index_blocks.choose(
+        levels, query, keys, blocks, visibility, cfg.top_k, **how
+      ),
+      (query, keys),
+    )
+  own = lambda: index.choose(query, keys, visibility, cfg.top_k, **how)
   row = ('batch',)
   return kernels.pick(
     'indexer',
@@ -271,6 +318,17 @@ def choose(
     (row, row, row, row),
     row,
   )
+
+
+def _chosen_in_blocks(own: Callable[[], jax.Array], args: tuple) -> jax.Array:
+  """Returns own(), and tells that there is no kernel for it, and why."""
+
+  def kernel(impl: str) -> jax.Array:
+    if impl == 'gpu':
+      raise NotImplementedError('keys are looked for in blocks (XLA does it)')
+    return own()
+
+  return kernels.pick_local('indexer', kernel, own, args)
 
 
 def read(

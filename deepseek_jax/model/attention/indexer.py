@@ -37,6 +37,24 @@ _FEW = 16  # queries that read all keys at once, as decoding does
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexBlocksConfig:
+  """Describes a search in two levels (HISA, arXiv:2603.28458).
+
+  Attributes:
+    size: tokens of a block.
+    count: blocks whose tokens a query scores, the first of its document and
+      its own among them.
+  """
+
+  size: int = 128
+  count: int = 64
+
+  def __post_init__(self):
+    """Raises InputError for a field out of its range."""
+    at_least(self, 'indexer.blocks.', size=1, count=2)
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexerConfig:
   """Describes the indexer.
 
@@ -45,12 +63,14 @@ class IndexerConfig:
     dim: I.
     interleaved: pairs rope channels (2i, 2i+1).
     norm_eps: of the keys' norm.
+    blocks: looks for the best keys in the best blocks alone; None: among all.
   """
 
   heads: int = 64
   dim: int = 128
   interleaved: bool = False
   norm_eps: float = 1e-6
+  blocks: IndexBlocksConfig | None = None
 
   def __post_init__(self):
     """Raises InputError for a field out of its range."""

@@ -26,6 +26,10 @@ from deepseek_jax.config import at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.model.attention.document_blocks import (
+  block_starts,
+  document_starts,
+)
 from deepseek_jax.model.attention.nsa_branches import (
   CMP,
   SLC,
@@ -34,8 +38,6 @@ from deepseek_jax.model.attention.nsa_branches import (
   Keys,
   Queries,
   attend,
-  block_starts,
-  document_starts,
   keys_of,
 )
 from deepseek_jax.model.attention.rope import (
@@ -314,7 +316,7 @@ def _fresh(
   first = document_starts(along.gather(segments), (B, every))
   first = along.own(first)
   size = -(-T // cfg.stride) if along.axis else None
-  start = block_starts(first, cfg, begin, size)
+  start = block_starts(first, cfg.block, cfg.stride, begin, size)
   # A block that ends here may begin on the device before.
   near = _with_before(along, keys_of(CMP, k, v), cfg.block - 1)
   entries = along.gather(compressed(compress, near, start, cfg))

@@ -39,45 +39,6 @@ class Queries(NamedTuple):
   gates: jax.Array  # [B T G J 3] float32
 
 
-def document_starts(
-  segments: jax.Array | None, shape: tuple[int, int]
-) -> jax.Array:
-  """Returns for each token where its document begins, [B T] int32."""
-  if segments is None:
-    return jnp.zeros(shape, jnp.int32)
-  index = jnp.arange(shape[1])
-  first = jnp.ones((shape[0], 1), bool)
-  new = jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
-  return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
-
-
-def block_starts(
-  first: jax.Array,
-  cfg: Any,
-  begin: jax.Array | int = 0,
-  size: int | None = None,
-) -> jax.Array:
-  """Returns the places where the complete compressed blocks of a batch begin.
-
-  Args:
-    first: [B T] as `document_starts` gives it.
-    cfg: sizes.
-    begin: place of the first of these T tokens, in which the blocks end.
-    size: E, T over the stride by default.
-
-  Returns:
-    [B E], -1 for none.
-  """
-  T = first.shape[1]
-  # Beyond the end of its document's first block.
-  grown = begin + jnp.arange(T) + 1 - first - cfg.block
-  ends = (grown >= 0) & (grown % cfg.stride == 0)
-  size = size or max(1, T // cfg.stride)
-  pick = lambda row: jnp.nonzero(row, size=size, fill_value=-1)[0]
-  ends = jax.vmap(pick)(ends)
-  return jnp.where(ends < 0, -1, begin + ends - cfg.block + 1)
-
-
 def overlaps(cfg: Any) -> np.ndarray:
   """Counts the strides that a selected block shares with the entries about it.
 

@@ -62,7 +62,7 @@ def scored(interleaved):
     np.float64(x[0]),
     np.float64(latent[0]),
     range(5, 5 + T),
-  )
+  )[0]
   return got, want, weights, cfg
 
 

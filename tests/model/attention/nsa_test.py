@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
-from deepseek_jax.model.attention import nsa_branches
+from deepseek_jax.model.attention import document_blocks, nsa_branches
 from deepseek_jax.model.attention.nsa import NSA, NSAConfig
 from deepseek_jax.model.attention.rope import RopeConfig
 from deepseek_jax.model.context import Context
@@ -199,9 +199,10 @@ class PiecesTest(parameterized.TestCase):
 
   def test_an_entry_is_seen_once_it_is_complete(self):
     first = jnp.zeros((1, 12), int)
-    got = nsa_branches.block_starts(first, CFG)[0]
+    starts = lambda first: document_blocks.block_starts(first, 4, 2)[0]
+    got = starts(first)
     np.testing.assert_array_equal(got, [0, 2, 4, 6, 8, -1])
-    split = nsa_branches.block_starts(jnp.array([[0] * 5 + [5] * 7]), CFG)[0]
+    split = starts(jnp.array([[0] * 5 + [5] * 7]))
     np.testing.assert_array_equal(split, [0, 5, 7, -1, -1, -1])
 
   def test_without_a_complete_entry_that_branch_is_0(self):

@@ -26,7 +26,10 @@ from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.gqa import GQAConfig
 from deepseek_jax.model.attention.hca import HCAConfig
-from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.model.attention.rope import (
@@ -108,6 +111,7 @@ EXAMPLES = (
   GateConfig(),
   HCAConfig(),
   HyperConnectionsConfig(),
+  IndexBlocksConfig(),
   IndexerConfig(),
   Kind(),
   Llama3Config(),

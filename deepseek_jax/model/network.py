@@ -41,6 +41,32 @@ class Output(NamedTuple):
   aux: dict[str, Any]
 
 
+def _runner(ctx: Context, blocks: nnx.List, repeat: int) -> Callable:
+  """Returns what runs one of the blocks: (block, stream, past, route) -> ...
+
+  Of those that are alike the first is traced alone, forwards and backwards; XLA
+  puts the calls into one program again.
+
+  Args:
+    ctx: the tokens.
+    blocks: a pattern.
+    repeat: how often the pattern is traced.
+  """
+  # What is the same in all calls; flags are no arrays.
+  flags = {'train': ctx.train, 'fresh': ctx.fresh}
+  arrays = ctx._replace(train=None, fresh=None)
+
+  def run(
+    block: Block, stream: jax.Array, past: Any, route: Any, arrays: Context
+  ) -> tuple[jax.Array, Any, dict]:
+    return block(stream, arrays._replace(routes=route, **flags), past)
+
+  kinds = [jax.tree.structure(block) for block in blocks]
+  if repeat > 1 or any(kinds.count(kind) > 1 for kind in kinds):
+    run = jax.jit(run)
+  return lambda *args: run(*args, arrays)
+
+
 class Transformer(nnx.Module):
   """Computes logits from tokens: embedding, segments of blocks, norm, head."""
 
@@ -157,17 +183,20 @@ class Transformer(nnx.Module):
       The stream, and the caches and statistics stacked as `caches` is.
     """
 
+    repeat = jax.tree.leaves(blocks)[0].shape[0]
+    scanned = self.cfg.compute.scan and repeat > 1
+    run = _runner(ctx, blocks, 1 if scanned else repeat)
+
     def body(stream: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
       out = []
       # Routes are arguments, so that recomputation replays them, too.
       for block, past, route in zip(*layer):
-        stream, past, stats = block(stream, ctx._replace(routes=route), past)
+        stream, past, stats = run(block, stream, past, route)
         out.append((past, stats))
       return stream, tuple(zip(*out))
 
     body = self._remat(body)
-    repeat = jax.tree.leaves(blocks)[0].shape[0]
-    if self.cfg.compute.scan and repeat > 1:
+    if scanned:
       stream, (caches, stats) = jax.lax.scan(
         body, stream, (blocks, caches, routes)
       )

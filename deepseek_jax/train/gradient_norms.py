@@ -26,6 +26,8 @@ def gain(top: jax.Array) -> jax.Array:
   return jnp.where(exponent < least, 0.0, power)
 
 
+# Blocks that are alike are traced once.
+@functools.partial(jax.jit, static_argnames='stacked')
 def tree_norm(tree: Any, *, stacked: bool = False) -> jax.Array:
   """Returns the Euclidean norm of all numbers of a tree, float32.
 

@@ -13,6 +13,8 @@ from benchmarks.kernel_work import (
   nbytes,
 )
 from pallas_kernels import latent_kv
+from pallas_kernels.compress import compress
+from pallas_kernels.compress import shapes as compress_shapes
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
@@ -205,12 +207,51 @@ def decode_small(shape):
   return shape._replace(lengths=tuple(n % 1000 + 1 for n in shape.lengths[:3]))
 
 
+def _windows(shape):
+  """Projections, gates and bias; the last tokens of windows."""
+  k, lasts = fresh_keys(3), compress_shapes.places(shape)
+  tokens = max(map(sum, shape.documents)), shape.series, shape.dim
+  wide = len(shape.documents), *tokens
+  floats = (jax.random.normal(k[i], wide) for i in (0, 1))
+  bias = jax.random.normal(k[2], (shape.ratio, *tokens[1:]))
+  return (*floats, bias), tuple(map(jnp.asarray, lasts))
+
+
+def entries(shape):
+  floats, lasts = _windows(shape)
+  op = lambda *a, impl: compress(*a, *lasts, impl=impl)
+  xla = functools.partial(op, impl='reference')
+  moved = nbytes(*floats) + lasts[0].size * shape.dim * 4
+  return Work(op, floats, xla, 0, moved, {'xla': xla})
+
+
+def entries_bwd(shape):
+  floats, lasts = _windows(shape)
+  size = *lasts[0].shape, shape.dim
+  grad = jax.random.normal(fresh_keys(1)[0], size)
+
+  def op(*args, impl):
+    run = lambda *a: compress(*a, *lasts, impl=impl)
+    return jax.vjp(run, *args[:3])[1](args[3])
+
+  xla = functools.partial(op, impl='reference')
+  # Forward, then read once more, and the gradients written.
+  moved = 3 * nbytes(*floats) + nbytes(grad)
+  return Work(op, (*floats, grad), xla, 0, moved, {'xla': xla})
+
+
+def entries_small(shape):
+  return shape._replace(documents=((300, 7), (290,)))
+
+
 # Where an indexer learns; V4's is of the entries.
 _LEARNT = {n: sparse_shapes.BENCH[n] for n in ('prefill_s4096', 'v4_csa_s8192')}
 
 OPS = {
   'latent_kv': (latent_shapes.BENCH, store, store_small),
   'indexer': (indexer_shapes.BENCH, select, select_small),
+  'compress': (compress_shapes.BENCH, entries, entries_small),
+  'compress_bwd': (compress_shapes.BENCH, entries_bwd, entries_small),
   'mla_decode_fp8': (decode_shapes.BENCH, decode_fp8, decode_small),
   'sparse_mla': (sparse_shapes.BENCH, sparse, sparse_small),
   'sparse_mla_bwd': (sparse_shapes.BENCH, sparse_bwd, sparse_small),

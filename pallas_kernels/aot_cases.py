@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels import latent_kv, permute
 from pallas_kernels.collapse_norm import collapse_norm
 from pallas_kernels.collapse_norm import shapes as collapse_shapes
+from pallas_kernels.compress import compress
+from pallas_kernels.compress import shapes as compress_shapes
 from pallas_kernels.grouped_matmul import fp8 as grouped_fp8
 from pallas_kernels.grouped_matmul import gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import (
@@ -44,6 +46,15 @@ class KernelCase(NamedTuple):
   fn: Callable
   args: tuple
   wgmma: bool  # the kernel must contain tensor-core instructions
+
+
+def _gradients(fn: Callable, count: int) -> Callable:
+  """Returns (grad, *args) -> the gradients of the first `count` of args."""
+
+  def grads(grad: jax.Array, *args: jax.Array) -> tuple:
+    return jax.vjp(lambda *a: fn(*a, *args[count:]), *args[:count])[1](grad)
+
+  return grads
 
 
 def _mla_decode(batch: int, new: int, heads: int, splits: int) -> KernelCase:
@@ -198,8 +209,7 @@ def _collapse_norm(name: str, backward: bool) -> KernelCase:
   fn = functools.partial(collapse_norm, impl='gpu')
   if not backward:
     return KernelCase(fn, args, False)
-  grads = lambda grad, *args: jax.vjp(fn, *args)[1](grad)
-  return KernelCase(grads, (((N, D), BF), *args), False)
+  return KernelCase(_gradients(fn, 3), (((N, D), BF), *args), False)
 
 
 def _write_streams(name: str, backward: bool) -> KernelCase:
@@ -210,8 +220,19 @@ def _write_streams(name: str, backward: bool) -> KernelCase:
   fn = functools.partial(write_streams, impl='gpu')
   if not backward:
     return KernelCase(fn, args, False)
-  grads = lambda grad, *args: jax.vjp(fn, *args)[1](grad)
-  return KernelCase(grads, (streams, *args), False)
+  return KernelCase(_gradients(fn, 4), (streams, *args), False)
+
+
+def _compress(name: str, backward: bool) -> KernelCase:
+  """Builds the entries of one of the benchmark shapes, or their gradients."""
+  (row,), m, J, C = compress_shapes.BENCH[name]
+  L, S = sum(row), sum(row) // m
+  tokens, entries = ((1, L, J, C), F32), ((1, S, C), F32)
+  args = tokens, tokens, ((m, J, C), F32), *(((1, S), I32),) * J
+  fn = functools.partial(compress, impl='gpu')
+  if not backward:
+    return KernelCase(fn, args, False)
+  return KernelCase(_gradients(fn, 3), (entries, *args), False)
 
 
 def _sinkhorn(tokens: int, backward: bool) -> KernelCase:
@@ -230,17 +251,8 @@ def _mla_prefill(tokens: int, backward: bool) -> KernelCase:
   fn = functools.partial(mla_prefill, scale=0.07, impl='gpu')
   if not backward:
     return KernelCase(fn, (wide, wide, narrow, segments), True)
-
-  def grads(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    grad: jax.Array,
-  ) -> tuple:
-    return jax.vjp(lambda *a: fn(*a, segments), q, k, v)[1](grad)
-
-  return KernelCase(grads, (wide, wide, narrow, segments, narrow), True)
+  args = narrow, wide, wide, narrow, segments
+  return KernelCase(_gradients(fn, 3), args, True)
 
 
 def _latent_kv(name: str) -> KernelCase:
@@ -301,12 +313,7 @@ def _sparse_mla(queries: int, heads: int, backward: bool) -> KernelCase:
   fn = functools.partial(sparse_mla, scale=0.07, impl='gpu')
   if not backward:
     return KernelCase(fn, args, True)
-
-  def grads(*args: jax.Array) -> tuple:
-    *floats, index, grad = args
-    return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
-
-  return KernelCase(grads, (*args, args[0]), True)
+  return KernelCase(_gradients(fn, 4), (args[0], *args), True)
 
 
 def _shares(queries: int, heads: int) -> KernelCase:
@@ -351,12 +358,7 @@ def _attend(
   args = q, sinks, *(c for c, _ in lists), *(index for _, index in lists)
   if not backward:
     return KernelCase(fn, args, True)
-
-  def grads(grad: jax.Array, *args: jax.Array) -> tuple:
-    floats, rest = args[: 2 + len(keys)], args[2 + len(keys) :]
-    return jax.vjp(lambda *a: fn(*a, *rest), *floats)[1](grad)
-
-  return KernelCase(grads, (q, *args), True)
+  return KernelCase(_gradients(fn, 2 + len(keys)), (q, *args), True)
 
 
 def _sparse_gqa(queries: int, backward: bool) -> KernelCase:
@@ -370,12 +372,8 @@ def _sparse_gqa(queries: int, backward: bool) -> KernelCase:
   fn = functools.partial(sparse_gqa, scale=0.07, impl='gpu')
   if not backward:
     return KernelCase(fn, args, True)
-
-  def grads(*args: jax.Array) -> tuple:
-    *floats, index, grad = args
-    return jax.vjp(lambda *a: fn(*a, index), *floats)[1](grad)
-
-  return KernelCase(grads, (*args, ((1, queries, 4, 16, 128), BF)), True)
+  grad = (1, queries, 4, 16, 128), BF
+  return KernelCase(_gradients(fn, 3), (grad, *args), True)
 
 
 CASES = {
@@ -416,6 +414,11 @@ CASES = {
   'collapse_norm_bwd': _collapse_norm('v4_t8192', True),
   'write_streams': _write_streams('v4_t8192', False),
   'write_streams_bwd': _write_streams('v4_t8192', True),
+  **{
+    f'compress{"_bwd" * backward}_{n}': _compress(n, backward)
+    for backward in (False, True)
+    for n in compress_shapes.BENCH
+  },
   'sinkhorn': _sinkhorn(8192, False),
   'sinkhorn_bwd': _sinkhorn(8192, True),
   **{

@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant
 
 _COMPRESSOR = 'deepseek_jax/model/attention/compressor.py'
+_WINDOWS = 'pallas_kernels/compress/reference.py'
 _SHARED = 'deepseek_jax/model/attention/shared_kv.py'
 _PARTS = 'deepseek_jax/model/attention/partial_softmax.py'
 _READING = 'deepseek_jax/model/attention/csa_entries.py'
@@ -33,15 +34,15 @@ MUTANTS = (
   ),
   Mutant(
     'compressor_series_exchanged',
-    _COMPRESSOR,
-    'value, logit = _windows(tokens, own, bias, -1)',
-    'value, logit = _windows(tokens, own, bias, 0)',
+    _WINDOWS,
+    'value, logit = _window(kv, gate, bias, at, -1)',
+    'value, logit = _window(kv, gate, bias, at, 0)',
     (f'{_SHARED_TEST}::equals_float64_and_documents',),
     'V4 trap 1: the second half is the window of the entry itself',
   ),
   Mutant(
     'compressor_softmax_over_channels',
-    _COMPRESSOR,
+    _WINDOWS,
     '(jax.nn.softmax(logit, axis=2) * value).sum(axis=2)',
     '(jax.nn.softmax(logit, axis=3) * value).sum(axis=2)',
     (f'{_SHARED_TEST}::equals_float64_and_documents',),
@@ -49,9 +50,9 @@ MUTANTS = (
   ),
   Mutant(
     'compressor_without_position_bias',
-    _COMPRESSOR,
-    'pick(tokens.gate) + bias[:, series]',
-    'pick(tokens.gate)',
+    _WINDOWS,
+    'pick(gate) + bias[:, series]',
+    'pick(gate)',
     (f'{_SHARED_TEST}::equals_float64_and_documents',),
     'V4 section 2.3: ape is added to the gate',
   ),

@@ -14,6 +14,7 @@ from pallas_kernels.sparse_mla import sparse_mla
 FAST = (
   'combine',
   'combine_bwd',
+  'compress_bwd_csa_keys_t8192',
   'grouped_matmul_fwd_b128',
   'indexer',
   'latent_kv_prefill_t8192_fp8',

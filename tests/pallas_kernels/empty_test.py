@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from pallas_kernels import dispatch, latent_kv, permute
 from pallas_kernels.collapse_norm import collapse_norm
+from pallas_kernels.compress import compress
 from pallas_kernels.grouped_matmul import (
   grouped_matmul,
   grouped_matmul_fp8,
@@ -169,6 +170,13 @@ CASES = {
     ),
     (0, 4, 1024),
     [(0, 1024)],
+  ),
+  'compress': (
+    lambda kv, impl: compress(
+      kv, kv, zeros(8, 1, 128), zeros(2, 0, dtype=I32), impl=impl
+    ),
+    (2, 8, 1, 128),
+    [(2, 0, 128)],
   ),
   'swiglu_quantize': (swiglu_quantize, (0, 256), [(0, 128), (0, 1)]),
   'swiglu_gradient': (

@@ -14,6 +14,8 @@ import numpy as np
 
 from pallas_kernels import compat
 from pallas_kernels import latent_kv as latent
+from pallas_kernels.compress import compress
+from pallas_kernels.compress import shapes as compress_shapes
 from pallas_kernels.indexer import gpu as indexer_gpu
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
@@ -211,6 +213,53 @@ def check_sparse_gqa():
     floats = bf(B, T, G, J, K), bf(B, S, G, K), bf(B, S, G, V)
     args = *floats, jnp.asarray(index, jnp.int32), bf(B, T, G, J, V)
     interpreted.compare(name, both, args, 2 * BF16)
+
+
+def compress_both(floats, lasts, grad, impl):
+  run = lambda *a: compress(*a, *lasts, impl=impl)
+  out, pull = jax.vjp(run, *floats)
+  return run(*floats), out, pull(grad)
+
+
+def check_compress():
+  for name, shape in compress_shapes.TEST.items():
+    rng = np.random.default_rng(0)
+    lasts = compress_shapes.places(shape)
+    tokens = max(map(sum, shape.documents)), shape.series, shape.dim
+    rows = len(shape.documents)
+    f32 = lambda *s, rng=rng: jnp.asarray(rng.normal(size=s), jnp.float32)
+    floats = (
+      f32(rows, *tokens),
+      f32(rows, *tokens),
+      f32(shape.ratio, *tokens[1:]),
+    )
+    args = floats, lasts, f32(*lasts[0].shape, shape.dim)
+    # Several entries for each program, and as many programs as entries.
+    for sms in (1, 132):
+      with mock.patch.object(compat, 'num_sms', lambda sms=sms: sms):
+        interpreted.compare(f'{name} on {sms}', compress_both, args, 1e-5)
+  check_compress_large()
+
+
+def check_compress_large():
+  """A maximum that grows from step to step, and nan that no entry draws on."""
+  shape = compress_shapes.TEST['long_and_overlapping']
+  at, before = compress_shapes.places(shape)
+  rng = np.random.default_rng(0)
+  size = 1, sum(shape.documents[0]), shape.series, shape.dim
+  kv, gate = rng.normal(size=size), np.round(4 * rng.normal(size=size)) / 4
+  gate += 1e4 + np.arange(size[1])[:, None, None]
+  bias = np.round(4 * rng.normal(size=(shape.ratio, *size[2:]))) / 4
+  # The last tokens, and the first window, whose entry is taken away.
+  kv[:, 80:] = gate[:, 80:] = np.nan
+  kv[:, :20, 1] = gate[:, :20, 1] = np.nan
+  at[0, 0] = -1
+  grad = rng.normal(size=(*at.shape, shape.dim))
+  kv, gate, bias, grad = (
+    jnp.asarray(a, jnp.float32) for a in (kv, gate, bias, grad)
+  )
+  args = (kv, gate, bias), (at, before), grad
+  interpreted.compare('large', compress_both, args, 1e-5)
 
 
 def check_sparse_mla_parts():

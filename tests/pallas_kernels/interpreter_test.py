@@ -29,6 +29,7 @@ SCRIPTS = {
   'permute_fp8': 'interpreted_experts.py',
   'swiglu_quantize': 'interpreted_experts.py',
   'latent_kv': 'interpreted_sparse.py',
+  'compress': 'interpreted_sparse.py',
   'indexer': 'interpreted_sparse.py',
   'mla_decode_fp8': 'interpreted_sparse.py',
   'sparse_mla': 'interpreted_sparse.py',

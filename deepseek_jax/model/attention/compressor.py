@@ -18,13 +18,14 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least
 from deepseek_jax.model import cache as caching
+from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import ring
 from deepseek_jax.model.attention.rope import RopeConfig, rope
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along, in_a_row
 from deepseek_jax.parallel.sharding import param
+from pallas_kernels.compress import compress, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,33 +266,39 @@ def complete(
     .at[rows, number]
     .set(jnp.broadcast_to(jnp.arange(L), (B, L)), mode='drop')
   )
-  own = end[..., None] + jnp.arange(1 - m, 1)  # [B S m]
-  bias, norm = weights
-  value, logit = _windows(tokens, own, bias, -1)
+  before = None
   if cfg.overlap:
     # The first series reads the window before, where there is one.
-    value_before, logit_before = _windows(tokens, own - m, bias, 0)
-    there = (end >= m) & whole[rows, jnp.maximum(end - m, 0)]
-    same = tokens.segments[rows, jnp.maximum(end - m, 0)]
+    before = end - m
+    there = (before >= 0) & whole[rows, jnp.maximum(before, 0)]
+    same = tokens.segments[rows, jnp.maximum(before, 0)]
     there &= same == tokens.segments[rows, jnp.maximum(end, 0)]
-    logit_before = jnp.where(there[..., None, None], logit_before, MASKED)
-    value = jnp.concatenate([value_before, value], axis=2)
-    logit = jnp.concatenate([logit_before, logit], axis=2)
-  # A softmax over the window for each channel: [B S R C] -> [B S C].
-  entry = norm((jax.nn.softmax(logit, axis=2) * value).sum(axis=2))
+    before = jnp.where(there, before, -1)
+  bias, norm = weights
+  entry = norm(_entries(tokens.kv, tokens.gate, bias, end, before))
   # An entry is rotated to the place where its window starts.
-  start = tokens.positions[rows, jnp.maximum(own[..., 0], 0)]
+  start = tokens.positions[rows, jnp.maximum(end - (m - 1), 0)]
   entry = tail_rope(entry, start, cfg.rope, cfg.rope_dim)
   return entry, jnp.where(end >= 0, start, -1)
 
 
-def _windows(
-  tokens: Tokens, at: jax.Array, bias: jax.Array, series: int
-) -> tuple[jax.Array, jax.Array]:
-  """Returns values and logits [B S m C] of a series at tokens `at` [B S m]."""
-  rows = jnp.arange(at.shape[0])[:, None, None]
-  pick = lambda a: a[:, :, series][rows, jnp.maximum(at, 0)]
-  return pick(tokens.kv), pick(tokens.gate) + bias[:, series]
+def _entries(
+  kv: jax.Array,
+  gate: jax.Array,
+  bias: jax.Array,
+  end: jax.Array,
+  before: jax.Array | None,
+) -> jax.Array:
+  """Returns the weighted sums of windows [B S C]; arguments of `compress`."""
+  args, row = (kv, gate, bias, end, before), ('batch',)
+  return kernels.pick(
+    'compress',
+    lambda impl, *args: compress(*args, impl=impl),
+    lambda: reference.entries(*args),
+    args,
+    (row, row, (), row, row),
+    row,
+  )
 
 
 def fresh_entries(

@@ -35,11 +35,14 @@ KERNELS = {
     'decode': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
   },
   'v4': {
-    phase: {'indexer', 'sparse_mla', 'sinkhorn'} | STREAMS for phase in PHASES
+    phase: {'compress', 'indexer', 'sparse_mla', 'sinkhorn'} | STREAMS
+    for phase in PHASES
   },
   'nsa': {phase: {'sparse_gqa'} for phase in PHASES},
 }
-KERNELS['v4']['train'] |= {f'{op}_bwd' for op in STREAMS | {'sinkhorn'}}
+KERNELS['v4']['train'] |= {
+  f'{op}_bwd' for op in STREAMS | {'compress', 'sinkhorn'}
+}
 KERNELS['v4']['train'] |= {'attention_shares'}
 
 

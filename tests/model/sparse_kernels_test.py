@@ -16,7 +16,7 @@ from tests.infer import families
 
 OPS = {
   'dsa': {'sparse_mla', 'attention_shares'},
-  'v4': {'sparse_mla', 'attention_shares'},
+  'v4': {'compress', 'sparse_mla', 'attention_shares'},
   'nsa': {'sparse_gqa'},
 }
 

@@ -64,6 +64,8 @@ _FIRST = (
   ('sparse_mla', 'v4_csa_s8192', ''),
   ('attention_shares', 'prefill_s4096', 'xla'),
   ('sparse_gqa', 'nsa_selected_s8192', ''),
+  ('compress', 'csa_t8192', 'xla'),
+  ('compress_bwd', 'csa_t8192', 'xla'),
   ('indexer', 's8192_h64', ''),
   ('permute', 'v3_t4096', 'xla'),
   ('combine', 'v3_t4096', 'xla'),

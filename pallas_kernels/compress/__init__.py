@@ -35,7 +35,8 @@ def compress(
   Args:
     kv: [B L J C] float32, what is summed.
     gate: [B L J C] float32, the logits.
-    bias: [m J C] float32, added to the gates by place in a window.
+    bias: [m J C] float32, added to the gates by place in a window; what is
+      below -1e30 then counts as no token.
     at: [B S] int32, the last token of each entry's window; windows of a row
       have no token in common. Where a window would begin before the row, or
       end behind it, as at -1, there is no entry.
@@ -52,7 +53,7 @@ def compress(
     NotImplementedError: impl='gpu' for what the kernel can't take.
   """
   _check(kv, gate, bias, at, before)
-  m, L = bias.shape[0], kv.shape[1]
+  bias, m, L = bias.astype(jnp.float32), bias.shape[0], kv.shape[1]
   inside = lambda last: (last >= m - 1) & (last < L)
   there = inside(at)
   at = jnp.where(there, at, -1).astype(jnp.int32)

@@ -61,15 +61,18 @@ class _Blocks(NamedTuple):
     return compat.load(ref, where, self.layout, optimized=False)
 
 
-def _blocks(kv: jax.Array, bias: jax.Array, held: int) -> _Blocks:
+def _blocks(
+  kv: jax.Array, gate: jax.Array, bias: jax.Array, held: int
+) -> _Blocks:
   """Returns how the work is divided, with `held` numbers a thread.
 
   Raises:
     NotImplementedError: a width or dtype that the kernel can't take.
   """
   m, J, C = bias.shape
-  if kv.dtype != jnp.float32:
-    raise NotImplementedError(f'dtype {kv.dtype}, not float32')
+  for dtype in (kv.dtype, gate.dtype):
+    if dtype != jnp.float32:
+      raise NotImplementedError(f'dtype {dtype}, not float32')
   if C % _THREADS:
     raise NotImplementedError(f'width {C}, not a multiple of {_THREADS}')
   # Wide where a whole window fits so; of long ones there are few, and narrow
@@ -127,7 +130,7 @@ def _forward(
   count: int,
 ) -> tuple[jax.Array, ...]:
   """Returns `count` of entries, largest logits and sums, each [B S C]."""
-  how, (B, L, J, C) = _blocks(kv, bias, _HELD), kv.shape
+  how, (B, L, J, C) = _blocks(kv, gate, bias, _HELD), kv.shape
   E = at.size
   outs = compat.kernel(
     functools.partial(_forward_body, how=how),
@@ -157,7 +160,7 @@ def compress_bwd(
   Raises:
     NotImplementedError: a width or dtype that the kernel can't take.
   """
-  how, (B, L, J, C) = _blocks(kv, bias, _HELD_BACK), kv.shape
+  how, (B, L, J, C) = _blocks(kv, gate, bias, _HELD_BACK), kv.shape
   m, N, E = bias.shape[0], B * L, at.size
   lasts = _lasts(at, before, L)
   steps = (m // how.slots) * (C // how.size)

@@ -114,6 +114,14 @@ MUTANTS = (
     'sequences shared by exchange of heads: each device has its own',
   ),
   Mutant(
+    'window_that_begins_before_its_row',
+    'pallas_kernels/compress/__init__.py',
+    'inside = lambda last: (last >= m - 1) & (last < L)',
+    'inside = lambda last: (last >= 0) & (last < L)',
+    (f'{_TESTS}/compress_test.py::windows_beyond_the_row',),
+    'before the first row lie other numbers',
+  ),
+  Mutant(
     'shares_of_another_list_and_the_sink_left_out',
     'pallas_kernels/sparse_mla/reference.py',
     'weights = jnp.exp(scores - log_sum[:, None])',

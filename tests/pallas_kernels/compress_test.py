@@ -126,11 +126,12 @@ class CompressTest(parameterized.TestCase):
       if before[b, s] >= 0:
         used[b, before[b, s] - 3 : before[b, s] + 1, 0] = True
     self.assertFalse(used.all())
-    spoiled = jnp.where(used[..., None], gate, 1e4)
+    spoiled = [jnp.where(used[..., None], a, jnp.nan) for a in (kv, gate)]
     run = operation((at, before))
-    np.testing.assert_array_equal(run(kv, spoiled, bias), run(*floats))
-    _, pull = jax.vjp(run, *floats)
+    np.testing.assert_array_equal(run(*spoiled, bias), run(*floats))
+    _, pull = jax.vjp(run, *spoiled, bias)
     for got in pull(grad)[:2]:
+      self.assertTrue(np.isfinite(got).all())
       self.assertFalse(np.asarray(got)[~used].any())
       self.assertTrue(np.asarray(got)[used].any(axis=-1).all())
 
@@ -177,6 +178,8 @@ class CompressTest(parameterized.TestCase):
     half = [a.astype(jnp.bfloat16) for a in (kv, gate, bias)]
     with self.assertRaisesRegex(NotImplementedError, 'dtype bfloat16, not'):
       compress(*half, at, before, impl='gpu')
+    with self.assertRaisesRegex(NotImplementedError, 'dtype bfloat16, not'):
+      compress(kv, half[1], bias, at, before, impl='gpu')
 
 
 if __name__ == '__main__':

@@ -250,10 +250,10 @@ def check_compress_large():
   kv, gate = rng.normal(size=size), np.round(4 * rng.normal(size=size)) / 4
   gate += 1e4 + np.arange(size[1])[:, None, None]
   bias = np.round(4 * rng.normal(size=(shape.ratio, *size[2:]))) / 4
-  # The last tokens, and the first window, whose entry is taken away.
+  # The last tokens, and the first window, which is taken from both entries.
   kv[:, 80:] = gate[:, 80:] = np.nan
-  kv[:, :20, 1] = gate[:, :20, 1] = np.nan
-  at[0, 0] = -1
+  kv[:, :20] = gate[:, :20] = np.nan
+  at[0, 0] = before[0, 1] = -1
   grad = rng.normal(size=(*at.shape, shape.dim))
   kv, gate, bias, grad = (
     jnp.asarray(a, jnp.float32) for a in (kv, gate, bias, grad)

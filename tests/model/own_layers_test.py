@@ -50,6 +50,66 @@ def _moe(router) -> tuple:
   return nnx.split(cfg.build(16, std=0.5, rngs=nnx.Rngs(0)))
 
 
+@dataclasses.dataclass(frozen=True)
+class CountedConfig(own_window.WindowConfig):
+  """The window of the example, which knows how often it is traced."""
+
+  alike: bool = True
+
+  def build(self, dim, *, std, rngs):
+    made = Counted(self, dim, std=std, rngs=rngs)
+    made.about = None if self.alike else Setting(object())
+    return made
+
+
+@dataclasses.dataclass
+class Setting:
+  """What has no hash, and what each layer has its own of."""
+
+  mark: object
+
+
+class Counted(own_window.Window):
+  calls = 0
+
+  def __call__(self, x, ctx, past=None):
+    Counted.calls += 1
+    return super().__call__(x, ctx, past)
+
+
+class TracedOnceTest(parameterized.TestCase):
+  def traced(self, layout, **fields):
+    """How often attention is traced, and the loss and gradient of the model."""
+    base = own_window.get_config().model
+    base = dataclasses.replace(
+      base,
+      attention=CountedConfig(4, 2, 16, **fields),
+      layout=layout,
+      compute=dataclasses.replace(base.compute, scan=False),
+    )
+    model = ds.build(base)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.arange(12).reshape(2, 6)
+
+    def loss(params):
+      out = model.apply({**variables, 'params': params}, tokens, train=True)
+      return (out.logits**2).sum()
+
+    Counted.calls = 0
+    made = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    return Counted.calls, made
+
+  def test_blocks_that_are_alike_are_traced_once(self):
+    layout = ((('dense', 'moe', 'moe', 'moe'), 1),)
+    calls, made = self.traced(layout)
+    each, plain = self.traced(layout, alike=False)
+    self.assertEqual((calls, each), (2, 4))
+    jax.tree.map(np.testing.assert_array_equal, made, plain)
+
+  def test_so_are_repeats_of_a_pattern_that_is_unrolled(self):
+    self.assertEqual(self.traced(((('dense', 'moe'), 3),))[0], 2)
+
+
 class RouterTest(parameterized.TestCase):
   def test_a_copy_of_ours_has_our_outputs_and_gradients(self):
     x = jax.random.normal(jax.random.key(1), (2, 6, 16))

@@ -1,10 +1,11 @@
 """Chooses the implementation of an operation: a kernel or the XLA reference.
 
 An operation is {implementation name: function}. `impl=None` takes the kernel
-made for the target ('gpu' on Hopper; see `target`) and the reference elsewhere;
-where the kernel can't take the shapes (no kernel takes an empty array) it falls
-back and logs why, once for each reason and shapes. Inside `using` None is one
-of IMPLS; `recorded` lists what was chosen.
+made for the target ('gpu' on Hopper, 'tpu' on a TPU; see `target`) and the
+reference elsewhere; where the kernel can't take the shapes (no kernel takes an
+empty array) it falls back and logs why, once for each reason and shapes. Few
+operations have a kernel for TPUs, so 'tpu' is the reference of the others.
+Inside `using` None is one of IMPLS; `recorded` lists what was chosen.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ import jax
 
 from pallas_kernels import lowering_guard, target
 
-IMPLS = (None, 'reference', 'gpu', 'cudnn')
+IMPLS = (None, 'reference', 'gpu', 'tpu', 'cudnn')
+_MADE_FOR = {'gpu': 'Hopper GPU', 'tpu': 'TPU'}
 _log = logging.getLogger('pallas_kernels')
 _forced = contextvars.ContextVar('pallas_kernels_impl', default=None)
 _library = contextvars.ContextVar('pallas_kernels_library', default='')
@@ -30,7 +32,7 @@ class Choice(NamedTuple):
 
   Attributes:
     op: the operation.
-    impl: 'gpu', 'reference', or another of its own.
+    impl: 'gpu', 'tpu', 'reference', or another of its own.
     reason: why the reference, where nobody asked for it; else ''.
     shapes: of the arrays, as in 'bfloat16[2,8] int32[2]'.
   """
@@ -57,7 +59,9 @@ def using(impl: str | None) -> Iterator[None]:
     ValueError: `impl` is none of IMPLS.
   """
   if impl not in IMPLS:
-    raise ValueError(f"impl={impl!r}; use None, 'reference', 'gpu' or 'cudnn'")
+    raise ValueError(
+      f"impl={impl!r}; use None, 'reference', 'gpu', 'tpu' or 'cudnn'"
+    )
   library = impl if impl == 'cudnn' else ''
   tokens = _forced.set(None if library else impl), _library.set(library)
   try:
@@ -97,6 +101,13 @@ def on_hopper() -> bool:
   return target.current().is_hopper
 
 
+def native() -> str:
+  """Returns the name of the kernels that the target runs: 'gpu', 'tpu' or ''."""
+  if on_hopper():
+    return 'gpu'
+  return 'tpu' if target.current().platform == 'tpu' else ''
+
+
 def shapes_of(args: Any) -> str:
   """Returns the dtypes and shapes of the arrays among the arguments."""
   leaves = jax.tree.leaves(args)
@@ -125,6 +136,24 @@ def _launch(op: str, kernel: Callable, args: tuple) -> Any:
     return kernel(*args)
 
 
+def _forced_launch(op: str, impl: str, kernel: Callable, args: tuple) -> Any:
+  """Returns kernel(*args) of the implementation that was asked for.
+
+  Raises:
+    NotImplementedError: as `_launch`, or the device can't run the kernel.
+  """
+  try:
+    return _launch(op, kernel, args)
+  except ValueError as error:
+    # Pallas names its own mode, not what was asked for.
+    if 'interpret mode' not in str(error):
+      raise
+    raise NotImplementedError(
+      f'{op}: impl={impl!r} needs a {_MADE_FOR.get(impl, "Hopper GPU")}, and the'
+      f" device is {jax.default_backend()}; use None or 'reference'"
+    ) from None
+
+
 def run(
   op: str,
   impl: str | None,
@@ -139,7 +168,7 @@ def run(
     impl: a name forces that implementation; None picks by target and shape.
     implementations: function by name. 'reference' is required and takes
       everything; every other raises NotImplementedError, with the reason, for
-      what it can't take. 'gpu' is the one that None picks on a Hopper GPU.
+      what it can't take. None picks 'gpu' on a Hopper GPU, 'tpu' on a TPU.
     *args: passed on.
     shapes: of what the functions hold themselves, for messages; by default
       those of `args`.
@@ -150,40 +179,31 @@ def run(
   """
   impl, reference = chosen(impl), implementations['reference']
   shapes = shapes_of(args) if shapes is None else shapes
-  if impl is not None and impl not in implementations:
+  if impl is not None and impl not in (*implementations, 'tpu'):
     *names, last = [None, *implementations]
     names = ', '.join(map(repr, names))
     raise ValueError(f'{op}: impl={impl!r}; use {names} or {last!r}')
   if impl == 'reference':
     _note(op, impl, '', shapes)
     return reference(*args)
-  if impl is not None:
-    try:
-      out = _launch(op, implementations[impl], args)
-    except ValueError as error:
-      # Pallas names its own mode, not what was asked for.
-      if 'interpret mode' not in str(error):
-        raise
-      raise NotImplementedError(
-        f'{op}: impl={impl!r} needs a Hopper GPU, and the device is'
-        f" {jax.default_backend()}; use None or 'reference'"
-      ) from None
+  if impl in implementations:
+    out = _forced_launch(op, impl, implementations[impl], args)
     _note(op, impl, '', shapes)
     return out
-  reason, level = None, logging.INFO
-  if not on_hopper():
+  kernel, level = impl or native(), logging.INFO
+  if not kernel:
     reason = f'the target, {target.current()}, is not a Hopper GPU'
-  elif 'gpu' not in implementations:
-    reason = 'there is no kernel for Hopper GPUs'
-  if not reason:
+  elif kernel not in implementations:
+    reason = f'there is no kernel for {_MADE_FOR[kernel]}s'
+  else:
     try:
-      out = _launch(op, implementations['gpu'], args)
+      out = _launch(op, implementations[kernel], args)
     except NotImplementedError as error:
       reason, level = str(error), logging.WARNING
     else:
       # What holds its arrays itself has called an operation, which is noted.
       if args:
-        _note(op, 'gpu', '', shapes)
+        _note(op, kernel, '', shapes)
       return out
   what = f' (for {shapes})' if level == logging.WARNING and shapes else ''
   say_once(level, op, f'reference in use: {reason}{what}')

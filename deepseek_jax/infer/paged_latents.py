@@ -68,8 +68,9 @@ def wanted(compute: ComputeConfig, store: Any, paging: Any) -> bool:
     store: what is cached; paging: how.
   """
   impl = compute.kernels
-  picks = impl not in ('reference', 'gpu')
-  if not paging.latents or (picks and not dispatch.on_hopper()):
+  if impl in (None, 'cudnn'):
+    impl = dispatch.native()
+  if not paging.latents or not impl:
     return False
   if sharding.to_shard():
     reason = 'a mesh of several devices'
@@ -81,7 +82,9 @@ def wanted(compute: ComputeConfig, store: Any, paging: Any) -> bool:
     own = [pool for i, pool in zip(paged, pools) if i in paging.latents]
     # The first layer's: latents, rotary keys and, in float8, scales.
     held = FP8Latent if compute.cache == 'float8' else Latent
-    reason = mla_decode.refused(compute.products, *own[: len(held._fields)])
+    reason = mla_decode.refused(
+      impl, compute.products, *own[: len(held._fields)]
+    )
   if reason:
     text = f'each call of decoding gathers its pages: {reason}'
     dispatch.say_once(logging.WARNING, 'mla_decode', text)

@@ -1,13 +1,14 @@
 """Picks the code that computes an idea: XLA's of its layer, or a kernel.
 
-`compute.kernels` forces the kernels ('gpu') or their references; None takes a
-kernel on a Hopper GPU, wherever it supports the shapes, and the layer's own
-code for the rest, with reason and shapes logged once; 'cudnn' does, too, and
-puts that library before a kernel. On a mesh a kernel runs on every device for
+`compute.kernels` forces the kernels ('gpu', 'tpu') or their references; None
+takes a kernel on a Hopper GPU or a TPU, wherever there is one that supports the
+shapes, and the layer's own code for the rest, with reason and shapes logged
+once; 'cudnn' does, too, and puts that library before a kernel. On a mesh a kernel runs on every device for
 its shard: the partitioner can't look into one.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,7 @@ def using(impl: str | None, dtype: str = 'bfloat16') -> Iterator[None]:
   Says once that kernels of tensor cores don't compute in float32.
 
   Args:
-    impl: None, 'reference', 'gpu' or 'cudnn'.
+    impl: None, 'reference', 'gpu', 'tpu' or 'cudnn'.
     dtype: of the model's products.
   """
   device = target.current()
@@ -51,41 +52,54 @@ def pick(
   args: tuple,
   axes: tuple[Axes, ...],
   out: Any,
+  *,
+  devices: tuple[str, ...] = ('gpu',),
 ) -> Any:
   """Returns kernel(impl, *args), where it is wanted and possible, or own().
 
   Args:
     op: name of the operation, for messages.
-    kernel: ('reference' or 'gpu', *args) -> result; raises NotImplementedError
-      for what it can't take. On a mesh it gets the shards of one device.
+    kernel: ('reference' or one of `devices`, *args) -> result; raises
+      NotImplementedError for what it can't take. On a mesh it gets the shards
+      of one device.
     own: the layer's own code, on whole arrays.
     args: trees of arrays.
     axes: for each of args the logical names of its arrays' first axes that a
       mesh may shard; what has none is on all devices.
     out: the same for the tree that kernel returns.
+    devices: that it has a kernel for: 'gpu', 'tpu'.
   """
   run = kernel
   if sharding.to_shard():
     run = lambda impl, *args: _on_shards(kernel, impl, args, axes, out)
-  return pick_local(op, lambda impl: run(impl, *args), own, args)
+  one = lambda impl: run(impl, *args)
+  return pick_local(op, one, own, args, devices=devices)
 
 
 def pick_local(
-  op: str, kernel: Callable, own: Callable, args: tuple = ()
+  op: str,
+  kernel: Callable,
+  own: Callable,
+  args: tuple = (),
+  *,
+  devices: tuple[str, ...] = ('gpu',),
 ) -> Any:
   """Returns what `pick` does, for arrays of one device, as inside shard_map.
 
   Args:
     op: name of the operation, for messages.
-    kernel: 'reference' or 'gpu' -> result; raises NotImplementedError.
+    kernel: 'reference' or one of `devices` -> result; raises
+      NotImplementedError.
     own: the layer's own code.
     args: whose shapes messages tell.
+    devices: that it has a kernel for: 'gpu', 'tpu'.
   """
   impl = dispatch.chosen(None)
-  if impl is not None:
+  if impl in ('reference', 'gpu', *devices):
     return kernel(impl)
   # Without a kernel for the device, dispatch takes the layer's own code.
-  functions = {'reference': own, 'gpu': lambda: kernel('gpu')}
+  functions = {name: functools.partial(kernel, name) for name in devices}
+  functions['reference'] = own
   return dispatch.run(op, None, functions, shapes=dispatch.shapes_of(args))
 
 

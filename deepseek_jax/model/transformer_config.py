@@ -66,9 +66,10 @@ class ComputeConfig:
     remat: what the backward pass recomputes: nothing, all but matmul
       outputs, or whole layers.
     kernels: None takes kernels where the device has them, and the layers' own
-      code elsewhere; 'gpu' and 'reference' force them or what they are
-      checked against; 'cudnn' is None with cuDNN for causal attention of rows
-      that are not packed.
+      code elsewhere; 'gpu', 'tpu' and 'reference' force them or what they are
+      checked against, and 'tpu' leaves what has no kernel for TPUs to XLA;
+      'cudnn' is None with cuDNN for causal attention of rows that are not
+      packed.
     xla: XLA's options for training steps, held-out losses and prefill, as
       pairs (('name', 'value'),); None takes those known to gain on the CPU at
       hand (parallel/processor.py). A run chooses once, as for dtype. They
@@ -82,7 +83,7 @@ class ComputeConfig:
   dtype: Literal['float32', 'bfloat16'] | None = 'float32'
   scan: bool = True
   remat: Literal['none', 'dots', 'full'] = 'none'
-  kernels: Literal['reference', 'gpu', 'cudnn'] | None = None
+  kernels: Literal['reference', 'gpu', 'tpu', 'cudnn'] | None = None
   xla: tuple | None = None
   cache: Literal['compute', 'float8'] = 'compute'
 
@@ -96,10 +97,10 @@ class ComputeConfig:
         f'compute.xla = {self.xla!r}: write pairs of texts,'
         " (('name', 'value'),)"
       )
-    if self.kernels not in (None, 'reference', 'gpu', 'cudnn'):
+    if self.kernels not in (None, 'reference', 'gpu', 'tpu', 'cudnn'):
       raise InputError(
-        f"compute.kernels = {self.kernels!r}: use None, 'reference', 'gpu' or"
-        " 'cudnn'"
+        f"compute.kernels = {self.kernels!r}: use None, 'reference', 'gpu',"
+        " 'tpu' or 'cudnn'"
       )
     if self.cache not in ('compute', 'float8'):
       raise InputError(

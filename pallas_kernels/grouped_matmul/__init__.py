@@ -6,6 +6,7 @@ Legend: M rows, E experts, D width in, F width out.
 """
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -26,14 +27,13 @@ __all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 def _run(name: str, impl: str | None, *args: Any) -> jax.Array:
   """Runs the kernel or the reference function of that name."""
 
-  def gpu(*args: Any) -> jax.Array:
-    from pallas_kernels.grouped_matmul import gpu
+  def kernel(device: str, *args: Any) -> jax.Array:
+    module = importlib.import_module(f'{__name__}.{device}')
+    return getattr(module, name)(*args)
 
-    return getattr(gpu, name)(*args)
-
-  op = f'grouped_matmul.{name}'
-  functions = {'reference': getattr(reference, name), 'gpu': gpu}
-  return dispatch.run(op, impl, functions, *args)
+  functions = {'reference': getattr(reference, name)}
+  functions |= {d: functools.partial(kernel, d) for d in ('gpu', 'tpu')}
+  return dispatch.run(f'grouped_matmul.{name}', impl, functions, *args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -250,8 +250,9 @@ def grouped_matmul(
       No 128 numbers of the rows count as smaller than ACTIVATION_FLOOR;
       gradients and weights have no floor, so the error of a gradient does not
       depend on the scale of the loss.
-    impl: None, 'reference' or 'gpu' (bfloat16, blocks of 64 * n rows, with
-      float8 of 128 * n for the gradient, D and F multiples of 128).
+    impl: None, 'reference', 'gpu' (bfloat16, blocks of 64 * n rows, with
+      float8 of 128 * n for the gradient, D and F multiples of 128) or 'tpu'
+      (bfloat16 or float32, blocks of 16 * n rows; float8 is the reference's).
 
   Returns:
     [M F] of rows.dtype, accumulated in float32. Differentiable in rows and
@@ -259,7 +260,7 @@ def grouped_matmul(
 
   Raises:
     ValueError: shapes that don't fit each other.
-    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+    NotImplementedError: impl='gpu' or 'tpu' for what the kernel can't take.
   """
   inner = weights.shape[2 if transpose else 1]
   if inner != rows.shape[1]:

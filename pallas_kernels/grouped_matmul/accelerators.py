@@ -19,12 +19,17 @@ def _blocks(x: jax.Array, block_expert: jax.Array) -> jax.Array:
   return x.reshape(block_expert.shape[0], -1, x.shape[1])
 
 
-def _in_use(
+def in_use(
   out: jax.Array, block_expert: jax.Array, used: jax.Array
 ) -> jax.Array:
   """Returns out [M F] with zeros in what is not used, whatever weights are."""
   block = out.shape[0] // block_expert.shape[0]
   return jnp.where((jnp.arange(out.shape[0]) < used * block)[:, None], out, 0)
+
+
+def in_order(block_expert: jax.Array) -> jax.Array:
+  """Returns whether the blocks lie in the order of the experts, as planned."""
+  return (block_expert[1:] >= block_expert[:-1]).all()
 
 
 def by_blocks(
@@ -44,7 +49,7 @@ def by_blocks(
     return jnp.einsum(form, x, w, **_F32).astype(rows.dtype)
 
   out = lax.map(one, (_blocks(rows, block_expert), block_expert))
-  return _in_use(out.reshape(rows.shape[0], -1), block_expert, used)
+  return in_use(out.reshape(rows.shape[0], -1), block_expert, used)
 
 
 def ragged(
@@ -67,14 +72,13 @@ def ragged(
     sizes = jnp.bincount(expert, length=E) * block
     right = weights.swapaxes(1, 2) if transpose else weights
     out = lax.ragged_dot(rows, right, sizes.astype(jnp.int32), **_F32)
-    return _in_use(out.astype(rows.dtype), expert, used)
+    return in_use(out.astype(rows.dtype), expert, used)
 
   def blocks(*args: jax.Array) -> jax.Array:
     return by_blocks(*args, transpose=transpose)
 
-  in_order = (block_expert[1:] >= block_expert[:-1]).all()
   args = (rows, weights, block_expert, used)
-  return lax.cond(in_order, product, blocks, *args)
+  return lax.cond(in_order(block_expert), product, blocks, *args)
 
 
 def outer_by_blocks(

@@ -49,16 +49,18 @@ def mla_decode(
       of 128 numbers of a latent; or None.
     splits: parts that a request's tokens are split into on the GPU, merged at
       the end; None picks enough to fill the device.
-    impl: None, 'reference' or 'gpu' (bfloat16, c maybe float8_e4m3fn, C=512,
+    impl: None, 'reference', 'gpu' (bfloat16, c maybe float8_e4m3fn, C=512,
       R=64, G a multiple of 64; partial sums of several splits are rounded to
-      bfloat16 once, and so is a float8 latent times its scale; scale > 0).
+      bfloat16 once, and so is a float8 latent times its scale; scale > 0) or
+      'tpu' (all bfloat16 or all float32, G a multiple of 16; weights are
+      rounded to that dtype before they are summed over).
 
   Returns:
     [B T H C] of q_c.dtype. Scores, softmax and sums are float32.
 
   Raises:
     ValueError: shapes that don't fit each other.
-    NotImplementedError: impl='gpu' for a shape that the kernel can't take.
+    NotImplementedError: impl='gpu' or 'tpu' for what the kernel can't take.
   """
   _check(q_c, q_r, c, k_r, table, lengths, scales)
 
@@ -67,15 +69,21 @@ def mla_decode(
 
     return gpu.mla_decode(*args, splits)
 
+  def tpu(*args: Any) -> jax.Array:
+    from pallas_kernels.mla_decode import tpu
+
+    return tpu.mla_decode(*args)
+
   # Nothing is read behind the table, nor from a page that does not exist.
   lengths = jnp.clip(lengths, 0, table.shape[1] * c.shape[1])
   table = jnp.clip(table, 0, c.shape[0] - 1)
   args = (q_c, q_r, c, k_r, table, lengths, scale, scales)
-  functions = {'reference': reference.mla_decode, 'gpu': gpu}
+  functions = {'reference': reference.mla_decode, 'gpu': gpu, 'tpu': tpu}
   return dispatch.run('mla_decode', impl, functions, *args)
 
 
 def refused(
+  impl: str,
   queries: jax.typing.DTypeLike,
   c: jax.Array,
   k_r: jax.Array,
@@ -84,15 +92,17 @@ def refused(
   """Returns why the kernel can't take pages, or ''.
 
   Args:
+    impl: 'gpu' or 'tpu'.
     queries: their dtype.
     c: [... P G C] latents.
     k_r: [... P G R] rotary keys.
     scales: [... P G C/128] where c is float8.
   """
-  from pallas_kernels.mla_decode import gpu
+  from pallas_kernels.mla_decode import gpu, tpu
 
+  kernel = {'gpu': gpu, 'tpu': tpu}[impl]
   try:
-    gpu.check_pages(jnp.dtype(queries), c, k_r, scales)
+    kernel.check_pages(jnp.dtype(queries), c, k_r, scales)
   except NotImplementedError as error:
     return str(error)
   return ''

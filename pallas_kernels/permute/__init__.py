@@ -51,7 +51,7 @@ def plan(
       'their product must stay under 2**31; split the batch'
     )
   if block is None:
-    kernel = dispatch.chosen(None) == 'gpu'
+    kernel = dispatch.chosen(None) in ('gpu', 'tpu')
     wide = kernel or target.current().platform != 'cpu'
     block = reference.pick_block(experts.size, num_experts, wide)
   return reference.plan(experts, num_experts, block)

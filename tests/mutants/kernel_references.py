@@ -92,7 +92,7 @@ MUTANTS = (
   Mutant(
     'kernel_lowered_for_any_platform',
     'pallas_kernels/lowering_guard.py',
-    "wrong = [p for p in platforms if p != 'cuda']",
+    'wrong = [p for p in platforms if p != platform]',
     'wrong = []',
     (f'{_TESTS}/target_test.py::another_platform_is_one_clear_line',),
     "ROCm got NVIDIA's code, a TPU an empty assertion",

@@ -342,6 +342,7 @@ class MLA(nnx.Module):
       (qn, qr, past.pages, past.table, length, count, *self.ups()),
       (heads, heads, (), row, row, row, (None, 'heads'), (None, 'heads')),
       heads,
+      devices=('gpu', 'tpu'),
     )
 
   def decoded_pages(
@@ -418,6 +419,7 @@ class MLA(nnx.Module):
         (qn, qr, past, ctx.positions, *self.ups()),
         (heads, heads, row, row, (None, 'heads'), (None, 'heads')),
         heads,
+        devices=('gpu', 'tpu'),
       )
     # Many new tokens: expanding the cached keys costs less.
     q = jnp.concatenate([qn, qr], axis=-1)

@@ -102,7 +102,7 @@ def on_hopper() -> bool:
 
 
 def native() -> str:
-  """Returns the name of the kernels that the target runs: 'gpu', 'tpu' or ''."""
+  """Returns the kernels that the target runs: 'gpu', 'tpu' or ''."""
   if on_hopper():
     return 'gpu'
   return 'tpu' if target.current().platform == 'tpu' else ''
@@ -148,9 +148,10 @@ def _forced_launch(op: str, impl: str, kernel: Callable, args: tuple) -> Any:
     # Pallas names its own mode, not what was asked for.
     if 'interpret mode' not in str(error):
       raise
+    needed = _MADE_FOR['tpu' if impl == 'tpu' else 'gpu']
     raise NotImplementedError(
-      f'{op}: impl={impl!r} needs a {_MADE_FOR.get(impl, "Hopper GPU")}, and the'
-      f" device is {jax.default_backend()}; use None or 'reference'"
+      f'{op}: impl={impl!r} needs a {needed}, and the device is'
+      f" {jax.default_backend()}; use None or 'reference'"
     ) from None
 
 

@@ -31,9 +31,9 @@ def _lower(ctx: Any, x: Any, *, op: str, platform: str) -> list:
   if wrong:
     raise ValueError(
       f'{op}: its kernel is made for {_DEVICES[platform]}, but the program is'
-      f' lowered for {wrong[0]}; take None (compute.kernels of a model) with that'
-      " target (pallas_kernels.target.targeting), or impl='reference', which"
-      ' scores all keys at once'
+      f' lowered for {wrong[0]}; take None (compute.kernels of a model) with'
+      ' that target (pallas_kernels.target.targeting), or'
+      " impl='reference', which scores all keys at once"
     )
   return [x]
 

@@ -64,6 +64,7 @@ SHARED_FILES = {
   'config': 'the configurations of its own package, or the trees themselves',
   # Every kernel is a folder of these files, named by the kernel.
   'gpu': "a kernel's code for GPUs",
+  'tpu': "a kernel's code for TPUs",
   'reference': 'what a kernel is checked against',
   'shapes': 'what a kernel is tested and timed with',
   'fp8': "a kernel's FP8 variant, and hf's FP8 weights",

@@ -3,8 +3,8 @@
 `compute.kernels` forces the kernels ('gpu', 'tpu') or their references; None
 takes a kernel on a Hopper GPU or a TPU, wherever there is one that supports the
 shapes, and the layer's own code for the rest, with reason and shapes logged
-once; 'cudnn' does, too, and puts that library before a kernel. On a mesh a kernel runs on every device for
-its shard: the partitioner can't look into one.
+once; 'cudnn' does, too, and puts that library before a kernel. On a mesh a
+kernel runs on every device for its shard: the partitioner can't look into one.
 """
 
 import contextlib

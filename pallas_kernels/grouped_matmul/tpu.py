@@ -100,9 +100,9 @@ def outer(
 
 def _check(operands: tuple[jax.Array, ...], block_expert: jax.Array) -> int:
   """Returns rows per block; raises NotImplementedError for others."""
-  dtypes = {jnp.dtype(a.dtype) for a in operands}
-  if len(dtypes) > 1 or not dtypes <= {*map(jnp.dtype, ('bfloat16', 'float32'))}:
-    names = ', '.join(str(a.dtype) for a in operands)
+  dtypes = {str(a.dtype) for a in operands}
+  if dtypes not in ({'bfloat16'}, {'float32'}):
+    names = ' and '.join(str(a.dtype) for a in operands)
     raise NotImplementedError(f'{names}, not both bfloat16 or both float32')
   block = operands[0].shape[0] // block_expert.shape[0]
   if block % 16:

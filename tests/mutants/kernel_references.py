@@ -10,8 +10,8 @@ MUTANTS = (
   Mutant(
     'forced_kernel_falls_back_in_silence',
     'pallas_kernels/dispatch.py',
-    '  if impl is not None:\n',
-    "  if impl not in (None, 'gpu'):\n",
+    '  if impl in implementations:\n',
+    "  if impl in implementations and impl != 'gpu':\n",
     (f'{_TESTS}/dispatch_test.py::a_forced_choice_is_kept',),
     'a forced implementation is never swapped for another',
     fast=True,

@@ -13,8 +13,8 @@ of its run: on the run's mesh where it has one, by its rules and its exchange.
 Nothing is allocated, and nothing compiled but by --compile: it has XLA
 partition the training step for a mesh of that many fake devices, whatever the
 run's own sizes, and shows what each would hold and send. --kernels lists which
-operations run as kernels on the cluster's GPUs, and why others do not; it takes
-the mesh of --compile where that is given, else the plan's.
+operations run as kernels on the cluster's GPUs or TPUs, and why others do not;
+it takes the mesh of --compile where that is given, else the plan's.
 """
 
 import dataclasses
@@ -168,7 +168,7 @@ def kernels(
     asked: the program of --compile, or None.
     config: what was planned.
   """
-  gpu = kernel_choices.capability(made.cluster.accelerator.name)
+  device = kernel_choices.capability(made.cluster.accelerator.name)
   if asked is None:
     grid, sizes = made.recipe.mesh, {}
     for axis in AXES:
@@ -177,7 +177,7 @@ def kernels(
     text = ','.join(f'{a}={getattr(mesh, a)}' for a in AXES if a != 'stage')
     asked = program(made, text, config)
     compiled.check(asked)
-  return asked, kernel_choices.kernel_choices(asked, gpu)
+  return asked, kernel_choices.kernel_choices(asked, device)
 
 
 def timeline(made: plan.Report) -> SimulatedStep:

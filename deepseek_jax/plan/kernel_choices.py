@@ -1,8 +1,8 @@
-"""Lists which operations of a model run as kernels on a GPU, or why not.
+"""Lists which operations of a model run as kernels, or why not.
 
 Traces a training step, prefill and one step of decoding on a mesh of fake
-devices for a named GPU, and for one device the engine's loop of decoding:
-nothing is compiled or allocated, and no GPU is needed.
+devices for a named GPU or TPU, and for one device the engine's loop of
+decoding: nothing is compiled or allocated, and none of them is needed.
 `python -m deepseek_jax.plan.kernel_choices` reads a question as JSON, in a
 process of its own, as compiled does.
 """
@@ -47,7 +47,7 @@ class Chosen:
   Attributes:
     phase: one of PHASES.
     op: the operation.
-    impl: 'gpu' for a kernel, 'reference' for XLA's code.
+    impl: 'gpu' or 'tpu' for a kernel, 'reference' for XLA's code.
     reason: why no kernel, or ''.
     shapes: of the arrays of one device; where there is no kernel those of all.
     times: how often it is called; a scanned layer counts once.
@@ -62,16 +62,18 @@ class Chosen:
 
 
 def capability(accelerator: str) -> str:
-  """Returns the compute capability of an accelerator such as 'h100'.
+  """Returns the compute capability of a GPU such as 'h100'; 'tpu' of a TPU.
 
   Raises:
     InputError: its name tells none.
   """
+  if re.match(r'v\d', accelerator):
+    return 'tpu'
   known = re.match(r'g?([ahb])\d', accelerator)
   if not known:
     raise InputError(
       f'--cluster={accelerator}: its compute capability is not known; kernels'
-      ' are listed for a100, h100 or b200 and their like'
+      ' are listed for a100, h100, b200, v5p and their like'
     )
   return _CAPABILITIES[known[1]]
 
@@ -135,15 +137,16 @@ def _trace_engine(model: Model, variables: dict, context: int) -> None:
   jax.eval_shape(plain(model, shape).decode, *args)
 
 
-def list_here(program: Program, gpu: str) -> list[Chosen]:
+def list_here(program: Program, device: str) -> list[Chosen]:
   """Traces in this process, which must see all devices of the mesh.
 
   Args:
     program: model, mesh and sizes.
-    gpu: compute capability, as '9.0'.
+    device: compute capability of a GPU, as '9.0', or 'tpu'.
   """
   chosen = []
-  with target.targeting('cuda', gpu):
+  named = ('tpu',) if device == 'tpu' else ('cuda', device)
+  with target.targeting(*named):
     phases = _phases(program)
     while True:
       with dispatch.recorded() as found:
@@ -154,14 +157,17 @@ def list_here(program: Program, gpu: str) -> list[Chosen]:
         chosen.append(Chosen(phase, *choice, times))
 
 
-def kernel_choices(program: Program, gpu: str) -> list[Chosen]:
+def kernel_choices(program: Program, device: str) -> list[Chosen]:
   """Lists in a process of its own with as many fake devices as needed.
+
+  Args:
+    program, device: as in `list_here`.
 
   Raises:
     InputError: model and mesh do not fit.
     RuntimeError: the process failed; with its last lines.
   """
-  asked = {'program': to_dict(program), 'gpu': gpu}
+  asked = {'program': to_dict(program), 'device': device}
   done = compiled.run(
     ['-m', 'deepseek_jax.plan.kernel_choices'],
     program.mesh.devices,
@@ -177,13 +183,14 @@ def kernel_choices(program: Program, gpu: str) -> list[Chosen]:
 
 def kernels_of(chosen: list[Chosen], phase: str) -> list[str]:
   """Returns the names of the operations that run as kernels in a phase."""
-  return sorted({c.op for c in chosen if c.phase == phase and c.impl == 'gpu'})
+  kernels = [c for c in chosen if c.impl in ('gpu', 'tpu')]
+  return sorted({c.op for c in kernels if c.phase == phase})
 
 
 if __name__ == '__main__':
   _asked = json.load(sys.stdin)
   try:
-    _made = list_here(from_dict(Program, _asked['program']), _asked['gpu'])
+    _made = list_here(from_dict(Program, _asked['program']), _asked['device'])
   except InputError as _error:  # what only tracing finds
     print(' '.join(str(_error).split()))
     sys.exit(InputError.status)

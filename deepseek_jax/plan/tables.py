@@ -220,7 +220,7 @@ def render_kernels(name: str, program: Program, chosen: list[Chosen]) -> Group:
   for column in ('phase', 'operation', 'runs as', 'calls', 'arrays'):
     table.add_column(column, justify='right' if column == 'calls' else 'left')
   for c in chosen:
-    how = {'gpu': 'kernel', 'cudnn': 'cuDNN'}.get(c.impl)
+    how = {'gpu': 'kernel', 'tpu': 'kernel', 'cudnn': 'cuDNN'}.get(c.impl)
     how = how or f'XLA: {c.reason or "asked for"}'
     table.add_row(c.phase, c.op, how, str(c.times), c.shapes)
   without = sorted({c.op for c in chosen if c.impl == 'reference'})

@@ -64,9 +64,15 @@ def answers(config, variables, impl, drafts=0, spoil=False):
 
 
 def traced(
-  drafts, rows=4, page=64, dtype='bfloat16', latent=LATENT, cache='compute'
+  drafts,
+  rows=4,
+  page=64,
+  dtype='bfloat16',
+  latent=LATENT,
+  cache='compute',
+  device=('cuda', '9.0'),
 ):
-  """The choices of the loop of decoding for a Hopper GPU."""
+  """The choices of the loop of decoding, by default for a Hopper GPU."""
   config = ds.TransformerConfig(
     vocab_size=64,
     dim=256,
@@ -90,7 +96,7 @@ def traced(
   )
   decode = plain(model, Shape(paged, 2, rows, False)).decode
   dispatch.say_once.cache_clear()
-  with target.targeting('cuda', '9.0'), dispatch.recorded() as choices:
+  with target.targeting(*device), dispatch.recorded() as choices:
     jax.eval_shape(decode, *given)
   return choices
 
@@ -134,6 +140,20 @@ class TracedTest(parameterized.TestCase):
     stored = [c for c in choices if c.op == 'latent_kv']
     self.assertTrue(any('bfloat16[13,64,512]' in c.shapes for c in stored))
     self.assertEqual({c.impl for c in choices}, {'gpu'})
+
+  @parameterized.parameters(
+    ({}, 'tpu', '[13,64,512] bfloat16[13,64,64] int32[4,3]'),
+    ({'page': 16, 'dtype': 'float32'}, 'tpu', 'float32[13,16,64] int32[4,3]'),
+    ({'page': 8}, 'reference', 'bfloat16[4,24,64]'),
+    ({'cache': 'float8'}, 'reference', 'bfloat16[4,192,64]'),
+  )
+  def test_on_a_tpu_pages_that_its_kernel_takes_go_to_it(
+    self, how, impl, shapes
+  ):
+    choices = traced(1, **how, device=('tpu',))
+    decoded = [c for c in choices if c.op == 'mla_decode']
+    self.assertEqual({c.impl for c in decoded}, {impl})
+    self.assertTrue(any(shapes in c.shapes for c in decoded), decoded)
 
   def test_pages_in_float8_go_to_the_kernel_with_their_scales(self):
     choices = traced(1, cache='float8')

@@ -23,7 +23,7 @@ from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer_config import ComputeConfig
-from pallas_kernels import compat, dispatch, target
+from pallas_kernels import compat, dispatch, target, tpu_calls
 from tests import tiny
 
 OPS = ('mla_prefill', 'router', 'grouped_swiglu')
@@ -145,6 +145,22 @@ class KernelsTest(absltest.TestCase):
     # Both round every layer's result to bfloat16, at different places.
     self.assertLess(tiny.relative(got, run(None)), 2e-2)
 
+  def test_decoding_by_the_kernel_for_tpus_in_the_interpreter(self):
+    variables, tokens = tiny.draw(ds.build(CONFIG)), tiny.tokens(2, 11)
+    logits = {}
+    for impl in (None, 'tpu'):
+      model = with_kernels(impl)
+      step = jax.jit(
+        lambda t, c, model=model: model.apply(variables, t, cache=c)
+      )
+      with tpu_calls.interpreted(), dispatch.recorded() as found:
+        out = step(tokens[:, :10], model.init_cache(2, 16))
+        steps = [out.logits[:, -1]]
+        steps.append(step(tokens[:, 10:], out.cache).logits[:, -1])
+        logits[impl] = np.stack(steps)
+    self.assertIn(('mla_decode', 'tpu'), [(c.op, c.impl) for c in found])
+    self.assertLess(tiny.relative(logits['tpu'], logits[None]), 1e-5)
+
   def test_what_a_kernel_cannot_take_goes_to_the_own_code_with_its_shapes(self):
     dispatch.say_once.cache_clear()
 
@@ -164,6 +180,24 @@ class KernelsTest(absltest.TestCase):
       self.assertIn(said, logs.output[0])
       with kernels.using('gpu'), self.assertRaisesRegex(Exception, 'odd'):
         pick(odd)
+
+  def test_a_layer_says_which_devices_its_kernel_is_for(self):
+    dispatch.say_once.cache_clear()
+
+    def pick(*devices):
+      return kernels.pick(
+        'op', lambda impl: impl, lambda: 'own', (), (), (), devices=devices
+      )
+
+    with target.targeting('tpu'):
+      self.assertEqual(pick('gpu', 'tpu'), 'tpu')
+      self.assertEqual(pick('gpu'), 'own')
+    # Forced, what has none is the layer's own code.
+    with kernels.using('tpu'):
+      self.assertEqual(pick('gpu', 'tpu'), 'tpu')
+      self.assertEqual(pick('gpu'), 'own')
+    with kernels.using('reference'):
+      self.assertEqual(pick('gpu'), 'reference')
 
   def test_float32_on_a_gpu_is_said_once(self):
     dispatch.say_once.cache_clear()

@@ -14,6 +14,7 @@ from tests import tiny
 from tests.model.kernels_mesh_worker import config
 
 KERNEL = 'mosaic_gpu_v2'
+TPU_KERNEL = 'tpu_custom_call'
 B, T = 2, 256
 
 
@@ -75,6 +76,24 @@ class PlatformsTest(parameterized.TestCase):
     self.assertIn(KERNEL, text(program, 'cuda'))
     with self.assertRaisesRegex(ValueError, 'lowered for tpu'):
       text(program, 'tpu')
+
+  @parameterized.parameters(
+    # Decoding's own, and the gradients of experts by megablox.
+    ('train', {'gmm': 2, 'tgmm': 2}),
+    ('prefill', {}),
+    ('decode', {'mla_decode': 1}),
+  )
+  def test_a_tpu_gets_its_own_kernels(self, phase, want):
+    with target.targeting('tpu'):
+      program = traced(ds.build(config('v3')), phase)
+    made = text(program, 'tpu')
+    self.assertEqual(made.count(TPU_KERNEL), sum(want.values()))
+    self.assertIn('ragged_dot', made)
+    for name in want:
+      self.assertIn(name, made)
+    if want:
+      with self.assertRaisesRegex(ValueError, 'for TPUs, .* lowered for cuda'):
+        text(program, 'cuda')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, target
 
 
 def refuse(x):
@@ -91,6 +91,50 @@ class DispatchTest(absltest.TestCase):
       self.assertRaisesRegex(ValueError, "impl='gpu'; use None or 'reference'"),
     ):
       dispatch.run('op', None, {'reference': double}, 3)
+
+  def test_on_a_tpu_its_kernel_runs_or_the_reference_says_why(self):
+    functions = {'reference': double, 'gpu': refuse, 'tpu': lambda x: 3 * x}
+    refusing = {'reference': double, 'tpu': refuse}
+    with (
+      target.targeting('tpu'),
+      self.assertLogs('pallas_kernels', logging.INFO) as logs,
+    ):
+      self.assertEqual(dispatch.run('op', None, functions, 3), 9)
+      for _ in range(2):
+        self.assertEqual(dispatch.run('none', None, REFUSING, 3), 6)
+        self.assertEqual(dispatch.run('odd', None, refusing, 3), 6)
+      self.assertEqual(dispatch.run('op', 'reference', functions, 3), 6)
+      with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
+        dispatch.run('op', 'gpu', functions, 3)
+    self.assertEqual(
+      logs.output,
+      [
+        'INFO:pallas_kernels:none: reference in use: there is no kernel for'
+        ' TPUs',
+        'WARNING:pallas_kernels:odd: reference in use: x=3 is odd',
+      ],
+    )
+    # Elsewhere it isn't picked.
+    functions['gpu'] = lambda x: 4 * x
+    for name, want in (('cpu', 6), ('rocm', 6)):
+      with target.targeting(name):
+        self.assertEqual(dispatch.run('op', None, functions, 3), want)
+    with target.targeting('cuda', '9.0'):
+      self.assertEqual(dispatch.run('op', None, functions, 3), 12)
+
+  def test_tpu_is_forced_where_there_is_such_a_kernel(self):
+    functions = {'reference': refuse, 'tpu': double}
+    with dispatch.using('tpu'), dispatch.recorded() as found:
+      self.assertEqual(dispatch.run('op', None, functions, 3), 6)
+      with self.assertRaisesRegex(NotImplementedError, 'x=3 is odd'):
+        dispatch.run('op', None, {'reference': double, 'tpu': refuse}, 3)
+      # Few operations have one.
+      self.assertEqual(dispatch.run('none', None, REFUSING, 3), 6)
+    reason = 'there is no kernel for TPUs'
+    self.assertEqual(
+      [(c.op, c.impl, c.reason) for c in found],
+      [('op', 'tpu', ''), ('none', 'reference', reason)],
+    )
 
   def test_no_kernel_gets_an_empty_array(self):
     empty = np.zeros(0)

@@ -111,6 +111,13 @@ class TargetTest(parameterized.TestCase):
     with target.targeting(name, capability):
       self.assertEqual(picked(), want)
 
+  def test_kernels_for_tpus_are_for_tpus_alone(self):
+    functions = {name: lambda name=name: name for name in ('reference', 'tpu')}
+    for name in ('cpu', 'rocm', 'tpu', 'cuda'):
+      with target.targeting(name, '9.0' if name == 'cuda' else ''):
+        got = dispatch.run('op', None, functions)
+        self.assertEqual(got, 'tpu' if name == 'tpu' else 'reference')
+
   def test_a_target_that_is_none_is_named(self):
     for platform, capability, message in (
       ('gpu', '9.0', "platform='gpu'; use 'cpu', 'cuda', 'rocm' or 'tpu'"),

@@ -12,19 +12,24 @@ from deepseek_jax.plan import compiled, kernel_choices, tables
 from deepseek_jax.plan.compiled import Program
 from deepseek_jax.plan.kernel_choices import Chosen
 from tests import tiny
+from tests.model.kernels_mesh_worker import config
 from tests.plan.report_test import TINY, launch
 
 
 class KernelChoicesTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('a100', '8.0'), ('h100', '9.0'), ('h800', '9.0'), ('gb200', '10.0')
+    ('a100', '8.0'),
+    ('h100', '9.0'),
+    ('h800', '9.0'),
+    ('gb200', '10.0'),
+    ('v5p', 'tpu'),
   )
   def test_an_accelerator_has_a_capability(self, name, want):
     self.assertEqual(kernel_choices.capability(name), want)
 
   def test_one_without_is_named(self):
-    with self.assertRaisesRegex(ds.InputError, '--cluster=v5p: its compute'):
-      kernel_choices.capability('v5p')
+    with self.assertRaisesRegex(ds.InputError, '--cluster=mi300: its compute'):
+      kernel_choices.capability('mi300')
 
   def test_a_large_mesh_keeps_what_cuts_heads_and_sequences(self):
     big = MeshConfig(data=6, fsdp=16, expert=64, tensor=4, context=2, stage=16)
@@ -43,6 +48,24 @@ class KernelChoicesTest(parameterized.TestCase):
     self.assertEqual({c.impl for c in chosen}, {'reference'})
     reason = f'the target, cuda {gpu}, is not a Hopper GPU'
     self.assertEqual({c.reason for c in chosen}, {reason})
+
+  def test_a_tpu_gets_its_kernels_and_xlas_code_for_the_rest(self):
+    program = Program(config('v3'), MeshConfig(), 16)
+    chosen = kernel_choices.list_here(program, 'tpu')
+    kernels = {
+      phase: set(kernel_choices.kernels_of(chosen, phase))
+      for phase in kernel_choices.PHASES
+    }
+    forward, outer = 'grouped_matmul.forward', 'grouped_matmul.outer'
+    self.assertEqual(kernels['train'], {forward, outer})
+    self.assertEqual(kernels['prefill'], {forward})
+    self.assertEqual(kernels['decode'], {'mla_decode', forward})
+    self.assertEqual(kernels['engine'], {'mla_decode', forward})
+    reasons = {c.reason for c in chosen if c.impl == 'reference'}
+    self.assertIn('there is no kernel for TPUs', reasons)
+    # The engine's pages, as they are.
+    [pages] = [c for c in chosen if (c.phase, c.op) == ('engine', 'mla_decode')]
+    self.assertEqual(pages.impl, 'tpu')
 
   def test_the_table_says_what_runs_without_a_kernel(self):
     def shown(*chosen):
@@ -77,9 +100,9 @@ class KernelChoicesTest(parameterized.TestCase):
     self.assertIn('traced on fsdp=2', done.stdout)
     # 48 key dims of the tiny model are no 192.
     self.assertIn('mla_prefill', done.stdout.rpartition('without a kernel:')[2])
-    done = launch(*flags, '--cluster=v5p', '--kernels')
-    self.assertEqual(done.returncode, 2)
-    self.assertIn('--cluster=v5p: its compute', done.stderr)
+    done = launch(*flags, '--cluster=v5p', '--kernels', seconds=600)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn('there is no kernel for TPUs', done.stdout)
 
 
 if __name__ == '__main__':

@@ -1,15 +1,14 @@
 """Absorbed latent attention on TPUs: an online softmax over blocks of pages.
 
 A request's heads and new tokens are rows of queries alike, which share its
-tokens. A step multiplies several blocks of its pages: each is an operand of its
-own, found in the table, so the pipeline copies those of the next step
-meanwhile. Legend: as in mla_decode; N query rows, S tokens of a block, W blocks
-of a step.
+tokens. While a step multiplies several blocks of its pages, those of the next
+step, or of the next request, are copied: each is found in the table. Legend: as
+in mla_decode; N query rows, S tokens of a block, W blocks of a step.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_calls
 
-# A step costs some 0.35 us beside its work; 512 tokens of V3 are 0.2 to 0.7 us
-# of copying, depending on the TPU.
-_STEP = 512
-_WIDE = 8  # most blocks of a step: every one is two operands
+_STEP = 512  # tokens of a step
+_CORES = 2  # of a v4 or v5p, which share the requests; others have one
 _TILE = 16  # rows of a register of bfloat16, and so of blocks
 _LANES = 128
 _EMPTY = -1e30
@@ -48,27 +45,35 @@ def mla_decode(
     raise NotImplementedError(f'queries of {q_c.dtype} and {q_r.dtype}')
   (B, T, H, C), R, (_, J) = q_c.shape, q_r.shape[-1], table.shape
   N = -(-T * H // _TILE) * _TILE
+  cores = min(B, _CORES)
+  each = -(-B // cores)
   S, W = _blocks(c.shape[1], J)
   _check_memory(N, S * W, (C, R), q_c.dtype, table)
+  # Requests that fill up the last core's share have length 0.
+  more = each * cores - B
   pad = lambda q: jnp.pad(
-    q.reshape(B, T * H, -1), ((0, 0), (0, N - T * H), (0, 0))
+    q.reshape(B, T * H, -1), ((0, more), (0, N - T * H), (0, 0))
   )
-  per_page = c.shape[1] // S
-  places = [_place(i, W, S, per_page, J) for i in range(W)]
-  row = lambda width: pl.BlockSpec((None, N, width), lambda b, *_: (b, 0, 0))
-  paged = lambda width: [pl.BlockSpec((None, S, width), at) for at in places]
-  # As many steps as the longest request has; the others copy nothing in them.
-  steps = jnp.maximum(pl.cdiv(lengths.max(), S * W), 1)
+  row = lambda width: pl.BlockSpec(
+    (None, N, width), lambda core, i, *_: (core * each + i, 0, 0)
+  )
+  pages = pl.BlockSpec(memory_space=pl.ANY)
+  vectors = lambda *shape, dtype=c.dtype: pltpu.VMEM(shape, dtype)
+  sums = [vectors(N, width, dtype=jnp.float32) for width in (1, 1, C)]
   call = pl.pallas_call(
-    functools.partial(_body, width=W, new=T, heads=H, scale=scale),
-    out_shape=jax.ShapeDtypeStruct((B, N, C), q_c.dtype),
+    functools.partial(_body, cut=_Cut(S, W, J, T, H, scale)),
+    out_shape=jax.ShapeDtypeStruct((cores * each, N, C), q_c.dtype),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=(B, steps),
-      in_specs=[row(C), row(R), *paged(C), *paged(R)],
+      grid=(cores, each),
+      in_specs=[row(C), row(R), pages, pages],
       out_specs=row(C),
       scratch_shapes=[
-        pltpu.VMEM((N, width), jnp.float32) for width in (1, 1, C)
+        vectors(2, S * W, C),
+        vectors(2, S * W, R),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SMEM((1,), jnp.int32),
+        *sums,
       ],
     ),
     compiler_params=pltpu.CompilerParams(
@@ -77,9 +82,10 @@ def mla_decode(
     interpret=tpu_calls.interpret(),
     name='mla_decode',
   )
-  scalars = table.reshape(-1).astype(jnp.int32), lengths.astype(jnp.int32)
-  arrays = tpu_calls.guarded(pad(q_c), pad(q_r), *[c] * W, *[k_r] * W)
-  return call(*scalars, *arrays)[:, : T * H].reshape(B, T, H, C)
+  lengths = jnp.pad(lengths.astype(jnp.int32), (0, more))
+  arrays = tpu_calls.guarded(pad(q_c), pad(q_r), c, k_r)
+  out = call(table.reshape(-1).astype(jnp.int32), lengths, *arrays)
+  return out[:B, : T * H].reshape(B, T, H, C)
 
 
 def check_pages(
@@ -109,7 +115,7 @@ def check_pages(
 def _blocks(page: int, pages: int) -> tuple[int, int]:
   """Returns tokens of a block, which divide a page, and blocks of a step."""
   size = math.gcd(page, _STEP)
-  return size, min(_STEP // size, _WIDE, pages * (page // size))
+  return size, min(_STEP // size, pages * (page // size))
 
 
 def vector_memory(
@@ -125,7 +131,7 @@ def vector_memory(
   latent, rope = (-(-width // _LANES) * _LANES for width in widths)
   # Twice what is copied while the step before, or after, is computed.
   copied = 2 * (tokens + rows) * (latent + rope) + 2 * rows * latent
-  # Joined blocks, latents without what lies behind, probabilities.
+  # Blocks as they are used, latents without what lies behind, probabilities.
   joined = tokens * (2 * latent + rope) + rows * tokens
   sums = rows * (2 * latent + 2 * _LANES + 2 * tokens)
   return itemsize * (copied + joined) + 4 * sums
@@ -151,21 +157,58 @@ def _check_memory(
     )
 
 
-def _place(i: int, wide: int, size: int, per_page: int, pages: int) -> Callable:
-  """Returns the index map of the i-th block of a step."""
+class _Cut(NamedTuple):
+  """Describes how requests are cut into steps.
 
-  def place(
-    b: jax.Array, step: jax.Array, table: jax.Ref, lengths: jax.Ref
-  ) -> tuple:
-    # Behind the last block that holds a token the same is named again, and so
-    # not copied; what a page behind it holds is never read.
-    last = lax.div(jnp.maximum(lengths[b] - 1, 0), size)
-    step = jnp.minimum(step, lax.div(jnp.maximum(last - i, 0), wide))
-    at = jnp.minimum(step * wide + i, last)
-    page = table[b * pages + lax.div(at, per_page)]
-    return page, lax.rem(at, per_page), 0
+  Attributes:
+    size, wide: tokens of a block, and blocks of a step.
+    pages: of a request.
+    new, heads: T and H.
+    scale: of the scores.
+  """
 
-  return place
+  size: int
+  wide: int
+  pages: int
+  new: int
+  heads: int
+  scale: float
+
+  @property
+  def tokens(self) -> int:
+    """Returns the tokens of a step."""
+    return self.size * self.wide
+
+
+class _Copies(NamedTuple):
+  """Copies blocks from pages in HBM to one of two buffers in VMEM."""
+
+  table: jax.Ref
+  lengths: jax.Ref
+  pages: tuple[jax.Ref, jax.Ref]
+  buffers: tuple[jax.Ref, jax.Ref]
+  done: jax.Ref
+  cut: _Cut
+
+  def each(self, action: str, b: jax.Array, step: jax.Array, slot) -> None:
+    """Starts, or waits for, the copies of a step's blocks that hold tokens."""
+    size, wide, pages, *_ = self.cut
+    per_page = self.pages[0].shape[1] // size
+    held = lax.div(self.lengths[b] + size - 1, size) - step * wide
+
+    def one(i: jax.Array, _: None) -> None:
+      at = step * wide + i
+      page = self.table[b * pages + lax.div(at, per_page)]
+      source = pl.ds(pl.multiple_of(lax.rem(at, per_page) * size, size), size)
+      place = pl.ds(pl.multiple_of(i * size, size), size)
+      for ref, buffer in zip(self.pages, self.buffers):
+        copy = pltpu.make_async_copy(
+          ref.at[page, source], buffer.at[slot, place], self.done.at[slot]
+        )
+        getattr(copy, action)()
+
+    # Pages behind the last token are never read.
+    lax.fori_loop(0, jnp.clip(held, 0, wide), one, None)
 
 
 def _body(
@@ -173,52 +216,88 @@ def _body(
   lengths: jax.Ref,
   q_c: jax.Ref,
   q_r: jax.Ref,
-  *refs: jax.Ref,
-  width: int,
-  new: int,
-  heads: int,
-  scale: float,
+  c: jax.Ref,
+  k_r: jax.Ref,
+  out: jax.Ref,
+  latents: jax.Ref,
+  ropes: jax.Ref,
+  done: jax.Ref,
+  turn: jax.Ref,
+  *sums: jax.Ref,
+  cut: _Cut,
 ) -> None:
-  """Adds a step's tokens to a request's sums; divides at the last step."""
-  del table  # of the index maps
-  latents, ropes = refs[:width], refs[width : 2 * width]
-  out, top, total, acc = refs[2 * width :]
-  step, length = pl.program_id(1), lengths[pl.program_id(0)]
-  tokens = width * latents[0].shape[0]
+  """Computes one request, all of its steps."""
+  i, each = pl.program_id(1), pl.num_programs(1)
+  b = pl.program_id(0) * each + i
+  copies = _Copies(table, lengths, (c, k_r), (latents, ropes), done, cut)
+  top, total, acc = sums
+  top[...] = jnp.full(top.shape, _EMPTY, jnp.float32)
+  total[...] = jnp.zeros(total.shape, jnp.float32)
+  acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-  @pl.when(step == 0)
+  @pl.when(i == 0)
   def _():
-    top[...] = jnp.full(top.shape, _EMPTY, jnp.float32)
-    total[...] = jnp.zeros(total.shape, jnp.float32)
-    acc[...] = jnp.zeros(acc.shape, jnp.float32)
+    turn[0] = 0
+    copies.each('start', b, 0, 0)
 
-  @pl.when(step * tokens < length)
-  def _():
-    join = lambda blocks: jnp.concatenate([b[...] for b in blocks], axis=0)
-    keys = join(latents)  # [W*S C]
-    scores = _product(q_c[...], keys, (1, 1))
-    scores += _product(q_r[...], join(ropes), (1, 1))
-    at = step * tokens + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    row = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    # Filled-up rows count as the last token's; their output is dropped.
-    token = jnp.minimum(lax.div(row, heads), new - 1)
-    seen = at < length - (new - 1) + token
-    scores = jnp.where(seen, scores * scale, _EMPTY)
-    highest = jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - highest), 0)
-    kept = jnp.exp(top[...] - highest)
-    top[...] = highest
-    total[...] = total[...] * kept + weights.sum(axis=1, keepdims=True)
-    # What lies behind the length is arbitrary, and 0 * nan is nan.
-    place = step * tokens + lax.broadcasted_iota(jnp.int32, keys.shape, 0)
-    keys = jnp.where(place < length, keys, jnp.zeros_like(keys))
-    mixed = _product(weights.astype(keys.dtype), keys, (1, 0))
-    acc[...] = acc[...] * kept + mixed
+  # Also without tokens: the next request's are copied meanwhile.
+  steps = jnp.maximum(lax.div(lengths[b] + cut.tokens - 1, cut.tokens), 1)
+  first = turn[0]
 
-  @pl.when(step == pl.num_programs(1) - 1)
-  def _():
-    sums = total[...]
-    out[...] = (acc[...] / jnp.where(sums > 0, sums, 1)).astype(out.dtype)
+  def one(step: jax.Array, _: None) -> None:
+    slot = lax.rem(first + step, 2)
+    ends = step == steps - 1
+
+    @pl.when(jnp.logical_not(ends) | (i + 1 < each))
+    def _():
+      after = jnp.where(ends, 0, step + 1)
+      copies.each('start', jnp.where(ends, b + 1, b), after, 1 - slot)
+
+    copies.each('wait', b, step, slot)
+
+    @pl.when(ends)
+    def _():
+      # What lies behind the length is arbitrary, and 0 * nan is nan.
+      keys = latents[slot]
+      at = lax.broadcasted_iota(jnp.int32, (cut.tokens, 1), 0)
+      behind = at >= lengths[b] - step * cut.tokens
+      latents[slot] = jnp.where(behind, jnp.zeros_like(keys), keys)
+
+    _add(q_c, q_r, latents[slot], ropes[slot], sums, lengths[b], step, cut)
+
+  lax.fori_loop(0, steps, one, None)
+  turn[0] = lax.rem(first + steps, 2)
+  whole = total[...]
+  out[...] = (acc[...] / jnp.where(whole > 0, whole, 1)).astype(out.dtype)
+
+
+def _add(
+  q_c: jax.Ref,
+  q_r: jax.Ref,
+  keys: jax.Array,
+  shared: jax.Array,
+  sums: tuple[jax.Ref, ...],
+  length: jax.Array,
+  step: jax.Array,
+  cut: _Cut,
+) -> None:
+  """Adds a step's tokens, keys [W*S C] and shared [W*S R], to the sums."""
+  top, total, acc = sums
+  scores = _product(q_c[...], keys, (1, 1)) + _product(q_r[...], shared, (1, 1))
+  rows, tokens = scores.shape
+  at = step * tokens + lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
+  row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+  # Filled-up rows count as the last token's; their output is dropped.
+  token = jnp.minimum(lax.div(row, cut.heads), cut.new - 1)
+  seen = at < length - (cut.new - 1) + token
+  scores = jnp.where(seen, scores * cut.scale, _EMPTY)
+  highest = jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
+  weights = jnp.where(seen, jnp.exp(scores - highest), 0)
+  kept = jnp.exp(top[...] - highest)
+  top[...] = highest
+  total[...] = total[...] * kept + weights.sum(axis=1, keepdims=True)
+  mixed = _product(weights.astype(keys.dtype), keys, (1, 0))
+  acc[...] = acc[...] * kept + mixed
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

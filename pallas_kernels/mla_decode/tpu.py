@@ -131,10 +131,10 @@ def vector_memory(
   latent, rope = (-(-width // _LANES) * _LANES for width in widths)
   # Twice what is copied while the step before, or after, is computed.
   copied = 2 * (tokens + rows) * (latent + rope) + 2 * rows * latent
-  # Blocks as they are used, latents without what lies behind, probabilities.
-  joined = tokens * (2 * latent + rope) + rows * tokens
+  # A step's latents and keys, latents without what lies behind, weights.
+  read = tokens * (2 * latent + rope) + rows * tokens
   sums = rows * (2 * latent + 2 * _LANES + 2 * tokens)
-  return itemsize * (copied + joined) + 4 * sums
+  return itemsize * (copied + read) + 4 * sums
 
 
 def _check_memory(
@@ -190,7 +190,13 @@ class _Copies(NamedTuple):
   done: jax.Ref
   cut: _Cut
 
-  def each(self, action: str, b: jax.Array, step: jax.Array, slot) -> None:
+  def each(
+    self,
+    action: str,
+    b: jax.Array,
+    step: jax.Array | int,
+    slot: jax.Array | int,
+  ) -> None:
     """Starts, or waits for, the copies of a step's blocks that hold tokens."""
     size, wide, pages, *_ = self.cut
     per_page = self.pages[0].shape[1] // size

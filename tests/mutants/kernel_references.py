@@ -108,7 +108,7 @@ MUTANTS = (
   Mutant(
     'tpu_pages_in_the_order_of_the_pool',
     'pallas_kernels/mla_decode/tpu.py',
-    'page = table[b * pages + lax.div(at, per_page)]',
+    'page = self.table[b * pages + lax.div(at, per_page)]',
     'page = b * pages + lax.div(at, per_page)',
     (f'{_TESTS}/tpu_interpreter_test.py::it_equals_a_loop_in_float64',),
     'a request has the pages that its table names',
@@ -124,8 +124,8 @@ MUTANTS = (
   Mutant(
     'tpu_nan_behind_the_length_counts',
     'pallas_kernels/mla_decode/tpu.py',
-    'keys = jnp.where(place < length, keys, jnp.zeros_like(keys))',
-    'keys = jnp.where(place < 2**30, keys, jnp.zeros_like(keys))',
+    'latents[slot] = jnp.where(behind, jnp.zeros_like(keys), keys)',
+    'latents[slot] = keys',
     (
       f'{_TESTS}/tpu_interpreter_test.py::behind_the_length_counts_even_if_nan',
     ),

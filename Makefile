@@ -113,6 +113,18 @@ AOT_JAX ?= 0.11.2
 aot: .venv-aot/.ready
 	.venv-aot/bin/python -m pallas_kernels.aot
 
+# Kernels for TPUs compiled for v5e, v5p and v6e; needs no TPU.
+.PHONY: tpu
+.venv-tpu/.ready:
+	@$(call need,$(NEWER_PYTHON),NEWER_PYTHON)
+	$(NEWER_PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/pip install --quiet 'jax[tpu]==$(AOT_JAX)' flax absl-py pytest \
+	  pytest-timeout
+	touch $@
+tpu: .venv-tpu/.ready
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest \
+	  tests/pallas_kernels/tpu_compile_test.py
+
 # Against transformers, in one run each; results in benchmarks/results/.
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.train

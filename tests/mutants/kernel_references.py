@@ -100,7 +100,7 @@ MUTANTS = (
   Mutant(
     'tpu_tokens_attend_to_later_ones',
     'pallas_kernels/mla_decode/tpu.py',
-    'seen = at < length - (new - 1) + token',
+    'seen = at < length - (cut.new - 1) + token',
     'seen = at < length',
     (f'{_TESTS}/tpu_interpreter_test.py::it_equals_a_loop_in_float64',),
     'several new tokens in one decoding step are causal among themselves',

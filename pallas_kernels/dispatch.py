@@ -166,7 +166,8 @@ def run(
 
   Args:
     op: name of the operation, for messages.
-    impl: a name forces that implementation; None picks by target and shape.
+    impl: a name forces that implementation, 'tpu' the reference where there is
+      no such kernel; None picks by target and shape.
     implementations: function by name. 'reference' is required and takes
       everything; every other raises NotImplementedError, with the reason, for
       what it can't take. None picks 'gpu' on a Hopper GPU, 'tpu' on a TPU.

@@ -4,6 +4,11 @@ Tensor cores add float8 products in about 14 bits, so each 128 of the contracted
 dimension start from zero, and their sum is scaled and added in float32
 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). They want both operands with
 that dimension last.
+
+Forward a third warpgroup starts the copies, for which 384 threads may have 168
+registers each. A step of warpgroup 0 is then 128 instructions, not 214, beside
+512 cycles of tensor cores for both (counted, not timed). The gradient of the
+weights needs 184, so there warpgroup 0 does it.
 Legend: M rows, E experts, D width in, F width out.
 """
 
@@ -67,7 +72,7 @@ def forward(
     functools.partial(_body, tile=tile, block=block),
     jax.ShapeDtypeStruct((M, F), dtype),
     grid={'m': M // tile.rows, 'n': F // tile.columns},
-    threads=2,
+    threads=3,
     scratch=_scratch(tile, 2 * tile.parts[0] + tile.parts[1]) | scales,
   )(rows, row_scales.T, weights, padded, block_expert, used[None])
 
@@ -156,15 +161,30 @@ def _fill(steps: jax.Array, load: Callable) -> None:
     lax.fori_loop(0, jnp.minimum(steps, STAGES), fill, ())
 
 
+def _fetch(steps: jax.Array, load: Callable, free: jax.Ref) -> None:
+  """Starts the copies of every stage as it gets free."""
+
+  def one(k: jax.Array, _) -> tuple:
+    stage = lax.rem(k, STAGES)
+    pl.when(k >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+    load(k, stage)
+    return ()
+
+  lax.fori_loop(0, steps, one, ())
+
+
 def _sums(
   steps: jax.Array,
-  load: Callable,
+  load: Callable | None,
   add: Callable,
   pieces: list[tuple[int, int]],
   here: jax.Ref,
   free: jax.Ref,
 ) -> tuple[jax.Array, ...]:
-  """Returns float32 pieces after `sums = add(k, stage, sums)` of every k."""
+  """Returns float32 pieces after `sums = add(k, stage, sums)` of every k.
+
+  Warpgroup 0 also starts the copies, `load`, unless another warpgroup does.
+  """
 
   def step(k: jax.Array, sums: tuple) -> tuple:
     stage = lax.rem(k, STAGES)
@@ -177,6 +197,8 @@ def _sums(
     def _():
       plgpu.commit_smem()  # the scales were read before the copy writes anew
       plgpu.barrier_arrive(free.at[stage])
+      if load is None:
+        return
 
       @pl.when(lax.axis_index('wg') == 0)
       def _():
@@ -228,17 +250,15 @@ def _body(
       where = pl.ds(n * tile.columns + i * tile.own_columns, tile.own_columns)
       copy(weights.at[expert, where, inner], b.at[stage, i])
 
-  # Load: the weights' scales of all steps at once; they are few.
-  @pl.when(lax.axis_index('wg') == 0)
+  @pl.when(lax.axis_index('wg') == 2)
   def _():
+    # Load: the weights' scales of all steps at once; they are few.
+    which = pl.ds(n * groups, groups)
     plgpu.copy_gmem_to_smem(
-      weight_scales.at[expert, pl.ds(n * groups, groups)],
-      weight_scale,
-      scales_here,
+      weight_scales.at[expert, which], weight_scale, scales_here
     )
+    _fetch(steps, load, free)
 
-  _fill(steps, load)
-  plgpu.barrier_wait(scales_here)
   width = min(tile.own_columns, STEP)
   pieces = tile.own_columns // width
   # A warpgroup's first group; two share one if the tile has just one.
@@ -256,20 +276,23 @@ def _body(
       out.append(total + product * scale)
     return tuple(out)
 
-  sums = _sums(steps, load, add, [(64, width)] * pieces, here, free)
-  # Store: this warpgroup's part of the tile, piece by piece.
-  top = m * tile.rows + part_a * 64
-  left = n * tile.columns + part_b * tile.own_columns
-  for piece, total in enumerate(sums):
-    gpu.store(
-      total,
-      lambda columns, piece=piece: out.at[
-        pl.ds(top, 64),
-        pl.ds(left + piece * width + columns.start, columns.size),
-      ],
-      staged,
-      width,
-    )
+  @pl.when(lax.axis_index('wg') < 2)
+  def _():
+    plgpu.barrier_wait(scales_here)
+    sums = _sums(steps, None, add, [(64, width)] * pieces, here, free)
+    # Store: this warpgroup's part of the tile, piece by piece.
+    top = m * tile.rows + part_a * 64
+    left = n * tile.columns + part_b * tile.own_columns
+    for piece, total in enumerate(sums):
+      gpu.store(
+        total,
+        lambda columns, piece=piece: out.at[
+          pl.ds(top, 64),
+          pl.ds(left + piece * width + columns.start, columns.size),
+        ],
+        staged,
+        width,
+      )
 
 
 def _outer_body(

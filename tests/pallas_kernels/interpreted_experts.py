@@ -47,7 +47,12 @@ def check_grouped_swiglu():
 
 
 def check_grouped_matmul_fp8():
-  for name, shape in grouped_shapes.TEST_WIDE.items():
+  # More steps than stages of the ring, twice over.
+  ring = {
+    f'ring_{block}': grouped_shapes.Shape((70, 0, 130), 1152, 128, block)
+    for block in (64, 128)
+  }
+  for name, shape in (grouped_shapes.TEST_WIDE | ring).items():
     drawn = interpreted.draw_grouped_matmul(shape)
     rows, weights, _, expert, used = drawn
     rng = np.random.default_rng(1)

@@ -178,7 +178,9 @@ class Paging:
     cache = dataclasses.replace(held.cache, layers=layers)
     leaves, _ = _leaves(held._replace(cache=cache))
     stay = self.latents if stayed else ()
-    touched = _touched(rows, self.page, most, self.drafts, store)
+    # A row of multi-token prediction rests on the token after it, too.
+    before = self.drafts + 1 if self.drafts else 0
+    touched = _touched(rows, self.page, most, before, store)
     paged, ringed = iter(store.pages), iter(store.slots)
     pages, slots = [], []
     for i, (leaf, new) in enumerate(zip(self.leaves, leaves)):

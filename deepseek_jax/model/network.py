@@ -41,7 +41,18 @@ class Output(NamedTuple):
   aux: dict[str, Any]
 
 
-def _runner(ctx: Context, blocks: nnx.List, repeat: int) -> Callable:
+def _some_alike(blocks: nnx.List, repeat: int) -> bool:
+  """Returns whether blocks of a pattern that is traced `repeat` times are."""
+  kinds = [jax.tree.structure(block) for block in blocks]
+  try:
+    return repeat > 1 or any(kinds.count(kind) > 1 for kind in kinds)
+  except ValueError:  # of an array among the settings of a module of one's own
+    return False
+
+
+def _runner(
+  ctx: Context, blocks: nnx.List, repeat: int, traced: bool
+) -> Callable:
   """Returns what runs one of the blocks: (block, stream, past, route) -> ...
 
   Of those that are alike the first is traced alone, forwards and backwards; XLA
@@ -50,7 +61,8 @@ def _runner(ctx: Context, blocks: nnx.List, repeat: int) -> Callable:
   Args:
     ctx: the tokens.
     blocks: a pattern.
-    repeat: how often the pattern is traced.
+    repeat: how often the pattern is run.
+    traced: whether it is traced; else layers see numbers, as a debugger wants.
   """
   # What is the same in all calls; flags are no arrays.
   flags = {'train': ctx.train, 'fresh': ctx.fresh}
@@ -61,8 +73,7 @@ def _runner(ctx: Context, blocks: nnx.List, repeat: int) -> Callable:
   ) -> tuple[jax.Array, Any, dict]:
     return block(stream, arrays._replace(routes=route, **flags), past)
 
-  kinds = [jax.tree.structure(block) for block in blocks]
-  if repeat > 1 or any(kinds.count(kind) > 1 for kind in kinds):
+  if traced and _some_alike(blocks, repeat):
     run = jax.jit(run)
   return lambda *args: run(*args, arrays)
 
@@ -185,7 +196,8 @@ class Transformer(nnx.Module):
 
     repeat = jax.tree.leaves(blocks)[0].shape[0]
     scanned = self.cfg.compute.scan and repeat > 1
-    run = _runner(ctx, blocks, 1 if scanned else repeat)
+    traced = isinstance(stream, jax.core.Tracer)
+    run = _runner(ctx, blocks, 1 if scanned else repeat, traced)
 
     def body(stream: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
       out = []

@@ -50,7 +50,8 @@ class Chosen:
     impl: 'gpu' or 'tpu' for a kernel, 'reference' for XLA's code.
     reason: why no kernel, or ''.
     shapes: of the arrays of one device; where there is no kernel those of all.
-    times: how often it is called; a scanned layer counts once.
+    times: how often it is called; layers that are scanned, or alike in a
+      pattern, count once.
   """
 
   phase: str

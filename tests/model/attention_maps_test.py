@@ -71,7 +71,7 @@ CONFIGS = {
   'dsa': lambda: mla(DSA),
   'in_blocks': lambda: mla(
     dataclasses.replace(
-      DSA, indexer=IndexerConfig(3, 6, blocks=IndexBlocksConfig(3, 3))
+      DSA, indexer=IndexerConfig(3, 6, blocks=IndexBlocksConfig(2, 4))
     )
   ),
   'dsa_dense': lambda: mla(dataclasses.replace(DSA, stage='dense')),

@@ -58,15 +58,15 @@ class CountedConfig(own_window.WindowConfig):
 
   def build(self, dim, *, std, rngs):
     made = Counted(self, dim, std=std, rngs=rngs)
-    made.about = None if self.alike else Setting(object())
+    made.about = None if self.alike else Setting(np.ones(2))
     return made
 
 
 @dataclasses.dataclass
 class Setting:
-  """What has no hash, and what each layer has its own of."""
+  """What neither has a hash nor can be compared."""
 
-  mark: object
+  numbers: np.ndarray
 
 
 class Counted(own_window.Window):
@@ -89,6 +89,7 @@ class TracedOnceTest(parameterized.TestCase):
     )
     model = ds.build(base)
     variables = jax.jit(model.init)(jax.random.key(0))
+    self.made = model, variables
     tokens = jnp.arange(12).reshape(2, 6)
 
     def loss(params):
@@ -105,6 +106,13 @@ class TracedOnceTest(parameterized.TestCase):
     each, plain = self.traced(layout, alike=False)
     self.assertEqual((calls, each), (2, 4))
     jax.tree.map(np.testing.assert_array_equal, made, plain)
+
+  def test_outside_of_a_trace_layers_see_numbers(self):
+    self.traced(((('dense', 'moe', 'moe'), 1),))
+    model, variables = self.made
+    Counted.calls = 0
+    model.apply(variables, jnp.arange(12).reshape(2, 6))
+    self.assertEqual(Counted.calls, 3)
 
   def test_so_are_repeats_of_a_pattern_that_is_unrolled(self):
     self.assertEqual(self.traced(((('dense', 'moe'), 3),))[0], 2)

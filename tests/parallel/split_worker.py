@@ -77,7 +77,7 @@ LAYERS = {
   'dsa_dense': dataclasses.replace(DSA, stage='dense'),
   'dsa': DSA,
   'in_blocks': dataclasses.replace(
-    DSA, indexer=IndexerConfig(4, 6, blocks=IndexBlocksConfig(3, 3))
+    DSA, indexer=IndexerConfig(4, 6, blocks=IndexBlocksConfig(2, 4))
   ),
   'window': WINDOW,
   'wide_window': dataclasses.replace(WINDOW, window=15),

@@ -6,7 +6,21 @@ Legend: B batch, T tokens, E blocks.
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.context import Context
 from pallas_kernels.mla_prefill import segment_starts
+
+
+def new_tokens(ctx: Context) -> tuple[jax.Array, jax.Array]:
+  """Returns where the tokens that a call caches begin and end, [B 1] each.
+
+  Padding may stand before them or behind; a row without any is 0, 0.
+  """
+  if ctx.valid is None:
+    return ctx.positions[:, :1], ctx.positions[:, -1:] + 1
+  of = lambda other: jnp.where(ctx.valid, ctx.positions, other)
+  end = of(-1).max(axis=1, keepdims=True) + 1
+  first = of(jnp.iinfo(jnp.int32).max).min(axis=1, keepdims=True)
+  return jnp.minimum(first, end), end
 
 
 def document_starts(

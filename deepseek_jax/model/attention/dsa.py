@@ -13,7 +13,6 @@ N no-rope dim, R rope dim, V value dim, I index dim.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -302,7 +301,7 @@ def choose(
   if levels and keys.shape[1] > levels.size * levels.count:
     if blocks is None:
       blocks = index_blocks.fresh(levels, keys, key_segments)
-    return _chosen_in_blocks(
+    return index_blocks.without_kernel(
       lambda: index_blocks.choose(
         levels, query, keys, blocks, visibility, cfg.top_k, **how
       ),
@@ -318,17 +317,6 @@ def choose(
     (row, row, row, row),
     row,
   )
-
-
-def _chosen_in_blocks(own: Callable[[], jax.Array], args: tuple) -> jax.Array:
-  """Returns own(), and tells that there is no kernel for it, and why."""
-
-  def kernel(impl: str) -> jax.Array:
-    if impl == 'gpu':
-      raise NotImplementedError('keys are looked for in blocks (XLA does it)')
-    return own()
-
-  return kernels.pick_local('indexer', kernel, own, args)
 
 
 def read(
@@ -414,8 +402,12 @@ def _dense(
   seen = Sequence(inputs.visibility.places[0, 0], segments, inputs.segments)
   q, latents = jnp.concatenate(q, axis=-1), Latent(*inputs.latents)
   y = read_latents(along, q, latents, up, seen, cfg.scale)
-  k = min(cfg.top_k, inputs.keys.shape[1])
-  return y, indexer_loss.over_all(inputs, k, cfg.block)
+  k, chosen = min(cfg.top_k, inputs.keys.shape[1]), None
+  if cfg.indexer.blocks and k == cfg.top_k:
+    # Of what the sparse stage would choose, recall is measured.
+    where = inputs.visibility, inputs.segments, along
+    chosen = choose(cfg, query, inputs.keys, *where)
+  return y, indexer_loss.over_all(inputs, k, cfg.block, chosen)
 
 
 def _sparse(

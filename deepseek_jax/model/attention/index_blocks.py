@@ -11,16 +11,19 @@ Legend: B batch, T queries, S keys, E blocks, m keys of a block, M candidates,
 I index dim, K chosen keys.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model import cache as caching
+from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.document_blocks import (
   block_starts,
   document_starts,
+  new_tokens,
 )
 from deepseek_jax.model.attention.indexer import (
   IndexBlocksConfig,
@@ -67,8 +70,7 @@ def remember(
     keys: [B S I], the cache's, the new ones among them.
     ctx: of the new tokens; those of a row follow one another.
   """
-  T, begin = ctx.positions.shape[1], ctx.positions[:, :1]
-  end = begin + (T if ctx.valid is None else ctx.valid.sum(1, keepdims=True))
+  T, (begin, end) = ctx.positions.shape[1], new_tokens(ctx)
   # A rewound row completes its last block anew.
   number = begin // cfg.size + jnp.arange(-(-T // cfg.size))
   start = number * cfg.size
@@ -95,6 +97,17 @@ def fresh(
   first = document_starts(segments, keys.shape[:2])
   start = block_starts(first, cfg.size, cfg.size)
   return Blocks(_means(keys, start, cfg.size), start)
+
+
+def without_kernel(own: Callable[[], jax.Array], args: tuple) -> jax.Array:
+  """Returns own(), and tells that there is no kernel for it, and why."""
+
+  def kernel(impl: str) -> jax.Array:
+    if impl == 'gpu':
+      raise NotImplementedError('keys are looked for in blocks (XLA does it)')
+    return own()
+
+  return kernels.pick_local('indexer', kernel, own, args)
 
 
 def choose(
@@ -126,7 +139,8 @@ def choose(
   """
   query, keys, blocks = jax.lax.stop_gradient((query, keys, blocks))
   first = document_starts(key_segments, keys.shape[:2])
-  places = visibility.places
+  # Padding may stand beyond the last slot.
+  places = jnp.clip(visibility.places, 0, keys.shape[1] - 1)
   first = jnp.take_along_axis(first, places, axis=1)  # [B T]
 
   def block(one: tuple, keys: jax.Array, blocks: Blocks) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import above, at_least
+from deepseek_jax.errors import InputError
 from deepseek_jax.model.attention import candidates
 from deepseek_jax.model.attention.query_blocks import (
   Visibility,
@@ -33,6 +34,7 @@ from deepseek_jax.parallel.sequence import WHOLE, Along
 from deepseek_jax.parallel.sharding import param
 from pallas_kernels.indexer import indexer
 
+_LARGEST = 1 << 14  # tokens of a block
 _FEW = 16  # queries that read all keys at once, as decoding does
 
 
@@ -41,7 +43,7 @@ class IndexBlocksConfig:
   """Describes a search in two levels (HISA, arXiv:2603.28458).
 
   Attributes:
-    size: tokens of a block.
+    size: tokens of a block, a power of two, so that pages hold whole ones.
     count: blocks whose tokens a query scores, the first of its document and
       its own among them.
   """
@@ -52,6 +54,11 @@ class IndexBlocksConfig:
   def __post_init__(self):
     """Raises InputError for a field out of its range."""
     at_least(self, 'indexer.blocks.', size=1, count=2)
+    if self.size & (self.size - 1) or self.size > _LARGEST:
+      raise InputError(
+        f'indexer.blocks.size = {self.size}: must be a power of two of at most'
+        f' {_LARGEST:,}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

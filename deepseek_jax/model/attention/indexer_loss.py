@@ -94,13 +94,16 @@ class LossInputs(NamedTuple):
     return total / jnp.maximum(count, 1)
 
 
-def over_all(inputs: LossInputs, k: int, most: int) -> dict[str, jax.Array]:
-  """Computes the warm-up's loss over all keys, and the recall of the `k` best.
+def over_all(
+  inputs: LossInputs, k: int, most: int, chosen: jax.Array | None = None
+) -> dict[str, jax.Array]:
+  """Computes the warm-up's loss over all keys, and the recall of a choice.
 
   Args:
     inputs: the local queries and all keys.
     k: how many the indexer would choose.
     most: queries at a time.
+    chosen: [B T k], what it would choose; by default the best of all.
 
   Returns:
     'loss' and 'recall', each [B].
@@ -118,18 +121,19 @@ def over_all(inputs: LossInputs, k: int, most: int) -> dict[str, jax.Array]:
     keys: jax.Array,
     segments: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array]:
-    (qn, qr), query, visibility = one
+    (qn, qr), query, visibility, chosen = one
     seen = visibility.mask(jnp.arange(keys.shape[1]), segments)
     dots = jnp.einsum('BTHN,BSHN->BTHS', qn, kn, **f32)
     dots += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
     # The target [B T S], then the indexer's own scores.
     shares = inputs.shares(dots, seen)
     scores = index.index_scores(query, keys, inputs.along)
-    chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
+    if chosen is None:
+      chosen = index.best(jax.lax.stop_gradient(scores), seen, k)
     return index.divergence(shares, scores, seen), index.caught(shares, chosen)
 
   numbers = kn.shape[1] * max(kn.shape[2], inputs.index.q.shape[2])
-  queries = inputs.q, inputs.index, inputs.visibility
+  queries = inputs.q, inputs.index, inputs.visibility, chosen
   shared = kn, kr, inputs.keys, inputs.segments
   loss, recall = query_blocks.over_blocks(block, queries, most, numbers, shared)
   mean = lambda values: inputs.mean(values, inputs.visibility.segments)

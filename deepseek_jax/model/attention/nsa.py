@@ -29,6 +29,7 @@ from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.document_blocks import (
   block_starts,
   document_starts,
+  new_tokens,
 )
 from deepseek_jax.model.attention.nsa_branches import (
   CMP,
@@ -195,8 +196,7 @@ class NSA(nnx.Module):
     cfg, write = self.cfg, caching.write
     k = write(past.k, k, ctx.positions, ctx.valid)
     v = write(past.v, v, ctx.positions, ctx.valid)
-    T, begin = ctx.positions.shape[1], ctx.positions[:, :1]
-    end = begin + (T if ctx.valid is None else ctx.valid.sum(1, keepdims=True))
+    T, (begin, end) = ctx.positions.shape[1], new_tokens(ctx)
     number = jnp.maximum((begin - cfg.block + cfg.stride) // cfg.stride, 0)
     number = number + jnp.arange(-(-T // cfg.stride))  # that may end in here
     start = number * cfg.stride

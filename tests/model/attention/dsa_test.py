@@ -114,18 +114,23 @@ class Float64Test(parameterized.TestCase):
       np.testing.assert_allclose(stats[name], sums[name], rtol=2e-5)
     self.assertLess(sums['recall'], 0.95)
 
-  def test_warm_up_reads_all_and_has_the_loss_of_all(self):
-    y, stats = applied(DENSE, True)
+  @parameterized.parameters(None, IndexBlocksConfig(2, 3))
+  def test_warm_up_reads_all_and_has_the_loss_of_all(self, blocks):
+    """Its recall is of what the sparse stage will choose."""
+    dense = dataclasses.replace(
+      BASE, stage='dense', indexer=IndexerConfig(3, 6, blocks=blocks)
+    )
+    y, stats = applied(dense, True)
     values = reference.to_float64(weights())
     everything = [
       [sparse_reference.visible(t, row) for t in range(T)]
       for row in np.asarray(packed().segments)
     ]
     x = np.float64(inputs())
-    want, sums, _ = by_hand(DENSE, values, x, everything)
+    want, sums, _ = by_hand(dense, values, x, everything)
     self.assertLess(tiny.relative(y, want), 5e-6)
     np.testing.assert_allclose(stats['loss'], sums['loss'], rtol=2e-5)
-    _, sums, _ = by_hand(DENSE, values, x)
+    _, sums, _ = by_hand(dense, values, x)
     np.testing.assert_allclose(stats['recall'], sums['recall'], rtol=2e-5)
 
   @parameterized.named_parameters(

@@ -79,7 +79,7 @@ def by_hand(query, keys, documents, cfg, k):
 
 
 class ChoiceTest(parameterized.TestCase):
-  @parameterized.parameters((4, 3, 5), (4, 2, 8), (1, 9, 4), (7, 4, 20))
+  @parameterized.parameters((4, 3, 5), (4, 2, 8), (1, 9, 4), (8, 4, 20))
   def test_equals_brute_force_in_packed_documents(self, size, count, k):
     cfg = IndexBlocksConfig(size, count)
     query, keys = drawn()
@@ -170,6 +170,30 @@ class CacheTest(parameterized.TestCase):
     blocks = index_blocks.cached(cfg, means)
     np.testing.assert_array_equal(blocks.start[0], np.arange(0, slots, 4))
 
+  @parameterized.parameters('before', 'behind', 'around')
+  def test_padding_may_stand_anywhere(self, where):
+    """As a caller's own positions say, which are any where nothing is."""
+    _, keys = drawn(16)
+    before = 0 if where == 'behind' else 3
+    behind = 0 if where == 'before' else 2
+    segments = np.pad(np.ones((2, 16), int), ((0, 0), (before, behind)))
+    positions = np.arange(-before, 16 + behind) * segments + 9 * (segments == 0)
+    ctx = Context(*map(jnp.asarray, (segments, positions, segments)))
+    held = jnp.pad(keys, ((0, 0), (0, 8), (0, 0)))
+    empty = index_blocks.empty(SIZES, held)
+    means = index_blocks.remember(SIZES, empty, held, ctx)
+    want = index_blocks.fresh(SIZES, keys, None).means
+    np.testing.assert_allclose(means[:, :4], want, rtol=1e-6)
+    np.testing.assert_array_equal(means[:, 4:], 0)
+
+  def test_a_row_without_tokens_completes_nothing(self):
+    _, keys = drawn(16)
+    none = jnp.zeros((2, 8), int)
+    ctx = Context(none, none + 4, none)
+    empty = index_blocks.empty(SIZES, keys)
+    means = index_blocks.remember(SIZES, empty, keys, ctx)
+    np.testing.assert_array_equal(means, 0)
+
   def test_a_cache_has_a_mean_per_block(self):
     cfg = dataclasses.replace(
       ds.presets.v32().attention,
@@ -216,6 +240,13 @@ class ConfigTest(parameterized.TestCase):
       ds.InputError, rf'indexer\.blocks\.{name} = {value}: .* {least}'
     ):
       IndexBlocksConfig(**{name: value})
+
+  @parameterized.parameters(3, 48, 1 << 15)
+  def test_pages_must_hold_whole_blocks(self, size):
+    with self.assertRaisesRegex(
+      ds.InputError, rf'indexer\.blocks\.size = {size}: must be a power of two'
+    ):
+      IndexBlocksConfig(size, 64)
 
   def test_blocks_must_hold_what_a_query_reads(self):
     with self.assertRaisesRegex(

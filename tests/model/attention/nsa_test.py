@@ -165,7 +165,8 @@ class DecodeTest(parameterized.TestCase):
         y, want[:, at : at + chunk], atol=2e-5, rtol=1e-5
       )
 
-  def test_ragged_rows_equal_forward(self):
+  @parameterized.parameters(False, True)
+  def test_ragged_rows_equal_forward(self, padding_first):
     weights, x = drawn()
     want = forward(CFG)(weights[CFG], x)
     values, done = weights[CFG], np.array([0, 0])
@@ -178,13 +179,18 @@ class DecodeTest(parameterized.TestCase):
 
     for news in ((9, 5), (3, 9), (6, 7)):
       chunk, valid = np.zeros((2, 9, DIM), np.float32), np.zeros((2, 9), int)
+      begin = 9 - np.array(news) if padding_first else np.zeros(2, int)
       for b, new in enumerate(news):
-        chunk[b, :new] = x[b, done[b] : done[b] + new]
-        valid[b, :new] = 1
-      y, past = step(chunk, valid, done[:, None] + np.arange(9), past)
+        own = slice(begin[b], begin[b] + new)
+        chunk[b, own] = x[b, done[b] : done[b] + new]
+        valid[b, own] = 1
+      y, past = step(chunk, valid, (done - begin)[:, None] + np.arange(9), past)
       for b, new in enumerate(news):
         np.testing.assert_allclose(
-          y[b, :new], want[b, done[b] : done[b] + new], atol=2e-5, rtol=1e-5
+          y[b, begin[b] :][:new],
+          want[b, done[b] : done[b] + new],
+          atol=2e-5,
+          rtol=1e-5,
         )
       done = done + news
 

@@ -35,7 +35,6 @@ MUTANTS = (
     'return mscale(yarn.factor, yarn.mscale)',
     (f'{_ROPE_TEST}::softmax_scale_of_released_models',),
     'V2/V3 trap 2: cos and sin stay as they are',
-    fast=True,
   ),
   Mutant(
     'mscale_not_squared',
@@ -136,7 +135,6 @@ MUTANTS = (
     'mask = positions[..., None] > jnp.arange(k.shape[1])',
     (f'{_CORE_TEST}::sees_exactly_the_slots',),
     'visibility one off',
-    fast=True,
   ),
   Mutant(
     'key_heads_interleaved',

@@ -25,7 +25,6 @@ MUTANTS = (
     "_OTHER = {'valid', 'val', 'dev'}",
     (f'{_FILES_TEST}::other_splits_than_train',),
     'validation-*.parquet beside train-*.parquet',
-    fast=True,
   ),
   Mutant(
     'git_lfs_pointer_read_as_text',

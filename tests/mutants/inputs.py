@@ -51,7 +51,6 @@ MUTANTS = (
     'inside = segments[:, 1:] == segments[:, :-1]',
     (f'{_INPUTS_TEST}::it_weighs_nothing',),
     'segment 0 was trained on with cross_document',
-    fast=True,
   ),
   Mutant(
     'an_ignored_label_is_not_a_number',

@@ -63,7 +63,6 @@ MUTANTS = (
     '  return jax.devices()[0]\n',
     (f'{_TESTS}/target_test.py::what_says_most_decides',),
     'on a host with a GPU what runs on its CPU gets no kernel',
-    fast=True,
   ),
   Mutant(
     'window_that_begins_behind_the_keys',

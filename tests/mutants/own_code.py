@@ -31,7 +31,6 @@ MUTANTS = (
     'digest = None',
     (f'{_FILE_TEST}::keeps_the_hash_of_what_ran',),
     'a file that is edited while the run begins',
-    fast=True,
   ),
   Mutant(
     'a_configuration_file_takes_the_place_of_a_module',

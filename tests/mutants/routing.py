@@ -27,7 +27,6 @@ MUTANTS = (
     'return experts, weigh(choice, experts, cfg)',
     (f'{_ROUTER_TEST}::bias_moves_the_choice',),
     'V2/V3 trap 4: gate weights never contain the bias',
-    fast=True,
   ),
   Mutant(
     'bias_left_out_of_the_choice',
@@ -120,7 +119,6 @@ MUTANTS = (
     'return gate * jax.nn.silu(up)',
     ('tests/model/experts/ffn_test.py::gate_comes_first',),
     'w1 is the gate, w3 is not',
-    fast=True,
   ),
   Mutant(
     'tokens_dropped_in_evaluation',

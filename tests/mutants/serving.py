@@ -80,7 +80,6 @@ MUTANTS = (
     '    before = hashlib.blake2b(part, digest_size=16).digest()\n',
     (f'{_PAGES_TEST}::a_hash_rests_on_all_tokens',),
     'equal pages behind different beginnings',
-    fast=True,
   ),
   Mutant(
     'answers_share_a_seed',

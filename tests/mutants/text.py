@@ -36,7 +36,6 @@ MUTANTS = (
     '',
     (f'{_BOUNDARIES_TEST}::every_file_is_heard',),
     'vllm 4180: Llama 3 ends its turns with a second token',
-    fast=True,
   ),
   Mutant(
     'one_end_of_several',

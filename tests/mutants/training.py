@@ -39,7 +39,6 @@ MUTANTS = (
     'segments=jnp.where(inside, segments, 0)',
     (f'{_MTP_TEST}::token_ahead_takes_the_place',),
     'packed data stop at the end of a document',
-    fast=True,
   ),
   Mutant(
     'mtp_predicts_the_next_token',
@@ -171,7 +170,6 @@ MUTANTS = (
     'np.arange(n) // b',
     (f'{_FP8_TEST}::part_from_the_middle',),
     'V2/V3 trap 7: 576 rows have a ragged block',
-    fast=True,
   ),
   Mutant(
     'float8_powers_of_two_rounded_down',

@@ -122,7 +122,6 @@ MUTANTS = (
     '    root = jax.nn.softplus(jnp.where(low, 0.0, logits))',
     (f'{_ROUTING_TEST}::scores_are_the_root_of_softplus',),
     'V4: the root of softplus',
-    fast=True,
   ),
   Mutant(
     'hash_routed_weights_not_normalized',

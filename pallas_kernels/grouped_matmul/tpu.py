@@ -31,14 +31,16 @@ def forward(
   used: jax.Array,
   transpose: bool,
 ) -> jax.Array:
-  """Returns the product [M F] of rows [M D] and weights [E D F] or [E F D].
+  """Returns the product [M F] of rows [M D] and weights [E F D].
 
   Raises:
-    NotImplementedError: dtypes or blocks that megablox can't take.
+    NotImplementedError: dtypes or blocks that megablox can't take, or weights
+      that are not to be transposed.
   """
   if not transpose:
-    args = rows, weights, block_expert, used
-    return accelerators.ragged(*args, transpose=False)
+    raise NotImplementedError(
+      "the product is XLA's where nothing is transposed"
+    )
   block = _check((rows, weights), block_expert)
   E, F, D = weights.shape
 

@@ -64,7 +64,7 @@ class CountedConfig(own_window.WindowConfig):
 
 @dataclasses.dataclass
 class Setting:
-  """What neither has a hash nor can be compared."""
+  """Holds what neither has a hash nor can be compared."""
 
   numbers: np.ndarray
 

@@ -172,7 +172,7 @@ class CacheTest(parameterized.TestCase):
 
   @parameterized.parameters('before', 'behind', 'around')
   def test_padding_may_stand_anywhere(self, where):
-    """As a caller's own positions say, which are any where nothing is."""
+    """Pads where a caller's positions say so; those of padding are any."""
     _, keys = drawn(16)
     before = 0 if where == 'behind' else 3
     behind = 0 if where == 'before' else 2

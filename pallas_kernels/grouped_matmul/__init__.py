@@ -26,15 +26,10 @@ __all__ = ['grouped_matmul', 'grouped_matmul_fp8', 'grouped_swiglu']
 
 def _run(name: str, impl: str | None, *args: Any) -> jax.Array:
   """Runs the kernel or the reference function of that name."""
-
-  def kernel(device: str, *args: Any) -> jax.Array:
-    module = importlib.import_module(f'{__name__}.{device}')
-    return getattr(module, name)(*args)
-
-  devices = ['gpu', 'tpu']
-  if name == 'forward' and not args[-1]:
-    # On a TPU XLA's own product is as good where nothing is transposed.
-    devices.remove('tpu')
+  module = lambda device: importlib.import_module(f'{__name__}.{device}')
+  kernel = lambda device, *args: getattr(module(device), name)(*args)
+  # On a TPU XLA's own product is as good where nothing is transposed.
+  devices = ('gpu', 'tpu') if name == 'outer' or args[-1] else ('gpu',)
   functions = {'reference': getattr(reference, name)}
   functions |= {d: functools.partial(kernel, d) for d in devices}
   return dispatch.run(f'grouped_matmul.{name}', impl, functions, *args)

@@ -7,6 +7,8 @@ Legend: B batch, S slots, T new tokens, N longest n-gram.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,4 +71,34 @@ def write(
     # One slot beyond the buffer, where mode='drop' writes nothing.
     slots = jnp.where(valid, positions, buffer.shape[1])
   rows = jnp.arange(buffer.shape[0])[:, None]
-  return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode='drop')
+  put = lambda b, slots, new: b.at[rows, slots].set(new, mode='drop')
+  new = new.astype(buffer.dtype)
+  return put_in(put, buffer, slots, new, slots=buffer.shape[1])
+
+
+def put_in(
+  put: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  buffer: jax.Array,
+  at: jax.Array,
+  new: jax.Array,
+  *,
+  slots: int,
+) -> jax.Array:
+  """Returns put(buffer, at, new), which a CPU does once and in place.
+
+  A write to a single slot XLA:CPU joins with each operation that reads the
+  buffer afterwards, and copies the buffer for each of them: of one row seven
+  copies of its cache a token. What lies in a branch is joined with nothing.
+
+  Args:
+    put: writes; drops what lies beyond the slots.
+    buffer: any shape.
+    at: slots, any shape.
+    new: what they get.
+    slots: how many there are.
+  """
+  if at.size != 1:
+    return put(buffer, at, new)
+  keep = lambda buffer, at, new: buffer
+  in_branch = functools.partial(jax.lax.cond, at.reshape(()) < slots, put, keep)
+  return jax.lax.platform_dependent(buffer, at, new, cpu=in_branch, default=put)

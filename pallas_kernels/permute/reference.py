@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantize import reference as quantize
 
+_FEW = 64  # choices that are compared with one another instead of sorted
+
 
 class Plan(NamedTuple):
   """Locates each (token, choice) among the rows; see `plan`. N K E M as there.
@@ -57,6 +59,8 @@ def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
     return Plan(experts.astype(jnp.int32), rows, blocks, none)
   flat = experts.reshape(C).astype(jnp.int32)
   flat = jnp.where((flat < 0) | (flat >= E), E, flat)
+  if block == 1 and C <= _FEW:
+    return _plan_few(flat, N, E)
   # One operand to sort, and the order among equals is the index: stable.
   keys = jnp.sort(flat * C + jnp.arange(C, dtype=jnp.int32))
   order = keys % C
@@ -75,6 +79,30 @@ def plan(experts: jax.Array, num_experts: int, block: int) -> Plan:
   rows = jnp.arange(M, dtype=jnp.int32)
   slot = jnp.full(C, M, jnp.int32).at[source].set(rows, mode='drop')
   return Plan(slot.reshape(N, K), source, expert, counts)
+
+
+def _plan_few(flat: jax.Array, N: int, E: int) -> Plan:
+  """Returns `plan` of few choices [C], E for nowhere, in blocks of one row.
+
+  Every choice is compared with every other: decoding then waits for no sort
+  and no search, each a loop on a CPU.
+  """
+  C = flat.shape[0]
+  every = jnp.arange(C, dtype=jnp.int32)
+  count = functools.partial(jnp.sum, dtype=jnp.int32)
+  keys = flat * C + every
+  # Its row is how many choices come before: [C].
+  slot = count(keys < keys[:, None], axis=1)
+  here = slot == every[:, None]  # [M C], whether a row is a choice's
+  expert = count(jnp.where(here, flat, 0), axis=1)
+  source = count(jnp.where(here, every, 0), axis=1)
+  counts = count(flat == jnp.arange(E, dtype=jnp.int32)[:, None], axis=1)
+  return Plan(
+    jnp.where(flat < E, slot, C).reshape(N, -1),
+    jnp.where(expert < E, source, C),
+    jnp.minimum(expert, E - 1),
+    counts,
+  )
 
 
 def _search(ordered: jax.Array, values: jax.Array, side: str) -> jax.Array:

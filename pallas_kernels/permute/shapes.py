@@ -17,6 +17,8 @@ class Shape(NamedTuple):
 TEST = {
   'plain': Shape(37, 3, 5, 16, 8),
   'one_token': Shape(1, 2, 32, 16, None),
+  'few': Shape(8, 4, 6, 8, 1, nowhere=0.3),
+  'single_rows': Shape(40, 3, 6, 8, 1, nowhere=0.2),
   'empty_experts': Shape(9, 1, 40, 8, 4),
   'one_expert': Shape(50, 1, 1, 8, 16),
   'nowhere': Shape(41, 4, 6, 8, 8, nowhere=0.4),

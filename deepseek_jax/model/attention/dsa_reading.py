@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.model.attention import absorbing, query_blocks
 from deepseek_jax.parallel import products
 from deepseek_jax.parallel.masking import MASKED
 from pallas_kernels import sparse_mla
@@ -49,7 +49,7 @@ def read_chosen(
   def block(one: tuple, keys: tuple, ups: tuple) -> Read:
     weights, c = _weights(one, keys, ups[0], scale)
     mixed = products.einsum('BTHK,BTKC->BTHC', weights.astype(c.dtype), c)
-    y = products.einsum('BTHC,CHV->BTHV', mixed, ups[1])
+    y = absorbing.into_values(mixed, ups[1])
     return Read(y, weights.mean(axis=2))
 
   return _over_blocks(block, queries, chosen, most, (keys, ups))
@@ -69,7 +69,7 @@ def _weights(
   f32 = {'preferred_element_type': jnp.float32}
   qn, qr, at = one
   c, kr = (query_blocks.rows(a, at) for a in keys)  # [B n K .]
-  qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
+  qc = absorbing.into_queries(qn, k_up)
   scores = jnp.einsum('BTHC,BTKC->BTHK', qc, c, **f32)
   scores += jnp.einsum('BTHR,BTKR->BTHK', qr, kr, **f32)
   scores = jnp.where(at[:, :, None] >= 0, scores * scale, MASKED)
@@ -98,11 +98,11 @@ def read_by_kernel(
   shares: bool,
 ) -> tuple[jax.Array, ...]:
   """Computes y of `read_chosen`; then its shares [B T K 1], of these heads."""
-  qc = products.einsum('BTHN,CHN->BTHC', queries[0], ups[0])
+  qc = absorbing.into_queries(queries[0], ups[0])
   given, how = (qc, queries[1]), {'scale': scale, 'impl': impl}
   own = sparse_mla.ChosenKeys(*keys, chosen)
   mixed, log_sum = sparse_mla.attend(*given, (own,), **how)
-  y = products.einsum('BTHC,CHV->BTHV', mixed, ups[1])
+  y = absorbing.into_values(mixed, ups[1])
   if not shares:
     return (y,)
   # The indexer's target: scored once more, from the log-sum-exp.

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.model.attention import absorbing, query_blocks
 from deepseek_jax.model.attention import indexer as index
-from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.indexer import IndexQuery
 from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.parallel import products
@@ -201,7 +201,7 @@ def recall(inputs: LossInputs, chosen: jax.Array, count: int) -> jax.Array:
   c, kr = inputs.latents
   f32 = {'preferred_element_type': jnp.float32}
   # Absorbed scores of all keys [B Q H S].
-  qc = products.einsum('BTHN,CHN->BTHC', qn, inputs.k_up)
+  qc = absorbing.into_queries(qn, inputs.k_up)
   dots = jnp.einsum('BTHC,BSC->BTHS', qc, c, **f32)
   dots += jnp.einsum('BTHR,BSR->BTHS', qr, kr, **f32)
   shares = inputs.shares(dots, inputs.mask(visibility))

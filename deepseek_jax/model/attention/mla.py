@@ -16,6 +16,7 @@ from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
+from deepseek_jax.model.attention import absorbing
 from deepseek_jax.model.attention.latent_reading import (
   GROUP,
   FP8Latent,
@@ -266,16 +267,13 @@ class MLA(nnx.Module):
   ) -> jax.Array:
     """Attends to the latents themselves (V2 section 2.1.2): [B T H V].
 
-    k_up goes into the query and v_up into the output, so all heads share one
-    key and value of C + R numbers: cheap where queries are few.
-
     Args:
       qn, qr: [B T H N] and [B T H R].
       latent: the cache with these tokens.
       positions: [B T].
     """
     k_up, v_up = self.ups()
-    qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
+    qc = absorbing.into_queries(qn, k_up)
     f32 = {'preferred_element_type': jnp.float32}
     scores = jnp.einsum('BTHC,BSC->BHTS', qc, latent.c, **f32)
     scores += jnp.einsum('BTHR,BSR->BHTS', qr, latent.kr, **f32)
@@ -284,7 +282,7 @@ class MLA(nnx.Module):
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.c.dtype)
     # Heads before tokens: the other way round XLA:CPU transposes the cache.
     mixed = products.einsum('BHTS,BSC->BHTC', weights, latent.c)
-    return products.einsum('BHTC,CHV->BTHV', mixed, v_up)
+    return absorbing.into_values(mixed.swapaxes(1, 2), v_up)
 
   def decoded(
     self,
@@ -297,7 +295,7 @@ class MLA(nnx.Module):
     v_up: jax.Array,
   ) -> jax.Array:
     """Computes `absorbed` by the kernel of decoding."""
-    qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
+    qc = absorbing.into_queries(qn, k_up)
     # The kernel takes the queries of a request for its last tokens; these may
     # be any, so each is a request of its own over the row's one page.
     B, T = positions.shape
@@ -313,7 +311,7 @@ class MLA(nnx.Module):
       scales=getattr(held, 'scales', None),
       impl=impl,
     )
-    return products.einsum('BTHC,CHV->BTHV', mixed.reshape(qc.shape), v_up)
+    return absorbing.into_values(mixed.reshape(qc.shape), v_up)
 
   def read_pages(
     self,
@@ -358,7 +356,7 @@ class MLA(nnx.Module):
     v_up: jax.Array,
   ) -> jax.Array:
     """Computes `read_pages` by the kernel, all tokens of a row at once."""
-    qc = products.einsum('BTHN,CHN->BTHC', qn, k_up)
+    qc = absorbing.into_queries(qn, k_up)
     # Its queries are the row's last tokens; behind those that count may be
     # others, which go before them.
     mixed = mla_decode(
@@ -372,7 +370,7 @@ class MLA(nnx.Module):
       impl=impl,
     )
     mixed = last_first(mixed, -count)
-    return products.einsum('BTHC,CHV->BTHV', mixed, v_up)
+    return absorbing.into_values(mixed, v_up)
 
   def absorbing_pays(self, queries: int) -> bool:
     """Returns whether the absorbed form costs less than expanding cached keys.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.attention.latent_reading import FP8Latent, Latent
+from deepseek_jax.model.cache import put_in
 
 
 class PagedLatent(NamedTuple):
@@ -45,7 +46,9 @@ class PagedLatent(NamedTuple):
     def put(pages: jax.Array, new: jax.Array) -> jax.Array:
       width = pages.shape[-1]
       flat, new = pages.reshape(-1, width), new.reshape(-1, width)
-      flat = flat.at[slots].set(new.astype(pages.dtype), mode='drop')
+      put = lambda flat, slots, new: flat.at[slots].set(new, mode='drop')
+      new = new.astype(pages.dtype)
+      flat = put_in(put, flat, slots, new, slots=len(flat))
       return flat.reshape(pages.shape)
 
     return self._replace(pages=type(new)(*map(put, self.pages, new)))

@@ -7,6 +7,7 @@ plgpu.commit_smem and a barrier show them to the readers. The interpreter, which
 knows no cp.async, gets the same rows by a plain load and store.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,22 +26,30 @@ _THREADS, _VECTOR = 128, 8  # columns of one copy
 _AT_ONCE = 64  # columns that neighbouring threads copy together
 
 
-def start(source: jax.Ref, chosen: jax.Ref, dest: jax.Ref) -> None:
-  """Starts dest[i] = source[chosen[i]]; zeros where that is negative.
+def start(
+  source: jax.Ref, chosen: jax.Ref, dest: jax.Ref, run: int = 1
+) -> None:
+  """Starts dest[r i + j] = source[chosen[i] + j] for j < r, a run of rows.
+
+  Zeros stand where chosen is negative.
 
   Args:
     source: [M C] bfloat16 in global memory; C is a multiple of 64, or 32.
-    chosen: [N] int32 in global memory; N is a multiple of 32.
+    chosen: [N / r] int32 in global memory; N is a multiple of 32.
     dest: [N C] in shared memory, tiled by `TILE`.
+    run: r.
   """
   if compat.is_interpreted():
     # The same rows by a plain load: no copy is on its way afterwards.
-    at = chosen[...]
+    at = chosen[...][:, None]
+    at = jnp.where(at >= 0, at + jnp.arange(run, dtype=jnp.int32), -1)
+    at = at.reshape(-1)
     rows = jnp.take(source[...], jnp.maximum(at, 0), axis=0)
     dest[...] = jnp.where((at >= 0)[:, None], rows, jnp.zeros_like(rows))
     return
   plain = plgpu.RefType()
-  plgpu.inline_mgpu(arg_types=(plain, plain, plgpu.RefType(TILE)))(_copy)(
+  copy = functools.partial(_copy, run=run)
+  plgpu.inline_mgpu(arg_types=(plain, plain, plgpu.RefType(TILE)))(copy)(
     source, chosen, dest
   )
 
@@ -82,7 +91,7 @@ def places(thread: Any, rows: int, columns: int) -> Iterator[tuple]:
     )
 
 
-def _copy(_, source: Any, chosen: Any, dest: Any) -> None:
+def _copy(_, source: Any, chosen: Any, dest: Any, *, run: int) -> None:
   """Emits `start` for one thread of the warpgroup."""
   i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
   kind = ir.BF16Type.get()
@@ -104,11 +113,15 @@ def _copy(_, source: Any, chosen: Any, dest: Any) -> None:
   # Load: 16 bytes a copy, neighbouring threads in neighbouring columns.
   work = list(places(thread % _THREADS, *size))
   # All of the list before any row, or each row would wait for its number.
-  at = [llvm.load(i32, step(list_, [offset(row)], i32)) for row, _ in work]
-  for number, (_, copies) in zip(at, work, strict=True):
+  at = [
+    llvm.load(i32, step(list_, [offset(row // run)], i32)) for row, _ in work
+  ]
+  for number, (row, copies) in zip(at, work, strict=True):
     # Row 0 stands in for no row: an address has to be valid.
     here = arith.cmpi(arith.CmpIPredicate.sge, number, nothing)
     number = arith.select(here, number, nothing)
+    if run > 1:
+      number = arith.addi(number, offset(row % run))
     begin = arith.muli(arith.extui(i64, number), arith.constant(i64, stride))
     begin = step(from_, [begin], kind)
     for column, (i, j), inside in copies:

@@ -141,8 +141,8 @@ MUTANTS = (
   Mutant(
     'index_heads_of_one_device_choose',
     'deepseek_jax/model/attention/indexer.py',
-    '  if along.heads:\n    whole',
-    '  if not along.axis:\n    whole',
+    'if not along.heads:\n    return query',
+    'if not along.heads or along.axis:\n    return query',
     (f'{_MESH}1',),
     'tensor parallelism: all index heads score a key together',
   ),

@@ -18,7 +18,9 @@ def physical(row, column, columns):
 
 
 class GatherTest(parameterized.TestCase):
-  @parameterized.parameters((32, 32), (32, 64), (32, 256), (64, 256), (64, 512))
+  @parameterized.parameters(
+    (32, 32), (32, 64), (64, 128), (32, 256), (64, 256), (64, 512)
+  )
   def test_every_piece_is_copied_once_to_where_wgmma_reads_it(
     self, rows, columns
   ):

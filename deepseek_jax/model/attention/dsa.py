@@ -301,11 +301,18 @@ def choose(
   if levels and keys.shape[1] > levels.size * levels.count:
     if blocks is None:
       blocks = index_blocks.fresh(levels, keys, key_segments)
-    return index_blocks.without_kernel(
-      lambda: index_blocks.choose(
-        levels, query, keys, blocks, visibility, cfg.top_k, **how
+    own = lambda: index_blocks.choose(
+      levels, query, keys, blocks, visibility, cfg.top_k, **how
+    )
+    return kernels.pick(
+      'index_candidates',
+      functools.partial(
+        index_blocks.choose_by_kernel, cfg=levels, top_k=cfg.top_k, along=along
       ),
-      (query, keys),
+      own,
+      (query, keys, blocks, visibility.places, key_segments),
+      (('batch',),) * 5,
+      ('batch',),
     )
   own = lambda: index.choose(query, keys, visibility, cfg.top_k, **how)
   row = ('batch',)

@@ -6,19 +6,18 @@ of all complete blocks before its own, and then the keys of a few blocks. The
 first block of a document and the query's own, which may be incomplete, are
 always among these. Blocks are counted from the start of a document. Nothing is
 learnt, so weights are those of the flat indexer, and so is the choice where all
-visible keys lie in so few blocks.
+visible keys lie in so few blocks. By kernels the means are chosen as the flat
+indexer chooses keys, and the keys of blocks are not gathered.
 Legend: B batch, T queries, S keys, E blocks, m keys of a block, M candidates,
 I index dim, K chosen keys.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model import cache as caching
-from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import query_blocks
 from deepseek_jax.model.attention.document_blocks import (
   block_starts,
@@ -30,10 +29,13 @@ from deepseek_jax.model.attention.indexer import (
   IndexQuery,
   best,
   index_scores,
+  of_all_heads,
 )
 from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel.sequence import WHOLE, Along
+from pallas_kernels.index_candidates import index_candidates
+from pallas_kernels.indexer import indexer
 
 
 class Blocks(NamedTuple):
@@ -99,17 +101,6 @@ def fresh(
   return Blocks(_means(keys, start, cfg.size), start)
 
 
-def without_kernel(own: Callable[[], jax.Array], args: tuple) -> jax.Array:
-  """Returns own(), and tells that there is no kernel for it, and why."""
-
-  def kernel(impl: str) -> jax.Array:
-    if impl == 'gpu':
-      raise NotImplementedError('keys are looked for in blocks (XLA does it)')
-    return own()
-
-  return kernels.pick_local('indexer', kernel, own, args)
-
-
 def choose(
   cfg: IndexBlocksConfig,
   query: IndexQuery,
@@ -138,10 +129,7 @@ def choose(
     [B T k] int32, ascending, then -1 where fewer than k are visible.
   """
   query, keys, blocks = jax.lax.stop_gradient((query, keys, blocks))
-  first = document_starts(key_segments, keys.shape[:2])
-  # Padding may stand beyond the last slot.
-  places = jnp.clip(visibility.places, 0, keys.shape[1] - 1)
-  first = jnp.take_along_axis(first, places, axis=1)  # [B T]
+  places, first = _places(visibility.places, key_segments, keys.shape[:2])
 
   def block(one: tuple, keys: jax.Array, blocks: Blocks) -> jax.Array:
     query, place, first = one
@@ -161,6 +149,88 @@ def choose(
   numbers = max(candidates * max(J, I), J * blocks.start.shape[1])
   queries = query, places, first
   return query_blocks.over_blocks(block, queries, most, numbers, (keys, blocks))
+
+
+def _places(
+  places: jax.Array, key_segments: jax.Array | None, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns places [B T] among the keys, and where their documents begin."""
+  first = document_starts(key_segments, shape)
+  # Padding may stand beyond the last slot.
+  places = jnp.clip(places, 0, shape[1] - 1)
+  return places, jnp.take_along_axis(first, places, axis=1)
+
+
+def choose_by_kernel(
+  impl: str,
+  query: IndexQuery,
+  keys: jax.Array,
+  blocks: Blocks,
+  places: jax.Array,
+  key_segments: jax.Array | None,
+  *,
+  cfg: IndexBlocksConfig,
+  top_k: int,
+  along: Along = WHOLE,
+) -> jax.Array:
+  """Computes `choose` by kernels.
+
+  Args:
+    impl: 'reference' or 'gpu', of both of them.
+    query, keys, blocks, key_segments: as of `choose`.
+    places: [B T] of the queries among the keys.
+    cfg: sizes.
+    top_k: keys of a query.
+    along: the local shard; all index heads score together, so what devices
+      with other heads hold is gathered.
+  """
+  query = of_all_heads(query, along)
+  places, first = _places(places, key_segments, keys.shape[:2])
+  starts = _starts_by_kernel(impl, cfg, query, blocks, places, first)
+  return index_candidates(
+    *(query.q, keys, query.weight, starts, places + 1),
+    size=cfg.size,
+    top_k=top_k,
+    impl=impl,
+  )
+
+
+def _starts_by_kernel(
+  impl: str,
+  cfg: IndexBlocksConfig,
+  query: IndexQuery,
+  blocks: Blocks,
+  place: jax.Array,
+  first: jax.Array,
+) -> jax.Array:
+  """Computes `_chosen_blocks` by a kernel, -1 behind the query's own.
+
+  Args: as there, and which implementation of the kernel.
+  """
+  own = place - (place - first) % cfg.size
+  # Complete blocks of a document before a query's own follow one another.
+  start = blocks.start[:, None]
+  before = lambda end: (
+    ((start >= 0) & (start < end[..., None])).sum(axis=-1, dtype=jnp.int32)
+  )
+  low, high = before(first), before(own)
+  # A document's first block is read by all its queries.
+  number = jnp.where(low < high, low, -1)[..., None]
+  others = min(cfg.count - 2, blocks.start.shape[1])
+  if others:
+    found = indexer(
+      *(query.q, blocks.means, query.weight, low + 1, high),
+      top_k=others,
+      impl=impl,
+    )
+    number = jnp.concatenate([number, found], axis=-1)
+  rows = jnp.broadcast_to(start, (*place.shape, start.shape[-1]))
+  chosen = jnp.take_along_axis(rows, jnp.maximum(number, 0), axis=-1)
+  chosen = jnp.where(number >= 0, chosen, -1)
+  chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+  last = (number >= 0).sum(axis=-1, keepdims=True)
+  here = jnp.arange(chosen.shape[-1]) == last
+  return jnp.where(here, own[..., None], chosen)
 
 
 def _chosen_blocks(

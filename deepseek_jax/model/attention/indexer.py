@@ -299,10 +299,16 @@ def choose_within(
   Returns:
     [B T top_k] int32, ascending, then -1.
   """
-  if along.heads:
-    whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
-    query = IndexQuery(*map(whole, query))
+  query = of_all_heads(query, along)
   return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
+
+
+def of_all_heads(query: IndexQuery, along: Along) -> IndexQuery:
+  """Returns a query with the index heads of all devices that share it."""
+  if not along.heads:
+    return query
+  whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
+  return IndexQuery(*map(whole, query))
 
 
 def divergence_of_chosen(

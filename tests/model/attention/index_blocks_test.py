@@ -59,6 +59,16 @@ def chosen(query, keys, documents=None, *, cfg=SIZES, k=5, most=8):
   )
 
 
+@functools.partial(jax.jit, static_argnames=('cfg', 'k'))
+def by_kernel(query, keys, documents=None, *, cfg=SIZES, k=5):
+  """Of the kernels' references."""
+  at = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
+  blocks = index_blocks.fresh(cfg, keys, documents)
+  return index_blocks.choose_by_kernel(
+    'reference', query, keys, blocks, at, documents, cfg=cfg, top_k=k
+  )
+
+
 def by_hand(query, keys, documents, cfg, k):
   """Choices of one query at a time, in float64."""
   q, w, keys = (np.float64(a) for a in (*query, keys))
@@ -85,6 +95,8 @@ class ChoiceTest(parameterized.TestCase):
     query, keys = drawn()
     got = chosen(query, keys, PACKED, cfg=cfg, k=k)
     want = by_hand(query, keys, np.asarray(PACKED), cfg, k)
+    np.testing.assert_array_equal(got, want)
+    got = by_kernel(query, keys, PACKED, cfg=cfg, k=k)
     np.testing.assert_array_equal(got, want)
 
   def test_is_no_longer_the_best_of_all(self):
@@ -117,8 +129,29 @@ class ChoiceTest(parameterized.TestCase):
   def test_of_equal_scores_the_lowest_places_are_taken(self):
     query, keys = drawn()
     query = query._replace(weight=query.weight * 0)
-    got = chosen(query, keys)[0, -1]
-    np.testing.assert_array_equal(got, [0, 1, 2, 3, 4])
+    for choose in (chosen, by_kernel):
+      got = choose(query, keys)[0, -1]
+      np.testing.assert_array_equal(got, [0, 1, 2, 3, 4])
+
+  def test_kernels_choose_the_same_of_a_cache_with_room(self):
+    """Later blocks have means of anything, and padding any place."""
+    query, keys = drawn()
+    longer = lambda a, fill: jnp.pad(
+      a, ((0, 0), (0, 80 - T), (0, 0)), constant_values=fill
+    )
+    held = longer(keys, 9.0)
+    means = index_blocks.fresh(SIZES, keys, None).means
+    blocks = index_blocks.cached(SIZES, jnp.pad(
+      means, ((0, 0), (0, 5), (0, 0)), constant_values=9.0
+    ))
+    at = jnp.broadcast_to(jnp.arange(T), (2, T)).at[1, :3].set([-4, 99, 80])
+    want = index_blocks.choose(SIZES, query, held, blocks, Visibility(at), 5)
+    how = {'cfg': SIZES, 'top_k': 5}
+    got = index_blocks.choose_by_kernel(
+      'reference', query, held, blocks, at, None, **how
+    )
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got[0], chosen(query, keys)[0])
 
   def test_queries_at_a_time_change_nothing(self):
     query, keys = drawn()

@@ -1,13 +1,13 @@
 """Lists the kernels and shapes that are compiled ahead of time and exported."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import latent_kv, permute
+from pallas_kernels import aot_cases_sparse, latent_kv, permute
+from pallas_kernels.aot_cases_sparse import KernelCase, gradients
 from pallas_kernels.collapse_norm import collapse_norm
 from pallas_kernels.collapse_norm import shapes as collapse_shapes
 from pallas_kernels.compress import compress
@@ -19,7 +19,6 @@ from pallas_kernels.grouped_matmul import (
   grouped_matmul_fp8,
   grouped_swiglu,
 )
-from pallas_kernels.indexer import indexer
 from pallas_kernels.latent_kv import shapes as latent_shapes
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
@@ -29,8 +28,6 @@ from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.router import router
 from pallas_kernels.router import shapes as router_shapes
 from pallas_kernels.sinkhorn import sinkhorn
-from pallas_kernels.sparse_gqa import sparse_gqa
-from pallas_kernels.sparse_mla import ChosenKeys, attend, shares, sparse_mla
 from pallas_kernels.swiglu_quantize import shapes as swiglu_shapes
 from pallas_kernels.swiglu_quantize import swiglu_gradient, swiglu_quantize
 from pallas_kernels.write_streams import shapes as write_shapes
@@ -38,23 +35,6 @@ from pallas_kernels.write_streams import write_streams
 
 BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 FP8 = jnp.float8_e4m3fn
-
-
-class KernelCase(NamedTuple):
-  """Holds a function of arrays with its (shape, dtype) arguments."""
-
-  fn: Callable
-  args: tuple
-  wgmma: bool  # the kernel must contain tensor-core instructions
-
-
-def _gradients(fn: Callable, count: int) -> Callable:
-  """Returns (grad, *args) -> the gradients of the first `count` of args."""
-
-  def grads(grad: jax.Array, *args: jax.Array) -> tuple:
-    return jax.vjp(lambda *a: fn(*a, *args[count:]), *args[:count])[1](grad)
-
-  return grads
 
 
 def _mla_decode(batch: int, new: int, heads: int, splits: int) -> KernelCase:
@@ -209,7 +189,7 @@ def _collapse_norm(name: str, backward: bool) -> KernelCase:
   fn = functools.partial(collapse_norm, impl='gpu')
   if not backward:
     return KernelCase(fn, args, False)
-  return KernelCase(_gradients(fn, 3), (((N, D), BF), *args), False)
+  return KernelCase(gradients(fn, 3), (((N, D), BF), *args), False)
 
 
 def _write_streams(name: str, backward: bool) -> KernelCase:
@@ -220,7 +200,7 @@ def _write_streams(name: str, backward: bool) -> KernelCase:
   fn = functools.partial(write_streams, impl='gpu')
   if not backward:
     return KernelCase(fn, args, False)
-  return KernelCase(_gradients(fn, 4), (streams, *args), False)
+  return KernelCase(gradients(fn, 4), (streams, *args), False)
 
 
 def _compress(name: str, backward: bool) -> KernelCase:
@@ -232,7 +212,7 @@ def _compress(name: str, backward: bool) -> KernelCase:
   fn = functools.partial(compress, impl='gpu')
   if not backward:
     return KernelCase(fn, args, False)
-  return KernelCase(_gradients(fn, 3), (entries, *args), False)
+  return KernelCase(gradients(fn, 3), (entries, *args), False)
 
 
 def _sinkhorn(tokens: int, backward: bool) -> KernelCase:
@@ -252,7 +232,7 @@ def _mla_prefill(tokens: int, backward: bool) -> KernelCase:
   if not backward:
     return KernelCase(fn, (wide, wide, narrow, segments), True)
   args = narrow, wide, wide, narrow, segments
-  return KernelCase(_gradients(fn, 3), args, True)
+  return KernelCase(gradients(fn, 3), args, True)
 
 
 def _latent_kv(name: str) -> KernelCase:
@@ -286,94 +266,6 @@ def _decode_fp8(batch: int, new: int, heads: int, splits: int) -> KernelCase:
     *a[:6], scale=0.07, scales=a[6], splits=splits, impl='gpu'
   )
   return KernelCase(fn, args, True)
-
-
-def _indexer(batch: int, queries: int, keys: int) -> KernelCase:
-  """Builds the choice of 2048 keys by 64 index heads."""
-  args = (
-    ((batch, queries, 64, 128), BF),
-    ((batch, keys, 128), BF),
-    ((batch, queries, 64), F32),
-    ((batch, queries), I32),
-    ((batch, queries), I32),
-  )
-  fn = functools.partial(indexer, top_k=2048, impl='gpu')
-  return KernelCase(fn, args, True)
-
-
-def _sparse_mla(queries: int, heads: int, backward: bool) -> KernelCase:
-  """Builds attention to 2048 of 4096 latents, or its gradients."""
-  args = (
-    ((1, queries, heads, 512), BF),
-    ((1, queries, heads, 64), BF),
-    ((1, 4096, 512), BF),
-    ((1, 4096, 64), BF),
-    ((1, queries, 2048), I32),
-  )
-  fn = functools.partial(sparse_mla, scale=0.07, impl='gpu')
-  if not backward:
-    return KernelCase(fn, args, True)
-  return KernelCase(_gradients(fn, 4), (args[0], *args), True)
-
-
-def _shares(queries: int, heads: int) -> KernelCase:
-  """Builds the shares of 2048 of 4096 latents in all heads' attention."""
-  *floats, index = _sparse_mla(queries, heads, False).args
-
-  def fn(q_c: jax.Array, q_r: jax.Array, *rest: jax.Array) -> jax.Array:
-    *keys, log_sum = rest
-    how = {'scale': 0.07, 'impl': 'gpu'}
-    return shares(q_c, q_r, ChosenKeys(*keys), log_sum, **how)
-
-  log_sum = (1, queries, heads), F32
-  return KernelCase(fn, (*floats, index, log_sum), True)
-
-
-def _shares_of_entries(queries: int) -> KernelCase:
-  """Builds the same for V4: 512 of 1024 entries, without a rotary part."""
-
-  def fn(q: jax.Array, *rest: jax.Array) -> jax.Array:
-    c, index, log_sum = rest
-    how = {'scale': 0.07, 'impl': 'gpu'}
-    return shares(q, None, ChosenKeys(c, None, index), log_sum, **how)
-
-  q, entries = ((1, queries, 128, 512), BF), ((1, 1024, 512), BF)
-  rest = ((1, queries, 512), I32), ((1, queries, 128), F32)
-  return KernelCase(fn, (q, entries, *rest), True)
-
-
-def _attend(
-  queries: int, keys: tuple[tuple[int, int], ...], backward: bool
-) -> KernelCase:
-  """Builds V4's attention: lists of (entries, chosen) of width 512, sinks."""
-  lists = [(((1, S, 512), BF), ((1, queries, K), I32)) for S, K in keys]
-  q, sinks = ((1, queries, 128, 512), BF), ((128,), F32)
-
-  def fn(q: jax.Array, sinks: jax.Array, *rest: jax.Array) -> jax.Array:
-    given = zip(rest[: len(keys)], rest[len(keys) :])
-    chosen = tuple(ChosenKeys(c, None, index) for c, index in given)
-    how = {'scale': 0.07, 'sinks': sinks, 'impl': 'gpu'}
-    return attend(q, None, chosen, **how)[0]
-
-  args = q, sinks, *(c for c, _ in lists), *(index for _, index in lists)
-  if not backward:
-    return KernelCase(fn, args, True)
-  return KernelCase(_gradients(fn, 2 + len(keys)), (q, *args), True)
-
-
-def _sparse_gqa(queries: int, backward: bool) -> KernelCase:
-  """Builds NSA's attention to 16 selected blocks of 64 tokens of 4096."""
-  args = (
-    ((1, queries, 4, 16, 192), BF),
-    ((1, 4096, 4, 192), BF),
-    ((1, 4096, 4, 128), BF),
-    ((1, queries, 4, 1024), I32),
-  )
-  fn = functools.partial(sparse_gqa, scale=0.07, impl='gpu')
-  if not backward:
-    return KernelCase(fn, args, True)
-  grad = (1, queries, 4, 16, 128), BF
-  return KernelCase(_gradients(fn, 3), (grad, *args), True)
 
 
 CASES = {
@@ -431,19 +323,7 @@ CASES = {
   'combine': _permute('combine', 4096, 8, 256, 7168),
   'combine_bwd': _permute('combine_bwd', 4096, 8, 256, 7168),
   **{f'latent_kv_{n}': _latent_kv(n) for n in latent_shapes.BENCH},
-  'indexer': _indexer(1, 8192, 8192),
-  'indexer_far': _indexer(128, 2, 65536),
-  'indexer_shared': _indexer(1, 2, 131_072),
   'mla_decode_fp8_h128': _decode_fp8(128, 1, 128, 1),
   'mla_decode_fp8_h16_split4': _decode_fp8(4, 2, 16, 4),
-  'sparse_mla': _sparse_mla(4096, 128, False),
-  'sparse_mla_decode': _sparse_mla(4, 128, False),
-  'sparse_mla_bwd': _sparse_mla(64, 128, True),
-  'attention_shares': _shares(4096, 128),
-  'attention_shares_v4': _shares_of_entries(4096),
-  # V4: a window of 128 tokens and 512 of the entries, in one softmax.
-  'sparse_mla_v4': _attend(4096, ((4096, 128), (1024, 512)), False),
-  'sparse_mla_v4_bwd': _attend(64, ((4096, 128), (1024, 512)), True),
-  'sparse_gqa': _sparse_gqa(1024, False),
-  'sparse_gqa_bwd': _sparse_gqa(16, True),
+  **aot_cases_sparse.CASES,
 }

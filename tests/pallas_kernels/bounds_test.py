@@ -21,6 +21,8 @@ from pallas_kernels.grouped_matmul import (
   grouped_swiglu,
 )
 from pallas_kernels.grouped_matmul import swiglu as swiglu_gpu
+from pallas_kernels.index_candidates import gpu as candidates_gpu
+from pallas_kernels.index_candidates import index_candidates
 from pallas_kernels.indexer import gpu as indexer_gpu
 from pallas_kernels.indexer import indexer
 from pallas_kernels.mla_decode import gpu as decode_gpu
@@ -70,6 +72,31 @@ class BoundsTest(parameterized.TestCase):
     for a in (low, high):
       self.assertBetween(int(a.min()), 0, 130)
       self.assertBetween(int(a.max()), 0, 130)
+
+  @parameterized.parameters(130, 5000, -7, 2**31 - 1, -(2**31))
+  def test_a_block_that_begins_at_no_key_is_none(self, wild):
+    q, k, w = normal(2, 3, 8, 16), normal(2, 130, 16), normal(2, 3, 8)
+    starts = jnp.full((2, 3, 3), wild, jnp.int32).at[..., 1].set(128)
+    lasts = jnp.full((2, 3), 2**31 - 1, jnp.int32).at[1, 1].set(-(2**31))
+    op = functools.partial(index_candidates, size=16, top_k=4)
+    got = op(q, k, w, starts, lasts)
+    np.testing.assert_array_equal(got[0], [[128, 129, -1, -1]] * 3)
+    np.testing.assert_array_equal(got[1, 1], -1)
+    given = given_to(
+      candidates_gpu, 'index_candidates', op, q, k, w, starts, lasts
+    )
+    np.testing.assert_array_equal(given[3], [[[-1, 128, -1]] * 3] * 2)
+    self.assertBetween(int(given[4].min()), 0, 130)
+    self.assertBetween(int(given[4].max()), 0, 130)
+    # And what its copies read lies within the keys of a row.
+    flat = (a.reshape(6, -1) for a in given[3:5])
+    starts, lasts = next(flat), next(flat)[:, 0]
+    for size in (16, 64, 128):
+      run = min(size, 64)
+      first, low, high = candidates_gpu._runs(starts, lasts, size, run, 130)
+      self.assertBetween(int(first.min()), 0, 130 - run)
+      self.assertBetween(int(first.max()), 0, 130 - run)
+      self.assertEqual(int(jnp.maximum(high - low, 0)[:4].sum(axis=1)[0]), 2)
 
   def test_a_position_behind_a_row_is_not_one_of_the_next_row(self):
     q_c, q_r = normal(2, 3, 4, 8), normal(2, 3, 4, 2)

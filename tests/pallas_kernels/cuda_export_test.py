@@ -16,6 +16,7 @@ FAST = (
   'combine_bwd',
   'compress_bwd_csa_keys_t8192',
   'grouped_matmul_fwd_b128',
+  'index_candidates_s65536_m128',
   'indexer',
   'latent_kv_prefill_t8192_fp8',
   'mla_decode_h16',

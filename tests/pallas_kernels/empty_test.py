@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul import (
   grouped_matmul_fp8,
   grouped_swiglu,
 )
+from pallas_kernels.index_candidates import index_candidates
 from pallas_kernels.indexer import indexer
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_prefill import mla_prefill
@@ -132,6 +133,20 @@ CASES = {
     (0, 5, 64, 128),
     [(0, 5, 4)],
   ),
+  'index_candidates': (
+    lambda q, impl: index_candidates(
+      q,
+      zeros(0, 64, 128),
+      zeros(0, 5, 64),
+      zeros(0, 5, 3, dtype=I32),
+      zeros(0, 5, dtype=I32),
+      size=64,
+      top_k=4,
+      impl=impl,
+    ),
+    (0, 5, 64, 128),
+    [(0, 5, 4)],
+  ),
   'sparse_mla': (
     lambda q, impl: sparse_mla(
       q,
@@ -187,6 +202,7 @@ CASES = {
 }
 NO_GRADIENT = (
   'grouped_matmul_fp8',
+  'index_candidates',
   'indexer',
   'latent_kv',
   'mla_decode',
@@ -233,6 +249,11 @@ class EmptyTest(parameterized.TestCase):
     q, w = zeros(1, 2, 64, 128), zeros(1, 2, 64)
     chosen = indexer(q, zeros(1, 0, 128), w, top_k=3)
     self.assertEqual(chosen.tolist(), [[[-1] * 3] * 2])
+    where = zeros(1, 2, 4, dtype=I32), zeros(1, 2, dtype=I32)
+    for keys, starts in ((0, where[0]), (9, where[0][..., :0])):
+      given = q, zeros(1, keys, 128), w, starts, where[1]
+      chosen = index_candidates(*given, size=8, top_k=3)
+      self.assertEqual(chosen.tolist(), [[[-1] * 3] * 2])
     args = zeros(1, 2, 64, 512), zeros(1, 2, 64, 64)
     none = zeros(1, 2, 0, dtype=I32)
     out = sparse_mla(*args, zeros(1, 9, 512), zeros(1, 9, 64), none, scale=1.0)

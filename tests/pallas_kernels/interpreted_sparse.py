@@ -16,6 +16,9 @@ from pallas_kernels import compat
 from pallas_kernels import latent_kv as latent
 from pallas_kernels.compress import compress
 from pallas_kernels.compress import shapes as compress_shapes
+from pallas_kernels.index_candidates import gpu as candidates_gpu
+from pallas_kernels.index_candidates import index_candidates
+from pallas_kernels.index_candidates import shapes as candidates_shapes
 from pallas_kernels.indexer import gpu as indexer_gpu
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
@@ -139,6 +142,32 @@ def check_indexer():
     with mock.patch.object(indexer_gpu, 'indexer', limit), sms:
       op = functools.partial(indexer, top_k=shape.top_k)
       interpreted.compare(name, op, args, 0.0)
+
+
+def check_index_candidates():
+  for name, shape in candidates_shapes.TEST_GPU.items():
+    q, k, w, *_ = draw_indexer(shape)
+    starts, last = map(jnp.array, candidates_shapes.blocks(shape))
+    starts = starts.at[0, -1, 0].set(-1)  # no block, ahead of others
+    last = last.at[0, 0].set(0)  # no key
+    # Nobody may choose what is nobody's.
+    at = jnp.arange(shape.keys)
+    inside = (at >= starts[..., None]) & (at < starts[..., None] + shape.size)
+    inside = (inside & (starts >= 0)[..., None]).any(axis=2)
+    inside &= at < last[..., None]
+    k = jnp.where(inside.any(axis=1)[..., None], k, jnp.nan)
+    op = functools.partial(
+      index_candidates, size=shape.size, top_k=shape.top_k
+    )
+    # A thread block takes a whole query, or up to four share one; and all
+    # queries at once, or two at a time.
+    sms = mock.patch.object(compat, 'num_sms', lambda: shape.queries)
+    two = 2 * -(-shape.count * shape.size // 64) * 64
+    limit = mock.patch.object(candidates_gpu, '_AT_ONCE', two)
+    with sms:
+      interpreted.compare(name, op, (q, k, w, starts, last), 0.0)
+    with limit:
+      interpreted.compare(f'{name} in turn', op, (q, k, w, starts, last), 0.0)
 
 
 def draw_sparse_mla(shape):

@@ -15,6 +15,8 @@ from benchmarks.kernel_work import (
 from pallas_kernels import latent_kv
 from pallas_kernels.compress import compress
 from pallas_kernels.compress import shapes as compress_shapes
+from pallas_kernels.index_candidates import index_candidates
+from pallas_kernels.index_candidates import shapes as candidates_shapes
 from pallas_kernels.indexer import indexer
 from pallas_kernels.indexer import shapes as indexer_shapes
 from pallas_kernels.latent_kv import shapes as latent_shapes
@@ -75,6 +77,30 @@ def select(shape):
 
 def select_small(shape):
   return shape._replace(batch=1, queries=9, keys=700, heads=16, top_k=60)
+
+
+def select_in_blocks(shape):
+  q, keys, w, _, last = select(shape).args
+  B, T, S = shape.batch, shape.queries, shape.keys
+  # Any blocks of the keys before the queries, and a query's own.
+  before = max(shape.count - 1, (S - T) // shape.size)
+  drawn = _picked(fresh_keys(1)[0], B * T, before, shape.count - 1)
+  own = (last - 1) // shape.size
+  drawn = drawn.reshape(B, T, -1)
+  number = jnp.concatenate([drawn, own[..., None]], axis=-1)
+  args = (q, keys, w, number * shape.size, last)
+  how = {'size': shape.size, 'top_k': shape.top_k}
+  op = functools.partial(index_candidates, **how)
+  xla = functools.partial(op, impl='reference')
+  pairs = B * T * shape.count * shape.size
+  moved = nbytes(q, keys, w, number) + B * T * shape.top_k * 4
+  flops = 2.0 * pairs * shape.heads * 128
+  return Work(op, args, xla, flops, moved, {'xla': xla}, tolerance=0.0)
+
+
+def select_in_blocks_small(shape):
+  few = {'heads': 16, 'size': 64, 'count': 5, 'top_k': 60}
+  return shape._replace(batch=1, queries=9, keys=700, **few)
 
 
 def _picked(key, rows, among, count):
@@ -250,6 +276,11 @@ _LEARNT = {n: sparse_shapes.BENCH[n] for n in ('prefill_s4096', 'v4_csa_s8192')}
 OPS = {
   'latent_kv': (latent_shapes.BENCH, store, store_small),
   'indexer': (indexer_shapes.BENCH, select, select_small),
+  'index_candidates': (
+    candidates_shapes.BENCH,
+    select_in_blocks,
+    select_in_blocks_small,
+  ),
   'compress': (compress_shapes.BENCH, entries, entries_small),
   'compress_bwd': (compress_shapes.BENCH, entries_bwd, entries_small),
   'mla_decode_fp8': (decode_shapes.BENCH, decode_fp8, decode_small),

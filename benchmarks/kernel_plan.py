@@ -67,6 +67,7 @@ _FIRST = (
   ('compress', 'csa_t8192', 'xla'),
   ('compress_bwd', 'csa_t8192', 'xla'),
   ('indexer', 's8192_h64', ''),
+  ('index_candidates', 's65536_m128', 'xla'),
   ('permute', 'v3_t4096', 'xla'),
   ('combine', 'v3_t4096', 'xla'),
   ('router', 'v3_t4096', 'xla'),

@@ -40,6 +40,10 @@ KERNELS = {
   },
   'nsa': {phase: {'sparse_gqa'} for phase in PHASES},
 }
+# The indexer chooses blocks, by their means.
+KERNELS['v32_blocks'] = {
+  phase: ops | {'index_candidates'} for phase, ops in KERNELS['v32'].items()
+}
 KERNELS['v4']['train'] |= {
   f'{op}_bwd' for op in STREAMS | {'compress', 'sinkhorn'}
 }
@@ -76,7 +80,7 @@ class KernelsOnMeshTest(parameterized.TestCase):
       for shape in shapes:  # of one device, with all tokens of a sequence
         self.assertStartsWith(shape, f'bfloat16[2,256,{heads},192]')
 
-  @parameterized.parameters('v32', 'v4', 'nsa')
+  @parameterized.parameters('v32', 'v32_blocks', 'v4', 'nsa')
   @pytest.mark.slow
   def test_so_does_sparse_attention(self, name):
     meshes = 'data=1', 'fsdp=2', 'tensor=2,context=2'

@@ -2,7 +2,7 @@
 
 python -m tests.model.kernels_mesh_worker choices|numbers NAME MESH ...
 
-NAME is v3, v32, v4 or nsa.
+NAME is v3, v32, v32_blocks, v4 or nsa.
 
 'numbers' compares the references of the operations, called on every device for
 its shard as a kernel would be, with the layers' own code on whole arrays.
@@ -20,7 +20,10 @@ import deepseek_jax as ds
 from deepseek_jax.model.attention.csa import CSAConfig
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.hca import HCAConfig
-from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.attention.nsa import NSAConfig
 from deepseek_jax.model.attention.shared_kv import SharedKVConfig
@@ -83,6 +86,10 @@ def config(name: str) -> ds.TransformerConfig:
   attention = MLAConfig(*LATENT)
   if name == 'v32':
     attention = DSAConfig(*LATENT, indexer=IndexerConfig(16, 128), top_k=64)
+  if name == 'v32_blocks':
+    blocks = IndexBlocksConfig(32, 4)
+    indexer = IndexerConfig(16, 128, blocks=blocks)
+    attention = DSAConfig(*LATENT, indexer=indexer, top_k=64)
   return ds.TransformerConfig(
     vocab_size=64,
     dim=512,
@@ -146,6 +153,9 @@ def small(name: str) -> ds.TransformerConfig:
   attention = MLAConfig(*latent)
   if name == 'v32':
     attention = DSAConfig(*latent, indexer=IndexerConfig(4, 8), top_k=5)
+  if name == 'v32_blocks':
+    indexer = IndexerConfig(4, 8, blocks=IndexBlocksConfig(2, 4))
+    attention = DSAConfig(*latent, indexer=indexer, top_k=5)
   return dataclasses.replace(
     config(name),
     dim=16,

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 from flax import nnx
 
 import deepseek_jax as ds
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention.dsa import DSAConfig
-from deepseek_jax.model.attention.indexer import IndexerConfig
+from deepseek_jax.model.attention.indexer import (
+  IndexBlocksConfig,
+  IndexerConfig,
+)
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.experts.moe import MoEConfig
@@ -51,7 +54,7 @@ def counted():
     yield seen
 
 
-class KernelsTest(absltest.TestCase):
+class KernelsTest(parameterized.TestCase):
   def test_logits_and_gradients_are_those_of_the_layers_own_code(self):
     variables, tokens = tiny.draw(ds.build(CONFIG)), tiny.tokens(2, 20)
     results, seen = {}, {}
@@ -94,9 +97,16 @@ class KernelsTest(absltest.TestCase):
       logits[impl] = np.stack(steps)
     self.assertLess(tiny.relative(logits['reference'], logits[None]), 1e-5)
 
-  def test_sparse_attention_reads_and_gives_the_same(self):
+  @parameterized.parameters(
+    (None, ['indexer', 'sparse_mla']),
+    # Its own code is one operation, the kernels are two.
+    (IndexBlocksConfig(2, 3), ['index_candidates', 'sparse_mla']),
+  )
+  def test_sparse_attention_reads_and_gives_the_same(self, blocks, ops):
     attention = DSAConfig(
-      *(2, 12, 16, 8, 4, 6), indexer=IndexerConfig(2, 8), top_k=5
+      *(2, 12, 16, 8, 4, 6),
+      indexer=IndexerConfig(2, 8, blocks=blocks),
+      top_k=5,
     )
     layer = attention.build(16, std=0.3, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
@@ -108,7 +118,8 @@ class KernelsTest(absltest.TestCase):
     for impl in (None, 'reference'):
       with kernels.using(impl), counted() as seen:
         results[impl] = jax.jit(lambda x: layer(x, ctx)[0])(x)
-      self.assertEqual([op for op, _ in seen], ['indexer', 'sparse_mla'])
+      by_kernels = ['indexer'] if blocks and impl else []
+      self.assertEqual([op for op, _ in seen], by_kernels + ops)
     self.assertLess(tiny.relative(results['reference'], results[None]), 1e-5)
 
   @pytest.mark.slow

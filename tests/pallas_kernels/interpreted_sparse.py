@@ -114,21 +114,25 @@ def check_mla_decode_fp8():
     interpreted.compare(name, run, args, 2 * BF16)
 
 
-def draw_indexer(shape):
-  """Small integers: scores are exact and often equal."""
+def draw_index(shape):
+  """Queries, keys, weights; small integers: scores are exact, often equal."""
   rng = np.random.default_rng(0)
   B, T, S = shape.batch, shape.queries, shape.keys
   whole = lambda low, *size: rng.integers(low, 3, size)
   q = whole(-2, B, T, shape.heads, 128) * (rng.random(128) < 0.05)
-  last = np.broadcast_to(np.arange(S - T, S) + 1, (B, T))
-  first = np.broadcast_to(last // 2 if shape.packed else 0, (B, T))
   return (
     jnp.asarray(q, jnp.bfloat16),
     jnp.asarray(whole(-2, B, S, 128), jnp.bfloat16),
     jnp.asarray(whole(-1, B, T, shape.heads), jnp.float32),
-    jnp.asarray(first, jnp.int32),
-    jnp.asarray(last, jnp.int32),
   )
+
+
+def draw_indexer(shape):
+  B, T, S = shape.batch, shape.queries, shape.keys
+  last = np.broadcast_to(np.arange(S - T, S) + 1, (B, T))
+  first = np.broadcast_to(last // 2 if shape.packed else 0, (B, T))
+  span = (jnp.asarray(a, jnp.int32) for a in (first, last))
+  return *draw_index(shape), *span
 
 
 def check_indexer():
@@ -146,7 +150,7 @@ def check_indexer():
 
 def check_index_candidates():
   for name, shape in candidates_shapes.TEST_GPU.items():
-    q, k, w, *_ = draw_indexer(shape)
+    q, k, w = draw_index(shape)
     starts, last = map(jnp.array, candidates_shapes.blocks(shape))
     starts = starts.at[0, -1, 0].set(-1)  # no block, ahead of others
     last = last.at[0, 0].set(0)  # no key
@@ -159,9 +163,8 @@ def check_index_candidates():
     op = functools.partial(
       index_candidates, size=shape.size, top_k=shape.top_k
     )
-    # A thread block takes a whole query, or up to four share one; and all
-    # queries at once, or two at a time.
-    sms = mock.patch.object(compat, 'num_sms', lambda: shape.queries)
+    # All queries at once on few multiprocessors, and two at a time.
+    sms = mock.patch.object(compat, 'num_sms', lambda n=shape.queries: n)
     two = 2 * -(-shape.count * shape.size // 64) * 64
     limit = mock.patch.object(candidates_gpu, '_AT_ONCE', two)
     with sms:

@@ -1,4 +1,4 @@
-"""Lists the cases of `aot_cases` that choose cached tokens and attend to them."""
+"""Lists those cases of `aot_cases` that choose tokens and attend to them."""
 
 import functools
 from collections.abc import Callable

@@ -43,7 +43,7 @@ TEST_GPU = {
   'many_heads': Shape(1, 1, 200, 64, 32, 5, 10),
 }
 
-# DeepSeek-V3.2 with the blocks that the config has by default, and smaller ones.
+# DeepSeek-V3.2's heads with the config's default blocks, and with smaller ones.
 BENCH = {
   's65536_m128': Shape(1, 4096, 65536, 64, 128, 64, 2048),
   's65536_m64': Shape(1, 4096, 65536, 64, 64, 64, 2048),

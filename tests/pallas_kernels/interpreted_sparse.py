@@ -160,9 +160,7 @@ def check_index_candidates():
     inside = (inside & (starts >= 0)[..., None]).any(axis=2)
     inside &= at < last[..., None]
     k = jnp.where(inside.any(axis=1)[..., None], k, jnp.nan)
-    op = functools.partial(
-      index_candidates, size=shape.size, top_k=shape.top_k
-    )
+    op = functools.partial(index_candidates, size=shape.size, top_k=shape.top_k)
     # All queries at once on few multiprocessors, and two at a time.
     sms = mock.patch.object(compat, 'num_sms', lambda n=shape.queries: n)
     two = 2 * -(-shape.count * shape.size // 64) * 64

@@ -210,8 +210,8 @@ def _starts_by_kernel(
   own = place - (place - first) % cfg.size
   # Complete blocks of a document before a query's own follow one another.
   start = blocks.start[:, None]
-  before = lambda end: (
-    ((start >= 0) & (start < end[..., None])).sum(axis=-1, dtype=jnp.int32)
+  before = lambda end: ((start >= 0) & (start < end[..., None])).sum(
+    axis=-1, dtype=jnp.int32
   )
   low, high = before(first), before(own)
   # A document's first block is read by all its queries.

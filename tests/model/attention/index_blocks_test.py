@@ -141,9 +141,9 @@ class ChoiceTest(parameterized.TestCase):
     )
     held = longer(keys, 9.0)
     means = index_blocks.fresh(SIZES, keys, None).means
-    blocks = index_blocks.cached(SIZES, jnp.pad(
-      means, ((0, 0), (0, 5), (0, 0)), constant_values=9.0
-    ))
+    blocks = index_blocks.cached(
+      SIZES, jnp.pad(means, ((0, 0), (0, 5), (0, 0)), constant_values=9.0)
+    )
     at = jnp.broadcast_to(jnp.arange(T), (2, T)).at[1, :3].set([-4, 99, 80])
     want = index_blocks.choose(SIZES, query, held, blocks, Visibility(at), 5)
     how = {'cfg': SIZES, 'top_k': 5}

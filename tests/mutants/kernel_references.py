@@ -155,6 +155,22 @@ MUTANTS = (
     'sequences shared by exchange of heads: each device has its own',
   ),
   Mutant(
+    'a_query_without_the_first_block_of_its_document',
+    'deepseek_jax/model/attention/index_blocks.py',
+    'number = jnp.where(low < high, low, -1)[..., None]',
+    'number = jnp.where(low < high - 1, low + 1, -1)[..., None]',
+    ('tests/model/attention/index_blocks_test.py::equals_brute_force',),
+    'HISA (arXiv:2603.28458): the first block and the own one are always read',
+  ),
+  Mutant(
+    'keys_behind_the_query_are_candidates',
+    'pallas_kernels/index_candidates/reference.py',
+    'seen = jnp.repeat(starts >= 0, size) & (at < last)',
+    'seen = jnp.repeat(starts >= 0, size) & (at <= last)',
+    (f'{_TESTS}/index_candidates_test.py::reference_equals_a_loop',),
+    "causality: the query's own block is incomplete",
+  ),
+  Mutant(
     'window_that_begins_before_its_row',
     'pallas_kernels/compress/__init__.py',
     'inside = lambda last: (last >= m - 1) & (last < L)',

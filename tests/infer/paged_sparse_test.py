@@ -157,7 +157,7 @@ class LayerTest(parameterized.TestCase):
     pages = PagedSparseLatent(latents, rows.index)
     x = jnp.asarray(rng.normal(size=(2, 2, 16)), jnp.float32)
     # Both rows are rewound; the second token of row 1 is padding.
-    at = jnp.asarray([[9, 10], [11, 12]])
+    at = jnp.asarray([[9, 10], [10, 11]])
     new = x, none[:, :2], at, jnp.asarray([[1, 1], [1, 0]])
     with kernels.using(impl):
       want, rows, _ = layer(False, *new, rows)

@@ -108,6 +108,11 @@ def native() -> str:
   return 'tpu' if target.current().platform == 'tpu' else ''
 
 
+def no_kernel(impl: str) -> str:
+  """Returns the reason of an operation without a kernel, 'gpu' or 'tpu'."""
+  return f'there is no kernel for {_MADE_FOR[impl]}s'
+
+
 def shapes_of(args: Any) -> str:
   """Returns the dtypes and shapes of the arrays among the arguments."""
   leaves = jax.tree.leaves(args)
@@ -196,7 +201,7 @@ def run(
   if not kernel:
     reason = f'the target, {target.current()}, is not a Hopper GPU'
   elif kernel not in implementations:
-    reason = f'there is no kernel for {_MADE_FOR[kernel]}s'
+    reason = no_kernel(kernel)
   else:
     try:
       out = _launch(op, implementations[kernel], args)

@@ -1,7 +1,8 @@
 """Lets decoding read latents in the pages that the engine keeps them in.
 
-The kernel of decoding takes a table of pages, so nothing is gathered; where it
-doesn't run, what XLA computes of gathered rows costs less.
+The kernel of decoding takes a table of pages, and that of sparse attention the
+places of the latents that a query chose, so none is gathered; where they don't
+run, what XLA computes of gathered rows costs less.
 Legend: R rows, n pages of a row.
 """
 
@@ -14,54 +15,95 @@ import jax.numpy as jnp
 from deepseek_jax.infer.pages import SCRATCH
 from deepseek_jax.model.attention.latent_reading import FP8Latent, Latent
 from deepseek_jax.model.attention.paged_latent import PagedLatent
+from deepseek_jax.model.attention.sparse_latent import (
+  PagedSparseLatent,
+  SparseLatent,
+)
 from deepseek_jax.model.transformer_config import ComputeConfig
 from deepseek_jax.parallel import sharding
-from pallas_kernels import dispatch, mla_decode
+from pallas_kernels import dispatch, mla_decode, sparse_mla
 
-_is_latent = lambda node: type(node) in (Latent, FP8Latent)
-_is_paged = lambda node: type(node) is PagedLatent
+# What a layer caches, by the operation that reads its latents in pages.
+Kinds = tuple[type, ...]
+_OPS = {
+  Latent: 'mla_decode',
+  FP8Latent: 'mla_decode',
+  SparseLatent: 'sparse_mla',
+}
+_PAGED = PagedLatent, PagedSparseLatent
 
 
-def leaves(structure: Any, count: int) -> frozenset[int]:
+def _own(node: Any) -> tuple:
+  """Returns the leaves of a layer's cache that stay in pages."""
+  return node[:2] if type(node) is SparseLatent else tuple(node)
+
+
+def _nodes(structure: Any, count: int, kinds: Kinds) -> list[Any]:
+  """Returns the caches of `kinds` of the model's own layers, of leaf numbers.
+
+  Args: as of `leaves`.
+  """
+  layers = jax.tree.unflatten(structure, range(count))[0]
+  which = lambda node: type(node) in kinds
+  return list(filter(which, jax.tree.leaves(layers, is_leaf=which)))
+
+
+def leaves(structure: Any, count: int, kinds: Kinds) -> frozenset[int]:
   """Returns which leaves are latents of the model's own layers.
 
   Args:
     structure: of all leaves that an engine holds.
     count: how many they are.
+    kinds: of the caches.
   """
-  layers = jax.tree.unflatten(structure, range(count))[0]
-  nodes = jax.tree.leaves(layers, is_leaf=_is_latent)
-  return frozenset(i for node in nodes if _is_latent(node) for i in node)
+  nodes = _nodes(structure, count, kinds)
+  return frozenset(i for node in nodes for i in _own(node))
 
 
-def in_pages(layers: Any, table: jax.Array) -> Any:
-  """Returns the layers' caches with all latents in pages.
+def in_pages(layers: Any, table: jax.Array, kinds: Kinds) -> Any:
+  """Returns the layers' caches with the latents of `kinds` in pages.
 
   Args:
-    layers: in which latents hold pages, each [repeat M P ...].
+    layers: in which these hold pages, each [repeat M P ...].
     table: [R n] int32, SCRATCH where there is none.
+    kinds: of caches.
   """
   table = jnp.where(table == SCRATCH, -1, table)
 
   def one(node: Any) -> Any:
-    if not _is_latent(node):
+    if type(node) not in kinds:
       return node
     tables = jnp.broadcast_to(table, (node.c.shape[0], *table.shape))
-    return PagedLatent(node, tables)
+    if type(node) is not SparseLatent:
+      return PagedLatent(node, tables)
+    latents = PagedLatent(Latent(*_own(node)), tables)
+    return PagedSparseLatent(latents, node.index, node.means)
 
-  return jax.tree.map(one, layers, is_leaf=_is_latent)
-
-
-def plain(layers: Any) -> tuple[Any, bool]:
-  """Returns the layers without tables, and whether there were any."""
-  nodes = jax.tree.leaves(layers, is_leaf=_is_paged)
-  one = lambda node: node.pages if _is_paged(node) else node
-  layers = jax.tree.map(one, layers, is_leaf=_is_paged)
-  return layers, any(map(_is_paged, nodes))
+  return jax.tree.map(one, layers, is_leaf=lambda node: type(node) in kinds)
 
 
-def wanted(compute: ComputeConfig, store: Any, paging: Any) -> bool:
-  """Returns whether decoding reads latents in pages; says once why not.
+def plain(layers: Any) -> tuple[Any, Kinds]:
+  """Returns the layers without tables, and which kinds of caches had any."""
+  kinds = set()
+
+  def one(node: Any) -> Any:
+    if type(node) is PagedLatent:
+      node = node.pages
+    elif type(node) is PagedSparseLatent:
+      node = SparseLatent(*node.latents.pages, node.index, node.means)
+    else:
+      return node
+    kinds.add(type(node))
+    return node
+
+  layers = jax.tree.map(one, layers, is_leaf=lambda node: type(node) in _PAGED)
+  return layers, tuple(kinds)
+
+
+def wanted(compute: ComputeConfig, store: Any, paging: Any) -> Kinds:
+  """Returns caches of which decoding reads latents in pages.
+
+  Says once why not those of the others.
 
   Args:
     compute: of the model.
@@ -70,22 +112,43 @@ def wanted(compute: ComputeConfig, store: Any, paging: Any) -> bool:
   impl = compute.kernels
   if impl in (None, 'cudnn'):
     impl = dispatch.native()
-  if not paging.latents or not impl:
-    return False
+  if not impl:
+    return ()
+  paged = [i for i, leaf in enumerate(paging.leaves) if leaf.ratio]
+  pools = dict(zip(paged, store.pages))
+  found = []
+  for kind, op in _OPS.items():
+    nodes = _nodes(paging.structure, len(paging.leaves), (kind,))
+    if not nodes:
+      continue
+    # Layers of a kind are as the first one.
+    own = [pools[i] for i in _own(nodes[0])]
+    reason = _refused(kind, impl, compute.products, own)
+    if reason:
+      text = f'each call of decoding gathers its pages: {reason}'
+      dispatch.say_once(logging.WARNING, op, text)
+    else:
+      found.append(kind)
+  return tuple(found)
+
+
+def _refused(
+  kind: type, impl: str, queries: jax.typing.DTypeLike, own: list[jax.Array]
+) -> str:
+  """Returns why latents of a kind of cache are not read in pages, or ''.
+
+  Args:
+    kind: of the cache.
+    impl: 'reference', 'gpu' or 'tpu'.
+    queries: their dtype.
+    own: a layer's pages: latents, rotary keys and, in float8, scales.
+  """
   if sharding.to_shard():
-    reason = 'a mesh of several devices'
-  elif impl == 'reference':
-    return True
-  else:
-    pools = iter(store.pages)
-    paged = [i for i, leaf in enumerate(paging.leaves) if leaf.ratio]
-    own = [pool for i, pool in zip(paged, pools) if i in paging.latents]
-    # The first layer's: latents, rotary keys and, in float8, scales.
-    held = FP8Latent if compute.cache == 'float8' else Latent
-    reason = mla_decode.refused(
-      impl, compute.products, *own[: len(held._fields)]
-    )
-  if reason:
-    text = f'each call of decoding gathers its pages: {reason}'
-    dispatch.say_once(logging.WARNING, 'mla_decode', text)
-  return not reason
+    return 'a mesh of several devices'
+  if impl == 'reference':
+    return ''
+  sparse = ''
+  if kind is SparseLatent:
+    sparse = sparse_mla.refused(impl, queries, *own)
+  # Rows of few keys are read whole, in sparse attention, too.
+  return sparse or mla_decode.refused(impl, queries, *own)

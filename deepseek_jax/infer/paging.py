@@ -99,11 +99,6 @@ class Paging:
     return any(not leaf.ratio for leaf in self.leaves)
 
   @property
-  def latents(self) -> frozenset[int]:
-    """Returns which leaves a kernel of decoding can read in pages."""
-    return paged_latents.leaves(self.structure, len(self.leaves))
-
-  @property
   def token_bytes(self) -> float:
     """Returns the bytes that each token adds to the cache."""
     return sum(leaf.row / leaf.ratio for leaf in self.leaves if leaf.ratio)
@@ -132,7 +127,9 @@ class Paging:
         ringed.append(jnp.zeros(shape, like.dtype))
     return Store(tuple(paged), tuple(ringed))
 
-  def view(self, store: Store, rows: Rows, in_pages: bool = False) -> Caches:
+  def view(
+    self, store: Store, rows: Rows, in_pages: paged_latents.Kinds = ()
+  ) -> Caches:
     """Returns what is held of the rows, in caches of [R, n P] slots.
 
     What lies behind a row's `start` is zero, whatever the pages hold.
@@ -140,10 +137,11 @@ class Paging:
     Args:
       store: what is cached.
       rows: of the batch.
-      in_pages: leaves latents where they are, as PagedLatent.
+      in_pages: kinds of caches whose latents stay where they are, see
+        `paged_latents.in_pages`.
     """
     paged, ringed, out = iter(store.pages), iter(store.slots), []
-    stay = self.latents if in_pages else ()
+    stay = paged_latents.leaves(self.structure, len(self.leaves), in_pages)
     for i, leaf in enumerate(self.leaves):
       if not leaf.ratio:
         out.append(_taken(next(ringed), rows))
@@ -152,7 +150,7 @@ class Paging:
       out.append(pool if i in stay else _gathered(pool, leaf, rows))
     layers, recent, mtp, state, ready = jax.tree.unflatten(self.structure, out)
     if in_pages:
-      layers = paged_latents.in_pages(layers, rows.table)
+      layers = paged_latents.in_pages(layers, rows.table, in_pages)
     slots = rows.table.shape[1] * self.page
     one = lambda a: None if a is None else a[0]
     cache = lambda layers, recent: Cache(
@@ -177,7 +175,7 @@ class Paging:
     layers, stayed = paged_latents.plain(held.cache.layers)
     cache = dataclasses.replace(held.cache, layers=layers)
     leaves, _ = _leaves(held._replace(cache=cache))
-    stay = self.latents if stayed else ()
+    stay = paged_latents.leaves(self.structure, len(self.leaves), stayed)
     # A row of multi-token prediction rests on the token after it, too.
     before = self.drafts + 1 if self.drafts else 0
     touched = _touched(rows, self.page, most, before, store)

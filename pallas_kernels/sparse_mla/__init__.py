@@ -19,7 +19,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import reference
 from pallas_kernels.sparse_mla.keys import ChosenKeys, known
 
-__all__ = ['ChosenKeys', 'attend', 'shares', 'sparse_mla']
+__all__ = ['ChosenKeys', 'attend', 'refused', 'shares', 'sparse_mla']
 
 
 def sparse_mla(
@@ -139,6 +139,28 @@ def shares(
   args = jax.lax.stop_gradient((q_c, q_r, known(keys), log_sum))
   functions = {'reference': reference.shares, 'gpu': gpu}
   return dispatch.run('attention_shares', impl, functions, *args, scale)
+
+
+def refused(
+  impl: str, queries: jax.typing.DTypeLike, c: jax.Array, k_r: jax.Array | None
+) -> str:
+  """Returns why the kernel can't take latents, or ''.
+
+  Args:
+    impl: 'gpu' or 'tpu', which has none.
+    queries: their dtype.
+    c: [... S C] latents.
+    k_r: [... S R] rotary keys, or None.
+  """
+  if impl != 'gpu':
+    return dispatch.no_kernel(impl)
+  from pallas_kernels.sparse_mla import gpu
+
+  try:
+    gpu.check_latents(jnp.dtype(queries), c, k_r)
+  except NotImplementedError as error:
+    return str(error)
+  return ''
 
 
 def _check(

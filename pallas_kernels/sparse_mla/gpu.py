@@ -84,12 +84,24 @@ def _check(
   q_c: jax.Array, q_r: jax.Array | None, keys: tuple[ChosenKeys, ...]
 ) -> None:
   """Raises NotImplementedError for what the kernels can't take."""
-  for a in jax.tree.leaves((q_c, q_r, [one[:2] for one in keys])):
-    if a.dtype != jnp.bfloat16:
-      raise NotImplementedError(
-        f'dtype {q_c.dtype}/{keys[0].c.dtype}, not bfloat16'
-      )
-  width, rope = q_c.shape[-1], 0 if q_r is None else q_r.shape[-1]
+  for queries in jax.tree.leaves((q_c, q_r)):
+    for one in keys:
+      check_latents(queries.dtype, *one[:2])
+
+
+def check_latents(
+  queries: jnp.dtype, c: jax.Array, k_r: jax.Array | None
+) -> None:
+  """Raises NotImplementedError for latents that the kernels can't take.
+
+  Args:
+    queries: their dtype.
+    c, k_r: [... C] and [... R], or None.
+  """
+  for dtype in (queries, *(a.dtype for a in jax.tree.leaves((c, k_r)))):
+    if dtype != jnp.bfloat16:
+      raise NotImplementedError(f'dtype {queries}/{c.dtype}, not bfloat16')
+  width, rope = c.shape[-1], 0 if k_r is None else k_r.shape[-1]
   if width not in WIDTHS or rope not in (0, ROPE):
     raise NotImplementedError(
       f'latent {width} and rope {rope}, not {LATENT} or {LATENT // 2} and'

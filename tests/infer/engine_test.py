@@ -204,8 +204,8 @@ class ContractTest(parameterized.TestCase):
         if (some >= 0).any():
           seen[int(place)] = set(some[some >= 0].tolist())
 
-    def noted(cfg, query, keys, visibility, *more):
-      chosen = choose(cfg, query, keys, visibility, *more)
+    def noted(cfg, query, keys, visibility, *more, **how):
+      chosen = choose(cfg, query, keys, visibility, *more, **how)
       jax.debug.callback(note, visibility.places, chosen)
       return chosen
 

@@ -51,19 +51,23 @@ def asked(count=4, new=12):
   return [Request(p, n, greedy, logprobs=0) for p, n in zip(prompts, sizes)]
 
 
-def answers(config, variables, impl, drafts=0, spoil=False):
+def answers(
+  config, variables, impl, drafts=0, spoil=False, given=None, **fields
+):
+  """What an engine answers, the operations it took, and the engine itself."""
   compute = dataclasses.replace(config.compute, kernels=impl)
   model = ds.build(dataclasses.replace(config, compute=compute))
-  run = Engine(model, variables, dataclasses.replace(CFG, drafts=drafts))
+  cfg = dataclasses.replace(CFG, drafts=drafts, **fields)
+  run = Engine(model, variables, cfg)
   if spoil:
     nan = lambda a: jnp.full_like(a, jnp.nan)
     run._store = jax.tree.map(nan, run._store)
   with dispatch.recorded() as choices:
-    found = [answer for (answer,) in run.run(asked())]
+    found = [answer for (answer,) in run.run(given or asked())]
   return found, {(c.op, c.shapes) for c in choices}, run
 
 
-def traced(
+def program(
   drafts,
   rows=4,
   page=64,
@@ -72,7 +76,7 @@ def traced(
   cache='compute',
   device=('cuda', '9.0'),
 ):
-  """The choices of the loop of decoding, by default for a Hopper GPU."""
+  """The loop of decoding and its choices, by default for a Hopper GPU."""
   config = ds.TransformerConfig(
     vocab_size=64,
     dim=256,
@@ -97,8 +101,12 @@ def traced(
   decode = plain(model, Shape(paged, 2, rows, False)).decode
   dispatch.say_once.cache_clear()
   with target.targeting(*device), dispatch.recorded() as choices:
-    jax.eval_shape(decode, *given)
-  return choices
+    made = jax.make_jaxpr(decode)(*given)
+  return made.jaxpr, choices
+
+
+def traced(*args, **how):
+  return program(*args, **how)[1]
 
 
 class AnswersTest(parameterized.TestCase):

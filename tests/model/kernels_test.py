@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from unittest import mock
 
@@ -15,12 +16,16 @@ from flax import nnx
 import deepseek_jax as ds
 from deepseek_jax.errors import InputError
 from deepseek_jax.model import kernels
+from deepseek_jax.model.attention import dsa
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.indexer import (
   IndexBlocksConfig,
   IndexerConfig,
 )
+from deepseek_jax.model.attention.latent_reading import Latent
 from deepseek_jax.model.attention.mla import MLAConfig
+from deepseek_jax.model.attention.paged_latent import PagedLatent
+from deepseek_jax.model.attention.sparse_latent import PagedSparseLatent
 from deepseek_jax.model.context import Context
 from deepseek_jax.model.experts.moe import MoEConfig
 from deepseek_jax.model.experts.router import RouterConfig
@@ -155,6 +160,33 @@ class KernelsTest(parameterized.TestCase):
       self.assertIn((op, 'gpu'), seen)
     # Both round every layer's result to bfloat16, at different places.
     self.assertLess(tiny.relative(got, run(None)), 2e-2)
+
+  @pytest.mark.slow
+  @absltest.skipIf(
+    jax.__version_info__ < (0, 11),
+    'the interpreter of jax 0.10 cannot load with a layout; use 0.11 or later',
+  )
+  def test_choices_in_pages_by_the_kernel_in_the_interpreter(self):
+    cfg = DSAConfig(16, None, 512, 128, 64, 128, top_k=70)
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(0.3 * rng.normal(size=s), jnp.bfloat16)
+    q, ups = (draw(2, 2, 16, 128), draw(2, 2, 16, 64)), draw(2, 512, 16, 128)
+    pages = Latent(draw(5, 64, 512), draw(5, 64, 64))
+    held = PagedLatent(pages, jnp.asarray([[3, 1], [2, 4]]))
+    chosen = rng.permuted(np.tile(np.arange(128), (2, 2, 1)), axis=-1)
+    chosen = jnp.asarray(np.sort(chosen[..., :70]), jnp.int32)
+    chosen = chosen.at[0, 1, 50:].set(-1)
+    valid = jnp.asarray([[True, True], [True, False]])
+    past = PagedSparseLatent(held, draw(2, 128, 128))
+    keys, at = past.one_row(chosen, valid)
+    alone = tuple(a.reshape(1, 4, *a.shape[2:]) for a in q)
+    read = functools.partial(dsa.read, cfg, shares=False)
+    rows = held.gathered(jnp.asarray([128, 128]))
+    want = jnp.where(valid[..., None, None], read(q, rows, ups, chosen).y, 0)
+    with compat.interpreted(), kernels.using('gpu'):
+      got = read(alone, keys, ups, at).y.reshape(want.shape)
+    self.assertLess(tiny.relative(got, want), 2e-2)
+    np.testing.assert_array_equal(got[1, 1], 0)
 
   def test_decoding_by_the_kernel_for_tpus_in_the_interpreter(self):
     variables, tokens = tiny.draw(ds.build(CONFIG)), tiny.tokens(2, 11)

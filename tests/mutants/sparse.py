@@ -10,6 +10,7 @@ _BRANCHES = 'deepseek_jax/model/attention/nsa_branches.py'
 _NSA_TEST = 'tests/model/attention/nsa_test.py'
 _INDEXER_TEST = 'tests/model/attention/indexer_test.py'
 _DSA_TEST = 'tests/model/attention/dsa_test.py'
+_PAGED_TEST = 'tests/infer/paged_sparse_test.py'
 
 _V32 = (
   Mutant(
@@ -89,6 +90,30 @@ _V32 = (
     'scores = scores * scale',
     (f'{_DSA_TEST}::output_loss_and_recall_equal',),
     'V3.2: future and padded slots among the top k stay masked',
+  ),
+  Mutant(
+    'padding_reads_pages',
+    'deepseek_jax/model/attention/sparse_latent.py',
+    '      there &= valid[..., None]\n',
+    '      there &= valid[..., None] | there\n',
+    (f'{_PAGED_TEST}::all_pages_are_one_row',),
+    'what is no token reads nothing: its pages may be of others',
+  ),
+  Mutant(
+    'new_tokens_are_not_in_the_pages',
+    _DSA,
+    'latents = past.latents.written(Latent(*new[:2]), *where)',
+    'latents = past.latents',
+    (f'{_PAGED_TEST}::choices_are_read_from_a_rows_own_pages',),
+    'V3.2 section 2.1: a query may choose its own token',
+  ),
+  Mutant(
+    'index_keys_stay_in_pages',
+    'deepseek_jax/infer/paged_latents.py',
+    'return node[:2] if type(node) is SparseLatent',
+    'return node[:3] if type(node) is SparseLatent',
+    (f'{_PAGED_TEST}::each_kind_of_layer_stays',),
+    'V3.2 section 2.1: index keys are scored all, so rows of them are wanted',
   ),
 )
 

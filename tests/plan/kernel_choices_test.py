@@ -68,6 +68,19 @@ class KernelChoicesTest(parameterized.TestCase):
     [pages] = [c for c in chosen if (c.phase, c.op) == ('engine', 'mla_decode')]
     self.assertEqual(pages.impl, 'tpu')
 
+  def test_sparse_attention_reads_the_engines_pages(self):
+    program = Program(config('v32'), MeshConfig(), 256)
+    chosen = kernel_choices.list_here(program, '9.0')
+    read = {
+      c.phase: c.shapes
+      for c in chosen
+      if (c.op, c.impl) == ('sparse_mla', 'gpu')
+    }
+    # 16 rows of five pages of 64 tokens, and the page that is nobody's.
+    self.assertIn(f'bfloat16[1,{81 * 64},512]', read['engine'])
+    self.assertIn('int32[1,16,64]', read['engine'])
+    self.assertIn('bfloat16[1,320,512]', read['decode'])
+
   def test_the_table_says_what_runs_without_a_kernel(self):
     def shown(*chosen):
       program = Program(tiny.config('v3'), MeshConfig(fsdp=2), 16)

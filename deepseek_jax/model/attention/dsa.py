@@ -13,7 +13,7 @@ N no-rope dim, R rope dim, V value dim, I index dim.
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,17 @@ from deepseek_jax.model.attention.indexer_loss import LossInputs
 from deepseek_jax.model.attention.latent_reading import Latent, read_latents
 from deepseek_jax.model.attention.mla import MLA, MLAConfig
 from deepseek_jax.model.attention.query_blocks import Visibility
+from deepseek_jax.model.attention.sparse_latent import (
+  PagedSparseLatent,
+  SparseLatent,
+)
 from deepseek_jax.model.context import Context
 from deepseek_jax.parallel import gathered_attention
 from deepseek_jax.parallel import sequence as context
 from deepseek_jax.parallel.gathered_attention import Sequence
 from deepseek_jax.parallel.sequence import WHOLE, Along
-from pallas_kernels.mla_prefill import segment_starts
+
+Past = SparseLatent | PagedSparseLatent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,7 @@ class DSAConfig(MLAConfig):
     slots: int,
     dtype: jax.typing.DTypeLike,
     spare: int = 0,
-  ) -> 'SparseLatent':
+  ) -> SparseLatent:
     """Returns an empty cache: C + R numbers and an index key of I per slot.
 
     And the mean of index keys per block, where keys are looked for in blocks.
@@ -118,41 +123,6 @@ class DSAConfig(MLAConfig):
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'DSA':
     """Returns the attention of a model of width `dim`."""
     return DSA(self, dim, std=std, rngs=rngs)
-
-
-class SparseLatent(NamedTuple):
-  """Holds all that the layer caches of tokens; also its cache."""
-
-  c: jax.Array  # [B S C], normed
-  kr: jax.Array  # [B S R], rotated
-  index: jax.Array  # [B S I], normed and rotated
-  # [B E I] of a cache, where keys are looked for in blocks
-  means: jax.Array | None = None
-
-
-def choose_by_kernel(
-  impl: str,
-  query: IndexQuery,
-  keys: jax.Array,
-  places: jax.Array,
-  segments: jax.Array | None,
-  *,
-  top_k: int,
-  along: Along = WHOLE,
-) -> jax.Array:
-  """Computes `index.choose` by a kernel.
-
-  Args:
-    impl, query, keys, top_k, along: as of `index.choose_within`.
-    places: [B T] of the queries among the keys.
-    segments: [B S] documents of the keys; None for one.
-  """
-  first = jnp.zeros_like(places)
-  if segments is not None:
-    first = jnp.take_along_axis(segment_starts(segments), places, axis=1)
-  # A query attends to keys first..own place of its document.
-  span = first, places + 1
-  return index.choose_within(impl, query, keys, span, top_k, along)
 
 
 class DSA(MLA):
@@ -182,8 +152,8 @@ class DSA(MLA):
     return self.indexer.query(x, latent, positions)
 
   def __call__(
-    self, x: jax.Array, ctx: Context, past: SparseLatent | None = None
-  ) -> tuple[jax.Array, SparseLatent | None, dict]:
+    self, x: jax.Array, ctx: Context, past: Past | None = None
+  ) -> tuple[jax.Array, Past | None, dict]:
     """Returns y [B T D], the cache with the tokens of x [B T D], statistics.
 
     Statistics are of training: 'loss' of the indexer (a scalar, weighted), and
@@ -201,12 +171,15 @@ class DSA(MLA):
     y, stats = self.fresh(q, query, new, ctx)
     return self.project(y), past, stats
 
-  def extended(
-    self, past: SparseLatent, new: SparseLatent, ctx: Context
-  ) -> SparseLatent:
+  def extended(self, past: Past, new: SparseLatent, ctx: Context) -> Past:
     """Returns the cache with what is cached of new tokens."""
-    write = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
-    past = SparseLatent(*map(write, past[:3], new[:3]), past.means)
+    where = ctx.positions, ctx.valid
+    write = lambda b, n: caching.write(b, n, *where)
+    if isinstance(past, PagedSparseLatent):
+      latents = past.latents.written(Latent(*new[:2]), *where)
+      past = past._replace(latents=latents, index=write(past.index, new.index))
+    else:
+      past = SparseLatent(*map(write, past[:3], new[:3]), past.means)
     if past.means is None:
       return past
     means = index_blocks.remember(
@@ -222,12 +195,14 @@ class DSA(MLA):
     self,
     q: tuple[jax.Array, jax.Array],
     query: IndexQuery,
-    past: SparseLatent,
+    past: Past,
     ctx: Context,
   ) -> jax.Array:
     """Attends to what queries choose of a cache: [B T H V]."""
-    if self.dense(past.c.shape[1]):
-      return self.attend(*q, None, Latent(*past[:2]), ctx)
+    paged = isinstance(past, PagedSparseLatent)
+    if self.dense(past.index.shape[1]):
+      latents = past.latents if paged else Latent(*past[:2])
+      return self.attend(*q, None, latents, ctx)
     visibility = query_blocks.visibility(
       ctx.positions, ctx.segments, fresh=False
     )
@@ -238,7 +213,15 @@ class DSA(MLA):
     chosen = choose(
       self.cfg, query, past.index, visibility, documents, blocks=blocks
     )
-    return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
+    if not paged:
+      return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
+    # What is chosen lies anywhere in the pages: one row's keys to queries of
+    # any row. A place that is none is read as the first one, of the page that
+    # is nobody's and zero.
+    keys, chosen = past.one_row(chosen, ctx.valid)
+    alone = tuple(a.reshape(1, -1, *a.shape[2:]) for a in q)
+    y = read(self.cfg, alone, keys, self.ups(), chosen, shares=False).y
+    return y.reshape(*q[0].shape[:3], -1)
 
   def fresh(
     self,
@@ -318,7 +301,7 @@ def choose(
   row = ('batch',)
   return kernels.pick(
     'indexer',
-    functools.partial(choose_by_kernel, top_k=cfg.top_k, along=along),
+    functools.partial(index.choose_by_kernel, top_k=cfg.top_k, along=along),
     own,
     (query, keys, visibility.places, key_segments),
     (row, row, row, row),
@@ -329,7 +312,7 @@ def choose(
 def read(
   cfg: DSAConfig,
   q: tuple[jax.Array, jax.Array],
-  keys: SparseLatent,
+  keys: SparseLatent | Latent,
   ups: tuple[jax.Array, jax.Array],
   chosen: jax.Array,
   *,

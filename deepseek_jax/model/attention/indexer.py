@@ -33,6 +33,7 @@ from deepseek_jax.parallel.masking import MASKED
 from deepseek_jax.parallel.sequence import WHOLE, Along
 from deepseek_jax.parallel.sharding import param
 from pallas_kernels.indexer import indexer
+from pallas_kernels.mla_prefill import segment_starts
 
 _LARGEST = 1 << 14  # tokens of a block
 _FEW = 16  # queries that read all keys at once, as decoding does
@@ -301,6 +302,31 @@ def choose_within(
   """
   query = of_all_heads(query, along)
   return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
+
+
+def choose_by_kernel(
+  impl: str,
+  query: IndexQuery,
+  keys: jax.Array,
+  places: jax.Array,
+  segments: jax.Array | None,
+  *,
+  top_k: int,
+  along: Along = WHOLE,
+) -> jax.Array:
+  """Computes `choose` by a kernel.
+
+  Args:
+    impl, query, keys, top_k, along: as of `choose_within`.
+    places: [B T] of the queries among the keys.
+    segments: [B S] documents of the keys; None for one.
+  """
+  first = jnp.zeros_like(places)
+  if segments is not None:
+    first = jnp.take_along_axis(segment_starts(segments), places, axis=1)
+  # A query attends to keys first..own place of its document.
+  span = first, places + 1
+  return choose_within(impl, query, keys, span, top_k, along)
 
 
 def of_all_heads(query: IndexQuery, along: Along) -> IndexQuery:

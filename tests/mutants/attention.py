@@ -68,7 +68,6 @@ MUTANTS = (
     'base * ramp + base / yarn.factor * (1 - ramp)',
     (f'{_ROPE_TEST}::yarn_equals_the_published_vector',),
     'YaRN keeps high frequencies and slows low ones',
-    fast=True,
   ),
   Mutant(
     'latent_cached_before_its_norm_and_rope',
@@ -151,7 +150,6 @@ MUTANTS = (
     'positions',
     ('tests/model/transformer_test.py::write_puts_valid_tokens',),
     'V4 trap 8: caches of padded prompts',
-    fast=True,
   ),
   Mutant(
     'norm_in_low_precision',
@@ -160,7 +158,6 @@ MUTANTS = (
     'y = x\n',
     ('tests/model/norm_test.py::bfloat16_rounds_only',),
     'norms are float32 in every release',
-    fast=True,
   ),
   Mutant(
     'norm_eps_outside_the_root',

@@ -48,6 +48,5 @@ MUTANTS = (
     'in ():',
     ('tests/model/own_layers_test.py::exported_to_no_family',),
     'a sliding window of the same arrays became a Llama without one',
-    fast=True,
   ),
 )

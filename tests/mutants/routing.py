@@ -92,7 +92,6 @@ MUTANTS = (
     '',
     (f'{_ROUTER_TEST}::padding_goes_nowhere',),
     'padding would move the router biases',
-    fast=True,
   ),
   Mutant(
     'gradient_reaches_the_bias',
@@ -146,7 +145,6 @@ MUTANTS = (
     '  if not cfg.sequence:\n',
     (f'{_BALANCE_TEST}::a_weight_of_0_leaves',),
     'MaxText trained for months with a balance loss of 0',
-    fast=True,
   ),
   Mutant(
     'sequence_loss_of_raw_scores',
@@ -175,7 +173,6 @@ MUTANTS = (
     'error = load - load.mean(axis=-1, keepdims=True)',
     (f'{_BALANCE_TEST}::moves_by_the_sign_alone',),
     'V2/V3 trap 6',
-    fast=True,
   ),
   Mutant(
     'bias_moves_by_the_size_of_the_error',

@@ -133,7 +133,6 @@ MUTANTS = (
     '    self.waiting.append(one)\n',
     (f'{_SCHEDULER_TEST}::any_order_of_events',),
     'whoever gave up its pages starves behind newer requests',
-    fast=True,
   ),
   Mutant(
     'scores_of_what_is_computed_again',

@@ -161,7 +161,6 @@ MUTANTS = (
     'weight.astype(np.float32) / _spread(',
     (f'{_FP8_TEST}::scales_of_powers_of_two_are_read',),
     'V2/V3 trap 7: weight_scale_inv multiplies',
-    fast=True,
   ),
   Mutant(
     'float8_blocks_begin_at_the_part',

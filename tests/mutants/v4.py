@@ -164,7 +164,6 @@ MUTANTS = (
     'return _divide(_divide(m, -2, eps), -1, eps), None',
     (f'{_STREAMS_TEST}::columns_are_convex_and_rows_nearly',),
     'V4 trap 6: Sinkhorn ends on columns',
-    fast=True,
   ),
   Mutant(
     'hyper_connections_start_at_scale_1',

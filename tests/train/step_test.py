@@ -180,15 +180,14 @@ class StepTest(parameterized.TestCase):
     variables = jax.tree.map(jnp.array, tiny.draw(model))
     begun = train.initial_state(model, RECIPE, variables)
     seen = {}
-    for n in (1, 2, 4):
+    for n in (1, 4):
       cfg = dataclasses.replace(RECIPE, batch=BatchConfig(B, accumulate=n))
       step = train.train_step(model, cfg)
       seen[n] = jax.jit(step)(begun, batch())[1]
     self.assertGreater(seen[1]['dropped'].sum(), 0)
-    for n in (2, 4):
-      np.testing.assert_array_equal(seen[n]['dropped'], seen[1]['dropped'])
-      for name in ('loss', 'balance_loss', 'grad_norm'):
-        np.testing.assert_allclose(seen[n][name], seen[1][name], rtol=2e-6)
+    np.testing.assert_array_equal(seen[4]['dropped'], seen[1]['dropped'])
+    for name in ('loss', 'balance_loss', 'grad_norm'):
+      np.testing.assert_allclose(seen[4][name], seen[1][name], rtol=2e-6)
 
   def test_loads_count_every_choice_of_the_global_batch(self):
     _, metrics = jitted(8)(initial(), batch())

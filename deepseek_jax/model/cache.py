@@ -87,8 +87,8 @@ def put_in(
   """Returns put(buffer, at, new), which a CPU does once and in place.
 
   A write to a single slot XLA:CPU joins with each operation that reads the
-  buffer afterwards, and copies the buffer for each of them: of one row seven
-  copies of its cache a token. What lies in a branch is joined with nothing.
+  buffer afterwards, and copies the buffer for each of them, at every token that
+  is decoded. What lies in a branch is joined with nothing.
 
   Args:
     put: writes; drops what lies beyond the slots.

@@ -22,7 +22,14 @@ from jax import lax
 
 from pallas_kernels import compat, gather
 from pallas_kernels.indexer import bits
-from pallas_kernels.indexer.scores import BLOCK, BY_COLUMN, BY_ROW, DIM, TILE
+from pallas_kernels.indexer.scores import (
+  BLOCK,
+  BY_COLUMN,
+  BY_ROW,
+  DIM,
+  TILE,
+  check_heads,
+)
 from pallas_kernels.ordered import NOTHING, ordered
 from pallas_kernels.warpgroups import wide
 
@@ -66,13 +73,7 @@ def index_candidates(
 
 def _supported(q: jax.Array, k: jax.Array, size: int, run: int) -> None:
   """Raises NotImplementedError unless the kernel can take the shapes."""
-  if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
-    raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
-  H, I = q.shape[2:]
-  if I != DIM or H % 8 or H > 64:
-    raise NotImplementedError(
-      f'{H} heads of {I}, not a multiple of 8 up to 64 of {DIM}'
-    )
+  check_heads(q, k)
   if run % 8 or BLOCK % run or size % run:
     raise NotImplementedError(
       f'blocks of {size} keys, not of 8, 16, 32 or a multiple of {BLOCK}'

@@ -24,7 +24,13 @@ from jax import lax
 
 from pallas_kernels import compat
 from pallas_kernels.indexer import bits, scores, shared_keys
-from pallas_kernels.indexer.scores import BLOCK, BY_COLUMN, BY_ROW, DIM, TILE
+from pallas_kernels.indexer.scores import (
+  BLOCK,
+  BY_COLUMN,
+  BY_ROW,
+  TILE,
+  check_heads,
+)
 from pallas_kernels.ordered import NOTHING
 
 CHUNK = 64  # rows of 64 keys that are counted at once
@@ -73,13 +79,7 @@ def indexer(
 
 def _supported(q: jax.Array, k: jax.Array) -> None:
   """Raises NotImplementedError unless the kernel can take the shapes."""
-  if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
-    raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
-  H, I = q.shape[2:]
-  if I != DIM or H % 8 or H > 64:
-    raise NotImplementedError(
-      f'{H} heads of {I}, not a multiple of 8 up to 64 of {DIM}'
-    )
+  check_heads(q, k)
   if k.shape[1] > 2**20:
     raise NotImplementedError(f'{k.shape[1]} keys, more than {2**20}')
 

@@ -22,6 +22,22 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
+def check_heads(q: jax.Array, k: jax.Array) -> None:
+  """Raises NotImplementedError unless the kernels can take the heads.
+
+  Args:
+    q: [... H I] queries.
+    k: [... I] keys.
+  """
+  if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
+    raise NotImplementedError(f'dtype {q.dtype}/{k.dtype}, not bfloat16')
+  H, I = q.shape[-2:]
+  if I != DIM or H % 8 or H > 64:
+    raise NotImplementedError(
+      f'{H} heads of {I}, not a multiple of 8 up to 64 of {DIM}'
+    )
+
+
 def scratch(heads: int) -> dict[str, pl.MemoryRef | plgpu.Barrier]:
   """Returns what `score_keys` works in: two queries and a ring of keys."""
   tile = lambda *shape: plgpu.SMEM(

@@ -54,7 +54,7 @@ def asked(count=4, new=12):
 def answers(
   config, variables, impl, drafts=0, spoil=False, given=None, **fields
 ):
-  """What an engine answers, the operations it took, and the engine itself."""
+  """Returns an engine's answers, the operations it took, and the engine."""
   compute = dataclasses.replace(config.compute, kernels=impl)
   model = ds.build(dataclasses.replace(config, compute=compute))
   cfg = dataclasses.replace(CFG, drafts=drafts, **fields)

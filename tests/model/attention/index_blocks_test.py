@@ -61,7 +61,7 @@ def chosen(query, keys, documents=None, *, cfg=SIZES, k=5, most=8):
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'k'))
 def by_kernel(query, keys, documents=None, *, cfg=SIZES, k=5):
-  """Of the kernels' references."""
+  """Compares the kernels' references with the layer's own code."""
   at = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
   blocks = index_blocks.fresh(cfg, keys, documents)
   return index_blocks.choose_by_kernel(

@@ -9,10 +9,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl.testing import absltest, parameterized
 
 from deepseek_jax.infer import sampling
 from deepseek_jax.infer.prepared import prepare
+from deepseek_jax.model import cache as caching
 from deepseek_jax.parallel.sharding import current
 from tests import tiny
 
@@ -62,6 +64,19 @@ class LoopTest(parameterized.TestCase):
     made = rf'= f32\[{H},(?:{C},{N}|{N},{C}|{V},{C}|{C},{V})\]\S* (\w+)[-(]'
     found = [re.search(made, line) for line in loop_of('v3')]
     self.assertEqual({m[1] for m in found if m}, {'get'})  # -tuple-element
+
+  @parameterized.product(
+    rows=(1, 2), slot=(0, 6, 7, 8, 20), valid=(True, False)
+  )
+  def test_a_slot_is_written_if_it_is_one(self, rows, slot, valid):
+    buffer = np.arange(rows * 24, dtype=np.float32).reshape(rows, 8, 3)
+    want = buffer.copy()
+    if valid and slot < 8:
+      want[:, slot] = -1
+    where = np.full((rows, 1), slot), np.full((rows, 1), valid)
+    new = np.full((rows, 1, 3), -1, np.float32)
+    got = jax.jit(caching.write)(buffer, new, *where)
+    np.testing.assert_array_equal(got, want)
 
 
 if __name__ == '__main__':

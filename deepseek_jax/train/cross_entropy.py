@@ -176,14 +176,28 @@ def _forward(
     dlogits = (jnp.exp(logits - lse[:, None]) - hit) * weights[:, None]
     dlogits = dlogits.astype(h.dtype)
     # The head's gradient adds up in float32 over the chunks.
-    dhead += jnp.einsum(
-      'ND,NV->DV', h, dlogits, preferred_element_type=jnp.float32
-    )
+    dhead += _of_head(h, dlogits)
     return (total + loss, dhead), products.matmul(dlogits, transposed)
 
   start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
   (total, dhead), dhidden = jax.lax.scan(one, start, parts)
   return total, (join_tokens(dhidden, len(hidden)), dhead.astype(head.dtype))
+
+
+def _of_head(hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
+  """Returns hidden.T @ dlogits in float32: [n D] and [n V] -> [D V]."""
+
+  def columns_first(hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
+    # XLA:CPU multiplies a transposed operand at half the rate of a plain one
+    # (72 for 164 GFLOP/s at D 384, V 8192), and would fold this transpose.
+    return float32_logits(jax.lax.optimization_barrier(hidden.T), dlogits)
+
+  folded = lambda hidden, dlogits: jnp.einsum(
+    'ND,NV->DV', hidden, dlogits, preferred_element_type=jnp.float32
+  )
+  return jax.lax.platform_dependent(
+    hidden, dlogits, cpu=columns_first, default=folded
+  )
 
 
 def _backward(

@@ -122,8 +122,8 @@ MUTANTS = (
   Mutant(
     'backward_without_a_causal_mask',
     _CORE,
-    '      p = jnp.where(_mask(segments, start, end).T, p, 0.0)\n',
-    '',
+    'seen = _mask(segments, start, end).T',
+    'seen = True',
     (f'{_CORE_TEST}::value_and_gradients_equal_float64',),
     'a forward pass that is right says nothing of its gradient',
   ),

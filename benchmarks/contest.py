@@ -176,12 +176,43 @@ def main(name: str, tasks) -> None:
       f'{row["memory_ratio"]:.2f}',
     )
   Console().print(table)
-  result = {
-    'date': datetime.date.today().isoformat(),
-    'machine': processor(),
-    'rows': rows,
-  }
   path = Path(__file__).parent / 'results' / f'{name}.json'
   path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + '\n')
+  keep(path, rows)
   print(path)
+
+
+def keep(path: Path, rows: list[dict]) -> None:
+  """Puts a run's rows into a file, beside those of other machines.
+
+  The run of the same processor and the same JAX is replaced; others keep their
+  date and commit.
+
+  Args:
+    path: of a JSON file with `runs`, of whose entries each has `date`,
+      `commit`, `machine`, `jax` and `rows`; made where there is none.
+    rows: of `contest`, of one version of JAX.
+  """
+  run = {
+    'date': datetime.date.today().isoformat(),
+    'commit': _commit(),
+    'machine': processor(),
+    'jax': rows[0]['ours']['versions']['jax'],
+    'rows': rows,
+  }
+  runs = json.loads(path.read_text())['runs'] if path.exists() else []
+  same = lambda other: all(other[k] == run[k] for k in ('machine', 'jax'))
+  runs = [other for other in runs if not same(other)] + [run]
+  runs.sort(key=lambda run: (run['machine'], run['jax']))
+  path.write_text(json.dumps({'runs': runs}, indent=1) + '\n')
+
+
+def _commit() -> str:
+  """Returns the commit that is measured, with '+' where files differ."""
+  said = subprocess.run(
+    ['git', 'describe', '--always', '--dirty=+', '--exclude=*'],
+    cwd=Path(__file__).parent,
+    capture_output=True,
+    text=True,
+  )
+  return said.stdout.strip() or 'unknown'

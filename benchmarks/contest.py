@@ -208,11 +208,14 @@ def keep(path: Path, rows: list[dict]) -> None:
 
 
 def _commit() -> str:
-  """Returns the commit that is measured, with '+' where files differ."""
-  said = subprocess.run(
-    ['git', 'describe', '--always', '--dirty=+', '--exclude=*'],
-    cwd=Path(__file__).parent,
-    capture_output=True,
-    text=True,
-  )
-  return said.stdout.strip() or 'unknown'
+  """Returns the commit that is measured, with '+' where code differs."""
+
+  def git(*words: str) -> subprocess.CompletedProcess:
+    folder = Path(__file__).parents[1]
+    return subprocess.run(
+      ['git', *words], cwd=folder, capture_output=True, text=True
+    )
+
+  head = git('rev-parse', '--short', 'HEAD').stdout.strip()
+  code = git('status', '--porcelain', '--', '.', ':!benchmarks/results').stdout
+  return f'{head}+' if head and code else head or 'unknown'

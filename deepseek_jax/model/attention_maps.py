@@ -235,7 +235,7 @@ def _look(block: Block, x: jax.Array, ctx: Context) -> _Look:
   look = _Look(_mla(attention, x, ctx))
   if isinstance(attention, DSA):
     at = ctx.positions
-    keys = attention.remember(x, at).index
+    keys = attention.index_key(x, at)
     seen = jnp.broadcast_to(_causal(x.shape[1]), look.tokens[:, 0].shape)
     query = attention.index_query(x, at)
     top_k, picked = attention.cfg.top_k, None

@@ -32,7 +32,7 @@ KERNELS = {
     | EXPERTS
     | BACKWARD,
     'prefill': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
-    'decode': {'indexer', 'sparse_mla', 'router'} | EXPERTS,
+    'decode': {'latent_kv', 'indexer', 'sparse_mla', 'router'} | EXPERTS,
   },
   'v4': {
     phase: {'compress', 'indexer', 'sparse_mla', 'sinkhorn'} | STREAMS

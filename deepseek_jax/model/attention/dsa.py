@@ -141,10 +141,9 @@ class DSA(MLA):
       rngs=rngs,
     )
 
-  def remember(self, x: jax.Array, positions: jax.Array) -> SparseLatent:
-    """Returns what is cached of x [B T D]."""
-    key = self.indexer.key(jax.lax.stop_gradient(x), positions)
-    return SparseLatent(*self.latent(x, positions), key)
+  def index_key(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns the indexer's keys [B T I] of x [B T D], detached from it."""
+    return self.indexer.key(jax.lax.stop_gradient(x), positions)
 
   def index_query(self, x: jax.Array, positions: jax.Array) -> IndexQuery:
     """Returns the indexer's queries of x [B T D], detached from the model."""
@@ -160,26 +159,43 @@ class DSA(MLA):
     'recall', the share of dense attention's mass at its `top_k` choices.
     """
     q = self.query(x, ctx.positions)  # [B T H N], [B T H R]
-    new = self.remember(x, ctx.positions)  # [B T C], [B T R], [B T I]
     fresh = past is None or ctx.fresh
+    # Later calls read latents from the cache alone, where `write` makes them.
+    latent = self.latent(x, ctx.positions) if fresh else None
+    key = self.index_key(x, ctx.positions)
     if past is not None:
-      past = self.extended(past, new, ctx)
+      past = self.extended(past, x, latent, key, ctx)
     query = self.index_query(x, ctx.positions)
     # Later calls attend to the cache; a first one to its tokens alone.
     if not fresh:
       return self.project(self.cached(q, query, past, ctx)), past, {}
-    y, stats = self.fresh(q, query, new, ctx)
+    y, stats = self.fresh(q, query, SparseLatent(*latent, key), ctx)
     return self.project(y), past, stats
 
-  def extended(self, past: Past, new: SparseLatent, ctx: Context) -> Past:
-    """Returns the cache with what is cached of new tokens."""
-    where = ctx.positions, ctx.valid
-    write = lambda b, n: caching.write(b, n, *where)
-    if isinstance(past, PagedSparseLatent):
-      latents = past.latents.written(Latent(*new[:2]), *where)
-      past = past._replace(latents=latents, index=write(past.index, new.index))
-    else:
-      past = SparseLatent(*map(write, past[:3], new[:3]), past.means)
+  def extended(
+    self,
+    past: Past,
+    x: jax.Array,
+    latent: Latent | None,
+    key: jax.Array,
+    ctx: Context,
+  ) -> Past:
+    """Returns the cache with what is cached of x [B T D].
+
+    Args:
+      past: the cache.
+      x: [B T D].
+      latent: of x, or None if not needed otherwise.
+      key: [B T I] of the indexer.
+      ctx: of these tokens.
+    """
+    paged = isinstance(past, PagedSparseLatent)
+    held = past.latents if paged else Latent(*past[:2])
+    held = self.write(x, ctx, latent, held)
+    past = past._replace(
+      index=caching.write(past.index, key, ctx.positions, ctx.valid),
+      **({'latents': held} if paged else held._asdict()),
+    )
     if past.means is None:
       return past
     means = index_blocks.remember(

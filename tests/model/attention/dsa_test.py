@@ -210,7 +210,7 @@ class DenseTest(parameterized.TestCase):
     one = module(BASE)
     q, keys = (
       one.query(inputs(), ctx.positions),
-      one.remember(inputs(), ctx.positions),
+      one.latent(inputs(), ctx.positions),
     )
     order = np.random.default_rng(0).permutation(T)
     seen = ctx.segments[:, :, None] == ctx.segments[:, None, order]
@@ -218,7 +218,7 @@ class DenseTest(parameterized.TestCase):
     chosen = jnp.where(seen, order, -1)
     ups = jnp.split(one.kv_up[...], [BASE.nope_dim], axis=-1)
     read = chosen_latents.read_chosen(
-      q, keys[:2], ups, chosen, scale=BASE.scale, most=7
+      q, keys, ups, chosen, scale=BASE.scale, most=7
     )
     got = one.project(read.y)
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
@@ -288,10 +288,10 @@ class DecodeTest(parameterized.TestCase):
     @jax.jit
     def prefill(x):
       at = context().positions
-      query, keys = (f(x, at) for f in (one.index_query, one.remember))
+      query, keys = (f(x, at) for f in (one.index_query, one.index_key))
       empty = BASE.cache(2, T, jnp.float32)
       visibility = query_blocks.visibility(at, None, fresh=True)
-      chosen = dsa.choose(BASE, query, keys.index, visibility)
+      chosen = dsa.choose(BASE, query, keys, visibility)
       return *one(x, context(), empty)[:2], chosen
 
     want, past, first = prefill(inputs())

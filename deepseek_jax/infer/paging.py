@@ -25,8 +25,9 @@ from deepseek_jax.errors import InputError
 from deepseek_jax.infer import paged_latents
 from deepseek_jax.model.cache import Cache
 
-# Tokens at which the rows of a cache are counted: more than any layer keeps.
-_PROBE = 1 << 15
+# Tokens at which the rows of a cache are counted: more than any layer keeps,
+# and a multiple of all block sizes with prime factors up to 13.
+_PROBE = math.lcm(*range(1, 17)) << 6
 
 
 class Store(NamedTuple):
@@ -247,7 +248,9 @@ def _leaf(less: Any, more: Any) -> Leaf:
   if grown and (_PROBE % grown or less.shape[3:] != more.shape[3:]):
     raise InputError(
       f'cache: an array of {list(less.shape)} for {_PROBE} tokens is'
-      f' {list(more.shape)} for {2 * _PROBE}; its rows must grow evenly'
+      f' {list(more.shape)} for {2 * _PROBE}; pages hold a row of R tokens,'
+      ' where R (a compression ratio, a stride, a size of blocks) has no prime'
+      ' factor above 13'
     )
   ratio = _PROBE // grown if grown else 0
   shift = _PROBE // ratio - less.shape[2] if ratio else 0

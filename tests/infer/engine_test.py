@@ -155,6 +155,17 @@ class FamilyTest(parameterized.TestCase):
     grown -= memory.cache(model.config, length).elements
     self.assertEqual(lies.token_bytes * length, 4 * grown)
 
+  def test_entries_of_6_tokens_lie_in_pages(self):
+    asked = requests(3, new=14)
+    for request, [got] in zip(asked, engine('v4_of_6').run(asked)):
+      check_trained(self, 'v4_of_6', request, got)
+
+  def test_entries_of_17_tokens_have_no_pages(self):
+    compress = {'attention.hca.ratio': 17}
+    model = build_flat(ds.build(ds.changed(families.config('v4'), compress)))
+    with self.assertRaisesRegex(InputError, 'a row of R tokens, where R .*13'):
+      paging(model, 8)
+
 
 class ContractTest(parameterized.TestCase):
   @parameterized.parameters('v3', 'v4')

@@ -80,6 +80,8 @@ def config(name: str) -> ds.TransformerConfig:
       kinds=_V4,
       residual=HyperConnectionsConfig(streams=2),
     )
+  if name == 'v4_of_6':  # tokens an entry of HCA, no power of two
+    return ds.changed(config('v4'), {'attention.hca.ratio': 6})
   memory = EngramConfig(base=11, longest=3, heads=2, dim=6, conv=3)
   kinds = {'dense': Kind('ffn'), 'memory': Kind('ffn', engram=True)}
   return base(

@@ -80,8 +80,9 @@ class Engine:
     # What another request has cached may differ in its last bits.
     reuse = cfg.reuse and not cfg.deterministic
     spare = spare if rings and reuse else 0
+    how = {'reuse': reuse, 'rings': rings, 'ahead': self._paging.ahead}
     self._scheduler = Scheduler(
-      self.page, pages, cfg.slots, snapshots=spare, reuse=reuse, rings=rings
+      self.page, pages, cfg.slots, snapshots=spare, **how
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)

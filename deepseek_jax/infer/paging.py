@@ -158,7 +158,7 @@ class Paging:
       out.append(pool if i in stay else _gathered(pool, leaf, rows))
     layers, recent, mtp, state, ready = jax.tree.unflatten(self.structure, out)
     if in_pages:
-      layers = paged_latents.in_pages(layers, rows.table, in_pages)
+      layers, mtp = paged_latents.in_pages((layers, mtp), rows.table, in_pages)
     slots = rows.table.shape[1] * self.page
     one = lambda a: None if a is None else a[0]
     cache = lambda layers, recent: Cache(
@@ -180,9 +180,8 @@ class Paging:
       rows: as for `view`; `count` tokens were added to each.
       most: no row has had more tokens added.
     """
-    layers, stayed = paged_latents.plain(held.cache.layers)
-    cache = dataclasses.replace(held.cache, layers=layers)
-    leaves, _ = _leaves(held._replace(cache=cache))
+    held, stayed = paged_latents.plain(held)
+    leaves, _ = _leaves(held)
     stay = paged_latents.leaves(self.structure, len(self.leaves), stayed)
     # Multi-token prediction begins with the states that waited.
     before = self.drafts + 1 if self.drafts else 0

@@ -80,8 +80,9 @@ class Engine:
     # What another request has cached may differ in its last bits.
     reuse = cfg.reuse and not cfg.deterministic
     spare = spare if rings and reuse else 0
+    how = {'reuse': reuse, 'rings': rings, 'ahead': self._paging.ahead}
     self._scheduler = Scheduler(
-      self.page, pages, cfg.slots, snapshots=spare, reuse=reuse, rings=rings
+      self.page, pages, cfg.slots, snapshots=spare, **how
     )
     # One page more: the scratch page.
     self._store = self._paging.empty(pages + 1, cfg.slots + spare)
@@ -302,8 +303,8 @@ class Engine:
     how = host_arrays.going(going, bucket, limits, ahead)
     if ahead.drafts and any(s.matcher is not None for s in going):
       args = self._variables, self._store, where, how, draws
-      drafts = jax.device_get(self._run.draft(*args)[1])
-      ahead, limits = look_ahead(going, drafts, limits, ahead)
+      self._store, drafts = self._run.draft(*args)
+      ahead, limits = look_ahead(going, jax.device_get(drafts), limits, ahead)
       how = host_arrays.going(going, bucket, limits, ahead)
     self._store, out = self._run.decode(
       self._variables, self._store, where, how, draws

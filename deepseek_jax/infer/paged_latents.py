@@ -39,17 +39,17 @@ def _own(node: Any) -> tuple:
 
 
 def _nodes(structure: Any, count: int, kinds: Kinds) -> list[Any]:
-  """Returns the caches of `kinds` of the model's own layers, of leaf numbers.
+  """Returns the caches of `kinds`, of leaf numbers.
 
   Args: as of `leaves`.
   """
-  layers = jax.tree.unflatten(structure, range(count))[0]
+  held = jax.tree.unflatten(structure, range(count))
   which = lambda node: type(node) in kinds
-  return list(filter(which, jax.tree.leaves(layers, is_leaf=which)))
+  return list(filter(which, jax.tree.leaves(held, is_leaf=which)))
 
 
 def leaves(structure: Any, count: int, kinds: Kinds) -> frozenset[int]:
-  """Returns which leaves are latents of the model's own layers.
+  """Returns which leaves are latents that stay in pages.
 
   Args:
     structure: of all leaves that an engine holds.
@@ -64,7 +64,8 @@ def in_pages(layers: Any, table: jax.Array, kinds: Kinds) -> Any:
   """Returns the layers' caches with the latents of `kinds` in pages.
 
   Args:
-    layers: in which these hold pages, each [repeat M P ...].
+    layers: those of the model and of multi-token prediction, in which these
+      hold pages, each [repeat M P ...].
     table: [R n] int32, SCRATCH where there is none.
     kinds: of caches.
   """
@@ -82,8 +83,8 @@ def in_pages(layers: Any, table: jax.Array, kinds: Kinds) -> Any:
   return jax.tree.map(one, layers, is_leaf=lambda node: type(node) in kinds)
 
 
-def plain(layers: Any) -> tuple[Any, Kinds]:
-  """Returns the layers without tables, and which kinds of caches had any."""
+def plain(held: Any) -> tuple[Any, Kinds]:
+  """Returns what is held without tables, and which kinds of caches had any."""
   kinds = set()
 
   def one(node: Any) -> Any:
@@ -96,8 +97,8 @@ def plain(layers: Any) -> tuple[Any, Kinds]:
     kinds.add(type(node))
     return node
 
-  layers = jax.tree.map(one, layers, is_leaf=lambda node: type(node) in _PAGED)
-  return layers, tuple(kinds)
+  held = jax.tree.map(one, held, is_leaf=lambda node: type(node) in _PAGED)
+  return held, tuple(kinds)
 
 
 def wanted(compute: ComputeConfig, store: Any, paging: Any) -> Kinds:

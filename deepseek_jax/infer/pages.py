@@ -1,8 +1,10 @@
 """Gives pages to requests, and finds those that others have filled before.
 
 A full page is known by a hash of its tokens and of all before it, so equal
-beginnings of requests are stored once. A page that no request uses any more
-stays until its place is needed, the longest unused first. Pure host code.
+beginnings of requests are stored once. With drafts the hash is of the token
+after, too: on that one rests what multi-token prediction caches of the last. A
+page that no request uses any more stays until its place is needed, the longest
+unused first. Pure host code.
 Legend: P tokens of a page.
 """
 
@@ -16,7 +18,11 @@ SCRATCH = 0  # the page of table entries that stand for none; never written
 
 
 def chain(
-  tokens: Sequence[int], page: int, salt: str, known: Sequence[bytes] = ()
+  tokens: Sequence[int],
+  page: int,
+  salt: str,
+  known: Sequence[bytes] = (),
+  ahead: int = 0,
 ) -> list[bytes]:
   """Returns a 128-bit hash for each full page of tokens and all before it.
 
@@ -25,12 +31,14 @@ def chain(
     page: P.
     salt: what else must be equal: weights, dtype of the cache, tenant.
     known: the hashes of its first pages.
+    ahead: tokens after a page on which it rests, too.
   """
   out = list(known)
   before = hashlib.blake2b(salt.encode(), digest_size=16).digest()
   before = out[-1] if out else before
-  for start in range(len(out) * page, len(tokens) - page + 1, page):
-    part = np.asarray(tokens[start : start + page], np.int32).tobytes()
+  size = page + ahead
+  for start in range(len(out) * page, len(tokens) - size + 1, page):
+    part = np.asarray(tokens[start : start + size], np.int32).tobytes()
     before = hashlib.blake2b(before + part, digest_size=16).digest()
     out.append(before)
   return out

@@ -95,6 +95,14 @@ class Paging:
   drafts: int = 0
 
   @property
+  def ahead(self) -> int:
+    """Returns on how many tokens after it what is cached of one rests.
+
+    Multi-token prediction caches a token with the one after it.
+    """
+    return 1 if self.drafts else 0
+
+  @property
   def has_rings(self) -> bool:
     """Returns whether something is cached by slot, not by page."""
     return any(not leaf.ratio for leaf in self.leaves)
@@ -151,7 +159,7 @@ class Paging:
       out.append(pool if i in stay else _gathered(pool, leaf, rows))
     layers, recent, mtp, state, ready = jax.tree.unflatten(self.structure, out)
     if in_pages:
-      layers = paged_latents.in_pages(layers, rows.table, in_pages)
+      layers, mtp = paged_latents.in_pages((layers, mtp), rows.table, in_pages)
     slots = rows.table.shape[1] * self.page
     one = lambda a: None if a is None else a[0]
     cache = lambda layers, recent: Cache(
@@ -173,11 +181,10 @@ class Paging:
       rows: as for `view`; `count` tokens were added to each.
       most: no row has had more tokens added.
     """
-    layers, stayed = paged_latents.plain(held.cache.layers)
-    cache = dataclasses.replace(held.cache, layers=layers)
-    leaves, _ = _leaves(held._replace(cache=cache))
+    held, stayed = paged_latents.plain(held)
+    leaves, _ = _leaves(held)
     stay = paged_latents.leaves(self.structure, len(self.leaves), stayed)
-    # A row of multi-token prediction rests on the token after it, too.
+    # Multi-token prediction begins with the states that waited.
     before = self.drafts + 1 if self.drafts else 0
     touched = _touched(rows, self.page, most, before, store)
     paged, ringed = iter(store.pages), iter(store.slots)
@@ -214,12 +221,6 @@ def paging(model: Any, page: int, drafts: int = 0) -> Paging:
   shapes = lambda slots: _leaves(jax.eval_shape(lambda: make(1, slots)))
   (less, structure), (more, _) = shapes(_PROBE), shapes(2 * _PROBE)
   leaves = list(map(_leaf, less, more))
-  if drafts:
-    # A row of multi-token prediction rests on the token after it, too.
-    first, last = _mtp_leaves(jax.eval_shape(lambda: make(1, _PROBE)))
-    for i in range(first, last):
-      if leaves[i].ratio == 1:
-        leaves[i] = dataclasses.replace(leaves[i], shift=leaves[i].shift + 1)
   # Rows that end in a page start at most one page before.
   needed = [leaf.ratio * (leaf.shift + 1) for leaf in leaves if leaf.ratio]
   step = math.lcm(*(leaf.ratio for leaf in leaves if leaf.ratio), 1)
@@ -271,12 +272,6 @@ def _leaves(held: Caches) -> tuple[list, Any]:
   )
 
 
-def _mtp_leaves(held: Caches) -> tuple[int, int]:
-  """Returns the range of the leaves that multi-token prediction caches."""
-  before = len(jax.tree.leaves((held.cache.layers, held.cache.recent)))
-  return before, before + len(jax.tree.leaves(held.mtp.layers))
-
-
 def _reshaped(array: Any, shape: tuple[int, ...]) -> Any:
   """Returns an array, or what only says its shape, in another shape."""
   if isinstance(array, jax.ShapeDtypeStruct):
@@ -289,19 +284,10 @@ def _gathered(pool: jax.Array, leaf: Leaf, rows: Rows) -> jax.Array:
   pages = pool[:, rows.table]  # [repeat R n P/ratio ...]
   flat = pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
   flat = flat[:, :, leaf.shift :]
-  if leaf.ratio == 1:
-    # A row for every slot: kernels want whole pages.
-    flat = _with_rows(flat, 0, leaf.shift)
   there = rows.start // leaf.ratio - leaf.shift  # complete rows
   seen = jnp.arange(flat.shape[2]) < there[:, None]
   seen = seen.reshape(1, *seen.shape, *(1,) * (flat.ndim - 3))
   return jnp.where(seen, flat, 0)
-
-
-def _with_rows(array: jax.Array, before: int, after: int) -> jax.Array:
-  """Returns array [repeat R S ...] with zeros before and after its rows S."""
-  rest = [(0, 0)] * (array.ndim - 3)
-  return jnp.pad(array, [(0, 0), (0, 0), (before, after), *rest])
 
 
 def _taken(pool: jax.Array, rows: Rows) -> jax.Array:
@@ -352,9 +338,8 @@ def _put(
 
   Pages beyond the pool are not written.
   """
-  if leaf.ratio == 1:
-    new = new[:, :, : new.shape[2] - leaf.shift]
-  whole = _with_rows(new, leaf.shift, 0)
+  rest = [(0, 0)] * (new.ndim - 3)
+  whole = jnp.pad(new, [(0, 0), (0, 0), (leaf.shift, 0), *rest])
   pages = whole.reshape(*whole.shape[:2], n, -1, *whole.shape[3:])
   rows = jnp.arange(place.shape[0])[:, None]
   return pool.at[:, at].set(pages[:, rows, place], mode='drop')

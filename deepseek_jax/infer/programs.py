@@ -2,9 +2,10 @@
 
 Both gather the pages of their rows, run the training model's own `apply`, draw
 by each row's settings, and put the touched pages back; where a kernel can,
-decoding reads and fills latents in their pages. Where grammars have to read
-drafts ahead, these are made by a program of their own first. A shape is a
-bucket: the number of rows, of tokens and of pages is static, all else is data.
+decoding reads and fills latents in their pages, those of multi-token prediction
+as well. Where grammars have to read drafts ahead, these are made by a program
+of their own first. A shape is a bucket: the number of rows, of tokens and of
+pages is static, all else is data.
 Legend: R rows, T tokens of a chunk, N steps of a loop, W tokens of a step at
 most, M = N W, V vocabulary, S stop tokens of a row, A likeliest tokens, L MoE
 layers, K chosen experts, k drafts of a bucket.
@@ -76,7 +77,7 @@ class Programs(NamedTuple):
   prefill: Callable
   # (variables, store, Rows, Going, Draws) -> store, Decoded
   decode: Callable
-  # the same -> None, drafts [R k]; the store is not donated
+  # the same -> store, drafts [R k]; decoding drafts them again
   draft: Callable
 
   def compiled(self) -> int:
@@ -121,7 +122,7 @@ def programs(model: Model, shape: Shape, using: Using | None) -> Programs:
   return Programs(
     jitted(functions.prefill, 'prefill', donate_argnums=1),
     jitted(functions.decode, 'decode', donate_argnums=1),
-    jitted(functions.draft, 'decode'),
+    jitted(functions.draft, 'decode', donate_argnums=1),
   )
 
 
@@ -272,15 +273,20 @@ def _draft(
   rows: Rows,
   going: Going,
   draws: Draws,
-) -> tuple[None, jax.Array]:
+) -> tuple[Store, jax.Array]:
   """Returns what the next call of decoding would draft, [R k] int32."""
-  held, history = shape.paging.view(store, rows), jnp.asarray(draws.history)
+  in_pages = paged_latents.wanted(model.config.compute, store, shape.paging)
+  held = shape.paging.view(store, rows, in_pages)
+  history = jnp.asarray(draws.history)
   place = LoopRows(rows.start, going.token, rows.count > 0, history)
   drafts = going.foreseen.drafts.shape[1]
-  guesses, _ = checked_drafts.guessed(
+  guesses, mtp = checked_drafts.guessed(
     model, variables, held, place, draws, drafts
   )
-  return None, guesses
+  # No token is added: what isn't written in pages is not put back.
+  rows = rows._replace(count=jnp.zeros_like(rows.count))
+  held = held._replace(mtp=mtp)
+  return shape.paging.commit(store, held, rows, drafts), guesses
 
 
 def _plain(

@@ -88,11 +88,14 @@ class Sequence:
     """Returns how many tokens are cached before it decodes."""
     return self.length - 1 - self.cached
 
-  def hashed(self, pages: int, page: int) -> list[bytes]:
-    """Returns the hashes of the first `pages` pages of `page` tokens."""
+  def hashed(self, pages: int, page: int, ahead: int) -> list[bytes]:
+    """Returns the hashes of the first pages; `page` and `ahead` as in `chain`.
+
+    Of what is cached all pages have one: the token after it is known.
+    """
     if len(self.hashes) < pages:
-      tokens = self.buffer[: pages * page]
-      self.hashes = chain(tokens, page, self.salt, self.hashes)
+      tokens = self.buffer[: pages * page + ahead]
+      self.hashes = chain(tokens, page, self.salt, self.hashes, ahead)
     return self.hashes[:pages]
 
 
@@ -114,6 +117,7 @@ class Scheduler:
     snapshots: int = 0,
     reuse: bool = True,
     rings: bool = False,
+    ahead: int = 0,
   ):
     """Makes an empty schedule.
 
@@ -124,8 +128,10 @@ class Scheduler:
       snapshots: spare slots for rings at the ends of pages.
       reuse: whether prefixes are shared.
       rings: whether the model caches anything by slot.
+      ahead: tokens after a page on which it rests, too: 1 with drafts.
     """
     self.page, self.reuse, self.rings = page, reuse, rings
+    self.ahead = ahead
     self.pages = Pages(pages)
     self.snapshots = Snapshots(range(slots, slots + snapshots))
     self.waiting: collections.deque[Sequence] = collections.deque()
@@ -171,7 +177,7 @@ class Scheduler:
     if not self.reuse or (one.request.echo and not one.answered):
       return [], None
     most = (one.length - 1) // self.page
-    hashes = one.hashed(most, self.page)
+    hashes = one.hashed(most, self.page, self.ahead)
     found = self.pages.found(hashes)
     if not self.rings:
       return found, None
@@ -265,14 +271,16 @@ class Scheduler:
     Returns:
       The slot where its rings are worth keeping now, or None.
     """
-    full = one.cached // self.page
-    if not self.reuse or (full == one.named and one.cached % self.page):
+    full, inside = divmod(one.cached, self.page)
+    # What rests on the token after a page is written with that token.
+    whole = max(one.named, (one.cached - self.ahead) // self.page)
+    if not self.reuse or (whole == one.named and inside):
       return None
-    hashes = one.hashed(full, self.page)
-    for place in range(one.named, full):
+    hashes = one.hashed(full, self.page, self.ahead)
+    for place in range(one.named, whole):
       self.pages.name(one.pages[place], hashes[place])
-    one.named = full
-    if self.rings and full and not one.cached % self.page:
+    one.named = whole
+    if self.rings and full and not inside:
       return self.snapshots.take(hashes[-1])
     return None
 

@@ -44,9 +44,7 @@ def warm_up(
       ahead = Ahead(cfg.steps, cfg.drafts_of(bucket.rows), words(vocab))
       going = host_arrays.going([], bucket, [], ahead)
       args = going, host_arrays.draws([], bucket, page, vocab)
-    out = getattr(run, what)(variables, store, where, *args)
-    if what != 'draft':
-      store, *out = out
+    store, *out = getattr(run, what)(variables, store, where, *args)
     jax.block_until_ready(out)
     if say is not None:
       say(

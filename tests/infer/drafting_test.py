@@ -199,18 +199,44 @@ class CacheTest(parameterized.TestCase):
       self.assertLess(abs(len(want) - len(got)), 3)
       np.testing.assert_allclose(got[:size], want[:size], rtol=1e-5, atol=1e-5)
 
+  @parameterized.parameters('in_blocks', 'nsa', 'v3')
+  @pytest.mark.slow
+  def test_a_shared_beginning_holds_what_one_of_its_own_does(self, name):
+    made, variables = model(name)
+    shape = {'slots': 1, 'rows': (1,), 'drafts': 2, 'snapshots': 9}
+    engine = lambda: Engine(made, variables, dataclasses.replace(CFG, **shape))
+    first = tuple(range(1, 18))  # two pages and the token after
+    ask = lambda prompt: Request(prompt, 15, Sampling(temperature=0))
+    run = engine()
+    [[begun]] = run.run([ask(first)])
+    # Others that go on from two pages: with the same token and another one.
+    run.run([ask((*first, 42)), ask((*first[:16], 40, 41))])
+    before = run.stats['cached_tokens']
+    self.assertGreaterEqual(before, 16)
+    request = ask((*first, *begun.tokens[:9], 43))
+    shared = self.cached(run, request, drafts=2)
+    self.assertEqual(run.stats['cached_tokens'] - before, 24)
+    for want, got in zip(
+      self.cached(engine(), request, drafts=2), shared, strict=True
+    ):
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
   def rows(self, name, drafts):
     """Returns of each array in pages the rows [n ...] of one answer."""
     made, variables = model(name)
     shape = {'slots': 1, 'rows': (1,), 'reuse': False, 'drafts': drafts}
     run = Engine(made, variables, dataclasses.replace(CFG, **shape))
-    (request,) = asked(1, new=25, temperature=0)
+    return self.cached(run, *asked(1, new=25, temperature=0))
+
+  def cached(self, run, request, drafts=0):
+    """Returns the rows that wait for none of so many drafts."""
     (one,) = run._live[run.submit(request)]
     pages, n = [], 0
     while run.busy():
       run.step()
       pages, n = list(one.pages) or pages, max(n, one.cached)
     self.assertGreater(n, len(request.prompt) + 10)
+    n -= drafts and 1 + drafts
     leaves = [leaf for leaf in run._paging.leaves if leaf.ratio]
     return [
       # [repeat M P/ratio ...] -> [P/ratio of all pages, repeat ...]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from jax.extend import core
 
 import deepseek_jax as ds
 from deepseek_jax.infer import host_arrays
@@ -30,6 +31,8 @@ from deepseek_jax.model.transformer_config import ComputeConfig
 from pallas_kernels import dispatch, target
 from tests import tiny
 from tests.infer import families
+from tests.infer.drafting_test import Turns
+from tests.infer.engine_test import SmallBytes
 
 CFG = EngineConfig(
   slots=3, context=64, page=8, budget=16, steps=3, contexts=(64,)
@@ -51,14 +54,36 @@ def asked(count=4, new=12):
   return [Request(p, n, greedy, logprobs=0) for p, n in zip(prompts, sizes)]
 
 
+def shared(sizes=(1, 9, 5, 3), grammars=()):
+  """Requests of one beginning, longer than two pages, for few likely tokens.
+
+  Drafts are often right, and right or wrong by what is cached.
+  """
+  rng, first = np.random.default_rng(1), tuple(range(1, 18))
+  draw = lambda n: tuple(map(int, rng.integers(1, tiny.VOCAB, n)))
+  bias = tuple((token, 9.0) for token in range(4))
+  greedy = Sampling(temperature=0, logit_bias=bias)
+  made = [Request(first + draw(n), 30, greedy, logprobs=0) for n in sizes]
+  for i, grammar in enumerate(grammars):
+    made[i] = dataclasses.replace(made[i], grammar=grammar)
+  return made
+
+
 def answers(
-  config, variables, impl, drafts=0, spoil=False, given=None, **fields
+  config,
+  variables,
+  impl,
+  drafts=0,
+  spoil=False,
+  given=None,
+  text=None,
+  **fields,
 ):
   """Returns an engine's answers, the operations it took, and the engine."""
   compute = dataclasses.replace(config.compute, kernels=impl)
   model = ds.build(dataclasses.replace(config, compute=compute))
   cfg = dataclasses.replace(CFG, drafts=drafts, **fields)
-  run = Engine(model, variables, cfg)
+  run = Engine(model, variables, cfg, text=text)
   if spoil:
     nan = lambda a: jnp.full_like(a, jnp.nan)
     run._store = jax.tree.map(nan, run._store)
@@ -75,6 +100,7 @@ def program(
   latent=LATENT,
   cache='compute',
   device=('cuda', '9.0'),
+  which='decode',
 ):
   """The loop of decoding and its choices, by default for a Hopper GPU."""
   config = ds.TransformerConfig(
@@ -98,11 +124,28 @@ def program(
     host_arrays.going([], bucket, [], host_arrays.Ahead(2, drafts, 2)),
     host_arrays.draws([], bucket, paged.page, 64),
   )
-  decode = plain(model, Shape(paged, 2, rows, False)).decode
+  run = getattr(plain(model, Shape(paged, 2, rows, False)), which)
   dispatch.say_once.cache_clear()
   with target.targeting(*device), dispatch.recorded() as choices:
-    made = jax.make_jaxpr(decode)(*given)
+    made = jax.make_jaxpr(run)(*given)
   return made.jaxpr, choices
+
+
+def arrays(jaxpr):
+  """Yields the shapes of all that a program makes, loops included."""
+  for eqn in jaxpr.eqns:
+    for v in eqn.outvars:
+      yield getattr(v.aval, 'shape', ())
+    for sub in core.jaxprs_in_params(eqn.params):
+      yield from arrays(sub)
+
+
+def whole_rows(jaxpr, rows, slots, width):
+  """The arrays of latents of all slots of all rows, whatever their axes."""
+  sizes = rows * slots * width
+  return [
+    s for s in arrays(jaxpr) if s[-1:] == (width,) and np.prod(s) == sizes
+  ]
 
 
 def traced(*args, **how):
@@ -110,23 +153,27 @@ def traced(*args, **how):
 
 
 class AnswersTest(parameterized.TestCase):
-  def check(self, name, drafts):
+  def check(self, name, drafts, **how):
     config = families.config(name)
     if drafts:
       config = dataclasses.replace(config, mtp=MTPConfig(1, 'moe'))
     variables = tiny.draw(ds.build(config))
-    own, _, _ = answers(config, variables, None, drafts)
-    pages, seen, run = answers(config, variables, 'reference', drafts)
+    own, _, _ = answers(config, variables, None, drafts, **how)
+    pages, seen, run = answers(config, variables, 'reference', drafts, **how)
     for a, b in zip(own, pages, strict=True):
       families.check_same(a, b)
+      self.assertEqual(a.usage, b.usage)
     # Pools of the store's pages, not gathered rows; W tokens a request.
     pool = f'float32[{run._store.pages[0].shape[1]},8,'
     decoded = [shapes for op, shapes in seen if op == 'mla_decode']
     self.assertTrue(any(pool in shapes for shapes in decoded), decoded)
     for pool in run._store.pages:
       self.assertEqual(float(abs(pool[:, 0]).max()), 0)
-    spoiled, _, _ = answers(config, variables, 'reference', drafts, spoil=True)
+    spoiled, _, _ = answers(
+      config, variables, 'reference', drafts, spoil=True, **how
+    )
     self.assertEqual(spoiled, pages)
+    return run
 
   def test_pages_answer_as_gathered_rows_do(self):
     self.check('mla', 0)
@@ -136,15 +183,31 @@ class AnswersTest(parameterized.TestCase):
   def test_so_they_do_with_drafts(self, drafts):
     self.check('v3', drafts)
 
+  @pytest.mark.slow
+  def test_shared_beginnings_and_preempted_answers_do_with_drafts(self):
+    run = self.check('v3', 2, given=shared(), pages=14)
+    self.assertGreater(run.stats['preempted'], 0)
+    self.assertGreater(run.stats['cached_tokens'], 0)
+    self.assertGreater(run.stats['accepted_drafts'], 10)
+
+  @pytest.mark.slow
+  def test_so_do_drafts_that_a_grammar_has_read_ahead(self):
+    given = shared((1, 9), (Turns(),))
+    run = self.check('v3', 2, given=given, text=SmallBytes())
+    self.assertGreater(run.stats['accepted_drafts'], 3)
+
 
 class TracedTest(parameterized.TestCase):
   @parameterized.parameters(0, 1, 3)
   def test_on_hopper_pages_of_64_go_to_the_kernel(self, drafts):
     choices = traced(drafts)
     decoded = {c.shapes for c in choices if c.op == 'mla_decode'}
-    [shapes] = [s for s in decoded if '[13,64,512] bfloat16[13,' in s]
-    self.assertStartsWith(shapes, f'bfloat16[4,{1 + drafts},2,512]')
-    self.assertIn('[13,64,512] bfloat16[13,64,64] int32[4,3]', shapes)
+    # A step of the model and of the block that drafts, then one draft alone.
+    widths = {1, 1 + drafts} if drafts > 1 else {1 + drafts}
+    self.assertLen(decoded, len(widths))
+    for shapes, W in zip(sorted(decoded), sorted(widths)):
+      self.assertStartsWith(shapes, f'bfloat16[4,{W},2,512]')
+      self.assertIn('[13,64,512] bfloat16[13,64,64] int32[4,3]', shapes)
     stored = [c for c in choices if c.op == 'latent_kv']
     self.assertTrue(any('bfloat16[13,64,512]' in c.shapes for c in stored))
     self.assertEqual({c.impl for c in choices}, {'gpu'})
@@ -162,6 +225,11 @@ class TracedTest(parameterized.TestCase):
     decoded = [c for c in choices if c.op == 'mla_decode']
     self.assertEqual({c.impl for c in decoded}, {impl})
     self.assertTrue(any(shapes in c.shapes for c in decoded), decoded)
+
+  @parameterized.parameters(('decode', 0), ('decode', 3), ('draft', 3))
+  def test_no_row_is_gathered_not_even_by_drafts(self, which, drafts):
+    made, _ = program(drafts, which=which)
+    self.assertEmpty(whole_rows(made, 4, 192, 512))
 
   def test_pages_in_float8_go_to_the_kernel_with_their_scales(self):
     choices = traced(1, cache='float8')

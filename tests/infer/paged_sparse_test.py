@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
-from jax.extend import core
 
 import deepseek_jax as ds
 from deepseek_jax.infer import paged_latents
 from deepseek_jax.infer.paging import paging
 from deepseek_jax.infer.prepared import build_flat
-from deepseek_jax.infer.request import Request, Sampling
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.indexer import (
@@ -36,7 +34,13 @@ from deepseek_jax.parallel import sharding
 from pallas_kernels import dispatch
 from tests import tiny
 from tests.infer import families
-from tests.infer.paged_latents_test import LATENT, answers, program
+from tests.infer.paged_latents_test import (
+  LATENT,
+  answers,
+  program,
+  shared,
+  whole_rows,
+)
 
 SPARSE = DSAConfig(
   *(getattr(LATENT, f.name) for f in dataclasses.fields(LATENT)),
@@ -46,24 +50,6 @@ SPARSE = DSAConfig(
 BLOCKS = dataclasses.replace(
   SPARSE, indexer=IndexerConfig(16, 128, blocks=IndexBlocksConfig(32, 4))
 )
-GREEDY = Sampling(temperature=0)
-
-
-def arrays(jaxpr):
-  """Yields the shapes of all that a program makes, loops included."""
-  for eqn in jaxpr.eqns:
-    for v in eqn.outvars:
-      yield getattr(v.aval, 'shape', ())
-    for sub in core.jaxprs_in_params(eqn.params):
-      yield from arrays(sub)
-
-
-def whole_rows(jaxpr, rows, slots, width):
-  """The arrays of latents of all slots of all rows, whatever their axes."""
-  sizes = rows * slots * width
-  return [
-    s for s in arrays(jaxpr) if s[-1:] == (width,) and np.prod(s) == sizes
-  ]
 
 
 class AnswersTest(parameterized.TestCase):
@@ -77,6 +63,7 @@ class AnswersTest(parameterized.TestCase):
     pages, seen, run = answers(config, variables, 'reference', drafts, **how)
     for a, b in zip(own, pages, strict=True):
       families.check_same(a, b)
+      self.assertEqual(a.usage, b.usage)
     # The store's pool, as pages or as one row; it is never rows of requests.
     M, C = run._store.pages[0].shape[1], config.attention.kv_rank
     pool = {
@@ -113,17 +100,13 @@ class AnswersTest(parameterized.TestCase):
   def test_dense_layers_read_the_pages_whole(self, attention):
     self.check('dsa', attention=attention, op='mla_decode')
 
+  @parameterized.parameters(0, 2)
   @pytest.mark.slow
-  def test_shared_beginnings_and_preempted_answers_do(self):
-    rng = np.random.default_rng(1)
-    first = tuple(range(1, 18))  # two pages
-    draw = lambda n: tuple(map(int, rng.integers(1, tiny.VOCAB, n)))
-    given = [
-      Request(first + draw(n), 30, GREEDY, logprobs=0) for n in (1, 9, 5, 3)
-    ]
-    run = self.check('in_blocks', given=given, pages=14)
+  def test_shared_beginnings_and_preempted_answers_do(self, drafts):
+    run = self.check('in_blocks', drafts, given=shared(), pages=14)
     self.assertGreater(run.stats['preempted'], 0)
     self.assertGreater(run.stats['cached_tokens'], 0)
+    self.assertGreaterEqual(run.stats['accepted_drafts'], drafts)
 
 
 class LayerTest(parameterized.TestCase):
@@ -191,12 +174,15 @@ class TracedTest(parameterized.TestCase):
     # Three pages of 64 in a row, and 13 pages of all four.
     made, choices = program(drafts, latent=latent)
     W, found = 1 + drafts, {c.shapes for c in choices if c.op == 'sparse_mla'}
-    [shapes] = [s for s in found if 'bfloat16[1,832,512]' in s]
-    self.assertStartsWith(shapes, f'bfloat16[1,{4 * W},2,512]')
-    self.assertEndsWith(shapes, f'bfloat16[1,832,64] int32[1,{4 * W},128]')
+    # A step of the model and of the block that drafts, then one draft alone.
+    widths = {1, W} if drafts > 1 else {W}
+    self.assertLen(found, len(widths))
+    for shapes, W in zip(sorted(found, key=len), sorted(widths)):
+      self.assertStartsWith(shapes, f'bfloat16[1,{4 * W},2,512]')
+      self.assertIn('bfloat16[1,832,512]', shapes)
+      self.assertEndsWith(shapes, f'bfloat16[1,832,64] int32[1,{4 * W},128]')
     self.assertEqual({c.impl for c in choices}, {'gpu'})
-    if not drafts:
-      self.assertEmpty(whole_rows(made, 4, 192, 512))
+    self.assertEmpty(whole_rows(made, 4, 192, 512))
 
   @parameterized.parameters(
     ({'device': ('tpu',)}, 'there is no kernel for TPUs'),
@@ -253,11 +239,13 @@ class KindsTest(parameterized.TestCase):
       SparseLatent(array(2), array(3), array(4), array(5)),
       SparseLatent(array(6), array(7), array(8)),
     ]
-    structure = jax.tree.structure((layers, array(9)))
-    find = lambda *kinds: paged_latents.leaves(structure, 10, kinds)
-    self.assertEqual(find(Latent), {0, 1})
+    # The model's own, its last tokens, and multi-token prediction.
+    mtp = [Latent(array(10), array(11))]
+    structure = jax.tree.structure((layers, array(9), mtp))
+    find = lambda *kinds: paged_latents.leaves(structure, 12, kinds)
+    self.assertEqual(find(Latent), {0, 1, 10, 11})
     self.assertEqual(find(SparseLatent), {2, 3, 6, 7})
-    self.assertEqual(find(Latent, SparseLatent), {0, 1, 2, 3, 6, 7})
+    self.assertEqual(find(Latent, SparseLatent), {0, 1, 2, 3, 6, 7, 10, 11})
     self.assertEmpty(find())
     table = jnp.asarray([[1, 0]])
     paged = paged_latents.in_pages(layers, table, (SparseLatent,))

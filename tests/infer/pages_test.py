@@ -20,6 +20,19 @@ class ChainTest(absltest.TestCase):
     self.assertTrue(all(a != b for a, b in zip(whole, chain(other, 8, 'a'))))
     self.assertTrue(all(a != b for a, b in zip(whole, chain(tokens, 8, 'b'))))
 
+  def test_it_may_rest_on_the_token_after_a_page(self):
+    tokens = np.arange(40)
+    whole = chain(tokens, 8, 'a', ahead=1)
+    # The last page has no token after it.
+    self.assertLen(set(whole), 4)
+    self.assertEqual(chain(tokens[:25], 8, 'a', ahead=1), whole[:3])
+    self.assertEqual(chain(tokens[:24], 8, 'a', ahead=1), whole[:2])
+    self.assertEqual(chain(tokens, 8, 'a', whole[:2], ahead=1), whole)
+    other = tokens.copy()
+    other[16] = 99
+    found = chain(other, 8, 'a', ahead=1)
+    self.assertEqual([a == b for a, b in zip(whole, found)], [1, 0, 0, 0])
+
   def test_no_page_has_the_hash_of_another_split(self):
     # The same tokens in pages of another size.
     tokens = np.zeros(64, np.int32)

@@ -24,15 +24,23 @@ class Play:
   """Plays what the engine does, with tokens and cached contents made up.
 
   A page, and a slot of rings, holds the tokens that were written there: what
-  a sequence reads must be its own beginning.
+  a sequence reads must be its own beginning. With drafts a page holds of each
+  token the one after it, too, written with that one.
   """
 
-  def __init__(self, pages, slots, snapshots, *, rings, reuse=True):
+  def __init__(self, pages, slots, snapshots, *, rings, reuse=True, ahead=0):
     self.schedule = Scheduler(
-      PAGE, pages, slots, snapshots=snapshots, reuse=reuse, rings=rings
+      PAGE,
+      pages,
+      slots,
+      snapshots=snapshots,
+      reuse=reuse,
+      rings=rings,
+      ahead=ahead,
     )
-    self.slots, self.rings = slots, rings
+    self.slots, self.rings, self.ahead = slots, rings, ahead
     self.pages = np.full((pages + 1, PAGE), -1)
+    self.after = self.pages.copy()
     self.ring = {}  # slot -> all tokens that it stands for
     self.ended = []
 
@@ -46,12 +54,23 @@ class Play:
     for place in range(one.cached, one.cached + count):
       page = one.pages[place // PAGE]
       self.pages[page, place % PAGE] = one.buffer[place]
+    if self.ahead:
+      self.write_after(one, count)
     one.cached += count
     self.ring[one.slot] = one.buffer[: one.cached].copy()
     slot = self.schedule.name(one)
     if slot is not None:
       assert slot >= self.slots
       self.ring[slot] = self.ring[one.slot].copy()
+
+  def write_after(self, one, count):
+    """Caches what rests on the tokens after, of all but the last token."""
+    last = max(one.cached - 1, 0)
+    held = self.after[one.pages].reshape(-1)[:last]
+    np.testing.assert_array_equal(held, one.buffer[1 : 1 + last])
+    for place in range(last, one.cached + count - 1):
+      page = one.pages[place // PAGE]
+      self.after[page, place % PAGE] = one.buffer[place + 1]
 
   def step(self, rng):
     """One step of the engine; returns whether anything went on."""
@@ -109,13 +128,14 @@ class Play:
 
 class SimulationTest(parameterized.TestCase):
   @parameterized.product(
-    seed=(0, 1, 2), rings=(False, True), reuse=(False, True)
+    seed=(0, 1, 2), rings=(False, True), reuse=(False, True), ahead=(0, 1)
   )
   def test_any_order_of_events_keeps_pages_slots_and_order(
-    self, seed, rings, reuse
+    self, seed, rings, reuse, ahead
   ):
     rng = np.random.default_rng(seed)
-    play = Play(14, 4, 3 if reuse else 0, rings=rings, reuse=reuse)
+    how = {'rings': rings, 'reuse': reuse, 'ahead': ahead}
+    play = Play(14, 4, 3 if reuse else 0, **how)
     schedule, made, cancelled, idle = play.schedule, 0, 0, 0
     for _ in range(600):
       event = rng.random()
@@ -135,7 +155,7 @@ class SimulationTest(parameterized.TestCase):
           cancelled += 1
       elif event < 0.41:
         schedule.forget()
-        play.pages[:] = -1
+        play.pages[:] = play.after[:] = -1
         play.check()
         self.assertEmpty(schedule.running)
       busy = bool(schedule.running or schedule.waiting)
@@ -169,6 +189,24 @@ class SimulationTest(parameterized.TestCase):
     self.assertEqual([s.id for s in play.ended], [0, 1])
     self.assertEqual(old.answered, 40)
     self.assertEqual(new.answered, 40)
+
+
+class NameTest(absltest.TestCase):
+  def test_a_page_that_rests_on_the_token_after_is_known_with_it(self):
+    schedule = Scheduler(PAGE, 9, 2, snapshots=2, rings=True, ahead=1)
+    found = lambda tokens: schedule._prefix(sequence(9, tokens, 1))
+    one = sequence(0, range(1, 11), 3)
+    schedule.waiting.append(one)
+    schedule.admit()
+    one.cached = 8
+    # Its rings are those of now; it may end before the page is whole.
+    slot = schedule.name(one)
+    self.assertEqual(found(range(1, 11)), ([], None))
+    one.cached = 9
+    self.assertIsNone(schedule.name(one))
+    self.assertEqual(found(range(1, 11)), (one.pages[:2], slot))
+    # Another token after it is another page.
+    self.assertEqual(found([*range(1, 9), 10]), ([], None))
 
 
 class ChunkTest(parameterized.TestCase):

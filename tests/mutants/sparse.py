@@ -115,6 +115,14 @@ _V32 = (
     (f'{_PAGED_TEST}::each_kind_of_layer_stays',),
     'V3.2 section 2.1: index keys are scored all, so rows of them are wanted',
   ),
+  Mutant(
+    'drafts_gather_their_rows',
+    'deepseek_jax/infer/paged_latents.py',
+    'held = jax.tree.unflatten(structure, range(count))',
+    'held = jax.tree.unflatten(structure, range(count))[0]',
+    (f'{_PAGED_TEST}::each_kind_of_layer_stays',),
+    'V3 section 2.2: the blocks that draft cache latents, too',
+  ),
 )
 
 _NATIVE = (

@@ -37,6 +37,7 @@ from deepseek_jax.train.objective import (
   Objective,
   PretrainingConfig,
   Shares,
+  filled_rows,
   total_weight,
 )
 
@@ -287,8 +288,14 @@ class Pipeline:
         ' of the schedule'
       )
     # Every micro-batch's loss is a share of the global batch's mean.
-    denominator = float(total_weight(self.objective.inputs(batch)))
-    shares = Shares(np.float32(denominator), count, np.float32(mtp_weight))
+    inputs = self.objective.inputs(batch)
+    host = lambda number: np.float32(float(number))
+    shares = Shares(
+      host(total_weight(inputs)),
+      count,
+      np.float32(mtp_weight),
+      host(filled_rows(inputs)),
+    )
     micro = jax.tree.map(
       lambda a: np.asarray(a).reshape(count, -1, *a.shape[1:]), batch
     )

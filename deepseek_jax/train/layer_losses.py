@@ -34,7 +34,7 @@ def routing_losses(aux: dict, shares: Shares) -> tuple[jax.Array, dict]:
   metrics, loss = {'loads': _loads(aux)}, jnp.float32(0)
   balance = _balance_loss(aux)
   if balance is not None:
-    metrics['balance_loss'] = balance / shares.micro_batches
+    metrics['balance_loss'] = balance / _rows(shares)
     loss += metrics['balance_loss']
   for name in ('load', 'dropped', *routing_statistics.METRICS):
     values = moe_statistics(aux, name)
@@ -55,13 +55,22 @@ def attention_losses(aux: dict, shares: Shares) -> tuple[jax.Array, dict]:
   metrics, loss = {}, jnp.float32(0)
   if every('loss'):
     # A sum over layers, for each trains its own indexer.
-    loss = jnp.concatenate(every('loss')).sum() / shares.micro_batches
+    loss = jnp.concatenate(every('loss')).sum() / _rows(shares)
     metrics['attention_loss'] = loss
   if every('recall'):
     # A mean over layers: it is a share of the attention.
     recall = jnp.concatenate(every('recall')).mean()
-    metrics['recall'] = recall / shares.micro_batches
+    metrics['recall'] = recall / _rows(shares)
   return loss, metrics
+
+
+def _rows(shares: Shares) -> jax.Array | int:
+  """Returns the rows that count in the global batch, over a micro-batch's.
+
+  Layers give means over rows, to which one of padding alone adds 0.
+  """
+  filled = 1 if shares.filled is None else shares.filled
+  return shares.micro_batches * filled
 
 
 def _every_block(aux: dict) -> dict[tuple, dict]:

@@ -47,6 +47,8 @@ class Shares(NamedTuple):
   denominator: jax.Array  # sum of the weights of the global batch
   micro_batches: int  # in the global batch; all of one size
   mtp_weight: jax.Array  # lambda
+  # Share of the global batch's rows that hold a token; None: as of this one.
+  filled: jax.Array | None = None
 
 
 def total_weight(inputs: Inputs) -> jax.Array:
@@ -56,6 +58,17 @@ def total_weight(inputs: Inputs) -> jax.Array:
   """
   total = inputs.weights.sum()
   return jnp.where(total > 0, total, 1.0)
+
+
+def filled_rows(inputs: Inputs) -> jax.Array:
+  """Returns the share of a batch's rows that hold a token, 1 of no such row.
+
+  Means over rows are divided by it: a row of padding alone counts nowhere.
+  """
+  if inputs.segments is None:
+    return jnp.float32(1)
+  share = (inputs.segments > 0).any(axis=1).mean(dtype=jnp.float32)
+  return jnp.where(share > 0, share, 1.0)
 
 
 def next_token(batch: Mapping[str, jax.Array]) -> Inputs:

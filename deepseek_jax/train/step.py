@@ -31,6 +31,7 @@ from deepseek_jax.train.objective import (
   Predictions,
   PretrainingConfig,
   Shares,
+  filled_rows,
   total_weight,
 )
 from deepseek_jax.train.update import (
@@ -140,6 +141,8 @@ def loss_and_metrics(
     ngrams=None if ngrams is None else ngrams[:, :-1],
     routes=inputs.routes,
   )
+  if shares.filled is None:
+    shares = shares._replace(filled=filled_rows(inputs))
   # The objective's loss, then what the layers add by themselves.
   predictions = Predictions(out.hidden, model.head(variables), out.aux)
   loss, metrics = objective(predictions, inputs, shares)
@@ -175,8 +178,13 @@ def train_step(
     state: TrainState, batch: dict, mtp_weight: jax.Array
   ) -> tuple[Any, dict]:
     # Of the whole batch, so that micro-batches add up to its loss.
-    total = total_weight(built.inputs(batch))
-    shares = Shares(total, cfg.batch.accumulate, mtp_weight)
+    inputs = built.inputs(batch)
+    shares = Shares(
+      total_weight(inputs),
+      cfg.batch.accumulate,
+      mtp_weight,
+      filled_rows(inputs),
+    )
     whole = {name: batch[name] for name in built.shared if name in batch}
     rows = {name: a for name, a in batch.items() if name not in whole}
 

@@ -2,7 +2,8 @@
 
 V3 (arXiv:2412.19437 section 2.1.2): a bias moved by the sign of each expert's
 load error, and a small sequence-wise loss. V2 (arXiv:2405.04434 section
-2.2.3): expert, device and communication losses.
+2.2.3): expert, device and communication losses. All are means over sequences,
+to which one of padding alone adds 0.
 Legend: B sequences, T tokens, E experts, K chosen, D device groups.
 """
 

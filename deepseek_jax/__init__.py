@@ -43,7 +43,10 @@ def __getattr__(name: str) -> Any:
   if name not in _FACE:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   module, own = _FACE[name]
-  value = getattr(importlib.import_module(module), own)
+  holder = importlib.import_module(module)
+  if not hasattr(holder, own):  # a module that nothing has imported yet
+    importlib.import_module(f'{module}.{own}')
+  value = getattr(holder, own)
   globals()[name] = value
   return value
 

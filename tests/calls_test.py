@@ -150,6 +150,19 @@ _CALLS = {
     lambda: ds.talk('deepseek-ai/DeepSeek-V2-Lite', ['a']), 'hf download'
   ),
   'no metrics': (lambda: ds.read_metrics('/nowhere'), 'is no folder'),
+  'no routing': (lambda: ds.read_routing('/nowhere'), 'no such file; name'),
+  'nothing merged': (lambda: ds.merged(_CONFIG, {}), "without 'params'"),
+  'statistics of nothing': (lambda: ds.moe_statistics({}, 'load'), 'out.aux'),
+  'rows of no token': (
+    lambda: _MODEL.apply(_VARIABLES, _TOKENS[:, :0]), 'hold none; give'
+  ),
+  'no rows': (lambda: _MODEL.apply(_VARIABLES, _TOKENS[:0]), 'hold none; give'),
+  'a temperature as sampling': (
+    lambda: ds.Request((1, 2), 2, 0.7), 'no Sampling; as ds.Sampling(0.7)'
+  ),
+  'decoding of less than nothing': (
+    lambda: ds.plan.decode_flops(_CONFIG, -1), 'length = -1'
+  ),
 }  # fmt: skip
 
 

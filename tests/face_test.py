@@ -74,6 +74,23 @@ class FaceTest(parameterized.TestCase):
     with self.assertRaisesRegex(AttributeError, "no attribute 'bulid'"):
       _ = ds.bulid
 
+  def test_a_module_may_be_the_first_name_that_is_read(self):
+    stub = ast.parse((ROOT / 'deepseek_jax' / '__init__.pyi').read_text())
+    found = [
+      alias.name
+      for node in stub.body
+      if isinstance(node, ast.ImportFrom)
+      for alias in node.names
+      if (ROOT / node.module.replace('.', '/') / f'{alias.name}.py').exists()
+    ]
+    self.assertIn('grpo', found)
+    for name in found:
+      code = f'import deepseek_jax as ds; print(ds.{name}.__name__)'
+      done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+      )
+      self.assertEndsWith(done.stdout.strip(), f'.{name}', done.stderr)
+
   @parameterized.parameters(
     ('deepseek_jax', ('jax', 'numpy')),
     ('deepseek_jax.config', ('jax',)),

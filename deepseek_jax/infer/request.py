@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deepseek_jax.config import above, at_least, within
-from deepseek_jax.errors import InputError
+from deepseek_jax.errors import InputError, check_type
 
 _NO_ROWS = str, bytes, Mapping, Set
 _LARGEST = float(np.finfo(np.float32).max)
@@ -154,6 +154,7 @@ class Request:
     if not self.prompt:
       raise InputError('prompt = (): must have at least one token')
     at_least(self, max_new_tokens=1, n=1)
+    check_type('sampling', self.sampling, Sampling, 'as ds.Sampling(0.7)')
     if self.logprobs is not None:
       at_least(self, logprobs=0)
     texts = self.stop_strings

@@ -197,6 +197,10 @@ def _check_arrays(given: Given) -> None:
     if hasattr(tokens, 'ndim'):
       hint = '; tokens[None] is one row' if tokens.ndim == 1 else ''
     raise InputError(f'tokens: {_shape(tokens)}; must be integers [B T]{hint}')
+  if 0 in tokens.shape:
+    raise InputError(
+      f'tokens: {_shape(tokens)} hold none; give at least one row of one token'
+    )
   for name in ('positions', 'segment_ids'):
     array = getattr(given, name)
     if array is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.errors import InputError
-from deepseek_jax.model import lora
+from deepseek_jax.model import given, lora
 from deepseek_jax.model.transformer import build
 from deepseek_jax.model.transformer_config import TransformerConfig
 
@@ -21,8 +21,10 @@ def merged(
       returned as they are.
 
   Raises:
-    InputError: the variables have adapters, and the configuration has none.
+    InputError: the variables are none, or have adapters, and the configuration
+      has none.
   """
+  given.variables({'params': None}, variables)
   params = variables['params']
   if config.lora is None:
     if lora.holds(params):

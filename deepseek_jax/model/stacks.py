@@ -80,7 +80,7 @@ def moe_statistics(aux: dict, name: str) -> jax.Array | None:
   Raises:
     InputError: the layers have no statistic of that name.
   """
-  if not isinstance(aux, Mapping):
+  if not isinstance(aux, Mapping) or 'segments' not in aux:
     raise InputError(f'aux: is {told(aux)}; give the aux of an Output, out.aux')
   layers = [s['ffn'] for patterns in aux['segments'] for s in patterns]
   known = sorted({key for layer in layers for key in layer})

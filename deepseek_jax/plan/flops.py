@@ -301,6 +301,11 @@ def decode_parts(
   config: TransformerConfig, length: int, queries: int = 1
 ) -> dict[str, dict[str, int]]:
   """Returns `decode_flops` by form and by 'weights', CORE and INDEX."""
+  if not 1 <= queries <= length:
+    raise InputError(
+      f'length = {length}, queries = {queries}: must be at least 1, and not'
+      ' more queries than tokens, themselves included'
+    )
   names = {
     name
     for block, _ in blocks(config)

@@ -56,7 +56,8 @@ def check(config: TransformerConfig, cluster: Cluster, recipe: Recipe) -> None:
   if grid.devices != cluster.devices:
     raise InputError(
       f'mesh of {grid.devices} devices: the cluster has {cluster.devices};'
-      ' make the product of the axes equal'
+      ' make the product of the axes equal, or plan for another cluster'
+      f' (--cluster=h800x{grid.devices})'
     )
   each = grid.batch * run.micro_batch
   if recipe.batch % each:

@@ -96,9 +96,12 @@ def load(path: str | os.PathLike) -> Flight:
   Means are float64, sums of counts int64.
 
   Raises:
+    InputError: it is not there.
     DamagedFile: it cannot be read.
   """
   path = os.path.join(path, 'routing.npz') if os.path.isdir(path) else path
+  if not os.path.exists(path):
+    raise InputError(f'{path}: no such file; name a run, or its routing.npz')
   settings, columns = load_columns(path)
   fine = _part('_', settings, columns)
   if COARSE[1:] + 'reduce' not in settings:

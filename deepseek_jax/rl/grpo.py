@@ -281,8 +281,12 @@ def v32(
   )
 
 
-def dapo(*, most: int = 20480, soft: int = 4096) -> GRPOConfig:
-  """Returns DAPO's objective, with answers of at most `most` tokens."""
+def dapo(*, most: int = 20480, soft: int | None = None) -> GRPOConfig:
+  """Returns DAPO's objective, with answers of at most `most` tokens.
+
+  The last `soft` of them are penalised; None takes the paper's fifth.
+  """
+  soft = max(1, most // 5) if soft is None else soft
   return GRPOConfig(
     clip_high=0.28,
     aggregation='token_mean',
@@ -307,6 +311,6 @@ PRESETS: Mapping[str, Callable[[int], GRPOConfig]] = {
   'r1': lambda most: r1(),
   'v32': lambda most: v32(off_policy_bound=None),
   # DAPO's penalty begins at four fifths of the longest answer.
-  'dapo': lambda most: dapo(most=most, soft=max(1, most // 5)),
+  'dapo': lambda most: dapo(most=most),
   'dr_grpo': lambda most: dr_grpo(length=most),
 }

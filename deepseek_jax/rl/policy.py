@@ -161,7 +161,8 @@ def divergence(kind: str, d: jax.Array, ratio: jax.Array) -> jax.Array:
   Args:
     kind: 'k1', 'k2', 'k3' or 'ratio_k3' (V3.2's).
     d: log-probs of the reference minus the policy's.
-    ratio: policy over old policy, which ratio_k3 differentiates.
+    ratio: policy over old policy, which ratio_k3 differentiates; the answer's
+      under ratio='sequence' (as in TRL), where it is V3.2's no more.
   """
   if kind == 'k1':
     return -d

@@ -28,7 +28,8 @@ class ScheduleConfig:
       end) or 'constant'.
     peak: highest learning rate.
     warmup: steps of linear warm-up.
-    end: last learning rate of 'cosine' and 'wsd', as a share of the peak.
+    end: what 'cosine' and 'wsd' fall to, as a share of the peak: the rate of
+      the step that would follow the last, which still is a step above it.
     borders: of 'v2': where it drops, as shares of the run; of 'wsd': where the
       decay starts (first value).
   """

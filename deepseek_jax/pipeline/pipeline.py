@@ -37,8 +37,7 @@ from deepseek_jax.train.objective import (
   Objective,
   PretrainingConfig,
   Shares,
-  filled_rows,
-  total_weight,
+  shares_of,
 )
 
 
@@ -289,13 +288,9 @@ class Pipeline:
       )
     # Every micro-batch's loss is a share of the global batch's mean.
     inputs = self.objective.inputs(batch)
-    host = lambda number: np.float32(float(number))
-    shares = Shares(
-      host(total_weight(inputs)),
-      count,
-      np.float32(mtp_weight),
-      host(filled_rows(inputs)),
-    )
+    shares = shares_of(inputs, count, np.float32(mtp_weight))
+    host = lambda a: a if isinstance(a, int) else np.float32(a)
+    shares = Shares(*map(host, shares))
     micro = jax.tree.map(
       lambda a: np.asarray(a).reshape(count, -1, *a.shape[1:]), batch
     )

@@ -71,6 +71,15 @@ def filled_rows(inputs: Inputs) -> jax.Array:
   return jnp.where(share > 0, share, 1.0)
 
 
+def shares_of(
+  inputs: Inputs, micro_batches: int, mtp_weight: jax.typing.ArrayLike
+) -> Shares:
+  """Returns how each micro-batch of a global batch counts."""
+  return Shares(
+    total_weight(inputs), micro_batches, mtp_weight, filled_rows(inputs)
+  )
+
+
 def next_token(batch: Mapping[str, jax.Array]) -> Inputs:
   """Returns the inputs and labels of next-token prediction.
 

@@ -32,7 +32,7 @@ from deepseek_jax.train.objective import (
   PretrainingConfig,
   Shares,
   filled_rows,
-  total_weight,
+  shares_of,
 )
 from deepseek_jax.train.update import (
   METRICS,
@@ -179,12 +179,7 @@ def train_step(
   ) -> tuple[Any, dict]:
     # Of the whole batch, so that micro-batches add up to its loss.
     inputs = built.inputs(batch)
-    shares = Shares(
-      total_weight(inputs),
-      cfg.batch.accumulate,
-      mtp_weight,
-      filled_rows(inputs),
-    )
+    shares = shares_of(inputs, cfg.batch.accumulate, mtp_weight)
     whole = {name: batch[name] for name in built.shared if name in batch}
     rows = {name: a for name, a in batch.items() if name not in whole}
 

@@ -102,8 +102,8 @@ _V32 = (
   Mutant(
     'new_tokens_are_not_in_the_pages',
     _DSA,
-    'latents = past.latents.written(Latent(*new[:2]), *where)',
-    'latents = past.latents',
+    'held = self.write(x, ctx, latent, held)',
+    'held = held if paged else self.write(x, ctx, latent, held)',
     (f'{_PAGED_TEST}::choices_are_read_from_a_rows_own_pages',),
     'V3.2 section 2.1: a query may choose its own token',
   ),

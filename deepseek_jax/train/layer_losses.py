@@ -64,13 +64,12 @@ def attention_losses(aux: dict, shares: Shares) -> tuple[jax.Array, dict]:
   return loss, metrics
 
 
-def _rows(shares: Shares) -> jax.Array | int:
+def _rows(shares: Shares) -> jax.Array:
   """Returns the rows that count in the global batch, over a micro-batch's.
 
   Layers give means over rows, to which one of padding alone adds 0.
   """
-  filled = 1 if shares.filled is None else shares.filled
-  return shares.micro_batches * filled
+  return shares.micro_batches * shares.filled
 
 
 def _every_block(aux: dict) -> dict[tuple, dict]:

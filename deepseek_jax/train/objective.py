@@ -47,7 +47,8 @@ class Shares(NamedTuple):
   denominator: jax.Array  # sum of the weights of the global batch
   micro_batches: int  # in the global batch; all of one size
   mtp_weight: jax.Array  # lambda
-  # Share of the global batch's rows that hold a token; None: as of this one.
+  # Share of the global batch's rows that hold a token; of None
+  # `loss_and_metrics` takes that of the rows that it is given.
   filled: jax.Array | None = None
 
 

@@ -242,7 +242,7 @@ class WarmUpTest(absltest.TestCase):
     }
     stacked = jax.tree.map(lambda a: jnp.stack([a, 3 * a]), layer(1.0, 0.2))
     aux = {'segments': [[stacked]], 'mtp': [layer(2.0, 0.4)]}
-    shares = train.Shares(jnp.float32(1), 2, jnp.float32(0))
+    shares = train.Shares(jnp.float32(1), 2, jnp.float32(0), jnp.float32(1))
     loss, row = layer_losses.attention_losses(aux, shares)
     self.assertAlmostEqual(float(loss), (1 + 3 + 2) / 2, places=6)
     self.assertAlmostEqual(float(row['attention_loss']), 3, places=6)

@@ -11,6 +11,7 @@ import jax
 from deepseek_jax import data as datalib
 from deepseek_jax import say
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.memory import ngram_hash
 from deepseek_jax.model.transformer import Model, build
 from deepseek_jax.parallel import processor
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -18,7 +19,8 @@ from deepseek_jax.record import last_steps, metrics
 from deepseek_jax.run import folder, sources
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.config import RunConfig
-from deepseek_jax.run.start import restored_to
+from deepseek_jax.run.start import restored_to, with_classes
+from deepseek_jax.train import warm_start
 from deepseek_jax.train.step import TrainState, train_step
 
 
@@ -67,9 +69,13 @@ def replay(workdir: Path, step: int) -> Iterator[Replayed]:
   model = build(config.model)
   # Here all is on one device, rollouts too.
   here = dataclasses.replace(config, mesh=MeshConfig())
-  batches = sources.batches(sources.opened(config, say.warn), here)
+  store = sources.opened(config, say.warn)
+  batches = sources.batches(store, here)
   # From the nearest checkpoint on, the same program on the same batches.
   state = _before(workdir, step, config, model, batches)
+  if config.model.engram_layers():
+    state = with_classes(state, int(state.step), model, store)
+    batches.ngrams = ngram_hash.host_hash(state.buffers)
   run = jax.jit(
     train_step(model, config.train, config.objective),
     donate_argnums=0,
@@ -116,10 +122,21 @@ def _before(
   ) as checkpoints:
     found = checkpoints.newest_whole(before=step)
     if found is None:
-      return jax.jit(fresh, compiler_options=processor.options('init'))()
+      made = jax.jit(fresh, compiler_options=processor.options('init'))()
+      return _warm(config, made)
     like = jax.eval_shape(fresh)
     restored = restored_to(checkpoints, found, like, config, batches)
   return restored.state
+
+
+def _warm(config: RunConfig, fresh: TrainState) -> TrainState:
+  """Returns a fresh state with the weights that the run began with."""
+  source = config.init_from
+  if not source:
+    return fresh
+  own = {'params': fresh.params, 'buffers': fresh.buffers}
+  theirs = folder.load(source, same_code=False).variables
+  return fresh._replace(**warm_start.variables(own, theirs, source)[0])
 
 
 def _written_batches(workdir: Path) -> dict[int, dict]:

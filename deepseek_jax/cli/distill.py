@@ -24,18 +24,15 @@ from pathlib import Path
 from absl import flags
 
 from deepseek_jax import say
-from deepseek_jax.cli import common, process_flags
-from deepseek_jax.cli.finish import conclude, size_facts
+from deepseek_jax.cli import common, post_training, process_flags
 from deepseek_jax.errors import InputError
-from deepseek_jax.record.metrics import read
 from deepseek_jax.rl import harvest, tasks
 from deepseek_jax.rl.answering import AnswerConfig, Asked
 from deepseek_jax.rl.chats import ChatConfig
 from deepseek_jax.rl.distill import DistillConfig
 from deepseek_jax.rl.sft import SFTConfig
 from deepseek_jax.run import fit as loop
-from deepseek_jax.run import opening, sources
-from deepseek_jax.train import evaluate
+from deepseek_jax.run import opening
 
 _CONFIG = common.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -94,7 +91,7 @@ def main(argv: list[str]) -> None:
     data = dataclasses.replace(config.data, path=_ANSWERS.value)
     config = dataclasses.replace(config, data=data)
   run = loop.fit(config, _WORKDIR.value)
-  finish(run, Path(_WORKDIR.value))
+  post_training.distilled(run, Path(_WORKDIR.value))
 
 
 def _config() -> loop.RunConfig:
@@ -180,28 +177,6 @@ def _sample(config: loop.RunConfig | None) -> None:
     say=say.warn,
   )
   print(f'{_ANSWERS.value}: {found.line()}', flush=True)
-
-
-def finish(run: loop.Run, workdir: Path) -> None:
-  """Prints what the student reached and writes workdir/report.html."""
-  rows = read(workdir)
-  told = lambda name: [row[name] for row in rows if name in row]
-  losses, rewards = told('loss'), told('heldout_reward')
-  facts = {'loss of the first step': losses[0], 'of the last': losses[-1]}
-  config = run.config
-  if config.rollouts is not None:
-    if rewards:
-      facts |= {'first held-out reward': rewards[0], 'the last': rewards[-1]}
-  elif run.store.heldout:
-    held = sources.heldout(run.store, config, None)
-    facts |= {
-      'held-out bits per byte of answers': evaluate.bits_per_byte(
-        run.model, run.variables, held
-      ),
-      'held-out answers': len(run.store.heldout),
-    }
-  facts |= size_facts(run)
-  conclude(workdir, facts)
 
 
 def run() -> None:

@@ -12,13 +12,9 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, process_flags
-from deepseek_jax.cli.finish import conclude, size_facts
+from deepseek_jax.cli import common, post_training, process_flags
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.record.metrics import read
 from deepseek_jax.run import fit as loop
-from deepseek_jax.run import sources
 
 _CONFIG = common.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -39,41 +35,7 @@ def main(argv: list[str]) -> None:
       ' fine-tune with experiments.sft'
     )
   run = loop.fit(config, _WORKDIR.value)
-  finish(run, Path(_WORKDIR.value))
-
-
-def finish(run: loop.Run, workdir: Path) -> None:
-  """Prints what the run reached and writes workdir/report.html.
-
-  Every process takes part in the answers; the first one reports.
-  """
-  facts = _heldout(run)
-  if not distributed.first():
-    return
-  rewards = [row['reward'] for row in read(workdir) if 'reward' in row]
-  facts |= {
-    'reward of the first round': rewards[0],
-    'reward of the last round': rewards[-1],
-    'rounds': len(rewards),
-  }
-  facts |= size_facts(run)
-  conclude(workdir, facts)
-
-
-def _heldout(run: loop.Run) -> dict[str, float]:
-  """Returns the rewards of held-out prompts before and after the run."""
-  if not run.store.task.heldout:
-    return {}
-  drawn = sources.batches(run.store, run.config)
-  before, after = (
-    drawn.answered(variables)['heldout_reward']
-    for variables in (drawn.first(), run.variables)
-  )
-  return {
-    'held-out reward before': before,
-    'held-out reward after': after,
-    'held-out prompts': len(run.store.task.heldout),
-  }
+  post_training.reinforced(run, Path(_WORKDIR.value))
 
 
 def run() -> None:

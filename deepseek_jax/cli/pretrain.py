@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, process_flags, training
+from deepseek_jax.cli import common, post_training, process_flags, training
 from deepseek_jax.run import fit as loop
 
 _CONFIG = common.define_config()
@@ -32,9 +32,9 @@ flags.adopt_module_key_flags(training)
 def main(argv: list[str]) -> None:
   """Trains a run and reports it."""
   del argv
-  training.train(
-    common.frozen(loop.RunConfig, _CONFIG.value), Path(_WORKDIR.value)
-  )
+  config = common.frozen(loop.RunConfig, _CONFIG.value)
+  post_training.check_text(config)
+  training.train(config, Path(_WORKDIR.value))
 
 
 def run() -> None:

@@ -13,16 +13,11 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from deepseek_jax.cli import common, process_flags
-from deepseek_jax.cli.finish import conclude, size_facts
+from deepseek_jax.cli import common, post_training, process_flags
 from deepseek_jax.errors import InputError
-from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
-from deepseek_jax.record.report.page import Sample
 from deepseek_jax.rl import conversation_store, examples
 from deepseek_jax.run import fit as loop
-from deepseek_jax.run import sources
-from deepseek_jax.train import evaluate
 
 _CONFIG = common.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -49,10 +44,7 @@ def main(argv: list[str]) -> None:
   if distributed.first():
     show(drawn, Console())
   run = loop.fit(config, _WORKDIR.value)
-  state = placement.to_first(run.state._replace(moments=None))
-  if distributed.first():
-    variables = {'params': state.params, 'buffers': state.buffers}
-    finish(run, variables, drawn, Path(_WORKDIR.value))
+  post_training.tuned(run, Path(_WORKDIR.value))
 
 
 def show(drawn: list[tuple[str, str, str]], console: Console) -> None:
@@ -64,28 +56,6 @@ def show(drawn: list[tuple[str, str, str]], console: Console) -> None:
       end = start + width
       for line, style in ((text[start:end], ''), (marks[start:end], 'bold')):
         console.print(line, style=style, markup=False, highlight=False)
-
-
-def finish(
-  run: loop.Run,
-  variables: dict,
-  drawn: list[tuple[str, str, str]],
-  workdir: Path,
-) -> None:
-  """Prints what the run reached and writes workdir/report.html."""
-  facts = size_facts(run)
-  if run.store.heldout:
-    heldout = sources.heldout(run.store, run.config, None)
-    bits = evaluate.bits_per_byte(run.model, variables, heldout)
-    facts = {
-      'held-out bits per byte of answers': bits,
-      'held-out answers': len(run.store.heldout),
-    } | facts
-  samples = [
-    Sample(where, f'{text}\n{marks}', 'what is learnt')
-    for where, text, marks in drawn
-  ]
-  conclude(workdir, facts, samples)
 
 
 def run() -> None:

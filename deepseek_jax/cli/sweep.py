@@ -29,6 +29,7 @@ from deepseek_jax.cli import (
   common,
   compare,
   experiment_file,
+  post_training,
   side_by_side,
   training,
 )
@@ -102,6 +103,8 @@ def planned(folder: Path) -> list[arms.ArmRun]:
   if twice:
     raise InputError(f'--axis: {twice[0]} is given twice')
   made = arms.runs(_CONFIG.value, axes, _SEEDS.value, _MATCH.value, _BY.value)
+  for one in made:
+    post_training.check_text(one.config)
   text = json.dumps(as_plain(made), indent=2) + '\n'
   if path.exists():
     there = with_defaults(

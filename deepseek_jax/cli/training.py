@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
-from deepseek_jax.cli import common, finish, first_lines
+from deepseek_jax.cli import common, finish, first_lines, post_training
 from deepseek_jax.parallel import placement
 from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.run import fit as loop
@@ -22,12 +22,20 @@ def profiled() -> str | None:
 
 
 def train(config: loop.RunConfig, workdir: Path) -> None:
-  """Trains a run to its end; the first process samples and reports."""
+  """Trains a run to its end; the first process reports.
+
+  What it reports is what the launcher of such a run does.
+  """
   console = not common.quiet()
   span = _PROFILE.value and profile.steps(_PROFILE.value)
+  text = post_training.launcher(config) == 'pretrain'
+  announce = first_lines.lines if text else None
   run = loop.fit(
-    config, workdir, console=console, announce=first_lines.lines, profile=span
+    config, workdir, console=console, announce=announce, profile=span
   )
+  if not text:
+    post_training.finish(run, workdir)
+    return
   state = placement.to_first(run.state._replace(moments=None))
   if distributed.first():
     run = dataclasses.replace(run, state=state)

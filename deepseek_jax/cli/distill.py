@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
   if _TASK.value:
     data = dataclasses.replace(config.data, path=_ANSWERS.value)
     config = dataclasses.replace(config, data=data)
-  run = loop.fit(config, _WORKDIR.value)
+  run = loop.fit(config, _WORKDIR.value, console=not common.quiet())
   post_training.distilled(run, Path(_WORKDIR.value))
 
 

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
       'rollouts = None: this run samples no answers; set --config.rollouts, or'
       ' fine-tune with experiments.sft'
     )
-  run = loop.fit(config, _WORKDIR.value)
+  run = loop.fit(config, _WORKDIR.value, console=not common.quiet())
   post_training.reinforced(run, Path(_WORKDIR.value))
 
 

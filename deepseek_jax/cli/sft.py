@@ -41,9 +41,9 @@ def main(argv: list[str]) -> None:
     config.data, config.chat, say=lambda line: None
   )
   drawn = examples.shown(store.train[: config.chat.shown], store.tokenizer())
-  if distributed.first():
+  if distributed.first() and not common.quiet():
     show(drawn, Console())
-  run = loop.fit(config, _WORKDIR.value)
+  run = loop.fit(config, _WORKDIR.value, console=not common.quiet())
   post_training.tuned(run, Path(_WORKDIR.value))
 
 

@@ -239,6 +239,11 @@ class LauncherTest(absltest.TestCase):
     self.assertIn('held-out bits per byte of answers', done.stdout)
     report = Path(workdir, 'report.html').read_text()
     self.assertIn('what is learnt', report)
+    again = self.start(f'--config={config}', f'--workdir={workdir}', '--quiet')
+    self.assertEqual(again.returncode, 0, again.stderr)
+    self.assertIn('held-out bits per byte of answers', again.stdout)
+    for word in ('what is learnt', 'reading', 'resumed'):
+      self.assertNotIn(word, again.stdout)
 
   def test_text_is_for_pretraining(self):
     done = self.start('--config=v3_tiny', '--workdir=/tmp/never')

@@ -13,9 +13,10 @@ Args:
   positions: [B T] int32; by default those after the cached tokens, or from 0
     within each document.
   segment_ids: [B T] int32. A run of equal ids is a document, which attends to
-    no other: the same id further on is another document. 0 (or less) is
-    padding, which is cached, routed and counted nowhere. None: all of a row is
-    one document.
+    no other: the same id further on is another document. 0 is padding, which
+    is cached, routed and counted nowhere. One below 0 is an InputError; inside
+    jit, where it can't be known, it is padding. None: all of a row is one
+    document.
   cache: from `init_cache` or an earlier Output; its slots are positions, and a
     row may go on before its last token (`Cache.rewound`). With one, a row is
     one document: segment_ids tell its tokens, 1, from the padding around them,

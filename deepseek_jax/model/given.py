@@ -57,6 +57,7 @@ def _check(config: Any, given: Given, cache: Cache | None) -> None:
     segments = known(given.segment_ids)
     if segments is None:
       return
+    _check_segments(segments)
     if cache is not None:
       _check_one_document(segments, given.positions, cache.fresh)
   # What padding holds may be anything, so only real tokens are checked.
@@ -309,6 +310,19 @@ def _check_slots(given: Given, cache: Cache) -> None:
     raise InputError(
       f'{new} tokens after {held} do not fit a cache of {cache.slots} slots;'
       ' make it longer with init_cache(batch, slots)'
+    )
+
+
+def _check_segments(segments: np.ndarray) -> None:
+  """Raises InputError for a segment id below 0.
+
+  The -1 of another library may number a document, or padding.
+  """
+  if segments.size and segments.min() < 0:
+    place = tuple(int(i) for i in np.argwhere(segments < 0)[0])
+    raise InputError(
+      f'segment_ids: {segments[place]} at [row, token] {list(place)} is below'
+      ' 0; number documents from 1 and mark padding with 0'
     )
 
 

@@ -279,6 +279,19 @@ class DocumentsTest(parameterized.TestCase):
     want = [[1, 1, 2, 3, 0, 4], [0, 1, 1, 0, 2, 0]]
     np.testing.assert_array_equal(got, want)
 
+  @parameterized.parameters(-1, -(2**31))
+  def test_an_id_below_0_is_named(self, wrong):
+    segments = np.array([[1, 1, 0], [1, wrong, 2]], np.int32)
+    message = rf'^segment_ids: {wrong} at \[row, token\] \[1, 1\] is below 0'
+    for cache in (None, model('gqa').init_cache(2, 4)):
+      with self.assertRaisesRegex(ds.InputError, message):
+        model('gqa').apply(
+          variables('gqa'),
+          tiny.tokens(2, 3),
+          segment_ids=segments,
+          cache=cache,
+        )
+
   @parameterized.parameters(*ATTENTIONS, 'engram')
   def test_an_id_that_comes_again_is_another_document(self, name):
     segments = np.int32(

@@ -22,6 +22,7 @@ class ChatAnswer:
     text, reasoning: so far.
     calls: as a message has them, so far.
     finish: OpenAI's word for how it ended, or None.
+    tokens: how many were generated, up to the one that ended it.
   """
 
   def __init__(self, asked: ChatRequest, served: Served):
@@ -32,6 +33,7 @@ class ChatAnswer:
     )
     self.text, self.reasoning, self.calls = '', '', []
     self.finish: str | None = None
+    self.tokens = 0
     self._logprobs: dict[str, list] = {'content': [], 'reasoning_content': []}
 
   @property
@@ -44,6 +46,7 @@ class ChatAnswer:
     for i, token in enumerate(event.tokens):
       if self.finish is not None:
         return
+      self.tokens += 1
       if token in self._served.stop:
         continue
       before = self._parser.state
@@ -128,7 +131,9 @@ class ChatAnswers:
   def _tail(self) -> dict[str, Any]:
     """Returns the numbers of tokens, and the experts' load if asked for."""
     thought = sum(answer.reasoning_tokens for answer in self._answers)
-    out = {'usage': self._got.usage(thought)}
+    # The engine is ahead of a stop text, and goes on until all have ended.
+    new = sum(answer.tokens for answer in self._answers)
+    out = {'usage': self._got.usage(new, thought)}
     if self._asked.common.load:
       out['expert_load'] = heat.load(self._got.load)
     return out

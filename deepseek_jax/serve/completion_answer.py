@@ -89,11 +89,8 @@ class Completions:
 
   def _tail(self) -> dict[str, Any]:
     """Returns the numbers of tokens, and the experts' load if asked for."""
-    usage = self._got.usage()
-    if self._asked.silent:
-      usage['total_tokens'] -= usage['completion_tokens']
-      usage['completion_tokens'] = 0
-    out = {'usage': usage}
+    new = 0 if self._asked.silent else self._got.completion_tokens
+    out = {'usage': self._got.usage(new)}
     if self._asked.common.load:
       out['expert_load'] = heat.load(self._got.load)
     return out

@@ -52,7 +52,7 @@ class Generation:
   """Yields the engine's items, and counts tokens and times on the way.
 
   Attributes:
-    completion_tokens: of all answers so far.
+    completion_tokens: that the engine made for all answers so far.
     load: sum over the requests of the experts' load, or None.
   """
 
@@ -113,14 +113,15 @@ class Generation:
       if item.load is not None:
         self.load = item.load if self.load is None else self.load + item.load
 
-  def usage(self, reasoning: int = 0) -> dict[str, Any]:
+  def usage(self, new: int, reasoning: int = 0) -> dict[str, Any]:
     """Returns the numbers of tokens, as OpenAI and DeepSeek name them.
 
     Args:
-      reasoning: tokens of it.
+      new: tokens of all answers; the engine may have made more.
+      reasoning: how many of them are reasoning.
     """
     prompt = sum(len(request.prompt) for request in self._requests)
-    cached, new = sum(self._cached), self.completion_tokens
+    cached = sum(self._cached)
     return {
       'prompt_tokens': prompt,
       'completion_tokens': new,

@@ -124,6 +124,31 @@ class CancelTest(parameterized.TestCase):
         )
       self.assertTrue(_idle(server, engine))
 
+  @parameterized.parameters(False, True)
+  def test_what_comes_behind_a_stop_text_counts_nowhere(self, stream):
+    tokenizer = servers.deepseek_tokenizer()
+    engine = FakeEngine(tokenizer, context=4096, stop=tokenizer.eos_id)
+    says = [tokenizer.encode(text) for text in ('ab. ' * 500, 'abc' * 50)]
+    engine.script = lambda request, index: says[index]
+    ended = lambda n: '. ' in tokenizer.decode(says[0][:n])
+    first = next(n for n in range(len(says[0])) if ended(n))
+    body = {
+      'messages': [{'role': 'user', 'content': 'hi'}],
+      'thinking': {'type': 'disabled'},
+      'stop': ['. '],
+      'n': 2,
+      'stream': stream,
+      **({'stream_options': {'include_usage': True}} if stream else {}),
+    }
+    with servers.running(servers.served_chat(tokenizer), engine) as (server, _):
+      response = httpx.post(server.url + '/v1/chat/completions', json=body)
+    found = _events(response)[0][-1] if stream else response.json()
+    wanted = first + len(says[1]) + 1  # and the token that ends it
+    self.assertEqual(found['usage']['completion_tokens'], wanted)
+    self.assertEqual(
+      found['usage']['total_tokens'], found['usage']['prompt_tokens'] + wanted
+    )
+
 
 class LimitTest(absltest.TestCase):
   def test_a_full_queue_says_when_to_come_again(self):

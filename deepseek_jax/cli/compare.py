@@ -7,14 +7,13 @@ A folder that holds runs stands for all of them. Runs that differ in nothing but
 their seeds are one arm; the first arm is what the others are compared with.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from deepseek_jax.cli import common, side_by_side
+from deepseek_jax.cli import common, outputs, side_by_side
 from deepseek_jax.errors import InputError
 
 METRIC = 'heldout_bits_per_byte'
+_KICKER = 'Comparison'  # of templates/compare.html.jinja
 _OUT = flags.DEFINE_string('out', 'compare.html', 'Where the page goes.')
 _JSON = flags.DEFINE_string('json', None, 'Where the numbers go as JSON.')
 _METRIC = flags.DEFINE_string('metric', METRIC, 'What is compared, at the end.')
@@ -25,10 +24,12 @@ def main(argv: list[str]) -> None:
   """Compares the runs that the arguments name."""
   if len(argv) < 2:
     raise InputError('give the folders of runs, or a folder that holds runs')
-  out = Path(_OUT.value)
-  if not out.parent.is_dir():
-    raise InputError(f'--out={out}: there is no folder {out.parent}')
-  given = argv[1:], _METRIC.value, out, _TITLE.value, _JSON.value
+  numbers, page = outputs.is_json('metric', 'arms'), outputs.is_page(_KICKER)
+  out = outputs.check('out', _OUT.value, 'a comparison', page)
+  json = _JSON.value
+  if json:
+    json = outputs.check('json', json, "a comparison's numbers", numbers)
+  given = argv[1:], _METRIC.value, out, _TITLE.value, json
   side_by_side.compare(*given)
 
 

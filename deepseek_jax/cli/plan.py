@@ -20,7 +20,6 @@ it takes the mesh of --compile where that is given, else the plan's.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 from typing import Any
@@ -29,7 +28,7 @@ from absl import flags
 from rich.console import Console
 
 from deepseek_jax import plan
-from deepseek_jax.cli import common, run_plan
+from deepseek_jax.cli import common, outputs, run_plan
 from deepseek_jax.cli.named import PRESETS, RECIPES, PlanConfig
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -197,19 +196,13 @@ def timeline(made: plan.Report) -> SimulatedStep:
 
 def _check_paths() -> None:
   """Raises InputError for files that cannot be written, before the work."""
-  for holder in (_JSON, _PICTURE, _TIMELINE):
-    if not holder.value:
-      continue
-    path = pathlib.Path(holder.value)
-    wrong = None
-    if not path.parent.is_dir():
-      wrong = f'there is no folder {path.parent}; make it first'
-    elif path.is_dir():
-      wrong = 'is a folder; name a file in it'
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-      wrong = 'may not be written; name another file'
-    if wrong:
-      raise InputError(f'--{holder.name}={path}: {wrong}')
+  for holder, what, is_ours in (
+    (_JSON, 'a plan', outputs.is_json_of('config', 'derived')),
+    (_PICTURE, 'a picture of Matplotlib', outputs.is_picture),
+    (_TIMELINE, 'a picture of Matplotlib', outputs.is_picture),
+  ):
+    if holder.value:
+      outputs.check(holder.name, holder.value, what, is_ours)
 
 
 def main(argv: list[str]) -> None:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek_jax.cli import finish
+from deepseek_jax.cli import finish, outputs
 from deepseek_jax.errors import InputError
 from deepseek_jax.record import comparison, results
 from deepseek_jax.record.report import page
+
+_KICKER = 'Training report'  # of templates/report.html.jinja
 
 
 def redrawn(given: Sequence[str], out: str | None = None) -> Path:
@@ -14,18 +16,20 @@ def redrawn(given: Sequence[str], out: str | None = None) -> Path:
 
   Args:
     given: the run's folder, then those of runs beside it, or that hold some.
-    out: where the page goes; None is the run's report.html.
+    out: where the page goes, in place of no file but such a page; None is the
+      run's report.html.
 
   Raises:
-    InputError: a folder holds no run, or a file in it is damaged.
+    InputError: a folder holds no run, a file in it is damaged, or `out` is
+      there and is no report.
   """
   if not given:
     raise InputError('give the folder of a run, then those of runs beside it')
   workdir = Path(given[0])
   if not (workdir / 'config.json').exists():
     raise InputError(f'{workdir}: holds no run (no config.json); name a run')
-  if out and not Path(out).parent.is_dir():
-    raise InputError(f'--out={out}: there is no folder {Path(out).parent}')
+  if out:
+    out = outputs.check('out', out, 'a report', outputs.is_page(_KICKER))
   others = [
     path
     for path in comparison.folders(given[1:])

@@ -1,6 +1,7 @@
 """Shows runs side by side: tables, a page and numbers (see compare.py)."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def compare(
   metric: str,
   out: Path,
   title: str,
-  json_path: str | None,
+  json_path: str | os.PathLike | None,
 ) -> None:
   """Prints the tables of runs and writes their page, and their numbers."""
   found = comparison.folders(given)

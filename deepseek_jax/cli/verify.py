@@ -5,24 +5,29 @@ Text has to become the same tokens, too, and the same tokens have to end it.
 python -m experiments.verify --hf=HF_DIR [--out=certificate.json]
 
 Runs transformers (extra [hf]) and this library on the same prompts. Exits with
-0 if they agree, 1 if they don't, 2 on bad input.
+0 if they agree, 1 if they don't, 2 on bad input. The certificate goes into the
+current folder unless --out names another place; one of another checkpoint is
+never replaced.
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable
 
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.cli import common
+from deepseek_jax.cli import common, outputs
 from deepseek_jax.errors import InputError, naming
 from deepseek_jax.hf import verify
 
 _HF = flags.DEFINE_string('hf', None, 'Hugging Face folder.', required=True)
 _OUT = flags.DEFINE_string(
-  'out', 'certificate.json', 'Where the certificate goes.'
+  'out',
+  'certificate.json',
+  'Where the certificate goes; by default the current folder.',
 )
 _MAX_LOGIT = flags.DEFINE_float(
   'max_logit', verify.MAX_LOGIT, 'Most that a logit may differ.', 0.0
@@ -75,17 +80,29 @@ def _lengths() -> tuple[int, ...]:
   return lengths
 
 
+def _is_of(folder: str) -> Callable[[str], bool]:
+  """Returns what recognises a certificate of a folder."""
+
+  def recognised(text: str) -> bool:
+    found = outputs.is_json('passed', 'folder', 'cases')(text)
+    return found and json.loads(text)['folder'] == os.path.realpath(folder)
+
+  return recognised
+
+
 def main(argv: list[str]) -> None:
   """Prints the certificate; exits with 1 if both sides differ."""
   del argv
   folder = os.path.expanduser(_HF.value)
+  what = f'a certificate of {folder}'
+  out = outputs.check('out', _OUT.value, what, _is_of(folder))
   certificate = verify.certify(
     folder,
     max_logit=_MAX_LOGIT.value,
     max_kl=_MAX_KL.value,
     lengths=_lengths(),
   )
-  with naming(_OUT.value), open(_OUT.value, 'w', encoding='utf-8') as file:
+  with naming(out), open(out, 'w', encoding='utf-8') as file:
     json.dump(certificate, file, indent=2)
   console = Console()
   for table in tables(certificate):
@@ -100,7 +117,7 @@ def main(argv: list[str]) -> None:
   for note in tokens['notes']:
     print(f'  {note}')
   verdict = 'PASSED' if certificate['passed'] else 'FAILED'
-  print(f'{verdict}: {_OUT.value}')
+  print(f'{verdict}: {out.absolute()}')
   sys.exit(0 if certificate['passed'] else 1)
 
 

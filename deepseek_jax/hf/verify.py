@@ -360,9 +360,10 @@ def certify(
     lengths: of the prompts.
 
   Returns:
-    'passed', 'cases' (see `difference`), 'tokens' (see `verify_text.compare`),
-    'files' with their sha256, 'versions', 'limits', 'dequantized_here': whether
-    both sides saw weights that this library made of float8.
+    'passed', 'folder', 'cases' (see `difference`), 'tokens' (see
+    `verify_text.compare`), 'files' with their sha256, 'versions', 'limits',
+    'dequantized_here': whether both sides saw weights that this library made of
+    float8.
   """
   source, ours = Source(folder), Ours(folder)
   with tempfile.TemporaryDirectory() as temporary:
@@ -384,6 +385,7 @@ def certify(
   packages = ('jax', 'jaxlib', 'flax', 'torch', 'transformers', 'deepseek_jax')
   return {
     'passed': passed,
+    'folder': os.path.realpath(folder),
     'limits': {'max': max_logit, 'kl': max_kl},
     'dtype': 'float32',
     'text': made,

@@ -43,6 +43,16 @@ class ReportTest(parameterized.TestCase):
     ):  # fmt: skip
       self.assertIn(words, made)
 
+  def test_of_files_that_are_there_only_such_a_page_is_replaced(self):
+    run, out = self._run('a'), self.folder / 'mine.html'
+    first = redraw.redrawn([run], str(out)).read_bytes()
+    self.assertEqual(redraw.redrawn([run], str(out)).read_bytes(), first)
+    for text in ('my notes', '<p class="kicker">Comparison</p>', ''):
+      out.write_text(text)
+      with self.assertRaisesRegex(InputError, '^--out=.* is not a report; '):
+        redraw.redrawn([run], str(out))
+      self.assertEqual(out.read_text(), text)
+
   def test_a_folder_of_runs_stands_for_them_but_not_for_the_run_itself(self):
     run = self._run('sweep/a')
     self._run('sweep/b')

@@ -35,6 +35,7 @@ from deepseek_jax.evaluation import (
   infilling,
   passing,
 )
+from deepseek_jax.infer import checks
 from deepseek_jax.record import results
 from deepseek_jax.rl import tasks
 from deepseek_jax.rl.answering import AnswerConfig, Asked
@@ -128,6 +129,7 @@ class _Measuring:
   def __init__(self, source: Opened, out: Path, cfg: AnswerConfig):
     """Makes what all evaluations share."""
     self.source, self.out, self.cfg = source, out, cfg
+    checks.check_text(source.tokenizer, source.model)
     chat = _chat(source)
     around = source.boundaries
     self.asked = Asked(

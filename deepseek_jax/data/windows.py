@@ -208,26 +208,36 @@ def _encoded(
     ids = iter(tokenizer.encode_batch(texts))
     for doc, held, cut in plans:
       parts = [next(ids) for _ in cut or (doc.text,)]
-      _check_ids(doc, held, parts, tokenizer)
+      check_ids(doc, parts, tokenizer, exact=held)
       body = infill.arrange(parts, tokenizer.fim) if cut else parts[0]
       yield doc, held, cut is not None, body
 
 
-def _check_ids(
+def check_ids(
   doc: corpus.Document,
-  held: bool,
   parts: list[list[int]],
   tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.ByteTokenizer,
+  *,
+  exact: bool,
+  name: str = 'data.tokenizer',
 ) -> None:
-  """Raises InputError if tokens hold an end of text or change the text."""
+  """Raises InputError if tokens hold an end of text or change the text.
+
+  Args:
+    doc: the document.
+    parts: its tokens, or those of its parts.
+    tokenizer: that made them.
+    exact: whether the first of `parts` has to mean all of the text.
+    name: of the tokenizer, for messages.
+  """
   if any(tokenizer.eos_id in ids for ids in parts):
     raise InputError(
-      f'data.tokenizer reads an end of text inside {doc.name}: take that out'
+      f'{name} reads an end of text inside {doc.name}: take that out'
     )
   # Bits per byte count bytes of the text, so its tokens have to mean them all.
-  if held and tokenizer.decode(parts[0]) != doc.text:
+  if exact and tokenizer.decode(parts[0]) != doc.text:
     raise InputError(
-      f'data.tokenizer does not give {doc.name} back exactly: '
+      f'{name} does not give {doc.name} back exactly: '
       'use a byte-level tokenizer'
     )
 

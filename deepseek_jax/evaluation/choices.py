@@ -187,6 +187,11 @@ def _scored(
   out = []
   for question, rows in zip(questions, made):
     said = [next(scores) for _ in rows]
+    if not np.isfinite(said).all():
+      raise InputError(
+        f'{question.where}: the log-likelihoods are {said}: the model gives no'
+        ' finite logits for this question; measure sound weights'
+      )
     by_bytes = [s / len(c.encode()) for s, c in zip(said, question.choices)]
     out.append(
       {

@@ -1,12 +1,13 @@
 """Measures bits per byte of held-out text, as the trainer does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from deepseek_jax import data as datalib
 from deepseek_jax import say
+from deepseek_jax.data import left_out, windows
 from deepseek_jax.errors import InputError
 from deepseek_jax.run import sources
 from deepseek_jax.run.config import EvaluateConfig
@@ -29,16 +30,43 @@ def of_run(source: Opened) -> Any:
   return sources.heldout(sources.opened(config, say.warn), config, None)
 
 
+def _documents(path: str) -> Iterator[datalib.Document]:
+  """Yields the documents of a path; says which of its text is not read.
+
+  Raises:
+    InputError: as in training, for what can't be read.
+  """
+  out, count = left_out.LeftOut(path), 0
+  for document in datalib.documents(path, out):
+    count += 1
+    yield document
+  out.check_records(count)
+  if out.line():
+    say.warn(out.line())
+
+
 class _Texts:
   """Holds documents as tokens, as far as a `data.Heldout` reads a store."""
 
   def __init__(self, path: str, tokenizer: Any):
-    """Reads and encodes all text of a path; InputError if there is none."""
+    """Reads and encodes all text of a path.
+
+    Raises:
+      InputError: there is none, or the tokens don't mean all of it.
+    """
     self.path, self.pad_id = path, tokenizer.pad_id
     self.eos_id = tokenizer.eos_id
     self._documents, parts, offset = [], [], 0
-    for document in datalib.documents(path):
-      ids = [*tokenizer.encode(document.text), self.eos_id]
+    for document in _documents(path):
+      ids = tokenizer.encode(document.text)
+      windows.check_ids(
+        document,
+        [ids],
+        tokenizer,
+        exact=True,
+        name=f'--text={path}: the tokenizer',
+      )
+      ids = [*ids, self.eos_id]
       size = len(document.text.encode())
       self._documents.append(
         datalib.HeldoutDocument(document.name, offset, len(ids), size)
@@ -63,7 +91,8 @@ def of_text(source: Opened, path: str, seq_len: int) -> datalib.Heldout:
     seq_len: tokens read at once; a run has its own.
 
   Raises:
-    InputError: there is no text.
+    InputError: there is no text, or the tokenizer changes it: bits per byte
+      count the bytes of the text, so its tokens have to mean them all.
   """
   if source.config is not None:
     seq_len = source.config.data.seq_len
@@ -78,7 +107,7 @@ def texts(source: Opened, path: str) -> Sequence[str]:
     InputError: `path` is 'heldout' and the model is of no run on text.
   """
   if path != 'heldout':
-    return [doc.text for doc in datalib.documents(path)]
+    return [doc.text for doc in _documents(path)]
   config = _config(source, '--infill=heldout')
   if config.chat is not None:
     raise InputError(

@@ -82,6 +82,13 @@ class ChoicesTest(parameterized.TestCase):
     self.assertEqual(row['log_likelihoods'], [-2.0, -1.0])
     self.assertEqual((row['chosen'], row['chosen_by_bytes']), (1, 0))
 
+  def test_scores_that_are_no_numbers_are_named(self):
+    made = choices.Question('a', ('b', 'c'), 0, 'quiz.jsonl line 3')
+    run = lambda variables, batch: batch['scored'][:, 1:] * np.nan
+    message = r'^quiz.jsonl line 3: the log-likelihoods are \[nan, nan\]'
+    with self.assertRaisesRegex(ds.InputError, message):
+      choices._scored(run, taught.asked(), [made], '')
+
   def test_tokens_that_join_question_and_choice_are_scored(self):
     class Joining:
       eos_id = 0

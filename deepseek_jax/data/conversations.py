@@ -27,6 +27,10 @@ _SHAREGPT = {
   'observation': 'tool',
   'tool': 'tool',
 }
+# What trainers mark a turn by that counts in no loss, or that does.
+_MARKS = ('weight', 'train', 'loss')
+# Of an assistant's turn, beside its text: see infer.formats.message.
+_BESIDE = ('reasoning_content', 'reasoning', 'thinking', 'tool_calls')
 _LONGEST = 1 << 26  # bytes of a line
 
 
@@ -36,6 +40,7 @@ class Conversation(NamedTuple):
   messages: tuple[dict, ...]  # 'role', 'content' and what else a form allows
   where: str  # file and line
   tools: tuple[dict, ...] = ()  # JSON schemas of what the model may call
+  given: int = 0  # assistant's turns of a prompt: read, but not learnt
 
 
 def read(path: str) -> Iterator[Conversation]:
@@ -125,24 +130,49 @@ def conversation(record: Any, where: str) -> Conversation:
   """Returns the conversation of a record; InputError if it is of no form."""
   if not isinstance(record, Mapping):
     raise InputError(f'{where}: is {type(record).__name__}, must be an object')
-  tools = _list(record.get('tools') or [], 'tools', where)
+  tools, given = _list(record.get('tools') or [], 'tools', where), 0
   if 'messages' in record:
     said = _list(record['messages'], 'messages', where)
     messages = [_openai(m, where) for m in said]
   elif 'conversations' in record:
     said = _list(record['conversations'], 'conversations', where)
     messages = [_sharegpt(m, where) for m in said]
-    if record.get('system'):
-      messages.insert(0, {'role': 'system', 'content': record['system']})
   elif 'prompt' in record and 'completion' in record:
-    messages = _pair(record, where)
+    prompt, completion = _pair(record, where)
+    messages, given = prompt + completion, _answers(prompt)
   else:
     raise InputError(
       f"{where}: has {sorted(map(str, record))}; write 'messages',"
       " 'conversations', or 'prompt' and 'completion'"
     )
+  if record.get('system'):
+    messages.insert(0, {'role': 'system', 'content': record['system']})
+  if _answers(messages) == given:
+    raise InputError(f'{where}: has no assistant message to learn from')
   _check(messages, where)
-  return Conversation(tuple(messages), where, tuple(tools))
+  messages = [_unmarked(message, where) for message in messages]
+  return Conversation(tuple(messages), where, tuple(tools), given)
+
+
+def _answers(messages: list[dict]) -> int:
+  """Returns how many messages are an assistant's."""
+  return sum(message.get('role') == 'assistant' for message in messages)
+
+
+def _unmarked(message: dict, where: str) -> dict:
+  """Returns a message without marks that say what happens anyway.
+
+  Raises:
+    InputError: an assistant's turn is marked as one that is not learnt.
+  """
+  for name in _MARKS:
+    if message['role'] == 'assistant' and message.get(name, 1) not in (1, None):
+      raise InputError(
+        f'{where}: {name} = {message[name]!r}: every turn of an assistant is'
+        " learnt; write what is not as messages of a 'prompt', and what is as"
+        " those of its 'completion'"
+      )
+  return {name: v for name, v in message.items() if name not in _MARKS}
 
 
 def _list(value: Any, name: str, where: str) -> list:
@@ -175,28 +205,29 @@ def _sharegpt(message: Mapping, where: str) -> dict:
       f"{where}: 'from' = {message.get('from')!r}: must be one of"
       f' {sorted(_SHAREGPT)}'
     )
-  return {'role': role, 'content': message.get('value')}
+  beside = {n: message[n] for n in (*_MARKS, *_BESIDE) if n in message}
+  return {'role': role, 'content': message.get('value'), **beside}
 
 
-def _pair(record: Mapping, where: str) -> list[dict]:
-  """Returns the messages of a prompt and its completion.
+def _pair(record: Mapping, where: str) -> tuple[list[dict], list[dict]]:
+  """Returns the messages of a prompt, and of its completion.
 
   Each may be text, or messages as TRL writes them.
   """
-  out = []
-  for name, role in (('prompt', 'user'), ('completion', 'assistant')):
+  out = [], []
+  for part, (name, role) in zip(
+    out, (('prompt', 'user'), ('completion', 'assistant'))
+  ):
     value = record[name]
     if isinstance(value, str):
-      out.append({'role': role, 'content': value})
+      part.append({'role': role, 'content': value})
     else:
-      out += [_openai(m, where) for m in _list(value, name, where)]
+      part += [_openai(m, where) for m in _list(value, name, where)]
   return out
 
 
 def _check(messages: list[dict], where: str) -> None:
   """Raises InputError for messages that nobody could have said."""
-  if not any(m.get('role') == 'assistant' for m in messages):
-    raise InputError(f'{where}: has no assistant message to learn from')
   for message in messages:
     role, content = message.get('role'), message.get('content')
     if role not in ROLES:

@@ -14,6 +14,7 @@ from deepseek_jax.data import boundaries
 from deepseek_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import InputError
 from deepseek_jax.infer import chat, formats
+from deepseek_jax.infer.formats.message import REASONING
 
 # arXiv:2501.12948, table 1, without the sentence that opens it.
 _R1_ZERO = (
@@ -149,11 +150,12 @@ class PlainChat:
         'the answer calls tools and says nothing: this format holds text alone;'
         ' choose a chat format of a model'
       )
-    if messages[1].get('reasoning_content'):
-      raise InputError(
-        'the answer has reasoning_content, which this format does not write;'
-        ' choose a chat format of a model, or put it into the content'
-      )
+    for name in (*REASONING, 'tool_calls'):
+      if messages[1].get(name):
+        raise InputError(
+          f'the answer has {name}, which this format does not write; choose a'
+          ' chat format of a model, or put it into the content'
+        )
     answer = self.tokenizer.encode(messages[1]['content'])
     return [Turn(self.prompt(messages[0]['content']), [*answer, *self.ends])]
 
@@ -254,7 +256,7 @@ class TemplateChat:
 
   def _check_said(self, message: Mapping, answer: str, n: int) -> None:
     """Raises InputError where the answer's text is not what was said."""
-    for name in ('reasoning_content', 'content'):
+    for name in (*REASONING, 'content'):
       said = message.get(name)
       spelled = self._tokenizer.encode(said or '', special=True)
       if set(spelled) & set(self.ends):
@@ -266,6 +268,14 @@ class TemplateChat:
         raise InputError(
           f'message {n + 1}: the template leaves out its {name} or changes it,'
           ' so the model would not learn it; use a chat format of this library'
+        )
+    for call in message.get('tool_calls') or ():
+      called = call.get('function') if isinstance(call, Mapping) else None
+      name = called.get('name') if isinstance(called, Mapping) else None
+      if not isinstance(name, str) or name not in answer:
+        raise InputError(
+          f'message {n + 1}: the template leaves out its call of {name!r}, so'
+          ' the model would not learn it; use a chat format of this library'
         )
 
 

@@ -47,7 +47,7 @@ def examples(
   limit: int,
   counts: Counts,
 ) -> Iterator[Example]:
-  """Yields an example of each assistant's turn.
+  """Yields an example of each assistant's turn that is not given.
 
   Args:
     conversations: what was said.
@@ -63,6 +63,7 @@ def examples(
     counts.conversations += 1
     try:
       turns = chat.turns(conversation.messages, conversation.tools)
+      turns = turns[conversation.given :]
       for turn in turns:
         chats.check(turn, chat.ends)
     except InputError as error:

@@ -68,6 +68,39 @@ class ConversationsTest(parameterized.TestCase):
     first = conversations.conversation(record, 'x').messages[0]
     self.assertEqual(first, {'role': 'system', 'content': 'Be kind'})
 
+  @parameterized.parameters(*FORMS)
+  def test_a_system_text_stays_in_every_form(self, **record):
+    found = conversations.conversation({**record, 'system': 'Be kind'}, 'x')
+    system = {'role': 'system', 'content': 'Be kind'}
+    self.assertEqual(found.messages, (system, ASKED, SAID))
+
+  @parameterized.parameters('weight', 'train', 'loss')
+  def test_a_turn_that_is_not_to_be_learnt_is_refused(self, mark):
+    for form, said in (('messages', SAID), ('conversations', None)):
+      said = said or {'from': 'gpt', 'value': 'Hello'}
+      asked = ASKED if form == 'messages' else FORMS[1][form][0]
+      record = {form: [{**asked, mark: 0}, {**said, mark: 1}]}
+      found = conversations.conversation(record, 'x')
+      self.assertEqual(found.messages, (ASKED, SAID))
+      record[form][1][mark] = 0
+      with self.assertRaisesRegex(InputError, f'^x: {mark} = 0: every turn'):
+        conversations.conversation(record, 'x')
+
+  def test_answers_of_a_prompt_are_given(self):
+    record = {'prompt': [ASKED, SAID, ASKED], 'completion': [SAID]}
+    found = conversations.conversation(record, 'x')
+    self.assertEqual(found.messages, (ASKED, SAID) * 2)
+    self.assertEqual(found.given, 1)
+    with self.assertRaisesRegex(InputError, 'x: has no assistant message'):
+      record = {'prompt': [ASKED, SAID], 'completion': [ASKED]}
+      conversations.conversation(record, 'x')
+
+  def test_what_stands_beside_a_text_stays(self):
+    said = {'from': 'gpt', 'value': 'Hello', 'reasoning': 'Hm'}
+    record = {'conversations': [FORMS[1]['conversations'][0], said]}
+    found = conversations.conversation(record, 'x').messages[1]
+    self.assertEqual(found, {**SAID, 'reasoning': 'Hm'})
+
   @parameterized.parameters(
     ('{"messages": [', 'line 1: is not JSON'),
     ('[]', 'line 1: is list, must be an object'),

@@ -6,7 +6,7 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from deepseek_jax.data.conversations import Conversation
+from deepseek_jax.data.conversations import Conversation, conversation
 from deepseek_jax.data.tokenizer import ByteTokenizer, from_file
 from deepseek_jax.errors import InputError
 from deepseek_jax.rl import chats, examples
@@ -47,6 +47,25 @@ class ExamplesTest(parameterized.TestCase):
     (example,), counts = made([ASKED, SAID], chats.PlainChat(TOKENIZER))
     self.assertEqual(texts(example), ('ab', f'cd{EOS}'))
     self.assertEqual((counts.examples, counts.cut, counts.dropped), (1, 0, 0))
+
+  def test_answers_of_a_prompt_are_not_learnt(self):
+    record = {'prompt': [ASKED, SAID, ASKED], 'completion': 'ef'}
+    counts = examples.Counts()
+    said = [conversation(record, 'file line 7')]
+    (found,) = examples.examples(said, template(), 99, counts)
+    self.assertEqual(texts(found), (f'u:aba:cd{EOS}u:aba:', f'ef{EOS}'))
+
+  @parameterized.parameters('reasoning_content', 'reasoning', 'thinking')
+  def test_reasoning_by_any_name_is_not_lost(self, name):
+    for chat in (chats.PlainChat(TOKENIZER), template()):
+      with self.assertRaisesRegex(InputError, f'file line 7: .*{name}'):
+        made([ASKED, {**SAID, name: 'Hm'}], chat)
+
+  def test_a_call_beside_a_text_is_not_lost(self):
+    calls = [{'type': 'function', 'function': {'name': 'look'}}]
+    for chat in (chats.PlainChat(TOKENIZER), template()):
+      with self.assertRaisesRegex(InputError, 'tool_calls|call of .look'):
+        made([ASKED, {**SAID, 'tool_calls': calls}], chat)
 
   def test_each_turn_is_an_example_of_its_own(self):
     talk = [ASKED, SAID, ASKED, {**SAID, 'content': 'ef'}]

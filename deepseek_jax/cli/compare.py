@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
   """Compares the runs that the arguments name."""
   if len(argv) < 2:
     raise InputError('give the folders of runs, or a folder that holds runs')
-  numbers, page = outputs.is_json('metric', 'arms'), outputs.is_page(_KICKER)
-  out = outputs.check('out', _OUT.value, 'a comparison', page)
+  numbers = outputs.is_json('metric', 'arms')
+  out = outputs.check_page(_OUT.value, 'a comparison', _KICKER)
   json = _JSON.value
   if json:
     json = outputs.check('json', json, "a comparison's numbers", numbers)

@@ -13,6 +13,27 @@ from typing import Any
 from deepseek_jax.errors import InputError
 
 
+def check_page(given: str | os.PathLike, what: str, kicker: str) -> Path:
+  """Returns the path of --out, where a page may be written; see `check`.
+
+  Args:
+    given: the path.
+    what: is written there, in words.
+    kicker: the words above the headline of such a page.
+
+  Raises:
+    InputError: as `check`, or a file is where the page is written first.
+  """
+  path = check('out', given, what, is_page(kicker))
+  scratch = path.with_suffix('.tmp')  # of files.whole
+  if scratch.exists():
+    raise InputError(
+      f'--out={given}: {scratch} is there, which writing would replace; name'
+      ' another file or take it away'
+    )
+  return path
+
+
 def check(
   flag: str, given: str | os.PathLike, what: str, is_ours: Callable[[str], bool]
 ) -> Path:

@@ -29,7 +29,7 @@ def redrawn(given: Sequence[str], out: str | None = None) -> Path:
   if not (workdir / 'config.json').exists():
     raise InputError(f'{workdir}: holds no run (no config.json); name a run')
   if out:
-    out = outputs.check('out', out, 'a report', outputs.is_page(_KICKER))
+    out = outputs.check_page(out, 'a report', _KICKER)
   others = [
     path
     for path in comparison.folders(given[1:])

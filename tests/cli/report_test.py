@@ -53,6 +53,13 @@ class ReportTest(parameterized.TestCase):
         redraw.redrawn([run], str(out))
       self.assertEqual(out.read_text(), text)
 
+  def test_a_file_where_the_page_is_written_first_stays(self):
+    run, mine = self._run('a'), self.folder / 'mine.tmp'
+    mine.write_text('notes')
+    with self.assertRaisesRegex(InputError, 'mine.tmp is there, which writing'):
+      redraw.redrawn([run], str(self.folder / 'mine.html'))
+    self.assertEqual(mine.read_text(), 'notes')
+
   def test_a_folder_of_runs_stands_for_them_but_not_for_the_run_itself(self):
     run = self._run('sweep/a')
     self._run('sweep/b')

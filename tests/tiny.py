@@ -144,7 +144,9 @@ def fill(shapes, seed: int = 0):
       x = 0.3 * x
     return jax.numpy.asarray(x, np.float32)
 
-  return jax.tree_util.tree_map_with_path(one, shapes)
+  # Numbers, also where a trace draws them first: caches keep them.
+  with jax.ensure_compile_time_eval():
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def draw(model: ds.Model, seed: int = 0) -> dict:

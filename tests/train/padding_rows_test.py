@@ -28,6 +28,7 @@ BALANCE = {
 }
 CHANGES = {
   'v3': BALANCE,
+  'step': BALANCE,
   'dsa': {'attention.recall_queries': 8},
   'v4': {},
 }
@@ -35,7 +36,8 @@ CHANGES = {
 
 @functools.cache
 def model(name):
-  return ds.build(ds.changed(families.config(name), CHANGES[name]))
+  made = tiny.config(name) if name == 'step' else families.config(name)
+  return ds.build(ds.changed(made, CHANGES[name]))
 
 
 @functools.cache
@@ -98,7 +100,7 @@ class PaddingRowsTest(parameterized.TestCase):
     close(got, want)
     close(ours, grads)
 
-  @parameterized.parameters('v3', 'dsa')
+  @parameterized.parameters('step', 'dsa')
   def test_nor_does_a_micro_batch_of_many(self, name):
     batch = spread(rows(), [0, 2, 3, 6], 2 * B)
     taken = []

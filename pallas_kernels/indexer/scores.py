@@ -96,8 +96,7 @@ def score_keys(
     heads = qs.shape[0]
     return pl.run_scoped(run, plgpu.ACC((BLOCK, heads), jnp.float32))
 
-  def step(i: jax.Array, _) -> tuple:
-    stage = lax.rem(i, STAGES)
+  def step(i: jax.Array, stage: jax.Array) -> jax.Array:
     # Wait, then matmul: 64 keys by all heads of this query.
     plgpu.barrier_wait(here.at[stage])
     s = jnp.maximum(products(stage), 0.0)
@@ -114,14 +113,17 @@ def score_keys(
 
     # Reduce over heads in registers: only one number a key is stored.
     total = (s * wide(weights, s.shape, 1)).sum(axis=1)
-    at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=TILE)
-    at = at.max(axis=1) + (start + i) * BLOCK
+    at = place + (start + i) * BLOCK
     # A score that is nan is none, as in the reference.
     seen = (at >= span[0]) & (at < span[1]) & (total > -jnp.inf)
     kept[start + i] = jnp.where(seen, ordered(total), NOTHING)
-    return ()
+    # Stages take turns; a division by three would be ten instructions.
+    return jnp.where(stage == STAGES - 1, 0, stage + 1)
 
-  lax.fori_loop(0, steps, step, ())
+  # Once, as a maximum goes through other threads' registers.
+  shape = BLOCK, qs.shape[0]
+  place = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE).max(axis=1)
+  lax.fori_loop(0, steps, step, jnp.int32(0))
 
 
 def fill(kept: jax.Ref, start: jax.Array, end: jax.Array) -> None:

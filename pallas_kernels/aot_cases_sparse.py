@@ -14,6 +14,7 @@ from pallas_kernels.sparse_gqa import sparse_gqa
 from pallas_kernels.sparse_mla import ChosenKeys, attend, shares, sparse_mla
 
 BF, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+FP8 = jnp.float8_e4m3fn
 
 
 class KernelCase(NamedTuple):
@@ -33,17 +34,28 @@ def gradients(fn: Callable, count: int) -> Callable:
   return grads
 
 
-def _indexer(batch: int, queries: int, keys: int) -> KernelCase:
+def _indexer(
+  batch: int, queries: int, keys: int, float8: bool = False
+) -> KernelCase:
   """Builds the choice of 2048 keys by 64 index heads."""
+  dtype = FP8 if float8 else BF
   args = (
-    ((batch, queries, 64, 128), BF),
-    ((batch, keys, 128), BF),
+    ((batch, queries, 64, 128), dtype),
+    ((batch, keys, 128), dtype),
     ((batch, queries, 64), F32),
     ((batch, queries), I32),
     ((batch, queries), I32),
   )
   fn = functools.partial(indexer, top_k=2048, impl='gpu')
-  return KernelCase(fn, args, True)
+  if not float8:
+    return KernelCase(fn, args, True)
+
+  def scaled(*arrays: jax.Array) -> jax.Array:
+    *arrays, q_scale, k_scale = arrays
+    return fn(*arrays, q_scale=q_scale, k_scale=k_scale)
+
+  scales = ((batch, queries, 64), F32), ((batch, keys), F32)
+  return KernelCase(scaled, (*args, *scales), True)
 
 
 def _index_candidates(name: str) -> KernelCase:
@@ -139,6 +151,9 @@ CASES = {
   'indexer': _indexer(1, 8192, 8192),
   'indexer_far': _indexer(128, 2, 65536),
   'indexer_shared': _indexer(1, 2, 131_072),
+  'indexer_fp8': _indexer(1, 8192, 8192, float8=True),
+  'indexer_fp8_far': _indexer(128, 2, 65536, float8=True),
+  'indexer_fp8_shared': _indexer(1, 2, 131_072, float8=True),
   **{
     f'index_candidates_{n}': _index_candidates(n)
     for n in candidates_shapes.BENCH

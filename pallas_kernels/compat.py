@@ -26,6 +26,7 @@ REGISTERS_MOVE = BEFORE_0_12
 SHARED_MEMORY = 232_448  # bytes of a thread block on Hopper
 # Layout of wgmma operands in shared memory: 8 rows by 128 bytes, swizzled.
 TILED_16BIT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED_8BIT = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 
 
 def _interpret_params() -> Any:

@@ -30,7 +30,6 @@ from pallas_kernels.warpgroups import wide
 STEP = 128  # of the contracted dimension, and what a scale covers
 STAGES = 4
 STAGED = 64  # columns that leave through shared memory at once
-_TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
@@ -136,7 +135,7 @@ def _tile_of(rows_multiple: int, columns: int) -> gpu.Tile:
 def _scratch(tile: gpu.Tile, arrivals: int) -> dict[str, Any]:
   """Tiles in shared memory; `arrivals` copies fill a stage."""
   parts_a, parts_b = tile.parts
-  memory = lambda *shape: plgpu.SMEM(shape, FP8, transforms=_TILED)
+  memory = lambda *shape: plgpu.SMEM(shape, FP8, transforms=compat.TILED_8BIT)
   return {
     'a': memory(STAGES, parts_a, 64, STEP),
     'b': memory(STAGES, parts_b, tile.own_columns, STEP),

@@ -44,6 +44,7 @@ def indexer(
   first: jax.Array,
   last: jax.Array,
   top_k: int,
+  k_scale: jax.Array | None = None,
   near: int | None = None,
 ) -> jax.Array:
   """Returns positions [B T K] int32 of the top_k best scores."""
@@ -66,6 +67,7 @@ def indexer(
     even(w).astype(jnp.float32),
     even(first),
     even(last),
+    *scores.scale_rows(k_scale, rows * BLOCK),
   )
   parts = shared_keys.parts(B * pairs, rows)
   if parts > 1:
@@ -79,7 +81,7 @@ def indexer(
 
 def _supported(q: jax.Array, k: jax.Array) -> None:
   """Raises NotImplementedError unless the kernel can take the shapes."""
-  check_heads(q, k)
+  check_heads(q, k, float8=True)
   if k.shape[1] > 2**20:
     raise NotImplementedError(f'{k.shape[1]} keys, more than {2**20}')
 
@@ -90,13 +92,14 @@ def _select(
   w: jax.Array,
   first: jax.Array,
   last: jax.Array,
-  *,
+  *scales: jax.Array,
   top_k: int,
   near: int,
 ) -> jax.Array:
   """Returns the choice as bits, int32 [B T 2 S/64].
 
-  Bit i of word [h, r] stands for key 64 r + 32 h + i.
+  Bit i of word [h, r] stands for key 64 r + 32 h + i. `scales` [B S/64 64] are
+  those of keys in float8, else there are none.
   """
   B, T, H, _ = q.shape
   S = k.shape[1]
@@ -106,7 +109,7 @@ def _select(
   kept = jax.ShapeDtypeStruct((workers, 2, rows, BLOCK), jnp.int32)
   is_near = near >= S
   scratch = {
-    **scores.scratch(H),
+    **scores.scratch(H, q.dtype),
     'words': plgpu.SMEM((2, 2, CHUNK), jnp.int32),
     'counts': plgpu.SMEM((2, CHUNK), jnp.int32),
     'done': plgpu.Barrier(num_arrivals=2),
@@ -119,23 +122,27 @@ def _select(
     grid={'worker': workers},
     threads=2,
     scratch=list(scratch.values()),
-  )(q, k, w, first, last)
+  )(q, k, w, first, last, *scales)
   return out if is_near else out[0]
 
 
 def _body(
   q: jax.Ref, k: jax.Ref, w: jax.Ref, first: jax.Ref, last: jax.Ref,
-  out: jax.Ref, *rest: jax.Ref, items: int, top_k: int, near: bool,
+  *rest: jax.Ref, items: int, top_k: int, near: bool,
 ) -> None:  # fmt: skip
-  """Chooses for pairs of queries, one a warpgroup, until none is left."""
+  """Chooses for pairs of queries, one a warpgroup, until none is left.
+
+  `rest` are the scales of keys in float8, what goes out, and scratch.
+  """
   worker, g = lax.axis_index('worker'), lax.axis_index('wg')
   if near:
     *rest, kept = rest
     kept = kept.at[g]
-  else:
-    kept, *rest = rest
+  *rest, qs, ks, q_here, here, free, words, counts, done = rest
+  if not near:
+    *rest, kept = rest
     kept = kept.at[worker, g]
-  qs, ks, q_here, here, free, words, counts, done = rest
+  *scales, out = rest
   workers = min(items, compat.num_sms())
   per_row = q.shape[1] // 2
 
@@ -146,12 +153,13 @@ def _body(
     t = 2 * pair + g
     # Load: a query a warpgroup; the keys that either may choose, for both.
     plgpu.copy_gmem_to_smem(q.at[b, t], qs.at[g], q_here.at[g])
-    span, (start, end) = scores.spans(first, last, b, pair)
+    span, (start, end) = scores.spans(first, last, b, pair, ks.shape[1])
     # Scores: one pass over the keys, as integers into `kept`.
     plgpu.barrier_wait(q_here.at[g])
     scores.score_keys(
       k.at[b], compat.load(w, (b, t), BY_COLUMN, optimized=False),
       qs.at[g], ks, kept, here, free, start=start, end=end, span=span,
+      scales=scores.scales_at(*scales, b) if scales else None,
     )  # fmt: skip
     # The ring is refilled for the next item when both have read it.
     plgpu.barrier_arrive(done)

@@ -29,7 +29,6 @@ from pallas_kernels.warpgroups import meet, wide
 
 PART, GROUP = 32, 128
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # four numbers a thread, not two
-_RAW = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(128))
 
 
 def check_dtypes(
@@ -67,7 +66,7 @@ def partial_sums(
   scratch = {
     'qc': memory(2, ROWS, HALF),
     'qr': memory(ROWS, ROPE),
-    'raw': plgpu.SMEM((2, 2, BLOCK, HALF), FP8, transforms=_RAW),
+    'raw': plgpu.SMEM((2, 2, BLOCK, HALF), FP8, transforms=compat.TILED_8BIT),
     'kc': memory(2, BLOCK, HALF),
     'kr': memory(2, 2, PART, ROPE),  # stage, tokens
     'ps': memory(2, ROWS, PART),

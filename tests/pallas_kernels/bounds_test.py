@@ -66,7 +66,7 @@ class BoundsTest(parameterized.TestCase):
     got = op(q, k, w, firsts, lasts)
     self.assertTrue((got[0, 0] >= 0).all())
     self.assertEqual(np.unique(got[0, 1:]).tolist(), [-1])
-    _, _, _, low, high, _ = given_to(
+    _, _, _, low, high, *_ = given_to(
       indexer_gpu, 'indexer', op, q, k, w, firsts, lasts
     )
     for a in (low, high):

@@ -18,6 +18,7 @@ FAST = (
   'grouped_matmul_fwd_b128',
   'index_candidates_s65536_m128',
   'indexer',
+  'indexer_fp8_shared',
   'latent_kv_prefill_t8192_fp8',
   'mla_decode_h16',
   'permute',

@@ -133,6 +133,19 @@ CASES = {
     (0, 5, 64, 128),
     [(0, 5, 4)],
   ),
+  'indexer_fp8': (
+    lambda q, impl: indexer(
+      q.astype(jnp.float8_e4m3fn),
+      zeros(0, 64, 128, dtype=jnp.float8_e4m3fn),
+      zeros(0, 5, 64),
+      top_k=4,
+      q_scale=zeros(0, 5, 64),
+      k_scale=zeros(0, 64),
+      impl=impl,
+    ),
+    (0, 5, 64, 128),
+    [(0, 5, 4)],
+  ),
   'index_candidates': (
     lambda q, impl: index_candidates(
       q,
@@ -204,6 +217,7 @@ NO_GRADIENT = (
   'grouped_matmul_fp8',
   'index_candidates',
   'indexer',
+  'indexer_fp8',
   'latent_kv',
   'mla_decode',
   'mla_decode_fp8',

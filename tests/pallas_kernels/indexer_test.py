@@ -12,6 +12,8 @@ from pallas_kernels import compat
 from pallas_kernels.indexer import bits, indexer, reference, shared_keys
 from pallas_kernels.indexer.shapes import TEST
 from pallas_kernels.ordered import NOTHING
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize.reference import FP8
 
 I = 6
 
@@ -29,8 +31,25 @@ def draw(shape, whole=True):
   return *(a.astype(np.float32) for a in arrays), first, last
 
 
-def loop(q, k, w, first, last, top_k):
+def rounded(a, power_of_two=True):
+  """Returns vectors [... I] in float8, and their scales [...] float32."""
+  codes, scales = quantize(
+    jnp.asarray(a.reshape(-1, I), jnp.float32),
+    block=(1, I),
+    power_of_two=power_of_two,
+    impl='reference',
+  )
+  return codes.reshape(a.shape), scales.reshape(a.shape[:-1])
+
+
+def loop(q, k, w, first, last, top_k, q_scale=None, k_scale=None):
   """One query and key at a time; sorted by score, then by position."""
+  q, k = (np.asarray(a, np.float64) for a in (q, k))
+  if q_scale is not None:
+    w = w * np.asarray(q_scale, np.float64)
+  if k_scale is not None:
+    # Scales are positive: of the keys, or of their sums, is all the same.
+    k = k * np.asarray(k_scale, np.float64)[..., None]
   B, T = first.shape
   out = np.full((B, T, top_k), -1)
   for b, t in np.ndindex(B, T):
@@ -50,6 +69,33 @@ class IndexerTest(parameterized.TestCase):
       args = draw(shape, whole)
       got = jax.jit(functools.partial(indexer, top_k=shape.top_k))(*args)
       np.testing.assert_array_equal(got, loop(*args, shape.top_k))
+
+  @parameterized.named_parameters(TEST.items())
+  def test_float8_equals_a_loop_over_the_same_numbers(self, shape):
+    for whole, power in ((True, True), (False, True), (False, False)):
+      q, k, w, *span = draw(shape, whole)
+      # Vectors of any size: without its scale each would weigh the same.
+      rng = np.random.default_rng(1)
+      q, k = (
+        a * 2.0 ** rng.integers(-6, 7, (*a.shape[:-1], 1)) for a in (q, k)
+      )
+      (q, q_scale), (k, k_scale) = (rounded(a, power) for a in (q, k))
+      scales = {'q_scale': q_scale, 'k_scale': k_scale}
+      args = q, k, w, *span
+      got = jax.jit(functools.partial(indexer, top_k=shape.top_k))(
+        *args, **scales
+      )
+      np.testing.assert_array_equal(got, loop(*args, shape.top_k, **scales))
+
+  def test_one_side_may_be_float8(self):
+    q, k, w, *span = draw(TEST['causal'], whole=False)
+    (q8, q_scale), (k8, k_scale) = rounded(q), rounded(k)
+    for args, scales in (
+      ((q8, k), {'q_scale': q_scale}),
+      ((q, k8), {'k_scale': k_scale}),
+    ):
+      got = indexer(*args, w, *span, top_k=8, **scales)
+      np.testing.assert_array_equal(got, loop(*args, w, *span, 8, **scales))
 
   @parameterized.parameters(1, 7, 40, 128)
   def test_the_best_integers_as_bits_equal_a_stable_sort(self, top_k):
@@ -126,11 +172,31 @@ class IndexerTest(parameterized.TestCase):
     q, k = (jnp.asarray(a, jnp.bfloat16) for a in (q, k))
     with self.assertRaisesRegex(NotImplementedError, '3 heads of 6'):
       indexer(q, k, w, first, last, top_k=2, impl='gpu')
+    # Tensor cores multiply float8 by float8 alone.
+    k, scales = k.astype(FP8), jnp.ones(k.shape[:2])
+    how = {'top_k': 2, 'k_scale': scales, 'impl': 'gpu'}
+    with self.assertRaisesRegex(
+      NotImplementedError, 'bfloat16/float8_e4m3fn, not bfloat16 or both float8'
+    ):
+      indexer(q, k, w, first, last, **how)
 
   def test_bad_input_names_the_field(self):
     q, k, w, first, last = draw(TEST['causal'])
     with self.assertRaisesRegex(ValueError, r'w is \[2, 37\], but q'):
       indexer(q, k, w[..., 0], first, last, top_k=2)
+    for name in ('q', 'k'):
+      wide = {'q': q, 'k': k}
+      narrow = wide | {name: jnp.asarray(wide[name], FP8)}
+      shape = wide[name].shape[:-1]
+      for arrays, scale, line in (
+        (wide, np.ones(shape), f'{name} is float32 with a scale'),
+        (narrow, None, f'{name} is float8_e4m3fn with no scale'),
+        (narrow, np.ones(shape)[..., 1:], f'{name}_scale is .*, but {name} '),
+      ):
+        scales = {f'{name}_scale': scale}
+        with self.assertRaisesRegex(ValueError, line) as caught:
+          indexer(*arrays.values(), w, first, last, top_k=2, **scales)
+        self.assertNotIn('\n', str(caught.exception))
     with self.assertRaisesRegex(ValueError, 'top_k=0'):
       indexer(q, k, w, first, last, top_k=0)
 

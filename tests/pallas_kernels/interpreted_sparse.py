@@ -135,17 +135,38 @@ def draw_indexer(shape):
   return *draw_index(shape), *span
 
 
-def check_indexer():
+def in_float8(q, k, w, *span):
+  """The same in float8, which holds small integers, with scales of 2**n."""
+  rng = np.random.default_rng(1)
+  power = lambda shape: jnp.asarray(
+    2.0 ** rng.integers(-3, 4, shape), 'float32'
+  )
+  codes = (a.astype(jnp.float8_e4m3fn) for a in (q, k))
+  return *codes, w, *span, power(q.shape[:3]), power(k.shape[:2])
+
+
+def check_indexer(float8=False):
+  def scaled(*args, top_k, impl):
+    *args, q_scale, k_scale = args
+    scales = {'q_scale': q_scale, 'k_scale': k_scale}
+    return indexer(*args, top_k=top_k, **scales, impl=impl)
+
   for name, shape in indexer_shapes.TEST_GPU.items():
     args = draw_indexer(shape)
+    args = in_float8(*args) if float8 else args
     near = 0 if shape.far else None
     limit = functools.partial(indexer_gpu.indexer, near=near)
     # One thread block takes all queries in turn, or eight share the keys.
     blocks = 4 * shape.batch * -(-shape.queries // 2) if shape.shared else 1
     sms = mock.patch.object(compat, 'num_sms', lambda blocks=blocks: blocks)
     with mock.patch.object(indexer_gpu, 'indexer', limit), sms:
-      op = functools.partial(indexer, top_k=shape.top_k)
+      op = scaled if float8 else indexer
+      op = functools.partial(op, top_k=shape.top_k)
       interpreted.compare(name, op, args, 0.0)
+
+
+def check_indexer_fp8():
+  check_indexer(float8=True)
 
 
 def check_index_candidates():

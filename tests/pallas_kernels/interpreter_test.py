@@ -31,6 +31,7 @@ SCRIPTS = {
   'latent_kv': 'interpreted_sparse.py',
   'compress': 'interpreted_sparse.py',
   'indexer': 'interpreted_sparse.py',
+  'indexer_fp8': 'interpreted_sparse.py',
   'index_candidates': 'interpreted_sparse.py',
   'mla_decode_fp8': 'interpreted_sparse.py',
   'sparse_mla': 'interpreted_sparse.py',

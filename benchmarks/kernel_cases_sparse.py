@@ -75,6 +75,29 @@ def select(shape):
   return Work(op, args, xla, flops, moved, {'xla': xla}, tolerance=0.0)
 
 
+def select_fp8(shape):
+  bf = select(shape)
+  q, keys, w, *span = bf.args
+  # Scales of powers of two leave scores exact.
+  k = fresh_keys(2)
+  power = lambda key, shape: 2.0 ** jax.random.randint(key, shape, -3, 4)
+  q_scale, k_scale = power(k[0], q.shape[:3]), power(k[1], keys.shape[:2])
+  q, keys = (a.astype(jnp.float8_e4m3fn) for a in (q, keys))
+
+  def op(*args, impl=None):
+    *args, q_scale, k_scale = args
+    scales = {'q_scale': q_scale, 'k_scale': k_scale}
+    return indexer(*args, top_k=shape.top_k, **scales, impl=impl)
+
+  xla = functools.partial(op, impl='reference')
+  args = (q, keys, w, *span, q_scale, k_scale)
+  # Half the bytes of both, and the scales.
+  moved = bf.moved - nbytes(q, keys) + nbytes(q_scale, k_scale)
+  return Work(
+    op, args, xla, bf.flops, moved, {'xla': xla}, speedup=2.0, tolerance=0.0
+  )
+
+
 def select_small(shape):
   return shape._replace(batch=1, queries=9, keys=700, heads=16, top_k=60)
 
@@ -276,6 +299,7 @@ _LEARNT = {n: sparse_shapes.BENCH[n] for n in ('prefill_s4096', 'v4_csa_s8192')}
 OPS = {
   'latent_kv': (latent_shapes.BENCH, store, store_small),
   'indexer': (indexer_shapes.BENCH, select, select_small),
+  'indexer_fp8': (indexer_shapes.BENCH, select_fp8, select_small),
   'index_candidates': (
     candidates_shapes.BENCH,
     select_in_blocks,

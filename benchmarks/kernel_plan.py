@@ -48,6 +48,7 @@ _TARGETS = {
   'latent_kv': ('of_floor', 0.8),
   'sparse_mla': ('of_floor', 0.6),
   'indexer': ('of_floor', 0.6),
+  'indexer_fp8': ('of_floor', 0.6),
 }
 
 
@@ -67,6 +68,7 @@ _FIRST = (
   ('compress', 'csa_t8192', 'xla'),
   ('compress_bwd', 'csa_t8192', 'xla'),
   ('indexer', 's8192_h64', ''),
+  ('indexer_fp8', 's8192_h64', ''),
   ('index_candidates', 's65536_m128', 'xla'),
   ('permute', 'v3_t4096', 'xla'),
   ('combine', 'v3_t4096', 'xla'),
@@ -77,6 +79,7 @@ _FIRST = (
   ('mla_decode', 'b128_kv4096_h16', ''),
   ('mla_decode', 'b128_ragged_h128', ''),
   ('indexer', 'decode_b64_s2_kv65536', ''),
+  ('indexer_fp8', 'decode_b64_s2_kv65536', ''),
   ('router', 'v3_decode_b128', 'xla'),
   ('quantize', 'act_t8192_d7168', 'xla'),
   ('quantize_columns', 'act_t8192_d7168', 'xla'),

@@ -360,12 +360,14 @@ class ErrorTest(parameterized.TestCase):
       kernel_timing.worst_error(np.ones((1, 3)), np.ones(3))
 
 
-class FloorTest(absltest.TestCase):
-  def test_float8_counts_all_of_its_products_at_twice_the_rate(self):
-    shapes, _, small = kernel_cases.OPS['grouped_matmul']
+class FloorTest(parameterized.TestCase):
+  @parameterized.parameters('grouped_matmul', 'indexer')
+  def test_float8_counts_all_of_its_products_at_twice_the_rate(self, op):
+    shapes, _, small = kernel_cases.OPS[op]
     shape = small(next(iter(shapes.values())))
-    plain = kernel_cases.OPS['grouped_matmul'][1](shape)
-    fp8 = kernel_cases.OPS['grouped_matmul_fp8'][1](shape)
+    plain = kernel_cases.OPS[op][1](shape)
+    fp8 = kernel_cases.OPS[f'{op}_fp8'][1](shape)
+    self.assertLess(fp8.moved, plain.moved)
     self.assertEqual(fp8.flops, plain.flops)
     self.assertEqual((plain.speedup, fp8.speedup), (1, 2))
     rates = {'flops': 1.0, 'bytes': 1e30}

@@ -35,7 +35,7 @@ _PAGED = PagedLatent, PagedSparseLatent
 
 def _own(node: Any) -> tuple:
   """Returns the leaves of a layer's cache that stay in pages."""
-  return node[:2] if type(node) is SparseLatent else tuple(node)
+  return tuple(node.latents if type(node) is SparseLatent else node)
 
 
 def _nodes(structure: Any, count: int, kinds: Kinds) -> list[Any]:
@@ -77,7 +77,7 @@ def in_pages(layers: Any, table: jax.Array, kinds: Kinds) -> Any:
     tables = jnp.broadcast_to(table, (node.c.shape[0], *table.shape))
     if type(node) is not SparseLatent:
       return PagedLatent(node, tables)
-    latents = PagedLatent(Latent(*_own(node)), tables)
+    latents = PagedLatent(node.latents, tables)
     return PagedSparseLatent(latents, node.index, node.means)
 
   return jax.tree.map(one, layers, is_leaf=lambda node: type(node) in kinds)
@@ -91,7 +91,8 @@ def plain(held: Any) -> tuple[Any, Kinds]:
     if type(node) is PagedLatent:
       node = node.pages
     elif type(node) is PagedSparseLatent:
-      node = SparseLatent(*node.latents.pages, node.index, node.means)
+      c, kr, *scales = node.latents.pages
+      node = SparseLatent(c, kr, node.index, node.means, *scales)
     else:
       return node
     kinds.add(type(node))
@@ -150,6 +151,9 @@ def _refused(
     return ''
   sparse = ''
   if kind is SparseLatent:
-    sparse = sparse_mla.refused(impl, queries, *own)
+    # Chosen latents in float8 are dequantised on their way to the kernel.
+    like = lambda a: jax.ShapeDtypeStruct(a.shape, queries)
+    wide = map(like, own[:2]) if len(own) == 3 else own
+    sparse = sparse_mla.refused(impl, queries, *wide)
   # Rows of few keys are read whole, in sparse attention, too.
   return sparse or mla_decode.refused(impl, queries, *own)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from deepseek_jax.config import above, at_least, check_choices, name_dtypes
 from deepseek_jax.config_changes import changed_by
 from deepseek_jax.errors import InputError
+from deepseek_jax.model.attention.dsa import DSAConfig
 from deepseek_jax.model.attention.latent_reading import GROUP
 from deepseek_jax.model.attention.mla import MLAConfig
 from deepseek_jax.model.block import AttentionConfig, BlockConfig
@@ -76,8 +77,10 @@ class ComputeConfig:
       change results by rounding alone, so they may change as a run goes on.
     cache: format of the latents that decoding keeps. 'float8' stores them as
       e4m3 with a float32 scale per 128 numbers and their rotary keys as
-      bfloat16: 656 bytes a token and layer in place of V3's 1,152, for MLA
-      alone. Training keeps no cache; what is sampled departs a little.
+      bfloat16: 656 bytes a token and layer in place of V3's 1,152, for MLA and
+      DSA. DSA's index keys are e4m3 then, too, with a float32 scale each, which
+      is a power of two: 132 bytes in place of V3.2's 256, and queries are to
+      score them. Training keeps no cache; what is sampled departs a little.
   """
 
   dtype: Literal['float32', 'bfloat16'] | None = 'float32'
@@ -230,11 +233,19 @@ class TransformerConfig:
     names |= {self.mtp.block} if self.mtp.depth else set()
     for name in sorted(names):
       attention = self.block(name).attention
-      if type(attention) is not MLAConfig or attention.kv_rank % GROUP:
+      sparse = type(attention) is DSAConfig
+      latent = sparse or type(attention) is MLAConfig
+      if not latent or attention.kv_rank % GROUP:
         raise InputError(
           f"compute.cache = 'float8': {name!r} has a"
-          f' {type(attention).__name__}; it takes MLA with kv_rank a multiple'
-          f" of {GROUP}; use 'compute'"
+          f' {type(attention).__name__}; it takes MLA or DSA with kv_rank a'
+          f" multiple of {GROUP}; use 'compute'"
+        )
+      if sparse and attention.indexer.dim.bit_count() > 1:
+        raise InputError(
+          f"compute.cache = 'float8': {name!r} has indexer.dim ="
+          f' {attention.indexer.dim}; index keys in float8 have a power of two'
+          " of numbers; use 'compute'"
         )
 
   @property

@@ -235,9 +235,10 @@ def cache_bytes_fp8(attention: Any, length: int) -> int | None:
 
   In latent attention (FlashMLA) a record is the latent as e4m3, a float32 scale
   per 128 of it, and the rotary key as bfloat16; an index key is e4m3 with one
-  scale. In V4 it is a vector with its rotated channels as bfloat16, the others
-  as e4m3 with a byte of scale per 64, in multiples of 8; an index key has 4
-  bits a number and a byte of scale per 32.
+  scale, the mean of a block of them bfloat16. In V4 it is a vector with its
+  rotated channels as bfloat16, the others as e4m3 with a byte of scale per 64,
+  in multiples of 8; an index key has 4 bits a number and a byte of scale per
+  32.
   """
   if isinstance(attention, SharedKVConfig):
     return _shared_bytes(attention, length)
@@ -246,10 +247,10 @@ def cache_bytes_fp8(attention: Any, length: int) -> int | None:
   C, R = attention.kv_rank, attention.rope_dim
   record = C + 4 * -(-C // 128) + 2 * R
   if isinstance(attention, DSAConfig):
-    key = attention.indexer.dim + 4 * -(-attention.indexer.dim // 128)
+    key = attention.indexer.dim + 4
     blocks = attention.indexer.blocks
     means = length // blocks.size if blocks else 0
-    return length * (record + key) + means * key
+    return length * (record + key) + means * 2 * attention.indexer.dim
   return length * record
 
 

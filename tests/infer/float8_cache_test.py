@@ -200,7 +200,8 @@ class ConfigTest(parameterized.TestCase):
     config = families.config(name)
     compute = dataclasses.replace(config.compute, cache='float8')
     with self.assertRaisesRegex(
-      ds.InputError, "compute.cache = 'float8': .* it takes MLA with kv_rank"
+      ds.InputError,
+      "compute.cache = 'float8': .* it takes MLA or DSA with kv_rank",
     ) as caught:
       dataclasses.replace(config, compute=compute)
     self.assertNotIn('\n', str(caught.exception))

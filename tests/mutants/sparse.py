@@ -102,16 +102,18 @@ _V32 = (
   Mutant(
     'new_tokens_are_not_in_the_pages',
     _DSA,
-    'held = self.write(x, ctx, latent, held)',
-    'held = held if paged else self.write(x, ctx, latent, held)',
+    'held = self.write(x, ctx, latent, past.latents)',
+    'held = past.latents\n'
+    '    if not paged:\n'
+    '      held = self.write(x, ctx, latent, past.latents)',
     (f'{_PAGED_TEST}::choices_are_read_from_a_rows_own_pages',),
     'V3.2 section 2.1: a query may choose its own token',
   ),
   Mutant(
     'index_keys_stay_in_pages',
     'deepseek_jax/infer/paged_latents.py',
-    'return node[:2] if type(node) is SparseLatent',
-    'return node[:3] if type(node) is SparseLatent',
+    'tuple(node.latents if type(node) is SparseLatent else node)',
+    'tuple(node[:3] if type(node) is SparseLatent else node)',
     (f'{_PAGED_TEST}::each_kind_of_layer_stays',),
     'V3.2 section 2.1: index keys are scored all, so rows of them are wanted',
   ),

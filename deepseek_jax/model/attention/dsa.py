@@ -25,8 +25,10 @@ from deepseek_jax.model import cache as caching
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import (
   index_blocks,
+  index_codes,
   indexer_loss,
   query_blocks,
+  sparse_latent,
 )
 from deepseek_jax.model.attention import indexer as index
 from deepseek_jax.model.attention.dsa_reading import (
@@ -35,13 +37,18 @@ from deepseek_jax.model.attention.dsa_reading import (
   read_chosen,
 )
 from deepseek_jax.model.attention.index_blocks import Blocks
+from deepseek_jax.model.attention.index_codes import FP8Keys, Keys
 from deepseek_jax.model.attention.indexer import (
   Indexer,
   IndexerConfig,
   IndexQuery,
 )
 from deepseek_jax.model.attention.indexer_loss import LossInputs
-from deepseek_jax.model.attention.latent_reading import Latent, read_latents
+from deepseek_jax.model.attention.latent_reading import (
+  FP8Latent,
+  Latent,
+  read_latents,
+)
 from deepseek_jax.model.attention.mla import MLA, MLAConfig
 from deepseek_jax.model.attention.query_blocks import Visibility
 from deepseek_jax.model.attention.sparse_latent import (
@@ -113,12 +120,9 @@ class DSAConfig(MLAConfig):
     And the mean of index keys per block, where keys are looked for in blocks.
     A slot is a position, which a rewound row overwrites: `spare` adds none.
     """
-    latent = super().cache(batch, slots, dtype, spare)
-    index = jnp.zeros((batch, slots, self.indexer.dim), dtype)
-    means = None
-    if self.indexer.blocks:
-      means = index_blocks.empty(self.indexer.blocks, index)
-    return SparseLatent(*latent, index, means)
+    latents = super().cache(batch, slots, dtype, spare)
+    keys = index_codes.empty((batch, slots, self.indexer.dim), dtype)
+    return sparse_latent.empty(latents, keys, self.indexer.blocks)
 
   def build(self, dim: int, *, std: float, rngs: nnx.Rngs) -> 'DSA':
     """Returns the attention of a model of width `dim`."""
@@ -163,9 +167,12 @@ class DSA(MLA):
     # Later calls read latents from the cache alone, where `write` makes them.
     latent = self.latent(x, ctx.positions) if fresh else None
     key = self.index_key(x, ctx.positions)
+    query = self.index_query(x, ctx.positions)
+    # With a cache in float8 a first call chooses as later ones do.
+    if past is not None and isinstance(past.index, FP8Keys):
+      key, query = FP8Keys(*index_codes.encoded(key)), query.encoded()
     if past is not None:
       past = self.extended(past, x, latent, key, ctx)
-    query = self.index_query(x, ctx.positions)
     # Later calls attend to the cache; a first one to its tokens alone.
     if not fresh:
       return self.project(self.cached(q, query, past, ctx)), past, {}
@@ -177,7 +184,7 @@ class DSA(MLA):
     past: Past,
     x: jax.Array,
     latent: Latent | None,
-    key: jax.Array,
+    key: Keys,
     ctx: Context,
   ) -> Past:
     """Returns the cache with what is cached of x [B T D].
@@ -186,14 +193,14 @@ class DSA(MLA):
       past: the cache.
       x: [B T D].
       latent: of x, or None if not needed otherwise.
-      key: [B T I] of the indexer.
+      key: [B T I] of the indexer, in the cache's format.
       ctx: of these tokens.
     """
     paged = isinstance(past, PagedSparseLatent)
-    held = past.latents if paged else Latent(*past[:2])
-    held = self.write(x, ctx, latent, held)
+    held = self.write(x, ctx, latent, past.latents)
+    put = lambda b, n: caching.write(b, n, ctx.positions, ctx.valid)
     past = past._replace(
-      index=caching.write(past.index, key, ctx.positions, ctx.valid),
+      index=jax.tree.map(put, past.index, key),
       **({'latents': held} if paged else held._asdict()),
     )
     if past.means is None:
@@ -215,10 +222,8 @@ class DSA(MLA):
     ctx: Context,
   ) -> jax.Array:
     """Attends to what queries choose of a cache: [B T H V]."""
-    paged = isinstance(past, PagedSparseLatent)
     if self.dense(past.index.shape[1]):
-      latents = past.latents if paged else Latent(*past[:2])
-      return self.attend(*q, None, latents, ctx)
+      return self.attend(*q, None, past.latents, ctx)
     visibility = query_blocks.visibility(
       ctx.positions, ctx.segments, fresh=False
     )
@@ -229,8 +234,9 @@ class DSA(MLA):
     chosen = choose(
       self.cfg, query, past.index, visibility, documents, blocks=blocks
     )
-    if not paged:
-      return read(self.cfg, q, past, self.ups(), chosen, shares=False).y
+    if isinstance(past, SparseLatent):
+      keys = past.latents
+      return read(self.cfg, q, keys, self.ups(), chosen, shares=False).y
     # What is chosen lies anywhere in the pages: one row's keys to queries of
     # any row. A place that is none is read as the first one, of the page that
     # is nobody's and zero.
@@ -280,7 +286,7 @@ class DSA(MLA):
 def choose(
   cfg: DSAConfig,
   query: IndexQuery,
-  keys: jax.Array,
+  keys: Keys,
   visibility: Visibility,
   key_segments: jax.Array | None = None,
   along: Along = WHOLE,
@@ -314,28 +320,27 @@ def choose(
       ('batch',),
     )
   own = lambda: index.choose(query, keys, visibility, cfg.top_k, **how)
-  row = ('batch',)
   return kernels.pick(
     'indexer',
     functools.partial(index.choose_by_kernel, top_k=cfg.top_k, along=along),
     own,
     (query, keys, visibility.places, key_segments),
-    (row, row, row, row),
-    row,
+    (('batch',),) * 4,
+    ('batch',),
   )
 
 
 def read(
   cfg: DSAConfig,
   q: tuple[jax.Array, jax.Array],
-  keys: SparseLatent | Latent,
+  keys: Latent | FP8Latent,
   ups: tuple[jax.Array, jax.Array],
   chosen: jax.Array,
   *,
   shares: bool,
 ) -> Read:
   """Attends to the chosen; with the `shares` that the loss wants, or not."""
-  args, most = (q, keys[:2], ups, chosen), cfg.block
+  args, most = (q, keys, ups, chosen), cfg.block
   row, heads = ('batch',), ('batch', None, 'heads')
   own = lambda: read_chosen(*args, scale=cfg.scale, most=most)
   found = kernels.pick(
@@ -432,12 +437,9 @@ def _sparse(
   """
   inputs = _loss_inputs(cfg, along, q, query, new, segments, up)
   ups = jnp.split(up, [cfg.nope_dim], axis=-1)
-  keys, visibility = (
-    SparseLatent(*inputs.latents, inputs.keys),
-    inputs.visibility,
-  )
-  chosen = choose(cfg, query, keys.index, visibility, inputs.segments, along)
-  found = read(cfg, q, keys, ups, chosen, shares=train)
+  where = inputs.visibility, inputs.segments, along
+  chosen = choose(cfg, query, inputs.keys, *where)
+  found = read(cfg, q, Latent(*inputs.latents), ups, chosen, shares=train)
   if not train:
     return found.y, {}
   # The indexer's target is the mean of all heads, on whatever device.

@@ -7,7 +7,8 @@ first block of a document and the query's own, which may be incomplete, are
 always among these. Blocks are counted from the start of a document. Nothing is
 learnt, so weights are those of the flat indexer, and so is the choice where all
 visible keys lie in so few blocks. By kernels the means are chosen as the flat
-indexer chooses keys, and the keys of blocks are not gathered.
+indexer chooses keys, and the keys of blocks are not gathered. Keys in float8
+are read as the numbers that they are, and their means are bfloat16.
 Legend: B batch, T queries, S keys, E blocks, m keys of a block, M candidates,
 I index dim, K chosen keys.
 """
@@ -18,12 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model import cache as caching
-from deepseek_jax.model.attention import query_blocks
+from deepseek_jax.model.attention import index_codes, query_blocks
 from deepseek_jax.model.attention.document_blocks import (
   block_starts,
   document_starts,
   new_tokens,
 )
+from deepseek_jax.model.attention.index_codes import Keys
 from deepseek_jax.model.attention.indexer import (
   IndexBlocksConfig,
   IndexQuery,
@@ -45,24 +47,26 @@ class Blocks(NamedTuple):
   start: jax.Array  # [B E] int32, place of the first key; -1: no block
 
 
-def _means(keys: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def _means(keys: Keys, start: jax.Array, size: int) -> jax.Array:
   """Returns means [B E I] of `size` keys of [B S I] from start [B E] on.
 
   They are of any keys where a block is incomplete, or starts at -1.
   """
   at = jnp.maximum(start, 0)[..., None] + jnp.arange(size)
   at = jnp.minimum(at, keys.shape[1] - 1)
-  return query_blocks.rows(keys, at).mean(axis=2)
+  return index_codes.rows(keys, at).mean(axis=2)
 
 
-def empty(cfg: IndexBlocksConfig, keys: jax.Array) -> jax.Array:
+def empty(
+  cfg: IndexBlocksConfig, keys: jax.Array | jax.ShapeDtypeStruct
+) -> jax.Array:
   """Returns the means of no block for a cache of keys [B S I]: [B E I]."""
   B, S, I = keys.shape
   return jnp.zeros((B, max(1, S // cfg.size), I), keys.dtype)
 
 
 def remember(
-  cfg: IndexBlocksConfig, means: jax.Array, keys: jax.Array, ctx: Context
+  cfg: IndexBlocksConfig, means: jax.Array, keys: Keys, ctx: Context
 ) -> jax.Array:
   """Returns a cache's means [B E I] with the blocks that new tokens complete.
 
@@ -87,7 +91,7 @@ def cached(cfg: IndexBlocksConfig, means: jax.Array) -> Blocks:
 
 
 def fresh(
-  cfg: IndexBlocksConfig, keys: jax.Array, segments: jax.Array | None
+  cfg: IndexBlocksConfig, keys: Keys, segments: jax.Array | None
 ) -> Blocks:
   """Returns the blocks of a batch's keys [B S I].
 
@@ -104,7 +108,7 @@ def fresh(
 def choose(
   cfg: IndexBlocksConfig,
   query: IndexQuery,
-  keys: jax.Array,
+  keys: Keys,
   blocks: Blocks,
   visibility: Visibility,
   k: int,
@@ -128,16 +132,16 @@ def choose(
   Returns:
     [B T k] int32, ascending, then -1 where fewer than k are visible.
   """
-  query, keys, blocks = jax.lax.stop_gradient((query, keys, blocks))
+  query, keys, blocks = jax.lax.stop_gradient((query.wide(), keys, blocks))
   places, first = _places(visibility.places, key_segments, keys.shape[:2])
 
-  def block(one: tuple, keys: jax.Array, blocks: Blocks) -> jax.Array:
+  def block(one: tuple, keys: Keys, blocks: Blocks) -> jax.Array:
     query, place, first = one
     starts = _chosen_blocks(cfg, query, blocks, place, first, along)
     at = starts[..., None] + jnp.arange(cfg.size)  # [B n count m]
     seen = (starts >= 0)[..., None] & (at <= place[..., None, None])
     at, seen = (a.reshape(*a.shape[:2], -1) for a in (at, seen))
-    some = query_blocks.rows(keys, jnp.where(seen, at, 0))  # [B n M I]
+    some = index_codes.rows(keys, jnp.where(seen, at, 0))  # [B n M I]
     scores = index_scores(query, some, along)
     # In order of places, so that of equal scores the lowest place is taken.
     found = best(scores, seen, k)
@@ -164,7 +168,7 @@ def _places(
 def choose_by_kernel(
   impl: str,
   query: IndexQuery,
-  keys: jax.Array,
+  keys: Keys,
   blocks: Blocks,
   places: jax.Array,
   key_segments: jax.Array | None,
@@ -184,7 +188,8 @@ def choose_by_kernel(
     along: the local shard; all index heads score together, so what devices
       with other heads hold is gathered.
   """
-  query = of_all_heads(query, along)
+  # These kernels take bfloat16, which the numbers of float8 are, too.
+  query, keys = of_all_heads(query.wide(), along), index_codes.wide(keys)
   places, first = _places(places, key_segments, keys.shape[:2])
   starts = _starts_by_kernel(impl, cfg, query, blocks, places, first)
   return index_candidates(

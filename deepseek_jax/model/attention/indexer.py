@@ -7,7 +7,7 @@ for DeepSeek's weights, although their attention interleaves; derived models
 (GLM) interleave here too. YaRN's frequencies are those of the attention, its
 softmax multiplier is not used. The released code multiplies q and k by a
 Hadamard matrix for the sake of 8-bit numbers; products don't change, so it is
-left out.
+left out, but for a cache in float8 (index_codes).
 Legend: B batch, T queries, S keys, K chosen keys, J index heads, I index dim,
 R rope dim, D model, Q query latent.
 """
@@ -21,7 +21,8 @@ from flax import nnx
 
 from deepseek_jax.config import above, at_least
 from deepseek_jax.errors import InputError
-from deepseek_jax.model.attention import candidates
+from deepseek_jax.model.attention import candidates, index_codes
+from deepseek_jax.model.attention.index_codes import FP8Keys, Keys
 from deepseek_jax.model.attention.query_blocks import (
   Visibility,
   over_blocks,
@@ -109,6 +110,18 @@ class IndexQuery(NamedTuple):
 
   q: jax.Array  # [B T J I]
   weight: jax.Array  # [B T J] float32, of any sign
+  scale: jax.Array | None = None  # [B T J] float32, of q in float8
+
+  def encoded(self) -> 'IndexQuery':
+    """Returns the query of keys in float8, in float8 as well."""
+    codes, scale = index_codes.encoded(self.q)
+    return IndexQuery(codes, self.weight, scale)
+
+  def wide(self) -> 'IndexQuery':
+    """Returns the same query with q of no format."""
+    if self.scale is None:
+      return self
+    return IndexQuery(index_codes.decoded(self.q, self.scale), self.weight)
 
 
 class Indexer(nnx.Module):
@@ -171,15 +184,25 @@ class Indexer(nnx.Module):
 
 
 def index_scores(
-  query: IndexQuery, keys: jax.Array, along: Along = WHOLE
+  query: IndexQuery, keys: Keys, along: Along = WHOLE
 ) -> jax.Array:
   """Computes I for keys [B S I]: [B T S]; for gathered ones [B T K I]: [B T K].
 
-  Where devices hold some of the heads each, these are the sums of all.
+  Where devices hold some of the heads each, these are the sums of all. Of keys
+  in float8 the query is, too.
   """
+  q, weight = query.q, query.weight
+  scales = None
+  if isinstance(keys, FP8Keys):
+    keys, scales = keys
+    # Whatever rounds products of float32 has room for float8.
+    q, keys = (a.astype(jnp.float32) for a in (q, keys))
+    weight = weight * query.scale
   form = 'BTJI,BSI->BTJS' if keys.ndim == 3 else 'BTJI,BTSI->BTJS'
-  dots = jnp.einsum(form, query.q, keys, preferred_element_type=jnp.float32)
-  own = jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(dots), query.weight)
+  dots = jnp.einsum(form, q, keys, preferred_element_type=jnp.float32)
+  own = jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(dots), weight)
+  if scales is not None:
+    own *= scales[:, None]
   return along.sum_of_heads(own)
 
 
@@ -211,7 +234,7 @@ def best(scores: jax.Array, seen: jax.Array, k: int) -> jax.Array:
 
 def choose(
   query: IndexQuery,
-  keys: jax.Array,
+  keys: Keys,
   visibility: Visibility,
   k: int,
   *,
@@ -222,7 +245,7 @@ def choose(
   """Chooses the keys that each query attends to; no gradient.
 
   Args:
-    query: of T tokens; keys: [B S I].
+    query: of T tokens; keys: [B S I], both or none in float8.
     visibility: what the queries may attend to.
     k: how many at most; at most S.
     key_segments: [B S], where the visibility has segments.
@@ -237,7 +260,7 @@ def choose(
 
   def block(
     one: tuple[IndexQuery, Visibility],
-    keys: jax.Array,
+    keys: Keys,
     key_segments: jax.Array | None,
   ) -> jax.Array:
     query, visibility = one
@@ -246,7 +269,7 @@ def choose(
 
   def on_cpu(
     one: tuple[IndexQuery, Visibility],
-    keys: jax.Array,
+    keys: Keys,
     key_segments: jax.Array | None,
   ) -> jax.Array:
     query, visibility = one
@@ -281,7 +304,7 @@ def choose(
 def choose_within(
   impl: str,
   query: IndexQuery,
-  keys: jax.Array,
+  keys: Keys,
   span: tuple[jax.Array, jax.Array],
   top_k: int,
   along: Along = WHOLE,
@@ -291,7 +314,7 @@ def choose_within(
   Args:
     impl: 'reference' or 'gpu', of the kernel.
     query: of the local tokens and index heads.
-    keys: [B S I] of all tokens.
+    keys: [B S I] of all tokens, in float8 if the query is.
     span: first and end of the keys that a query may choose, [B T] each.
     top_k: how many a query chooses.
     along: the local shard; all index heads score together, so what devices
@@ -300,14 +323,21 @@ def choose_within(
   Returns:
     [B T top_k] int32, ascending, then -1.
   """
-  query = of_all_heads(query, along)
-  return indexer(query.q, keys, query.weight, *span, top_k=top_k, impl=impl)
+  q, weight, q_scale = of_all_heads(query, along)
+  keys, k_scale = keys if isinstance(keys, FP8Keys) else (keys, None)
+  return indexer(
+    *(q, keys, weight, *span),
+    top_k=top_k,
+    q_scale=q_scale,
+    k_scale=k_scale,
+    impl=impl,
+  )
 
 
 def choose_by_kernel(
   impl: str,
   query: IndexQuery,
-  keys: jax.Array,
+  keys: Keys,
   places: jax.Array,
   segments: jax.Array | None,
   *,
@@ -334,7 +364,7 @@ def of_all_heads(query: IndexQuery, along: Along) -> IndexQuery:
   if not along.heads:
     return query
   whole = lambda a: jax.lax.all_gather(a, along.heads, axis=2, tiled=True)
-  return IndexQuery(*map(whole, query))
+  return jax.tree.map(whole, query)
 
 
 def divergence_of_chosen(

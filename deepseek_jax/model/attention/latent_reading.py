@@ -56,7 +56,7 @@ def encoded(latent: Latent) -> FP8Latent:
 
 def decoded(held: Latent | FP8Latent, dtype: jax.typing.DTypeLike) -> Latent:
   """Returns cached latents [B S .] in `dtype`; those of no format as is."""
-  if isinstance(held, Latent):
+  if not isinstance(held, FP8Latent):
     return held
   flat = lambda a: a.reshape(-1, a.shape[-1])
   c = dequantize(flat(held.c), flat(held.scales), dtype)

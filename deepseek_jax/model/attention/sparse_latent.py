@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 import jax
 
-from deepseek_jax.model.attention.latent_reading import Latent
+from deepseek_jax.model.attention import index_blocks, index_codes
+from deepseek_jax.model.attention.index_codes import Keys
+from deepseek_jax.model.attention.indexer import IndexBlocksConfig
+from deepseek_jax.model.attention.latent_reading import FP8Latent, Latent
 from deepseek_jax.model.attention.paged_latent import PagedLatent
 
 
@@ -20,21 +23,46 @@ class SparseLatent(NamedTuple):
 
   c: jax.Array  # [B S C], normed
   kr: jax.Array  # [B S R], rotated
-  index: jax.Array  # [B S I], normed and rotated
+  index: Keys  # [B S I], normed and rotated
   # [B E I] of a cache, where keys are looked for in blocks
   means: jax.Array | None = None
+  scales: jax.Array | None = None  # of c in float8, as FP8Latent's
+
+  @property
+  def latents(self) -> Latent | FP8Latent:
+    """Returns what is read of chosen tokens."""
+    if self.scales is None:
+      return Latent(self.c, self.kr)
+    return FP8Latent(self.c, self.kr, self.scales)
+
+
+def empty(
+  latents: Latent | FP8Latent, keys: Keys, blocks: IndexBlocksConfig | None
+) -> SparseLatent:
+  """Returns a cache of no token.
+
+  Args:
+    latents: of no token, [B S .].
+    keys: of the indexer, of no token, [B S I].
+    blocks: in which keys are looked for, or None.
+  """
+  c, kr, *scales = latents
+  means = None
+  if blocks:
+    means = index_blocks.empty(blocks, jax.eval_shape(index_codes.wide, keys))
+  return SparseLatent(c, kr, keys, means, *scales)
 
 
 class PagedSparseLatent(NamedTuple):
   """Holds the cache of rows whose latents are in pages."""
 
   latents: PagedLatent
-  index: jax.Array  # [B S I]
+  index: Keys  # [B S I]
   means: jax.Array | None = None  # [B E I], as SparseLatent's
 
   def one_row(
     self, chosen: jax.Array, valid: jax.Array | None
-  ) -> tuple[Latent, jax.Array]:
+  ) -> tuple[Latent | FP8Latent, jax.Array]:
     """Returns all pages as one row of keys, and where the chosen lie in it.
 
     Args:

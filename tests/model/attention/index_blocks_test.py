@@ -71,7 +71,7 @@ def by_kernel(query, keys, documents=None, *, cfg=SIZES, k=5):
 
 def by_hand(query, keys, documents, cfg, k):
   """Choices of one query at a time, in float64."""
-  q, w, keys = (np.float64(a) for a in (*query, keys))
+  q, w, keys = (np.float64(a) for a in (*query[:2], keys))
   out = np.full((*keys.shape[:2], k), -1)
   for b in range(len(keys)):
 

@@ -7,6 +7,9 @@ _MLA = 'deepseek_jax/model/attention/mla.py'
 _SCHEDULE = 'deepseek_jax/plan/schedule.py'
 _CACHE_TEST = 'tests/infer/float8_cache_test.py'
 _PAGED_TEST = 'tests/infer/paged_latents_test.py'
+_INDEXER = 'deepseek_jax/model/attention/indexer.py'
+_INDEX_TEST = 'tests/infer/float8_index_test.py'
+_OP_TEST = 'tests/pallas_kernels/indexer_test.py'
 _SCHEDULE_TEST = 'tests/plan/schedule_test.py'
 _SWIGLU_TEST = 'tests/pallas_kernels/swiglu_quantize_test.py'
 _TOKENS_TEST = 'tests/pallas_kernels/from_tokens_test.py'
@@ -35,6 +38,38 @@ MUTANTS = (
     '      scales=None,\n',
     (f'{_PAGED_TEST}::pages_in_float8_go_to_the_kernel_with_their_scales',),
     'bytes of float8 taken for numbers',
+  ),
+  Mutant(
+    'index_keys_in_float8_score_without_their_scales',
+    _INDEXER,
+    '    own *= scales[:, None]\n',
+    '    own *= 1.0\n',
+    (f'{_INDEX_TEST}::choices_are_those_of_float64',),
+    'V3.2, fp8_index: the scale of a key multiplies the sum over heads',
+  ),
+  Mutant(
+    'index_queries_in_float8_score_without_their_scales',
+    _INDEXER,
+    '    weight = weight * query.scale\n',
+    '',
+    (f'{_INDEX_TEST}::choices_are_those_of_float64',),
+    'V3.2, fp8_index: the scale of a query and head is part of its weight',
+  ),
+  Mutant(
+    'operation_leaves_out_the_scales_of_keys',
+    'pallas_kernels/indexer/reference.py',
+    '    total *= k_scale\n',
+    '    total *= 1.0\n',
+    (f'{_OP_TEST}::float8_equals_a_loop',),
+    'V3.2, fp8_index: the scale of a key multiplies the sum over heads',
+  ),
+  Mutant(
+    'operation_leaves_out_the_scales_of_queries',
+    'pallas_kernels/indexer/__init__.py',
+    '    w = w.astype(jnp.float32) * q_scale\n',
+    '    w = w.astype(jnp.float32)\n',
+    (f'{_OP_TEST}::float8_equals_a_loop',),
+    'V3.2, fp8_index: the scale of a query and head is part of its weight',
   ),
   Mutant(
     'planner_counts_a_float8_cache_as_bfloat16',

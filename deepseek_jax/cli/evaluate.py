@@ -37,7 +37,7 @@ from deepseek_jax.evaluation import (
 )
 from deepseek_jax.infer import checks
 from deepseek_jax.record import results
-from deepseek_jax.rl import tasks
+from deepseek_jax.rl import answering, tasks
 from deepseek_jax.rl.answering import AnswerConfig, Asked
 from deepseek_jax.rl.chats import ChatConfig
 
@@ -207,7 +207,7 @@ class _Measuring:
     """Returns the measurement of pass@k on a task."""
     task = tasks.read(path)
     passing.check(task, path)
-    of = task.sha256, self.form, dataclasses.asdict(self.cfg)
+    of = task.sha256, self.form, answering.settings(self.cfg)
     rows = self.rows('pass', path, *of)
 
     def measure() -> dict[str, Any]:
@@ -231,7 +231,7 @@ class _Measuring:
     texts = heldout_bits.texts(self.source, path)
     found = infilling.functions(texts)
     of = hashlib.sha256(json.dumps(found).encode()).hexdigest(), _SPAN.value
-    of = (*of, dataclasses.asdict(self.cfg), _LIMIT.value)
+    of = (*of, answering.settings(self.cfg), _LIMIT.value)
     rows = self.rows('infill', path, *of)
     infilling.check(self.asked, found)
 

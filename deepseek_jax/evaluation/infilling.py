@@ -6,7 +6,6 @@ An answer is right if it is the text that was there, character by character.
 """
 
 import ast
-import dataclasses
 import hashlib
 import json
 import random
@@ -155,7 +154,7 @@ def infilled(
   prompts = [_prompt(asked, made) for made in cuts]
   settings = {
     'cuts': hashlib.sha256(json.dumps(cuts).encode()).hexdigest(),
-    **dataclasses.asdict(cfg),
+    **answering.settings(cfg),
     **(about or {}),
   }
   with PartialLines(path, settings) as lines:
@@ -192,7 +191,7 @@ def _fill(
   engine = answering.engine_of(asked, max(map(len, prompts)), cfg)
   for places in answering.blocks(len(lines.rows), len(cuts), cfg):
     requests = [
-      answering.request(prompts[p], cfg.seed + cfg.n * p, stops, cfg)
+      answering.request(prompts[p], answering.first_seed(cfg, p), stops, cfg)
       for p in places
     ]
     for place, group in zip(places, engine.run(requests)):

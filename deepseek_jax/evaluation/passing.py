@@ -4,7 +4,6 @@ Each problem's counts go to disk as they come: a call that was ended goes on
 with those that are left.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from deepseek_jax.errors import InputError
 from deepseek_jax.evaluation import estimates
 from deepseek_jax.record.partial_lines import PartialLines
+from deepseek_jax.rl import answering
 from deepseek_jax.rl.answering import AnswerConfig, Answering, Asked, Scored
 from deepseek_jax.rl.tasks import Task
 
@@ -60,7 +60,7 @@ def passed(
   estimates.check_k(ks, cfg.n)
   check(task)
   count = min(len(task.heldout), limit or len(task.heldout))
-  settings = {'task': task.sha256, **dataclasses.asdict(cfg), **(about or {})}
+  settings = {'task': task.sha256, **answering.settings(cfg), **(about or {})}
   with PartialLines(path, settings) as lines:
     if len(lines.rows) < count:
       # All of them decide the shapes: a limit changes no bit of an answer.

@@ -7,6 +7,7 @@ Legend: n answers of a problem.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class AnswerConfig:
     temperature: 0 takes the likeliest tokens, so n is 1.
     top_p: draws among the likeliest tokens that make up this probability.
     seed: with a problem's place and an answer's number it alone decides what is
-      drawn.
+      drawn; two seeds share no answer.
     slots: answers that are decoded together.
     seconds: by the clock, that a verifier may take for an answer.
     processes: of verifiers.
@@ -162,8 +163,8 @@ class Answering:
     """
     end = len(self.problems) if end is None else end
     for places in blocks(first, end, self.cfg):
-      seed = self.cfg.seed + self.cfg.n * places[0]
-      yield from zip(places, self.ask(places, self.cfg, seed))
+      first = first_seed(self.cfg, places[0])
+      yield from zip(places, self.ask(places, self.cfg, first))
 
   def ask(
     self, places: Sequence[int], cfg: AnswerConfig, seed: int
@@ -246,6 +247,25 @@ def engine_of(asked: Asked, longest: int, cfg: AnswerConfig) -> Engine:
     deterministic=True,
   )
   return Engine(asked.model, asked.variables, shape)
+
+
+def settings(cfg: AnswerConfig) -> dict[str, Any]:
+  """Returns what decides answers, and that seeds are hashed.
+
+  Earlier versions drew answer i of a problem by seed + i: what they began can
+  not go on.
+  """
+  return {**dataclasses.asdict(cfg), 'seeds': 'hashed'}
+
+
+def first_seed(cfg: AnswerConfig, place: int) -> int:
+  """Returns the seed of the first answer to the problem at a place.
+
+  Seeds of answers are neighbours, so those of two `cfg.seed` lie far apart:
+  else seed 1 would draw all but one of the answers of seed 0.
+  """
+  digest = hashlib.sha256(f'answers {cfg.seed}'.encode()).digest()
+  return int.from_bytes(digest[:7], 'big') + cfg.n * place
 
 
 def blocks(first: int, end: int, cfg: AnswerConfig) -> list[range]:

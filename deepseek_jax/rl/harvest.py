@@ -5,7 +5,6 @@ fine-tuning learn from them: several answers to a problem are sampled, scored by
 the task's verifiers, and the right ones kept.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from deepseek_jax import files
 from deepseek_jax.errors import InputError
 from deepseek_jax.record.partial_lines import PartialLines
-from deepseek_jax.rl import chats
+from deepseek_jax.rl import answering, chats
 from deepseek_jax.rl.answering import AnswerConfig, Answering, Asked, Scored
 from deepseek_jax.rl.tasks import Task
 
@@ -95,7 +94,7 @@ def harvest(
     )
   # What neither changes an answer nor whether it is right.
   free = ('seconds', 'processes')
-  fields = dataclasses.asdict(cfg)
+  fields = answering.settings(cfg)
   settings = {
     'task': task.sha256,
     'tokenizer': asked.tokenizer.sha256,
@@ -191,7 +190,9 @@ def _again(path: Path, settings: dict) -> Harvest:
       f'answers = {str(path)!r}: is there, and was not written by this command;'
       ' name another file'
     ) from None
-  there, here = made['settings'], json.loads(json.dumps(settings))
+  here = json.loads(json.dumps(settings))
+  # Whole and right, whatever drew it: a file of earlier versions stays of use.
+  there = {'seeds': here['seeds'], **made['settings']}
   if there == here:
     _check_whole(path, lines, counts.kept)
     return counts

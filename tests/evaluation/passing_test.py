@@ -78,6 +78,15 @@ class PassingTest(absltest.TestCase):
       few['pass']['1']['value'], np.mean([np.mean(r) for r in right[:2]])
     )
 
+  def test_neighbouring_seeds_share_no_answer_by_their_draws(self):
+    drawn = []
+    for seed in (0, 1):
+      path, _ = self.passed(f'{seed}.jsonl', ks=(1,), n=6, seed=seed)
+      rows = path.read_text().splitlines()[1:]
+      drawn.append([json.loads(row)['texts'] for row in rows])
+    same = [a[1:] == b[:-1] for a, b in zip(*drawn)]
+    self.assertLess(sum(same), len(same) // 2)
+
   def test_a_failing_verifier_leaves_its_answers_out(self):
     own = os.path.join(self.folder, 'own.py')
     path = taught.task(self.folder, rewards=[{'kind': 'own', 'file': own}])

@@ -1,5 +1,6 @@
 """Right answers become conversations: kept, counted, resumed after a kill."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
@@ -32,7 +34,8 @@ class HarvestTest(parameterized.TestCase):
     return path, harvest.harvest(taught.asked(), task, path, cfg, keep=keep)
 
   def test_right_answers_are_kept_and_the_rest_is_counted(self):
-    path, found = self.harvest()
+    warm = {'temperature': 2.0}  # else all of them are right
+    path, found = self.harvest(**warm)
     task, said = taught.read(), list(conversations.read(path))
     self.assertEqual(found.problems, len(task.train))
     self.assertEqual(found.answers, 3 * len(task.train))
@@ -48,7 +51,7 @@ class HarvestTest(parameterized.TestCase):
     self.assertEqual(found.solved, len({prompt for prompt, _ in pairs}))
     # Independently: the engine's answers, sorted by hand.
     with answering.Answering(
-      taught.asked(), task, task.train, taught.sampled()
+      taught.asked(), task, task.train, taught.sampled(**warm)
     ) as answers:
       groups = dict(answers.each())
     want = [
@@ -135,6 +138,22 @@ class HarvestTest(parameterized.TestCase):
       self.harvest('own.jsonl')
     with self.assertRaisesRegex(ds.InputError, 'must end in .jsonl'):
       self.harvest('a.txt')
+
+  def test_neighbouring_seeds_draw_far_apart(self):
+    cfgs = [taught.sampled(n=100, seed=seed) for seed in range(50)]
+    firsts = sorted(answering.first_seed(cfg, 0) for cfg in cfgs)
+    gaps = [b - a for a, b in itertools.pairwise(firsts)]
+    self.assertGreater(min(gaps), 10**9)
+    places = [answering.first_seed(cfgs[0], place) for place in range(3)]
+    self.assertEqual(np.diff(places).tolist(), [100, 100])
+
+  def test_a_file_of_an_earlier_version_is_used_again(self):
+    path, found = self.harvest()
+    head, *rest = Path(path).read_text().splitlines(keepends=True)
+    old = json.loads(head)
+    del old['made']['settings']['seeds']
+    Path(path).write_text(''.join([json.dumps(old) + '\n', *rest]))
+    self.assertEqual(self.harvest()[1], found)
 
   def test_a_file_that_was_cut_is_not_used(self):
     path, found = self.harvest()

@@ -163,8 +163,8 @@ class Answering:
     """
     end = len(self.problems) if end is None else end
     for places in blocks(first, end, self.cfg):
-      first = first_seed(self.cfg, places[0])
-      yield from zip(places, self.ask(places, self.cfg, first))
+      seed = first_seed(self.cfg, places[0])
+      yield from zip(places, self.ask(places, self.cfg, seed))
 
   def ask(
     self, places: Sequence[int], cfg: AnswerConfig, seed: int

@@ -207,7 +207,7 @@ class _Measuring:
     """Returns the measurement of pass@k on a task."""
     task = tasks.read(path)
     passing.check(task, path)
-    of = task.sha256, self.form, answering.settings(self.cfg)
+    of = self.form, answering.settings(self.cfg, task)
     rows = self.rows('pass', path, *of)
 
     def measure() -> dict[str, Any]:

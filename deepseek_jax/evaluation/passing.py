@@ -60,7 +60,7 @@ def passed(
   estimates.check_k(ks, cfg.n)
   check(task)
   count = min(len(task.heldout), limit or len(task.heldout))
-  settings = {'task': task.sha256, **answering.settings(cfg), **(about or {})}
+  settings = {**answering.settings(cfg, task), **(about or {})}
   with PartialLines(path, settings) as lines:
     if len(lines.rows) < count:
       # All of them decide the shapes: a limit changes no bit of an answer.

@@ -249,13 +249,18 @@ def engine_of(asked: Asked, longest: int, cfg: AnswerConfig) -> Engine:
   return Engine(asked.model, asked.variables, shape)
 
 
-def settings(cfg: AnswerConfig) -> dict[str, Any]:
-  """Returns what decides answers, and that seeds are hashed.
+def settings(cfg: AnswerConfig, task: Task | None = None) -> dict[str, Any]:
+  """Returns what decides answers and, of a task, their scores.
 
   Earlier versions drew answer i of a problem by seed + i: what they began can
   not go on.
   """
-  return {**dataclasses.asdict(cfg), 'seeds': 'hashed'}
+  out = {**dataclasses.asdict(cfg), 'seeds': 'hashed'}
+  if task is None:
+    return out
+  # Code changes more often than problems: scores of other code are stale.
+  code = {'verifiers': task.verifiers} if task.verifiers else {}
+  return {'task': task.sha256, **code, **out}
 
 
 def first_seed(cfg: AnswerConfig, place: int) -> int:

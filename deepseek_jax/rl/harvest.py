@@ -94,9 +94,8 @@ def harvest(
     )
   # What neither changes an answer nor whether it is right.
   free = ('seconds', 'processes')
-  fields = answering.settings(cfg)
+  fields = answering.settings(cfg, task)
   settings = {
-    'task': task.sha256,
     'tokenizer': asked.tokenizer.sha256,
     'keep': keep,
     **{name: value for name, value in fields.items() if name not in free},
@@ -192,7 +191,8 @@ def _again(path: Path, settings: dict) -> Harvest:
     ) from None
   here = json.loads(json.dumps(settings))
   # Whole and right, whatever drew it: a file of earlier versions stays of use.
-  there = {'seeds': here['seeds'], **made['settings']}
+  new = {n: here[n] for n in ('seeds', 'verifiers') if n in here}
+  there = {**new, **made['settings']}
   if there == here:
     _check_whole(path, lines, counts.kept)
     return counts

@@ -34,13 +34,15 @@ class Task:
   Attributes:
     train, heldout: problems, each with a 'prompt' and what verifiers need.
     rewards: as `judge.Judge` takes them.
-    sha256: of all that decides prompts and scores.
+    sha256: of problems and rewards as the files have them.
+    verifiers: SHA-256 of the code of one's own rewards; '' without any.
   """
 
   train: tuple[dict, ...]
   heldout: tuple[dict, ...]
   rewards: tuple[dict, ...]
   sha256: str
+  verifiers: str = ''
 
 
 def read(path: str) -> Task:
@@ -73,7 +75,27 @@ def read(path: str) -> Task:
     raise InputError(f'{path}: heldout = {share!r} leaves nothing to train on')
   text = json.dumps([train, heldout, spec['rewards']], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  return Task(tuple(train), tuple(heldout), tuple(spec['rewards']), digest)
+  return Task(
+    tuple(train),
+    tuple(heldout),
+    tuple(spec['rewards']),
+    digest,
+    _code_sha256(spec['rewards']),
+  )
+
+
+def _code_sha256(given: list[dict]) -> str:
+  """Returns the SHA-256 of the files of `own` rewards; '' without any."""
+  digest = hashlib.sha256()
+  paths = [one['file'] for one in given if one['kind'] == 'own']
+  for path in paths:
+    try:
+      with open(os.path.expanduser(path), 'rb') as file:
+        code = file.read()
+    except OSError as error:
+      raise InputError(f'{path}: cannot be read ({error.strerror})') from error
+    digest.update(len(code).to_bytes(8, 'big') + code)
+  return digest.hexdigest() if paths else ''
 
 
 def _parsed(text: str) -> Any:

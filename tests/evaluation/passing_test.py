@@ -110,6 +110,16 @@ class PassingTest(absltest.TestCase):
     ):
       self.passed('b.jsonl', task=task, ks=(1,))
 
+  def test_scores_of_other_code_are_not_gone_on_with(self):
+    own = os.path.join(self.folder, 'own.py')
+    path = taught.task(self.folder, rewards=[{'kind': 'own', 'file': own}])
+    for score in (0.0, 1.0):
+      Path(own).write_text(f'def score(text, problem): return {score}\n')
+      _, found = self.passed(f'{score}', (1,), taught.tasks.read(path), n=1)
+      self.assertEqual(found['reward'], score)
+    with self.assertRaisesRegex(ds.InputError, 'verifiers is'):
+      self.passed('0.0', (1,), taught.tasks.read(path), n=1)
+
   def test_what_does_not_fit_is_refused(self):
     with self.assertRaisesRegex(ds.InputError, 'k = 4: must lie in 1..n = 3'):
       self.passed(ks=(1, 4))

@@ -30,7 +30,6 @@ from deepseek_jax.model.experts.ffn import FFNConfig
 from deepseek_jax.model.mtp import MTPConfig
 from deepseek_jax.model.transformer_config import ComputeConfig
 from tests import tiny
-from tests.infer import families
 from tests.infer.paged_latents_test import answers, program, shared
 
 I, K, T = 16, 8, 40
@@ -183,7 +182,11 @@ class AnswersTest(parameterized.TestCase):
     own, _, _ = answers(config, variables, None, drafts, **how)
     pages, seen, run = answers(config, variables, 'reference', drafts, **how)
     for a, b in zip(own, pages, strict=True):
-      families.check_same(a, b)
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+      logs = [[p.logprob for p in answer.logprobs] for answer in (a, b)]
+      # As float8_cache_test has it: the programs' float32 differs by a bit, and
+      # so may what is rounded; 5e-5 was seen.
+      np.testing.assert_allclose(*logs, rtol=0, atol=2e-3)
       self.assertEqual(a.usage, b.usage)
     # Chosen latents are read in the store's pages; codes reach the indexer.
     self.assertIn('sparse_mla', {op for op, _ in seen})
@@ -211,9 +214,15 @@ class AnswersTest(parameterized.TestCase):
     self.assertGreater(run.stats['cached_tokens'], 0)
 
   @pytest.mark.slow
-  def test_shared_beginnings_with_drafts_and_blocks_do(self):
-    run = self.check(BLOCKS, 2, given=shared())
+  def test_shared_beginnings_with_blocks_do(self):
+    # One after the other, so that each finds what the one before has filled.
+    run = self.check(BLOCKS, given=shared((1, 9)), slots=1)
     self.assertGreater(run.stats['cached_tokens'], 0)
+
+  @pytest.mark.slow
+  def test_drafts_with_blocks_do(self):
+    run = self.check(BLOCKS, 2, given=shared())
+    self.assertGreater(run.stats['accepted_drafts'], 0)
 
 
 class TracedTest(absltest.TestCase):

@@ -25,6 +25,7 @@ def choose_dialect(
     source.tokenizer,
     published=published,
     trained=(chat.format, chat.folder) if chat else None,
+    thinking=chat.thinking if chat else None,
   )
 
 

@@ -21,13 +21,25 @@ _READ = (*_THINKING, pieces.EOS)
 class FormatDialect:
   """Speaks one of DeepSeek's formats; see `Dialect`."""
 
-  def __init__(self, chosen: formats.Format, tokenizer: Any):
+  def __init__(
+    self,
+    chosen: formats.Format,
+    tokenizer: Any,
+    thinking: bool | None = None,
+  ):
     """Takes a format and the tokenizer, which must have its marks.
+
+    Args:
+      chosen: the format.
+      tokenizer: of the model.
+      thinking: whether it thinks where a chat does not say; None: as the format
+        does by itself.
 
     Raises:
       InputError: it lacks some.
     """
     self._format, self._tokenizer = chosen, tokenizer
+    self._thinking = thinking
     self.name, self.calls = chosen.name, chosen.tools
     self.end_of_thinking = _end_of_thinking(tokenizer)
     self.encode(Chat(({'role': 'user', 'content': ''},)))
@@ -40,6 +52,8 @@ class FormatDialect:
     if choice in ('required', 'function'):
       choice = 'required'
       thinking = bool(thinking)  # a call is opened in the prompt
+    elif thinking is None and chat.effort is None:
+      thinking = self._thinking
     rendered = self._format.render(
       chat.messages,
       tools=tools or None,
@@ -183,6 +197,7 @@ def choose(
   *,
   published: bool,
   trained: tuple[str, str] | None = None,
+  thinking: bool | None = None,
 ) -> FormatDialect | TemplateDialect | None:
   """Returns how conversations are written, or None for completions only.
 
@@ -194,18 +209,22 @@ def choose(
     published: whether it is a Hugging Face folder.
     trained: format and folder of the conversations that a run was trained on;
       None: it was on none. Plain ones have no marks: completions only.
+    thinking: whether turns of that format thought; None: where they had
+      reasoning.
 
   Raises:
     InputError: the name is unknown, or the tokenizer lacks the format's marks.
   """
   if name == 'auto' and trained:
     name, folder = trained[0], trained[1] or folder
+  if trained is None or name != trained[0]:
+    thinking = None
   if name in ('none', 'plain', 'r1_zero'):
     return None
   if name == 'template':
     return TemplateDialect(folder, tokenizer)
   if name != 'auto':
-    return FormatDialect(formats.get(name), tokenizer)
+    return FormatDialect(formats.get(name), tokenizer, thinking)
   try:
     where = folder if published else None
     return FormatDialect(formats.guess(where, tokenizer), tokenizer)

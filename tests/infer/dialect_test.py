@@ -172,6 +172,24 @@ class ChooseTest(parameterized.TestCase):
     other = choose('v3', '/no', tokenizer, published=False, trained=(name, ''))
     self.assertEqual(other.name, 'v3')  # what is asked for comes first
 
+  def test_a_run_thinks_as_it_was_trained_unless_asked(self):
+    def opens(trained, name='auto', **asked):
+      found = choose(
+        name,
+        '/no',
+        servers.deepseek_tokenizer(),
+        published=False,
+        trained=('v4', ''),
+        thinking=trained,
+      )
+      chat = Chat(({'role': 'user', 'content': 'u'},), **asked)
+      return servers.deepseek_tokenizer().decode(found.encode(chat)[-1:])
+
+    self.assertEqual(opens(None), '<think>')
+    self.assertEqual(opens(False), '</think>')
+    self.assertEqual(opens(False, thinking=True), '<think>')
+    self.assertEqual(opens(False, name='v41'), '<think>')
+
   def test_a_run_of_a_template_or_of_plain_text(self):
     folder, tokenizer = self.folder('other', tokenizer_folders.TEMPLATE)
     found = choose(

@@ -310,6 +310,12 @@ class FormatChat:
     )
     return formats.encode(self._tokenizer, pieces)
 
+  def asks_otherwise(self, messages: Sequence[Mapping]) -> bool:
+    """Returns whether `prompt` opens no answer as these turns are opened."""
+    if self._thinking is not None:
+      return False
+    return self._form.thinks not in self._form.thought(messages)
+
   def message(self, prompt: Sequence[int], answer: Sequence[int]) -> dict:
     """Returns the message that an answer spells, its reasoning by itself."""
     parser = self._form.parser(self._tokenizer, prompt, ends=self.ends)

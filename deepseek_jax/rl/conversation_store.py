@@ -16,8 +16,9 @@ from deepseek_jax.data import batches, conversations, packing, tokenizer
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.corpus import unit_hash
 from deepseek_jax.errors import InputError
+from deepseek_jax.infer import formats
 from deepseek_jax.rl import examples
-from deepseek_jax.rl.chats import ChatConfig
+from deepseek_jax.rl.chats import ChatConfig, FormatChat
 
 Tokenizer = tokenizer.Tokenizer | tokenizer.ByteTokenizer
 
@@ -108,12 +109,22 @@ def build(
   made = tokenizer_of(config)
   writer, counts = chat.build(made), examples.Counts()
   sides: tuple[list, list] = [], []
+  otherwise = isinstance(writer, FormatChat)
   for conversation in conversations.read(config.path):
     side = sides[_held_out(conversation, config.heldout_fraction)]
     side += examples.examples(
       [conversation], writer, config.seq_len + 1, counts
     )
+    otherwise = otherwise and writer.asks_otherwise(conversation.messages)
   say(counts.line())
+  if otherwise and counts.conversations:
+    thinks = formats.get(chat.format).thinks
+    say(
+      f'chat.thinking = None: {"no" if thinks else "every"} answer has'
+      f' reasoning, but chat.format = {chat.format!r} asks'
+      f' {"with" if thinks else "without"} thinking; set chat.thinking ='
+      f' {not thinks}, so that the model is asked as it has learnt'
+    )
   if not sides[0]:
     raise InputError(
       f'data.path = {config.path!r}: no example is left to train on'

@@ -17,6 +17,7 @@ from deepseek_jax.model import lora
 from deepseek_jax.rl import conversation_store
 from deepseek_jax.run import sources
 from deepseek_jax.train import evaluate
+from tests.serve import served as servers
 
 ROOT = Path(__file__).parents[2]
 TINY = ds.changed(
@@ -105,6 +106,39 @@ class StoreTest(parameterized.TestCase):
       other.set_state(state)
       joined = np.concatenate([h[name] for h in halves])
       np.testing.assert_array_equal(joined, first[name])
+
+  @parameterized.parameters(
+    ('v4', (False, False), None, 'no answer has reasoning.*thinking = False'),
+    ('v3', (True, True), None, 'every answer has reasoning.*thinking = True'),
+    ('v4', (True, False), None, ''),
+    ('v4', (False, False), False, ''),
+    ('v3', (False, False), None, ''),
+    ('plain', (False, False), None, ''),
+  )
+  def test_turns_that_are_asked_otherwise_are_named(
+    self, form, reasoned, thinking, want
+  ):
+    folder, said = Folder(self), []
+    with open(os.path.join(folder.path, 'chats.jsonl'), 'w') as file:
+      for n, reasons in enumerate(reasoned):
+        answer = {'role': 'assistant', 'content': 'b'}
+        answer |= {'reasoning_content': 'r'} if reasons else {}
+        asked = {'role': 'user', 'content': f'{n}'}
+        file.write(json.dumps({'messages': [asked, answer]}) + '\n')
+    tokenizer = servers.deepseek_tokenizer()
+    tokenizer.save(folder.path)
+    config = folder.config(
+      **{
+        'chat.format': form,
+        'chat.thinking': thinking,
+        'data.tokenizer': os.path.join(folder.path, 'tokenizer.json'),
+        'model.vocab_size': tokenizer.vocab_size,
+        'data.vocab_size': tokenizer.vocab_size,
+        'data.heldout_fraction': 0.0,
+      }
+    )
+    sources.opened(config, said.append)
+    self.assertRegex(''.join(said[1:]), f'^chat.*{want}' if want else '^$')
 
   def test_what_is_asked_is_on_one_side(self):
     folder = Folder(self)

@@ -178,6 +178,14 @@ class Format:
       out.append((joined(prompt), joined(answer)))
     return out
 
+  def thought(self, messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Returns whether each assistant's turn of a conversation has reasoning."""
+    return [
+      self._reasoning(message) != ''
+      for message in self.read(messages).messages
+      if message.role == 'assistant'
+    ]
+
   def rewrites_history(
     self, messages: Sequence[Mapping[str, Any]], **options: Any
   ) -> bool:

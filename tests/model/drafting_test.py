@@ -27,8 +27,8 @@ class DraftTest(parameterized.TestCase):
   def test_drafts_of_right_tokens_equal_training(self, name, chunks):
     self.check(name, chunks)
 
-  @pytest.mark.slow
   @parameterized.product(name=NAMES, chunks=((3,), (T,)))
+  @pytest.mark.slow
   def test_drafts_of_other_chunks_equal_training(self, name, chunks):
     self.check(name, chunks)
 

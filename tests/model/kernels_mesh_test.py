@@ -118,8 +118,8 @@ class KernelsOnMeshTest(parameterized.TestCase):
   ):
     self.check(name, mesh, tolerance)
 
-  @pytest.mark.slow
   @parameterized.parameters((name,) for name in SLOW)
+  @pytest.mark.slow
   def test_numbers_of_the_shards_of_more_models(self, name):
     self.check(name, 'tensor=2,context=2,fsdp=2', 1e-5)
 

@@ -330,5 +330,17 @@ class FlaxTest(parameterized.TestCase):
     self.assertEmpty(list(flax_misuse(ast.parse(code))))
 
 
+class MarksTest(absltest.TestCase):
+  def test_they_stand_below_parameters(self):
+    # Above, they mark the list of cases and none of them.
+    wrong = '@pytest.mark.slow\n  @parameterized.'
+    found = [
+      str(path.relative_to(ROOT))
+      for path in sorted((ROOT / 'tests').rglob('*_test.py'))
+      if path.name != 'structure_test.py' and wrong in path.read_text()
+    ]
+    self.assertEqual(found, [])
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -1,8 +1,8 @@
 """What every test file shares: how programs are compiled, and let go.
 
 Tests compile many programs and run each but a few times: LLVM's optimizer would
-take half of their time, and XLA's emitters of fusions half of what is left
-(27 s of a core for a training step of V3's, 15 without; jax 0.11 has no other).
+take half of their time, and XLA's emitters of fusions much of what is left (27
+s of a core for a training step of V3's, 15 without; jax 0.11 has no others).
 `XLA_FLAGS` of one's own are kept, and come last.
 
 A compiled XLA:CPU program keeps its memory mappings. A worker that runs file

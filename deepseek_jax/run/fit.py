@@ -21,7 +21,12 @@ from deepseek_jax.parallel import processes as distributed
 from deepseek_jax.record.last_steps import LastSteps
 from deepseek_jax.record.timeline import Timeline
 from deepseek_jax.record.writers import ScalarWriter
-from deepseek_jax.run import agreement, reference_policy, sources, unheard
+from deepseek_jax.run import (
+  agreement,
+  ignored_fields,
+  reference_policy,
+  sources,
+)
 from deepseek_jax.run.checkpoint import Checkpoints
 from deepseek_jax.run.chosen import chosen
 from deepseek_jax.run.config import EvaluateConfig, RunConfig, SafetyConfig
@@ -112,7 +117,7 @@ def _opened(
   # A begun run has its weights, whatever became of their source.
   anew = first and not (workdir / 'config.json').exists()
   told = say.warn if first else lambda line: None
-  for line in unheard.lines(config):
+  for line in ignored_fields.lines(config):
     told(line)
   with distributed.first_goes_first():
     if anew:

@@ -1,4 +1,4 @@
-"""What commands write: it takes the place of nothing else."""
+"""Checks that what commands write takes the place of nothing else."""
 
 import json
 import subprocess

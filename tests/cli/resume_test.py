@@ -1,4 +1,4 @@
-"""Runs of post-training go on by `resume` alone; text alone is pretrained."""
+"""Checks that runs of post-training go on by `resume`, and how they end."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Bits per byte of given text: its tokens mean all of it, or it is refused."""
+"""Checks that bits per byte count no bytes that no token means."""
 
 import json
 import tempfile

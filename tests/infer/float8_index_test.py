@@ -1,4 +1,4 @@
-"""V3.2 with a cache in float8: what index keys are, and what they choose."""
+"""Checks V3.2 with a cache in float8: index keys, and what they choose."""
 
 import dataclasses
 import functools

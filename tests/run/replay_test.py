@@ -1,4 +1,4 @@
-"""Replay of a run's first steps: from where the run itself began."""
+"""Checks that replay of first steps begins where the run itself began."""
 
 import tempfile
 from pathlib import Path

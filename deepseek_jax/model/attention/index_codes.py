@@ -8,12 +8,10 @@ bfloat16, too.
 Legend: B batch, S keys, I index dim.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deepseek_jax.model.attention import query_blocks
 from pallas_kernels.quantize import ACTIVATION_FLOOR, quantize
@@ -45,20 +43,13 @@ def empty(shape: tuple[int, int, int], dtype: jax.typing.DTypeLike) -> Keys:
   return FP8Keys(codes, jnp.zeros(shape[:2], jnp.float32))
 
 
-@functools.cache
-def hadamard(size: int) -> np.ndarray:
-  """Returns the Hadamard matrix [I I] of ones and minus ones, symmetric."""
-  made = np.ones((1, 1), np.float32)
-  while len(made) < size:
-    made = np.block([[made, made], [made, -made]])
-  return made
-
-
 def encoded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns vectors [... I] in float8 and their scales [...], I = 2^n."""
+  from scipy.linalg import hadamard  # late: few ask for it
+
   I = x.shape[-1]
   turned = jnp.matmul(
-    x, hadamard(I).astype(x.dtype), preferred_element_type=jnp.float32
+    x, hadamard(I, x.dtype), preferred_element_type=jnp.float32
   )
   # Rounded as the model computes, as the released code does before it scales.
   turned = (turned * I**-0.5).astype(x.dtype)

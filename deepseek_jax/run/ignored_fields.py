@@ -1,4 +1,4 @@
-"""Names the fields of a run that say something which the run does not do.
+"""Names the fields of a run that it ignores, and why.
 
 A field is of use only beside others; set where it is not, it would be ignored
 in silence. Values that are the default, or what happens anyway, are not named.

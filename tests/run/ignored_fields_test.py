@@ -1,4 +1,4 @@
-"""Fields without effect are named when a run begins, and no others."""
+"""Checks that fields without effect are named at the start, and no others."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 import deepseek_jax as ds
 from deepseek_jax import recipes
-from deepseek_jax.run import unheard
+from deepseek_jax.run import ignored_fields
 from tests.rl.sft_run_test import Folder
 
 DISTILLED = dataclasses.replace(
@@ -25,10 +25,10 @@ RECIPES = {
 }
 
 
-class UnheardTest(parameterized.TestCase):
+class IgnoredFieldsTest(parameterized.TestCase):
   @parameterized.parameters(*RECIPES)
   def test_a_recipe_has_none(self, name):
-    self.assertEqual(unheard.lines(RECIPES[name]), [])
+    self.assertEqual(ignored_fields.lines(RECIPES[name]), [])
 
   @parameterized.parameters(
     ('v3', 'train.batch.start', 2, 'ramp_tokens = 0'),
@@ -44,7 +44,7 @@ class UnheardTest(parameterized.TestCase):
     ('distill on own answers', 'rollouts.patience', 3, 'every answer'),
   )
   def test_field_value_and_reason_are_said(self, name, field, value, why):
-    made = unheard.lines(ds.changed(RECIPES[name], {field: value}))
+    made = ignored_fields.lines(ds.changed(RECIPES[name], {field: value}))
     self.assertLen(made, 1)
     begin = f'{field} = {value!r}: is without effect, as '
     self.assertStartsWith(made[0], begin)
@@ -59,7 +59,9 @@ class UnheardTest(parameterized.TestCase):
     ('grpo', {'objective.dynamic_sampling': True, 'rollouts.redraws': 1}),
   )
   def test_what_has_an_effect_is_not_named(self, name, changes):
-    self.assertEqual(unheard.lines(ds.changed(RECIPES[name], changes)), [])
+    self.assertEqual(
+      ignored_fields.lines(ds.changed(RECIPES[name], changes)), []
+    )
 
   def test_a_run_says_so_before_its_first_step(self):
     folder = Folder(self)

@@ -30,13 +30,14 @@ class _Row:
 
 
 class FakeEngine:
-  """Has the face of the engine; an answer gets one token a step.
+  """Has the face of the engine; an answer gets `at_once` tokens a step.
 
   Attributes:
     script: (request, index) -> tokens that it says; by default the prompt
       again, and again, with a stop token at its end.
     hold: while set, steps give nothing.
     pace: seconds of a step.
+    at_once: tokens of an answer in a step's event; the last step has fewer.
     fails: raised by the next step.
     nan: prompts that begin with this token fail.
     seen: requests as they came.
@@ -47,7 +48,7 @@ class FakeEngine:
     self.slots, self.queue = slots, queue
     self.script = None
     self.hold = threading.Event()
-    self.pace = 0.0
+    self.pace, self.at_once = 0.0, 1
     self.fails, self.nan = None, None
     self.seen, self.threads = [], set()
     self._rows, self._waiting = [], deque()
@@ -102,7 +103,7 @@ class FakeEngine:
     while self._waiting and len(self._rows) < self.slots:
       self._rows.append(self._waiting.popleft())
     rows = [*self._rows, *(r for r in self._waiting if r.cancelled)]
-    events = [self._event(row) for row in rows]
+    events = [self._events(row) for row in rows]
     ended = {(e.request, e.index) for e in events if e is not None and e.finish}
     going = lambda r: (r.request, r.index) not in ended
     self._rows = [r for r in self._rows if going(r)]
@@ -119,6 +120,23 @@ class FakeEngine:
       'running': len(self._rows),
       'waiting': len(self._waiting),
     }
+
+  def _events(self, row):
+    found = self._event(row)
+    for _ in range(self.at_once - 1):
+      if found is None or found.finish:
+        break
+      more = self._event(row)
+      if more is None:
+        break
+      found = dataclasses.replace(
+        more,
+        tokens=found.tokens + more.tokens,
+        text=found.text + more.text,
+        logprobs=found.logprobs + more.logprobs,
+        prompt_logprobs=found.prompt_logprobs,
+      )
+    return found
 
   def _event(self, row):
     make = lambda **more: Event(row.request, row.index, **more)

@@ -124,10 +124,11 @@ class CancelTest(parameterized.TestCase):
         )
       self.assertTrue(_idle(server, engine))
 
-  @parameterized.parameters(False, True)
-  def test_what_comes_behind_a_stop_text_counts_nowhere(self, stream):
+  @parameterized.product(stream=(False, True), at_once=(1, 7))
+  def test_what_comes_behind_a_stop_text_counts_nowhere(self, stream, at_once):
     tokenizer = servers.deepseek_tokenizer()
     engine = FakeEngine(tokenizer, context=4096, stop=tokenizer.eos_id)
+    engine.at_once = at_once
     says = [tokenizer.encode(text) for text in ('ab. ' * 500, 'abc' * 50)]
     engine.script = lambda request, index: says[index]
     ended = lambda n: '. ' in tokenizer.decode(says[0][:n])
